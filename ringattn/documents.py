@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import accumulate
+from itertools import accumulate, pairwise
 from typing import Any
 
 import torch
@@ -46,7 +46,7 @@ class Documents:
                 raise ValueError(f"starts[{index}] = {begin} lies before the end {last} of what comes before it")
             last = begin + size
         if total is not None and (not isinstance(total, int) or total < last):
-            raise ValueError(f"total must be an integer of at least {last}, the end of the last document, got {total!r}")
+            raise ValueError(f"total must be an integer >= {last}, the end of the last document, got {total!r}")
         object.__setattr__(self, "lengths", sizes)
         object.__setattr__(self, "starts", begins)
         object.__setattr__(self, "total", last if total is None else total)
@@ -60,17 +60,22 @@ class Documents:
         for index in range(1, len(cu)):
             if cu[index] < cu[index - 1]:
                 raise ValueError(f"cu_seqlens must not decrease, got {cu[index - 1]} then {cu[index]} at entry {index}")
-        return cls([b - a for a, b in zip(cu[:-1], cu[1:], strict=True)], total=total)
+        return cls([b - a for a, b in pairwise(cu)], total=total)
 
     @classmethod
-    def from_position_ids(cls, position_ids: IntegerLike) -> "Documents":
-        """From the positions of the whole, unsharded stream: every document counts from the same first value by ones.
+    def from_position_ids(cls, position_ids: IntegerLike, first: int = 0) -> "Documents":
+        """From the positions of the whole, unsharded stream: every document counts from `first` by ones.
 
-        Accepts (T,) or (1, T). Raises ValueError for anything else, since a guess here would let documents mix: a jump
-        inside a document, a restart at another value, several axes (M-RoPE) or rows.
+        Accepts (T,) or (1, T); `first` is the position of a document's first token (2 for RoBERTa). Raises ValueError
+        for anything else, since a guess here would let documents mix: a stream that starts inside a document (a shard),
+        a jump inside one, a restart at another value, several axes (M-RoPE) or rows.
         """
         positions = _stream(position_ids, "position_ids")
-        first = positions[0] if positions else 0
+        if positions and positions[0] != first:
+            raise ValueError(
+                f"position_ids must start with first = {first}, got {_head(positions)}; give first={positions[0]} if "
+                "every document counts from there, and lengths or cu_seqlens for sharded or padded positions"
+            )
         bounds = [index for index, position in enumerate(positions) if position == first]
         for index in range(1, len(positions)):
             if positions[index] != first and positions[index] != positions[index - 1] + 1:
@@ -152,6 +157,8 @@ class Documents:
         """The same stream with every document cut in sub-documents of `chunk` tokens (the last may be shorter)."""
         if chunk is None:
             return self
+        if chunk < 1:
+            raise ValueError(f"chunk must be None or an integer >= 1, got {chunk}")
         spans = [
             (start + offset, min(chunk, size - offset))
             for start, size in zip(self.starts, self.lengths, strict=True)
@@ -184,18 +191,25 @@ def _integers(values: Any, name: str) -> tuple[int, ...]:
     try:
         out = tuple(int(value) for value in values)
         exact = all(a == b for a, b in zip(out, values, strict=True))
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         raise ValueError(f"{name} must be a sequence of integers, got {values!r}") from None
-    if not exact:
+    if not exact or any(isinstance(value, bool) for value in values):
         raise ValueError(f"{name} must be integers, got {_head(values)}")
     return out
 
 
 def _rows(values: Any, name: str) -> list[list[int]]:
     """Nested rows of a (T,) or (B, T) tensor or list; bool counts as 0 and 1."""
-    tensor = values if isinstance(values, torch.Tensor) else torch.as_tensor(values)
-    if tensor.is_floating_point() or tensor.dim() not in (1, 2):
-        raise ValueError(f"{name} must be integers of shape (T,) or (B, T), got {tuple(tensor.shape)} of {tensor.dtype}")
+    try:
+        tensor = torch.as_tensor(values)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise ValueError(f"{name} must be integers of shape (T,) or (B, T): {error}") from None
+    if tensor.numel() == 0:  # an empty list becomes a float tensor
+        tensor = tensor.to(torch.int64)
+    if tensor.is_floating_point() or tensor.is_complex() or tensor.dim() not in (1, 2):
+        raise ValueError(
+            f"{name} must be integers of shape (T,) or (B, T), got {tuple(tensor.shape)} of {tensor.dtype}"
+        )
     return torch.atleast_2d(tensor.to(torch.int64)).tolist()
 
 
@@ -209,7 +223,7 @@ def _stream(values: Any, name: str) -> list[int]:
 def _runs(row: list[int]) -> list[tuple[int, int]]:
     """Ranges of equal neighbours."""
     bounds = [0] + [i for i in range(1, len(row)) if row[i] != row[i - 1]] + [len(row)]
-    return [(a, b) for a, b in zip(bounds[:-1], bounds[1:], strict=True) if b > a]
+    return [(a, b) for a, b in pairwise(bounds) if b > a]
 
 
 def _head(values: Sequence[int]) -> str:

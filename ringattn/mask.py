@@ -16,6 +16,8 @@ class Band:
 
     def keys_of(self, start: int, stop: int, length: int) -> tuple[int, int]:
         """The range of keys that at least one query of `[start, stop)` sees in a document of `length`."""
+        if start >= stop:
+            return start, start
         lo = 0 if self.lo is None else max(0, start + self.lo)
         hi = length if self.hi is None else min(length, stop + self.hi)
         return lo, hi
@@ -24,7 +26,10 @@ class Band:
         """Number of allowed (query, key) pairs of the queries `[start, stop)` of a document of `length`."""
         # Sum over q of min(length, q + hi + 1) minus sum over q of max(0, q + lo). Each query sees itself, so no
         # query has a negative count.
-        upper = (stop - start) * length if self.hi is None else _sum_of_min(start + self.hi + 1, stop + self.hi + 1, length)
+        if self.hi is None:
+            upper = (stop - start) * length
+        else:
+            upper = _sum_of_min(start + self.hi + 1, stop + self.hi + 1, length)
         lower = 0 if self.lo is None else _sum_of_max0(start + self.lo, stop + self.lo)
         return upper - lower
 
@@ -69,8 +74,9 @@ class Mask:
                 "a sliding window of W tokens that counts the query itself is (W - 1, 0)"
             )
         object.__setattr__(self, "window", window)
-        if self.chunk is not None and (not isinstance(self.chunk, int) or isinstance(self.chunk, bool) or self.chunk < 1):
-            raise ValueError(f"chunk must be None or an integer >= 1, got {self.chunk!r}")
+        chunk = self.chunk
+        if chunk is not None and (not isinstance(chunk, int) or isinstance(chunk, bool) or chunk < 1):
+            raise ValueError(f"chunk must be None or an integer >= 1, got {chunk!r}")
         if not isinstance(self.causal, bool):
             raise ValueError(f"causal must be True or False, got {self.causal!r}")
 

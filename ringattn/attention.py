@@ -1,0 +1,211 @@
+"""The front door: exact attention over the ranks of a sequence mesh, as a module and as a function.
+
+Shapes: t tokens of this rank, H query heads, K key/value heads, D head dim, V value head dim.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ringattn.kernels.registry import choose
+from ringattn.kernels.spec import CallSpec, Options
+from ringattn.mask import Mask
+from ringattn.parallel.executor import Job, run
+from ringattn.parallel.layout import Layout
+from ringattn.parallel.mesh import SequenceMesh
+from ringattn.parallel.planner import plan_attention
+from ringattn.parallel.transport import GroupTransport, Transport
+
+
+def parallel_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    layout: Layout,
+    *,
+    mask: Mask | None = None,
+    softmax_scale: float | None = None,
+    softcap: float | None = 0.0,
+    dropout_p: float = 0.0,
+    sinks: Tensor | None = None,
+    deterministic: bool = False,
+    backend: str = "auto",
+    scheme: str = "auto",
+    stages: int | None = None,
+    keep_keys: bool = False,
+    wide_reduce: bool = True,
+    return_lse: bool = False,
+) -> Any:
+    """What one device would compute on the whole packed stream, for this rank's tokens. Collective, differentiable.
+
+    Every query attends to the keys of its own document that `mask` allows, wherever they are. Padding has output 0 and
+    gradient 0.
+
+    Arguments:
+        q, k, v: (t, H, D), (t, K, D), (t, K, V): this rank's tokens in the order of `layout`; H a multiple of K.
+        layout: who holds which tokens; built from the same documents on every rank.
+        mask: default causal.
+        softmax_scale: default D ** -0.5.
+        softcap: scores become `softcap * tanh(score / softcap)`; 0 or None is off.
+        dropout_p: attention dropout; refused by name where no backend can do it the same for every split.
+        sinks: (H,) one logit per query head, added to every softmax's denominator.
+        deterministic: ask the kernel for bitwise equal gradients from run to run; transfers are always in fixed order.
+        backend: "auto" or a name of `ringattn.kernels.registry.BACKENDS`.
+        scheme: "auto", "gather", "ring", "ulysses" or "hybrid"; the degrees are those of the layout's mesh.
+        stages: stages of the ring scheme, the local one included; default: up to 4.
+        keep_keys: keep cast keys for the backward pass (more memory, one transfer less).
+        wide_reduce: return key gradients to their owners in float32; False: in the dtype of the keys, half the bytes.
+        return_lse: also return the log-sum-exp (H, t), float32, sinks included, -inf for padding; it has no gradient.
+
+    Returns: out (t, H, V), or (out, lse).
+    Raises ValueError for a wrong argument, NotImplementedError for what no backend can do exactly; both before any
+    communication.
+    """
+    mask = Mask() if mask is None else mask
+    spec = _check(q, k, v, layout, mask, softcap, dropout_p, sinks, deterministic)
+    chosen = choose(spec, backend)
+    plan = plan_attention(layout, mask, spec.query_heads, spec.key_heads, scheme, stages, keep_keys, wide_reduce)
+    scale = spec.head_dim**-0.5 if softmax_scale is None else float(softmax_scale)
+    ring, ulysses = _transports(layout)
+    job = Job(
+        plan=plan,
+        options=Options(scale, spec.softcap, dropout_p, deterministic),
+        backend=chosen,
+        ring=ring,
+        ulysses=ulysses,
+        query_heads=spec.query_heads,
+        key_heads=spec.key_heads,
+        return_lse=return_lse,
+    )
+    out, lse = run(job, q, k, v, sinks)
+    return (out, lse) if return_lse else out
+
+
+class ParallelAttention(nn.Module):
+    """`parallel_attention` with its configuration kept; `sinks` may be a parameter.
+
+    The arguments are those of `parallel_attention`; `mesh` is checked against the layout's at every call.
+    """
+
+    def __init__(
+        self,
+        mesh: SequenceMesh,
+        mask: Mask | None = None,
+        softmax_scale: float | None = None,
+        softcap: float | None = 0.0,
+        dropout_p: float = 0.0,
+        sinks: Tensor | None = None,
+        deterministic: bool = False,
+        backend: str = "auto",
+        scheme: str = "auto",
+        stages: int | None = None,
+        keep_keys: bool = False,
+        wide_reduce: bool = True,
+    ) -> None:
+        super().__init__()
+        self.mesh = mesh
+        self.sinks = sinks
+        self.dropout_p = dropout_p
+        self.options: dict[str, Any] = {
+            "mask": Mask() if mask is None else mask,
+            "softmax_scale": softmax_scale,
+            "softcap": softcap,
+            "deterministic": deterministic,
+            "backend": backend,
+            "scheme": scheme,
+            "stages": stages,
+            "keep_keys": keep_keys,
+            "wide_reduce": wide_reduce,
+        }
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, layout: Layout, return_lse: bool = False) -> Any:
+        """q (t, H, D), k (t, K, D), v (t, K, V) of this rank -> out (t, H, V), with `return_lse` also lse (H, t)."""
+        if layout.mesh is not self.mesh and layout.mesh != self.mesh:
+            raise ValueError(f"layout was made for {layout.mesh}, this attention for {self.mesh}")
+        dropout_p = self.dropout_p if self.training else 0.0
+        return parallel_attention(
+            q, k, v, layout, sinks=self.sinks, dropout_p=dropout_p, return_lse=return_lse, **self.options
+        )
+
+    def extra_repr(self) -> str:
+        shown = {name: value for name, value in self.options.items() if value not in (None, "auto", False, 0.0)}
+        return ", ".join(f"{name}={value}" for name, value in shown.items())
+
+
+def _check(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    layout: Layout,
+    mask: Mask,
+    softcap: float | None,
+    dropout_p: float,
+    sinks: Tensor | None,
+    deterministic: bool,
+) -> CallSpec:
+    """Everything that can be wrong with the arguments, before any communication."""
+    if not isinstance(layout, Layout):
+        raise ValueError(f"layout must be a Layout, got {type(layout).__name__}")
+    if not isinstance(mask, Mask):
+        raise ValueError(f"mask must be a Mask, got {type(mask).__name__}")
+    for name, x in (("q", q), ("k", k), ("v", v)):
+        if not isinstance(x, Tensor) or x.dim() != 3:
+            came = tuple(x.shape) if isinstance(x, Tensor) else type(x).__name__
+            raise ValueError(f"{name} must be a tensor of shape (tokens, heads, head dim), got {came}")
+        if x.dtype != q.dtype or not x.is_floating_point():
+            raise ValueError(f"q, k and v must share one floating dtype, got {q.dtype}, {k.dtype} and {v.dtype}")
+        if x.device != q.device:
+            raise ValueError(f"q, k and v must be on one device, got {q.device}, {k.device} and {v.device}")
+        if x.shape[0] != layout.tokens():
+            raise ValueError(
+                f"{name} must hold the {layout.tokens()} tokens of sequence rank {layout.mesh.sequence_rank} in this "
+                f"layout ({layout.docs}), got {x.shape[0]}: shard it with layout.shard"
+            )
+    if k.shape[2] != q.shape[2]:
+        raise ValueError(f"k must have the head dim of q, {q.shape[2]}, got {k.shape[2]}")
+    if v.shape[1] != k.shape[1]:
+        raise ValueError(f"v must have as many heads as k, {k.shape[1]}, got {v.shape[1]}")
+    if 0 in q.shape[1:] or 0 in v.shape[1:] or q.shape[1] % k.shape[1]:
+        raise ValueError(f"the query heads must be a multiple of the key heads, got {q.shape[1]} and {k.shape[1]}")
+    if not 0.0 <= dropout_p < 1.0:
+        raise ValueError(f"dropout_p must be in [0, 1), got {dropout_p}")
+    if softcap is not None and not softcap >= 0.0:
+        raise ValueError(f"softcap must be >= 0 (0 or None is off), got {softcap}")
+    if sinks is not None and (sinks.shape != (q.shape[1],) or sinks.device != q.device):
+        raise ValueError(
+            f"sinks must be one logit per query head, ({q.shape[1]},) on {q.device}, got {tuple(sinks.shape)} on "
+            f"{sinks.device}"
+        )
+    _check_mesh(layout, q)
+    left, right = mask.window
+    return CallSpec(
+        device=q.device.type,
+        dtype=q.dtype,
+        head_dim=q.shape[2],
+        value_dim=v.shape[2],
+        query_heads=q.shape[1],
+        key_heads=k.shape[1],
+        window=left >= 0 or right > 0,
+        softcap=softcap or 0.0,
+        dropout_p=dropout_p,
+        deterministic=deterministic,
+    )
+
+
+def _check_mesh(layout: Layout, q: Tensor) -> None:
+    mesh = layout.mesh
+    if mesh.sequence_size == 1:
+        return
+    if not isinstance(mesh, SequenceMesh):
+        raise ValueError("layout was made on a MeshShape, for planning only; attention needs init_mesh's SequenceMesh")
+    if q.device.type != mesh.device_type:
+        raise ValueError(f"q must be on the device type of the mesh, {mesh.device_type}, got {q.device}")
+
+
+def _transports(layout: Layout) -> tuple[Transport | None, Transport | None]:
+    mesh = layout.mesh
+    if not isinstance(mesh, SequenceMesh):
+        return None, None
+    ring = GroupTransport(mesh.ring_group) if mesh.ring > 1 else None
+    return ring, GroupTransport(mesh.ulysses_group) if mesh.ulysses > 1 else None

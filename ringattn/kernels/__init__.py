@@ -1,0 +1,1 @@
+"""Flash kernels behind one contract, and the merge of their partial results."""

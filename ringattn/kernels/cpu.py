@@ -1,0 +1,112 @@
+"""torch's CPU flash attention: the same plans as on GPUs, on any laptop.
+
+The operator takes one square causal or one full block, or an additive mask; blocks are walked one by one, which is also
+faster than one masked call. A causal block with more keys than queries is split into its full and its square part.
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ringattn.kernels.merge import merge_
+from ringattn.kernels.reference import accumulation_dtype, allowed_pairs
+from ringattn.kernels.spec import Block, Call, CallSpec, Grads, Options
+
+_forward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
+
+
+class CpuFlash:
+    name = "cpu"
+
+    def refusal(self, spec: CallSpec) -> str | None:
+        if spec.device != "cpu":
+            return f"runs on CPU tensors only, got {spec.device}"
+        if spec.head_dim != spec.value_dim:
+            return f"needs equal head dims of keys and values, got {spec.head_dim} and {spec.value_dim}"
+        if spec.softcap:
+            return "has no softcap"
+        if spec.dropout_p:
+            return "has no dropout"
+        return None
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, call: Call, options: Options, out: Tensor) -> Tensor:
+        lse = q.new_full((q.shape[1], q.shape[0]), float("-inf"), dtype=accumulation_dtype(q.dtype))
+        for block in call.blocks:
+            rows = slice(block.q[0] - call.q[0], block.q[1] - call.q[0])
+            parts = [
+                _forward(*_batched(q[rows], k[part.keys], v[part.keys]), 0.0, part.causal, attn_mask=part.mask, scale=options.scale)
+                for part in _parts(block, call, q)
+            ]
+            results = [(_flat(part_out), part_lse[0]) for part_out, part_lse in parts]
+            out[rows], lse[:, rows] = results[0] if len(results) == 1 else _merged(results, q[rows], v.shape[2])
+        return lse
+
+    def backward(
+        self,
+        dout: Tensor,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        out: Tensor,
+        lse: Tensor,
+        call: Call,
+        options: Options,
+        grads: Grads,
+    ) -> None:
+        for block in call.blocks:
+            rows = slice(block.q[0] - call.q[0], block.q[1] - call.q[0])
+            dq = torch.zeros_like(q[rows], dtype=accumulation_dtype(q.dtype))
+            for part in _parts(block, call, q):
+                tensors = _batched(dout[rows], q[rows], k[part.keys], v[part.keys], out[rows])
+                row_lse = lse[None, :, rows].contiguous()
+                dq_part, dk, dv = _backward(
+                    *tensors, row_lse, 0.0, part.causal, attn_mask=part.mask, scale=options.scale
+                )
+                dq += _flat(dq_part)
+                grads.dk[part.keys], grads.dv[part.keys] = _flat(dk), _flat(dv)
+            grads.dq[rows] = dq.to(q.dtype)
+
+
+class _Part(NamedTuple):
+    """Keys of a block that the operator can take in one go."""
+
+    keys: slice
+    causal: bool = False
+    mask: Tensor | None = None  # additive, (n, m)
+
+
+def _parts(block: Block, call: Call, q: Tensor) -> list[_Part]:
+    """None for a block without queries or keys, with which the operator would kill the process."""
+    n, m = block.q[1] - block.q[0], block.k[1] - block.k[0]
+    start, stop = block.k[0] - call.k[0], block.k[1] - call.k[0]
+    if not n or not m:
+        return []
+    if (call.right < 0 or call.right >= n - 1) and (call.left < 0 or call.left >= m - 1):
+        return [_Part(slice(start, stop))]
+    if call.right == 0 and (call.left < 0 or call.left >= m - 1) and m >= n:
+        full = [_Part(slice(start, stop - n))] if m > n else []
+        return [*full, _Part(slice(stop - n, stop), causal=True)]
+    allowed = allowed_pairs(block, call.left, call.right, (0, n), q.device)
+    mask = torch.zeros(n, m, dtype=q.dtype, device=q.device).masked_fill(~allowed, float("-inf"))
+    return [_Part(slice(start, stop), mask=mask)]
+
+
+def _merged(results: list[tuple[Tensor, Tensor]], q: Tensor, value_dim: int) -> tuple[Tensor, Tensor]:
+    dtype = accumulation_dtype(q.dtype)
+    out = q.new_zeros(q.shape[0], q.shape[1], value_dim, dtype=dtype)
+    lse = q.new_full((q.shape[1], q.shape[0]), float("-inf"), dtype=dtype)
+    for part_out, part_lse in results:
+        merge_(out, lse, part_out, part_lse)
+    return out, lse
+
+
+def _batched(*tensors: Tensor) -> list[Tensor]:
+    """(T, H, D) -> (1, H, T, D)"""
+    return [x.transpose(0, 1)[None] for x in tensors]
+
+
+def _flat(x: Tensor) -> Tensor:
+    """(1, H, T, D) -> (T, H, D)"""
+    return x[0].transpose(0, 1)

@@ -1,0 +1,101 @@
+"""FlashAttention-4 (distribution `flash-attn-4`, CuTe DSL): Hopper and newer, compiled at first use."""
+
+import importlib.metadata
+import inspect
+from collections.abc import Callable
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ringattn.kernels.spec import Call, CallSpec, Grads, Options
+
+_NEEDED = {"cu_seqlens_q", "cu_seqlens_k", "seqused_k", "window_size_left", "window_size_right", "softcap"}
+
+
+class FlashAttention4:
+    name = "fa4"
+
+    def refusal(self, spec: CallSpec) -> str | None:
+        if spec.device != "cuda":
+            return f"runs on CUDA tensors only, got {spec.device}"
+        if torch.cuda.get_device_capability()[0] < 9:
+            return f"needs compute capability 9.0 or higher, got {torch.cuda.get_device_capability()}"
+        if spec.dtype not in (torch.float16, torch.bfloat16):
+            return f"takes float16 and bfloat16, got {spec.dtype}: cast the model or use autocast"
+        if spec.head_dim != spec.value_dim:
+            return f"its backward needs equal head dims of keys and values, got {spec.head_dim} and {spec.value_dim}"
+        if spec.head_dim not in (32, 64, 96, 128, 192, 256):
+            return f"its gradients are right at head dims 32, 64, 96, 128, 192 and 256, got {spec.head_dim}"
+        if spec.dropout_p:
+            return "has no dropout"
+        return _load()[1]
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, call: Call, options: Options, out: Tensor) -> Tensor:
+        forward, _ = _kernels()
+        return forward(q, k, v, out=out, return_lse=True, **_arguments(call, options, q.device))[1]
+
+    def backward(
+        self,
+        dout: Tensor,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        out: Tensor,
+        lse: Tensor,
+        call: Call,
+        options: Options,
+        grads: Grads,
+    ) -> None:
+        _, backward = _kernels()
+        backward(
+            q, k, v, out, dout.contiguous(), lse.contiguous(),
+            dq=grads.dq, dk=grads.dk, dv=grads.dv, deterministic=options.deterministic,
+            **_arguments(call, options, q.device),
+        )  # fmt: skip
+
+
+def _arguments(call: Call, options: Options, device: torch.device) -> dict[str, Any]:
+    lengths = call.tensors(device)
+    causal = call.right == 0 and call.left < 0
+    return {
+        "cu_seqlens_q": lengths.cu_q,
+        "cu_seqlens_k": lengths.cu_k if call.dense_keys else lengths.k_offsets,
+        "seqused_k": None if call.dense_keys else lengths.k_lens,
+        "max_seqlen_q": call.max_q,
+        "max_seqlen_k": call.max_k,
+        "softmax_scale": options.scale,
+        "causal": causal,
+        "softcap": options.softcap,
+        "window_size_left": None if causal or call.left < 0 else call.left,
+        "window_size_right": None if causal or call.right < 0 else call.right,
+    }
+
+
+def _kernels() -> tuple[Callable[..., Any], Callable[..., Any]]:
+    kernels, reason = _load()
+    assert kernels is not None, reason
+    return kernels
+
+
+@cache
+def _load() -> tuple[tuple[Callable[..., Any], Callable[..., Any]] | None, str | None]:
+    """The two functions, or why they are missing. The import package `flash_attn` is also FlashAttention-2's, so the
+    distribution and the signature are asked, not the module."""
+    try:
+        importlib.metadata.distribution("flash-attn-4")
+    except importlib.metadata.PackageNotFoundError:
+        return None, "is not installed: pip install 'ringattn[fa4]'"
+    try:
+        from flash_attn.cute import interface
+    except Exception as error:  # a CUDA library that is missing raises other errors than ImportError
+        return None, f"is installed but cannot be imported: {type(error).__name__}: {error}"
+    forward = getattr(interface, "_flash_attn_fwd", None)
+    backward = getattr(interface, "_flash_attn_bwd", None)
+    if forward is None or backward is None:
+        return None, "is installed but has another interface: _flash_attn_fwd or _flash_attn_bwd is missing"
+    missing = _NEEDED - set(inspect.signature(forward).parameters)
+    if missing:
+        return None, f"is installed but its forward lacks {', '.join(sorted(missing))}"
+    return (forward, backward), None

@@ -1,0 +1,45 @@
+"""Merging partial attention results by their log-sum-exp, and the attention sink as a last merge.
+
+Source of the merge: FlashAttention's blockwise softmax; of applying it across devices: Ring Attention (arXiv 2310.01889).
+"""
+
+import torch
+from torch import Tensor
+
+
+def merge_(acc: Tensor, acc_lse: Tensor, out: Tensor, lse: Tensor) -> None:
+    """Merge a partial result into an accumulator, in place.
+
+    Arguments:
+        acc: (n, H, V) in accumulation precision, and acc_lse: (H, n); 0 and -inf where nothing was merged yet.
+        out: (n, H, V) of any precision, and lse: (H, n); 0 and -inf for rows without keys.
+    """
+    total = torch.logaddexp(acc_lse, lse)
+    finite = torch.where(torch.isinf(total), 0.0, total)  # two rows without keys: both weights become 0, not NaN
+    acc.mul_(_per_row(torch.exp(acc_lse - finite)))
+    acc.addcmul_(out.to(acc.dtype), _per_row(torch.exp(lse - finite)))
+    acc_lse.copy_(total)
+
+
+def apply_sinks_(out: Tensor, lse: Tensor, sinks: Tensor) -> None:
+    """Add one logit per head to every row's softmax denominator, in place: out (n, H, V), lse (H, n), sinks (H,).
+
+    Applied once, after the last merge, so that the number of partial results cannot count the sink twice.
+    """
+    total = torch.logaddexp(lse, sinks.to(lse.dtype)[:, None])
+    out.mul_(_per_row(torch.exp(lse - total)).to(out.dtype))
+    lse.copy_(total)
+
+
+def sinks_grad(dout: Tensor, out: Tensor, lse: Tensor, sinks: Tensor) -> Tensor:
+    """Gradient of the sinks (H,), from the final out and lse that include them.
+
+    The sink is a key whose value is 0: its probability p = exp(sink - lse) has the gradient -p (dout · out).
+    """
+    delta = (dout.to(lse.dtype) * out.to(lse.dtype)).sum(-1).T
+    return -(torch.exp(sinks.to(lse.dtype)[:, None] - lse) * delta).sum(-1).to(sinks.dtype)
+
+
+def _per_row(weights: Tensor) -> Tensor:
+    """(H, n) -> (n, H, 1)"""
+    return weights.T.unsqueeze(-1)

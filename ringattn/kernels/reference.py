@@ -1,0 +1,126 @@
+"""The judge: attention in plain torch, any dtype, one block after another. Exact rather than fast."""
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from ringattn.kernels.spec import Block, Call, CallSpec, Grads, Options, Range
+
+SCORE_ELEMENTS = 1 << 24  # scores held at a time: long blocks are walked in runs of query rows
+
+
+class Reference:
+    name = "reference"
+
+    def refusal(self, spec: CallSpec) -> str | None:
+        if spec.dropout_p:
+            return "has no dropout"
+        return None
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, call: Call, options: Options, out: Tensor) -> Tensor:
+        lse = q.new_full((q.shape[1], q.shape[0]), float("-inf"), dtype=accumulation_dtype(q.dtype))
+        for rows, keys, allowed in _tiles(call, q):
+            scores = _scores(q[rows], k[keys], allowed, options)
+            lse[:, rows] = torch.logsumexp(scores, dim=-1)
+            weights = torch.exp(scores - _finite(lse[:, rows])[..., None])
+            out[rows] = _weighted(weights, v[keys]).to(out.dtype)
+        for rows in _keyless(call):
+            out[rows] = 0
+        return lse
+
+    def backward(
+        self,
+        dout: Tensor,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        out: Tensor,
+        lse: Tensor,
+        call: Call,
+        options: Options,
+        grads: Grads,
+    ) -> None:
+        dtype = accumulation_dtype(q.dtype)
+        dk, dv = torch.zeros_like(k, dtype=dtype), torch.zeros_like(v, dtype=dtype)
+        group = q.shape[1] // k.shape[1]
+        delta = (dout.to(dtype) * out.to(dtype)).sum(-1).T  # (H, T)
+        for rows, keys, allowed in _tiles(call, q):
+            scores = _scores(q[rows], k[keys], allowed, options)
+            weights = torch.exp(scores - _finite(lse[:, rows])[..., None])
+            gain = torch.einsum("qhv,khv->hqk", dout[rows].to(dtype), _repeated(v[keys], group))
+            dscores = weights * (gain - delta[:, rows, None])
+            if options.softcap:
+                dscores = dscores * torch.where(allowed, 1 - (scores / options.softcap) ** 2, 0.0)
+            dscores = dscores * options.scale
+            grads.dq[rows] = torch.einsum("hqk,khd->qhd", dscores, _repeated(k[keys], group)).to(q.dtype)
+            dk[keys] += _grouped(torch.einsum("hqk,qhd->khd", dscores, q[rows].to(dtype)), group)
+            dv[keys] += _grouped(torch.einsum("hqk,qhv->khv", weights, dout[rows].to(dtype)), group)
+        for rows in _keyless(call):
+            grads.dq[rows] = 0
+        grads.dk.copy_(dk)
+        grads.dv.copy_(dv)
+
+
+def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def allowed_pairs(block: Block, left: int, right: int, rows: Range, device: torch.device) -> Tensor:
+    """The (rows, m) boolean band of a block for its queries `[rows)`, counted inside the block."""
+    n, m = block.q[1] - block.q[0], block.k[1] - block.k[0]
+    diagonal = torch.arange(*rows, device=device)[:, None] + (m - n)
+    keys = torch.arange(m, device=device)[None, :]
+    allowed = torch.ones(rows[1] - rows[0], m, dtype=torch.bool, device=device)
+    if left >= 0:
+        allowed &= keys >= diagonal - left
+    if right >= 0:
+        allowed &= keys <= diagonal + right
+    return allowed
+
+
+def _tiles(call: Call, q: Tensor) -> Iterator[tuple[slice, slice, Tensor]]:
+    """Query rows, key rows and their band, in pieces whose scores fit `SCORE_ELEMENTS`."""
+    for block in call.blocks:
+        n, m = block.q[1] - block.q[0], block.k[1] - block.k[0]
+        if not n or not m:
+            continue
+        step = max(1, SCORE_ELEMENTS // (m * q.shape[1]))
+        keys = slice(block.k[0] - call.k[0], block.k[1] - call.k[0])
+        base = block.q[0] - call.q[0]
+        for start in range(0, n, step):
+            stop = min(n, start + step)
+            yield slice(base + start, base + stop), keys, allowed_pairs(block, call.left, call.right, (start, stop), q.device)
+
+
+def _keyless(call: Call) -> list[slice]:
+    return [
+        slice(block.q[0] - call.q[0], block.q[1] - call.q[0]) for block in call.blocks if block.k[0] == block.k[1]
+    ]
+
+
+def _scores(q: Tensor, k: Tensor, allowed: Tensor, options: Options) -> Tensor:
+    """(n, H, D), (m, K, D) -> (H, n, m), -inf outside the band."""
+    dtype = accumulation_dtype(q.dtype)
+    scores = torch.einsum("qhd,khd->hqk", q.to(dtype), _repeated(k, q.shape[1] // k.shape[1])) * options.scale
+    if options.softcap:
+        scores = options.softcap * torch.tanh(scores / options.softcap)
+    return scores.masked_fill(~allowed, float("-inf"))
+
+
+def _weighted(weights: Tensor, v: Tensor) -> Tensor:
+    return torch.einsum("hqk,khv->qhv", weights, _repeated(v, weights.shape[0] // v.shape[1]))
+
+
+def _repeated(x: Tensor, group: int) -> Tensor:
+    return x.to(accumulation_dtype(x.dtype)).repeat_interleave(group, dim=1)
+
+
+def _grouped(x: Tensor, group: int) -> Tensor:
+    """Sum over the query heads of each key head: (m, H, D) -> (m, K, D)."""
+    return x.unflatten(1, (-1, group)).sum(2)
+
+
+def _finite(lse: Tensor) -> Tensor:
+    """lse with 0 for rows without keys, whose scores are all -inf: exp(-inf - 0) is 0 where -inf - -inf is NaN."""
+    return torch.where(torch.isinf(lse), 0.0, lse)

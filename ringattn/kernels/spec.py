@@ -1,0 +1,208 @@
+"""The kernel contract: what one call is, what a backend is asked, and what it must answer.
+
+Shapes: T query rows, S key rows, H query heads, K key/value heads (H a multiple of K), D head dim, V value head dim.
+"""
+
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import accumulate
+from typing import NamedTuple, Protocol
+
+import torch
+
+Range = tuple[int, int]
+
+
+@dataclass(frozen=True)
+class Block:
+    """Query rows over key rows under one band; `left` and `right` are aligned to the bottom right corner.
+
+    With n queries and m keys, query i sees the keys `i + m - n - left ... i + m - n + right`; -1 is open.
+    """
+
+    q: Range
+    k: Range
+    left: int = -1
+    right: int = -1
+
+
+@dataclass(frozen=True)
+class Call:
+    """One variable-length kernel launch: blocks whose query rows follow one another and whose keys never overlap.
+
+    `q` and `k` are the rows of the tensors that the blocks span together. The blocks' queries tile `q` exactly. Their
+    keys ascend inside `k`, perhaps with rows between them that no block reads.
+    """
+
+    blocks: tuple[Block, ...]
+    left: int = -1
+    right: int = -1
+
+    @cached_property
+    def q(self) -> Range:
+        return self.blocks[0].q[0], self.blocks[-1].q[1]
+
+    @cached_property
+    def k(self) -> Range:
+        return self.blocks[0].k[0], self.blocks[-1].k[1]
+
+    @cached_property
+    def q_lens(self) -> tuple[int, ...]:
+        return tuple(block.q[1] - block.q[0] for block in self.blocks)
+
+    @cached_property
+    def k_lens(self) -> tuple[int, ...]:
+        return tuple(block.k[1] - block.k[0] for block in self.blocks)
+
+    @cached_property
+    def k_starts(self) -> tuple[int, ...]:
+        """First key row of each block, counted from `k[0]`."""
+        return tuple(block.k[0] - self.k[0] for block in self.blocks)
+
+    @cached_property
+    def max_q(self) -> int:
+        return max(self.q_lens)
+
+    @cached_property
+    def max_k(self) -> int:
+        return max(self.k_lens)
+
+    @cached_property
+    def dense_keys(self) -> bool:
+        """Whether the blocks' keys tile `k` exactly, so that cumulative lengths describe them."""
+        return self.k_starts == (0, *accumulate(self.k_lens))[:-1]
+
+    @cached_property
+    def key_runs(self) -> tuple[Range, ...]:
+        """The keys that blocks read, as few ranges as there are."""
+        runs: list[Range] = []
+        for block in self.blocks:
+            if block.k[0] == block.k[1]:
+                continue
+            if runs and runs[-1][1] == block.k[0]:
+                runs[-1] = (runs[-1][0], block.k[1])
+            else:
+                runs.append(block.k)
+        return tuple(runs)
+
+    def tensors(self, device: torch.device) -> "CallTensors":
+        """The lengths as int32 tensors on `device`, made once: a plan serves every layer of a step."""
+        cache: dict[torch.device, CallTensors] = self.__dict__.setdefault("_tensors", {})
+        if device not in cache:
+            cache[device] = CallTensors(
+                _int32((0, *accumulate(self.q_lens)), device),
+                _int32((0, *accumulate(self.k_lens)), device),
+                _int32((*self.k_starts, self.k[1] - self.k[0]), device),
+                _int32(self.k_lens, device),
+            )
+        return cache[device]
+
+    def packed_key_rows(self, device: torch.device) -> torch.Tensor:
+        """Rows of `k` that the blocks read, in order: (sum of k_lens,) int64."""
+        cache: dict[torch.device, torch.Tensor] = self.__dict__.setdefault("_packed_rows", {})
+        if device not in cache:
+            rows = torch.cat([torch.arange(start - self.k[0], stop - self.k[0]) for start, stop in self.key_runs])
+            cache[device] = _to_device(rows, device)
+        return cache[device]
+
+
+class CallTensors(NamedTuple):
+    cu_q: torch.Tensor  # (B + 1,) cumulative query lengths
+    cu_k: torch.Tensor  # (B + 1,) cumulative key lengths, keys laid end to end
+    k_offsets: torch.Tensor  # (B + 1,) first key row of each block in place, then the end
+    k_lens: torch.Tensor  # (B,)
+
+
+def _int32(values: tuple[int, ...], device: torch.device) -> torch.Tensor:
+    return _to_device(torch.tensor(values, dtype=torch.int32), device)
+
+
+def _to_device(host: torch.Tensor, device: torch.device) -> torch.Tensor:
+    if device.type != "cuda":
+        return host.to(device)
+    return host.pin_memory().to(device, non_blocking=True)  # a pageable copy would wait for the stream
+
+
+@dataclass(frozen=True)
+class CallSpec:
+    """What a backend is asked whether it can do: everything that changes the mathematics or the memory layout."""
+
+    device: str
+    dtype: torch.dtype
+    head_dim: int
+    value_dim: int
+    query_heads: int
+    key_heads: int
+    window: bool = False
+    softcap: float = 0.0
+    dropout_p: float = 0.0
+    deterministic: bool = False
+
+
+class Backend(Protocol):
+    """A flash kernel. `forward` and `backward` obey one convention whatever the kernel's own.
+
+    - `out` (T, H, V) is written in place; lse (H, T), natural logarithm, float32 (float64 for float64 inputs).
+    - A query row without keys has out 0 and lse -inf; in the backward pass its gradients are 0.
+    - `backward` takes the out and lse of the *whole* softmax, of which the call may be a part, and writes dq, dk, dv in
+      place; key rows that no block reads may hold anything afterwards.
+    """
+
+    name: str
+
+    def refusal(self, spec: CallSpec) -> str | None:
+        """Why this backend cannot do `spec`, or None if it can. Must not raise, nor touch the device."""
+
+    def forward(
+        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, call: Call, options: "Options", out: torch.Tensor
+    ) -> torch.Tensor:
+        """Attention of q (T, H, D) over k (S, K, D), v (S, K, V), the rows `call.q` and `call.k`; returns lse (H, T)."""
+
+    def backward(
+        self,
+        dout: torch.Tensor,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        out: torch.Tensor,
+        lse: torch.Tensor,
+        call: Call,
+        options: "Options",
+        grads: "Grads",
+    ) -> None:
+        """Gradients of this call's share into `grads`, shaped as q, k, v."""
+
+
+@dataclass(frozen=True)
+class Options:
+    """Numbers of the attention that are the same for every call of a step."""
+
+    scale: float
+    softcap: float = 0.0
+    dropout_p: float = 0.0
+    deterministic: bool = False
+
+
+class Grads(NamedTuple):
+    dq: torch.Tensor
+    dk: torch.Tensor
+    dv: torch.Tensor
+
+
+def pack_keys(call: Call, k: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Keys and values laid end to end, for a kernel that knows cumulative lengths only; no copy where they are so."""
+    if call.dense_keys:
+        return k, v
+    rows = call.packed_key_rows(k.device)
+    return k.index_select(0, rows), v.index_select(0, rows)
+
+
+def unpack_keys(call: Call, grads: Grads, dk: torch.Tensor, dv: torch.Tensor) -> None:
+    """Gradients of `pack_keys`' result, back in their places."""
+    if call.dense_keys:
+        grads.dk.copy_(dk)
+        grads.dv.copy_(dv)
+        return
+    rows = call.packed_key_rows(dk.device)
+    grads.dk.index_copy_(0, rows, dk)
+    grads.dv.index_copy_(0, rows, dv)

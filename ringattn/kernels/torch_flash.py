@@ -1,0 +1,65 @@
+"""The FlashAttention-2 kernel inside torch, on CUDA (`aten._flash_attention_forward` and `_backward`).
+
+On Hopper it runs at about half the speed of FA3 and FA4: the fallback where neither is installed.
+"""
+
+import torch
+from torch import Tensor
+
+from ringattn.kernels.spec import Call, CallSpec, Grads, Options, pack_keys, unpack_keys
+
+
+class TorchFlash:
+    name = "torch"
+
+    def refusal(self, spec: CallSpec) -> str | None:
+        if spec.device != "cuda":
+            return f"runs on CUDA tensors only, got {spec.device}"
+        if spec.dtype not in (torch.float16, torch.bfloat16):
+            return f"takes float16 and bfloat16, got {spec.dtype}: cast the model or use autocast"
+        if spec.head_dim != spec.value_dim:
+            return f"needs equal head dims of keys and values, got {spec.head_dim} and {spec.value_dim}"
+        if spec.head_dim % 8 or spec.head_dim > 256:
+            return f"needs a head dim that is a multiple of 8 up to 256, got {spec.head_dim}"
+        if spec.softcap:
+            return "has no softcap"
+        if spec.dropout_p:
+            return "its dropout depends on how the sequence is split"
+        return None
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, call: Call, options: Options, out: Tensor) -> Tensor:
+        k, v = pack_keys(call, k, v)
+        lengths = call.tensors(q.device)
+        result, lse, *_ = torch.ops.aten._flash_attention_forward(
+            q, k, v, lengths.cu_q, lengths.cu_k, call.max_q, call.max_k, 0.0, _causal(call), False,
+            scale=options.scale, window_size_left=call.left, window_size_right=call.right,
+        )  # fmt: skip
+        out.copy_(result)
+        return torch.where(lse == float("inf"), float("-inf"), lse)  # its lse of a row without keys is +inf
+
+    def backward(
+        self,
+        dout: Tensor,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        out: Tensor,
+        lse: Tensor,
+        call: Call,
+        options: Options,
+        grads: Grads,
+    ) -> None:
+        k, v = pack_keys(call, k, v)
+        lengths = call.tensors(q.device)
+        no_rng = torch.zeros(2, dtype=torch.uint64, device=q.device)
+        dq, dk, dv = torch.ops.aten._flash_attention_backward(
+            dout.contiguous(), q, k, v, out, lse.contiguous(), lengths.cu_q, lengths.cu_k, call.max_q, call.max_k,
+            0.0, _causal(call), no_rng, no_rng,
+            scale=options.scale, window_size_left=call.left, window_size_right=call.right,
+        )  # fmt: skip
+        grads.dq.copy_(dq)
+        unpack_keys(call, grads, dk, dv)
+
+
+def _causal(call: Call) -> bool:
+    return call.right == 0

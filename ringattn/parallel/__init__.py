@@ -1,0 +1,1 @@
+"""Placement, plans and their execution over the ranks of a sequence mesh."""

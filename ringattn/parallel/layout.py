@@ -1,0 +1,188 @@
+"""Layout: which rank holds which tokens of a packed stream, and the tensors' way there and back.
+
+T tokens of the stream, t tokens of this rank.
+"""
+
+from collections.abc import Hashable
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from ringattn.documents import Documents
+from ringattn.mask import Mask
+from ringattn.parallel import placement
+from ringattn.parallel.mesh import MeshShape, SequenceMesh
+from ringattn.parallel.placement import Placement, Range
+
+POLICIES = ("contiguous", "zigzag", "balanced", "auto")
+
+
+@dataclass(frozen=True)
+class Layout:
+    """The placement of `docs` over the sequence ranks of `mesh`. Pure integers: no communication, same on every rank.
+
+    Arguments:
+        docs: the documents of the global stream.
+        mesh: a `SequenceMesh`, or a `MeshShape` for planning without processes.
+        policy: "contiguous" (equal runs of the stream), "zigzag" (every document cut over all ring positions),
+            "balanced" (equal tokens and equal cost with few cuts), or "auto": balanced where there is a ring axis, else
+            contiguous.
+        mask: the mask whose cost "balanced" evens out; any mask can be computed on any layout.
+
+    Tokens are placed on ring positions; a position's tokens are dealt in equal runs to its ulysses ranks.
+    Raises ValueError for an unknown policy.
+    """
+
+    docs: Documents
+    mesh: MeshShape
+    policy: str = "auto"
+    mask: Mask = Mask()
+    _plans: dict[Hashable, Any] = field(default_factory=dict, init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.docs, Documents):
+            raise ValueError(f"docs must be Documents, got {type(self.docs).__name__}; build one with Documents(lengths)")
+        if not isinstance(self.mesh, MeshShape):
+            raise ValueError(f"mesh must come from init_mesh (or be a MeshShape), got {type(self.mesh).__name__}")
+        if self.policy not in POLICIES:
+            raise ValueError(f"policy must be one of {', '.join(POLICIES)}, got {self.policy!r}")
+
+    @property
+    def resolved_policy(self) -> str:
+        if self.policy != "auto":
+            return self.policy
+        return "balanced" if self.mesh.ring > 1 else "contiguous"
+
+    @cached_property
+    def positions(self) -> Placement:
+        """Ordered global ranges `(start, stop)` of every ring position."""
+        place = getattr(placement, self.resolved_policy)
+        return place(self.docs, self.mask, self.mesh.ring)
+
+    @cached_property
+    def position_sizes(self) -> tuple[int, ...]:
+        return tuple(sum(stop - start for start, stop in ranges) for ranges in self.positions)
+
+    def deal(self, position: int) -> tuple[Range, ...]:
+        """Rows of a ring position that each of its ulysses ranks holds."""
+        rows, ranks = self.position_sizes[position], self.mesh.ulysses
+        return tuple((rank * rows // ranks, (rank + 1) * rows // ranks) for rank in range(ranks))
+
+    def ranges(self, rank: int | None = None) -> tuple[Range, ...]:
+        """Ordered global ranges held by a sequence rank (default: this one)."""
+        rank = self._rank(rank)
+        position, part = divmod(rank, self.mesh.ulysses)
+        begin, end = self.deal(position)[part]
+        out, row = [], 0
+        for start, stop in self.positions[position]:
+            first, last = max(begin - row, 0), min(end - row, stop - start)
+            if first < last:
+                out.append((start + first, start + last))
+            row += stop - start
+        return tuple(out)
+
+    def tokens(self, rank: int | None = None) -> int:
+        """Number of tokens held by a sequence rank (default: this one)."""
+        begin, end = self.deal(self._rank(rank) // self.mesh.ulysses)[self._rank(rank) % self.mesh.ulysses]
+        return end - begin
+
+    def indices(self, rank: int | None = None) -> torch.Tensor:
+        """Global indices held by a sequence rank (default: this one), in its local order: (t,) int64 on the host."""
+        return _concatenated([torch.arange(start, stop) for start, stop in self.ranges(rank)])
+
+    def position_ids(self, device: torch.device | str | None = None) -> torch.Tensor:
+        """Position inside its document of each local token: (t,) int64. Padding counts from 0 in every run."""
+        return self._global_position_ids[self.indices()].to(device, non_blocking=True)
+
+    @cached_property
+    def _global_position_ids(self) -> torch.Tensor:
+        positions = torch.arange(self.docs.total)
+        begins = torch.zeros(self.docs.total, dtype=torch.int64)
+        documents = zip(self.docs.starts, self.docs.lengths, strict=True)
+        for start, stop in [*((start, start + size) for start, size in documents), *self.docs.padding]:
+            begins[start:stop] = start
+        return positions - begins
+
+    def shard(self, x: torch.Tensor, dim: int = 0) -> torch.Tensor:
+        """This rank's tokens of a global tensor: (..., T, ...) -> (..., t, ...). Differentiable, no communication."""
+        if x.shape[dim] != self.docs.total:
+            raise ValueError(
+                f"x must have the {self.docs.total} tokens of the stream in dim {dim}, got shape {tuple(x.shape)}"
+            )
+        parts = [x.narrow(dim, start, stop - start) for start, stop in self.ranges()]
+        return torch.cat(parts, dim) if parts else x.narrow(dim, 0, 0)
+
+    def unshard(self, x: torch.Tensor, dim: int = 0, grad: str = "same") -> torch.Tensor:
+        """The inverse of `shard`: (..., t, ...) -> (..., T, ...) on every sequence rank. Collective over them.
+
+        Arguments:
+            grad: what the gradient of the result means. "same": every rank computes the same thing from it, as one
+                process would, so each takes its own rows and nothing is sent. "partial": ranks compute different
+                things whose sum counts (a share of a loss), so the gradients are added over the ranks.
+        """
+        if x.shape[dim] != self.tokens():
+            raise ValueError(
+                f"x must have the {self.tokens()} tokens of sequence rank {self.mesh.sequence_rank} in dim {dim}, got "
+                f"shape {tuple(x.shape)}"
+            )
+        if grad not in ("same", "partial"):
+            raise ValueError(f'grad must be "same" or "partial", got {grad!r}')
+        return _Unshard.apply(x.movedim(dim, 0), self, grad).movedim(0, dim)
+
+    @cached_property
+    def _gather_order(self) -> torch.Tensor:
+        """Row of each global token in the ranks' tensors laid end to end, each padded to the longest."""
+        order = torch.empty(self.docs.total, dtype=torch.int64)
+        for rank in range(self.mesh.sequence_size):
+            indices = self.indices(rank)
+            order[indices] = torch.arange(len(indices)) + rank * self._longest
+        return order
+
+    @cached_property
+    def _longest(self) -> int:
+        return max(self.tokens(rank) for rank in range(self.mesh.sequence_size))
+
+    def _rank(self, rank: int | None) -> int:
+        rank = self.mesh.sequence_rank if rank is None else rank
+        if not 0 <= rank < self.mesh.sequence_size:
+            raise ValueError(f"rank must be in [0, {self.mesh.sequence_size}), got {rank}")
+        return rank
+
+    def __str__(self) -> str:
+        head = f"{self.docs} on ring {self.mesh.ring} × ulysses {self.mesh.ulysses}, {self.resolved_policy}"
+        rows = [
+            f"  position {index}: {size} tokens in {len(ranges)} ranges"
+            for index, (size, ranges) in enumerate(zip(self.position_sizes, self.positions, strict=True))
+        ]
+        return "\n".join([head, *rows])
+
+
+class _Unshard(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, layout: Layout, grad: str) -> torch.Tensor:
+        ctx.layout, ctx.grad = layout, grad
+        mesh = layout.mesh
+        if mesh.sequence_size > 1 and not isinstance(mesh, SequenceMesh):
+            raise ValueError("unshard needs a layout on a SequenceMesh of running processes, got a MeshShape")
+        padded = x.new_zeros(layout._longest, *x.shape[1:])
+        padded[: len(x)] = x
+        rows = [padded]
+        if mesh.sequence_size > 1:
+            rows = [torch.empty_like(padded) for _ in range(mesh.sequence_size)]
+            dist.all_gather(rows, padded, group=mesh.sequence_group)
+        return torch.cat(rows).index_select(0, layout._gather_order.to(x.device))
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor, None, None]:
+        (grad,) = grads
+        if ctx.grad == "partial" and ctx.layout.mesh.sequence_size > 1:
+            grad = grad.clone(memory_format=torch.contiguous_format)
+            dist.all_reduce(grad, group=ctx.layout.mesh.sequence_group)
+        return ctx.layout.shard(grad, 0), None, None
+
+
+def _concatenated(parts: list[torch.Tensor]) -> torch.Tensor:
+    return torch.cat(parts) if parts else torch.empty(0, dtype=torch.int64)

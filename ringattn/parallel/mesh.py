@@ -1,0 +1,163 @@
+"""The process mesh: data × ring × ulysses, ulysses innermost so that its exchange stays inside a node."""
+
+import os
+from dataclasses import dataclass, field
+from functools import cached_property
+
+import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+
+AXES = ("data", "ring", "ulysses")
+
+
+@dataclass(frozen=True)
+class MeshShape:
+    """Degrees of the three axes and one rank's place on the sequence axes: all that layouts and plans need to know."""
+
+    data: int = 1
+    ring: int = 1
+    ulysses: int = 1
+    sequence_rank: int = 0
+
+    def __post_init__(self) -> None:
+        for name in AXES:
+            size = getattr(self, name)
+            if not isinstance(size, int) or size < 1:
+                raise ValueError(f"{name} must be an integer >= 1, got {size!r}")
+        if not 0 <= self.sequence_rank < self.sequence_size:
+            raise ValueError(f"sequence_rank must be in [0, {self.sequence_size}), got {self.sequence_rank}")
+
+    @property
+    def sequence_size(self) -> int:
+        return self.ring * self.ulysses
+
+    @property
+    def ring_rank(self) -> int:
+        return self.sequence_rank // self.ulysses
+
+    @property
+    def ulysses_rank(self) -> int:
+        return self.sequence_rank % self.ulysses
+
+
+@dataclass(frozen=True)
+class SequenceMesh(MeshShape):
+    """The mesh of a running job.
+
+    `device_mesh` has the dimensions ("data", "ring", "ulysses"). The groups hold this rank's peers on one axis (or on
+    both sequence axes, ordered by `sequence_rank`); an axis of size 1 has a group of one.
+    """
+
+    data_rank: int = 0
+    device_type: str = "cpu"
+    device_mesh: DeviceMesh = field(kw_only=True, repr=False, compare=False)
+
+    @property
+    def device(self) -> torch.device:
+        if self.device_type == "cpu":
+            return torch.device("cpu")
+        return torch.device(self.device_type, torch.get_device_module(self.device_type).current_device())
+
+    @cached_property
+    def ring_group(self) -> dist.ProcessGroup:
+        return self.device_mesh.get_group("ring")
+
+    @cached_property
+    def ulysses_group(self) -> dist.ProcessGroup:
+        return self.device_mesh.get_group("ulysses")
+
+    @cached_property
+    def sequence_mesh(self) -> DeviceMesh:
+        return self.device_mesh["ring", "ulysses"]._flatten("sequence")
+
+    @cached_property
+    def sequence_group(self) -> dist.ProcessGroup:
+        return self.sequence_mesh.get_group()
+
+
+def resolve_mesh(
+    world_size: int,
+    data: int | None = None,
+    ring: int | None = None,
+    ulysses: int | None = None,
+    ranks_per_node: int | None = None,
+    ulysses_across_nodes: bool = False,
+) -> MeshShape:
+    """Fill in the omitted degrees so that data × ring × ulysses = world_size. Pure: may run before any process group.
+
+    One omitted degree is what the others leave. With more omitted, data and ulysses default to 1 and ring takes the
+    rest. Raises ValueError with all the numbers when the product does not fit, or when an ulysses group would span
+    nodes of `ranks_per_node` ranks and `ulysses_across_nodes` does not ask for it.
+    """
+    asked = {"data": data, "ring": ring, "ulysses": ulysses}
+    for name, size in asked.items():
+        if size is not None and (not isinstance(size, int) or isinstance(size, bool) or size < 1):
+            raise ValueError(f"{name} must be an integer >= 1 or omitted, got {size!r}")
+    missing = [name for name, size in asked.items() if size is None]
+    rest_axis = "ring" if "ring" in missing else (missing[0] if missing else None)
+    sizes = {name: 1 if size is None else size for name, size in asked.items()}
+    product = sizes["data"] * sizes["ring"] * sizes["ulysses"]
+    if rest_axis is not None and world_size % product == 0:
+        sizes[rest_axis] = world_size // product
+        product = world_size
+    if product != world_size:
+        shown = " × ".join(f"{name}={'?' if name == rest_axis else sizes[name]}" for name in AXES)
+        raise ValueError(f"data × ring × ulysses must equal the world size {world_size}, got {shown} (product {product})")
+    if ranks_per_node and not ulysses_across_nodes and ranks_per_node % sizes["ulysses"] and world_size > ranks_per_node:
+        raise ValueError(
+            f"ulysses={sizes['ulysses']} would cross nodes of {ranks_per_node} ranks (world size {world_size}): its "
+            f"exchange belongs inside a node. Use an ulysses degree that divides {ranks_per_node} and ring for the "
+            "rest, or ask for it with ulysses_across_nodes=True"
+        )
+    return MeshShape(sizes["data"], sizes["ring"], sizes["ulysses"])
+
+
+def init_mesh(
+    data: int | None = None,
+    ring: int | None = None,
+    ulysses: int | None = None,
+    device_type: str | None = None,
+    ulysses_across_nodes: bool = False,
+) -> SequenceMesh:
+    """Build the mesh of this job; collective over all ranks, and initialises the default process group if needed.
+
+    Arguments:
+        data, ring, ulysses: degrees; omitted ones are inferred as in `resolve_mesh`.
+        device_type: "cuda" or "cpu"; default: cuda where there is one.
+        ulysses_across_nodes: allow an ulysses group to span nodes (LOCAL_WORLD_SIZE ranks each).
+
+    Raises ValueError, before any communication, when the degrees do not fit the world size.
+    """
+    device_type = device_type or ("cuda" if torch.cuda.is_available() else "cpu")
+    world_size = dist.get_world_size() if dist.is_initialized() else int(os.environ.get("WORLD_SIZE", "1"))
+    local_size = int(os.environ.get("LOCAL_WORLD_SIZE", "0")) or None
+    shape = resolve_mesh(world_size, data, ring, ulysses, local_size, ulysses_across_nodes)
+    if not dist.is_initialized() and world_size == 1:
+        _init_single_process(device_type)
+    sizes = (shape.data, shape.ring, shape.ulysses)
+    device_mesh = init_device_mesh(device_type, sizes, mesh_dim_names=AXES)
+    rank = dist.get_rank()
+    mesh = SequenceMesh(
+        *sizes,
+        sequence_rank=rank % shape.sequence_size,
+        data_rank=rank // shape.sequence_size,
+        device_type=device_type,
+        device_mesh=device_mesh,
+    )
+    _open_groups(mesh)
+    return mesh
+
+
+def _init_single_process(device_type: str) -> None:
+    """A world of one, for a script that was started without a launcher."""
+    backend = "nccl" if device_type == "cuda" else "gloo"
+    device = torch.device("cuda", torch.cuda.current_device()) if device_type == "cuda" else None
+    dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, device_id=device)
+
+
+def _open_groups(mesh: SequenceMesh) -> None:
+    """One small collective per group: NCCL must not see point-to-point traffic of some ranks as a group's first work."""
+    token = torch.zeros(1, device=mesh.device)
+    for group in (mesh.ring_group, mesh.ulysses_group, mesh.sequence_group):
+        dist.all_reduce(token, group=group)

@@ -1,0 +1,239 @@
+"""Which ring position holds which tokens: the three placements, as pure functions of integers.
+
+A placement is, per ring position, its ordered ranges `(start, stop)` of global indices. Inside a position whole
+documents come first, then head pieces (a head that opens its document before the others, since it needs no remote
+key), then tail pieces, then padding: so every kernel call reads and writes one contiguous run of rows.
+"""
+
+from bisect import bisect_right
+from dataclasses import dataclass
+from itertools import pairwise
+from operator import itemgetter
+
+import numpy as np
+
+from ringattn.documents import Documents
+from ringattn.mask import Mask
+
+Range = tuple[int, int]
+Placement = tuple[tuple[Range, ...], ...]
+
+TILE = 128  # rows of a kernel tile: cuts are rounded to it
+MIN_TILES = 64  # a share of the tokens is at least this many roundings, so small inputs use a finer one
+
+
+@dataclass(frozen=True)
+class Span:
+    """A run of tokens whose cost is balanced as one: a document as attention sees it, or padding (no cost)."""
+
+    start: int
+    size: int
+    area: int
+    nested: bool  # cut in nested heads and tails; else in consecutive runs
+
+    @property
+    def density(self) -> float:
+        return self.area / self.size
+
+
+def contiguous(docs: Documents, mask: Mask, ring: int) -> Placement:
+    """Equal runs of the stream: position i holds tokens `[i T / ring, (i + 1) T / ring)`."""
+    bounds = [index * docs.total // ring for index in range(ring + 1)]
+    spans = _spans(docs, mask)
+    starts = [span.start for span in spans]
+    held: list[list[tuple[Span, int, int]]] = [[] for _ in range(ring)]
+    for position, (begin, end) in enumerate(zip(bounds[:-1], bounds[1:], strict=True)):
+        index = max(0, bisect_right(starts, begin) - 1)
+        while index < len(spans) and spans[index].start < end:
+            span = spans[index]
+            first, last = max(begin, span.start) - span.start, min(end, span.start + span.size) - span.start
+            if first < last:
+                held[position].append((span, first, last))
+            index += 1
+    return _ordered(held)
+
+
+def zigzag(docs: Documents, mask: Mask, ring: int) -> Placement:
+    """Every document in 2 × ring near-equal slices, slice i and its mirror together (any length is allowed).
+
+    Source: zhuzilin/ring-flash-attention, Megatron-LM; there documents must divide by 2 × ring. The positions rotate
+    from document to document so that the rows left over by the division do not always fall on the same one.
+    """
+    held: list[list[tuple[Span, int, int]]] = [[] for _ in range(ring)]
+    for number, span in enumerate(_spans(docs, mask)):
+        bounds = [index * span.size // (2 * ring) for index in range(2 * ring + 1)]
+        for index, (first, last) in enumerate(zip(bounds[:-1], bounds[1:], strict=True)):
+            if first < last:
+                held[(min(index, 2 * ring - 1 - index) + number) % ring].append((span, first, last))
+    return _ordered(held)
+
+
+def balanced(docs: Documents, mask: Mask, ring: int) -> Placement:
+    """Equal tokens and equal cost with at most two cuts per position: nested heads and tails, found by a window search.
+
+    Sort the documents by cost per token. A window of T/P consecutive tokens of that order moves from below the average
+    cost to above it, so at one place it costs exactly the average: give it to a position, remove it, and the rest has
+    the same average. Shares of one causal document are nested heads and tails, whose cost is proportional to their
+    tokens whatever their sizes: the largest outermost, which minimises the keys that must move.
+    Cuts are rounded to `TILE` rows, or finer in a document whose rows cost more than the average row: so a rounding
+    never moves more cost than `TILE` average rows have.
+    """
+    spans = sorted(_spans(docs, mask), key=lambda span: (span.density, span.start))
+    tiles = _tiles(spans, docs.total, ring)
+    shares = _window_search(spans, ring, tiles)
+    held: list[list[tuple[Span, int, int]]] = [[] for _ in range(ring)]
+    for span, owners, tile in zip(spans, shares, tiles, strict=True):
+        pieces = _nest(span.size, owners, tile) if span.nested else _queue(owners)
+        for position, first, last in pieces:
+            held[position].append((span, first, last))
+    return _ordered(held)
+
+
+def _spans(docs: Documents, mask: Mask) -> list[Span]:
+    """Documents as attention sees them (chunks are documents of their own) and padding, in stream order, none empty."""
+    band = mask.band
+    parts = docs.chunked(mask.chunk)
+    spans = [Span(start, stop - start, 0, False) for start, stop in docs.padding]
+    for start, size in zip(parts.starts, parts.lengths, strict=True):
+        if size:
+            # A window shorter than half the document makes cost per token flat: then few cuts matter more.
+            nested = band.hi == 0 and (band.lo is None or -2 * band.lo >= size)
+            spans.append(Span(start, size, band.area(0, size, size), nested))
+    return sorted(spans, key=lambda span: span.start)
+
+
+def _tiles(spans: list[Span], total: int, ring: int) -> list[int]:
+    """Rows that cuts of each span are rounded to, a power of two."""
+    coarsest = min(TILE, max(1, total // (ring * MIN_TILES)))
+    mean = sum(span.area for span in spans) / max(total, 1)
+    return [1 << int(max(1.0, coarsest * min(1.0, mean / max(span.density, 1e-9)))).bit_length() - 1 for span in spans]
+
+
+def _window_search(spans: list[Span], ring: int, tiles: list[int]) -> list[list[tuple[int, int]]]:
+    """Tokens of every span given to every position: per span a list of `(position, tokens)`; spans sorted by density."""
+    left = np.array([span.size for span in spans], dtype=np.int64)
+    density = np.array([span.density for span in spans], dtype=np.float64)
+    shares: list[list[tuple[int, int]]] = [[] for _ in spans]
+    for position in range(ring):
+        rest = ring - position
+        taken = left if rest == 1 else _window(left, density, rest, tiles)
+        for index in np.flatnonzero(taken):
+            shares[index].append((position, int(taken[index])))
+        left = left - taken
+    return shares
+
+
+def _window(left: np.ndarray, density: np.ndarray, rest: int, tiles: list[int]) -> np.ndarray:
+    """Tokens that the window of average cost takes from every span, when `rest` positions are still to be served."""
+    ends = np.cumsum(left)
+    costs = np.concatenate([[0.0], np.cumsum(left * density)])
+    total = int(ends[-1]) if len(ends) else 0
+    want = (total + rest // 2) // rest
+    if want == 0:
+        return np.zeros_like(left)
+
+    def cost_before(token: int) -> float:
+        index = int(np.searchsorted(ends, token, side="left"))
+        return float(costs[index] + (token - (ends[index] - left[index])) * density[index]) if token else 0.0
+
+    goal = costs[-1] / rest
+    low, high = 0, total - want
+    while low < high:
+        middle = (low + high) // 2
+        if cost_before(middle + want) - cost_before(middle) < goal:
+            low = middle + 1
+        else:
+            high = middle
+    return _rounded_window(left, ends, low, want, tiles)
+
+
+def _rounded_window(left: np.ndarray, ends: np.ndarray, start: int, want: int, tiles: list[int]) -> np.ndarray:
+    """The window `[start, start + want)` with the tokens taken from a cut span rounded to an even number of tiles."""
+    first = int(np.searchsorted(ends, start, side="right"))
+    taken = np.zeros_like(left)
+    taken[first] = _rounded(min(want, int(ends[first]) - start), int(left[first]), tiles[first])
+    lacking = want - int(taken[first])
+    for index in range(first + 1, len(left)):
+        if lacking <= 0:
+            break
+        whole = int(left[index])
+        taken[index] = whole if whole <= lacking else _rounded(lacking, whole, tiles[index])
+        lacking -= int(taken[index]) if whole <= lacking else lacking
+    return taken
+
+
+def _rounded(tokens: int, available: int, tile: int) -> int:
+    """`tokens` to the nearest even number of tiles (a head and a tail each take half), or all there is."""
+    if tokens >= available:
+        return available
+    even = (tokens + tile) // (2 * tile) * 2 * tile
+    return min(even, available)
+
+
+def _nest(size: int, owners: list[tuple[int, int]], tile: int) -> list[tuple[int, int, int]]:
+    """Nested heads and tails of one document, the largest share outermost: `(position, first, last)` pieces."""
+    pieces = []
+    first, last = 0, size
+    order = sorted(owners, key=lambda share: (-share[1], share[0]))
+    for position, tokens in order[:-1]:
+        head = (tokens + tile) // (2 * tile) * tile  # half of the share, to the nearest tile
+        pieces += [(position, first, first + head), (position, last - (tokens - head), last)]
+        first, last = first + head, last - (tokens - head)
+    pieces += [(position, first, last) for position, _ in order[-1:]]
+    return [piece for piece in pieces if piece[1] < piece[2]]
+
+
+def _queue(owners: list[tuple[int, int]]) -> list[tuple[int, int, int]]:
+    """Consecutive runs of one document in the order of positions."""
+    pieces = []
+    first = 0
+    for position, tokens in sorted(owners):
+        pieces.append((position, first, first + tokens))
+        first += tokens
+    return pieces
+
+
+def _ordered(held: list[list[tuple[Span, int, int]]]) -> Placement:
+    """Ranges of every position: whole, heads (opening ones first), tails, padding; joined where they touch."""
+
+    def room(piece: tuple[Span, int, int], heads: set[int]) -> int:
+        span, first, last = piece
+        if not span.area:
+            return 4
+        if last - first == span.size:
+            return 0
+        if first == 0:
+            return 1
+        return 2 if span.start + first in heads else 3
+
+    placement = []
+    for pieces in held:
+        pieces = sorted(pieces, key=lambda piece: piece[0].start + piece[1])
+        pieces = _joined(pieces)
+        # The first of two pieces of one document is its head; a piece that is alone counts as a tail.
+        heads = {a[0].start + a[1] for a, b in pairwise(pieces) if a[0].start == b[0].start}
+        order = sorted(((room(piece, heads), piece[0].start + piece[1], piece) for piece in pieces), key=itemgetter(0, 1))
+        placement.append(_touching([(span.start + first, span.start + last) for _, _, (span, first, last) in order]))
+    return tuple(placement)
+
+
+def _touching(ranges: list[Range]) -> tuple[Range, ...]:
+    """Consecutive ranges that continue one another made one."""
+    out: list[Range] = []
+    for start, stop in ranges:
+        if out and out[-1][1] == start:
+            out[-1] = (out[-1][0], stop)
+        else:
+            out.append((start, stop))
+    return tuple(out)
+
+
+def _joined(pieces: list[tuple[Span, int, int]]) -> list[tuple[Span, int, int]]:
+    """Neighbouring pieces of one span made one."""
+    out: list[tuple[Span, int, int]] = []
+    for span, first, last in pieces:
+        if out and out[-1][0].start == span.start and out[-1][2] == first:
+            out[-1] = (span, out[-1][1], last)
+        else:
+            out.append((span, first, last))
+    return out

@@ -1,0 +1,168 @@
+"""The plan of one attention: who computes what and who sends what, as frozen data that can be read and printed.
+
+Rows are local: of this rank's query and key tensors after the exchange (if there is one), or of a stage's key buffer.
+"""
+
+from dataclasses import dataclass
+from functools import cached_property
+
+from ringattn.kernels.spec import Call, Range
+
+
+@dataclass(frozen=True)
+class Message:
+    """Key rows for (or from) one ring rank: the rows of `ranges`, end to end, as one transfer."""
+
+    peer: int
+    ranges: tuple[Range, ...]
+
+    @property
+    def rows(self) -> int:
+        return sum(stop - start for start, stop in self.ranges)
+
+
+@dataclass(frozen=True)
+class Stage:
+    """Transfers that must have arrived, then calls.
+
+    Stage 0 reads the local keys and needs no transfer. A later stage reads a buffer of `rows` key rows filled by
+    `copies` (local rows → buffer rows) and `receives`; its `sends` are what this rank gives others for their same stage.
+    """
+
+    calls: tuple[Call, ...]
+    rows: int = 0
+    copies: tuple[tuple[Range, Range], ...] = ()
+    sends: tuple[Message, ...] = ()
+    receives: tuple[Message, ...] = ()
+
+    @cached_property
+    def overlapping_keys(self) -> bool:
+        """Whether a key row is read by more than one call, so that its gradient is a sum."""
+        spans = sorted(block.k for call in self.calls for block in call.blocks if block.k[0] < block.k[1])
+        return any(after[0] < before[1] for before, after in zip(spans[:-1], spans[1:], strict=True))
+
+    @cached_property
+    def unread(self) -> tuple[Range, ...]:
+        """Buffer rows that no call reads: they have no gradient."""
+        return gaps([block.k for call in self.calls for block in call.blocks], self.rows)
+
+
+@dataclass(frozen=True)
+class HeadShare:
+    """Heads that one ulysses rank computes: query heads `[start, stop)`, and the key head of each of its local ones.
+
+    Local query head j uses local key head `j // (queries / len(keys))`; a key head may stand more than once where the
+    groups of a rank's query heads are uneven.
+    """
+
+    query: Range
+    keys: tuple[int, ...]
+
+    @property
+    def queries(self) -> int:
+        return self.query[1] - self.query[0]
+
+
+@dataclass(frozen=True)
+class Exchange:
+    """The Ulysses all-to-all: each rank's run of a position's rows against each rank's share of the heads."""
+
+    rows: tuple[Range, ...]
+    heads: tuple[HeadShare, ...]
+    rank: int
+
+    @property
+    def own_rows(self) -> int:
+        return self.rows[self.rank][1] - self.rows[self.rank][0]
+
+    @property
+    def position_rows(self) -> int:
+        return self.rows[-1][1]
+
+
+@dataclass(frozen=True)
+class AttentionPlan:
+    """What this rank does for one attention, forward and backward.
+
+    Arguments:
+        schedule: "local", "gather" or "ring": how keys move on the ring axis.
+        rows: query and key rows of this rank's ring position.
+        stages: stage 0, then those that need transfers.
+        shared_q: the rows of `[start, stop)` may be in several calls, and are accumulated in float32.
+        shared_k: local key rows whose gradient may have several parts, accumulated likewise.
+        exchange: the heads' all-to-all around the stages, if the ulysses degree is above 1.
+        keep_keys: keep the cast keys for the backward pass instead of casting them again.
+        wide_reduce: return the gradients of cast keys in float32; else rounded to the dtype of the keys, half the bytes.
+        reason: why this schedule.
+    """
+
+    schedule: str
+    ring: int
+    ring_rank: int
+    rows: int
+    stages: tuple[Stage, ...]
+    shared_q: Range
+    shared_k: Range
+    exchange: Exchange | None = None
+    keep_keys: bool = False
+    wide_reduce: bool = True
+    reason: str = ""
+
+    @cached_property
+    def uncovered(self) -> tuple[Range, ...]:
+        """Query rows of no call (padding): their output is 0."""
+        return gaps([call.q for stage in self.stages for call in stage.calls], self.rows)
+
+    @cached_property
+    def unread(self) -> tuple[Range, ...]:
+        """Local key rows that no local call reads."""
+        return gaps([block.k for call in self.stages[0].calls for block in call.blocks], self.rows)
+
+    @property
+    def received_rows(self) -> int:
+        return sum(message.rows for stage in self.stages for message in stage.receives)
+
+    @property
+    def sent_rows(self) -> int:
+        return sum(message.rows for stage in self.stages for message in stage.sends)
+
+    def __str__(self) -> str:
+        lines = [
+            f"{self.schedule} on ring position {self.ring_rank} of {self.ring}: {self.rows} rows, receives "
+            f"{self.received_rows} and sends {self.sent_rows} key rows"
+        ]
+        if self.reason:
+            lines.append(f"  because {self.reason}")
+        if self.exchange is not None:
+            share = self.exchange.heads[self.exchange.rank]
+            lines.append(
+                f"  exchange: {self.exchange.own_rows} of {self.exchange.position_rows} rows against query heads "
+                f"{share.query[0]}-{share.query[1] - 1}, key heads {','.join(map(str, share.keys))}"
+            )
+        for number, stage in enumerate(self.stages):
+            lines += _describe(number, stage)
+        return "\n".join(lines)
+
+
+def _describe(number: int, stage: Stage) -> list[str]:
+    wire = ", ".join(f"{message.rows} from {message.peer}" for message in stage.receives)
+    lines = [f"  stage {number}: " + (f"{stage.rows} key rows ({wire or 'nothing received'})" if number else "local keys")]
+    kinds = {(-1, -1): "full", (-1, 0): "causal"}
+    for call in stage.calls:
+        kind = kinds.get((call.left, call.right), f"window {call.left},{call.right}")
+        lines.append(
+            f"    {kind}: rows {call.q[0]}-{call.q[1]} over keys {call.k[0]}-{call.k[1]}, {len(call.blocks)} blocks"
+        )
+    return lines
+
+
+def gaps(spans: list[Range], rows: int) -> tuple[Range, ...]:
+    """What of `[0, rows)` no span covers."""
+    out, end = [], 0
+    for start, stop in sorted(span for span in spans if span[0] < span[1]):
+        if start > end:
+            out.append((end, start))
+        end = max(end, stop)
+    if end < rows:
+        out.append((end, rows))
+    return tuple(out)

@@ -1,0 +1,35 @@
+"""Fixtures and hypothesis profiles for all tests."""
+
+import os
+from collections.abc import Iterator
+
+import pytest
+from hypothesis import HealthCheck, settings
+
+from tests.pool import Pools
+
+# No deadline anywhere: the first call of a kernel or a worker pool takes seconds. CI must not fail by luck of the draw.
+settings.register_profile("dev", deadline=None, print_blob=True)
+settings.register_profile(
+    "ci", deadline=None, derandomize=True, print_blob=True, suppress_health_check=[HealthCheck.too_slow]
+)
+settings.load_profile("ci" if os.environ.get("CI") else "dev")
+
+
+@pytest.fixture(scope="session")
+def pool() -> Iterator[Pools]:
+    """`pool(world_size)` or `pool(world_size, "cuda")`: worker processes, see tests/pool.py."""
+    pools = Pools()
+    yield pools
+    pools.close()
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """Skip `@pytest.mark.gpu` and `@pytest.mark.gpu(n)` where there are fewer than n (default 1) CUDA devices."""
+    needed = max((mark.args[0] if mark.args else 1 for mark in item.iter_markers("gpu")), default=0)
+    if needed:
+        import torch
+
+        present = torch.cuda.device_count()
+        if present < needed:
+            pytest.skip(f"needs {needed} CUDA devices, found {present}")

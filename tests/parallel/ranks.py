@@ -1,0 +1,44 @@
+"""What worker processes run: one attention on a mesh, results gathered to the global stream."""
+
+from functools import cache
+
+import torch
+import torch.distributed as dist
+
+from ringattn import Layout, SequenceMesh, init_mesh, parallel_attention
+from tests.dense import Case
+
+
+@cache
+def mesh_of(ring: int, ulysses: int, device_type: str = "cpu") -> SequenceMesh:
+    return init_mesh(ring=ring, ulysses=ulysses, device_type=device_type)
+
+
+def attend(
+    case: Case, ring: int, ulysses: int, policy: str, scheme: str, device_type: str = "cpu"
+) -> dict[str, torch.Tensor]:
+    """out, lse, dq, dk, dv (and dsinks) of the whole stream, as every rank sees them after gathering."""
+    mesh = mesh_of(ring, ulysses, device_type)
+    layout = Layout(case.docs, mesh, policy, mask=case.mask)
+    x = {name: tensor.to(mesh.device) for name, tensor in case.tensors().items()}
+    local = {name: layout.shard(x[name]).clone().requires_grad_() for name in ("q", "k", "v")}
+    sinks = x["sinks"].clone().requires_grad_() if case.sinks else None
+    out, lse = parallel_attention(
+        local["q"],
+        local["k"],
+        local["v"],
+        layout,
+        mask=case.mask,
+        scheme=scheme,
+        sinks=sinks,
+        softcap=case.softcap,
+        return_lse=True,
+        **case.options,
+    )
+    out.backward(layout.shard(x["dout"]))
+    whole = {"out": layout.unshard(out.detach()), "lse": layout.unshard(lse, dim=1)}
+    whole |= {f"d{name}": layout.unshard(tensor.grad) for name, tensor in local.items()}
+    if sinks is not None:
+        dist.all_reduce(sinks.grad, group=mesh.sequence_group)
+        whole["dsinks"] = sinks.grad
+    return {name: tensor.cpu() for name, tensor in whole.items()}

@@ -5,7 +5,6 @@ Shapes: t tokens of this rank, H query heads, K key/value heads, D head dim, V v
 
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from ringattn.kernels.registry import choose

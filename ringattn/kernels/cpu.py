@@ -36,7 +36,13 @@ class CpuFlash:
         for block in call.blocks:
             rows = slice(block.q[0] - call.q[0], block.q[1] - call.q[0])
             parts = [
-                _forward(*_batched(q[rows], k[part.keys], v[part.keys]), 0.0, part.causal, attn_mask=part.mask, scale=options.scale)
+                _forward(
+                    *_batched(q[rows], k[part.keys], v[part.keys]),
+                    0.0,
+                    part.causal,
+                    attn_mask=part.mask,
+                    scale=options.scale,
+                )
                 for part in _parts(block, call, q)
             ]
             results = [(_flat(part_out), part_lse[0]) for part_out, part_lse in parts]

@@ -1,6 +1,6 @@
 """Merging partial attention results by their log-sum-exp, and the attention sink as a last merge.
 
-Source of the merge: FlashAttention's blockwise softmax; of applying it across devices: Ring Attention (arXiv 2310.01889).
+Sources: the blockwise softmax of FlashAttention (arXiv 2205.14135), across devices Ring Attention (arXiv 2310.01889).
 """
 
 import torch

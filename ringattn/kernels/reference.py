@@ -90,13 +90,15 @@ def _tiles(call: Call, q: Tensor) -> Iterator[tuple[slice, slice, Tensor]]:
         base = block.q[0] - call.q[0]
         for start in range(0, n, step):
             stop = min(n, start + step)
-            yield slice(base + start, base + stop), keys, allowed_pairs(block, call.left, call.right, (start, stop), q.device)
+            yield (
+                slice(base + start, base + stop),
+                keys,
+                allowed_pairs(block, call.left, call.right, (start, stop), q.device),
+            )
 
 
 def _keyless(call: Call) -> list[slice]:
-    return [
-        slice(block.q[0] - call.q[0], block.q[1] - call.q[0]) for block in call.blocks if block.k[0] == block.k[1]
-    ]
+    return [slice(block.q[0] - call.q[0], block.q[1] - call.q[0]) for block in call.blocks if block.k[0] == block.k[1]]
 
 
 def _scores(q: Tensor, k: Tensor, allowed: Tensor, options: Options) -> Tensor:

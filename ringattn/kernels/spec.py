@@ -156,7 +156,7 @@ class Backend(Protocol):
     def forward(
         self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, call: Call, options: "Options", out: torch.Tensor
     ) -> torch.Tensor:
-        """Attention of q (T, H, D) over k (S, K, D), v (S, K, V), the rows `call.q` and `call.k`; returns lse (H, T)."""
+        """Attention of q (T, H, D) over k (S, K, D), v (S, K, V): rows `call.q` and `call.k`; returns lse (H, T)."""
 
     def backward(
         self,

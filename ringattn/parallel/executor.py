@@ -1,7 +1,7 @@
 """Running a plan: one autograd function for every scheme. It walks stages of transfers and kernel calls, nothing else.
 
-Legend: t local tokens, n tokens of the ring position (n = t without an exchange), H and K query and key heads (after the
-exchange: this rank's), D head dim, V value head dim. `q_tHD`, `lse_Hn`.
+Legend: t local tokens, n tokens of the ring position (n = t without an exchange), H and K query and key heads (after
+the exchange: this rank's), D head dim, V value head dim. `q_tHD`, `lse_Hn`.
 """
 
 from dataclasses import dataclass
@@ -45,9 +45,7 @@ def run(job: Job, q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None) -> tupl
 
 class _Attention(torch.autograd.Function):
     @staticmethod
-    def forward(
-        ctx: Any, q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None, job: Job
-    ) -> tuple[Tensor, Tensor]:
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None, job: Job) -> tuple[Tensor, Tensor]:
         q, k, v = q.contiguous(), k.contiguous(), v.contiguous()
         exchange = job.plan.exchange
         if exchange is not None and job.ulysses is not None:

@@ -44,7 +44,9 @@ class Layout:
 
     def __post_init__(self) -> None:
         if not isinstance(self.docs, Documents):
-            raise ValueError(f"docs must be Documents, got {type(self.docs).__name__}; build one with Documents(lengths)")
+            raise ValueError(
+                f"docs must be Documents, got {type(self.docs).__name__}; build one with Documents(lengths)"
+            )
         if not isinstance(self.mesh, MeshShape):
             raise ValueError(f"mesh must come from init_mesh (or be a MeshShape), got {type(self.mesh).__name__}")
         if self.policy not in POLICIES:
@@ -165,12 +167,12 @@ class _Unshard(torch.autograd.Function):
     def forward(ctx: Any, x: torch.Tensor, layout: Layout, grad: str) -> torch.Tensor:
         ctx.layout, ctx.grad = layout, grad
         mesh = layout.mesh
-        if mesh.sequence_size > 1 and not isinstance(mesh, SequenceMesh):
-            raise ValueError("unshard needs a layout on a SequenceMesh of running processes, got a MeshShape")
         padded = x.new_zeros(layout._longest, *x.shape[1:])
         padded[: len(x)] = x
         rows = [padded]
         if mesh.sequence_size > 1:
+            if not isinstance(mesh, SequenceMesh):
+                raise ValueError("unshard needs a layout on a SequenceMesh of running processes, got a MeshShape")
             rows = [torch.empty_like(padded) for _ in range(mesh.sequence_size)]
             dist.all_gather(rows, padded, group=mesh.sequence_group)
         return torch.cat(rows).index_select(0, layout._gather_order.to(x.device))

@@ -103,8 +103,15 @@ def resolve_mesh(
         product = world_size
     if product != world_size:
         shown = " × ".join(f"{name}={'?' if name == rest_axis else sizes[name]}" for name in AXES)
-        raise ValueError(f"data × ring × ulysses must equal the world size {world_size}, got {shown} (product {product})")
-    if ranks_per_node and not ulysses_across_nodes and ranks_per_node % sizes["ulysses"] and world_size > ranks_per_node:
+        raise ValueError(
+            f"data × ring × ulysses must equal the world size {world_size}, got {shown} (product {product})"
+        )
+    if (
+        ranks_per_node
+        and not ulysses_across_nodes
+        and ranks_per_node % sizes["ulysses"]
+        and world_size > ranks_per_node
+    ):
         raise ValueError(
             f"ulysses={sizes['ulysses']} would cross nodes of {ranks_per_node} ranks (world size {world_size}): its "
             f"exchange belongs inside a node. Use an ulysses degree that divides {ranks_per_node} and ring for the "
@@ -157,7 +164,7 @@ def _init_single_process(device_type: str) -> None:
 
 
 def _open_groups(mesh: SequenceMesh) -> None:
-    """One small collective per group: NCCL must not see point-to-point traffic of some ranks as a group's first work."""
+    """One small collective per group: with NCCL, traffic between some ranks only must not be a group's first work."""
     token = torch.zeros(1, device=mesh.device)
     for group in (mesh.ring_group, mesh.ulysses_group, mesh.sequence_group):
         dist.all_reduce(token, group=group)

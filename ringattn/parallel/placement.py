@@ -42,7 +42,7 @@ def contiguous(docs: Documents, mask: Mask, ring: int) -> Placement:
     spans = _spans(docs, mask)
     starts = [span.start for span in spans]
     held: list[list[tuple[Span, int, int]]] = [[] for _ in range(ring)]
-    for position, (begin, end) in enumerate(zip(bounds[:-1], bounds[1:], strict=True)):
+    for position, (begin, end) in enumerate(pairwise(bounds)):
         index = max(0, bisect_right(starts, begin) - 1)
         while index < len(spans) and spans[index].start < end:
             span = spans[index]
@@ -62,7 +62,7 @@ def zigzag(docs: Documents, mask: Mask, ring: int) -> Placement:
     held: list[list[tuple[Span, int, int]]] = [[] for _ in range(ring)]
     for number, span in enumerate(_spans(docs, mask)):
         bounds = [index * span.size // (2 * ring) for index in range(2 * ring + 1)]
-        for index, (first, last) in enumerate(zip(bounds[:-1], bounds[1:], strict=True)):
+        for index, (first, last) in enumerate(pairwise(bounds)):
             if first < last:
                 held[(min(index, 2 * ring - 1 - index) + number) % ring].append((span, first, last))
     return _ordered(held)
@@ -110,7 +110,7 @@ def _tiles(spans: list[Span], total: int, ring: int) -> list[int]:
 
 
 def _window_search(spans: list[Span], ring: int, tiles: list[int]) -> list[list[tuple[int, int]]]:
-    """Tokens of every span given to every position: per span a list of `(position, tokens)`; spans sorted by density."""
+    """Tokens of every span given to every position: per span, sorted by density, a list of `(position, tokens)`."""
     left = np.array([span.size for span in spans], dtype=np.int64)
     density = np.array([span.density for span in spans], dtype=np.float64)
     shares: list[list[tuple[int, int]]] = [[] for _ in spans]
@@ -212,7 +212,9 @@ def _ordered(held: list[list[tuple[Span, int, int]]]) -> Placement:
         pieces = _joined(pieces)
         # The first of two pieces of one document is its head; a piece that is alone counts as a tail.
         heads = {a[0].start + a[1] for a, b in pairwise(pieces) if a[0].start == b[0].start}
-        order = sorted(((room(piece, heads), piece[0].start + piece[1], piece) for piece in pieces), key=itemgetter(0, 1))
+        order = sorted(
+            ((room(piece, heads), piece[0].start + piece[1], piece) for piece in pieces), key=itemgetter(0, 1)
+        )
         placement.append(_touching([(span.start + first, span.start + last) for _, _, (span, first, last) in order]))
     return tuple(placement)
 

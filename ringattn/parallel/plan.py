@@ -3,6 +3,7 @@
 Rows are local: of this rank's query and key tensors after the exchange (if there is one), or of a stage's key buffer.
 """
 
+import itertools
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -26,7 +27,7 @@ class Stage:
     """Transfers that must have arrived, then calls.
 
     Stage 0 reads the local keys and needs no transfer. A later stage reads a buffer of `rows` key rows filled by
-    `copies` (local rows → buffer rows) and `receives`; its `sends` are what this rank gives others for their same stage.
+    `copies` (local rows → buffer rows) and `receives`; its `sends` are what this rank gives others for the same stage.
     """
 
     calls: tuple[Call, ...]
@@ -39,7 +40,7 @@ class Stage:
     def overlapping_keys(self) -> bool:
         """Whether a key row is read by more than one call, so that its gradient is a sum."""
         spans = sorted(block.k for call in self.calls for block in call.blocks if block.k[0] < block.k[1])
-        return any(after[0] < before[1] for before, after in zip(spans[:-1], spans[1:], strict=True))
+        return any(after[0] < before[1] for before, after in itertools.pairwise(spans))
 
     @cached_property
     def unread(self) -> tuple[Range, ...]:
@@ -92,7 +93,7 @@ class AttentionPlan:
         shared_k: local key rows whose gradient may have several parts, accumulated likewise.
         exchange: the heads' all-to-all around the stages, if the ulysses degree is above 1.
         keep_keys: keep the cast keys for the backward pass instead of casting them again.
-        wide_reduce: return the gradients of cast keys in float32; else rounded to the dtype of the keys, half the bytes.
+        wide_reduce: return the gradients of cast keys in float32; else in the dtype of the keys, half the bytes.
         reason: why this schedule.
     """
 
@@ -146,7 +147,9 @@ class AttentionPlan:
 
 def _describe(number: int, stage: Stage) -> list[str]:
     wire = ", ".join(f"{message.rows} from {message.peer}" for message in stage.receives)
-    lines = [f"  stage {number}: " + (f"{stage.rows} key rows ({wire or 'nothing received'})" if number else "local keys")]
+    lines = [
+        f"  stage {number}: " + (f"{stage.rows} key rows ({wire or 'nothing received'})" if number else "local keys")
+    ]
     kinds = {(-1, -1): "full", (-1, 0): "causal"}
     for call in stage.calls:
         kind = kinds.get((call.left, call.right), f"window {call.left},{call.right}")

@@ -1,5 +1,6 @@
 """From layout and mask to plan. Every rank computes its part from the same integers, without communication."""
 
+import itertools
 from bisect import bisect_left
 from collections import defaultdict
 from collections.abc import Iterable, Iterator
@@ -103,7 +104,7 @@ def _distances(ring: int, schedule: str, stages: int | None) -> list[range]:
         return [range(1, ring)]
     casts = min(ring - 1, (stages or RING_STAGES) - 1)
     bounds = [1 + index * (ring - 1) // casts for index in range(casts + 1)]
-    return [range(a, b) for a, b in zip(bounds[:-1], bounds[1:], strict=True)]
+    return [range(a, b) for a, b in itertools.pairwise(bounds)]
 
 
 @dataclass(frozen=True)
@@ -172,7 +173,9 @@ class Held:
     def local_run(self, position: int, piece: Piece, band: Band) -> Piece | None:
         """The piece of the same position that holds all keys of `piece`, if there is one."""
         first, last = self.needs(piece, band)
-        return next((run for run in self.own(position, piece.document) if run.first <= first and last <= run.last), None)
+        return next(
+            (run for run in self.own(position, piece.document) if run.first <= first and last <= run.last), None
+        )
 
     def fetched_rows(self, position: int, band: Band) -> int:
         """Remote key rows that the queries of a position need."""

@@ -15,8 +15,8 @@ from ringattn.parallel.transport import Pending, Transport
 class Accumulator:
     """A result of n rows of which those in `shared` have several parts, added in float32.
 
-    Kernels write every part to `rows` in place. Rows outside `shared` have one part and are final then; `collect` adds a
-    part of the others to the wide copy, and `finish` rounds them once.
+    Kernels write every part to `rows` in place. Rows outside `shared` have one part and are final then; `collect` adds
+    a part of the others to the wide copy, and `finish` rounds them once.
     """
 
     def __init__(self, rows: Tensor, shared: Range) -> None:

@@ -3,8 +3,8 @@
 `x[list]` style staging, message order and sizes are the plan's business; a transport only moves what it is given.
 """
 
-from collections.abc import Sequence
-from typing import Protocol
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol
 
 import torch
 import torch.distributed as dist
@@ -53,15 +53,13 @@ class GroupTransport:
     def __init__(self, group: dist.ProcessGroup) -> None:
         self.group = group
 
-    def post(
-        self, sends: Sequence[tuple[int, torch.Tensor]], receives: Sequence[tuple[int, torch.Tensor]]
-    ) -> Pending:
+    def post(self, sends: Sequence[tuple[int, torch.Tensor]], receives: Sequence[tuple[int, torch.Tensor]]) -> Pending:
         ops = [self._op(dist.isend, tensor, peer) for peer, tensor in sends if tensor.numel()]
         ops += [self._op(dist.irecv, tensor, peer) for peer, tensor in receives if tensor.numel()]
         works = dist.batch_isend_irecv(ops) if ops else []
         return _Works(works, [tensor for _, tensor in [*sends, *receives]])
 
-    def _op(self, op: object, tensor: torch.Tensor, peer: int) -> dist.P2POp:
+    def _op(self, op: Callable[..., Any], tensor: torch.Tensor, peer: int) -> dist.P2POp:
         return dist.P2POp(op, tensor, group=self.group, group_peer=peer)
 
     def exchange(

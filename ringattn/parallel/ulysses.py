@@ -4,6 +4,8 @@ ring position with some heads, and back. Uneven in both directions where heads o
 Legend: t local tokens, n tokens of the ring position, H query heads, K key heads, h and c this rank's share of them.
 """
 
+import itertools
+
 import torch
 
 from ringattn.kernels.spec import Range
@@ -15,7 +17,7 @@ def exchange_plan(rows: tuple[Range, ...], query_heads: int, key_heads: int, ran
     """Deal `query_heads` over the ranks as evenly as whole heads allow, each with the key heads that they read."""
     ranks = len(rows)
     bounds = [-(-index * query_heads // ranks) for index in range(ranks + 1)]
-    heads = tuple(_share((a, b), query_heads // key_heads) for a, b in zip(bounds[:-1], bounds[1:], strict=True))
+    heads = tuple(_share((a, b), query_heads // key_heads) for a, b in itertools.pairwise(bounds))
     return Exchange(rows, heads, rank)
 
 

@@ -87,9 +87,7 @@ def test_cpu_flash_in_float32(pool: Pools, ring: int, ulysses: int, scheme: str)
 
 @pytest.mark.parametrize(("ring", "ulysses", "scheme"), MESHES)
 @pytest.mark.parametrize("policy", ["contiguous", "zigzag", "balanced"])
-def test_unseen_keys_get_exactly_zero_gradient(
-    pool: Pools, ring: int, ulysses: int, scheme: str, policy: str
-) -> None:
+def test_unseen_keys_get_exactly_zero_gradient(pool: Pools, ring: int, ulysses: int, scheme: str, policy: str) -> None:
     docs = Documents([40, 9, 70, 25])
     mask = Mask(window=(6, 0))
     case = Case(docs, mask, (4, 2), dtype=torch.float32)

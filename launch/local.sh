@@ -1,0 +1,36 @@
+#!/usr/bin/env bash
+# Set up this machine and train on it until done. See usage below.
+set -euo pipefail
+
+usage() {
+    cat <<'TEXT'
+usage: bash launch/local.sh [hydra overrides]
+
+Makes .venv (or uses the active environment if it has what is needed), then runs recipes/train.py with torchrun on
+every GPU of this machine, or on 2 CPU ranks where there is none. Overrides go to the recipe:
+
+  bash launch/local.sh                               the default: a small model on packed source files
+  bash launch/local.sh model=llama_8b data=text      other choices, see configs/
+  bash launch/local.sh engine=deepspeed              DeepSpeed is installed when asked for
+
+Environment:
+  NPROC    number of ranks                                    (default: one per GPU, else 2)
+  PYTHON   interpreter to use or to make .venv with           (default: python3)
+  EXTRAS   more extras of pyproject.toml, e.g. EXTRAS=fa4     (default: none)
+  OMP_NUM_THREADS  threads of each rank                       (default: cores / ranks)
+
+The exit code is that of the training.
+TEXT
+}
+
+for argument in "$@"; do
+    case $argument in
+        -h | --help) usage && exit 0 ;;
+    esac
+done
+
+# shellcheck source=launch/setup.sh
+source "$(dirname "${BASH_SOURCE[0]}")/setup.sh"
+set_up "$(extras_for "$@")"
+choose_ranks "${NPROC:-}"
+exec "$python" -m torch.distributed.run --standalone --nproc-per-node "$ranks" recipes/train.py "$@"

@@ -27,7 +27,7 @@ def apply_sinks_(out: Tensor, lse: Tensor, sinks: Tensor) -> None:
     Applied once, after the last merge, so that the number of partial results cannot count the sink twice.
     """
     total = torch.logaddexp(lse, sinks.to(lse.dtype)[:, None])
-    out.mul_(_per_row(torch.exp(lse - total)).to(out.dtype))
+    out.copy_(out.to(lse.dtype) * _per_row(torch.exp(lse - total)))
     lse.copy_(total)
 
 

@@ -17,6 +17,7 @@ from ringattn.parallel.ulysses import exchange_plan
 
 SCHEMES = ("auto", "ring", "ulysses", "hybrid", "gather")
 RING_STAGES = 4  # the local stage and three casts overlap well and need only two key buffers
+GATHER_SHARE = 8  # remote keys, as a multiple of a rank's own, up to which they are gathered at once
 DIRECT_SEGMENTS = 4  # up to this many runs between two ranks travel as they lie; more are packed into one message
 
 
@@ -90,10 +91,11 @@ def _schedule(held: "Held", band: Band, scheme: str) -> tuple[str, str]:
     if scheme in ("ring", "gather"):
         return scheme, f'scheme="{scheme}" was asked for'
     rows = sum(held.fetched_rows(position, band) for position in range(ring))
-    share = f"the positions need {rows} remote key rows for the {held.docs.total} of the stream"
-    if rows <= held.docs.total:
-        return "gather", f"{share}: gathered keys are small, and each query row is computed in one call"
-    return "ring", f"{share}: stages bound the memory and overlap"
+    share = rows / max(held.docs.total, 1)
+    need = f"a rank needs {share:.2f} × its own keys from others"
+    if share <= GATHER_SHARE:
+        return "gather", f"{need}, at most {GATHER_SHARE}: they fit, and each query row is computed in one call"
+    return "ring", f"{need}, more than {GATHER_SHARE}: stages bound the memory"
 
 
 def _distances(ring: int, schedule: str, stages: int | None) -> list[range]:

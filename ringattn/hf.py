@@ -143,13 +143,13 @@ def _check_model(model: Any) -> int:
     config = model.config.get_text_config()
     if model.config.is_encoder_decoder:
         raise NotImplementedError(f"{name} is an encoder-decoder; only decoders are supported")
-    if not model._supports_attention_backend:
-        raise NotImplementedError(f"{name} computes its attention itself, outside transformers' AttentionInterface")
     layer_types = getattr(config, "layer_types", None) or ["full_attention"] * config.num_hidden_layers
     if other := sorted(set(layer_types) - LAYER_TYPES):
         raise NotImplementedError(
             f"{name} has layers of type {', '.join(other)}, which cannot be split over a sequence"
         )
+    if not model._supports_attention_backend:
+        raise NotImplementedError(f"{name} computes its attention itself, outside transformers' AttentionInterface")
     return len(layer_types)
 
 

@@ -1,5 +1,6 @@
 """Placements: the definition of balance, over random documents and up to 64 ranks, without processes."""
 
+import itertools
 from random import Random
 
 from hypothesis import given, settings
@@ -27,7 +28,7 @@ def assert_every_token_once(layout: Layout) -> None:
     ranks = range(layout.mesh.sequence_size)
     held = sorted(span for rank in ranks for span in layout.ranges(rank))
     assert sum(stop - start for start, stop in held) == layout.docs.total
-    assert all(before[1] <= after[0] for before, after in zip(held, held[1:], strict=False))
+    assert all(before[1] <= after[0] for before, after in itertools.pairwise(held))
     assert all(0 <= start < stop <= layout.docs.total for start, stop in held)
 
 
@@ -98,7 +99,7 @@ def test_balance_at_8192_tokens_a_rank(case: tuple[int, list[int]]) -> None:
 
 def test_one_document_becomes_zigzag() -> None:
     layouts = [Layout(Documents([4096]), MeshShape(1, 4), policy) for policy in ("balanced", "zigzag")]
-    assert [layout.positions for layout in layouts][0] == layouts[1].positions
+    assert next(layout.positions for layout in layouts) == layouts[1].positions
 
 
 def test_whole_documents_then_heads_then_tails() -> None:

@@ -1,0 +1,130 @@
+"""The front door refuses wrong arguments with one clear error, before any communication."""
+
+import pytest
+import torch
+
+from ringattn import Documents, Layout, MeshShape, ParallelAttention, init_mesh, parallel_attention
+from ringattn.kernels.registry import choose, explain
+from ringattn.kernels.spec import CallSpec
+from ringattn.parallel.mesh import resolve_mesh
+from tests.parallel.ranks import mesh_of
+from tests.pool import Pools
+
+
+def tensors(tokens: int = 20, heads: int = 4, key_heads: int = 2, dim: int = 8) -> list[torch.Tensor]:
+    return [torch.randn(tokens, h, dim) for h in (heads, key_heads, key_heads)]
+
+
+LAYOUT = Layout(Documents([12, 8]), MeshShape())
+BAD = {
+    "batch dim": (lambda q, k, v: (q[None], k, v), {}, ["q must be", "(1, 20, 4, 8)"]),
+    "tokens": (lambda q, k, v: (q[:19], k, v), {}, ["q must hold the 20 tokens", "got 19"]),
+    "other layout": (lambda q, k, v: (q, k[:7], v), {}, ["k must hold the 20 tokens", "got 7"]),
+    "dtype": (lambda q, k, v: (q, k.double(), v), {}, ["dtype", "torch.float64"]),
+    "integers": (lambda q, k, v: (q.long(), k.long(), v.long()), {}, ["floating", "torch.int64"]),
+    "device": (lambda q, k, v: (q, k.to("meta"), v), {}, ["one device", "meta"]),
+    "head dim": (lambda q, k, v: (q, k[..., :4], v), {}, ["k must have the head dim of q, 8, got 4"]),
+    "value heads": (lambda q, k, v: (q, k, v[:, :1]), {}, ["v must have as many heads as k, 2, got 1"]),
+    "groups": (lambda q, k, v: (q[:, :3], k, v), {}, ["multiple of the key heads, got 3 and 2"]),
+    "no heads": (lambda q, k, v: (q[:, :0], k, v), {}, ["multiple of the key heads, got 0 and 2"]),
+    "dropout": (lambda q, k, v: (q, k, v), {"dropout_p": 1.5}, ["dropout_p must be in [0, 1), got 1.5"]),
+    "softcap": (lambda q, k, v: (q, k, v), {"softcap": -1.0}, ["softcap must be >= 0", "-1.0"]),
+    "softcap nan": (lambda q, k, v: (q, k, v), {"softcap": float("nan")}, ["softcap must be >= 0", "nan"]),
+    "sinks": (lambda q, k, v: (q, k, v), {"sinks": torch.zeros(2)}, ["sinks must be", "(4,)", "(2,)"]),
+    "mask": (lambda q, k, v: (q, k, v), {"mask": "causal"}, ["mask must be a Mask, got str"]),
+    "backend": (lambda q, k, v: (q, k, v), {"backend": "fa9"}, ["backend must be", "'fa9'"]),
+    "scheme": (lambda q, k, v: (q, k, v), {"scheme": "star"}, ["scheme must be", "'star'"]),
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_wrong_arguments(name: str) -> None:
+    change, options, words = BAD[name]
+    with pytest.raises(ValueError, match=r"\w") as error:
+        parallel_attention(*change(*tensors()), LAYOUT, **options)
+    assert all(word in str(error.value) for word in words), str(error.value)
+
+
+def test_a_layout_without_processes_cannot_communicate() -> None:
+    with pytest.raises(ValueError, match="MeshShape, for planning only"):
+        parallel_attention(*tensors(10), Layout(Documents([12, 8]), MeshShape(1, 2)))
+
+
+@pytest.mark.parametrize("options", [{"dropout_p": 0.1}, {"softcap": 2.0, "backend": "cpu"}, {"backend": "fa4"}])
+def test_what_no_backend_can_do_is_refused_by_name(options: dict) -> None:
+    with pytest.raises(NotImplementedError, match=r"dropout|softcap|CUDA tensors only"):
+        parallel_attention(*tensors(), LAYOUT, **options)
+
+
+def test_softcap_off_is_none_or_zero() -> None:
+    x = tensors()
+    plain = parallel_attention(*x, LAYOUT, backend="reference")
+    assert torch.equal(plain, parallel_attention(*x, LAYOUT, softcap=None, backend="reference"))
+    assert not torch.allclose(plain, parallel_attention(*x, LAYOUT, softcap=0.5))
+
+
+def test_nan_is_not_hidden() -> None:
+    q, k, v = tensors()
+    v[3] = float("nan")
+    out = parallel_attention(q, k, v, LAYOUT)
+    assert out[3:12].isnan().all()
+    assert not out[12:].isnan().any()
+
+
+def test_auto_takes_the_first_backend_that_can() -> None:
+    spec = CallSpec("cpu", torch.float32, 8, 8, 4, 2)
+    assert choose(spec).name == "cpu"
+    assert choose(CallSpec("cpu", torch.float32, 8, 4, 4, 2)).name == "reference"
+    reasons = explain(spec)
+    assert reasons["cpu"] is None
+    assert "CUDA" in (reasons["fa4"] or "")
+
+
+def wrong_on_every_rank(kind: str) -> None:
+    mesh = mesh_of(2, 1)
+    layout = Layout(Documents([12, 8]), mesh)
+    q, k, v = (layout.shard(x) for x in tensors())
+    if kind == "mesh":
+        ParallelAttention(mesh_of(1, 2))(q, k, v, layout)
+    elif kind == "global":
+        parallel_attention(*tensors(), layout)
+    elif kind == "degrees":
+        init_mesh(ring=3)
+
+
+@pytest.mark.parametrize(
+    ("kind", "words"),
+    [("mesh", "layout was made for"), ("global", "shard it with layout.shard"), ("degrees", "world size 2, got")],
+)
+def test_errors_in_processes_do_not_hang(pool: Pools, kind: str, words: str) -> None:
+    with pytest.raises(ValueError, match=words):
+        pool(2).run(wrong_on_every_rank, kind, timeout=20)
+    assert pool(2).run(int) == [0, 0]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ({"world_size": 8, "ring": 3}, ["world size 8", "ring=3", "data=?", "product 3"]),
+        ({"world_size": 6, "ulysses": 4}, ["world size 6", "ulysses=4", "ring=?"]),
+        ({"world_size": 8, "data": 2, "ring": 2, "ulysses": 4}, ["world size 8", "product 16"]),
+        ({"world_size": 8, "ulysses": 0}, ["ulysses must be an integer >= 1", "0"]),
+        ({"world_size": 16, "ulysses": 16, "ranks_per_node": 8}, ["ulysses=16", "nodes of 8", "world size 16"]),
+    ],
+)
+def test_degrees_that_do_not_fit(arguments: dict, words: list[str]) -> None:
+    with pytest.raises(ValueError, match=r"\w") as error:
+        resolve_mesh(**arguments)
+    assert all(word in str(error.value) for word in words), str(error.value)
+
+
+def test_omitted_degrees() -> None:
+    def sizes(*args: object, **kwargs: object) -> tuple[int, int, int]:
+        shape = resolve_mesh(*args, **kwargs)  # type: ignore[arg-type]
+        return shape.data, shape.ring, shape.ulysses
+
+    assert sizes(8) == (1, 8, 1)
+    assert sizes(8, ulysses=4) == (1, 2, 4)
+    assert sizes(8, ring=2) == (4, 2, 1)
+    assert sizes(8, ring=1, ulysses=2) == (4, 1, 2)
+    assert sizes(16, ulysses=16, ranks_per_node=8, ulysses_across_nodes=True) == (1, 1, 16)

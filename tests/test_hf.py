@@ -1,0 +1,148 @@
+"""Hugging Face models: every document run alone is the truth, not transformers' own packing."""
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from ringattn import Documents, Layout, MeshShape
+from ringattn.hf import IGNORE_INDEX, attention_kwargs, parallelize, shard_batch, shifted_labels
+from tests.parallel.ranks import mesh_of
+from tests.pool import Pools
+
+transformers = pytest.importorskip("transformers")
+DOCS = Documents([5, 4, 0, 37, 1, 20])
+SIZES = {
+    "vocab_size": 97,
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+}
+WINDOW = {"sliding_window": 6}
+FAMILIES = {
+    "LlamaForCausalLM": {},
+    "Qwen3ForCausalLM": {"head_dim": 16},
+    "MistralForCausalLM": WINDOW,
+    "Qwen2ForCausalLM": WINDOW | {"use_sliding_window": True, "max_window_layers": 1},
+    "Gemma2ForCausalLM": WINDOW | {"head_dim": 16, "attn_logit_softcapping": 2.0},
+}
+
+
+def model_of(family: str, **changes: object) -> torch.nn.Module:
+    model_class = getattr(transformers, family)
+    config = model_class.config_class(**{**SIZES, **FAMILIES[family], **changes})
+    config._attn_implementation = "eager"
+    torch.manual_seed(0)
+    model = model_class(config)
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.12)  # the default is so small that features hardly show
+    return model.eval()
+
+
+def alone(family: str, ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, list[torch.Tensor]]:
+    """Logits (T, vocabulary), mean loss over all targets and gradients, one document after another."""
+    model = model_of(family)
+    logits, losses, targets = [], [], 0
+    for start, size in zip(DOCS.starts, DOCS.lengths, strict=True):
+        if not size:
+            continue
+        part = model(input_ids=ids[None, start : start + size], use_cache=False).logits[0]
+        logits.append(part.detach())
+        losses.append(torch.nn.functional.cross_entropy(part[:-1], ids[start + 1 : start + size], reduction="sum"))
+        targets += size - 1
+    loss = sum(losses) / targets
+    loss.backward()
+    return torch.cat(logits), loss.detach(), [parameter.grad for parameter in model.parameters()]
+
+
+def sharded(family: str, ids: torch.Tensor, ring: int, ulysses: int, reentrant: bool | None) -> tuple:
+    mesh = mesh_of(ring, ulysses)
+    model = model_of(family)
+    parallelize(model, mesh)
+    if reentrant is not None:
+        model.train()
+        model.gradient_checkpointing_enable({"use_reentrant": reentrant})
+    batch = shard_batch({"input_ids": ids[None], "labels": ids[None]}, DOCS, mesh)
+    output = model(**batch)
+    output.loss.backward()
+    gradients = [parameter.grad for parameter in model.parameters()]
+    for gradient in gradients:
+        dist.all_reduce(gradient)
+        gradient /= mesh.sequence_size
+    return batch["cu_seq_lens_q"].unshard(output.logits[0].detach()), output.loss.detach(), gradients
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize(("ring", "ulysses", "reentrant"), [(1, 1, None), (2, 1, True), (1, 2, False), (2, 2, None)])
+def test_logits_loss_and_gradients(pool: Pools, family: str, ring: int, ulysses: int, reentrant: bool | None) -> None:
+    ids = torch.randint(0, 97, (DOCS.total,), generator=torch.Generator().manual_seed(1))
+    logits, loss, gradients = alone(family, ids)
+    for got_logits, got_loss, got_gradients in pool(ring * ulysses).run(sharded, family, ids, ring, ulysses, reentrant):
+        torch.testing.assert_close(got_logits, logits, rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(got_loss, loss, rtol=1e-6, atol=1e-6)
+        for got, expected in zip(got_gradients, gradients, strict=True):
+            assert (got - expected).norm() <= 1e-5 * expected.norm()
+
+
+def test_shifted_labels_stay_in_their_document() -> None:
+    docs = Documents([3, 0, 2, 1], starts=[1, 4, 5, 7], total=9)
+    targets = shifted_labels(torch.arange(9), docs)
+    x = IGNORE_INDEX
+    assert targets.tolist() == [x, 2, 3, x, x, 6, x, x, x]
+
+
+@pytest.mark.parametrize(
+    ("family", "config", "words"),
+    [
+        ("BloomForCausalLM", {"hidden_size": 64, "n_layer": 2, "n_head": 4}, "outside transformers"),
+        ("T5ForConditionalGeneration", {"d_model": 32, "num_layers": 2, "num_heads": 2}, "encoder-decoder"),
+        ("Qwen3NextForCausalLM", {"num_hidden_layers": 4, "hidden_size": 64}, "linear_attention"),
+    ],
+)
+def test_unsupported_models_are_refused_by_name(pool: Pools, family: str, config: dict, words: str) -> None:
+    with pytest.raises(NotImplementedError, match=words):
+        pool(1).run(refused, family, config)
+
+
+def refused(family: str, config: dict) -> None:
+    model_class = getattr(transformers, family)
+    with torch.device("meta"):
+        model = model_class(model_class.config_class(**config))
+    parallelize(model, mesh_of(1, 1))
+
+
+def misused(kind: str) -> None:
+    mesh = mesh_of(1, 1)
+    model = model_of("LlamaForCausalLM", num_hidden_layers=1)
+    parallelize(model, mesh)
+    ids = torch.zeros(1, 8, dtype=torch.int64)
+    keywords = attention_kwargs(Layout(Documents([8]), MeshShape()))
+    if kind == "no layout":
+        model(input_ids=ids, use_cache=False)
+    elif kind == "mask":
+        model(input_ids=ids, attention_mask=torch.tensor([[0] * 2 + [1] * 6]), use_cache=False, **keywords)
+    elif kind == "batch":
+        model(input_ids=ids.repeat(2, 1), use_cache=False, **keywords)
+    elif kind == "keyword":
+        model(input_ids=ids, use_cache=False, sofcap=1.0, **keywords)
+    elif kind == "attentions":
+        model(input_ids=ids, use_cache=False, output_attentions=True, **keywords)
+    elif kind == "option":
+        parallelize(model, mesh, shceme="ring")
+
+
+@pytest.mark.parametrize(
+    ("kind", "error", "words"),
+    [
+        ("no layout", ValueError, "shard_batch"),
+        ("mask", ValueError, "attention_mask must be None"),
+        ("batch", ValueError, "batch size 1, got 2"),
+        ("keyword", TypeError, "sofcap"),
+        ("attentions", NotImplementedError, "output_attentions"),
+        ("option", TypeError, "shceme"),
+    ],
+)
+def test_misuse_is_an_error(pool: Pools, kind: str, error: type[Exception], words: str) -> None:
+    with pytest.raises(error, match=words):
+        pool(1).run(misused, kind)

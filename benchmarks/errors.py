@@ -1,0 +1,148 @@
+"""Errors of attention over several GPUs against float64, beside those of one kernel call on one GPU.
+
+    torchrun --nproc-per-node 4 benchmarks/errors.py --out benchmarks/results/errors.md
+
+Error = ‖x − reference‖ / ‖reference‖ over the whole stream. bfloat16 inputs, float64 reference from the same inputs.
+Every mesh of the started ranks is run: ring (gather and ring schedules), ulysses, and both.
+"""
+
+import argparse
+import platform
+import sys
+from collections.abc import Iterator
+from datetime import date
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from ringattn import Documents, Layout, Mask, MeshShape, init_mesh, parallel_attention
+from ringattn.kernels.registry import BACKENDS
+from ringattn.kernels.spec import CallSpec
+
+HEADS, KEY_HEADS, DIM = 8, 2, 128
+WORKLOADS = {
+    "one document of 16384": (Documents([16384]), Mask()),
+    "window 1023": (Documents([16384]), Mask(window=(1023, 0))),
+    "packed 16384": (Documents([9001, 3000, 17, 1, 2048, 1300, 640, 377]), Mask()),
+    "bidirectional packed": (Documents([6001, 2000, 17, 1, 174]), Mask(causal=False)),
+}
+NAMES = ("out", "dq", "dk", "dv")
+
+
+def inputs(docs: Documents, device: torch.device) -> dict[str, Tensor]:
+    """bfloat16 q, k, v and dout of the whole stream, the same on every rank."""
+    generator = torch.Generator(device).manual_seed(1)
+    heads = {"q": HEADS, "k": KEY_HEADS, "v": KEY_HEADS, "dout": HEADS}
+    return {
+        name: torch.randn(docs.total, h, DIM, generator=generator, device=device).bfloat16()
+        for name, h in heads.items()
+    }
+
+
+def reference(x: dict[str, Tensor], docs: Documents, mask: Mask) -> dict[str, Tensor]:
+    """out, dq, dk, dv in float64, head by head and document by document."""
+    wide = {name: tensor.double() for name, tensor in x.items()}
+    result = {name: torch.zeros_like(wide[source]) for name, source in zip(NAMES, ("q", "q", "k", "v"), strict=True)}
+    group = HEADS // KEY_HEADS
+    for start, size in zip(docs.starts, docs.lengths, strict=True):
+        rows = slice(start, start + size)
+        allowed = mask.dense(size).to(wide["q"].device)
+        for head in range(HEADS):
+            q, k, v = (
+                wide[name][rows, h].clone().requires_grad_()
+                for name, h in (("q", head), ("k", head // group), ("v", head // group))
+            )
+            scores = (q @ k.T * DIM**-0.5).masked_fill(~allowed, float("-inf"))
+            out = scores.softmax(-1) @ v
+            out.backward(wide["dout"][rows, head])
+            result["out"][rows, head] = out.detach()
+            result["dq"][rows, head] = q.grad
+            result["dk"][rows, head // group] += k.grad
+            result["dv"][rows, head // group] += v.grad
+    return result
+
+
+def attend(
+    x: dict[str, Tensor], layout: Layout, mask: Mask, scheme: str, backend: str, wide: bool
+) -> dict[str, Tensor]:
+    local = {name: layout.shard(tensor).clone() for name, tensor in x.items()}
+    for name in ("q", "k", "v"):
+        local[name].requires_grad_()
+    out = parallel_attention(
+        local["q"], local["k"], local["v"], layout, mask=mask, scheme=scheme, backend=backend, wide_reduce=wide
+    )
+    out.backward(local["dout"])
+    grads = {f"d{name}": local[name].grad for name in ("q", "k", "v")}
+    return {name: layout.unshard(tensor) for name, tensor in {"out": out.detach(), **grads}.items()}
+
+
+def errors(got: dict[str, Tensor], expected: dict[str, Tensor]) -> list[float]:
+    return [((got[name].double() - expected[name]).norm() / expected[name].norm()).item() for name in NAMES]
+
+
+def meshes(world: int) -> Iterator[tuple[str, int, int, str]]:
+    for ulysses in (size for size in range(1, world + 1) if world % size == 0):
+        ring = world // ulysses
+        schemes = ("gather", "ring") if ring > 1 else ("ulysses",)
+        for scheme in schemes:
+            yield f"ring {ring} × ulysses {ulysses}, {scheme}", ring, ulysses, scheme
+
+
+def run(device: torch.device) -> list[str]:
+    """Rows of the table; collective."""
+    rows = []
+    shapes = {
+        (ring, ulysses): init_mesh(ring=ring, ulysses=ulysses) for _, ring, ulysses, _ in meshes(dist.get_world_size())
+    }
+    spec = CallSpec(device.type, torch.bfloat16, DIM, DIM, HEADS, KEY_HEADS)
+    backends = [name for name, backend in BACKENDS.items() if backend.refusal(spec) is None and name != "reference"]
+    for workload, (docs, mask) in WORKLOADS.items():
+        x = inputs(docs, device)
+        expected = reference(x, docs, mask)
+        for backend in backends:
+            single = errors(attend(x, Layout(docs, MeshShape()), mask, "auto", backend, True), expected)
+            rows.append(row(workload, backend, "one GPU, one call", single, single))
+            for label, ring, ulysses, scheme in meshes(dist.get_world_size()):
+                layout = Layout(docs, shapes[ring, ulysses])
+                for wide in (True, False) if ring > 1 else (True,):
+                    got = errors(attend(x, layout, mask, scheme, backend, wide), expected)
+                    rows.append(row(workload, backend, label + ("" if wide else ", bf16 reduce"), got, single))
+    return rows
+
+
+def row(workload: str, backend: str, label: str, got: list[float], single: list[float]) -> str:
+    shown = " | ".join(f"{error * 1e3:.3f} ({error / one:.3f})" for error, one in zip(got, single, strict=True))
+    return f"| {workload} | {backend} | {label} | {shown} |"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", help="also write the table to this file")
+    path = parser.parse_args().out
+    mesh = init_mesh()
+    table = run(mesh.device)
+    if dist.get_rank() == 0:
+        world = dist.get_world_size()
+        head = [
+            f"# Errors against float64 on {world} × {torch.cuda.get_device_name()}",
+            "",
+            f"{date.today()}, torch {torch.__version__}, Python {platform.python_version()}, bfloat16, "
+            f"{HEADS} query and {KEY_HEADS} key heads of {DIM}.",
+            f"`torchrun --nproc-per-node {world} {' '.join(sys.argv)}`",
+            "",
+            "Unit 1e-3; in brackets the ratio to one kernel call on one GPU.",
+            "",
+            "| workload | backend | mesh and schedule | out | dq | dk | dv |",
+            "|---|---|---|---|---|---|---|",
+        ]
+        text = "\n".join(head + table) + "\n"
+        print(text)
+        if path:
+            with open(path, "w") as file:
+                file.write(text)
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()

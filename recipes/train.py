@@ -1,0 +1,50 @@
+"""Trains a language model on long packed documents: `torchrun --nproc-per-node 2 recipes/train.py [overrides]`.
+
+Starts under torchrun, as the tasks of SLURM's srun, or alone. Every key is in `configs/`, with a comment.
+Exit codes: 0 done (or stopped by a signal, with a checkpoint), 2 for a configuration that cannot run.
+"""
+
+import os
+import sys
+from typing import NoReturn
+
+import hydra
+from hydra.errors import HydraException
+from omegaconf import DictConfig
+from omegaconf.errors import OmegaConfBaseException
+
+from ringattn.training.job import prepare
+from ringattn.training.launched import current, is_first
+
+
+def refuse(error: Exception) -> NoReturn:
+    """Says why, on rank 0 only, and exits with code 2."""
+    if is_first(os.environ):
+        # Hydra's advice to add the key with "+" would only lead to the next refusal.
+        lines = [line for line in str(error).splitlines() if not line.startswith("To append to your config")]
+        if isinstance(error, HydraException) and isinstance(error.__cause__, OmegaConfBaseException):
+            lines.append(str(error.__cause__).splitlines()[0] + "; the keys are in configs/, each with a comment")
+        print("error: " + "\n".join(lines), file=sys.stderr, flush=True)
+    sys.exit(2)
+
+
+@hydra.main(config_path="../configs", config_name="train", version_base=None)
+def main(cfg: DictConfig) -> None:
+    """Refuses before any process group starts, then trains."""
+    try:
+        job = prepare(cfg, current())
+    except (ValueError, OmegaConfBaseException) as error:
+        refuse(error)
+    # Imported late: a refusal must not wait for torch.distributed and transformers.
+    from ringattn.training.loop import train
+
+    train(job)
+
+
+if __name__ == "__main__":
+    # Hydra prints and exits by itself, on every rank, unless asked for its exceptions.
+    os.environ["HYDRA_FULL_ERROR"] = "1"
+    try:
+        main()
+    except (HydraException, OmegaConfBaseException) as error:
+        refuse(error)

@@ -1,0 +1,80 @@
+"""The contract of an engine, and the one place that picks one by name."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import nn
+
+from ringattn.parallel.mesh import SequenceMesh
+
+
+@dataclass(frozen=True)
+class EngineOptions:
+    """What every engine needs to know.
+
+    Arguments:
+        config: the transformers configuration of the model.
+        load: builds the whole model with its first weights on the CPU; the same on every rank that calls it.
+        attach: installs the attention in a model, before it is sharded.
+        device: where this rank computes.
+        dtype: of the computation: torch.float32, or torch.bfloat16 with float32 master weights and reductions.
+        weight_decay, betas, eps: of AdamW; norms and biases have no weight decay.
+        clip: largest global gradient norm; 0 does not clip.
+        checkpoint_layers: compute decoder layers again in the backward pass.
+        micro_steps: backward calls per step.
+        zero_stage: DeepSpeed's stage, 1 to 3.
+    """
+
+    config: Any
+    load: Callable[[], nn.Module]
+    attach: Callable[[nn.Module], object]
+    device: torch.device
+    dtype: torch.dtype
+    weight_decay: float
+    betas: tuple[float, float]
+    eps: float
+    clip: float
+    checkpoint_layers: bool
+    micro_steps: int
+    zero_stage: int
+
+
+class Engine(Protocol):
+    """Holds model and optimiser. All methods are collective over all ranks of data × sequence.
+
+    Gradients are averaged over all ranks; `ringattn.training.loss.backward_loss` accounts for it.
+    """
+
+    model: nn.Module
+    """Call it for the forward pass; its parameters may be sharded."""
+
+    num_parameters: int
+    """Parameters of the whole model."""
+
+    def backward(self, loss: torch.Tensor) -> None:
+        """Adds the gradient of one micro-step."""
+
+    def step(self, learning_rate: float) -> float:
+        """Clips, steps, clears the gradients; returns the global gradient norm before clipping."""
+
+    def save(self, folder: Path) -> None:
+        """Writes model and optimiser into `folder`, which exists."""
+
+    def load(self, folder: Path) -> None:
+        """Reads what `save` wrote."""
+
+
+def build_engine(name: str, mesh: SequenceMesh, options: EngineOptions) -> Engine:
+    """`fsdp2` or `deepspeed`. Collective. Raises ValueError for another name."""
+    if name == "fsdp2":
+        from ringattn.training.engines.fsdp2 import FSDP2Engine
+
+        return FSDP2Engine(mesh, options)
+    if name == "deepspeed":
+        from ringattn.training.engines.deepspeed import DeepSpeedEngine
+
+        return DeepSpeedEngine(mesh, options)
+    raise ValueError(f"engine.name must be fsdp2 or deepspeed, got {name!r}")

@@ -1,0 +1,76 @@
+"""Floating point operations of a training step, and what the GPU could do: model FLOPs utilisation (MFU).
+
+Counted as the PaLM paper does: 6 per parameter and token, plus the attention; recomputation does not count.
+Attention is counted by the pairs that the mask allows in each document, so causal documents count half a square.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+
+from ringattn.mask import Mask
+
+# Dense bf16 FLOP/s of a GPU, by a part of its name; the first that matches counts.
+PEAK_FLOPS = (
+    ("GB200", 2.5e15),
+    ("B200", 2.25e15),
+    ("GH200", 989e12),
+    ("H200", 989e12),
+    ("H100 PCIe", 756e12),
+    ("H100 NVL", 835e12),
+    ("H100", 989e12),
+    ("H800", 989e12),
+    ("H20", 148e12),
+    ("A100", 312e12),
+    ("A800", 312e12),
+    ("L40S", 362e12),
+    ("A40", 150e12),
+    ("A10", 125e12),
+    ("RTX 4090", 165e12),
+    ("RTX 3090", 71e12),
+)
+
+
+def peak_flops(device_name: str) -> float | None:
+    """Dense bf16 FLOP/s of one GPU; None if the name is not in the table."""
+    return next((flops for part, flops in PEAK_FLOPS if part in device_name), None)
+
+
+@dataclass(frozen=True)
+class StepFlops:
+    """Forward and backward FLOPs of a batch.
+
+    Arguments:
+        parameters: that multiply every token (all but the input embedding, unless it is also the output head).
+        per_pair: forward FLOPs of one layer for one allowed (query, key) pair: 4 × heads × head dim.
+        masks: of each attention layer.
+    """
+
+    parameters: int
+    per_pair: int
+    masks: tuple[Mask, ...]
+
+    @classmethod
+    def of(cls, model: nn.Module, config: Any) -> "StepFlops":
+        """Of an unsharded model with its transformers configuration."""
+        text = config.get_text_config()
+        parameters = sum(p.numel() for p in model.parameters())
+        if not text.tie_word_embeddings:
+            parameters -= text.vocab_size * text.hidden_size
+        head_dim = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+        return cls(parameters, 4 * text.num_attention_heads * head_dim, tuple(_masks(text)))
+
+    def __call__(self, tokens: int, lengths: Sequence[int]) -> float:
+        """FLOPs of `tokens` tokens in documents of these lengths; the backward pass costs twice the forward pass."""
+        areas = {mask: sum(mask.band.area(0, n, n) for n in lengths) for mask in set(self.masks)}
+        attention = sum(areas[mask] for mask in self.masks) * self.per_pair
+        return 6.0 * self.parameters * tokens + 3.0 * attention
+
+
+def _masks(config: Any) -> list[Mask]:
+    kinds = getattr(config, "layer_types", None) or ["full_attention"] * config.num_hidden_layers
+    window = getattr(config, "sliding_window", None)
+    sliding = Mask(window=(window - 1, 0)) if window else Mask()
+    return [sliding if kind == "sliding_attention" else Mask() for kind in kinds]

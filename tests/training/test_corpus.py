@@ -1,0 +1,96 @@
+"""Corpora: true lengths, one tokenization, clear refusals."""
+
+import json
+from multiprocessing import get_context
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from ringattn.training.corpus import matching_files, stdlib_corpus, stdlib_files, text_corpus
+
+
+def test_stdlib_holds_every_file_at_its_true_length():
+    paths, corpus = stdlib_files(), stdlib_corpus()
+    assert len(corpus) == len(paths) > 100
+    assert not any("site-packages" in path.parts or "dist-packages" in path.parts for path in paths)
+    for index in (0, len(paths) // 2, len(paths) - 1):
+        data = paths[index].read_bytes()
+        assert corpus.length(index) == len(data)
+        assert bytes(corpus.read(index, 0, len(data)).astype(np.uint8)) == data
+    assert corpus.vocab_size == 256
+    assert corpus.fingerprint == stdlib_corpus().fingerprint
+
+
+def open_text(files: list[Path], cache: Path, tokenizer: str = "bytes", field: str = "text"):
+    return text_corpus(files, tokenizer, field, True, cache)
+
+
+def read_all(corpus) -> list[bytes]:
+    return [bytes(corpus.read(i, 0, corpus.length(i)).astype(np.uint8)) for i in range(len(corpus))]
+
+
+def test_files_and_jsonl_lines_are_documents(tmp_path):
+    (tmp_path / "a.txt").write_text("one é")
+    (tmp_path / "b.jsonl").write_text('{"body": "two"}\n\n{"body": ""}\n{"body": "three"}\n')
+    corpus = open_text(matching_files([str(tmp_path / "*")]), tmp_path / "cache", field="body")
+    assert read_all(corpus) == ["one é".encode(), b"two", b"", b"three"]
+
+
+def test_the_store_is_written_once_and_anew_when_a_file_changes(tmp_path):
+    path, cache = tmp_path / "a.txt", tmp_path / "cache"
+    path.write_text("first")
+    first = open_text([path], cache)
+    stamp = (cache / first.fingerprint / "tokens.bin").stat().st_mtime_ns
+    again = open_text([path], cache)
+    assert (cache / again.fingerprint / "tokens.bin").stat().st_mtime_ns == stamp
+    path.write_text("second!")
+    assert read_all(open_text([path], cache)) == [b"second!"]
+
+
+def test_an_unfinished_store_is_written_again(tmp_path):
+    path, cache = tmp_path / "a.txt", tmp_path / "cache"
+    path.write_text("text")
+    fingerprint = open_text([path], cache).fingerprint
+    (cache / fingerprint / "store.json").unlink()
+    (cache / fingerprint / "tokens.bin").write_bytes(b"te")
+    assert read_all(open_text([path], cache)) == [b"text"]
+
+
+def test_many_processes_at_once(tmp_path):
+    path = tmp_path / "a.txt"
+    path.write_text("shared " * 1000)
+    with get_context("fork").Pool(4) as pool:
+        found = pool.starmap(open_text, [([path], tmp_path / "cache")] * 4)
+    assert all(read_all(corpus) == [b"shared " * 1000] for corpus in found)
+
+
+def test_local_tokenizer(tmp_path):
+    tokenizers = pytest.importorskip("tokenizers")
+    transformers = pytest.importorskip("transformers")
+    words = {"[UNK]": 0, "</s>": 1, **{f"w{i}": i + 2 for i in range(300)}}
+    model = tokenizers.Tokenizer(tokenizers.models.WordLevel(words, unk_token="[UNK]"))
+    model.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+    folder = tmp_path / "tokenizer"
+    transformers.PreTrainedTokenizerFast(tokenizer_object=model, eos_token="</s>").save_pretrained(folder)
+    (tmp_path / "a.txt").write_text("w0 w299 nonsense")
+    corpus = open_text([tmp_path / "a.txt"], tmp_path / "cache", tokenizer=str(folder))
+    assert corpus.read(0, 0, 4).tolist() == [2, 301, 0, 1]
+    assert corpus.vocab_size == 302
+    assert corpus.tokens.dtype == np.uint16
+
+
+def test_refusals(tmp_path):
+    with pytest.raises(ValueError, match=r"data.files: .*nothing.*matches no file"):
+        matching_files([str(tmp_path / "nothing*")])
+    bad = tmp_path / "bad.jsonl"
+    bad.write_text(json.dumps({"text": "x"}) + "\n" + json.dumps({"other": "x"}) + "\n")
+    with pytest.raises(ValueError, match=r"data.text_field='text' .* line 2"):
+        open_text([bad], tmp_path / "cache")
+    bad.write_text('{"text": ')
+    with pytest.raises(ValueError, match=r"line 1 of .*bad.jsonl is not JSON"):
+        open_text([bad], tmp_path / "cache")
+    empty = tmp_path / "empty.txt"
+    empty.write_text("")
+    with pytest.raises(ValueError, match="no text at all"):
+        open_text([empty], tmp_path / "cache")

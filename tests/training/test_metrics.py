@@ -1,0 +1,85 @@
+"""metrics.jsonl over a killed run, FLOPs by hand, a picture."""
+
+import json
+
+import pytest
+
+from ringattn.mask import Mask
+from ringattn.training.flops import StepFlops, peak_flops
+from ringattn.training.metrics import MetricsFile, StepMetrics, read_metrics
+from ringattn.training.plot import plot_loss, smoothed
+
+
+def metrics(step: int) -> StepMetrics:
+    return StepMetrics(step, 1.0 / step, 0.5, 1e-3, 100.0, 50.0, None, 0.25, 0.1, 10 * step, 9)
+
+
+def test_going_on_drops_what_will_come_again(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    file = MetricsFile(path, 0)
+    for step in range(1, 8):
+        file.write(metrics(step))
+    file.close()
+    with open(path, "a") as torn:
+        torn.write('{"step": 8, "lo')  # a process killed while it wrote
+    assert [record["step"] for record in read_metrics(path)] == list(range(1, 8))
+    file = MetricsFile(path, 5)
+    file.write(metrics(6))
+    file.close()
+    records = [json.loads(line) for line in path.read_text().splitlines()]
+    assert [record["step"] for record in records] == [1, 2, 3, 4, 5, 6]
+    assert set(records[0]) >= {
+        "loss", "grad_norm", "lr", "tokens_per_second", "tokens_per_second_per_gpu", "mfu", "peak_memory_gib",
+        "seconds", "tokens",
+    }  # fmt: skip
+
+
+def test_a_new_run_starts_an_empty_file(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    path.write_text('{"step": 1}\n')
+    MetricsFile(path, 0).close()
+    assert read_metrics(path) == []
+
+
+def test_the_line_for_people_has_the_numbers():
+    line = metrics(2).line(120)
+    assert "step   2/120" in line
+    assert "loss 0.5000" in line
+
+
+def test_flops_by_hand():
+    transformers = pytest.importorskip("transformers")
+    from ringattn.training.models import empty_model
+
+    config = transformers.LlamaConfig(
+        vocab_size=10, hidden_size=8, intermediate_size=16, num_hidden_layers=3, num_attention_heads=2,
+        num_key_value_heads=1, tie_word_embeddings=False,
+    )  # fmt: skip
+    flops = StepFlops.of(empty_model(config), config)
+    layer = 8 * 8 + 2 * 8 * 4 + 8 * 8 + 3 * 8 * 16 + 2 * 8
+    assert flops.parameters == 3 * layer + 8 + 10 * 8
+    area = 5 * 6 // 2 + 3 * 4 // 2
+    assert flops(8, [5, 3, 0]) == 6 * flops.parameters * 8 + 3 * (4 * 8) * area * 3
+
+
+def test_windows_count_their_own_area():
+    flops = StepFlops(0, 4, (Mask(), Mask(window=(1, 0))))
+    assert flops(4, [4]) == 3 * 4 * (10 + 7)
+
+
+def test_peak_by_name():
+    assert peak_flops("NVIDIA H200") == 989e12
+    assert peak_flops("NVIDIA H100 PCIe") == 756e12
+    assert peak_flops("abacus") is None
+
+
+def test_smoothing_has_no_bias_at_the_start():
+    assert smoothed([3.0, 3.0, 3.0]) == pytest.approx([3.0, 3.0, 3.0])
+
+
+def test_picture(tmp_path):
+    pytest.importorskip("matplotlib")
+    path = tmp_path / "loss.png"
+    plot_loss([{"step": i, "loss": 5.0 / i} for i in range(1, 30)], path, "tiny on stdlib")
+    assert path.read_bytes().startswith(b"\x89PNG")
+    plot_loss([], path, "no step yet")

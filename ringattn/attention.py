@@ -3,8 +3,10 @@
 Shapes: t tokens of this rank, H query heads, K key/value heads, D head dim, V value head dim.
 """
 
+from inspect import signature
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from ringattn.kernels.registry import choose
@@ -55,13 +57,15 @@ def parallel_attention(
         stages: stages of the ring scheme, the local one included; default: up to 4.
         keep_keys: keep cast keys for the backward pass (more memory, one transfer less).
         wide_reduce: return key gradients to their owners in float32; False: in the dtype of the keys, half the bytes.
-        return_lse: also return the log-sum-exp (H, t), float32, sinks included, -inf for padding; it has no gradient.
+        return_lse: also return the log-sum-exp (H, t), float32, sinks included; of padding it is -inf, or the sink. It
+            has no gradient.
 
     Returns: out (t, H, V), or (out, lse).
     Raises ValueError for a wrong argument, NotImplementedError for what no backend can do exactly; both before any
     communication.
     """
     mask = Mask() if mask is None else mask
+    q, k, v = (_autocast(x) for x in (q, k, v))
     spec = _check(q, k, v, layout, mask, softcap, dropout_p, sinks, deterministic)
     chosen = choose(spec, backend)
     plan = plan_attention(layout, mask, spec.query_heads, spec.key_heads, scheme, stages, keep_keys, wide_reduce)
@@ -104,7 +108,11 @@ class ParallelAttention(nn.Module):
     ) -> None:
         super().__init__()
         self.mesh = mesh
-        self.sinks = sinks
+        self.sinks: Tensor | None
+        if isinstance(sinks, nn.Parameter):
+            self.sinks = sinks
+        else:
+            self.register_buffer("sinks", sinks)
         self.dropout_p = dropout_p
         self.options: dict[str, Any] = {
             "mask": Mask() if mask is None else mask,
@@ -128,8 +136,18 @@ class ParallelAttention(nn.Module):
         )
 
     def extra_repr(self) -> str:
-        shown = {name: value for name, value in self.options.items() if value not in (None, "auto", False, 0.0)}
+        defaults = {name: parameter.default for name, parameter in signature(parallel_attention).parameters.items()}
+        shown = {"mask": self.options["mask"]}
+        given = {"dropout_p": self.dropout_p} | self.options
+        shown |= {name: value for name, value in given.items() if value != defaults[name]}
         return ", ".join(f"{name}={value}" for name, value in shown.items())
+
+
+def _autocast(x: Tensor) -> Tensor:
+    """Under autocast what a matrix product would get: so also the wire carries the narrow dtype."""
+    if not isinstance(x, Tensor) or x.dtype != torch.float32 or not torch.amp.is_autocast_available(x.device.type):
+        return x
+    return x.to(torch.get_autocast_dtype(x.device.type)) if torch.is_autocast_enabled(x.device.type) else x
 
 
 def _check(
@@ -171,13 +189,14 @@ def _check(
         raise ValueError(f"dropout_p must be in [0, 1), got {dropout_p}")
     if softcap is not None and not softcap >= 0.0:
         raise ValueError(f"softcap must be >= 0 (0 or None is off), got {softcap}")
+    if sinks is not None and not isinstance(sinks, Tensor):
+        raise ValueError(f"sinks must be a tensor of one logit per query head, got {type(sinks).__name__}")
     if sinks is not None and (sinks.shape != (q.shape[1],) or sinks.device != q.device):
         raise ValueError(
             f"sinks must be one logit per query head, ({q.shape[1]},) on {q.device}, got {tuple(sinks.shape)} on "
             f"{sinks.device}"
         )
     _check_mesh(layout, q)
-    left, right = mask.window
     return CallSpec(
         device=q.device.type,
         dtype=q.dtype,
@@ -185,7 +204,6 @@ def _check(
         value_dim=v.shape[2],
         query_heads=q.shape[1],
         key_heads=k.shape[1],
-        window=left >= 0 or right > 0,
         softcap=softcap or 0.0,
         dropout_p=dropout_p,
         deterministic=deterministic,

@@ -10,7 +10,9 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 from ringattn.attention import parallel_attention
 from ringattn.documents import Documents
@@ -57,7 +59,7 @@ class Handle:
 def parallelize(model: nn.Module, mesh: SequenceMesh, **options: Any) -> Handle:
     """Make a transformers model attend over the sequence ranks of `mesh`, in place.
 
-    Its `loss` becomes the mean over all targets of the global batch, the same number on every sequence rank. The
+    Its `loss` becomes the mean over all targets of the global batch, the same number on every rank. The
     gradient is scaled so that the *average* of the parameters' gradients over all ranks, which FSDP, DDP and DeepSpeed
     take, is the gradient of that mean.
 
@@ -72,9 +74,12 @@ def parallelize(model: nn.Module, mesh: SequenceMesh, **options: Any) -> Handle:
     if not isinstance(model, PreTrainedModel):
         raise ValueError(f"model must be a transformers PreTrainedModel, got {type(model).__name__}")
     allowed = {"scheme", "backend", "stages", "keep_keys", "wide_reduce", "deterministic"}
+    before: Any = getattr(model, "_ringattn", None)
+    if before is not None:
+        raise ValueError(f"model was parallelized already, on {before.mesh}")
     if unknown := set(options) - allowed:
         raise TypeError(f"parallelize got unknown options {sorted(unknown)}; it takes {sorted(allowed)}")
-    layers = _check_model(model)
+    layers = check_model(model)
     AttentionInterface.register(NAME, _attention)
     AttentionMaskInterface.register(NAME, _mask)
     model.set_attn_implementation(NAME)
@@ -98,7 +103,7 @@ def shard_batch(
         docs: the documents of the T tokens.
 
     Returns: input_ids and position_ids (1, t); with labels also labels, shift_labels (1, t) and the number of targets
-    of the whole batch; and the layout.
+    in the T tokens; and the layout.
     Raises ValueError for other keys or shapes.
     """
     if unknown := set(batch) - {"input_ids", "labels"}:
@@ -106,7 +111,7 @@ def shard_batch(
     for name, x in batch.items():
         if x.shape not in ((docs.total,), (1, docs.total)):
             raise ValueError(f"{name} must have shape ({docs.total},) or (1, {docs.total}), got {tuple(x.shape)}")
-    layout = Layout(docs, mesh, policy, mask=mask or Mask())
+    layout = Layout(docs, mesh, policy, mask=mask)
     flat = {name: x.reshape(-1) for name, x in batch.items()}
     device = flat["input_ids"].device
     local: dict[str, Any] = {"input_ids": layout.shard(flat["input_ids"])[None]}
@@ -115,7 +120,7 @@ def shard_batch(
         targets = shifted_labels(flat["labels"], docs)
         local["labels"] = layout.shard(flat["labels"])[None]
         local["shift_labels"] = layout.shard(targets)[None]
-        local["num_items_in_batch"] = (targets != IGNORE_INDEX).sum().clamp_min(1)
+        local["num_items_in_batch"] = (targets != IGNORE_INDEX).sum()
     return local | attention_kwargs(layout) | {"use_cache": False}
 
 
@@ -137,8 +142,11 @@ def attention_kwargs(layout: Layout) -> dict[str, Any]:
     return {"cu_seq_lens_q": layout}
 
 
-def _check_model(model: Any) -> int:
-    """The number of attention layers, or an error that names what is not supported."""
+def check_model(model: Any) -> int:
+    """The number of attention layers of a transformers model, which may be on the meta device.
+
+    Raises NotImplementedError naming what is not supported.
+    """
     name = type(model).__name__
     config = model.config.get_text_config()
     if model.config.is_encoder_decoder:
@@ -222,7 +230,7 @@ def _mask(*args: Any, attention_mask: Tensor | None = None, use_vmap: bool = Fal
 
 
 class _GlobalLoss:
-    """A model's loss function with its value summed over the sequence ranks."""
+    """A model's loss function, as the mean over the targets of all ranks: of every part and every replica."""
 
     def __init__(self, local: Callable[..., Tensor], mesh: SequenceMesh) -> None:
         self.local, self.mesh = local, mesh
@@ -230,18 +238,23 @@ class _GlobalLoss:
     def __call__(self, *args: Any, **kwargs: Any) -> Tensor:
         if kwargs.get("num_items_in_batch") is None or kwargs.get("shift_labels") is None:
             raise ValueError("the loss of a sharded batch needs shift_labels and num_items_in_batch from shard_batch")
-        return _SumOverSequence.apply(self.local(*args, **kwargs), self.mesh)
+        targets = torch.as_tensor(kwargs["num_items_in_batch"], device=kwargs["shift_labels"].device).clone()
+        if self.mesh.data > 1:
+            dist.all_reduce(targets, group=self.mesh.device_mesh.get_group("data"))
+        kwargs["num_items_in_batch"] = targets.clamp_min(1)
+        return _SumOverRanks.apply(self.local(*args, **kwargs))
 
 
-class _SumOverSequence(torch.autograd.Function):
+class _SumOverRanks(torch.autograd.Function):
+    """The sum of all ranks' values; the gradient is scaled for engines that average gradients over all ranks."""
+
     @staticmethod
-    def forward(ctx: Any, local: Tensor, mesh: SequenceMesh) -> Tensor:
-        ctx.size = mesh.sequence_size
+    def forward(ctx: Any, local: Tensor) -> Tensor:
         total = local.detach().clone()
-        if mesh.sequence_size > 1:
-            torch.distributed.all_reduce(total, group=mesh.sequence_group)
+        dist.all_reduce(total)
         return total
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
-        return grads[0] * ctx.size, None
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> Tensor:
+        return grads[0] * dist.get_world_size()

@@ -30,9 +30,9 @@ class Case:
         return {name: x.to(self.dtype) for name, x in drawn.items()}
 
 
-def dense_attention(case: Case) -> dict[str, torch.Tensor]:
+def dense_attention(case: Case, device: str = "cpu") -> dict[str, torch.Tensor]:
     """out, lse and the gradients of the whole stream, in float64."""
-    x = {name: tensor.double() for name, tensor in case.tensors().items()}
+    x = {name: tensor.double().to(device) for name, tensor in case.tensors().items()}
     for name in ("q", "k", "v", "sinks"):
         x[name].requires_grad_()
     group = case.heads[0] // case.heads[1]
@@ -40,7 +40,7 @@ def dense_attention(case: Case) -> dict[str, torch.Tensor]:
     scores = torch.einsum("qhd,khd->hqk", x["q"], k) * case.dims[0] ** -0.5
     if case.softcap:
         scores = case.softcap * torch.tanh(scores / case.softcap)
-    allowed = case.docs.dense(case.mask)
+    allowed = case.docs.dense(case.mask).to(device)
     scores = scores.masked_fill(~allowed, float("-inf"))
     if case.sinks:
         sink = x["sinks"][:, None, None].expand(-1, scores.shape[1], 1)

@@ -1,5 +1,7 @@
 """The front door refuses wrong arguments with one clear error, before any communication."""
 
+import copy
+
 import pytest
 import torch
 
@@ -128,3 +130,51 @@ def test_omitted_degrees() -> None:
     assert sizes(8, ring=2) == (4, 2, 1)
     assert sizes(8, ring=1, ulysses=2) == (4, 1, 2)
     assert sizes(16, ulysses=16, ranks_per_node=8, ulysses_across_nodes=True) == (1, 1, 16)
+
+
+def test_a_head_without_a_sink_and_padding() -> None:
+    layout = Layout(Documents([12], total=20), MeshShape())
+    q, k, v = (x.requires_grad_() for x in tensors())
+    sinks = torch.tensor([float("-inf"), 0.5, 0.0, 1.0], requires_grad=True)
+    out, lse = parallel_attention(q, k, v, layout, sinks=sinks, return_lse=True)
+    out.sum().backward()
+    assert (out[12:] == 0).all()
+    assert lse[0, 12:].eq(float("-inf")).all()
+    assert lse[1, 12:].eq(0.5).all()
+    assert sinks.grad is not None
+    assert sinks.grad[0] == 0
+    assert (sinks.grad[1:] != 0).all()
+    plain = parallel_attention(q, k, v, layout)
+    torch.testing.assert_close(out[:, 0], plain[:, 0])
+
+
+def test_double_backward_is_refused() -> None:
+    q, k, v = (x.requires_grad_() for x in tensors())
+    out = parallel_attention(q, k, v, LAYOUT, backend="reference")
+    (grad,) = torch.autograd.grad(out.square().sum(), q, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        grad.sum().backward()
+
+
+def test_autocast_casts_before_the_kernel() -> None:
+    q, k, v = (x.requires_grad_() for x in tensors())
+    with torch.autocast("cpu", torch.bfloat16):
+        out = parallel_attention(q, k.bfloat16(), v, LAYOUT)
+    assert out.dtype == torch.bfloat16
+    out.float().sum().backward()
+    assert q.grad is not None
+    assert q.grad.dtype == torch.float32
+
+
+def a_module(mesh: object) -> tuple[str, list[str], bool]:
+    attn = ParallelAttention(mesh_of(1, 1), scheme="ring", wide_reduce=False, sinks=torch.zeros(4))
+    return repr(attn), list(attn.state_dict()), copy.deepcopy(attn).mesh is attn.mesh
+
+
+def test_the_module_shows_its_options_and_keeps_its_sinks(pool: Pools) -> None:
+    text, state, copied = pool(1).run(a_module, None)[0]
+    assert "wide_reduce=False" in text
+    assert "scheme=ring" in text
+    assert "keep_keys" not in text
+    assert state == ["sinks"]
+    assert copied

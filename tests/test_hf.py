@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from ringattn import Documents, Layout, MeshShape
+from ringattn import Documents, Layout, MeshShape, init_mesh
 from ringattn.hf import IGNORE_INDEX, attention_kwargs, parallelize, shard_batch, shifted_labels
 from tests.parallel.ranks import mesh_of
 from tests.pool import Pools
@@ -129,7 +129,9 @@ def misused(kind: str) -> None:
     elif kind == "attentions":
         model(input_ids=ids, use_cache=False, output_attentions=True, **keywords)
     elif kind == "option":
-        parallelize(model, mesh, shceme="ring")
+        parallelize(model_of("LlamaForCausalLM", num_hidden_layers=1), mesh, shceme="ring")
+    elif kind == "twice":
+        parallelize(model, mesh)
 
 
 @pytest.mark.parametrize(
@@ -141,8 +143,53 @@ def misused(kind: str) -> None:
         ("keyword", TypeError, "sofcap"),
         ("attentions", NotImplementedError, "output_attentions"),
         ("option", TypeError, "shceme"),
+        ("twice", ValueError, "parallelized already"),
     ],
 )
 def test_misuse_is_an_error(pool: Pools, kind: str, error: type[Exception], words: str) -> None:
     with pytest.raises(error, match=words):
         pool(1).run(misused, kind)
+
+
+def replicas_of_uneven_batches(data: int, ring: int) -> tuple[float, torch.Tensor]:
+    """Each replica has its own documents; loss and averaged gradient of the first weight."""
+    mesh = init_mesh(data=data, ring=ring, ulysses=1, device_type="cpu")
+    model = model_of("LlamaForCausalLM", num_hidden_layers=1)
+    parallelize(model, mesh)
+    loss: torch.Tensor | float = 0.0
+    for replica in range(2):
+        if data == 1 or mesh.data_rank == replica:
+            docs = Documents([[9, 3], [20]][replica])
+            ids = torch.randint(0, 97, (docs.total,), generator=torch.Generator().manual_seed(replica))
+            batch = shard_batch({"input_ids": ids, "labels": ids}, docs, mesh)
+            share = 1.0 if data > 1 else (docs.total - len(docs)) / 29  # 10 and 19 targets
+            loss = loss + model(**batch).loss * share
+    loss.backward()  # type: ignore[union-attr]
+    gradient = next(model.parameters()).grad
+    dist.all_reduce(gradient)
+    return float(loss), gradient / dist.get_world_size()
+
+
+def test_replicas_count_their_targets_together(pool: Pools) -> None:
+    together = pool(4).run(replicas_of_uneven_batches, 2, 2)
+    alone, gradient = pool(2).run(replicas_of_uneven_batches, 1, 2)[0]
+    for loss, other in together:
+        assert loss == pytest.approx(alone, rel=1e-6)
+        torch.testing.assert_close(other, gradient, rtol=1e-5, atol=1e-6)
+
+
+def autocast_loss(autocast: bool) -> torch.Tensor:
+    mesh = mesh_of(2, 1)
+    model = model_of("LlamaForCausalLM", num_hidden_layers=1)
+    parallelize(model, mesh)
+    ids = torch.randint(0, 97, (DOCS.total,), generator=torch.Generator().manual_seed(1))
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        loss = model(**shard_batch({"input_ids": ids, "labels": ids}, DOCS, mesh)).loss
+    loss.backward()
+    return loss.detach()
+
+
+def test_autocast(pool: Pools) -> None:
+    plain, rounded = (pool(2).run(autocast_loss, autocast)[0] for autocast in (False, True))
+    assert plain != rounded
+    torch.testing.assert_close(plain, rounded, rtol=2e-2, atol=0)

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from ringattn.kernels.merge import merge_
-from ringattn.kernels.reference import accumulation_dtype, allowed_pairs
-from ringattn.kernels.spec import Block, Call, CallSpec, Grads, Options
+from ringattn.kernels.reference import allowed_pairs
+from ringattn.kernels.spec import Block, Call, CallSpec, Grads, Options, accumulation_dtype
 
 _forward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 _backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward

@@ -15,7 +15,7 @@ def merge_(acc: Tensor, acc_lse: Tensor, out: Tensor, lse: Tensor) -> None:
         out: (n, H, V) of any precision, and lse: (H, n); 0 and -inf for rows without keys.
     """
     total = torch.logaddexp(acc_lse, lse)
-    finite = torch.where(torch.isinf(total), 0.0, total)  # two rows without keys: both weights become 0, not NaN
+    finite = finite_lse(total)
     acc.mul_(_per_row(torch.exp(acc_lse - finite)))
     acc.addcmul_(out.to(acc.dtype), _per_row(torch.exp(lse - finite)))
     acc_lse.copy_(total)
@@ -27,7 +27,7 @@ def apply_sinks_(out: Tensor, lse: Tensor, sinks: Tensor) -> None:
     Applied once, after the last merge, so that the number of partial results cannot count the sink twice.
     """
     total = torch.logaddexp(lse, sinks.to(lse.dtype)[:, None])
-    out.copy_(out.to(lse.dtype) * _per_row(torch.exp(lse - total)))
+    out.copy_(out.to(lse.dtype) * _per_row(torch.exp(lse - finite_lse(total))))
     lse.copy_(total)
 
 
@@ -37,7 +37,12 @@ def sinks_grad(dout: Tensor, out: Tensor, lse: Tensor, sinks: Tensor) -> Tensor:
     The sink is a key whose value is 0: its probability p = exp(sink - lse) has the gradient -p (dout · out).
     """
     delta = (dout.to(lse.dtype) * out.to(lse.dtype)).sum(-1).T
-    return -(torch.exp(sinks.to(lse.dtype)[:, None] - lse) * delta).sum(-1).to(sinks.dtype)
+    return -(torch.exp(sinks.to(lse.dtype)[:, None] - finite_lse(lse)) * delta).sum(-1).to(sinks.dtype)
+
+
+def finite_lse(lse: Tensor) -> Tensor:
+    """lse with 0 for -inf, of rows without keys and sink: their weights become exp(-inf - 0) = 0 and not NaN."""
+    return torch.where(torch.isinf(lse), 0.0, lse)
 
 
 def _per_row(weights: Tensor) -> Tensor:

@@ -5,7 +5,8 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from ringattn.kernels.spec import Block, Call, CallSpec, Grads, Options, Range
+from ringattn.kernels.merge import finite_lse
+from ringattn.kernels.spec import Block, Call, CallSpec, Grads, Options, Range, accumulation_dtype
 
 SCORE_ELEMENTS = 1 << 24  # scores held at a time: long blocks are walked in runs of query rows
 
@@ -23,7 +24,7 @@ class Reference:
         for rows, keys, allowed in _tiles(call, q):
             scores = _scores(q[rows], k[keys], allowed, options)
             lse[:, rows] = torch.logsumexp(scores, dim=-1)
-            weights = torch.exp(scores - _finite(lse[:, rows])[..., None])
+            weights = torch.exp(scores - finite_lse(lse[:, rows])[..., None])
             out[rows] = _weighted(weights, v[keys]).to(out.dtype)
         for rows in _keyless(call):
             out[rows] = 0
@@ -47,7 +48,7 @@ class Reference:
         delta = (dout.to(dtype) * out.to(dtype)).sum(-1).T  # (H, T)
         for rows, keys, allowed in _tiles(call, q):
             scores = _scores(q[rows], k[keys], allowed, options)
-            weights = torch.exp(scores - _finite(lse[:, rows])[..., None])
+            weights = torch.exp(scores - finite_lse(lse[:, rows])[..., None])
             gain = torch.einsum("qhv,khv->hqk", dout[rows].to(dtype), _repeated(v[keys], group))
             dscores = weights * (gain - delta[:, rows, None])
             if options.softcap:
@@ -60,10 +61,6 @@ class Reference:
             grads.dq[rows] = 0
         grads.dk.copy_(dk)
         grads.dv.copy_(dv)
-
-
-def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
-    return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 def allowed_pairs(block: Block, left: int, right: int, rows: Range, device: torch.device) -> Tensor:
@@ -121,8 +118,3 @@ def _repeated(x: Tensor, group: int) -> Tensor:
 def _grouped(x: Tensor, group: int) -> Tensor:
     """Sum over the query heads of each key head: (m, H, D) -> (m, K, D)."""
     return x.unflatten(1, (-1, group)).sum(2)
-
-
-def _finite(lse: Tensor) -> Tensor:
-    """lse with 0 for rows without keys, whose scores are all -inf: exp(-inf - 0) is 0 where -inf - -inf is NaN."""
-    return torch.where(torch.isinf(lse), 0.0, lse)

@@ -102,7 +102,7 @@ class Call:
         cache: dict[torch.device, torch.Tensor] = self.__dict__.setdefault("_packed_rows", {})
         if device not in cache:
             rows = torch.cat([torch.arange(start - self.k[0], stop - self.k[0]) for start, stop in self.key_runs])
-            cache[device] = _to_device(rows, device)
+            cache[device] = to_device(rows, device)
         return cache[device]
 
 
@@ -114,13 +114,19 @@ class CallTensors(NamedTuple):
 
 
 def _int32(values: tuple[int, ...], device: torch.device) -> torch.Tensor:
-    return _to_device(torch.tensor(values, dtype=torch.int32), device)
+    return to_device(torch.tensor(values, dtype=torch.int32), device)
 
 
-def _to_device(host: torch.Tensor, device: torch.device) -> torch.Tensor:
+def to_device(host: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """A host tensor on `device`, without waiting for it."""
     if device.type != "cuda":
         return host.to(device)
     return host.pin_memory().to(device, non_blocking=True)  # a pageable copy would wait for the stream
+
+
+def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
+    """In what partial results of `dtype` are added: float32, or float64 for float64."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 @dataclass(frozen=True)
@@ -133,7 +139,6 @@ class CallSpec:
     value_dim: int
     query_heads: int
     key_heads: int
-    window: bool = False
     softcap: float = 0.0
     dropout_p: float = 0.0
     deterministic: bool = False

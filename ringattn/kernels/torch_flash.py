@@ -3,6 +3,10 @@
 On Hopper it runs at about half the speed of FA3 and FA4: the fallback where neither is installed.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import cache
+
 import torch
 from torch import Tensor
 
@@ -32,7 +36,7 @@ class TorchFlash:
         lengths = call.tensors(q.device)
         result, lse, *_ = torch.ops.aten._flash_attention_forward(
             q, k, v, lengths.cu_q, lengths.cu_k, call.max_q, call.max_k, 0.0, _causal(call), False,
-            scale=options.scale, window_size_left=call.left, window_size_right=call.right,
+            scale=options.scale, window_size_left=call.left, window_size_right=call.right, **_one_split(),
         )  # fmt: skip
         out.copy_(result)
         return torch.where(lse == float("inf"), float("-inf"), lse)  # its lse of a row without keys is +inf
@@ -52,14 +56,34 @@ class TorchFlash:
         k, v = pack_keys(call, k, v)
         lengths = call.tensors(q.device)
         no_rng = torch.zeros(2, dtype=torch.uint64, device=q.device)
-        dq, dk, dv = torch.ops.aten._flash_attention_backward(
-            dout.contiguous(), q, k, v, out, lse.contiguous(), lengths.cu_q, lengths.cu_k, call.max_q, call.max_k,
-            0.0, _causal(call), no_rng, no_rng,
-            scale=options.scale, window_size_left=call.left, window_size_right=call.right,
-        )  # fmt: skip
+        with _deterministic(options.deterministic):
+            dq, dk, dv = torch.ops.aten._flash_attention_backward(
+                dout.contiguous(), q, k, v, out, lse.contiguous(), lengths.cu_q, lengths.cu_k, call.max_q, call.max_k,
+                0.0, _causal(call), no_rng, no_rng,
+                scale=options.scale, window_size_left=call.left, window_size_right=call.right,
+            )  # fmt: skip
         grads.dq.copy_(dq)
         unpack_keys(call, grads, dk, dv)
 
 
 def _causal(call: Call) -> bool:
     return call.right == 0
+
+
+@cache
+def _one_split() -> dict[str, int]:
+    """Where the kernel can split the keys by itself (torch 2.13), its automatic choice gave NaN with varlen."""
+    arguments = torch.ops.aten._flash_attention_forward.default._schema.arguments
+    return {"num_splits": 1} if any(argument.name == "num_splits" for argument in arguments) else {}
+
+
+@contextmanager
+def _deterministic(wanted: bool) -> Iterator[None]:
+    """The operator has no argument for it and reads torch's global switch."""
+    before = torch.are_deterministic_algorithms_enabled()
+    warn_only = torch.is_deterministic_algorithms_warn_only_enabled()
+    torch.use_deterministic_algorithms(wanted or before, warn_only=warn_only)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before, warn_only=warn_only)

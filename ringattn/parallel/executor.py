@@ -4,19 +4,21 @@ Legend: t local tokens, n tokens of the ring position (n = t without an exchange
 the exchange: this rank's), D head dim, V value head dim. `q_tHD`, `lse_Hn`.
 """
 
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from ringattn.kernels.merge import apply_sinks_, merge_, sinks_grad
-from ringattn.kernels.reference import accumulation_dtype
-from ringattn.kernels.spec import Backend, Call, Grads, Options, Range
+from ringattn.kernels.spec import Backend, Call, Grads, Options, Range, accumulation_dtype
 from ringattn.parallel.plan import AttentionPlan, Stage
 from ringattn.parallel.rows import Accumulator, KeyCast, KeyReduce
 from ringattn.parallel.transport import Transport
-from ringattn.parallel.ulysses import to_heads, to_tokens
+from ringattn.parallel.ulysses import key_grads_to_tokens, keys_to_heads, queries_to_heads, queries_to_tokens
 
 
 @dataclass(frozen=True)
@@ -33,14 +35,21 @@ class Job:
     return_lse: bool = False
 
 
-def run(job: Job, q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None) -> tuple[Tensor, Tensor | None]:
-    """Attention of the local tokens: q (t, H, D), k (t, K, D), v (t, K, V) -> out (t, H, V), lse (H, t) or None.
+def run(job: Job, q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Attention of the local tokens: q (t, H, D), k (t, K, D), v (t, K, V) -> out (t, H, V), lse (H, t).
 
-    Collective over the sequence ranks. Both passes of two calls may be interleaved in any order that is the same on all
-    ranks. The lse has no gradient.
+    Collective over the sequence ranks, and so is its backward pass: the loss of every rank must depend on its `out`,
+    and several calls may be in flight as long as all ranks go through them in the same order. The lse has no gradient,
+    and is of this rank's tokens only if the job asks for it.
     """
-    out, lse = _Attention.apply(q, k, v, sinks, job)
-    return out, lse if job.return_lse else None
+    return _Attention.apply(q, k, v, sinks, job)
+
+
+def _without_autocast(x: Tensor) -> AbstractContextManager[object]:
+    """The reference backend's sums are matrix products too, and must stay as wide as they are."""
+    if not torch.is_autocast_enabled(x.device.type):
+        return nullcontext()
+    return torch.autocast(x.device.type, enabled=False)
 
 
 class _Attention(torch.autograd.Function):
@@ -49,9 +58,11 @@ class _Attention(torch.autograd.Function):
         q, k, v = q.contiguous(), k.contiguous(), v.contiguous()
         exchange = job.plan.exchange
         if exchange is not None and job.ulysses is not None:
-            k, v = (to_heads(x, exchange, job.ulysses, keys=True) for x in (k, v))
-            q = to_heads(q, exchange, job.ulysses, keys=False)
-        out, lse, kept = _forward(job, q, k, v)
+            k, v = (keys_to_heads(x, exchange, job.ulysses) for x in (k, v))
+            q = queries_to_heads(q, exchange, job.ulysses)
+        keep = job.plan.keep_keys and any(ctx.needs_input_grad[:3])
+        with _without_autocast(q):
+            out, lse, kept = _forward(job, q, k, v, keep)
         if sinks is not None:
             sinks = _own_sinks(sinks, job.plan)
             apply_sinks_(out, lse, sinks)
@@ -59,35 +70,35 @@ class _Attention(torch.autograd.Function):
         ctx.save_for_backward(q, k, v, out, lse, sinks, *kept)
         local_out, local_lse = out, lse
         if exchange is not None and job.ulysses is not None:
-            local_out = to_tokens(out, exchange, job.ulysses, job.query_heads, keys=False)
+            local_out = queries_to_tokens(out, exchange, job.ulysses)
             if job.return_lse:
-                rows = to_tokens(lse.T.unsqueeze(-1), exchange, job.ulysses, job.query_heads, keys=False)
-                local_lse = rows.squeeze(-1).T
+                local_lse = queries_to_tokens(lse.T.unsqueeze(-1), exchange, job.ulysses).squeeze(-1).T
         ctx.mark_non_differentiable(local_lse)
         ctx.set_materialize_grads(False)
         return local_out, local_lse
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         job: Job = ctx.job
         q, k, v, out, lse, sinks, *kept = ctx.saved_tensors
-        exchange = job.plan.exchange
         dout = grads[0]
-        if dout is None:  # every rank has the same graph, so every rank comes here
+        if dout is None:  # out was not used; see `run`
             return None, None, None, None, None
+        dout = dout.contiguous()
+        exchange = job.plan.exchange
         if exchange is not None and job.ulysses is not None:
-            dout = to_heads(dout.contiguous(), exchange, job.ulysses, keys=False)
-        dsinks = None
-        if sinks is not None:
-            dsinks = _all_sinks(sinks_grad(dout, out, lse, sinks), job)
-        dq, dk, dv = _backward(job, dout.contiguous(), q, k, v, out, lse, kept)
-        if exchange is not None and job.ulysses is not None:
-            dq = to_tokens(dq, exchange, job.ulysses, job.query_heads, keys=False)
-            dtype, wide = k.dtype, accumulation_dtype(k.dtype)
-            dk, dv = (
-                to_tokens(x.to(wide), exchange, job.ulysses, job.key_heads, keys=True).to(dtype) for x in (dk, dv)
-            )
-        return dq, dk, dv, dsinks, None
+            dout = queries_to_heads(dout, exchange, job.ulysses)
+        dsinks = None if sinks is None else _all_sinks(sinks_grad(dout, out, lse, sinks), job)
+        with _without_autocast(q):
+            dq, dk, dv = _backward(job, dout, q, k, v, out, lse, kept)
+        if exchange is None or job.ulysses is None:
+            return dq.finish(), dk.finish(), dv.finish(), dsinks, None
+        wide = exchange.copied_keys and job.plan.wide_reduce
+        dkeys, dvalues = (
+            key_grads_to_tokens(x.sums(wide), exchange, job.ulysses, job.key_heads).to(k.dtype) for x in (dk, dv)
+        )
+        return queries_to_tokens(dq.finish(), exchange, job.ulysses), dkeys, dvalues, dsinks, None
 
 
 def _own_sinks(sinks: Tensor, plan: AttentionPlan) -> Tensor:
@@ -105,27 +116,33 @@ def _all_sinks(grad: Tensor, job: Job) -> Tensor:
     return full
 
 
-def _forward(job: Job, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, list[Tensor]]:
-    """Out (n, H, V), lse (H, n), and the cast keys and values if the plan keeps them."""
-    plan = job.plan
-    out = q.new_empty(q.shape[0], q.shape[1], v.shape[2])
-    for start, stop in plan.uncovered:
-        out[start:stop] = 0
-    lse = q.new_full((q.shape[1], q.shape[0]), float("-inf"), dtype=accumulation_dtype(q.dtype))
-    acc = Accumulator(out, plan.shared_q)
-    kept: list[Tensor] = []
-    casts = plan.stages[1:]
-    cast = KeyCast.post(casts[0], job.ring, k, v) if casts else None
-    _run_calls(job, plan.stages[0], q, k, v, acc, lse)
-    for number, stage in enumerate(casts):
+def _cast_stages(job: Job, k: Tensor, v: Tensor) -> Iterator[tuple[Stage, Tensor, Tensor]]:
+    """The later stages with their keys and values. While one is being computed the next is on its way.
+
+    The first is posted when the iterator is asked for the first time, so whoever wants to compute meanwhile primes it.
+    """
+    stages = job.plan.stages[1:]
+    cast = KeyCast.post(stages[0], job.ring, k, v) if stages else None
+    yield job.plan.stages[0], k, v
+    for number, stage in enumerate(stages):
         assert cast is not None
         keys, values = cast.wait()
-        cast = KeyCast.post(casts[number + 1], job.ring, k, v) if number + 1 < len(casts) else None
+        cast = KeyCast.post(stages[number + 1], job.ring, k, v) if number + 1 < len(stages) else None
+        yield stage, keys, values
+        del keys, values
+
+
+def _forward(job: Job, q: Tensor, k: Tensor, v: Tensor, keep: bool) -> tuple[Tensor, Tensor, list[Tensor]]:
+    """Out (n, H, V), lse (H, n), and the cast keys and values if they are to be kept."""
+    plan = job.plan
+    acc = Accumulator(q.new_empty(q.shape[0], q.shape[1], v.shape[2]), plan.shared_q, plan.uncovered)
+    lse = q.new_full((q.shape[1], q.shape[0]), float("-inf"), dtype=accumulation_dtype(q.dtype))
+    kept: list[Tensor] = []
+    for stage, keys, values in _cast_stages(job, k, v):
         _run_calls(job, stage, q, keys, values, acc, lse)
-        if plan.keep_keys:
+        if keep and stage is not plan.stages[0]:
             kept += [keys, values]
-    acc.finish()
-    return out, lse, kept
+    return acc.finish(), lse, kept
 
 
 def _run_calls(job: Job, stage: Stage, q: Tensor, k: Tensor, v: Tensor, acc: Accumulator, lse: Tensor) -> None:
@@ -137,48 +154,39 @@ def _run_calls(job: Job, stage: Stage, q: Tensor, k: Tensor, v: Tensor, acc: Acc
         part_lse = job.backend.forward(q[rows], k[keys], v[keys], call, job.options, acc.rows[rows])
         a, b = acc.inside(call.q)
         if a < b:
-            inner = slice(a - call.q[0], b - call.q[0])
-            merge_(acc.wide_rows(a, b), lse[:, a:b], acc.rows[a:b], part_lse[:, inner])
-        for start, stop in acc.outside(call.q):
-            lse[:, start:stop] = part_lse[:, start - call.q[0] : stop - call.q[0]]
+            merge_(acc.wide_rows(a, b), lse[:, a:b], acc.rows[a:b], part_lse[:, _shifted((a, b), call.q[0])])
+        for span in acc.outside(call.q):
+            lse[:, slice(*span)] = part_lse[:, _shifted(span, call.q[0])]
 
 
 def _backward(
     job: Job, dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, kept: list[Tensor]
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> tuple[Accumulator, Accumulator, Accumulator]:
     """Gradients of q, k, v of this rank's rows. The local stage comes last, so that it hides the last reduce."""
     plan = job.plan
-    dq = Accumulator(torch.empty_like(q), plan.shared_q)
-    dk, dv = (Accumulator(torch.empty_like(x), plan.shared_k) for x in (k, v))
-    for start, stop in plan.uncovered:
-        dq.rows[start:stop] = 0
-    for start, stop in plan.unread:
-        dk.rows[start:stop] = 0
-        dv.rows[start:stop] = 0
     forward = dout, q, out, lse
-    casts = plan.stages[1:]
-    cast = KeyCast.post(casts[0], job.ring, k, v) if casts and not kept else None
+    dq = Accumulator(torch.empty_like(q), plan.shared_q, plan.uncovered)
+    dk, dv = (Accumulator(torch.empty_like(x), plan.shared_k, plan.unread) for x in (k, v))
+    stages: Iterator[tuple[Stage, Tensor, Tensor]]
+    if kept:
+        pairs = zip(kept[::2], kept[1::2], strict=True)
+        stages = iter([(stage, *pair) for stage, pair in zip(plan.stages[1:], pairs, strict=True)])
+    else:
+        stages = _cast_stages(job, k, v)
+        next(stages)
     reduce: KeyReduce | None = None
-    for number, stage in enumerate(casts):
-        if cast is not None:
-            keys, values = cast.wait()
-            more = number + 1 < len(casts)
-            cast = KeyCast.post(casts[number + 1], job.ring, k, v) if more else None
-        else:
-            keys, values = kept[2 * number : 2 * number + 2]
+    for stage, keys, values in stages:
         shared = (0, stage.rows) if stage.overlapping_keys else (0, 0)
-        dkeys, dvalues = (Accumulator(torch.empty_like(x), shared) for x in (keys, values))
-        for start, stop in stage.unread:
-            dkeys.rows[start:stop] = 0
-            dvalues.rows[start:stop] = 0
+        dkeys, dvalues = (Accumulator(torch.empty_like(x), shared, stage.unread) for x in (keys, values))
         _run_backward_calls(job, stage, forward, keys, values, dq, dkeys, dvalues)
         if reduce is not None:
-            reduce.wait(dk, dv)  # two stages' gradients at most are alive
+            reduce.wait(dk, dv)  # the gradients of two stages at most are alive
         reduce = KeyReduce.post(stage, job.ring, dkeys, dvalues, plan.wide_reduce)
+        del keys, values, dkeys, dvalues
     _run_backward_calls(job, plan.stages[0], forward, k, v, dq, dk, dv)
     if reduce is not None:
         reduce.wait(dk, dv)
-    return dq.finish(), dk.finish(), dv.finish()
+    return dq, dk, dv
 
 
 def _run_backward_calls(
@@ -193,13 +201,11 @@ def _run_backward_calls(
 ) -> None:
     """Run a stage's calls backward. Kernels write gradient rows in place; rows that are shared are then added up."""
     dout, q, out, lse = forward
-    if not q.shape[1]:
-        for grad in (dk, dv):
-            grad.rows.zero_()
+    if not q.shape[1]:  # this rank has no head
         return
     for call in stage.calls:
         rows, keys = slice(*call.q), slice(*call.k)
-        target = Grads(dq.rows[rows], *(_key_rows(grad, call) for grad in (dk, dv)))
+        target = Grads(dq.rows[rows], _key_rows(dk, call), _key_rows(dv, call))
         tensors = dout[rows], q[rows], k[keys], v[keys], out[rows], lse[:, rows]
         job.backend.backward(*tensors, call, job.options, target)
         dq.collect(call.q)

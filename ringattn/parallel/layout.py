@@ -3,24 +3,26 @@
 T tokens of the stream, t tokens of this rank.
 """
 
+from bisect import bisect_right
 from collections.abc import Hashable
-from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch.autograd.function import once_differentiable
 
 from ringattn.documents import Documents
+from ringattn.kernels.spec import Range, to_device
 from ringattn.mask import Mask
 from ringattn.parallel import placement
 from ringattn.parallel.mesh import MeshShape, SequenceMesh
-from ringattn.parallel.placement import Placement, Range
+from ringattn.parallel.placement import Placement
+from ringattn.parallel.ranges import length, overlap
 
 POLICIES = ("contiguous", "zigzag", "balanced", "auto")
 
 
-@dataclass(frozen=True)
 class Layout:
     """The placement of `docs` over the sequence ranks of `mesh`. Pure integers: no communication, same on every rank.
 
@@ -30,27 +32,23 @@ class Layout:
         policy: "contiguous" (equal runs of the stream), "zigzag" (every document cut over all ring positions),
             "balanced" (equal tokens and equal cost with few cuts), or "auto": balanced where there is a ring axis, else
             contiguous.
-        mask: the mask whose cost "balanced" evens out; any mask can be computed on any layout.
+        mask: the mask whose cost "balanced" evens out, default causal; any mask can be computed on any layout.
 
-    Tokens are placed on ring positions; a position's tokens are dealt in equal runs to its ulysses ranks.
+    Tokens are placed on ring positions; a position's tokens are dealt in equal runs to its ulysses ranks. A layout is
+    not to be changed. It is no dataclass because FSDP takes those in a model's keywords apart, and copies them.
     Raises ValueError for an unknown policy.
     """
 
-    docs: Documents
-    mesh: MeshShape
-    policy: str = "auto"
-    mask: Mask = Mask()
-    _plans: dict[Hashable, Any] = field(default_factory=dict, init=False, repr=False, compare=False)
-
-    def __post_init__(self) -> None:
-        if not isinstance(self.docs, Documents):
-            raise ValueError(
-                f"docs must be Documents, got {type(self.docs).__name__}; build one with Documents(lengths)"
-            )
-        if not isinstance(self.mesh, MeshShape):
-            raise ValueError(f"mesh must come from init_mesh (or be a MeshShape), got {type(self.mesh).__name__}")
-        if self.policy not in POLICIES:
-            raise ValueError(f"policy must be one of {', '.join(POLICIES)}, got {self.policy!r}")
+    def __init__(self, docs: Documents, mesh: MeshShape, policy: str = "auto", mask: Mask | None = None) -> None:
+        if not isinstance(docs, Documents):
+            raise ValueError(f"docs must be Documents, got {type(docs).__name__}; build one with Documents(lengths)")
+        if not isinstance(mesh, MeshShape):
+            raise ValueError(f"mesh must come from init_mesh (or be a MeshShape), got {type(mesh).__name__}")
+        if policy not in POLICIES:
+            raise ValueError(f"policy must be one of {', '.join(POLICIES)}, got {policy!r}")
+        self.docs, self.mesh, self.policy = docs, mesh, policy
+        self.mask = Mask() if mask is None else mask
+        self._plans: dict[Hashable, Any] = {}
 
     @property
     def resolved_policy(self) -> str:
@@ -66,7 +64,7 @@ class Layout:
 
     @cached_property
     def position_sizes(self) -> tuple[int, ...]:
-        return tuple(sum(stop - start for start, stop in ranges) for ranges in self.positions)
+        return tuple(length(ranges) for ranges in self.positions)
 
     def deal(self, position: int) -> tuple[Range, ...]:
         """Rows of a ring position that each of its ulysses ranks holds."""
@@ -80,7 +78,7 @@ class Layout:
         begin, end = self.deal(position)[part]
         out, row = [], 0
         for start, stop in self.positions[position]:
-            first, last = max(begin - row, 0), min(end - row, stop - start)
+            first, last = overlap((begin - row, end - row), (0, stop - start))
             if first < last:
                 out.append((start + first, start + last))
             row += stop - start
@@ -97,16 +95,18 @@ class Layout:
 
     def position_ids(self, device: torch.device | str | None = None) -> torch.Tensor:
         """Position inside its document of each local token: (t,) int64. Padding counts from 0 in every run."""
-        return self._global_position_ids[self.indices()].to(device, non_blocking=True)
-
-    @cached_property
-    def _global_position_ids(self) -> torch.Tensor:
-        positions = torch.arange(self.docs.total)
-        begins = torch.zeros(self.docs.total, dtype=torch.int64)
         documents = zip(self.docs.starts, self.docs.lengths, strict=True)
-        for start, stop in [*((start, start + size) for start, size in documents), *self.docs.padding]:
-            begins[start:stop] = start
-        return positions - begins
+        runs = [*((start, start + size) for start, size in documents if size), *self.docs.padding]
+        runs.sort()
+        starts = [start for start, _ in runs]
+        parts = []
+        for begin, end in self.ranges():
+            index = max(0, bisect_right(starts, begin) - 1)
+            while index < len(runs) and runs[index][0] < end:
+                first, last = overlap(runs[index], (begin, end))
+                parts.append(torch.arange(first - runs[index][0], last - runs[index][0]))
+                index += 1
+        return to_device(_concatenated(parts), torch.device(device or "cpu"))
 
     def shard(self, x: torch.Tensor, dim: int = 0) -> torch.Tensor:
         """This rank's tokens of a global tensor: (..., T, ...) -> (..., t, ...). Differentiable, no communication."""
@@ -134,14 +134,16 @@ class Layout:
             raise ValueError(f'grad must be "same" or "partial", got {grad!r}')
         return _Unshard.apply(x.movedim(dim, 0), self, grad).movedim(0, dim)
 
-    @cached_property
-    def _gather_order(self) -> torch.Tensor:
-        """Row of each global token in the ranks' tensors laid end to end, each padded to the longest."""
-        order = torch.empty(self.docs.total, dtype=torch.int64)
-        for rank in range(self.mesh.sequence_size):
-            indices = self.indices(rank)
-            order[indices] = torch.arange(len(indices)) + rank * self._longest
-        return order
+    def _gather_order(self, device: torch.device) -> torch.Tensor:
+        """Row of each global token in the ranks' tensors laid end to end, each padded to the longest. Kept."""
+        key = ("gather order", device)
+        if key not in self._plans:
+            order = torch.empty(self.docs.total, dtype=torch.int64)
+            for rank in range(self.mesh.sequence_size):
+                indices = self.indices(rank)
+                order[indices] = torch.arange(len(indices)) + rank * self._longest
+            self._plans[key] = to_device(order, device)
+        return self._plans[key]
 
     @cached_property
     def _longest(self) -> int:
@@ -167,17 +169,18 @@ class _Unshard(torch.autograd.Function):
     def forward(ctx: Any, x: torch.Tensor, layout: Layout, grad: str) -> torch.Tensor:
         ctx.layout, ctx.grad = layout, grad
         mesh = layout.mesh
+        if mesh.sequence_size == 1:
+            return x.index_select(0, layout._gather_order(x.device))
+        if not isinstance(mesh, SequenceMesh):
+            raise ValueError("unshard needs a layout on a SequenceMesh of running processes, got a MeshShape")
         padded = x.new_zeros(layout._longest, *x.shape[1:])
         padded[: len(x)] = x
-        rows = [padded]
-        if mesh.sequence_size > 1:
-            if not isinstance(mesh, SequenceMesh):
-                raise ValueError("unshard needs a layout on a SequenceMesh of running processes, got a MeshShape")
-            rows = [torch.empty_like(padded) for _ in range(mesh.sequence_size)]
-            dist.all_gather(rows, padded, group=mesh.sequence_group)
-        return torch.cat(rows).index_select(0, layout._gather_order.to(x.device))
+        rows = x.new_empty(mesh.sequence_size, *padded.shape)
+        dist.all_gather(list(rows.unbind()), padded, group=mesh.sequence_group)
+        return rows.flatten(0, 1).index_select(0, layout._gather_order(x.device))
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor, None, None]:
         (grad,) = grads
         if ctx.grad == "partial" and ctx.layout.mesh.sequence_size > 1:

@@ -53,6 +53,9 @@ class SequenceMesh(MeshShape):
     device_type: str = "cpu"
     device_mesh: DeviceMesh = field(kw_only=True, repr=False, compare=False)
 
+    def __deepcopy__(self, memo: object) -> "SequenceMesh":
+        return self  # process groups cannot be copied, and a copied model attends over the same ranks
+
     @property
     def device(self) -> torch.device:
         if self.device_type == "cpu":

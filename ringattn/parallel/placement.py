@@ -13,9 +13,10 @@ from operator import itemgetter
 import numpy as np
 
 from ringattn.documents import Documents
+from ringattn.kernels.spec import Range
 from ringattn.mask import Mask
+from ringattn.parallel.ranges import touching
 
-Range = tuple[int, int]
 Placement = tuple[tuple[Range, ...], ...]
 
 TILE = 128  # rows of a kernel tile: cuts are rounded to it
@@ -113,31 +114,34 @@ def _window_search(spans: list[Span], ring: int, tiles: list[int]) -> list[list[
     """Tokens of every span given to every position: per span, sorted by density, a list of `(position, tokens)`."""
     left = np.array([span.size for span in spans], dtype=np.int64)
     density = np.array([span.density for span in spans], dtype=np.float64)
+    tokens, cost = int(left.sum()), float((left * density).sum())
     shares: list[list[tuple[int, int]]] = [[] for _ in spans]
+    given, given_cost = 0, 0.0
     for position in range(ring):
-        rest = ring - position
-        taken = left if rest == 1 else _window(left, density, rest, tiles)
+        # What all positions so far shall have, less what they got: a rounding is made up for by the next position.
+        want = (position + 1) * tokens // ring - given
+        goal = (position + 1) * cost / ring - given_cost
+        taken = left if position == ring - 1 else _window(left, density, want, goal, tiles)
         for index in np.flatnonzero(taken):
             shares[index].append((position, int(taken[index])))
         left = left - taken
+        given += int(taken.sum())
+        given_cost += float((taken * density).sum())
     return shares
 
 
-def _window(left: np.ndarray, density: np.ndarray, rest: int, tiles: list[int]) -> np.ndarray:
-    """Tokens that the window of average cost takes from every span, when `rest` positions are still to be served."""
+def _window(left: np.ndarray, density: np.ndarray, want: int, goal: float, tiles: list[int]) -> np.ndarray:
+    """Tokens that a window of `want` tokens and cost `goal` takes from every span; `left` are those not given away."""
     ends = np.cumsum(left)
     costs = np.concatenate([[0.0], np.cumsum(left * density)])
-    total = int(ends[-1]) if len(ends) else 0
-    want = (total + rest // 2) // rest
-    if want == 0:
+    if want <= 0:
         return np.zeros_like(left)
 
     def cost_before(token: int) -> float:
         index = int(np.searchsorted(ends, token, side="left"))
         return float(costs[index] + (token - (ends[index] - left[index])) * density[index]) if token else 0.0
 
-    goal = costs[-1] / rest
-    low, high = 0, total - want
+    low, high = 0, int(ends[-1]) - want
     while low < high:
         middle = (low + high) // 2
         if cost_before(middle + want) - cost_before(middle) < goal:
@@ -148,26 +152,24 @@ def _window(left: np.ndarray, density: np.ndarray, rest: int, tiles: list[int]) 
 
 
 def _rounded_window(left: np.ndarray, ends: np.ndarray, start: int, want: int, tiles: list[int]) -> np.ndarray:
-    """The window `[start, start + want)` with the tokens taken from a cut span rounded to an even number of tiles."""
+    """The window `[start, start + want)` with what it takes from a cut span rounded to tiles.
+
+    The end of the expensive rows is rounded first, and the other end makes up for the tokens.
+    """
     first = int(np.searchsorted(ends, start, side="right"))
+    last = int(np.searchsorted(ends, start + want, side="left"))
     taken = np.zeros_like(left)
-    taken[first] = _rounded(min(want, int(ends[first]) - start), int(left[first]), tiles[first])
-    lacking = want - int(taken[first])
-    for index in range(first + 1, len(left)):
-        if lacking <= 0:
-            break
-        whole = int(left[index])
-        taken[index] = whole if whole <= lacking else _rounded(lacking, whole, tiles[index])
-        lacking -= int(taken[index]) if whole <= lacking else lacking
+    if first < last:
+        taken[last] = _rounded(start + want - int(ends[last - 1]), int(left[last]), tiles[last])
+        taken[first + 1 : last] = left[first + 1 : last]
+        want -= int(taken.sum())
+    taken[first] = _rounded(max(want, 0), int(left[first]), tiles[first])
     return taken
 
 
 def _rounded(tokens: int, available: int, tile: int) -> int:
-    """`tokens` to the nearest even number of tiles (a head and a tail each take half), or all there is."""
-    if tokens >= available:
-        return available
-    even = (tokens + tile) // (2 * tile) * 2 * tile
-    return min(even, available)
+    """`tokens` to the nearest number of tiles, or all there is."""
+    return min((tokens + tile // 2) // tile * tile, available) if tokens < available else available
 
 
 def _nest(size: int, owners: list[tuple[int, int]], tile: int) -> list[tuple[int, int, int]]:
@@ -215,19 +217,8 @@ def _ordered(held: list[list[tuple[Span, int, int]]]) -> Placement:
         order = sorted(
             ((room(piece, heads), piece[0].start + piece[1], piece) for piece in pieces), key=itemgetter(0, 1)
         )
-        placement.append(_touching([(span.start + first, span.start + last) for _, _, (span, first, last) in order]))
+        placement.append(touching([(span.start + first, span.start + last) for _, _, (span, first, last) in order]))
     return tuple(placement)
-
-
-def _touching(ranges: list[Range]) -> tuple[Range, ...]:
-    """Consecutive ranges that continue one another made one."""
-    out: list[Range] = []
-    for start, stop in ranges:
-        if out and out[-1][1] == start:
-            out[-1] = (out[-1][0], stop)
-        else:
-            out.append((start, stop))
-    return tuple(out)
 
 
 def _joined(pieces: list[tuple[Span, int, int]]) -> list[tuple[Span, int, int]]:

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from functools import cached_property
 
 from ringattn.kernels.spec import Call, Range
+from ringattn.parallel.ranges import gaps, length
 
 
 @dataclass(frozen=True)
@@ -19,7 +20,7 @@ class Message:
 
     @property
     def rows(self) -> int:
-        return sum(stop - start for start, stop in self.ranges)
+        return length(self.ranges)
 
 
 @dataclass(frozen=True)
@@ -71,6 +72,12 @@ class Exchange:
     rows: tuple[Range, ...]
     heads: tuple[HeadShare, ...]
     rank: int
+
+    @cached_property
+    def copied_keys(self) -> bool:
+        """Whether some key head is computed in more than one place, so that its gradient is a sum."""
+        keys = [head for share in self.heads for head in share.keys]
+        return len(keys) > len(set(keys))
 
     @property
     def own_rows(self) -> int:
@@ -157,15 +164,3 @@ def _describe(number: int, stage: Stage) -> list[str]:
             f"    {kind}: rows {call.q[0]}-{call.q[1]} over keys {call.k[0]}-{call.k[1]}, {len(call.blocks)} blocks"
         )
     return lines
-
-
-def gaps(spans: list[Range], rows: int) -> tuple[Range, ...]:
-    """What of `[0, rows)` no span covers."""
-    out, end = [], 0
-    for start, stop in sorted(span for span in spans if span[0] < span[1]):
-        if start > end:
-            out.append((end, start))
-        end = max(end, stop)
-    if end < rows:
-        out.append((end, rows))
-    return tuple(out)

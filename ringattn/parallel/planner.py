@@ -3,7 +3,7 @@
 import itertools
 from bisect import bisect_left
 from collections import defaultdict
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 
@@ -12,7 +12,9 @@ from ringattn.kernels.spec import Block, Range
 from ringattn.mask import Band, Mask
 from ringattn.parallel.blocks import Piece, blocks_of, group_calls, join_full, shared_rows
 from ringattn.parallel.layout import Layout
+from ringattn.parallel.mesh import MeshShape
 from ringattn.parallel.plan import AttentionPlan, Exchange, Message, Stage
+from ringattn.parallel.ranges import length, overlap, union
 from ringattn.parallel.ulysses import exchange_plan
 
 SCHEMES = ("auto", "ring", "ulysses", "hybrid", "gather")
@@ -41,7 +43,7 @@ def plan_attention(
 
     Raises ValueError naming the argument, with the numbers.
     """
-    _check_scheme(scheme, stages, layout)
+    check_scheme(scheme, layout.mesh, stages)
     key = (mask, query_heads, key_heads, scheme, stages, keep_keys, wide_reduce)
     if key not in layout._plans:
         plan = _plan(layout, mask, query_heads, key_heads, scheme, stages)
@@ -65,8 +67,8 @@ def _plan(
     return planner.plan(exchange, reason)
 
 
-def _check_scheme(scheme: str, stages: int | None, layout: Layout) -> None:
-    mesh = layout.mesh
+def check_scheme(scheme: str, mesh: MeshShape, stages: int | None = None) -> None:
+    """Raises ValueError, with the degrees, if `scheme` cannot run on the axes of `mesh`."""
     if scheme not in SCHEMES:
         raise ValueError(f"scheme must be one of {', '.join(SCHEMES)}, got {scheme!r}")
     degrees = f"the mesh has ring={mesh.ring} and ulysses={mesh.ulysses}"
@@ -90,9 +92,8 @@ def _schedule(held: "Held", band: Band, scheme: str) -> tuple[str, str]:
         return "local", "the ring axis has one position"
     if scheme in ("ring", "gather"):
         return scheme, f'scheme="{scheme}" was asked for'
-    rows = sum(held.fetched_rows(position, band) for position in range(ring))
-    share = rows / max(held.docs.total, 1)
-    need = f"a rank needs {share:.2f} × its own keys from others"
+    share = held.fetched_share(band)
+    need = f"a rank needs up to {share:.2f} × its own keys from others"
     if share <= GATHER_SHARE:
         return "gather", f"{need}, at most {GATHER_SHARE}: they fit, and each query row is computed in one call"
     return "ring", f"{need}, more than {GATHER_SHARE}: stages bound the memory"
@@ -127,12 +128,13 @@ class Held:
             pieces, row = [], 0
             for begin, end in ranges:
                 # The document before the first start at or after `begin` may reach into the range.
-                for start, index in spans[max(0, bisect_left(starts, begin) - 1) :]:
-                    if start >= end:
-                        break
-                    first, last = max(begin, start), min(end, start + docs.lengths[index])
+                number = max(0, bisect_left(starts, begin) - 1)
+                while number < len(spans) and spans[number][0] < end:
+                    start, index = spans[number]
+                    first, last = overlap((begin, end), (start, start + docs.lengths[index]))
                     if first < last:
                         pieces.append(Piece(index, first - start, last - start, row + first - begin))
+                    number += 1
                 row += end - begin
             positions.append(tuple(pieces))
         return cls(docs, tuple(positions), layout.position_sizes)
@@ -158,16 +160,22 @@ class Held:
 
     def own(self, position: int, document: int) -> list[Piece]:
         """The pieces of a document at a position, in ascending order."""
-        return self._own[position, document]
+        return self._own.get((position, document), [])
 
-    def readers(self, document: int) -> list[int]:
-        """The positions that hold queries of a document."""
-        return sorted({position for position, _ in self.by_document[document]})
+    @cached_property
+    def readers(self) -> dict[int, list[int]]:
+        """The positions that hold queries of each document."""
+        return {document: sorted({position for position, _ in pairs}) for document, pairs in self.by_document.items()}
 
-    def cut_documents(self, position: int) -> list[int]:
-        """Documents held here and elsewhere, in stream order: the only ones that communicate."""
-        here = {piece.document for piece in self.positions[position]}
-        return sorted(document for document in here if len(self.readers(document)) > 1)
+    @cached_property
+    def cut_documents(self) -> list[list[int]]:
+        """For each position its documents that are also held elsewhere, in stream order: only they communicate."""
+        out: list[list[int]] = [[] for _ in self.positions]
+        for document, readers in sorted(self.readers.items()):
+            if len(readers) > 1:
+                for position in readers:
+                    out[position].append(document)
+        return out
 
     def needs(self, piece: Piece, band: Band) -> Range:
         return band.keys_of(piece.first, piece.last, self.docs.lengths[piece.document])
@@ -179,28 +187,20 @@ class Held:
             (run for run in self.own(position, piece.document) if run.first <= first and last <= run.last), None
         )
 
-    def fetched_rows(self, position: int, band: Band) -> int:
-        """Remote key rows that the queries of a position need."""
+    def fetched_share(self, band: Band) -> float:
+        """Remote key rows that a position needs, as a multiple of its own rows: the largest of all positions."""
+        return max(
+            (self._fetched_rows(position, band) / rows for position, rows in enumerate(self.rows) if rows), default=0.0
+        )
+
+    def _fetched_rows(self, position: int, band: Band) -> int:
         rows = 0
-        for document in self.cut_documents(position):
+        for document in self.cut_documents[position]:
             own = self.own(position, document)
-            for interval in _union(self.needs(piece, band) for piece in own):
-                rows += interval[1] - interval[0] - sum(_overlap(interval, piece) for piece in own)
+            for need in union(self.needs(piece, band) for piece in own):
+                held = length(union(overlap(need, (piece.first, piece.last)) for piece in own))
+                rows += need[1] - need[0] - held
         return rows
-
-
-def _overlap(interval: Range, piece: Piece) -> int:
-    return max(0, min(interval[1], piece.last) - max(interval[0], piece.first))
-
-
-def _union(spans: Iterable[Range]) -> list[Range]:
-    out: list[Range] = []
-    for start, stop in sorted(spans):
-        if out and start <= out[-1][1]:
-            out[-1] = (out[-1][0], max(out[-1][1], stop))
-        else:
-            out.append((start, stop))
-    return out
 
 
 @dataclass
@@ -264,13 +264,13 @@ class _RingPlanner:
         return own
 
     def _wanted(self, position: int, document: int) -> list[Range]:
-        return _union(self.held.needs(piece, self.band) for piece in self._casting(position, document))
+        return union(self.held.needs(piece, self.band) for piece in self._casting(position, document))
 
     def _cast(self, distances: range) -> _Cast:
         cast = _Cast()
         copies: list[tuple[Range, Range]] = []
         arriving: dict[int, list[Range]] = defaultdict(list)
-        for document in self.held.cut_documents(self.position):
+        for document in self.held.cut_documents[self.position]:
             runs = []
             for piece, holder in self._runs(self.position, document):
                 target = cast.rows, cast.rows + piece.last - piece.first
@@ -293,18 +293,23 @@ class _RingPlanner:
     def _leaving(self, distances: range) -> dict[int, list[Range]]:
         """Local rows that other positions want in the same stage, in the order of their buffers."""
         leaving: dict[int, list[Range]] = defaultdict(list)
-        for document in self.held.cut_documents(self.position):
-            for reader in self.held.readers(document):
+        for document in self.held.cut_documents[self.position]:
+            own = self.held.own(self.position, document)
+            for reader in self.held.readers[document]:
                 if (self.position - reader) % len(self.held.positions) in distances:
-                    runs = self._runs(reader, document)
-                    leaving[reader] += [(run.row, run.stop_row) for run, holder in runs if holder == self.position]
+                    for want in self._wanted(reader, document):
+                        for piece in own:
+                            first, last = overlap(want, (piece.first, piece.last))
+                            if first < last:
+                                shift = piece.row - piece.first
+                                leaving[reader].append((first + shift, last + shift))
         return leaving
 
     def _runs(self, reader: int, document: int) -> Iterator[tuple[Piece, int]]:
         """What `reader` wants of a document, in ascending order: the parts of the holders' pieces, and the holder."""
-        for first, last in self._wanted(reader, document):
+        for want in self._wanted(reader, document):
             for holder, piece in self.held.by_document[document]:
-                begin, end = max(first, piece.first), min(last, piece.last)
+                begin, end = overlap(want, (piece.first, piece.last))
                 if begin < end:
                     yield Piece(document, begin, end, piece.row + begin - piece.first), holder
 

@@ -6,9 +6,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ringattn.kernels.reference import accumulation_dtype
-from ringattn.kernels.spec import Range
+from ringattn.kernels.spec import Range, accumulation_dtype
 from ringattn.parallel.plan import Message, Stage
+from ringattn.parallel.ranges import overlap
 from ringattn.parallel.transport import Pending, Transport
 
 
@@ -16,18 +16,20 @@ class Accumulator:
     """A result of n rows of which those in `shared` have several parts, added in float32.
 
     Kernels write every part to `rows` in place. Rows outside `shared` have one part and are final then; `collect` adds
-    a part of the others to the wide copy, and `finish` rounds them once.
+    a part of the others to the wide copy, and `finish` rounds them once. Rows in `untouched` get no part: they are 0.
     """
 
-    def __init__(self, rows: Tensor, shared: Range) -> None:
+    def __init__(self, rows: Tensor, shared: Range, untouched: Sequence[Range]) -> None:
         self.rows = rows
         self.shared = shared
+        for start, stop in untouched:
+            rows[start:stop] = 0
         size = shared[1] - shared[0]
         self.wide = rows.new_zeros(size, *rows.shape[1:], dtype=accumulation_dtype(rows.dtype)) if size else None
 
     def inside(self, span: Range) -> Range:
         """The shared part of a range (empty: start >= stop)."""
-        return max(span[0], self.shared[0]), min(span[1], self.shared[1])
+        return overlap(span, self.shared)
 
     def outside(self, span: Range) -> list[Range]:
         a, b = self.inside(span)
@@ -44,13 +46,25 @@ class Accumulator:
         if a < b:
             self.wide_rows(a, b).add_(self.rows[a:b])
 
-    def add(self, span: Range, part: Tensor) -> None:
-        """Add a part of shared rows that came from elsewhere."""
-        self.wide_rows(*span).add_(part)
+    def add(self, spans: Sequence[Range], parts: Sequence[Tensor]) -> None:
+        """Add parts of shared rows that came from elsewhere; the ranges do not overlap."""
+        if spans:
+            torch._foreach_add_([self.wide_rows(*span) for span in spans], [part.to(self.dtype) for part in parts])
 
-    def widest(self) -> Tensor:
-        """All rows in the precision of their sums, if every row is shared; else as the one kernel call wrote them."""
-        return self.rows if self.wide is None else self.wide
+    @property
+    def dtype(self) -> torch.dtype:
+        """In what parts are added."""
+        return accumulation_dtype(self.rows.dtype)
+
+    def sums(self, wide: bool) -> Tensor:
+        """All rows, in the dtype of the sums before they are rounded if `wide`, else as the result will be."""
+        if self.wide is None or not wide:
+            return self.finish().to(self.dtype if wide else self.rows.dtype)
+        if self.shared == (0, len(self.rows)):
+            return self.wide
+        out = self.rows.to(self.dtype)
+        out[slice(*self.shared)] = self.wide
+        return out
 
     def finish(self) -> Tensor:
         if self.wide is not None:
@@ -64,7 +78,7 @@ class KeyCast:
 
     pending: Pending | None
     buffers: tuple[Tensor, Tensor]
-    packed: list[tuple[Message, Tensor, Tensor]]  # messages of several runs: buffer, what arrived for it
+    packed: list[tuple[Message, Tensor, Tensor]]  # messages of several ranges: buffer, what arrived for it
 
     @classmethod
     def post(cls, stage: Stage, transport: Transport | None, k: Tensor, v: Tensor) -> "KeyCast":
@@ -81,8 +95,7 @@ class KeyCast:
                     packed.append((message, buffer, staging))
         pending = _post(transport, sends, receives)
         for local, buffer in zip((k, v), buffers, strict=True):
-            for source, target in stage.copies:
-                buffer[slice(*target)] = local[slice(*source)]
+            _copy(buffer, [target for _, target in stage.copies], [local[slice(*source)] for source, _ in stage.copies])
         return cls(pending, (buffers[0], buffers[1]), packed)
 
     def wait(self) -> tuple[Tensor, Tensor]:
@@ -90,9 +103,7 @@ class KeyCast:
         if self.pending is not None:
             self.pending.wait()
         for message, buffer, staging in self.packed:
-            sizes = [stop - start for start, stop in message.ranges]
-            for span, part in zip(message.ranges, staging.split(sizes), strict=True):
-                buffer[slice(*span)] = part
+            _copy(buffer, message.ranges, _split(staging, message.ranges))
         return self.buffers
 
 
@@ -110,36 +121,44 @@ class KeyReduce:
         cls, stage: Stage, transport: Transport | None, dkeys: Accumulator, dvalues: Accumulator, wide: bool
     ) -> "KeyReduce":
         """Send the rows back the way they came, in float32 if `wide`, else in the dtype of the keys."""
-        buffers = tuple(grad.widest() if wide else grad.finish() for grad in (dkeys, dvalues))
-        wire = accumulation_dtype(buffers[0].dtype) if wide else buffers[0].dtype
+        buffers = dkeys.sums(wide), dvalues.sums(wide)
         sends, receives, received = [], [], []
         for buffer in buffers:
-            sends += [(message.peer, _gathered(buffer, message.ranges).to(wire)) for message in stage.receives]
+            sends += [(message.peer, _gathered(buffer, message.ranges)) for message in stage.receives]
         for message in stage.sends:
-            dk, dv = (buffer.new_empty(message.rows, *buffer.shape[1:], dtype=wire) for buffer in buffers)
+            dk, dv = (buffer.new_empty(message.rows, *buffer.shape[1:]) for buffer in buffers)
             received.append((message, dk, dv))
         receives += [(message.peer, dk) for message, dk, _ in received]
         receives += [(message.peer, dv) for message, _, dv in received]
-        return cls(_post(transport, sends, receives), stage, (buffers[0], buffers[1]), received)
+        return cls(_post(transport, sends, receives), stage, buffers, received)
 
     def wait(self, dk: Accumulator, dv: Accumulator) -> None:
         """Add what belongs to the local rows, in the order of the plan: the same in every run."""
+        sources = [source for source, _ in self.stage.copies]
         for grad, buffer in zip((dk, dv), self.buffers, strict=True):
-            for source, target in self.stage.copies:
-                grad.add(source, buffer[slice(*target)])
+            grad.add(sources, [buffer[slice(*target)] for _, target in self.stage.copies])
         if self.pending is not None:
             self.pending.wait()
         for message, *parts in self.received:
-            sizes = [stop - start for start, stop in message.ranges]
             for grad, part in zip((dk, dv), parts, strict=True):
-                for span, rows in zip(message.ranges, part.split(sizes), strict=True):
-                    grad.add(span, rows)
+                grad.add(message.ranges, _split(part, message.ranges))
 
 
 def _gathered(x: Tensor, ranges: Sequence[Range]) -> Tensor:
     """The rows of `ranges` end to end; one range is a view."""
     parts = [x[slice(*span)] for span in ranges]
     return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+
+def _split(x: Tensor, ranges: Sequence[Range]) -> Sequence[Tensor]:
+    """The inverse of `_gathered`."""
+    return x.split([stop - start for start, stop in ranges])
+
+
+def _copy(buffer: Tensor, targets: Sequence[Range], parts: Sequence[Tensor]) -> None:
+    """Many small copies in one launch."""
+    if targets:
+        torch._foreach_copy_([buffer[slice(*span)] for span in targets], list(parts))
 
 
 def _post(

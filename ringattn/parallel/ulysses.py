@@ -4,12 +4,13 @@ ring position with some heads, and back. Uneven in both directions where heads o
 Legend: t local tokens, n tokens of the ring position, H query heads, K key heads, h and c this rank's share of them.
 """
 
-import itertools
+from itertools import pairwise
 
 import torch
 
 from ringattn.kernels.spec import Range
 from ringattn.parallel.plan import Exchange, HeadShare
+from ringattn.parallel.ranges import touching
 from ringattn.parallel.transport import Transport
 
 
@@ -17,7 +18,7 @@ def exchange_plan(rows: tuple[Range, ...], query_heads: int, key_heads: int, ran
     """Deal `query_heads` over the ranks as evenly as whole heads allow, each with the key heads that they read."""
     ranks = len(rows)
     bounds = [-(-index * query_heads // ranks) for index in range(ranks + 1)]
-    heads = tuple(_share((a, b), query_heads // key_heads) for a, b in itertools.pairwise(bounds))
+    heads = tuple(_share(bounds, query_heads // key_heads) for bounds in pairwise(bounds))
     return Exchange(rows, heads, rank)
 
 
@@ -31,53 +32,64 @@ def _share(query: Range, group: int) -> HeadShare:
     return HeadShare(query, ())
 
 
-def to_heads(x: torch.Tensor, exchange: Exchange, transport: Transport, keys: bool) -> torch.Tensor:
-    """(t, H or K, D) of this rank's tokens -> (n, h or c, D) of this rank's heads. Collective over the ulysses axis."""
-    dim = x.shape[2]
-    own = exchange.own_rows
-    counts = _head_counts(exchange, keys)
-    if keys:
-        parts = [x[:, _index(share.keys)] for share in exchange.heads]
-    else:
-        parts = [x[:, share.query[0] : share.query[1]] for share in exchange.heads]
-    send = torch.cat([part.reshape(-1) for part in parts])
-    mine = counts[exchange.rank]
-    out = x.new_empty(exchange.position_rows, mine, dim)
-    send_sizes = [own * count * dim for count in counts]
-    receive_sizes = [(stop - start) * mine * dim for start, stop in exchange.rows]
-    transport.exchange(send, out.view(-1), send_sizes, receive_sizes).wait()
-    return out
+def queries_to_heads(x: torch.Tensor, exchange: Exchange, transport: Transport) -> torch.Tensor:
+    """(t, H, D) of this rank's tokens -> (n, h, D) of this rank's heads. Collective over the ulysses axis."""
+    return _to_heads(x, exchange, transport, [[share.query] for share in exchange.heads])
 
 
-def to_tokens(x: torch.Tensor, exchange: Exchange, transport: Transport, total_heads: int, keys: bool) -> torch.Tensor:
-    """The way back: (n, h or c, D) -> (t, H or K, D). Copies of a key head are added in the order of ranks.
+def keys_to_heads(x: torch.Tensor, exchange: Exchange, transport: Transport) -> torch.Tensor:
+    """(t, K, D) -> (n, c, D); a key head goes to every rank that reads it. Collective over the ulysses axis."""
+    return _to_heads(x, exchange, transport, [_runs(share) for share in exchange.heads])
 
-    `x` of key heads holds gradients, in the precision in which they are to be added.
+
+def queries_to_tokens(x: torch.Tensor, exchange: Exchange, transport: Transport) -> torch.Tensor:
+    """(n, h, D) -> (t, H, D): the way back, for outputs and the gradients of queries."""
+    return torch.cat(_to_tokens(x, exchange, transport, [share.queries for share in exchange.heads]), 1)
+
+
+def key_grads_to_tokens(x: torch.Tensor, exchange: Exchange, transport: Transport, key_heads: int) -> torch.Tensor:
+    """(n, c, D) -> (t, K, D): gradients of keys, those of a head's copies added in the order of ranks.
+
+    `x` must be in the precision in which copies are to be added.
     """
-    dim = x.shape[2]
-    own = exchange.own_rows
-    counts = _head_counts(exchange, keys)
-    mine = counts[exchange.rank]
-    send_sizes = [(stop - start) * mine * dim for start, stop in exchange.rows]
-    receive_sizes = [own * count * dim for count in counts]
-    received = x.new_empty(sum(receive_sizes))
-    transport.exchange(x.contiguous().view(-1), received, send_sizes, receive_sizes).wait()
-    parts = [part.view(own, count, dim) for part, count in zip(received.split(receive_sizes), counts, strict=True)]
-    if not keys:
+    parts = _to_tokens(x, exchange, transport, [len(share.keys) for share in exchange.heads])
+    if not exchange.copied_keys:
         return torch.cat(parts, 1)
-    out = x.new_zeros(own, total_heads, dim)
+    out = parts[0].new_zeros(parts[0].shape[0], key_heads, x.shape[2])
     for part, share in zip(parts, exchange.heads, strict=True):
         for local, head in enumerate(share.keys):
             out[:, head] += part[:, local]
     return out
 
 
-def _head_counts(exchange: Exchange, keys: bool) -> list[int]:
-    return [len(share.keys) if keys else share.queries for share in exchange.heads]
+def _to_heads(x: torch.Tensor, exchange: Exchange, transport: Transport, shares: list[list[Range]]) -> torch.Tensor:
+    """Send each rank the heads of its ranges; what arrives lies in the order of tokens already."""
+    own, dim = exchange.own_rows, x.shape[2]
+    counts = [sum(stop - start for start, stop in ranges) for ranges in shares]
+    send = x.new_empty(own * sum(counts) * dim)
+    sizes = [own * count * dim for count in counts]
+    for part, count, ranges in zip(send.split(sizes), counts, shares, strict=True):
+        target, head = part.view(own, count, dim), 0
+        for start, stop in ranges:
+            target[:, head : head + stop - start] = x[:, start:stop]
+            head += stop - start
+    mine = counts[exchange.rank]
+    out = x.new_empty(exchange.position_rows, mine, dim)
+    receive_sizes = [(stop - start) * mine * dim for start, stop in exchange.rows]
+    transport.exchange(send, out.view(-1), sizes, receive_sizes).wait()
+    return out
 
 
-def _index(keys: tuple[int, ...]) -> slice | list[int]:
-    """A slice where the heads are consecutive: indexing with a list copies, and sends the list to the device."""
-    if keys and keys == tuple(range(keys[0], keys[-1] + 1)):
-        return slice(keys[0], keys[-1] + 1)
-    return list(keys) if keys else slice(0, 0)
+def _to_tokens(x: torch.Tensor, exchange: Exchange, transport: Transport, counts: list[int]) -> list[torch.Tensor]:
+    """Send each rank its tokens, which lie together; return what each rank sent, (t, its heads, D)."""
+    own, (_, mine, dim) = exchange.own_rows, x.shape
+    send_sizes = [(stop - start) * mine * dim for start, stop in exchange.rows]
+    receive_sizes = [own * count * dim for count in counts]
+    received = x.new_empty(sum(receive_sizes))
+    transport.exchange(x.contiguous().view(-1), received, send_sizes, receive_sizes).wait()
+    return [part.view(own, count, dim) for part, count in zip(received.split(receive_sizes), counts, strict=True)]
+
+
+def _runs(share: HeadShare) -> list[Range]:
+    """Key heads as slices: indexing with a list would send it to the device."""
+    return list(touching((head, head + 1) for head in share.keys))

@@ -11,6 +11,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from ringattn.kernels.registry import BACKENDS
 from ringattn.parallel.mesh import MeshShape, resolve_mesh
+from ringattn.parallel.planner import check_scheme
 from ringattn.training.corpus import Corpus, matching_files
 from ringattn.training.engines.deepspeed import available as deepspeed_available
 
@@ -187,17 +188,10 @@ def _check_mesh(cfg: DictConfig, world_size: int, ranks_per_node: int) -> MeshSh
         )
     except ValueError as error:
         raise ValueError(f"parallel.data, parallel.ring, parallel.ulysses: {error}") from None
-    needs = {
-        "ring": shape.ring > 1,
-        "gather": shape.ring > 1,
-        "ulysses": shape.ring == 1,
-        "hybrid": shape.ring > 1 and shape.ulysses > 1,
-    }
-    if shape.ring * shape.ulysses > 1 and not needs.get(parallel.scheme, True):
-        raise ValueError(
-            f"parallel.scheme={parallel.scheme} cannot use a mesh of data {shape.data} × ring {shape.ring} × ulysses "
-            f"{shape.ulysses}: ring and gather need ring > 1, ulysses needs ring = 1, hybrid needs both above 1"
-        )
+    try:
+        check_scheme(parallel.scheme, shape)
+    except ValueError as error:
+        raise ValueError(f"parallel.scheme={parallel.scheme}: {error}") from None
     return shape
 
 

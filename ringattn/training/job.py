@@ -8,11 +8,12 @@ from typing import Any
 import torch
 from omegaconf import DictConfig, OmegaConf
 
+from ringattn import hf
 from ringattn.training.checkpoint import TrainState, newest_checkpoint
 from ringattn.training.config import check_model, curve_differences, resolve, validate
 from ringattn.training.corpus import Corpus, matching_files, stdlib_corpus, text_corpus
 from ringattn.training.launched import Launch, pick_device
-from ringattn.training.models import model_config
+from ringattn.training.models import empty_model, model_config
 
 
 @dataclass(frozen=True)
@@ -57,11 +58,20 @@ def prepare(cfg: DictConfig, launch: Launch) -> Job:
     family_overrides = resolved["model"]["config"] or {}
     model = model_config(cfg.model.family, cfg.model.path, family_overrides)
     corpus = load_corpus(cfg)
+    _check_attention(model)
     check_model(cfg, model, corpus)
     resume = newest_checkpoint(output / "checkpoints")
     if resume is not None:
         _check_resume(cfg, resolved, output, resume[1], launch, corpus)
     return Job(OmegaConf.create(resolved), launch, device, output, corpus, model, resume)
+
+
+def _check_attention(config: Any) -> None:
+    """Raises ValueError for a model whose attention cannot be computed over a sequence axis."""
+    try:
+        hf.check_model(empty_model(config))
+    except NotImplementedError as error:
+        raise ValueError(f"model: {error}") from None
 
 
 def load_corpus(cfg: DictConfig) -> Corpus:

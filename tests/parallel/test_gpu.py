@@ -3,14 +3,14 @@
 import pytest
 import torch
 
-from ringattn import Documents, Mask
+from ringattn import Documents, Layout, Mask, MeshShape, parallel_attention
 from ringattn.kernels.registry import BACKENDS
 from ringattn.kernels.spec import CallSpec
 from tests.dense import Case, dense_attention, relative_error
 from tests.parallel.ranks import attend
 from tests.pool import Pools
 
-DOCS = Documents([700, 1, 129, 0, 1500, 64, 333], [0, 700, 701, 830, 840, 2340, 2410], 2750)
+DOCS = Documents([400, 1, 129, 0, 700, 64, 100], [0, 400, 401, 530, 540, 1240, 1310], 1450)
 MASKS = [Mask(), Mask(window=(100, 0)), Mask(causal=False), Mask(chunk=256), Mask(causal=False, window=(60, 30))]
 MESHES = [
     pytest.param(1, 1, "auto", marks=pytest.mark.gpu(1)),
@@ -22,8 +22,10 @@ MESHES = [
     pytest.param(1, 4, "ulysses", marks=pytest.mark.gpu(4)),
     pytest.param(2, 2, "hybrid", marks=pytest.mark.gpu(4)),
 ]
-# One kernel call in bfloat16 has errors of 2.0e-3 to 3.0e-3 (torch's FlashAttention-2 the largest).
-LIMITS = {"out": 2.6e-3, "lse": 1e-5, "dq": 3.3e-3, "dk": 3.3e-3, "dv": 3.3e-3, "dsinks": 2e-2}
+# To the errors of one kernel call on one GPU. Key gradients are sums of parts that kernels return in bfloat16; the sink
+# rounds the output once more.
+FACTORS = {"out": 1.4, "lse": 1.1, "dq": 1.4, "dk": 1.4, "dv": 1.4, "dsinks": 1.5}
+LIMITS = {"out": 3e-3, "lse": 1e-5, "dq": 3.5e-3, "dk": 3.7e-3, "dv": 3.7e-3, "dsinks": 2e-2}
 
 
 @pytest.mark.parametrize("backend", ["fa4", "torch"])
@@ -32,17 +34,43 @@ def test_bfloat16_against_float64(pool: Pools, ring: int, ulysses: int, scheme: 
     reason = BACKENDS[backend].refusal(CallSpec("cuda", torch.bfloat16, 64, 64, 6, 2))
     if reason:
         pytest.skip(f"{backend} {reason}")
-    options = {"backend": backend}
+    options: dict[str, object] = {"backend": backend}
     cases = [Case(DOCS, mask, (6, 2), (64, 64), torch.bfloat16, options=options) for mask in MASKS]
     cases.append(Case(DOCS, Mask(), (8, 1), (128, 128), torch.bfloat16, sinks=True, options=options))
-    jobs = [(case, ring, ulysses, policy, scheme, "cuda") for case in cases for policy in ("zigzag", "balanced")]
-    results = pool(ring * ulysses, "cuda").run_many(attend, jobs, timeout=300)
+    jobs = [(case, ring, ulysses, policy, scheme) for case in cases for policy in ("zigzag", "balanced")]
+    results = pool(ring * ulysses, "cuda").run_many(errors_of, jobs, timeout=300)
     for (case, *_), ranks in zip(jobs, results, strict=True):
-        expected = dense_attention(case)
-        for got in ranks:
-            errors = {name: relative_error(_finite(got[name]), _finite(x)) for name, x in expected.items()}
-            assert all(error <= LIMITS[name] for name, error in errors.items()), (str(case.mask), errors)
-            assert (got["out"][~DOCS.dense().any(0)] == 0).all()
+        for got, single in ranks:
+            for name, error in got.items():
+                assert error <= LIMITS[name], (str(case.mask), name, got, single)
+                assert error <= FACTORS[name] * single[name] + 1e-7, (str(case.mask), name, got, single)
+
+
+def errors_of(
+    case: Case, ring: int, ulysses: int, policy: str, scheme: str
+) -> tuple[dict[str, float], dict[str, float]]:
+    """Errors against float64 of this mesh, and of one kernel call."""
+    expected = dense_attention(case, "cuda")
+    got = attend(case, ring, ulysses, policy, scheme, "cuda")
+    assert (got["out"][~case.docs.dense().any(0)] == 0).all()
+    single = alone(case)
+    return (
+        {name: relative_error(_finite(got[name].cuda()), _finite(x)) for name, x in expected.items()},
+        {name: relative_error(_finite(single[name]), _finite(x)) for name, x in expected.items()},
+    )
+
+
+def alone(case: Case) -> dict[str, torch.Tensor]:
+    """The whole stream in one process."""
+    layout = Layout(case.docs, MeshShape())
+    x = {name: tensor.cuda() for name, tensor in case.tensors().items()}
+    local = [layout.shard(x[name]).clone().requires_grad_() for name in ("q", "k", "v")]
+    sinks = x["sinks"].clone().requires_grad_() if case.sinks else None
+    out, lse = parallel_attention(*local, layout, mask=case.mask, sinks=sinks, return_lse=True, **case.options)
+    out.backward(layout.shard(x["dout"]))
+    grads = {f"d{name}": layout.unshard(y.grad) for name, y in zip("qkv", local, strict=True)}
+    whole = {"out": layout.unshard(out.detach()), "lse": layout.unshard(lse, dim=1), **grads}
+    return whole if sinks is None else whole | {"dsinks": sinks.grad}
 
 
 def _finite(x: torch.Tensor) -> torch.Tensor:

@@ -54,7 +54,7 @@ def test_left_open_is_filled_in():
         (["parallel.data=2", "parallel.ring=2", "parallel.ulysses=2"], ["2", "8", "4"]),
         (["parallel.ulysses=0"], ["parallel.ulysses", "0"]),
         (["parallel.ulysses=4"], ["ulysses", "4", "2"]),  # two ranks a node here
-        (["parallel.scheme=hybrid"], ["parallel.scheme=hybrid", "ring 4", "ulysses 1"]),
+        (["parallel.scheme=hybrid"], ["parallel.scheme=hybrid", "ring=4", "ulysses=1"]),
         (["parallel.scheme=spiral"], ["parallel.scheme", "spiral", "ring"]),
         (["parallel.policy=best"], ["parallel.policy", "best", "balanced"]),
         (["parallel.backend=fa9"], ["parallel.backend", "fa9"]),

@@ -1,0 +1,64 @@
+"""Engines around the attention: what they do to a layout on its way to the layers."""
+
+import pytest
+import torch
+
+pytest.importorskip("transformers")
+
+from ringattn import Documents, Layout
+from ringattn.hf import attention_kwargs, parallelize
+from ringattn.training.engines import EngineOptions, build_engine
+from ringattn.training.loss import backward_loss, share, token_loss_sum
+from ringattn.training.models import build_model, model_config
+from tests.parallel.ranks import mesh_of
+from tests.pool import Pools
+
+SIZES = {
+    "vocab_size": 64,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+}
+
+
+def one_step(dtype: torch.dtype, checkpoint_layers: bool) -> tuple[float, float]:
+    """Loss and gradient norm of one step on two ranks."""
+    mesh = mesh_of(2, 1)
+    config = model_config("llama", None, SIZES)
+    options = EngineOptions(
+        config=config,
+        load=lambda: build_model(config, 0),
+        attach=lambda model: parallelize(model, mesh),
+        device=torch.device("cpu"),
+        dtype=dtype,
+        weight_decay=0.1,
+        betas=(0.9, 0.95),
+        eps=1e-8,
+        clip=1.0,
+        checkpoint_layers=checkpoint_layers,
+        micro_steps=1,
+        zero_stage=0,
+    )
+    engine = build_engine("fsdp2", mesh, options)
+    docs = Documents([40, 7, 100])
+    layout = Layout(docs, mesh)
+    ids = torch.randint(0, 64, (docs.total,), generator=torch.Generator().manual_seed(0))
+    local = layout.shard(ids)[None]
+    logits = engine.model(
+        input_ids=local, position_ids=layout.position_ids()[None], use_cache=False, **attention_kwargs(layout)
+    ).logits[0]
+    loss = token_loss_sum(logits, local[0])
+    engine.backward(backward_loss(loss, docs.total, 2))
+    return share(loss, False)[0] / docs.total, engine.step(1e-3)
+
+
+@pytest.mark.parametrize("checkpoint_layers", [False, True])
+def test_mixed_precision_leaves_the_layout_alone(pool: Pools, checkpoint_layers: bool) -> None:
+    """FSDP takes the keywords of a forward apart, to cast the tensors in them."""
+    exact = pool(2).run(one_step, torch.float32, checkpoint_layers)
+    rounded = pool(2).run(one_step, torch.bfloat16, checkpoint_layers)
+    assert rounded[0] == rounded[1]
+    assert rounded != exact
+    assert rounded[0] == pytest.approx(exact[0], rel=2e-2)

@@ -58,8 +58,8 @@ class TorchFlash:
         no_rng = torch.zeros(2, dtype=torch.uint64, device=q.device)
         with _deterministic(options.deterministic):
             dq, dk, dv = torch.ops.aten._flash_attention_backward(
-                dout.contiguous(), q, k, v, out, lse.contiguous(), lengths.cu_q, lengths.cu_k, call.max_q, _longest_keys(call),
-                0.0, _causal(call), no_rng, no_rng,
+                dout.contiguous(), q, k, v, out, lse.contiguous(), lengths.cu_q, lengths.cu_k,
+                call.max_q, _longest_keys(call), 0.0, _causal(call), no_rng, no_rng,
                 scale=options.scale, window_size_left=call.left, window_size_right=call.right,
             )  # fmt: skip
         grads.dq.copy_(dq)
@@ -67,8 +67,8 @@ class TorchFlash:
 
 
 def _longest_keys(call: Call) -> int:
-    """An upper bound of the key lengths. The kernel takes a right window of this or more for an open one, which is wrong
-    where a block has more queries than keys."""
+    """An upper bound of the key lengths. The kernel takes a right window of this or more for an open one, which is
+    wrong where a block has more queries than keys."""
     return max(call.max_k, call.right + 1)
 
 

@@ -67,9 +67,12 @@ class TorchFlash:
 
 
 def _longest_keys(call: Call) -> int:
-    """An upper bound of the key lengths. The kernel takes a right window of this or more for an open one, which is
-    wrong where a block has more queries than keys."""
-    return max(call.max_k, call.right + 1)
+    """An upper bound of the key lengths, and of what an open window must reach.
+
+    The kernel takes a window of this or more for an open one, and an open one beside a closed one for this many keys:
+    both are wrong where a block has more queries than keys.
+    """
+    return max(call.max_k, call.max_q, call.right + 1)
 
 
 def _causal(call: Call) -> bool:

@@ -16,7 +16,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ringattn import Documents, Layout, Mask, MeshShape, init_mesh, parallel_attention
-from ringattn.kernels.registry import BACKENDS
+from ringattn.kernels.registry import explain
 from ringattn.kernels.spec import CallSpec
 
 HEADS, KEY_HEADS, DIM = 8, 2, 128
@@ -95,7 +95,7 @@ def run(device: torch.device) -> list[str]:
         (ring, ulysses): init_mesh(ring=ring, ulysses=ulysses) for _, ring, ulysses, _ in meshes(dist.get_world_size())
     }
     spec = CallSpec(device.type, torch.bfloat16, DIM, DIM, HEADS, KEY_HEADS)
-    backends = [name for name, backend in BACKENDS.items() if backend.refusal(spec) is None and name != "reference"]
+    backends = [name for name, reason in explain(spec).items() if reason is None and name != "reference"]
     for workload, (docs, mask) in WORKLOADS.items():
         x = inputs(docs, device)
         expected = reference(x, docs, mask)

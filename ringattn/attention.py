@@ -52,7 +52,7 @@ def parallel_attention(
         dropout_p: attention dropout; refused by name where no backend can do it the same for every split.
         sinks: (H,) one logit per query head, added to every softmax's denominator.
         deterministic: ask the kernel for bitwise equal gradients from run to run; transfers are always in fixed order.
-        backend: "auto" or a name of `ringattn.kernels.registry.BACKENDS`.
+        backend: "auto" or a name of `ringattn.kernels.registry.backends()`.
         scheme: "auto", "gather", "ring", "ulysses" or "hybrid"; the degrees are those of the layout's mesh.
         stages: stages of the ring scheme, the local one included; default: up to 4.
         keep_keys: keep cast keys for the backward pass (more memory, one transfer less).
@@ -204,6 +204,7 @@ def _check(
         value_dim=v.shape[2],
         query_heads=q.shape[1],
         key_heads=k.shape[1],
+        window=mask.window != (-1, -1),
         softcap=softcap or 0.0,
         dropout_p=dropout_p,
         deterministic=deterministic,

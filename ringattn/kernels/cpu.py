@@ -4,32 +4,32 @@ The operator takes one square causal or one full block, or an additive mask; blo
 faster than one masked call. A causal block with more keys than queries is split into its full and its square part.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from ringattn.kernels.merge import merge_
 from ringattn.kernels.reference import allowed_pairs
-from ringattn.kernels.spec import Block, Call, CallSpec, Grads, Options, accumulation_dtype
+from ringattn.kernels.spec import Block, Call, Capability, Grads, Options, accumulation_dtype
 
-_forward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
-_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
+_OPERATOR = "_scaled_dot_product_flash_attention_for_cpu"
+
+
+def _forward(*args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+    return getattr(torch.ops.aten, _OPERATOR)(*args, **kwargs)
+
+
+def _backward(*args: Any, **kwargs: Any) -> tuple[Tensor, Tensor, Tensor]:
+    return getattr(torch.ops.aten, _OPERATOR + "_backward")(*args, **kwargs)
 
 
 class CpuFlash:
     name = "cpu"
+    capability = Capability(devices=("cpu",), deterministic=True)
 
-    def refusal(self, spec: CallSpec) -> str | None:
-        if spec.device != "cpu":
-            return f"runs on CPU tensors only, got {spec.device}"
-        if spec.head_dim != spec.value_dim:
-            return f"needs equal head dims of keys and values, got {spec.head_dim} and {spec.value_dim}"
-        if spec.softcap:
-            return "has no softcap"
-        if spec.dropout_p:
-            return "has no dropout"
-        return None
+    def missing(self) -> str | None:
+        return None if hasattr(torch.ops.aten, _OPERATOR) else f"torch {torch.__version__} has no {_OPERATOR}"
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, call: Call, options: Options, out: Tensor) -> Tensor:
         lse = q.new_full((q.shape[1], q.shape[0]), float("-inf"), dtype=accumulation_dtype(q.dtype))

@@ -9,27 +9,24 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ringattn.kernels.spec import Call, CallSpec, Grads, Options
+from ringattn.kernels.spec import Call, Capability, Grads, Options
 
 _NEEDED = {"cu_seqlens_q", "cu_seqlens_k", "seqused_k", "window_size_left", "window_size_right", "softcap"}
 
 
 class FlashAttention4:
     name = "fa4"
+    capability = Capability(
+        devices=("cuda",),
+        dtypes=(torch.float16, torch.bfloat16),
+        max_head_dim=256,
+        head_dim_multiple=8,
+        compute_capability=((9, 0), (99, 0)),
+        softcap=True,
+        deterministic=True,
+    )
 
-    def refusal(self, spec: CallSpec) -> str | None:
-        if spec.device != "cuda":
-            return f"runs on CUDA tensors only, got {spec.device}"
-        if torch.cuda.get_device_capability()[0] < 9:
-            return f"needs compute capability 9.0 or higher, got {torch.cuda.get_device_capability()}"
-        if spec.dtype not in (torch.float16, torch.bfloat16):
-            return f"takes float16 and bfloat16, got {spec.dtype}: cast the model or use autocast"
-        if spec.head_dim != spec.value_dim:
-            return f"its backward needs equal head dims of keys and values, got {spec.head_dim} and {spec.value_dim}"
-        if spec.head_dim not in (32, 64, 96, 128, 192, 256):
-            return f"its gradients are right at head dims 32, 64, 96, 128, 192 and 256, got {spec.head_dim}"
-        if spec.dropout_p:
-            return "has no dropout"
+    def missing(self) -> str | None:
         return _load()[1]
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, call: Call, options: Options, out: Tensor) -> Tensor:

@@ -6,17 +6,16 @@ import torch
 from torch import Tensor
 
 from ringattn.kernels.merge import finite_lse
-from ringattn.kernels.spec import Block, Call, CallSpec, Grads, Options, Range, accumulation_dtype
+from ringattn.kernels.spec import Block, Call, Capability, Grads, Options, Range, accumulation_dtype
 
 SCORE_ELEMENTS = 1 << 24  # scores held at a time: long blocks are walked in runs of query rows
 
 
 class Reference:
     name = "reference"
+    capability = Capability(softcap=True, unequal_head_dims=True, deterministic=True)
 
-    def refusal(self, spec: CallSpec) -> str | None:
-        if spec.dropout_p:
-            return "has no dropout"
+    def missing(self) -> str | None:
         return None
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, call: Call, options: Options, out: Tensor) -> Tensor:

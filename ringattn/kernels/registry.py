@@ -1,41 +1,92 @@
-"""Which backend does a call: the named one or refused with its reason, else the first that can."""
+"""Which backend does a call: the named one or refused with its reason, else the first that can.
 
+A backend of another package is found by the entry-point group `ringattn.kernels`: its entry's name is the backend's
+name, and its object a class (or function without arguments) that makes an object of the `Backend` protocol.
+"""
+
+import importlib.metadata
+import os
 import warnings
+from functools import cache
 
 from ringattn.kernels.cpu import CpuFlash
 from ringattn.kernels.fa4 import FlashAttention4
 from ringattn.kernels.reference import Reference
+from ringattn.kernels.selftest import failure
 from ringattn.kernels.spec import Backend, CallSpec
 from ringattn.kernels.torch_flash import TorchFlash
 
-# In the order in which "auto" asks them.
-BACKENDS: dict[str, Backend] = {
-    backend.name: backend for backend in (FlashAttention4(), TorchFlash(), CpuFlash(), Reference())
-}
+ENTRY_POINTS = "ringattn.kernels"
+ENVIRONMENT = "RINGATTN_BACKEND"
+
+
+def builtin() -> tuple[Backend, ...]:
+    """The backends of this package, in the order in which "auto" asks them."""
+    return FlashAttention4(), TorchFlash(), CpuFlash(), Reference()
+
+
+@cache
+def backends() -> dict[str, Backend]:
+    """All backends by name, in the order in which "auto" asks them: other packages' come before the reference."""
+    found = {backend.name: backend for backend in builtin()}
+    judge = found.pop("reference")
+    for entry in importlib.metadata.entry_points(group=ENTRY_POINTS):
+        if entry.name in found or entry.name == judge.name:
+            warnings.warn(f"entry point {entry.value}: a backend {entry.name!r} exists already; ignored", stacklevel=2)
+            continue
+        try:
+            found[entry.name] = entry.load()()
+        except Exception as error:
+            warnings.warn(f"entry point {entry.value} cannot be loaded: {type(error).__name__}: {error}", stacklevel=2)
+    return found | {judge.name: judge}
+
+
+def refusal(backend: Backend, spec: CallSpec) -> str | None:
+    """Why a backend cannot do `spec`, or None: what it declares, whether it is installed, and its self-test."""
+    return backend.capability.refusal(spec) or backend.missing() or failure(backend, spec)
 
 
 def explain(spec: CallSpec) -> dict[str, str | None]:
     """Each backend with the reason why it cannot do `spec`, or None if it can."""
-    return {name: backend.refusal(spec) for name, backend in BACKENDS.items()}
+    return {name: refusal(backend, spec) for name, backend in backends().items()}
 
 
 def choose(spec: CallSpec, name: str = "auto") -> Backend:
-    """The backend for `spec`.
+    """The backend for `spec`: the one that is named, else the one of RINGATTN_BACKEND, else the first that can do it.
 
     Raises ValueError for an unknown name, NotImplementedError naming every reason if none can do it exactly.
     """
-    if name != "auto" and name not in BACKENDS:
-        raise ValueError(f"backend must be auto or one of {', '.join(BACKENDS)}, got {name!r}")
-    reasons = explain(spec)
-    if name != "auto":
-        if reasons[name] is not None:
-            raise NotImplementedError(f"backend {name!r} cannot do this call: {reasons[name]}. Asked for: {spec}")
-        return BACKENDS[name]
-    for candidate, reason in reasons.items():
+    if name == "auto":
+        name = os.environ.get(ENVIRONMENT, "auto")
+    return _chosen(spec, name)
+
+
+@cache  # a layer asks at every call; what raises is not kept, so a repaired installation is found
+def _chosen(spec: CallSpec, name: str) -> Backend:
+    known = backends()
+    if name == "auto":
+        return _first(spec)
+    if name not in known:
+        raise ValueError(f"backend must be auto or one of {', '.join(known)}, got {name!r}")
+    reason = refusal(known[name], spec)
+    if reason is not None:
+        raise NotImplementedError(f"backend {name!r} cannot do this call: it {reason}. Asked for: {spec}")
+    return known[name]
+
+
+def _first(spec: CallSpec) -> Backend:
+    reasons: dict[str, str] = {}
+    for name, backend in backends().items():
+        reason = refusal(backend, spec)
         if reason is None:
-            if candidate == "reference" and spec.device == "cuda":
-                told = "; ".join(f"{other} {why}" for other, why in reasons.items() if why)
-                warnings.warn(f"no flash kernel can do this call, falling back to plain torch: {told}", stacklevel=2)
-            return BACKENDS[candidate]
-    told = "; ".join(f"{candidate} {reason}" for candidate, reason in reasons.items())
+            if name == "reference" and spec.device == "cuda":
+                _warn_of_reference("; ".join(f"{other} {why}" for other, why in reasons.items()))
+            return backend
+        reasons[name] = reason
+    told = "; ".join(f"{name} {reason}" for name, reason in reasons.items())
     raise NotImplementedError(f"no installed backend can do this call exactly: {told}. Asked for: {spec}")
+
+
+@cache
+def _warn_of_reference(told: str) -> None:
+    warnings.warn(f"no flash kernel can do this call, falling back to plain torch: {told}", stacklevel=4)

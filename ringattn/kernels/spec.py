@@ -139,9 +139,75 @@ class CallSpec:
     value_dim: int
     query_heads: int
     key_heads: int
+    window: bool = False
     softcap: float = 0.0
     dropout_p: float = 0.0
     deterministic: bool = False
+
+    @property
+    def features(self) -> tuple[str, ...]:
+        """Names of the optional features that are asked for; they are fields of `Capability`."""
+        asked = {
+            "window": self.window,
+            "softcap": bool(self.softcap),
+            "dropout": bool(self.dropout_p),
+            "unequal_head_dims": self.head_dim != self.value_dim,
+        }
+        return tuple(name for name, wanted in asked.items() if wanted)
+
+
+@dataclass(frozen=True)
+class Capability:
+    """What a backend declares that it can do, forward and backward.
+
+    Arguments:
+        devices: device types of tensors; empty: any.
+        dtypes: empty: every floating dtype.
+        max_head_dim: of queries and keys, and of values; None: any. `head_dim_multiple` divides them.
+        compute_capability: the lowest CUDA one, and the one above the highest, or None.
+        window, softcap, dropout, unequal_head_dims: forward and backward, with exact mathematics.
+        deterministic: gradients can be asked to be bitwise equal from run to run; without it such a request only warns.
+    """
+
+    devices: tuple[str, ...] = ()
+    dtypes: tuple[torch.dtype, ...] = ()
+    max_head_dim: int | None = None
+    head_dim_multiple: int = 1
+    compute_capability: tuple[tuple[int, int], tuple[int, int]] | None = None
+    window: bool = True
+    softcap: bool = False
+    dropout: bool = False
+    unequal_head_dims: bool = False
+    deterministic: bool = False
+
+    def refusal(self, spec: CallSpec) -> str | None:
+        """Why `spec` is outside of what is declared, or None. Looks at the device only for its compute capability."""
+        if self.devices and spec.device not in self.devices:
+            return f"runs on {' and '.join(self.devices)} tensors only, got {spec.device}"
+        if self.dtypes and spec.dtype not in self.dtypes:
+            names = " and ".join(str(dtype).removeprefix("torch.") for dtype in self.dtypes)
+            return f"takes {names}, got {spec.dtype}: cast the model or use autocast"
+        for name in spec.features:
+            if not getattr(self, name):
+                dims = f", got {spec.head_dim} and {spec.value_dim}" if name == "unequal_head_dims" else ""
+                return f"has no {name.replace('_', ' ')}{dims}"
+        for dim in (spec.head_dim, spec.value_dim):
+            if self.max_head_dim is not None and dim > self.max_head_dim:
+                return f"takes head dims up to {self.max_head_dim}, got {dim}"
+            if dim % self.head_dim_multiple:
+                return f"takes head dims that are multiples of {self.head_dim_multiple}, got {dim}"
+        return self._wrong_device()
+
+    def _wrong_device(self) -> str | None:
+        if self.compute_capability is None:
+            return None
+        if not torch.cuda.is_available():
+            return "needs a CUDA device, and there is none"
+        found = torch.cuda.get_device_capability()
+        low, high = self.compute_capability
+        if not low <= found < high:
+            return f"needs compute capability {low[0]}.{low[1]} to below {high[0]}.{high[1]}, got {found[0]}.{found[1]}"
+        return None
 
 
 class Backend(Protocol):
@@ -154,9 +220,10 @@ class Backend(Protocol):
     """
 
     name: str
+    capability: Capability
 
-    def refusal(self, spec: CallSpec) -> str | None:
-        """Why this backend cannot do `spec`, or None if it can. Must not raise, nor touch the device."""
+    def missing(self) -> str | None:
+        """Why the package or operator is not there, or None. Must not raise; a failure may be asked again."""
 
     def forward(
         self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, call: Call, options: "Options", out: torch.Tensor

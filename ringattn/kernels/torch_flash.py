@@ -10,25 +10,21 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from ringattn.kernels.spec import Call, CallSpec, Grads, Options, pack_keys, unpack_keys
+from ringattn.kernels.spec import Call, Capability, Grads, Options, pack_keys, unpack_keys
 
 
 class TorchFlash:
     name = "torch"
+    capability = Capability(
+        devices=("cuda",),
+        dtypes=(torch.float16, torch.bfloat16),
+        max_head_dim=256,
+        head_dim_multiple=8,
+        compute_capability=((8, 0), (99, 0)),
+        deterministic=True,
+    )
 
-    def refusal(self, spec: CallSpec) -> str | None:
-        if spec.device != "cuda":
-            return f"runs on CUDA tensors only, got {spec.device}"
-        if spec.dtype not in (torch.float16, torch.bfloat16):
-            return f"takes float16 and bfloat16, got {spec.dtype}: cast the model or use autocast"
-        if spec.head_dim != spec.value_dim:
-            return f"needs equal head dims of keys and values, got {spec.head_dim} and {spec.value_dim}"
-        if spec.head_dim % 8 or spec.head_dim > 256:
-            return f"needs a head dim that is a multiple of 8 up to 256, got {spec.head_dim}"
-        if spec.softcap:
-            return "has no softcap"
-        if spec.dropout_p:
-            return "its dropout depends on how the sequence is split"
+    def missing(self) -> str | None:
         return None
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, call: Call, options: Options, out: Tensor) -> Tensor:

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from omegaconf import DictConfig, OmegaConf
 
-from ringattn.kernels.registry import BACKENDS
+from ringattn.kernels.registry import backends
 from ringattn.parallel.mesh import MeshShape, resolve_mesh
 from ringattn.parallel.planner import check_scheme
 from ringattn.training.corpus import Corpus, matching_files
@@ -19,7 +19,7 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "data.name": ("stdlib", "text"),
     "parallel.scheme": ("auto", "ring", "ulysses", "hybrid", "gather"),
     "parallel.policy": ("auto", "contiguous", "zigzag", "balanced"),
-    "parallel.backend": ("auto", *BACKENDS),
+    "parallel.backend": ("auto", *backends()),
     "engine.name": ("fsdp2", "deepspeed"),
     "run.dtype": ("auto", "float32", "bfloat16"),
     "run.resume": ("auto", "force"),
@@ -49,7 +49,6 @@ NUMBERS: dict[str, tuple[float, float]] = {
     "optim.clip": (0.0, math.inf),
 }
 SWITCHES = ("data.pad", "engine.checkpoint_layers", "parallel.ulysses_across_nodes", "run.tensorboard")
-CPU_BACKENDS = ("auto", "cpu", "reference")
 # Keys that are checked elsewhere; below model.config every key of the transformers configuration is allowed.
 OTHER_KEYS = {
     "model.name",
@@ -202,7 +201,8 @@ def _check_device(cfg: DictConfig, device_type: str) -> None:
         return
     if cfg.run.dtype == "bfloat16":
         raise ValueError("run.dtype=bfloat16 needs GPUs and this machine has none; use float32 or auto")
-    if cfg.parallel.backend not in CPU_BACKENDS:
+    devices = () if cfg.parallel.backend == "auto" else backends()[cfg.parallel.backend].capability.devices
+    if devices and "cpu" not in devices:
         raise ValueError(
             f"parallel.backend={cfg.parallel.backend} needs GPUs and this machine has none; use auto, cpu or reference"
         )

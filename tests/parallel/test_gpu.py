@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from ringattn import Documents, Layout, Mask, MeshShape, parallel_attention
-from ringattn.kernels.registry import BACKENDS
+from ringattn.kernels.registry import explain
 from ringattn.kernels.spec import CallSpec
 from tests.dense import Case, dense_attention, relative_error
 from tests.parallel.ranks import attend
@@ -31,7 +31,7 @@ LIMITS = {"out": 3e-3, "lse": 1e-5, "dq": 3.5e-3, "dk": 3.7e-3, "dv": 3.7e-3, "d
 @pytest.mark.parametrize("backend", ["fa4", "torch"])
 @pytest.mark.parametrize(("ring", "ulysses", "scheme"), MESHES)
 def test_bfloat16_against_float64(pool: Pools, ring: int, ulysses: int, scheme: str, backend: str) -> None:
-    reason = BACKENDS[backend].refusal(CallSpec("cuda", torch.bfloat16, 64, 64, 6, 2))
+    reason = explain(CallSpec("cuda", torch.bfloat16, 64, 64, 6, 2))[backend]
     if reason:
         pytest.skip(f"{backend} {reason}")
     options: dict[str, object] = {"backend": backend}

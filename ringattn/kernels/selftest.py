@@ -1,0 +1,123 @@
+"""A backend is trusted per signature: a small case, forward and backward, against float64, before its first use.
+
+Versions and lists do not tell: FlashAttention 4 (4.0.0b36) computes gradients at head dims 40 and 80 that are silently
+wrong, and none of its documents says so.
+"""
+
+from dataclasses import replace
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ringattn.kernels.reference import Reference
+from ringattn.kernels.spec import Backend, Block, Call, CallSpec, Grads, Options
+
+# Documents of the case: queries and keys of each block. Unequal lengths, single tokens and several kernel tiles.
+LENGTHS = ((150, 150), (1, 1), (40, 170), (1, 33))
+# Errors relative to float64 of a right kernel are 3e-3 in bfloat16; a wrong one is off by 1e-1 and more.
+TOLERANCE = {torch.bfloat16: 2e-2, torch.float16: 5e-3, torch.float32: 1e-4, torch.float64: 1e-10}
+SHARP = 3.0  # scale of the queries: so sharp a softmax shows a wrong band, cap or scale
+
+
+class Signature(NamedTuple):
+    """What a kernel is compiled or branches for."""
+
+    device: str
+    dtype: torch.dtype
+    head_dim: int
+    value_dim: int
+    group: int
+    window: bool
+    softcap: bool
+    deterministic: bool
+
+
+_results: dict[tuple[str, Signature], str | None] = {}
+
+
+def failure(backend: Backend, spec: CallSpec) -> str | None:
+    """Why the backend is wrong for the signature of `spec`, or None. Computed once per process and kept."""
+    if backend.name == "reference" or spec.dropout_p:
+        return None
+    signature = Signature(
+        spec.device,
+        spec.dtype,
+        spec.head_dim,
+        spec.value_dim,
+        spec.query_heads // spec.key_heads,
+        spec.window,
+        bool(spec.softcap),
+        spec.deterministic,
+    )
+    key = backend.name, signature
+    if key not in _results:
+        with torch.random.fork_rng(devices=[]), torch.no_grad(), torch.autocast(spec.device, enabled=False):
+            _results[key] = _run(backend, signature)
+    return _results[key]
+
+
+def forget() -> None:
+    """Test every signature anew, after a backend was installed or repaired."""
+    _results.clear()
+
+
+def _run(backend: Backend, signature: Signature) -> str | None:
+    for call in _calls(signature.window):
+        try:
+            errors = _errors(backend, signature, call)
+        except Exception as error:  # whatever a kernel or its compiler raises
+            return f"failed its self-test: {type(error).__name__}: {str(error)[:200]}"
+        wrong = {name: error for name, error in errors.items() if not error <= TOLERANCE[signature.dtype]}
+        if wrong:
+            told = ", ".join(f"{name} {error:.2g}" for name, error in wrong.items())
+            return f"is wrong at head dims {signature.head_dim}/{signature.value_dim} (relative error of {told})"
+    return None
+
+
+def _calls(window: bool) -> list[Call]:
+    """One call per kind of band that plans contain."""
+    blocks, q, k = [], 0, 0
+    for queries, keys in LENGTHS:
+        blocks.append(Block((q, q + queries), (k, k + keys)))
+        q, k = q + queries, k + keys
+    bands = [(-1, 0), (-1, -1)] + ([(37, 0), (20, 9)] if window else [])
+    return [Call(tuple(blocks), *band) for band in bands]
+
+
+def _errors(backend: Backend, signature: Signature, call: Call) -> dict[str, float]:
+    """Relative errors of out, lse and gradients against the reference in float64."""
+    tensors = _tensors(signature, call)
+    softcap = 1.5 if signature.softcap else 0.0
+    options = Options(signature.head_dim**-0.5, softcap=softcap, deterministic=signature.deterministic)
+    expected = _both_ways(Reference(), [x.double() for x in tensors], call, replace(options, deterministic=False))
+    got = _both_ways(backend, tensors, call, options)
+    return {name: _relative(got[name], x) for name, x in expected.items()}
+
+
+def _tensors(signature: Signature, call: Call) -> list[Tensor]:
+    """q, k, v, dout; two key heads."""
+    generator = torch.Generator().manual_seed(0)
+    rows, keys, heads = call.q[1], call.k[1], 2 * signature.group
+    shapes = [
+        (rows, heads, signature.head_dim),
+        (keys, 2, signature.head_dim),
+        (keys, 2, signature.value_dim),
+        (rows, heads, signature.value_dim),
+    ]
+    drawn = [torch.randn(shape, generator=generator) for shape in shapes]
+    drawn[0] *= SHARP
+    return [x.to(signature.device, signature.dtype) for x in drawn]
+
+
+def _both_ways(backend: Backend, tensors: list[Tensor], call: Call, options: Options) -> dict[str, Tensor]:
+    q, k, v, dout = tensors
+    out = torch.empty_like(dout)
+    lse = backend.forward(q, k, v, call, options, out)
+    grads = Grads(torch.empty_like(q), torch.empty_like(k), torch.empty_like(v))
+    backend.backward(dout, q, k, v, out, lse, call, options, grads)
+    return {"out": out, "lse": lse, "dq": grads.dq, "dk": grads.dk, "dv": grads.dv}
+
+
+def _relative(x: Tensor, reference: Tensor) -> float:
+    return ((x.double() - reference).norm() / reference.norm()).item()

@@ -65,13 +65,49 @@ def parallel_attention(
     communication.
     """
     mask = Mask() if mask is None else mask
+    if torch.compiler.is_compiling():
+        from ringattn.compiled import attend
+
+        left, right = mask.window
+        out, lse = attend(
+            q, k, v, sinks, layout, mask.causal, left, right, mask.chunk, softmax_scale, softcap, dropout_p,
+            deterministic, backend, scheme, stages, wide_reduce, return_lse,
+        )  # fmt: skip
+        return (out, lse) if return_lse else out
     q, k, v = (_autocast(x) for x in (q, k, v))
+    job = prepare(
+        q, k, v, layout, mask, softmax_scale, softcap, dropout_p, sinks, deterministic, backend, scheme, stages,
+        keep_keys, wide_reduce, return_lse,
+    )  # fmt: skip
+    out, lse = run(job, q, k, v, sinks)
+    return (out, lse) if return_lse else out
+
+
+def prepare(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    layout: Layout,
+    mask: Mask,
+    softmax_scale: float | None,
+    softcap: float | None,
+    dropout_p: float,
+    sinks: Tensor | None,
+    deterministic: bool,
+    backend: str,
+    scheme: str,
+    stages: int | None,
+    keep_keys: bool,
+    wide_reduce: bool,
+    return_lse: bool,
+) -> Job:
+    """Check the arguments of `parallel_attention` and settle plan, backend and transports. No communication."""
     spec = _check(q, k, v, layout, mask, softcap, dropout_p, sinks, deterministic)
     chosen = choose(spec, backend)
     plan = plan_attention(layout, mask, spec.query_heads, spec.key_heads, scheme, stages, keep_keys, wide_reduce)
     scale = spec.head_dim**-0.5 if softmax_scale is None else float(softmax_scale)
     ring, ulysses = _transports(layout)
-    job = Job(
+    return Job(
         plan=plan,
         options=Options(scale, spec.softcap, dropout_p, deterministic),
         backend=chosen,
@@ -81,8 +117,6 @@ def parallel_attention(
         key_heads=spec.key_heads,
         return_lse=return_lse,
     )
-    out, lse = run(job, q, k, v, sinks)
-    return (out, lse) if return_lse else out
 
 
 class ParallelAttention(nn.Module):
@@ -128,7 +162,7 @@ class ParallelAttention(nn.Module):
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, layout: Layout, return_lse: bool = False) -> Any:
         """q (t, H, D), k (t, K, D), v (t, K, V) of this rank -> out (t, H, V), with `return_lse` also lse (H, t)."""
-        if layout.mesh is not self.mesh and layout.mesh != self.mesh:
+        if not torch.compiler.is_compiling() and layout.mesh is not self.mesh and layout.mesh != self.mesh:
             raise ValueError(f"layout was made for {layout.mesh}, this attention for {self.mesh}")
         dropout_p = self.dropout_p if self.training else 0.0
         return parallel_attention(

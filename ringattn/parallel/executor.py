@@ -7,7 +7,7 @@ the exchange: this rank's), D head dim, V value head dim. `q_tHD`, `lse_Hn`.
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -55,50 +55,74 @@ def _without_autocast(x: Tensor) -> AbstractContextManager[object]:
 class _Attention(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None, job: Job) -> tuple[Tensor, Tensor]:
-        q, k, v = q.contiguous(), k.contiguous(), v.contiguous()
-        exchange = job.plan.exchange
-        if exchange is not None and job.ulysses is not None:
-            k, v = (keys_to_heads(x, exchange, job.ulysses) for x in (k, v))
-            q = queries_to_heads(q, exchange, job.ulysses)
         keep = job.plan.keep_keys and any(ctx.needs_input_grad[:3])
-        with _without_autocast(q):
-            out, lse, kept = _forward(job, q, k, v, keep)
-        if sinks is not None:
-            sinks = _own_sinks(sinks, job.plan)
-            apply_sinks_(out, lse, sinks)
+        out, lse, saved, kept = forward_pass(job, q, k, v, sinks, keep)
         ctx.job = job
-        ctx.save_for_backward(q, k, v, out, lse, sinks, *kept)
-        local_out, local_lse = out, lse
-        if exchange is not None and job.ulysses is not None:
-            local_out = queries_to_tokens(out, exchange, job.ulysses)
-            if job.return_lse:
-                local_lse = queries_to_tokens(lse.T.unsqueeze(-1), exchange, job.ulysses).squeeze(-1).T
-        ctx.mark_non_differentiable(local_lse)
+        ctx.save_for_backward(*saved, sinks, *kept)
+        ctx.mark_non_differentiable(lse)
         ctx.set_materialize_grads(False)
-        return local_out, local_lse
+        return out, lse
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-        job: Job = ctx.job
-        q, k, v, out, lse, sinks, *kept = ctx.saved_tensors
-        dout = grads[0]
-        if dout is None:  # out was not used; see `run`
+        if grads[0] is None:  # out was not used; see `run`
             return None, None, None, None, None
-        dout = dout.contiguous()
-        exchange = job.plan.exchange
-        if exchange is not None and job.ulysses is not None:
-            dout = queries_to_heads(dout, exchange, job.ulysses)
-        dsinks = None if sinks is None else _all_sinks(sinks_grad(dout, out, lse, sinks), job)
-        with _without_autocast(q):
-            dq, dk, dv = _backward(job, dout, q, k, v, out, lse, kept)
-        if exchange is None or job.ulysses is None:
-            return dq.finish(), dk.finish(), dv.finish(), dsinks, None
-        wide = exchange.copied_keys and job.plan.wide_reduce
-        dkeys, dvalues = (
-            key_grads_to_tokens(x.sums(wide), exchange, job.ulysses, job.key_heads).to(k.dtype) for x in (dk, dv)
-        )
-        return queries_to_tokens(dq.finish(), exchange, job.ulysses), dkeys, dvalues, dsinks, None
+        q, k, v, out, lse, sinks, *kept = ctx.saved_tensors
+        return *backward_pass(ctx.job, grads[0], Saved(q, k, v, out, lse), sinks, kept), None
+
+
+class Saved(NamedTuple):
+    """What the backward pass needs of the forward pass; after the exchange, if there is one."""
+
+    q: Tensor  # (n, H, D)
+    k: Tensor  # (n, K, D)
+    v: Tensor  # (n, K, V)
+    out: Tensor  # (n, H, V)
+    lse: Tensor  # (H, n)
+
+
+def forward_pass(
+    job: Job, q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None, keep: bool
+) -> tuple[Tensor, Tensor, Saved, list[Tensor]]:
+    """Local out (t, H, V) and lse (H, t), what the backward pass needs, and the cast keys if they are to be kept."""
+    q, k, v = q.contiguous(), k.contiguous(), v.contiguous()
+    exchange = job.plan.exchange
+    if exchange is not None and job.ulysses is not None:
+        k, v = (keys_to_heads(x, exchange, job.ulysses) for x in (k, v))
+        q = queries_to_heads(q, exchange, job.ulysses)
+    with _without_autocast(q):
+        out, lse, kept = _forward(job, q, k, v, keep)
+    if sinks is not None:
+        apply_sinks_(out, lse, _own_sinks(sinks, job.plan))
+    local_out, local_lse = out, lse
+    if exchange is not None and job.ulysses is not None:
+        local_out = queries_to_tokens(out, exchange, job.ulysses)
+        if job.return_lse:
+            local_lse = queries_to_tokens(lse.T.unsqueeze(-1), exchange, job.ulysses).squeeze(-1).T
+    return local_out, local_lse, Saved(q, k, v, out, lse), kept
+
+
+def backward_pass(
+    job: Job, dout: Tensor, saved: Saved, sinks: Tensor | None, kept: list[Tensor]
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    """dq (t, H, D), dk (t, K, D), dv (t, K, V) of the local tokens and the gradient of the sinks (H,)."""
+    dout = dout.contiguous()
+    exchange = job.plan.exchange
+    if exchange is not None and job.ulysses is not None:
+        dout = queries_to_heads(dout, exchange, job.ulysses)
+    dsinks = None
+    if sinks is not None:
+        dsinks = _all_sinks(sinks_grad(dout, saved.out, saved.lse, _own_sinks(sinks, job.plan)), job)
+    with _without_autocast(dout):
+        dq, dk, dv = _backward(job, dout, saved, kept)
+    if exchange is None or job.ulysses is None:
+        return dq.finish(), dk.finish(), dv.finish(), dsinks
+    wide = exchange.copied_keys and job.plan.wide_reduce
+    dkeys, dvalues = (
+        key_grads_to_tokens(x.sums(wide), exchange, job.ulysses, job.key_heads).to(dout.dtype) for x in (dk, dv)
+    )
+    return queries_to_tokens(dq.finish(), exchange, job.ulysses), dkeys, dvalues, dsinks
 
 
 def _own_sinks(sinks: Tensor, plan: AttentionPlan) -> Tensor:
@@ -159,11 +183,9 @@ def _run_calls(job: Job, stage: Stage, q: Tensor, k: Tensor, v: Tensor, acc: Acc
             lse[:, slice(*span)] = part_lse[:, _shifted(span, call.q[0])]
 
 
-def _backward(
-    job: Job, dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, kept: list[Tensor]
-) -> tuple[Accumulator, Accumulator, Accumulator]:
+def _backward(job: Job, dout: Tensor, saved: Saved, kept: list[Tensor]) -> tuple[Accumulator, Accumulator, Accumulator]:
     """Gradients of q, k, v of this rank's rows. The local stage comes last, so that it hides the last reduce."""
-    plan = job.plan
+    plan, (q, k, v, out, lse) = job.plan, saved
     forward = dout, q, out, lse
     dq = Accumulator(torch.empty_like(q), plan.shared_q, plan.uncovered)
     dk, dv = (Accumulator(torch.empty_like(x), plan.shared_k, plan.unread) for x in (k, v))

@@ -17,6 +17,7 @@ from ringattn.kernels.spec import Range, to_device
 from ringattn.mask import Mask
 from ringattn.parallel import placement
 from ringattn.parallel.mesh import MeshShape, SequenceMesh
+from ringattn.parallel.numbered import number_of
 from ringattn.parallel.placement import Placement
 from ringattn.parallel.ranges import length, overlap
 
@@ -49,6 +50,7 @@ class Layout:
         self.docs, self.mesh, self.policy = docs, mesh, policy
         self.mask = Mask() if mask is None else mask
         self._plans: dict[Hashable, Any] = {}
+        self._number = torch.tensor(number_of(self))
 
     @property
     def resolved_policy(self) -> str:

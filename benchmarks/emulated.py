@@ -1,0 +1,95 @@
+"""Many ring positions on one device: each in a thread, with a transport that hands tensors over in memory."""
+
+import queue
+import threading
+from collections import defaultdict
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from ringattn import Documents, Layout, Mask, MeshShape
+from ringattn.kernels.registry import choose
+from ringattn.kernels.spec import CallSpec, Options
+from ringattn.parallel.executor import Job, backward_pass, forward_pass
+from ringattn.parallel.planner import plan_attention
+from ringattn.parallel.transport import Pending
+
+
+class _Mail:
+    """Copies under way, by sender and receiver, in the order in which they were sent."""
+
+    def __init__(self) -> None:
+        self.boxes: dict[tuple[int, int], queue.Queue[Tensor]] = defaultdict(queue.Queue)
+
+
+class _Arrivals:
+    def __init__(self, mail: _Mail, rank: int, receives: Sequence[tuple[int, Tensor]]) -> None:
+        self._mail, self._rank, self._receives = mail, rank, list(receives)
+
+    def wait(self) -> None:
+        for peer, tensor in self._receives:
+            tensor.copy_(self._mail.boxes[peer, self._rank].get(timeout=120))
+
+
+class ThreadTransport:
+    """The ring axis of one emulated rank."""
+
+    def __init__(self, mail: _Mail, rank: int) -> None:
+        self._mail, self._rank = mail, rank
+
+    def post(self, sends: Sequence[tuple[int, Tensor]], receives: Sequence[tuple[int, Tensor]]) -> Pending:
+        for peer, tensor in sends:
+            self._mail.boxes[self._rank, peer].put(tensor.clone())
+        return _Arrivals(self._mail, self._rank, receives)
+
+    def exchange(self, send: Tensor, receive: Tensor, send_sizes: list[int], receive_sizes: list[int]) -> Pending:
+        raise NotImplementedError("only the ring axis is emulated")
+
+
+def attention(
+    x: dict[str, Tensor], docs: Documents, mask: Mask, ring: int, scheme: str, stages: int | None, backend: str
+) -> dict[str, Tensor]:
+    """out, dq, dk, dv of the whole stream, computed as `ring` ranks would: x holds q, k, v and dout of the stream."""
+    layouts = [Layout(docs, MeshShape(1, ring, 1, rank)) for rank in range(ring)]
+    mail = _Mail()
+    names = {"out": "q", "dq": "q", "dk": "k", "dv": "v"}
+    results = {name: torch.zeros_like(x[like]) for name, like in names.items()}
+    heads, key_heads, dim = x["q"].shape[1], x["k"].shape[1], x["q"].shape[2]
+    spec = CallSpec(x["q"].device.type, x["q"].dtype, dim, dim, heads, key_heads, window=mask.window != (-1, -1))
+    chosen = choose(spec, backend)
+
+    def rank_of(rank: int) -> None:
+        layout = layouts[rank]
+        plan = plan_attention(layout, mask, heads, key_heads, scheme if ring > 1 else "auto", stages)
+        transport = ThreadTransport(mail, rank)
+        job = Job(plan, Options(dim**-0.5), chosen, transport, None, heads, key_heads)
+        q, k, v, dout = (layout.shard(x[name]) for name in ("q", "k", "v", "dout"))
+        out, _, saved, _ = forward_pass(job, q, k, v, None, keep=False)
+        grads = backward_pass(job, dout, saved, None, [])[:3]
+        rows = layout.indices().to(q.device)
+        for name, tensor in zip(names, (out, *grads), strict=True):
+            results[name].index_copy_(0, rows, tensor)
+
+    _in_threads(rank_of, ring)
+    return results
+
+
+def _in_threads(run: Callable[[int], None], count: int) -> None:
+    """Run all ranks; the first error is raised here."""
+    errors: list[BaseException] = []
+
+    def guarded(rank: int) -> None:
+        try:
+            with torch.no_grad():
+                run(rank)
+        except BaseException as error:
+            errors.append(error)
+
+    threads = [threading.Thread(target=guarded, args=(rank,), daemon=True) for rank in range(count)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    if errors:
+        raise errors[0]

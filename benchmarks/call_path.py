@@ -85,7 +85,7 @@ def main() -> None:
         f"{date.today()}, torch {torch.__version__}. `python benchmarks/call_path.py`; no host "
         "synchronisation in a step.",
         "",
-        "| kernel | tokens | alone, fwd ms | TFLOP/s | ours ms | share | alone, fwd+bwd ms | TFLOP/s | ours ms | share |",
+        "| kernel | tokens | alone f ms | TFLOP/s | ours ms | share | alone f+b ms | TFLOP/s | ours ms | share |",
         "|---|---|---|---|---|---|---|---|---|---|",
     ]
     text = "\n".join(head + [row(name, length) for name in able for length in LENGTHS]) + "\n"

@@ -3,6 +3,7 @@
 Shapes: t tokens of this rank, H query heads, K key/value heads, D head dim, V value head dim.
 """
 
+from dataclasses import dataclass
 from inspect import signature
 from typing import Any
 
@@ -64,58 +65,71 @@ def parallel_attention(
     Raises ValueError for a wrong argument, NotImplementedError for what no backend can do exactly; both before any
     communication.
     """
-    mask = Mask() if mask is None else mask
+    settings = Settings(
+        mask=Mask() if mask is None else mask,
+        softmax_scale=softmax_scale,
+        softcap=softcap,
+        dropout_p=dropout_p,
+        deterministic=deterministic,
+        backend=backend,
+        scheme=scheme,
+        stages=stages,
+        keep_keys=keep_keys,
+        wide_reduce=wide_reduce,
+        return_lse=return_lse,
+    )
     if torch.compiler.is_compiling():
         from ringattn.compiled import attend
 
-        left, right = mask.window
-        out, lse = attend(
-            q, k, v, sinks, layout, mask.causal, left, right, mask.chunk, softmax_scale, softcap, dropout_p,
-            deterministic, backend, scheme, stages, wide_reduce, return_lse,
-        )  # fmt: skip
-        return (out, lse) if return_lse else out
-    q, k, v = (_autocast(x) for x in (q, k, v))
-    job = prepare(
-        q, k, v, layout, mask, softmax_scale, softcap, dropout_p, sinks, deterministic, backend, scheme, stages,
-        keep_keys, wide_reduce, return_lse,
-    )  # fmt: skip
-    out, lse = run(job, q, k, v, sinks)
+        out, lse = attend(q, k, v, sinks, layout, settings)
+    else:
+        q, k, v = (_autocast(x) for x in (q, k, v))
+        out, lse = run(prepare(q, k, v, sinks, layout, settings), q, k, v, sinks)
     return (out, lse) if return_lse else out
 
 
-def prepare(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    layout: Layout,
-    mask: Mask,
-    softmax_scale: float | None,
-    softcap: float | None,
-    dropout_p: float,
-    sinks: Tensor | None,
-    deterministic: bool,
-    backend: str,
-    scheme: str,
-    stages: int | None,
-    keep_keys: bool,
-    wide_reduce: bool,
-    return_lse: bool,
-) -> Job:
+@dataclass(frozen=True)
+class Settings:
+    """The keywords of `parallel_attention`, but for the tensors."""
+
+    mask: Mask
+    softmax_scale: float | None
+    softcap: float | None
+    dropout_p: float
+    deterministic: bool
+    backend: str
+    scheme: str
+    stages: int | None
+    keep_keys: bool
+    wide_reduce: bool
+    return_lse: bool
+
+
+def prepare(q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None, layout: Layout, settings: Settings) -> Job:
     """Check the arguments of `parallel_attention` and settle plan, backend and transports. No communication."""
-    spec = _check(q, k, v, layout, mask, softcap, dropout_p, sinks, deterministic)
-    chosen = choose(spec, backend)
-    plan = plan_attention(layout, mask, spec.query_heads, spec.key_heads, scheme, stages, keep_keys, wide_reduce)
-    scale = spec.head_dim**-0.5 if softmax_scale is None else float(softmax_scale)
+    spec = _check(q, k, v, sinks, layout, settings)
+    chosen = choose(spec, settings.backend)
+    plan = plan_attention(
+        layout,
+        settings.mask,
+        spec.query_heads,
+        spec.key_heads,
+        settings.scheme,
+        settings.stages,
+        settings.keep_keys,
+        settings.wide_reduce,
+    )
+    scale = spec.head_dim**-0.5 if settings.softmax_scale is None else float(settings.softmax_scale)
     ring, ulysses = _transports(layout)
     return Job(
         plan=plan,
-        options=Options(scale, spec.softcap, dropout_p, deterministic),
+        options=Options(scale, spec.softcap, spec.dropout_p, spec.deterministic),
         backend=chosen,
         ring=ring,
         ulysses=ulysses,
         query_heads=spec.query_heads,
         key_heads=spec.key_heads,
-        return_lse=return_lse,
+        return_lse=settings.return_lse,
     )
 
 
@@ -184,18 +198,9 @@ def _autocast(x: Tensor) -> Tensor:
     return x.to(torch.get_autocast_dtype(x.device.type)) if torch.is_autocast_enabled(x.device.type) else x
 
 
-def _check(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    layout: Layout,
-    mask: Mask,
-    softcap: float | None,
-    dropout_p: float,
-    sinks: Tensor | None,
-    deterministic: bool,
-) -> CallSpec:
+def _check(q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None, layout: Layout, settings: Settings) -> CallSpec:
     """Everything that can be wrong with the arguments, before any communication."""
+    mask, softcap, dropout_p = settings.mask, settings.softcap, settings.dropout_p
     if not isinstance(layout, Layout):
         raise ValueError(f"layout must be a Layout, got {type(layout).__name__}")
     if not isinstance(mask, Mask):
@@ -241,7 +246,7 @@ def _check(
         window=mask.window != (-1, -1),
         softcap=softcap or 0.0,
         dropout_p=dropout_p,
-        deterministic=deterministic,
+        deterministic=settings.deterministic,
     )
 
 

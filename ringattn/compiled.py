@@ -6,102 +6,65 @@ the backward pass have shapes that only the layout knows: they travel as flat te
 """
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from ringattn.attention import prepare
+from ringattn.attention import Settings, prepare
 from ringattn.kernels.spec import accumulation_dtype
 from ringattn.mask import Mask
 from ringattn.parallel.executor import Job, Saved, backward_pass, forward_pass
 from ringattn.parallel.layout import Layout
 from ringattn.parallel.numbered import by_number
 
+_INPUTS = "Tensor q, Tensor k, Tensor v, Tensor? sinks, Tensor layout"
+_CONSTANTS = (
+    "bool causal, int left, int right, int? chunk, float? softmax_scale, float? softcap, float dropout_p, "
+    "bool deterministic, str backend, str scheme, int? stages, bool wide_reduce, bool return_lse"
+)
+
 
 def attend(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    sinks: Tensor | None,
-    layout: Layout,
-    causal: bool,
-    left: int,
-    right: int,
-    chunk: int | None,
-    softmax_scale: float | None,
-    softcap: float | None,
-    dropout_p: float,
-    deterministic: bool,
-    backend: str,
-    scheme: str,
-    stages: int | None,
-    wide_reduce: bool,
-    return_lse: bool,
+    q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None, layout: Layout, settings: Settings
 ) -> tuple[Tensor, Tensor]:
     """out (t, H, V) and lse (H, t); what `parallel_attention` calls while a graph is traced.
 
     Keys are cast again in the backward pass: a graph has no place for buffers whose shapes it does not know.
     """
-    out, lse, *_ = _attend(
-        q, k, v, sinks, layout._number, causal, left, right, chunk, softmax_scale, softcap, dropout_p, deterministic,
-        backend, scheme, stages, wide_reduce, return_lse,
-    )  # fmt: skip
+    mask, (left, right) = settings.mask, settings.mask.window
+    constants = (mask.causal, left, right, mask.chunk, settings.softmax_scale, settings.softcap, settings.dropout_p)
+    constants += (settings.deterministic, settings.backend, settings.scheme, settings.stages, settings.wide_reduce)  # type: ignore[assignment]
+    out, lse, *_ = _attend(q, k, v, sinks, layout._number, *constants, settings.return_lse)
     return out, lse
 
 
-def _job(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    sinks: Tensor | None,
-    layout: Tensor,
-    causal: bool,
-    left: int,
-    right: int,
-    chunk: int | None,
-    softmax_scale: float | None,
-    softcap: float | None,
-    dropout_p: float,
-    deterministic: bool,
-    backend: str,
-    scheme: str,
-    stages: int | None,
-    wide_reduce: bool,
-    return_lse: bool,
-) -> Job:
-    mask = Mask(causal, (left, right), chunk)
-    return prepare(
-        q, k, v, by_number(int(layout)), mask, softmax_scale, softcap, dropout_p, sinks, deterministic, backend, scheme,
-        stages, False, wide_reduce, return_lse,
-    )  # fmt: skip
+def _job(q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None, layout: Tensor, *constants: Any) -> Job:
+    causal, left, right, chunk, scale, softcap, dropout_p, deterministic, backend, scheme, stages, wide, lse = constants
+    settings = Settings(
+        mask=Mask(causal, (left, right), chunk),
+        softmax_scale=scale,
+        softcap=softcap,
+        dropout_p=dropout_p,
+        deterministic=deterministic,
+        backend=backend,
+        scheme=scheme,
+        stages=stages,
+        keep_keys=False,
+        wide_reduce=wide,
+        return_lse=lse,
+    )
+    return prepare(q, k, v, sinks, by_number(int(layout)), settings)
 
 
-@torch.library.custom_op("ringattn::attend", mutates_args=())
-def _attend(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    sinks: Tensor | None,
-    layout: Tensor,
-    causal: bool,
-    left: int,
-    right: int,
-    chunk: int | None,
-    softmax_scale: float | None,
-    softcap: float | None,
-    dropout_p: float,
-    deterministic: bool,
-    backend: str,
-    scheme: str,
-    stages: int | None,
-    wide_reduce: bool,
-    return_lse: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+@torch.library.custom_op(
+    "ringattn::attend",
+    mutates_args=(),
+    schema=f"({_INPUTS}, {_CONSTANTS}) -> (Tensor, Tensor, Tensor, Tensor)",
+)
+def _attend(q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None, layout: Tensor, *constants: Any) -> tuple[Any, ...]:
     """out, lse, and with an exchange what the backward pass needs: q, k, v, out end to end, and lse."""
-    job = _job(
-        q, k, v, sinks, layout, causal, left, right, chunk, softmax_scale, softcap, dropout_p, deterministic, backend,
-        scheme, stages, wide_reduce, return_lse,
-    )  # fmt: skip
+    job = _job(q, k, v, sinks, layout, *constants)
     out, lse, saved, _ = forward_pass(job, q, k, v, sinks, keep=False)
     if job.plan.exchange is None:
         return out, lse, q.new_empty(0), lse.new_empty(0)
@@ -111,46 +74,26 @@ def _attend(
 
 
 @_attend.register_fake
-def _(q: Tensor, k: Tensor, v: Tensor, *_: object) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    size = torch.library.get_ctx().new_dynamic_size()
-    lse_size = torch.library.get_ctx().new_dynamic_size()
+def _(q: Tensor, k: Tensor, v: Tensor, *_: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    size, lse_size = (torch.library.get_ctx().new_dynamic_size() for _ in range(2))
     dtype = accumulation_dtype(q.dtype)
     lse = q.new_empty(q.shape[1], q.shape[0], dtype=dtype)
     out = q.new_empty(q.shape[0], q.shape[1], v.shape[2])
     return out, lse, q.new_empty(size), q.new_empty(lse_size, dtype=dtype)
 
 
-@torch.library.custom_op("ringattn::attend_backward", mutates_args=())
+@torch.library.custom_op(
+    "ringattn::attend_backward",
+    mutates_args=(),
+    schema=f"(Tensor dout, Tensor out, Tensor lse, Tensor saved, Tensor saved_lse, {_INPUTS}, {_CONSTANTS}) "
+    "-> (Tensor, Tensor, Tensor, Tensor)",
+)
 def _attend_backward(
-    dout: Tensor,
-    out: Tensor,
-    lse: Tensor,
-    saved: Tensor,
-    saved_lse: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    sinks: Tensor | None,
-    layout: Tensor,
-    causal: bool,
-    left: int,
-    right: int,
-    chunk: int | None,
-    softmax_scale: float | None,
-    softcap: float | None,
-    dropout_p: float,
-    deterministic: bool,
-    backend: str,
-    scheme: str,
-    stages: int | None,
-    wide_reduce: bool,
-    return_lse: bool,
+    dout: Tensor, out: Tensor, lse: Tensor, saved: Tensor, saved_lse: Tensor, *inputs: Any
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """dq, dk, dv and the gradient of the sinks (of no element without them)."""
-    job = _job(
-        q, k, v, sinks, layout, causal, left, right, chunk, softmax_scale, softcap, dropout_p, deterministic, backend,
-        scheme, stages, wide_reduce, return_lse,
-    )  # fmt: skip
+    q, k, v, sinks, *_ = inputs
+    job = _job(*inputs)
     kept = Saved(q.contiguous(), k.contiguous(), v.contiguous(), out, lse)
     if job.plan.exchange is not None:
         kept = _unpacked(job, saved, saved_lse, q.shape[2], v.shape[2])
@@ -166,38 +109,29 @@ def _unpacked(job: Job, saved: Tensor, saved_lse: Tensor, head_dim: int, value_d
     heads = (queries, head_dim), (keys, head_dim), (keys, value_dim), (queries, value_dim)
     shapes = [(rows, *pair) for pair in heads]
     parts = saved.split([math.prod(shape) for shape in shapes])
-    tensors = [part.view(shape) for part, shape in zip(parts, shapes, strict=True)]
-    return Saved(tensors[0], tensors[1], tensors[2], tensors[3], saved_lse.view(queries, rows))
+    q, k, v, out = (part.view(shape) for part, shape in zip(parts, shapes, strict=True))
+    return Saved(q, k, v, out, saved_lse.view(queries, rows))
 
 
 @_attend_backward.register_fake
 def _(
-    dout: Tensor,
-    out: Tensor,
-    lse: Tensor,
-    saved: Tensor,
-    saved_lse: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    sinks: Tensor | None,
-    *_: object,
+    dout: Tensor, out: Tensor, lse: Tensor, saved: Tensor, saved_lse: Tensor, *inputs: Any
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    made = [x.new_empty(x.shape) for x in (q, k, v)]
-    return made[0], made[1], made[2], q.new_empty(0) if sinks is None else sinks.new_empty(sinks.shape)
+    q, k, v, sinks, *_ = inputs
+    dsinks = q.new_empty(0) if sinks is None else sinks.new_empty(sinks.shape)
+    return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape), dsinks
 
 
-def _setup(ctx: object, inputs: tuple[object, ...], output: tuple[Tensor, ...]) -> None:
-    q, k, v, sinks, layout, *ctx.constants = inputs  # type: ignore[attr-defined]
-    out, lse, saved, saved_lse = output
-    ctx.save_for_backward(out, lse, saved, saved_lse, q, k, v, sinks, layout)  # type: ignore[attr-defined]
-    ctx.mark_non_differentiable(lse, saved, saved_lse)  # type: ignore[attr-defined]
+def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    q, k, v, sinks, layout, *ctx.constants = inputs
+    ctx.save_for_backward(*output, q, k, v, sinks, layout)
+    ctx.mark_non_differentiable(*output[1:])
 
 
-def _backward(ctx: object, dout: Tensor, *_: object) -> tuple[object, ...]:
-    tensors = ctx.saved_tensors  # type: ignore[attr-defined]
-    dq, dk, dv, dsinks = _attend_backward(dout, *tensors, *ctx.constants)  # type: ignore[attr-defined]
-    return dq, dk, dv, dsinks if tensors[7] is not None else None, None, *[None] * len(ctx.constants)  # type: ignore[attr-defined]
+def _backward(ctx: Any, dout: Tensor, *_: Any) -> tuple[Any, ...]:
+    *tensors, sinks, layout = ctx.saved_tensors
+    dq, dk, dv, dsinks = _attend_backward(dout, *tensors, sinks, layout, *ctx.constants)
+    return dq, dk, dv, None if sinks is None else dsinks, None, *[None] * len(ctx.constants)
 
 
 _attend.register_autograd(_backward, setup_context=_setup)

@@ -63,8 +63,8 @@ def attention(
         layout = layouts[rank]
         plan = plan_attention(layout, mask, heads, key_heads, scheme if ring > 1 else "auto", stages)
         transport = ThreadTransport(mail, rank)
-        job = Job(plan, Options(dim**-0.5), chosen, transport, None, heads, key_heads)
         q, k, v, dout = (layout.shard(x[name]) for name in ("q", "k", "v", "dout"))
+        job = Job(plan, Options(dim**-0.5), None, chosen, transport, None, q.device, heads, key_heads)
         out, _, saved, _ = forward_pass(job, q, k, v, None, keep=False)
         grads = backward_pass(job, dout, saved, None, [])[:3]
         rows = layout.indices().to(q.device)

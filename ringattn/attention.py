@@ -30,6 +30,7 @@ def parallel_attention(
     softmax_scale: float | None = None,
     softcap: float | None = 0.0,
     dropout_p: float = 0.0,
+    dropout_seed: int | None = None,
     sinks: Tensor | None = None,
     deterministic: bool = False,
     backend: str = "auto",
@@ -50,7 +51,9 @@ def parallel_attention(
         mask: default causal.
         softmax_scale: default D ** -0.5.
         softcap: scores become `softcap * tanh(score / softcap)`; 0 or None is off.
-        dropout_p: attention dropout; refused by name where no backend can do it the same for every split.
+        dropout_p: probability of dropping an attention probability, the same ones however the sequence is split.
+            Backends that cannot promise that refuse it.
+        dropout_seed: needed with dropout, the same on every rank and another one for every layer and step.
         sinks: (H,) one logit per query head, added to every softmax's denominator.
         deterministic: ask the kernel for bitwise equal gradients from run to run; transfers are always in fixed order.
         backend: "auto" or a name of `ringattn.kernels.registry.backends()`.
@@ -70,6 +73,7 @@ def parallel_attention(
         softmax_scale=softmax_scale,
         softcap=softcap,
         dropout_p=dropout_p,
+        dropout_seed=dropout_seed,
         deterministic=deterministic,
         backend=backend,
         scheme=scheme,
@@ -96,6 +100,7 @@ class Settings:
     softmax_scale: float | None
     softcap: float | None
     dropout_p: float
+    dropout_seed: int | None
     deterministic: bool
     backend: str
     scheme: str
@@ -123,10 +128,12 @@ def prepare(q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None, layout: Layou
     ring, ulysses = _transports(layout)
     return Job(
         plan=plan,
-        options=Options(scale, spec.softcap, spec.dropout_p, spec.deterministic),
+        options=Options(scale, spec.softcap, spec.deterministic),
+        dropout=(spec.dropout_p, settings.dropout_seed or 0) if spec.dropout_p else None,
         backend=chosen,
         ring=ring,
         ulysses=ulysses,
+        device=q.device,
         query_heads=spec.query_heads,
         key_heads=spec.key_heads,
         return_lse=settings.return_lse,
@@ -174,13 +181,29 @@ class ParallelAttention(nn.Module):
             "wide_reduce": wide_reduce,
         }
 
-    def forward(self, q: Tensor, k: Tensor, v: Tensor, layout: Layout, return_lse: bool = False) -> Any:
+    def forward(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        layout: Layout,
+        return_lse: bool = False,
+        dropout_seed: int | None = None,
+    ) -> Any:
         """q (t, H, D), k (t, K, D), v (t, K, V) of this rank -> out (t, H, V), with `return_lse` also lse (H, t)."""
         if not torch.compiler.is_compiling() and layout.mesh is not self.mesh and layout.mesh != self.mesh:
             raise ValueError(f"layout was made for {layout.mesh}, this attention for {self.mesh}")
         dropout_p = self.dropout_p if self.training else 0.0
         return parallel_attention(
-            q, k, v, layout, sinks=self.sinks, dropout_p=dropout_p, return_lse=return_lse, **self.options
+            q,
+            k,
+            v,
+            layout,
+            sinks=self.sinks,
+            dropout_p=dropout_p,
+            dropout_seed=dropout_seed,
+            return_lse=return_lse,
+            **self.options,
         )
 
     def extra_repr(self) -> str:
@@ -226,6 +249,11 @@ def _check(q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None, layout: Layout
         raise ValueError(f"the query heads must be a multiple of the key heads, got {q.shape[1]} and {k.shape[1]}")
     if not 0.0 <= dropout_p < 1.0:
         raise ValueError(f"dropout_p must be in [0, 1), got {dropout_p}")
+    if dropout_p and (not isinstance(settings.dropout_seed, int) or settings.dropout_seed < 0):
+        raise ValueError(
+            f"dropout_seed must be an integer >= 0 with dropout_p={dropout_p}, the same on every rank, got "
+            f"{settings.dropout_seed!r}"
+        )
     if softcap is not None and not softcap >= 0.0:
         raise ValueError(f"softcap must be >= 0 (0 or None is off), got {softcap}")
     if sinks is not None and not isinstance(sinks, Tensor):

@@ -32,6 +32,8 @@ def attend(
 
     Keys are cast again in the backward pass: a graph has no place for buffers whose shapes it does not know.
     """
+    if settings.dropout_p:
+        raise NotImplementedError("dropout under torch.compile: its seed would compile a graph for every step")
     mask, (left, right) = settings.mask, settings.mask.window
     constants = (mask.causal, left, right, mask.chunk, settings.softmax_scale, settings.softcap, settings.dropout_p)
     constants += (settings.deterministic, settings.backend, settings.scheme, settings.stages, settings.wide_reduce)  # type: ignore[assignment]
@@ -46,6 +48,7 @@ def _job(q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None, layout: Tensor, 
         softmax_scale=scale,
         softcap=softcap,
         dropout_p=dropout_p,
+        dropout_seed=None,
         deterministic=deterministic,
         backend=backend,
         scheme=scheme,

@@ -209,11 +209,13 @@ def _options(module: nn.Module, kwargs: dict[str, Any]) -> dict[str, Any]:
     layer_types = getattr(config, "layer_types", None)
     if layer_types and layer_types[module.layer_idx] == "chunked_attention":
         chunk = config.attention_chunk_size
+    if kwargs.get("dropout"):
+        raise NotImplementedError("attention_dropout must be 0 in the model's configuration: it has no seed to share")
+    kwargs.pop("dropout", None)
     options = {
         "mask": Mask(bool(causal), window, chunk),
         "softmax_scale": kwargs.pop("scaling", None),
         "softcap": kwargs.pop("softcap", None),
-        "dropout_p": kwargs.pop("dropout", 0.0),
         "sinks": kwargs.pop("s_aux", None),
     }
     if unknown := {name for name, value in kwargs.items() if value is not None} - INERT:

@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 import torch
 
 from ringattn import Documents, Mask
+from ringattn.kernels.reference import kept_pairs
 
 
 @dataclass(frozen=True)
@@ -18,6 +19,7 @@ class Case:
     dtype: torch.dtype = torch.float64
     softcap: float = 0.0
     sinks: bool = False
+    dropout: tuple[float, int] | None = None  # probability and seed
     seed: int = 0
     options: dict[str, object] = field(default_factory=dict)  # keywords of parallel_attention
 
@@ -47,7 +49,12 @@ def dense_attention(case: Case, device: str = "cpu") -> dict[str, torch.Tensor]:
         scores = torch.cat([scores, sink], -1)
     lse = torch.logsumexp(scores, -1)
     weights = torch.exp(scores - torch.where(lse.isinf(), 0.0, lse)[..., None])
-    out = torch.einsum("hqk,khv->qhv", weights[..., : len(k)], v)
+    weights = weights[..., : len(k)]
+    if case.dropout:
+        p, seed = case.dropout
+        index = torch.arange(len(k), device=device)
+        weights = weights * kept_pairs(seed, p, index, index, 0, case.heads[0]) / (1 - p)
+    out = torch.einsum("hqk,khv->qhv", weights, v)
     inside = allowed.any(-1)[:, None, None]
     (out * x["dout"] * inside).sum().backward()
     result = {"out": out.detach(), "lse": lse.detach(), "dq": x["q"].grad, "dk": x["k"].grad, "dv": x["v"].grad}

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from ringattn import Documents, Layout, MeshShape, ParallelAttention, init_mesh, parallel_attention
+from ringattn.kernels.reference import kept_pairs
 from ringattn.kernels.registry import choose, explain
 from ringattn.kernels.spec import CallSpec
 from ringattn.parallel.mesh import resolve_mesh
@@ -30,6 +31,7 @@ BAD = {
     "groups": (lambda q, k, v: (q[:, :3], k, v), {}, ["multiple of the key heads, got 3 and 2"]),
     "no heads": (lambda q, k, v: (q[:, :0], k, v), {}, ["multiple of the key heads, got 0 and 2"]),
     "dropout": (lambda q, k, v: (q, k, v), {"dropout_p": 1.5}, ["dropout_p must be in [0, 1), got 1.5"]),
+    "dropout seed": (lambda q, k, v: (q, k, v), {"dropout_p": 0.5}, ["dropout_seed must be", "dropout_p=0.5", "None"]),
     "softcap": (lambda q, k, v: (q, k, v), {"softcap": -1.0}, ["softcap must be >= 0", "-1.0"]),
     "softcap nan": (lambda q, k, v: (q, k, v), {"softcap": float("nan")}, ["softcap must be >= 0", "nan"]),
     "sinks": (lambda q, k, v: (q, k, v), {"sinks": torch.zeros(2)}, ["sinks must be", "(4,)", "(2,)"]),
@@ -52,7 +54,10 @@ def test_a_layout_without_processes_cannot_communicate() -> None:
         parallel_attention(*tensors(10), Layout(Documents([12, 8]), MeshShape(1, 2)))
 
 
-@pytest.mark.parametrize("options", [{"dropout_p": 0.1}, {"softcap": 2.0, "backend": "cpu"}, {"backend": "fa4"}])
+@pytest.mark.parametrize(
+    "options",
+    [{"dropout_p": 0.1, "dropout_seed": 3, "backend": "cpu"}, {"softcap": 2.0, "backend": "cpu"}, {"backend": "fa4"}],
+)
 def test_what_no_backend_can_do_is_refused_by_name(options: dict) -> None:
     with pytest.raises(NotImplementedError, match=r"dropout|softcap|cuda tensors only"):
         parallel_attention(*tensors(), LAYOUT, **options)
@@ -178,3 +183,14 @@ def test_the_module_shows_its_options_and_keeps_its_sinks(pool: Pools) -> None:
     assert "keep_keys" not in text
     assert state == ["sinks"]
     assert copied
+
+
+def test_dropout_drops_its_share_and_another_seed_drops_others() -> None:
+    index = torch.arange(200)
+    kept = kept_pairs(7, 0.3, index, index, 0, 4)
+    assert kept.double().mean().item() == pytest.approx(0.7, abs=0.005)
+    assert kept[0].double().mean(0).std() < 0.06
+    assert not torch.equal(kept, kept_pairs(8, 0.3, index, index, 0, 4))
+    assert torch.equal(kept[2:], kept_pairs(7, 0.3, index, index, 2, 2))
+    assert torch.equal(kept[:, 50:, 90:], kept_pairs(7, 0.3, index[50:], index[90:], 0, 4))
+    assert kept_pairs(7, 0.0, index, index, 0, 4).all()

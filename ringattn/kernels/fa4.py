@@ -1,7 +1,6 @@
 """FlashAttention-4 (distribution `flash-attn-4`, CuTe DSL): Hopper and newer, compiled at first use."""
 
 import importlib.metadata
-import inspect
 from collections.abc import Callable
 from functools import cache
 from typing import Any
@@ -9,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ringattn.kernels.probing import require, why_missing
 from ringattn.kernels.spec import Call, Capability, Grads, Options
 
 _NEEDED = {"cu_seqlens_q", "cu_seqlens_k", "seqused_k", "window_size_left", "window_size_right", "softcap"}
@@ -27,7 +27,7 @@ class FlashAttention4:
     )
 
     def missing(self) -> str | None:
-        return _load()[1]
+        return why_missing(_kernels)
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, call: Call, options: Options, out: Tensor) -> Tensor:
         forward, _ = _kernels()
@@ -70,29 +70,21 @@ def _arguments(call: Call, options: Options, device: torch.device) -> dict[str, 
     }
 
 
+@cache  # what raises is not kept, so an installation that was repaired is found
 def _kernels() -> tuple[Callable[..., Any], Callable[..., Any]]:
-    kernels, reason = _load()
-    assert kernels is not None, reason
-    return kernels
-
-
-@cache
-def _load() -> tuple[tuple[Callable[..., Any], Callable[..., Any]] | None, str | None]:
-    """The two functions, or why they are missing. The import package `flash_attn` is also FlashAttention-2's, so the
-    distribution and the signature are asked, not the module."""
+    """The two functions, or ImportError. The import package `flash_attn` is also FlashAttention-2's, so the
+    distribution and the signatures are asked, not the module."""
     try:
         importlib.metadata.distribution("flash-attn-4")
     except importlib.metadata.PackageNotFoundError:
-        return None, "is not installed: pip install 'ringattn[fa4]'"
+        raise ImportError("is not installed: pip install 'ringattn[fa4]'") from None
     try:
         from flash_attn.cute import interface
     except Exception as error:  # a CUDA library that is missing raises other errors than ImportError
-        return None, f"is installed but cannot be imported: {type(error).__name__}: {error}"
+        raise ImportError(f"is installed but cannot be imported: {type(error).__name__}: {error}") from error
     forward = getattr(interface, "_flash_attn_fwd", None)
     backward = getattr(interface, "_flash_attn_bwd", None)
-    if forward is None or backward is None:
-        return None, "is installed but has another interface: _flash_attn_fwd or _flash_attn_bwd is missing"
-    missing = _NEEDED - set(inspect.signature(forward).parameters)
-    if missing:
-        return None, f"is installed but its forward lacks {', '.join(sorted(missing))}"
-    return (forward, backward), None
+    return (
+        require(forward, "_flash_attn_fwd", _NEEDED | {"out", "return_lse"}),
+        require(backward, "_flash_attn_bwd", _NEEDED | {"dq", "dk", "dv", "deterministic"}),
+    )

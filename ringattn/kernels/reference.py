@@ -6,14 +6,14 @@ import torch
 from torch import Tensor
 
 from ringattn.kernels.merge import finite_lse
-from ringattn.kernels.spec import Block, Call, Capability, Grads, Options, Range, accumulation_dtype
+from ringattn.kernels.spec import Block, Call, Capability, Dropout, Grads, Options, Range, accumulation_dtype
 
 SCORE_ELEMENTS = 1 << 24  # scores held at a time: long blocks are walked in runs of query rows
 
 
 class Reference:
     name = "reference"
-    capability = Capability(softcap=True, unequal_head_dims=True, deterministic=True)
+    capability = Capability(softcap=True, dropout=True, unequal_head_dims=True, deterministic=True)
 
     def missing(self) -> str | None:
         return None
@@ -24,7 +24,7 @@ class Reference:
             scores = _scores(q[rows], k[keys], allowed, options)
             lse[:, rows] = torch.logsumexp(scores, dim=-1)
             weights = torch.exp(scores - finite_lse(lse[:, rows])[..., None])
-            out[rows] = _weighted(weights, v[keys]).to(out.dtype)
+            out[rows] = _weighted(_dropped(weights, options.dropout, rows, keys), v[keys]).to(out.dtype)
         for rows in _keyless(call):
             out[rows] = 0
         return lse
@@ -49,12 +49,14 @@ class Reference:
             scores = _scores(q[rows], k[keys], allowed, options)
             weights = torch.exp(scores - finite_lse(lse[:, rows])[..., None])
             gain = torch.einsum("qhv,khv->hqk", dout[rows].to(dtype), _repeated(v[keys], group))
+            gain = _dropped(gain, options.dropout, rows, keys)
             dscores = weights * (gain - delta[:, rows, None])
             if options.softcap:
                 dscores = dscores * torch.where(allowed, 1 - (scores / options.softcap) ** 2, 0.0)
             dscores = dscores * options.scale
             grads.dq[rows] = torch.einsum("hqk,khd->qhd", dscores, _repeated(k[keys], group)).to(q.dtype)
             dk[keys] += _grouped(torch.einsum("hqk,qhd->khd", dscores, q[rows].to(dtype)), group)
+            weights = _dropped(weights, options.dropout, rows, keys)
             dv[keys] += _grouped(torch.einsum("hqk,qhv->khv", weights, dout[rows].to(dtype)), group)
         for rows in _keyless(call):
             grads.dq[rows] = 0
@@ -104,6 +106,34 @@ def _scores(q: Tensor, k: Tensor, allowed: Tensor, options: Options) -> Tensor:
     if options.softcap:
         scores = options.softcap * torch.tanh(scores / options.softcap)
     return scores.masked_fill(~allowed, float("-inf"))
+
+
+def _dropped(x: Tensor, dropout: Dropout | None, rows: slice, keys: slice) -> Tensor:
+    """(H, n, m) with the dropped elements 0 and the others scaled."""
+    if dropout is None:
+        return x
+    kept = kept_pairs(dropout.seed, dropout.p, dropout.q_index[rows], dropout.k_index[keys], dropout.first_head, len(x))
+    return torch.where(kept, x / (1 - dropout.p), 0.0)
+
+
+def kept_pairs(seed: int, p: float, q_index: Tensor, k_index: Tensor, first_head: int, heads: int) -> Tensor:
+    """(H, n, m) booleans, true with probability 1 - p: a hash of seed, head and the global indices of query and key.
+
+    The mixing function is that of splitmix64 (Steele, Lea, Flood 2014), twice.
+    """
+    head = torch.arange(first_head, first_head + heads, device=q_index.device)
+    x = _mixed(
+        _mixed(q_index[None, :] + (head[:, None] << 40) + seed * 0x5851F42D4C957F2D % 2**63)[..., None] + k_index
+    )
+    return (x >> 11 & 2**53 - 1).double() >= p * 2.0**53
+
+
+def _mixed(x: Tensor) -> Tensor:
+    """A permutation of 64-bit integers; int64 arithmetic wraps around."""
+    x = x + (0x9E3779B97F4A7C15 - 2**64)
+    for shift, factor in ((30, 0xBF58476D1CE4E5B9 - 2**64), (27, 0x94D049BB133111EB - 2**64)):
+        x = (x ^ (x >> shift & (1 << 64 - shift) - 1)) * factor
+    return x ^ (x >> 31 & (1 << 33) - 1)
 
 
 def _weighted(weights: Tensor, v: Tensor) -> Tensor:

@@ -10,11 +10,16 @@ import warnings
 from functools import cache
 
 from ringattn.kernels.cpu import CpuFlash
+from ringattn.kernels.fa2 import FlashAttention2
+from ringattn.kernels.fa3 import FlashAttention3
 from ringattn.kernels.fa4 import FlashAttention4
+from ringattn.kernels.flex import FlexAttention
+from ringattn.kernels.npu import NpuFusion
 from ringattn.kernels.reference import Reference
 from ringattn.kernels.selftest import failure
 from ringattn.kernels.spec import Backend, CallSpec
 from ringattn.kernels.torch_flash import TorchFlash
+from ringattn.kernels.xpu import XpuFlash
 
 ENTRY_POINTS = "ringattn.kernels"
 ENVIRONMENT = "RINGATTN_BACKEND"
@@ -22,7 +27,17 @@ ENVIRONMENT = "RINGATTN_BACKEND"
 
 def builtin() -> tuple[Backend, ...]:
     """The backends of this package, in the order in which "auto" asks them."""
-    return FlashAttention4(), TorchFlash(), CpuFlash(), Reference()
+    return (
+        FlashAttention4(),
+        FlashAttention3(),
+        FlashAttention2(),
+        TorchFlash(),
+        FlexAttention(),
+        NpuFusion(),
+        XpuFlash(),
+        CpuFlash(),
+        Reference(),
+    )
 
 
 @cache

@@ -246,13 +246,31 @@ class Backend(Protocol):
 
 
 @dataclass(frozen=True)
+class Dropout:
+    """Attention dropout of one call, decided by seed and global places, so that no split changes it.
+
+    Arguments:
+        p: probability of dropping a probability; the others are divided by 1 - p.
+        seed: of this attention, the same on every rank.
+        q_index, k_index: (T,), (S,) global index of each row of the call.
+        first_head: global number of the call's first query head.
+    """
+
+    p: float
+    seed: int
+    q_index: torch.Tensor
+    k_index: torch.Tensor
+    first_head: int
+
+
+@dataclass(frozen=True)
 class Options:
-    """Numbers of the attention that are the same for every call of a step."""
+    """What is asked of every call of an attention; `dropout` alone differs from call to call."""
 
     scale: float
     softcap: float = 0.0
-    dropout_p: float = 0.0
     deterministic: bool = False
+    dropout: Dropout | None = None
 
 
 class Grads(NamedTuple):

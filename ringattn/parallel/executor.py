@@ -4,9 +4,9 @@ Legend: t local tokens, n tokens of the ring position (n = t without an exchange
 the exchange: this rank's), D head dim, V value head dim. `q_tHD`, `lse_Hn`.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import torch
@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from ringattn.kernels.merge import apply_sinks_, merge_, sinks_grad
-from ringattn.kernels.spec import Backend, Call, Grads, Options, Range, accumulation_dtype
+from ringattn.kernels.spec import Backend, Call, Dropout, Grads, Options, Range, accumulation_dtype
 from ringattn.parallel.plan import AttentionPlan, Stage
 from ringattn.parallel.rows import Accumulator, KeyCast, KeyReduce
 from ringattn.parallel.transport import Transport
@@ -27,9 +27,11 @@ class Job:
 
     plan: AttentionPlan
     options: Options
+    dropout: tuple[float, int] | None  # probability and seed
     backend: Backend
     ring: Transport | None
     ulysses: Transport | None
+    device: torch.device
     query_heads: int
     key_heads: int
     return_lse: bool = False
@@ -175,7 +177,7 @@ def _run_calls(job: Job, stage: Stage, q: Tensor, k: Tensor, v: Tensor, acc: Acc
         return
     for call in stage.calls:
         rows, keys = slice(*call.q), slice(*call.k)
-        part_lse = job.backend.forward(q[rows], k[keys], v[keys], call, job.options, acc.rows[rows])
+        part_lse = job.backend.forward(q[rows], k[keys], v[keys], call, _options(job, stage, call), acc.rows[rows])
         a, b = acc.inside(call.q)
         if a < b:
             merge_(acc.wide_rows(a, b), lse[:, a:b], acc.rows[a:b], part_lse[:, _shifted((a, b), call.q[0])])
@@ -229,13 +231,30 @@ def _run_backward_calls(
         rows, keys = slice(*call.q), slice(*call.k)
         target = Grads(dq.rows[rows], _key_rows(dk, call), _key_rows(dv, call))
         tensors = dout[rows], q[rows], k[keys], v[keys], out[rows], lse[:, rows]
-        job.backend.backward(*tensors, call, job.options, target)
+        job.backend.backward(*tensors, call, _options(job, stage, call), target)
         dq.collect(call.q)
         for grad, written in ((dk, target.dk), (dv, target.dv)):
             for run in call.key_runs:
                 if not call.dense_keys:
                     grad.rows[slice(*run)] = written[_shifted(run, call.k[0])]
                 grad.collect(run)
+
+
+def _options(job: Job, stage: Stage, call: Call) -> Options:
+    """The options of one call: with dropout also where its rows are in the global stream."""
+    if job.dropout is None:
+        return job.options
+    plan, exchange = job.plan, job.plan.exchange
+    key_index = plan.index if stage is plan.stages[0] else stage.index
+    q_index, k_index = (
+        _indices(spans).to(job.device)[slice(*rows)] for spans, rows in ((plan.index, call.q), (key_index, call.k))
+    )
+    first_head = 0 if exchange is None else exchange.heads[exchange.rank].query[0]
+    return replace(job.options, dropout=Dropout(*job.dropout, q_index, k_index, first_head))
+
+
+def _indices(spans: Sequence[Range]) -> Tensor:
+    return torch.cat([torch.arange(start, stop) for start, stop in spans])
 
 
 def _key_rows(grad: Accumulator, call: Call) -> Tensor:

@@ -29,10 +29,12 @@ class Stage:
 
     Stage 0 reads the local keys and needs no transfer. A later stage reads a buffer of `rows` key rows filled by
     `copies` (local rows → buffer rows) and `receives`; its `sends` are what this rank gives others for the same stage.
+    `index` are the global indices of the buffer's rows, as ranges in their order.
     """
 
     calls: tuple[Call, ...]
     rows: int = 0
+    index: tuple[Range, ...] = ()
     copies: tuple[tuple[Range, Range], ...] = ()
     sends: tuple[Message, ...] = ()
     receives: tuple[Message, ...] = ()
@@ -95,6 +97,7 @@ class AttentionPlan:
     Arguments:
         schedule: "local", "gather" or "ring": how keys move on the ring axis.
         rows: query and key rows of this rank's ring position.
+        index: their global indices, as ranges in the order of the rows.
         stages: stage 0, then those that need transfers.
         shared_q: the rows of `[start, stop)` may be in several calls, and are accumulated in float32.
         shared_k: local key rows whose gradient may have several parts, accumulated likewise.
@@ -108,6 +111,7 @@ class AttentionPlan:
     ring: int
     ring_rank: int
     rows: int
+    index: tuple[Range, ...]
     stages: tuple[Stage, ...]
     shared_q: Range
     shared_k: Range

@@ -117,6 +117,7 @@ class Held:
     docs: Documents
     positions: tuple[tuple[Piece, ...], ...]
     rows: tuple[int, ...]  # of every position, padding included
+    index: tuple[tuple[Range, ...], ...]  # of every position: the global ranges of its rows
 
     @classmethod
     def of(cls, layout: Layout, mask: Mask) -> "Held":
@@ -137,7 +138,7 @@ class Held:
                     number += 1
                 row += end - begin
             positions.append(tuple(pieces))
-        return cls(docs, tuple(positions), layout.position_sizes)
+        return cls(docs, tuple(positions), layout.position_sizes, layout.positions)
 
     @cached_property
     def by_document(self) -> dict[int, list[tuple[int, Piece]]]:
@@ -208,13 +209,15 @@ class _Cast:
     """One later stage under construction: a buffer's rows, where they come from, and what this position sends."""
 
     rows: int = 0
+    index: list[Range] = field(default_factory=list)  # global
     copies: tuple[tuple[Range, Range], ...] = ()
     blocks: list[Block] = field(default_factory=list)
     sends: tuple[Message, ...] = ()
     receives: tuple[Message, ...] = ()
 
     def stage(self, shared_q: Range) -> Stage:
-        return Stage(group_calls(self.blocks, shared_q), self.rows, self.copies, self.sends, self.receives)
+        calls = group_calls(self.blocks, shared_q)
+        return Stage(calls, self.rows, tuple(self.index), self.copies, self.sends, self.receives)
 
 
 @dataclass(frozen=True)
@@ -238,6 +241,7 @@ class _RingPlanner:
             ring=len(self.held.positions),
             ring_rank=self.position,
             rows=self.held.rows[self.position],
+            index=self.held.index[self.position],
             stages=(Stage(group_calls(local, shared_q)), *(cast.stage(shared_q) for cast in casts)),
             shared_q=shared_q,
             shared_k=shared_rows([block.k for block in local], returned),
@@ -281,6 +285,8 @@ class _RingPlanner:
                 else:
                     continue
                 runs.append(piece._replace(row=cast.rows))
+                start = self.held.docs.starts[document]
+                cast.index.append((start + piece.first, start + piece.last))
                 cast.rows = target[1]
             for query in self._casting(self.position, document):
                 cast.blocks += blocks_of(query, runs, self.band)

@@ -16,7 +16,7 @@ from ringattn.parallel.blocks import Piece, blocks_of, group_calls, join_full
 DEVICES = ["cpu"] + (["cuda"] if torch.cuda.is_available() else [])
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 # Of one call against float64. Half-precision kernels round their probabilities too.
-TOLERANCE = {torch.float64: 1e-12, torch.float32: 2e-6, torch.bfloat16: 1e-2, torch.float16: 1e-3}
+TOLERANCE = {torch.float64: 1e-12, torch.float32: 2e-6, torch.bfloat16: 1e-2, torch.float16: 2e-3}
 FEATURES: dict[str, dict[str, object]] = {
     "plain": {},
     "window": {"window": True},
@@ -94,7 +94,7 @@ def test_calls_are_right(name: str, device: str, dtype: torch.dtype, window: boo
             # A gradient over one or two keys is the small difference of numbers near 1, which were rounded.
             size = reference[finite].norm().clamp_min((0.4 if key in ("dq", "dk") else 1e-30) * finite.sum() ** 0.5)
             error = (got[key].double() - reference)[finite].norm() / size
-            limit = TOLERANCE[dtype] if key != "lse" else max(TOLERANCE[torch.float32], TOLERANCE[dtype] * 0.01)
+            limit = TOLERANCE[dtype] if key != "lse" else max(TOLERANCE[torch.float32], TOLERANCE[dtype] * 0.02)
             assert error <= limit, (key, call)
 
 
@@ -111,16 +111,18 @@ def test_features_are_done_or_refused(name: str, device: str, dtype: torch.dtype
     dims = {"q": (4, 64), "k": (2, 64), "v": (2, spec.value_dim)}
     x = {key: torch.randn(docs.total, *dim, generator=generator).to(device, dtype) for key, dim in dims.items()}
     mask = Mask(window=(11, 0)) if spec.window else Mask()
-    keywords = {"softcap": spec.softcap, "dropout_p": spec.dropout_p, "deterministic": spec.deterministic}
+    keywords = {"softcap": spec.softcap, "deterministic": spec.deterministic}
+    dropout = {"dropout_p": spec.dropout_p, "dropout_seed": 3 if spec.dropout_p else None}
+    keywords |= dropout
     if explain(spec)[name] is not None:
         with pytest.raises(NotImplementedError, match=name):
             parallel_attention(*x.values(), layout, mask=mask, backend=name, **keywords)
         return
     got = parallel_attention(*x.values(), layout, mask=mask, backend=name, **keywords)
     wide = [tensor.double() for tensor in x.values()]
-    expected = parallel_attention(*wide, layout, mask=mask, backend="reference", softcap=spec.softcap)
+    expected = parallel_attention(*wide, layout, mask=mask, backend="reference", softcap=spec.softcap, **dropout)
     assert (got.double() - expected).norm() <= TOLERANCE[dtype] * expected.norm()
-    if feature in ("window", "softcap"):
+    if feature in ("window", "softcap", "dropout"):
         off = parallel_attention(*x.values(), layout, backend=name)
         assert (got - off).norm() > 1e-2 * off.norm()
 

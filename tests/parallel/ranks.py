@@ -32,6 +32,8 @@ def attend(
         scheme=scheme,
         sinks=sinks,
         softcap=case.softcap,
+        dropout_p=case.dropout[0] if case.dropout else 0.0,
+        dropout_seed=case.dropout[1] if case.dropout else None,
         return_lse=True,
         **case.options,
     )

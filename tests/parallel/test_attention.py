@@ -68,6 +68,7 @@ def test_random_combinations_are_exact(pool: Pools, world: int, data: st.DataObj
         dims=data.draw(st.sampled_from([(8, 8), (8, 4), (3, 5)])),
         softcap=data.draw(st.sampled_from([0.0, 2.0])),
         sinks=data.draw(st.booleans()),
+        dropout=data.draw(st.sampled_from([None, (0.3, 5)])),
         seed=data.draw(st.integers(0, 1000)),
         options=options,
     )

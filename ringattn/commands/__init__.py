@@ -1,0 +1,5 @@
+"""Sub-commands of `ringattn`, one module each.
+
+A module's name is the command's, its docstring the help. It has `add_arguments(parser)` and `run(args) -> exit code`,
+and imports at its top nothing that is slow or optional, for every one is imported to show the help.
+"""

@@ -1,0 +1,103 @@
+"""The options that describe an attention call, shared by the commands that ask about one."""
+
+import argparse
+import math
+from typing import Any
+
+DTYPES = ("bfloat16", "float16", "float32", "float64")
+
+
+def add_call_arguments(parser: argparse.ArgumentParser) -> None:
+    call = parser.add_argument_group("the attention call")
+    call.add_argument("--dtype", choices=DTYPES, default="bfloat16", help="default bfloat16")
+    call.add_argument("--heads", type=heads, default=(32, 8), metavar="H/K", help="query/key heads, default 32/8")
+    call.add_argument("--head-dim", type=positive, default=128, metavar="D", help="of queries and keys, default 128")
+    call.add_argument("--value-dim", type=positive, metavar="V", help="of values, default that of keys")
+    call.add_argument("--window", type=window, default=(-1, -1), metavar="L,R", help="inclusive, -1 is open")
+    call.add_argument("--softcap", type=softcap, default=0.0, metavar="X", help="0 is off")
+    call.add_argument("--dropout", type=dropout, default=0.0, metavar="P", help="attention dropout, in [0, 1)")
+    call.add_argument("--deterministic", action="store_true", help="bitwise equal gradients from run to run")
+    call.add_argument("--device", choices=("cuda", "cpu"), help="default cuda if there is a device")
+
+
+def call_spec(args: argparse.Namespace) -> Any:
+    """The `CallSpec` of the options."""
+    import torch
+
+    from ringattn.kernels.spec import CallSpec
+
+    return CallSpec(
+        device=args.device or ("cuda" if torch.cuda.is_available() else "cpu"),
+        dtype=getattr(torch, args.dtype),
+        head_dim=args.head_dim,
+        value_dim=args.value_dim or args.head_dim,
+        query_heads=args.heads[0],
+        key_heads=args.heads[1],
+        window=args.window != (-1, -1),
+        softcap=args.softcap,
+        dropout_p=args.dropout,
+        deterministic=args.deterministic,
+    )
+
+
+def describe(args: argparse.Namespace, device: str) -> str:
+    """The call in words, for people."""
+    dims = str(args.head_dim) if args.value_dim in (None, args.head_dim) else f"{args.head_dim}/{args.value_dim}"
+    words = [f"{args.dtype} on {device}, heads {args.heads[0]}/{args.heads[1]}, head dim {dims}"]
+    if args.window != (-1, -1):
+        words.append(f"window {args.window[0]},{args.window[1]}")
+    words += [f"{name} {value:g}" for name, value in (("softcap", args.softcap), ("dropout", args.dropout)) if value]
+    if args.deterministic:
+        words.append("deterministic")
+    return ", ".join(words)
+
+
+def positive(text: str) -> int:
+    value = _integer(text)
+    if value is None or value < 1:
+        raise argparse.ArgumentTypeError(f"expected an integer >= 1, got {text!r}")
+    return value
+
+
+def heads(text: str) -> tuple[int, int]:
+    """`32/8`, or `32` for as many key heads."""
+    query, _, key = text.partition("/")
+    pair = _integer(query), _integer(key) if "/" in text else _integer(query)
+    if pair[0] is None or pair[1] is None or min(pair[0], pair[1]) < 1 or pair[0] % pair[1]:
+        raise argparse.ArgumentTypeError(f"expected query/key heads, the first a multiple of the other, got {text!r}")
+    return pair[0], pair[1]
+
+
+def window(text: str) -> tuple[int, int]:
+    pair = [_integer(part) for part in text.split(",")]
+    if len(pair) != 2 or pair[0] is None or pair[1] is None or min(pair[0], pair[1]) < -1:
+        raise argparse.ArgumentTypeError(f"expected LEFT,RIGHT, integers >= -1 (-1 is open), got {text!r}")
+    return pair[0], pair[1]
+
+
+def softcap(text: str) -> float:
+    value = _number(text)
+    if not (math.isfinite(value) and value >= 0):
+        raise argparse.ArgumentTypeError(f"expected a number >= 0 (0 is off), got {text!r}")
+    return value
+
+
+def dropout(text: str) -> float:
+    value = _number(text)
+    if not 0 <= value < 1:
+        raise argparse.ArgumentTypeError(f"expected a probability in [0, 1), got {text!r}")
+    return value
+
+
+def _integer(text: str) -> int | None:
+    try:
+        return int(text)
+    except ValueError:
+        return None
+
+
+def _number(text: str) -> float:
+    try:
+        return float(text)
+    except ValueError:
+        return math.nan

@@ -1,0 +1,245 @@
+"""FlexAttention as a backend: its masks, its share of a larger softmax, and how often it compiles.
+
+On CPU the operator runs without its kernel: masks, scores, gradients and tracing are torch's, the Triton code is not.
+"""
+
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+pytest.importorskip("torch.nn.attention.flex_attention")
+
+from ringattn.kernels.flex import FlexAttention, block_mask, row_bounds
+from ringattn.kernels.merge import finite_lse, merge_
+from ringattn.kernels.reference import Reference, allowed_pairs
+from ringattn.kernels.selftest import failure, forget
+from ringattn.kernels.spec import Block, Call, CallSpec, Grads, Options
+
+EAGER = FlexAttention(block_size=(16, 16), eager=True)
+HEADS, KEY_HEADS, DIM, VALUE_DIM = 4, 2, 16, 8
+BANDS = st.sampled_from([(-1, 0), (-1, -1), (0, 0), (7, 0), (-1, 5), (3, -1), (20, 9), (200, 200)])
+# Per block: queries, keys, rows between its keys and those of the block before.
+BLOCKS = st.lists(st.tuples(st.integers(1, 40), st.integers(0, 60), st.integers(0, 9)), min_size=1, max_size=4)
+SIGNATURES = [
+    pytest.param((64, 64, 2), {}, id="plain"),
+    pytest.param((64, 64, 2), {"window": True}, id="window"),
+    pytest.param((64, 64, 1), {"softcap": 30.0}, id="softcap"),
+    pytest.param((96, 64, 4), {"window": True}, id="unequal head dims"),
+    pytest.param((40, 24, 3), {"window": True, "softcap": 30.0, "deterministic": True}, id="all"),
+]
+
+
+def make_call(blocks: list[tuple[int, int, int]], band: tuple[int, int]) -> Call:
+    made, q, k = [], 0, 0
+    for number, (queries, keys, gap) in enumerate(blocks):
+        k += gap if number else 0
+        made.append(Block((q, q + queries), (k, k + keys), *band))
+        q, k = q + queries, k + keys
+    return Call(tuple(made), *band)
+
+
+def dense(call: Call) -> Tensor:
+    """(T, S) pairs that a call computes."""
+    allowed = torch.zeros(call.q[1] - call.q[0], call.k[1] - call.k[0], dtype=torch.bool)
+    for block, start in zip(call.blocks, call.k_starts, strict=True):
+        rows = slice(block.q[0] - call.q[0], block.q[1] - call.q[0])
+        inside = allowed_pairs(block, call.left, call.right, (0, block.q[1] - block.q[0]), allowed.device)
+        allowed[rows, start : start + inside.shape[1]] = inside
+    return allowed
+
+
+def drawn(call: Call, dtype: torch.dtype = torch.float64, seed: int = 0) -> list[Tensor]:
+    """q, k, v, dout"""
+    generator = torch.Generator().manual_seed(seed)
+    rows, keys = call.q[1] - call.q[0], call.k[1] - call.k[0]
+    shapes = [(rows, HEADS, DIM), (keys, KEY_HEADS, DIM), (keys, KEY_HEADS, VALUE_DIM), (rows, HEADS, VALUE_DIM)]
+    return [torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype) for shape in shapes]
+
+
+def both_ways(backend: Any, tensors: list[Tensor], call: Call, options: Options) -> list[Tensor]:
+    """out, lse, dq, dk, dv; -inf as 0 so that differences are numbers."""
+    q, k, v, dout = tensors
+    out = torch.full_like(dout, 7.0)
+    lse = backend.forward(q, k, v, call, options, out)
+    grads = Grads(*(torch.full_like(x, 7.0) for x in (q, k, v)))
+    backend.backward(dout, q, k, v, out, lse, call, options, grads)
+    return [out, lse, *grads]
+
+
+@settings(max_examples=60)
+@given(blocks=BLOCKS, band=BANDS)
+def test_row_bounds_are_the_band(blocks, band) -> None:
+    call = make_call(blocks, band)
+    first, last = (x[:, None] for x in row_bounds(call))
+    keys = torch.arange(call.k[1] - call.k[0])
+    assert ((first <= keys) & (keys < last)).equal(dense(call))
+
+
+@settings(max_examples=60)
+@given(blocks=BLOCKS, band=BANDS, size=st.sampled_from([(16, 16), (8, 16), (16, 4)]))
+def test_tiles_are_those_of_the_dense_mask(blocks, band, size) -> None:
+    """As `create_block_mask` finds them by looking at every pair."""
+    from torch.nn.attention.flex_attention import create_block_mask
+
+    call = make_call(blocks, band)
+    allowed = dense(call)
+    if not allowed.shape[1]:
+        return
+    got = block_mask(call, size, allowed.device)
+    wanted = create_block_mask(lambda b, h, i, j: allowed[i, j], None, None, *allowed.shape, "cpu", BLOCK_SIZE=size)
+    for name in ("kv", "full_kv", "q", "full_q"):
+        counts, order = getattr(wanted, name + "_num_blocks"), getattr(wanted, name + "_indices")
+        assert getattr(got, name + "_num_blocks").equal(counts), name
+        listed = torch.arange(order.shape[-1]) < counts[..., None]
+        assert getattr(got, name + "_indices")[listed].equal(order[listed]), name
+
+
+def test_a_call_keeps_its_mask() -> None:
+    call = make_call([(5, 5, 0)], (-1, 0))
+    device = torch.device("cpu")
+    assert block_mask(call, (16, 16), device) is block_mask(call, (16, 16), device)
+    assert block_mask(call, (16, 16), device) is not block_mask(call, (32, 16), device)
+
+
+@settings(max_examples=25)
+@given(blocks=BLOCKS, band=BANDS, softcap=st.sampled_from([0.0, 1.5]), seed=st.integers(0, 1 << 20))
+def test_equals_the_reference(blocks, band, softcap, seed) -> None:
+    """Documents, gaps between their keys, blocks without keys, rows that the band leaves without keys."""
+    call = make_call(blocks, band)
+    tensors = drawn(call, seed=seed)
+    options = Options(0.3, softcap)
+    for got, wanted in zip(
+        both_ways(EAGER, tensors, call, options), both_ways(Reference(), tensors, call, options), strict=True
+    ):
+        torch.testing.assert_close(got, wanted, rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize("band", [(-1, 0), (-1, -1)])
+@pytest.mark.parametrize("softcap", [0.0, 1.5])
+def test_parts_of_a_softmax_add_up(band: tuple[int, int], softcap: float) -> None:
+    """Two calls over two halves of the keys, backward with the out and lse of both, equal one call over all keys."""
+    whole = Call((Block((0, 50), (0, 90), *band),), *band)
+    halves = [Call((Block((0, 50), (0, 40)),)), Call((Block((0, 50), (40, 90), *band),), *band)]
+    q, k, v, dout = drawn(whole)
+    options = Options(0.3, softcap)
+    wanted = both_ways(Reference(), [q, k, v, dout], whole, options)
+    out, lse = torch.zeros_like(dout), torch.full((HEADS, 50), float("-inf"), dtype=dout.dtype)
+    for call in halves:
+        rows, part = slice(*call.k), torch.empty_like(dout)
+        merge_(out, lse, part, EAGER.forward(q, k[rows], v[rows], call, options, part))
+    dq, dk, dv = torch.zeros_like(q), torch.empty_like(k), torch.empty_like(v)
+    for call in halves:
+        rows = slice(*call.k)
+        grads = Grads(torch.empty_like(q), dk[rows], dv[rows])
+        EAGER.backward(dout, q, k[rows], v[rows], out, lse, call, options, grads)
+        dq += grads.dq
+    for got, exact in zip((out, lse, dq, dk, dv), wanted, strict=True):
+        torch.testing.assert_close(got, exact, rtol=1e-10, atol=1e-10)
+
+
+def test_bfloat16_part_of_a_softmax() -> None:
+    """Rounding a part's cotangent costs no more than the kernel's own rounding does: errors against float64."""
+    half, options = Call((Block((0, 200), (0, 150)),)), Options(0.3)
+    q, k, v, dout = (x.bfloat16().double() for x in drawn(half))
+    out, lse = torch.zeros_like(dout), torch.zeros(HEADS, 200, dtype=torch.float64)
+    lse = Reference().forward(q, k, v, half, options, out) + 1.0  # other keys hold 1 - 1/e of the whole softmax
+    out = (out / torch.e + 0.2 * torch.randn(out.shape, generator=torch.Generator().manual_seed(1))).bfloat16().double()
+    wanted = Grads(*(torch.empty_like(x) for x in (q, k, v)))
+    Reference().backward(dout, q, k, v, out, lse, half, options, wanted)
+    narrow = [x.bfloat16() for x in (dout, q, k, v, out)]
+    got = Grads(*(torch.empty_like(x) for x in narrow[1:4]))
+    EAGER.backward(*narrow, lse.float(), half, options, got)
+    for x, exact in zip(got, wanted, strict=True):
+        assert (x.double() - exact).norm() / exact.norm() < 6e-3
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(("shape", "features"), SIGNATURES)
+def test_self_test(shape: tuple[int, int, int], features: dict[str, Any], dtype: torch.dtype) -> None:
+    head_dim, value_dim, group = shape
+    forget()
+    assert failure(EAGER, CallSpec("cpu", dtype, head_dim, value_dim, 2 * group, 2, **features)) is None
+    forget()  # "flex" is also the compiled one
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(("shape", "features"), SIGNATURES)
+def test_self_test_of_the_kernel(shape: tuple[int, int, int], features: dict[str, Any], dtype: torch.dtype) -> None:
+    head_dim, value_dim, group = shape
+    spec = CallSpec("cuda", dtype, head_dim, value_dim, 2 * group, 2, **features)
+    backend = FlexAttention()
+    assert backend.capability.refusal(spec) is None
+    assert backend.missing() is None
+    assert failure(backend, spec) is None
+
+
+@pytest.mark.gpu
+def test_kernel_options_reach_the_kernel() -> None:
+    options = {"BLOCK_M": 64, "BLOCK_N": 32, "BLOCK_M1": 32, "BLOCK_N1": 64, "BLOCK_M2": 64, "BLOCK_N2": 32}
+    backend = FlexAttention(kernel_options=options | {"num_warps": 4, "num_stages": 2})
+    forget()
+    assert failure(backend, CallSpec("cuda", torch.bfloat16, 64, 64, 4, 2)) is None
+    forget()
+    wrong = FlexAttention(kernel_options={"BLOCK_M": 48})  # does not divide the tiles of the mask: torch must say so
+    assert failure(wrong, CallSpec("cuda", torch.bfloat16, 64, 64, 4, 2)) is not None
+    forget()
+
+
+def test_declares_what_it_can_do() -> None:
+    asked = CallSpec("cpu", torch.bfloat16, 64, 64, 4, 2)
+    assert "cuda" in (FlexAttention().capability.refusal(asked) or "")
+    assert EAGER.capability.refusal(asked) is None
+    assert "dropout" in (EAGER.capability.refusal(CallSpec("cpu", torch.bfloat16, 64, 64, 4, 2, dropout_p=0.1)) or "")
+
+
+@pytest.fixture
+def counter(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """The compiled path on CPU, without a kernel: traced whole, with gradients, and counted."""
+    import torch._dynamo
+    from torch._dynamo.testing import CompileCounterWithBackend
+    from torch.nn.attention import flex_attention
+
+    from ringattn.kernels import flex
+
+    counting, compile_ = CompileCounterWithBackend("aot_eager"), torch.compile
+    monkeypatch.setattr(flex_attention, "_validate_device", lambda *tensors: None)
+    monkeypatch.setattr(torch, "compile", lambda function, **options: compile_(function, backend=counting, **options))
+    flex._compiled.cache_clear()
+    torch._dynamo.reset()
+    yield counting
+    flex._compiled.cache_clear()
+    torch._dynamo.reset()
+
+
+def test_lengths_and_bands_do_not_recompile(counter: Any) -> None:
+    backend, seen = FlexAttention(block_size=(16, 16)), []
+    cases = [
+        ([(50, 50, 0)], (-1, 0)),
+        ([(70, 90, 0), (30, 30, 0)], (-1, 0)),
+        ([(20, 70, 0), (90, 30, 5), (10, 0, 0)], (17, 3)),
+        ([(64, 64, 0)], (-1, -1)),
+        ([(200, 33, 0)], (-1, 0)),
+    ]
+    for blocks, band in cases:
+        call = make_call(blocks, band)
+        tensors = drawn(call, torch.float32)
+        pairs = (both_ways(x, tensors, call, Options(0.3, softcap=1.5)) for x in (backend, Reference()))
+        for got, wanted in zip(*pairs, strict=True):
+            torch.testing.assert_close(finite_lse(got), finite_lse(wanted), rtol=1e-4, atol=1e-4)
+        seen.append(counter.frame_count)
+    assert seen == [2] * len(cases)  # forward alone, and forward with gradients
+
+
+def test_another_scale_compiles_anew_and_is_not_mixed_up(counter: Any) -> None:
+    backend, call = FlexAttention(block_size=(16, 16)), make_call([(50, 50, 0)], (-1, 0))
+    tensors = drawn(call, torch.float32)
+    for options in (Options(0.3), Options(0.1), Options(0.3, softcap=2.0), Options(0.3)):
+        pairs = (both_ways(x, tensors, call, options) for x in (backend, Reference()))
+        for got, wanted in zip(*pairs, strict=True):
+            torch.testing.assert_close(got, wanted, rtol=1e-4, atol=1e-4)
+    assert counter.frame_count == 6

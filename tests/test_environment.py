@@ -1,0 +1,62 @@
+"""Environment variables are known or warned of (FEATURES row 66)."""
+
+import os
+import re
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from ringattn import environment
+from ringattn.kernels.tuning import Tuner
+
+PACKAGE = Path(environment.__file__).parent
+
+
+@pytest.fixture(autouse=True)
+def anew(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """No variable is set, and nothing was warned of."""
+    for name in [name for name in os.environ if name.startswith(environment.PREFIX)]:
+        monkeypatch.delenv(name)
+    environment.warn_of_unknown.cache_clear()
+    yield
+    environment.warn_of_unknown.cache_clear()
+
+
+def test_row_66_an_unknown_variable_warns_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RINGATTN_BACKEN", "cpu")
+    with pytest.warns(UserWarning, match=r"RINGATTN_BACKEN; ringattn reads RINGATTN_BACKEND"):
+        environment.warn_of_unknown()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        environment.warn_of_unknown()
+
+
+def test_row_66_known_variables_do_not_warn(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in environment.VARIABLES:
+        monkeypatch.setenv(name, "1")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        environment.warn_of_unknown()
+
+
+@pytest.mark.parametrize(("value", "policy"), [(None, "off"), ("", "off"), ("off", "off"), ("on", "on")])
+def test_row_66_the_policy_is_read(monkeypatch: pytest.MonkeyPatch, value: str | None, policy: str) -> None:
+    if value is not None:
+        monkeypatch.setenv("RINGATTN_AUTOTUNE", value)
+    assert Tuner(None).policy == policy
+    assert Tuner(None, "on").policy == "on"
+
+
+def test_row_66_a_wrong_policy_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RINGATTN_AUTOTUNE", "maybe")
+    with pytest.raises(ValueError, match="RINGATTN_AUTOTUNE must be one of off, on, got 'maybe'"):
+        Tuner(None)
+    with pytest.raises(ValueError, match="policy"):
+        Tuner(None, "always")
+
+
+def test_row_66_every_variable_of_the_sources_is_in_the_list() -> None:
+    used = {name for file in PACKAGE.rglob("*.py") for name in re.findall(r"\bRINGATTN_[A-Z0-9_]+\b", file.read_text())}
+    assert used <= set(environment.VARIABLES)

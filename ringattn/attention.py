@@ -10,9 +10,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ringattn.environment import AUTOTUNE, warn_of_unknown
 from ringattn.kernels.registry import choose
-from ringattn.kernels.spec import CallSpec, Options
+from ringattn.kernels.spec import Backend, CallSpec, Options
 from ringattn.mask import Mask
+from ringattn.names import accept_aliases
 from ringattn.parallel.executor import Job, run
 from ringattn.parallel.layout import Layout
 from ringattn.parallel.mesh import SequenceMesh
@@ -20,6 +22,7 @@ from ringattn.parallel.planner import plan_attention
 from ringattn.parallel.transport import GroupTransport, Transport
 
 
+@accept_aliases
 def parallel_attention(
     q: Tensor,
     k: Tensor,
@@ -41,6 +44,8 @@ def parallel_attention(
     return_lse: bool = False,
 ) -> Any:
     """What one device would compute on the whole packed stream, for this rank's tokens. Collective, differentiable.
+
+    Other libraries' names of these arguments are taken too (`ringattn.names`); an unknown one is a TypeError.
 
     Every query attends to the keys of its own document that `mask` allows, wherever they are. Padding has output 0 and
     gradient 0.
@@ -113,7 +118,8 @@ class Settings:
 def prepare(q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None, layout: Layout, settings: Settings) -> Job:
     """Check the arguments of `parallel_attention` and settle plan, backend and transports. No communication."""
     spec = _check(q, k, v, sinks, layout, settings)
-    chosen = choose(spec, settings.backend)
+    warn_of_unknown()
+    chosen = _backend(spec, layout, settings.backend)
     plan = plan_attention(
         layout,
         settings.mask,
@@ -146,6 +152,7 @@ class ParallelAttention(nn.Module):
     The arguments are those of `parallel_attention`; `mesh` is checked against the layout's at every call.
     """
 
+    @accept_aliases
     def __init__(
         self,
         mesh: SequenceMesh,
@@ -212,6 +219,20 @@ class ParallelAttention(nn.Module):
         given = {"dropout_p": self.dropout_p} | self.options
         shown |= {name: value for name, value in given.items() if value != defaults[name]}
         return ", ".join(f"{name}={value}" for name, value in shown.items())
+
+
+def _backend(spec: CallSpec, layout: Layout, name: str) -> Backend:
+    """The backend of a call, kept with the layout; with RINGATTN_AUTOTUNE=on the fastest by measurement."""
+    if AUTOTUNE.read() != "on":
+        return choose(spec, name)
+    key = ("backend", spec, name)
+    if key not in layout._plans:
+        from ringattn.kernels.tuned_backend import tuned_backend
+
+        mesh = layout.mesh
+        group = mesh.sequence_group if isinstance(mesh, SequenceMesh) and mesh.sequence_size > 1 else None
+        layout._plans[key] = tuned_backend(spec, layout.docs.lengths, name, group)
+    return layout._plans[key]
 
 
 def _autocast(x: Tensor) -> Tensor:

@@ -31,7 +31,8 @@ class Variable:
 BACKEND = Variable("RINGATTN_BACKEND", 'the kernel backend that `backend="auto"` stands for', "auto")
 AUTOTUNE = Variable(
     "RINGATTN_AUTOTUNE",
-    "`on`: measure the candidates of a shape at its first call and keep the fastest; `off`: stored results or defaults",
+    "`on`: take the fastest backend (and FlexAttention tiles) of a shape, measured at its first call and stored; "
+    "`off`: the fixed order",
     "off",
     ("off", "on"),
 )

@@ -1,14 +1,17 @@
 """The front door refuses wrong arguments with one clear error, before any communication."""
 
 import copy
+from pathlib import Path
 
 import pytest
 import torch
 
-from ringattn import Documents, Layout, MeshShape, ParallelAttention, init_mesh, parallel_attention
+from ringattn import Documents, Layout, Mask, MeshShape, ParallelAttention, init_mesh, parallel_attention
+from ringattn.environment import warn_of_unknown
 from ringattn.kernels.reference import kept_pairs
 from ringattn.kernels.registry import choose, explain
 from ringattn.kernels.spec import CallSpec
+from ringattn.kernels.tuned_backend import tuner
 from ringattn.parallel.mesh import resolve_mesh
 from tests.parallel.ranks import mesh_of
 from tests.pool import Pools
@@ -194,3 +197,34 @@ def test_dropout_drops_its_share_and_another_seed_drops_others() -> None:
     assert torch.equal(kept[2:], kept_pairs(7, 0.3, index, index, 2, 2))
     assert torch.equal(kept[:, 50:, 90:], kept_pairs(7, 0.3, index[50:], index[90:], 0, 4))
     assert kept_pairs(7, 0.0, index, index, 0, 4).all()
+
+
+def test_other_libraries_names() -> None:
+    q, k, v = tensors()
+    expected = parallel_attention(q, k, v, LAYOUT, mask=Mask(window=(4, 0)), softmax_scale=0.3)
+    assert torch.equal(expected, parallel_attention(q, k, v, LAYOUT, sliding_window=5, scale=0.3))
+    with pytest.raises(TypeError, match="softcap"):
+        parallel_attention(q, k, v, LAYOUT, sofcap=1.0)
+    with pytest.raises(TypeError, match="give one"):
+        parallel_attention(q, k, v, LAYOUT, softmax_scale=0.3, scale=0.3)
+    with pytest.raises(TypeError, match="sceme"):
+        ParallelAttention(None, sceme="ring")
+
+
+def test_autotune_measures_and_stores(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("RINGATTN_AUTOTUNE", "on")
+    monkeypatch.setenv("RINGATTN_CACHE_DIR", str(tmp_path))
+    tuner.cache_clear()
+    layout = Layout(Documents([12, 8]), MeshShape())
+    x = tensors()
+    out = parallel_attention(*x, layout)
+    torch.testing.assert_close(out, parallel_attention(*x, layout, backend="reference"), rtol=1e-5, atol=1e-5)
+    assert "backend" in "".join(path.read_text() for path in tmp_path.rglob("*.json"))
+    tuner.cache_clear()
+
+
+def test_misspelt_environment_variables_are_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RINGATTN_BACKENDD", "cpu")
+    warn_of_unknown.cache_clear()
+    with pytest.warns(UserWarning, match="RINGATTN_BACKENDD"):
+        parallel_attention(*tensors(), LAYOUT)

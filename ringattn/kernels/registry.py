@@ -5,10 +5,10 @@ name, and its object a class (or function without arguments) that makes an objec
 """
 
 import importlib.metadata
-import os
 import warnings
 from functools import cache
 
+from ringattn.environment import BACKEND
 from ringattn.kernels.cpu import CpuFlash
 from ringattn.kernels.fa2 import FlashAttention2
 from ringattn.kernels.fa3 import FlashAttention3
@@ -22,7 +22,6 @@ from ringattn.kernels.torch_flash import TorchFlash
 from ringattn.kernels.xpu import XpuFlash
 
 ENTRY_POINTS = "ringattn.kernels"
-ENVIRONMENT = "RINGATTN_BACKEND"
 
 
 def builtin() -> tuple[Backend, ...]:
@@ -72,8 +71,14 @@ def choose(spec: CallSpec, name: str = "auto") -> Backend:
     Raises ValueError for an unknown name, NotImplementedError naming every reason if none can do it exactly.
     """
     if name == "auto":
-        name = os.environ.get(ENVIRONMENT, "auto")
+        name = BACKEND.read() or "auto"
     return _chosen(spec, name)
+
+
+def _warn_if_not_deterministic(backend: Backend, spec: CallSpec) -> None:
+    if spec.deterministic and not backend.capability.deterministic:
+        text = f"deterministic=True: {backend.name} does not promise equal gradients from run to run"
+        warnings.warn(text, stacklevel=5)
 
 
 @cache  # a layer asks at every call; what raises is not kept, so a repaired installation is found
@@ -86,6 +91,7 @@ def _chosen(spec: CallSpec, name: str) -> Backend:
     reason = refusal(known[name], spec)
     if reason is not None:
         raise NotImplementedError(f"backend {name!r} cannot do this call: it {reason}. Asked for: {spec}")
+    _warn_if_not_deterministic(known[name], spec)
     return known[name]
 
 
@@ -96,6 +102,7 @@ def _first(spec: CallSpec) -> Backend:
         if reason is None:
             if name == "reference" and spec.device == "cuda":
                 _warn_of_reference("; ".join(f"{other} {why}" for other, why in reasons.items()))
+            _warn_if_not_deterministic(backend, spec)
             return backend
         reasons[name] = reason
     told = "; ".join(f"{name} {reason}" for name, reason in reasons.items())

@@ -218,3 +218,13 @@ def test_selftest_leaves_the_random_state() -> None:
         warnings.simplefilter("error")
         selftest.failure(Fake(), SPEC)
     assert torch.equal(torch.rand(1), expected)
+
+
+def test_deterministic_alone_only_warns(monkeypatch: pytest.MonkeyPatch) -> None:
+    """FEATURES row 14: what changes the mathematics is refused, this is told."""
+    backend = registry.backends()["cpu"]
+    monkeypatch.setattr(backend, "capability", replace(backend.capability, deterministic=False), raising=False)
+    registry._chosen.cache_clear()
+    with pytest.warns(UserWarning, match="cpu does not promise"):
+        assert registry.choose(CallSpec("cpu", torch.float32, 8, 8, 4, 2, deterministic=True)).name == "cpu"
+    registry._chosen.cache_clear()

@@ -37,7 +37,7 @@ class CpuFlash:
             rows = slice(block.q[0] - call.q[0], block.q[1] - call.q[0])
             parts = [
                 _forward(
-                    *_batched(q[rows], k[part.keys], v[part.keys]),
+                    *batched(q[rows], k[part.keys], v[part.keys]),
                     0.0,
                     part.causal,
                     attn_mask=part.mask,
@@ -45,8 +45,8 @@ class CpuFlash:
                 )
                 for part in _parts(block, call, q)
             ]
-            results = [(_flat(part_out), part_lse[0]) for part_out, part_lse in parts]
-            out[rows], lse[:, rows] = results[0] if len(results) == 1 else _merged(results, q[rows], v.shape[2])
+            results = [(flat(part_out), part_lse[0]) for part_out, part_lse in parts]
+            out[rows], lse[:, rows] = results[0] if len(results) == 1 else merged(results, q[rows], v.shape[2])
         return lse
 
     def backward(
@@ -65,13 +65,13 @@ class CpuFlash:
             rows = slice(block.q[0] - call.q[0], block.q[1] - call.q[0])
             dq = torch.zeros_like(q[rows], dtype=accumulation_dtype(q.dtype))
             for part in _parts(block, call, q):
-                tensors = _batched(dout[rows], q[rows], k[part.keys], v[part.keys], out[rows])
+                tensors = batched(dout[rows], q[rows], k[part.keys], v[part.keys], out[rows])
                 row_lse = lse[None, :, rows].contiguous()
                 dq_part, dk, dv = _backward(
                     *tensors, row_lse, 0.0, part.causal, attn_mask=part.mask, scale=options.scale
                 )
-                dq += _flat(dq_part)
-                grads.dk[part.keys], grads.dv[part.keys] = _flat(dk), _flat(dv)
+                dq += flat(dq_part)
+                grads.dk[part.keys], grads.dv[part.keys] = flat(dk), flat(dv)
             grads.dq[rows] = dq.to(q.dtype)
 
 
@@ -99,7 +99,7 @@ def _parts(block: Block, call: Call, q: Tensor) -> list[_Part]:
     return [_Part(slice(start, stop), mask=mask)]
 
 
-def _merged(results: list[tuple[Tensor, Tensor]], q: Tensor, value_dim: int) -> tuple[Tensor, Tensor]:
+def merged(results: list[tuple[Tensor, Tensor]], q: Tensor, value_dim: int) -> tuple[Tensor, Tensor]:
     dtype = accumulation_dtype(q.dtype)
     out = q.new_zeros(q.shape[0], q.shape[1], value_dim, dtype=dtype)
     lse = q.new_full((q.shape[1], q.shape[0]), float("-inf"), dtype=dtype)
@@ -108,11 +108,11 @@ def _merged(results: list[tuple[Tensor, Tensor]], q: Tensor, value_dim: int) -> 
     return out, lse
 
 
-def _batched(*tensors: Tensor) -> list[Tensor]:
+def batched(*tensors: Tensor) -> list[Tensor]:
     """(T, H, D) -> (1, H, T, D)"""
     return [x.transpose(0, 1)[None] for x in tensors]
 
 
-def _flat(x: Tensor) -> Tensor:
+def flat(x: Tensor) -> Tensor:
     """(1, H, T, D) -> (T, H, D)"""
     return x[0].transpose(0, 1)

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ringattn.kernels.probing import require, why_missing
 from ringattn.kernels.spec import Call, CallSpec, Capability, Grads, Options, pack_keys, unpack_keys
-from ringattn.kernels.torch_flash import _causal, _longest_keys
+from ringattn.kernels.torch_flash import is_causal, longest_keys
 
 Kernels = tuple[Callable[..., Any], Callable[..., Any]]
 
@@ -86,10 +86,10 @@ def _arguments(call: Call, options: Options, device: torch.device) -> dict[str, 
         "cu_seqlens_q": lengths.cu_q,
         "cu_seqlens_k": lengths.cu_k,
         "max_seqlen_q": call.max_q,
-        "max_seqlen_k": _longest_keys(call),
+        "max_seqlen_k": longest_keys(call),
         "dropout_p": 0.0,
         "softmax_scale": options.scale,
-        "causal": _causal(call),
+        "causal": is_causal(call),
         "window_size_left": call.left,
         "window_size_right": call.right,
         "softcap": options.softcap,

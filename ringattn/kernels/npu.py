@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ringattn.kernels.probing import parameters, require, why_missing
 from ringattn.kernels.spec import Call, Capability, Grads, Options, Range, to_device
-from ringattn.kernels.torch_flash import _longest_keys
+from ringattn.kernels.torch_flash import longest_keys
 
 MAX_BLOCKS = 2048  # sequences of one launch, as documented
 _LANES = 8  # the statistics of a row are repeated this often
@@ -144,7 +144,7 @@ def _arguments(call: Call, packed: _Packed) -> dict[str, Any]:
         return named
     named |= {"sparse_mode": 3, "atten_mask": _triangle(packed.starts.device)}
     if call.left >= 0 or call.right > 0:
-        widest = _longest_keys(call)
+        widest = longest_keys(call)
         named["sparse_mode"] = 4
         named["pre_tockens"] = call.left if call.left >= 0 else widest
         named["next_tockens"] = call.right if call.right >= 0 else widest

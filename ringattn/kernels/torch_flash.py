@@ -31,7 +31,7 @@ class TorchFlash:
         k, v = pack_keys(call, k, v)
         lengths = call.tensors(q.device)
         result, lse, *_ = torch.ops.aten._flash_attention_forward(
-            q, k, v, lengths.cu_q, lengths.cu_k, call.max_q, _longest_keys(call), 0.0, _causal(call), False,
+            q, k, v, lengths.cu_q, lengths.cu_k, call.max_q, longest_keys(call), 0.0, is_causal(call), False,
             scale=options.scale, window_size_left=call.left, window_size_right=call.right, **_one_split(),
         )  # fmt: skip
         out.copy_(result)
@@ -55,14 +55,14 @@ class TorchFlash:
         with _deterministic(options.deterministic):
             dq, dk, dv = torch.ops.aten._flash_attention_backward(
                 dout.contiguous(), q, k, v, out, lse.contiguous(), lengths.cu_q, lengths.cu_k,
-                call.max_q, _longest_keys(call), 0.0, _causal(call), no_rng, no_rng,
+                call.max_q, longest_keys(call), 0.0, is_causal(call), no_rng, no_rng,
                 scale=options.scale, window_size_left=call.left, window_size_right=call.right,
             )  # fmt: skip
         grads.dq.copy_(dq)
         unpack_keys(call, grads, dk, dv)
 
 
-def _longest_keys(call: Call) -> int:
+def longest_keys(call: Call) -> int:
     """An upper bound of the key lengths, and of what an open window must reach.
 
     The kernel takes a window of this or more for an open one, and an open one beside a closed one for this many keys:
@@ -71,7 +71,7 @@ def _longest_keys(call: Call) -> int:
     return max(call.max_k, call.max_q, call.right + 1)
 
 
-def _causal(call: Call) -> bool:
+def is_causal(call: Call) -> bool:
     return call.right == 0
 
 

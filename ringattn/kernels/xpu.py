@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ringattn.kernels.cpu import _batched, _flat, _merged
+from ringattn.kernels.cpu import batched, flat, merged
 from ringattn.kernels.spec import Block, Call, Capability, Grads, Options, accumulation_dtype
 
 _OPERATOR = "_scaled_dot_product_flash_attention"
@@ -43,12 +43,12 @@ class XpuFlash:
             results = []
             rows, parts = _parts(block, call)
             for part in parts:
-                tensors = _batched(q[rows], k[part.keys], v[part.keys])
+                tensors = batched(q[rows], k[part.keys], v[part.keys])
                 part_out, part_lse, *_ = forward(*tensors, 0.0, part.causal, False, scale=options.scale)
-                results.append((_flat(part_out), part_lse[0]))
+                results.append((flat(part_out), part_lse[0]))
             if results:
-                merged = results[0] if len(results) == 1 else _merged(results, q[rows], v.shape[2])
-                out[rows], lse[:, rows] = merged
+                whole = results[0] if len(results) == 1 else merged(results, q[rows], v.shape[2])
+                out[rows], lse[:, rows] = whole
         return lse
 
     def backward(
@@ -71,14 +71,14 @@ class XpuFlash:
             rows, parts = _parts(block, call)
             dq = torch.zeros_like(q[rows], dtype=accumulation_dtype(q.dtype))
             for part in parts:
-                tensors = _batched(dout[rows], q[rows], k[part.keys], v[part.keys], out[rows])
+                tensors = batched(dout[rows], q[rows], k[part.keys], v[part.keys], out[rows])
                 queries, keys = rows.stop - rows.start, part.keys.stop - part.keys.start
                 dq_part, dk, dv = backward(
                     *tensors, lse[None, :, rows].contiguous(), None, None, queries, keys, 0.0, part.causal,
                     no_rng, no_rng, scale=options.scale,
                 )  # fmt: skip
-                dq += _flat(dq_part)
-                grads.dk[part.keys], grads.dv[part.keys] = _flat(dk), _flat(dv)
+                dq += flat(dq_part)
+                grads.dk[part.keys], grads.dv[part.keys] = flat(dk), flat(dv)
             grads.dq[rows] = dq.to(q.dtype)
 
 

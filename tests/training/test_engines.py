@@ -5,7 +5,7 @@ import torch
 
 pytest.importorskip("transformers")
 
-from ringattn import Documents, Layout
+from ringattn import Documents, Layout, SequenceMesh
 from ringattn.hf import attention_kwargs, parallelize
 from ringattn.training.engines import EngineOptions, build_engine
 from ringattn.training.loss import backward_loss, share, token_loss_sum
@@ -23,11 +23,9 @@ SIZES = {
 }
 
 
-def one_step(dtype: torch.dtype, checkpoint_layers: bool) -> tuple[float, float]:
-    """Loss and gradient norm of one step on two ranks."""
-    mesh = mesh_of(2, 1)
+def options_of(mesh: SequenceMesh, dtype: torch.dtype, checkpoint_layers: bool, zero_stage: int = 0) -> EngineOptions:
     config = model_config("llama", None, SIZES)
-    options = EngineOptions(
+    return EngineOptions(
         config=config,
         load=lambda: build_model(config, 0),
         attach=lambda model: parallelize(model, mesh),
@@ -39,9 +37,14 @@ def one_step(dtype: torch.dtype, checkpoint_layers: bool) -> tuple[float, float]
         clip=1.0,
         checkpoint_layers=checkpoint_layers,
         micro_steps=1,
-        zero_stage=0,
+        zero_stage=zero_stage,
     )
-    engine = build_engine("fsdp2", mesh, options)
+
+
+def one_step(dtype: torch.dtype, checkpoint_layers: bool) -> tuple[float, float]:
+    """Loss and gradient norm of one step on two ranks."""
+    mesh = mesh_of(2, 1)
+    engine = build_engine("fsdp2", mesh, options_of(mesh, dtype, checkpoint_layers))
     docs = Documents([40, 7, 100])
     layout = Layout(docs, mesh)
     ids = torch.randint(0, 64, (docs.total,), generator=torch.Generator().manual_seed(0))
@@ -62,3 +65,22 @@ def test_mixed_precision_leaves_the_layout_alone(pool: Pools, checkpoint_layers:
     assert rounded[0] == rounded[1]
     assert rounded != exact
     assert rounded[0] == pytest.approx(exact[0], rel=2e-2)
+
+
+def buffers_of(engine: str, zero_stage: int) -> dict[str, torch.Tensor]:
+    mesh = mesh_of(2, 1)
+    built = build_engine(engine, mesh, options_of(mesh, torch.bfloat16, False, zero_stage))
+    return {name.removeprefix("module."): buffer for name, buffer in built.model.named_buffers()}
+
+
+@pytest.mark.parametrize(("engine", "zero_stage"), [("fsdp2", 0), ("deepspeed", 1), ("deepspeed", 3)])
+def test_rotary_frequencies_stay_exact(pool: Pools, engine: str, zero_stage: int) -> None:
+    """DeepSpeed casts a whole model to bfloat16. Frequencies of 8 bits would turn the positions of a long document."""
+    if engine == "deepspeed":
+        pytest.importorskip("deepspeed")
+    expected = dict(build_model(model_config("llama", None, SIZES), 0).named_buffers())
+    assert expected
+    for found in pool(2).run(buffers_of, engine, zero_stage):
+        for name, buffer in expected.items():
+            assert found[name].dtype == torch.float32
+            assert torch.equal(found[name], buffer)

@@ -23,6 +23,9 @@ def available() -> bool:
 class DeepSpeedEngine:
     """torch's AdamW under ZeRO, bf16 with float32 master weights on GPUs, float32 on the CPU.
 
+    DeepSpeed makes the master weights from weights that it has rounded to bf16, FSDP2 from those of the model: in bf16
+    the two curves part by about 0.2 % at the second step. In float32 they are the same.
+
     Every rank builds the whole model on the host before it is partitioned: host memory for one copy per rank. A
     checkpoint can be read again by the same number of ranks and the same stage only.
     """

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from ringattn.kernels import fa2, fa3, fa4, npu, xpu
+from ringattn.kernels import fa2, fa3, fa4, npu, torch_flash, xpu
 from ringattn.kernels.spec import Backend, Block, Call, CallSpec, Grads, Options
 from tests.kernels import fakes
 
@@ -83,6 +83,43 @@ def check(backend: Backend, call: Call, softcap: float = 0.0, value_dim: int = 8
 def guarded(x: Tensor) -> Tensor:
     """A view between rows of NaN."""
     return x.new_full((x.shape[0] + 2, *x.shape[1:]), float("nan"))[1:-1]
+
+
+@pytest.fixture
+def fake_torch_flash(monkeypatch: pytest.MonkeyPatch, record: fakes.Record) -> Backend:
+    """torch's operators with the windows of the kernel inside, which is FlashAttention-2's."""
+    fa2_forward, fa2_backward = fakes.fa2(record)
+    names = "_flash_attention_forward", "_flash_attention_backward"
+    schema = getattr(torch.ops.aten, names[0]).default
+
+    def forward(
+        q, k, v, cu_q, cu_k, max_q, max_k, p, causal, debug, *, scale, window_size_left, window_size_right, **_
+    ):
+        sides = window_size_left, window_size_right
+        out, lse, *_ = fa2_forward(q, k, v, cu_q, cu_k, max_q, max_k, p, scale, causal, *sides)
+        return out, lse, None, None, None
+
+    def backward(
+        dout, q, k, v, out, lse, cu_q, cu_k, max_q, max_k, p, causal, *_, scale, window_size_left, window_size_right
+    ):  # fmt: skip
+        grads = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
+        lse = lse.masked_fill(lse == -float("inf"), float("inf"))  # the kernel inside torch takes both
+        sides = window_size_left, window_size_right
+        lengths = cu_q, cu_k, max_q, max_k
+        fa2_backward(dout, q, k, v, out, lse, *grads, *lengths, p, scale, causal, *sides, 0.0, None, False)
+        return grads
+
+    forward.default = schema  # type: ignore[attr-defined]
+    monkeypatch.setattr(torch.ops.aten, names[0], forward)
+    monkeypatch.setattr(torch.ops.aten, names[1], backward)
+    return torch_flash.TorchFlash()
+
+
+@pytest.mark.parametrize("lengths", list(LENGTHS)[:3])
+@pytest.mark.parametrize("band", BANDS)
+def test_torch_flash(fake_torch_flash: Backend, band: tuple[int, int], lengths: str) -> None:
+    """An open side beside a closed one must reach all keys, also where a block has more queries than keys."""
+    check(fake_torch_flash, make_call(LENGTHS[lengths], band))
 
 
 @pytest.mark.parametrize("lengths", list(LENGTHS)[:3])

@@ -91,10 +91,12 @@ def test_calls_are_right(name: str, device: str, dtype: torch.dtype, window: boo
         for key, reference in expected.items():
             finite = ~reference.isinf()
             assert torch.equal(got[key].isinf(), reference.isinf())
-            # A gradient over one or two keys is the small difference of numbers near 1, which were rounded.
-            size = reference[finite].norm().clamp_min((0.4 if key in ("dq", "dk") else 1e-30) * finite.sum() ** 0.5)
+            # A gradient over one or two keys is the small difference of numbers near 1, and a key sums it over queries;
+            # an lse of one key may be near 0. Errors are relative to the numbers that were rounded.
+            terms = {"lse": 0.04, "dq": 0.16, "dk": 0.16 * call.max_q}.get(key, 0.0)
+            size = reference[finite].norm().clamp_min(max((terms * int(finite.sum())) ** 0.5, 1e-30))
             error = (got[key].double() - reference)[finite].norm() / size
-            limit = TOLERANCE[dtype] if key != "lse" else max(TOLERANCE[torch.float32], TOLERANCE[dtype] * 0.02)
+            limit = TOLERANCE[dtype] if key != "lse" else max(TOLERANCE[torch.float32], TOLERANCE[dtype] * 0.1)
             assert error <= limit, (key, call)
 
 

@@ -15,8 +15,10 @@ from ringattn.parallel.blocks import Piece, blocks_of, group_calls, join_full
 
 DEVICES = ["cpu"] + (["cuda"] if torch.cuda.is_available() else [])
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
-# Of one call against float64. Half-precision kernels round their probabilities too.
-TOLERANCE = {torch.float64: 1e-12, torch.float32: 2e-6, torch.bfloat16: 1e-2, torch.float16: 2e-3}
+# Of one call against float64. Half-precision kernels round their probabilities too, the CPU one also its sums.
+TOLERANCE = {torch.float64: 1e-12, torch.float32: 2e-6, torch.bfloat16: 2e-2, torch.float16: 5e-3}
+# Per element, for results that are differences of larger numbers.
+SLACK = {torch.float64: 1e-14, torch.float32: 2e-6, torch.bfloat16: 8e-3, torch.float16: 2e-3}
 FEATURES: dict[str, dict[str, object]] = {
     "plain": {},
     "window": {"window": True},
@@ -91,13 +93,13 @@ def test_calls_are_right(name: str, device: str, dtype: torch.dtype, window: boo
         for key, reference in expected.items():
             finite = ~reference.isinf()
             assert torch.equal(got[key].isinf(), reference.isinf())
-            # A gradient over one or two keys is the small difference of numbers near 1, and a key sums it over queries;
-            # an lse of one key may be near 0. Errors are relative to the numbers that were rounded.
-            terms = {"lse": 0.04, "dq": 0.16, "dk": 0.16 * call.max_q}.get(key, 0.0)
-            size = reference[finite].norm().clamp_min(max((terms * int(finite.sum())) ** 0.5, 1e-30))
-            error = (got[key].double() - reference)[finite].norm() / size
             limit = TOLERANCE[dtype] if key != "lse" else max(TOLERANCE[torch.float32], TOLERANCE[dtype] * 0.1)
-            assert error <= limit, (key, call)
+            # What may be 0 is the difference of rounded numbers near 1: an lse of one key, a gradient over few keys, of
+            # which a key sums as many as it has queries.
+            few = call.max_q if key == "dk" and call.max_k <= 2 else 1
+            slack = SLACK[dtype] * (few * int(finite.sum())) ** 0.5 if key in ("lse", "dq", "dk") else 0.0
+            error = (got[key].double() - reference)[finite].norm()
+            assert error <= limit * reference[finite].norm() + slack, (key, call)
 
 
 @pytest.mark.parametrize("feature", FEATURES)

@@ -15,8 +15,9 @@ from ringattn.parallel.blocks import Piece, blocks_of, group_calls, join_full
 
 DEVICES = ["cpu"] + (["cuda"] if torch.cuda.is_available() else [])
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
-# Of one call against float64. Half-precision kernels round their probabilities too, the CPU one also its sums.
-TOLERANCE = {torch.float64: 1e-12, torch.float32: 2e-6, torch.bfloat16: 2e-2, torch.float16: 5e-3}
+# Of one call against float64. Half-precision kernels round their probabilities too.
+TOLERANCE = {torch.float64: 1e-12, torch.float32: 2e-6, torch.bfloat16: 6e-3, torch.float16: 1e-3}
+CPU_SUMS = {torch.bfloat16: 2e-2, torch.float16: 5e-3}  # torch's CPU kernel also adds up in half precision
 # Per element, for results that are differences of larger numbers.
 SLACK = {torch.float64: 1e-14, torch.float32: 2e-6, torch.bfloat16: 8e-3, torch.float16: 2e-3}
 FEATURES: dict[str, dict[str, object]] = {
@@ -93,7 +94,8 @@ def test_calls_are_right(name: str, device: str, dtype: torch.dtype, window: boo
         for key, reference in expected.items():
             finite = ~reference.isinf()
             assert torch.equal(got[key].isinf(), reference.isinf())
-            limit = TOLERANCE[dtype] if key != "lse" else max(TOLERANCE[torch.float32], TOLERANCE[dtype] * 0.1)
+            tolerance = CPU_SUMS.get(dtype, TOLERANCE[dtype]) if name == "cpu" else TOLERANCE[dtype]
+            limit = tolerance if key != "lse" else max(TOLERANCE[torch.float32], tolerance * 0.1)
             # What may be 0 is the difference of rounded numbers near 1: an lse of one key, a gradient over few keys, of
             # which a key sums as many as it has queries.
             few = call.max_q if key == "dk" and call.max_k <= 2 else 1

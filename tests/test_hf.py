@@ -117,7 +117,8 @@ def misused(kind: str) -> None:
     model = model_of("LlamaForCausalLM", num_hidden_layers=1)
     parallelize(model, mesh)
     ids = torch.zeros(1, 8, dtype=torch.int64)
-    keywords = attention_kwargs(Layout(Documents([8]), MeshShape()))
+    layout = Layout(Documents([8]), MeshShape())
+    keywords = {"position_ids": layout.position_ids()[None], **attention_kwargs(layout)}
     if kind == "no layout":
         model(input_ids=ids, use_cache=False)
     elif kind == "mask":

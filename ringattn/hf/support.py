@@ -4,6 +4,7 @@ A refusal is a NotImplementedError with the model's name and what it has. A mode
 """
 
 import inspect
+import re
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,7 +14,7 @@ LAYER_TYPES = frozenset({"full_attention", "sliding_attention", "chunked_attenti
 # Heads that treat each token alone. Others pool over a sequence, of which a rank sees a part.
 HEADS = ("Model", "ForCausalLM", "LMHeadModel", "ForConditionalGeneration", "ForImageTextToText")
 # Layers that carry something from token to token, by a part of their class's name.
-RECURRENT = ("mamba", "recurrent", "rwkv", "ssm", "deltanet", "linearattention", "lightningattention", "shortconv")
+RECURRENT = re.compile("Mamba|Recurrent|Rwkv|SSM|DeltaNet|LinearAttention|LightningAttention|ShortConv")
 # Attention layers that count positions themselves, and what is done about it.
 COUNTING = {"Llama4TextAttention": "see length_limits"}
 
@@ -50,7 +51,7 @@ def check_model(model: Any) -> int:
     text = text_model(model)
     for path, layer in text.named_modules():
         kind = type(layer).__name__
-        if isinstance(layer, nn.Conv1d | nn.RNNBase) or any(word in kind.lower() for word in RECURRENT):
+        if isinstance(layer, nn.Conv1d | nn.RNNBase) or RECURRENT.search(kind):
             raise NotImplementedError(
                 f"{name} has {kind} at {path}, which carries something from token to token and cannot be split over a "
                 "sequence"

@@ -217,11 +217,12 @@ def expected_features(model: Any) -> dict[int, frozenset[str]]:
         index = getattr(module, "layer_idx", None)
         if isinstance(index, int) and "Attention" in type(module).__name__:
             sinks[index] = getattr(module, "sinks", None) is not None, module
+    everywhere = getattr(config, "sliding_window", None) and getattr(config, "use_sliding_window", True)
     expected = {}
     for index, (has_sinks, module) in sinks.items():
         kind = layer_type(module)
         needs = {
-            "window": kind == "sliding_attention",
+            "window": kind == "sliding_attention" or (kind is None and bool(everywhere)),
             "chunk": kind == "chunked_attention",
             "softcap": bool(getattr(config, "attn_logit_softcapping", None)),
             "sinks": has_sinks,

@@ -18,6 +18,14 @@ class MaskNote:
     def __init__(self, mask: Mask) -> None:
         self.mask = mask
 
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("_"):
+            raise AttributeError(name)
+        raise NotImplementedError(f"the model works on its attention mask itself ({name}), which is not supported")
+
+    def __getitem__(self, index: Any) -> Any:
+        raise NotImplementedError("the model works on its attention mask itself (by index), which is not supported")
+
     def __repr__(self) -> str:
         return f"MaskNote({self.mask})"
 

@@ -125,6 +125,11 @@ def _check_positions(name: str, text: Any) -> None:
         raise NotImplementedError(f"{name} takes no position_ids: it counts the positions of a rank's tokens from 0")
     for path, layer in text.named_modules():
         kind = type(layer).__name__
+        if hasattr(layer, "create_position_ids_from_input_ids"):
+            raise NotImplementedError(
+                f"{name} counts positions in {kind} at {path} from the padding id + 1 (as RoBERTa does), which is not "
+                "supported"
+            )
         if "Attention" in kind and kind not in COUNTING and "arange(" in _source(type(layer).forward):
             raise NotImplementedError(
                 f"{name} counts positions in {kind} at {path}, from 0 on every rank; they must come from position_ids"

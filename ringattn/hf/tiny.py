@@ -84,26 +84,35 @@ def read_config(source: str) -> Any:
     if source in CONFIG_MAPPING:
         return AutoConfig.for_model(source)
     raise ValueError(
-        f"expected a folder with a config.json, such a file, or a model type of transformers, got {source}"
+        f"expected a folder with a config.json, such a file, or a model type of transformers, got {source!r}"
     )
 
 
 def tiny_config(config: Any, **changes: Any) -> Any:
     """A tiny configuration of the same class, of its text part: same features, every layer type of the first layers."""
     config = config.get_text_config()
-    given = {**config.to_dict()}
+    given = config.to_dict()
     layers = _layers(config)
-    sizes = {key: value for key, value in SIZES.items() if getattr(config, key, None) is not None}
-    sizes |= {key: value for key, value in OFF.items() if hasattr(config, key)}
-    sizes["n_layer" if hasattr(config, "n_layer") else "num_hidden_layers"] = layers
-    heads, keys = config.num_attention_heads, getattr(config, "num_key_value_heads", None)
-    if keys is not None:
-        sizes["num_key_value_heads"] = 4 if keys == heads else 2
-    if getattr(config, "num_experts_per_tok", None) == 1:
+    sizes = {key: value for key, value in SIZES.items() if given.get(key) is not None}
+    sizes |= {key: value for key, value in OFF.items() if key in given}
+    sizes["n_layer" if "n_layer" in given else "num_hidden_layers"] = layers
+    if "head_dim" in given:
+        sizes["head_dim"] = SIZES["head_dim"]
+    if (keys := given.get("num_key_value_heads")) is not None:
+        sizes["num_key_value_heads"] = 4 if keys == given.get("num_attention_heads") else 2
+    if "qk_rope_head_dim" in sizes and "head_dim" in sizes:  # of the rotary part alone, in families with latent keys
+        sizes["head_dim"] = sizes["qk_rope_head_dim"]
+    if given.get("num_experts_per_tok") == 1:
         sizes["num_experts_per_tok"] = 1
     for key, value in given.items():
         if isinstance(value, list) and len(value) == config.num_hidden_layers and key not in changes:
             sizes[key] = value[:layers]
+    if "per_layer_config" in given:  # Gemma 4: wider heads in some layers
+        sizes["per_layer_config"] = {
+            int(layer): {key: SIZES["global_head_dim"] if key == "head_dim" else value for key, value in own.items()}
+            for layer, own in given["per_layer_config"].items()
+            if int(layer) < layers
+        }
     kept = {key: value for key, value in given.items() if key not in ("model_type", "transformers_version", "dtype")}
     return type(config)(**{**kept, **sizes, **changes})
 

@@ -24,7 +24,7 @@ def documents_of(batch: Mapping[str, Any], rows: int, size: int) -> Documents:
     the attention_mask, position_ids, and without any of them one document for each row.
     Raises ValueError if a source is malformed or two of them disagree.
     """
-    found = _sources(batch, rows, size)
+    found = _told_by(batch, rows, size) or _guessed(batch, rows, size)
     name, docs = next(iter(found.items()), ("", Documents([size] * rows)))
     for other, claimed in found.items():
         if _spans(claimed) != _spans(docs):
@@ -44,8 +44,8 @@ def documents_of(batch: Mapping[str, Any], rows: int, size: int) -> Documents:
 
 def check_metadata(batch: Mapping[str, Any], docs: Documents, rows: int, size: int) -> None:
     """Raises ValueError if the metadata of a batch contradicts its documents."""
-    for name, claimed in _sources(batch, rows, size).items():
-        if name != "position_ids" and _spans(claimed) != _spans(docs):
+    for name, claimed in _told_by(batch, rows, size).items():
+        if _spans(claimed) != _spans(docs):
             raise ValueError(f"{name} and the documents disagree: {_told(claimed)} against {_told(docs)}")
     if (mask := batch.get("attention_mask")) is not None:
         tokens = torch.ones(docs.total, dtype=torch.bool)
@@ -62,8 +62,8 @@ def check_metadata(batch: Mapping[str, Any], docs: Documents, rows: int, size: i
         _check_positions(positions.reshape(-1), docs)
 
 
-def _sources(batch: Mapping[str, Any], rows: int, size: int) -> dict[str, Documents]:
-    """What each source says, the most explicit first."""
+def _told_by(batch: Mapping[str, Any], rows: int, size: int) -> dict[str, Documents]:
+    """What each source that names documents says, the first to be believed first."""
     found = {}
     for name in CUMULATIVE:
         if batch.get(name) is not None:
@@ -71,19 +71,23 @@ def _sources(batch: Mapping[str, Any], rows: int, size: int) -> dict[str, Docume
     for name in SEGMENTS:
         if batch.get(name) is not None:
             found[name] = Documents.from_segment_ids(_rows(name, batch[name], rows, size))
-    mask = batch.get("attention_mask")
-    positions = batch.get("position_ids")
-    if not found and isinstance(positions, Tensor) and positions.dim() <= 2:
+    return found
+
+
+def _guessed(batch: Mapping[str, Any], rows: int, size: int) -> dict[str, Documents]:
+    """What positions and mask say together, where nothing names documents."""
+    mask, positions = batch.get("attention_mask"), batch.get("position_ids")
+    if isinstance(positions, Tensor) and positions.dim() <= 2:
         keep = torch.ones(rows, size, dtype=torch.bool) if mask is None else _mask(mask, rows, size)
-        found["position_ids"] = _by_positions(_rows("position_ids", positions, rows, size), keep)
-    elif not found and positions is not None and mask is None:
+        return {"position_ids": _by_positions(_rows("position_ids", positions, rows, size), keep)}
+    if mask is not None:
+        return {"attention_mask": Documents.from_padding_mask(_mask(mask, rows, size))}
+    if positions is not None:
         raise ValueError(
             f"position_ids of shape {tuple(positions.shape)} do not tell where documents begin: give docs, "
             "cu_seq_lens_q, segment_ids or attention_mask"
         )
-    elif not found and mask is not None:
-        found["attention_mask"] = Documents.from_padding_mask(_mask(mask, rows, size))
-    return found
+    return {}
 
 
 def _cumulative(name: str, values: Any, total: int) -> Documents:

@@ -113,8 +113,8 @@ def document(rows: list[Row], seconds: float) -> str:
         f"parameter, in {len(FORMS)} forms of batches ({', '.join(form.name for form in FORMS)}). A number is the "
         "largest relative error of all of them; the limit is 1e-5. Besides, for every family on every mesh: the "
         "gradient of one document's logits in the embeddings of the others is exactly 0; every attention layer was "
-        "called once; each layer asks for the features that its configuration says; leaving one feature out of one layer moves the "
-        f"logits by more than {COUNTS:g} (the smallest such change is shown).",
+        "called once; each layer asks for the features that its configuration says; leaving one feature out of "
+        f"one layer moves the logits by more than {COUNTS:g} (the smallest such change is shown).",
         "",
         f"| family | features | {' | '.join(MESHES)} | least change |",
         f"| --- | --- | {' | '.join('---' for _ in MESHES)} | --- |",

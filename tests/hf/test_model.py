@@ -5,7 +5,7 @@ import torch
 import torch.distributed as dist
 
 from ringattn import Documents, Layout, MeshShape, init_mesh
-from ringattn.hf import IGNORE_INDEX, attention_kwargs, parallelize, shard_batch, shifted_labels
+from ringattn.hf import attention_kwargs, parallelize, shard_batch
 from tests.parallel.ranks import mesh_of
 from tests.pool import Pools
 
@@ -83,33 +83,6 @@ def test_logits_loss_and_gradients(pool: Pools, family: str, ring: int, ulysses:
         torch.testing.assert_close(got_loss, loss, rtol=1e-6, atol=1e-6)
         for got, expected in zip(got_gradients, gradients, strict=True):
             assert (got - expected).norm() <= 1e-5 * expected.norm()
-
-
-def test_shifted_labels_stay_in_their_document() -> None:
-    docs = Documents([3, 0, 2, 1], starts=[1, 4, 5, 7], total=9)
-    targets = shifted_labels(torch.arange(9), docs)
-    x = IGNORE_INDEX
-    assert targets.tolist() == [x, 2, 3, x, x, 6, x, x, x]
-
-
-@pytest.mark.parametrize(
-    ("family", "config", "words"),
-    [
-        ("BloomForCausalLM", {"hidden_size": 64, "n_layer": 2, "n_head": 4}, "outside transformers"),
-        ("T5ForConditionalGeneration", {"d_model": 32, "num_layers": 2, "num_heads": 2}, "encoder-decoder"),
-        ("Qwen3NextForCausalLM", {"num_hidden_layers": 4, "hidden_size": 64}, "linear_attention"),
-    ],
-)
-def test_unsupported_models_are_refused_by_name(pool: Pools, family: str, config: dict, words: str) -> None:
-    with pytest.raises(NotImplementedError, match=words):
-        pool(1).run(refused, family, config)
-
-
-def refused(family: str, config: dict) -> None:
-    model_class = getattr(transformers, family)
-    with torch.device("meta"):
-        model = model_class(model_class.config_class(**config))
-    parallelize(model, mesh_of(1, 1))
 
 
 def misused(kind: str) -> None:

@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from torch import nn
+from torch.utils.hooks import RemovableHandle
 
 from ringattn.compiled import compiled_calls, reset_compiled_calls
 from ringattn.hf.attention import attend, features_of
@@ -40,7 +41,9 @@ class Handle:
     asked: dict[int, frozenset[str]] = field(default_factory=dict)
     without: dict[int, tuple[str, ...]] = field(default_factory=dict)
     verified: bool = False
-    _undo: list[Callable[[], Any]] = field(default_factory=list, repr=False)
+    _implementation: str = ""
+    _loss: Callable[..., Any] | None = field(default=None, repr=False)
+    _hooks: list[RemovableHandle] = field(default_factory=list, repr=False)
 
     @property
     def layers_seen(self) -> int:
@@ -76,8 +79,18 @@ class Handle:
 
     def undo(self) -> None:
         """Give the model its own attention, mask and loss back. Without effect the second time."""
-        while self._undo:
-            self._undo.pop()()
+        model = self.model
+        if model.__dict__.get("_ringattn") is not self:
+            return
+        for hook in self._hooks:
+            hook.remove()
+        if self._loss is not None:
+            model.loss_function = self._loss
+        else:
+            model.__dict__.pop("_loss_function", None)
+        for module in model.modules():
+            module.__dict__.pop("_ringattn", None)
+        _set_attention(model, self._implementation)
 
 
 def parallelize(model: Any, mesh: SequenceMesh, **options: Any) -> Handle:
@@ -110,11 +123,17 @@ def parallelize(model: Any, mesh: SequenceMesh, **options: Any) -> Handle:
     handle = Handle(model, mesh, options, layers, length_limits(model.config.get_text_config()))
     AttentionInterface.register(NAME, attend)
     AttentionMaskInterface.register(NAME, note_mask)
+    handle._implementation = model.config.get_text_config()._attn_implementation
+    handle._loss = model.__dict__.get("_loss_function")
+    for module in [model, *text_model(model).modules()]:
+        module._ringattn = handle
     try:
-        _replace_attention(handle)
-        _mark(handle)
-        _replace_loss(handle)
-        _watch_forward(handle)
+        _set_attention(model, NAME)
+        if model.config.get_text_config()._attn_implementation != NAME:
+            raise NotImplementedError(f"{type(model).__name__} does not let its attention be replaced")
+        model.loss_function = GlobalLoss(model.loss_function, mesh)
+        handle._hooks.append(model.register_forward_pre_hook(_before_forward, with_kwargs=True))
+        handle._hooks.append(model.register_forward_hook(_after_forward, with_kwargs=True))
     except BaseException:
         handle.undo()
         raise
@@ -136,23 +155,12 @@ def unwrapped(model: Any) -> Any:
     return model
 
 
-def _replace_attention(handle: Handle) -> None:
+def _set_attention(model: Any, name: str) -> None:
     """In the text decoder alone: a vision tower keeps its own."""
-    model = handle.model
-    config = model.config.get_text_config()
-    path = _path_to(model.config, config)
-
-    def request(name: str) -> None:
-        wanted: Any = name
-        for key in reversed(path):
-            wanted = {key: wanted}
-        model.set_attn_implementation(wanted)
-
-    before = config._attn_implementation
-    handle._undo.append(lambda: request(before))
-    request(NAME)
-    if config._attn_implementation != NAME:
-        raise NotImplementedError(f"{type(model).__name__} does not let its attention be replaced")
+    wanted: Any = name
+    for key in reversed(_path_to(model.config, model.config.get_text_config())):
+        wanted = {key: wanted}
+    model.set_attn_implementation(wanted)
 
 
 def _path_to(config: Any, wanted: Any) -> list[str]:
@@ -171,51 +179,23 @@ def _contains(config: Any, wanted: Any) -> bool:
     return any(part is wanted or (part is not None and _contains(part, wanted)) for part in inner)
 
 
-def _mark(handle: Handle) -> None:
-    marked = [handle.model, *text_model(handle.model).modules()]
-
-    def unmark() -> None:
-        for module in marked:
-            module.__dict__.pop("_ringattn", None)
-
-    handle._undo.append(unmark)
-    for module in marked:
-        module._ringattn = handle
+def _before_forward(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    """Check the keywords. The handle is the model's own, since hooks go along when a model is copied."""
+    handle: Handle = model._ringattn
+    layout = check_keywords(handle, args, kwargs)
+    model.loss_function.called = False
+    if not handle.verified:
+        handle.calls.clear()
+        reset_compiled_calls(layout)
 
 
-def _replace_loss(handle: Handle) -> None:
-    model = handle.model
-    own = model.__dict__.get("_loss_function")
-
-    def restore() -> None:
-        if own is None:
-            model.__dict__.pop("_loss_function", None)
-        else:
-            model.loss_function = own
-
-    handle._undo.append(restore)
-    model.loss_function = GlobalLoss(model.loss_function, handle.mesh)
-
-
-def _watch_forward(handle: Handle) -> None:
-    """Check the keywords before every forward pass; verify the first one, and every loss, after it."""
-    model = handle.model
-
-    def before(_: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        layout = check_keywords(handle, args, kwargs)
-        model.loss_function.called = False
-        if not handle.verified:
-            handle.calls.clear()
-            reset_compiled_calls(layout)
-
-    def after(_: Any, args: Any, kwargs: Any, output: Any) -> None:
-        if not handle.verified:
-            handle.verify(compiled_calls(kwargs["cu_seq_lens_q"]))
-        if kwargs.get("labels") is not None and not model.loss_function.called:
-            raise NotImplementedError(
-                f"{type(model).__name__} computes its loss itself, on a rank's tokens alone: leave labels out of its "
-                "keywords and compute the loss from logits and shift_labels"
-            )
-
-    handle._undo.append(model.register_forward_pre_hook(before, with_kwargs=True).remove)
-    handle._undo.append(model.register_forward_hook(after, with_kwargs=True).remove)
+def _after_forward(model: Any, args: Any, kwargs: dict[str, Any], output: Any) -> None:
+    """Verify the first forward pass, and that every loss came from here."""
+    handle: Handle = model._ringattn
+    if not handle.verified:
+        handle.verify(compiled_calls(kwargs["cu_seq_lens_q"]))
+    if kwargs.get("labels") is not None and not model.loss_function.called:
+        raise NotImplementedError(
+            f"{type(model).__name__} computes its loss itself, on a rank's tokens alone: leave labels out of its "
+            "keywords and compute the loss from logits and shift_labels"
+        )

@@ -14,7 +14,7 @@ from ringattn.documents import Documents
 from ringattn.hf.attention import FEATURES, layer_type
 from ringattn.hf.batch import shard_batch
 from ringattn.hf.loss import IGNORE_INDEX, shifted_labels
-from ringattn.hf.model import Handle, parallelize
+from ringattn.hf.model import Handle
 from ringattn.parallel.mesh import SequenceMesh
 
 
@@ -72,14 +72,20 @@ class Form:
         return {name: x.to(device) if isinstance(x, Tensor) else x for name, x in batch.items()}
 
 
-FORMS = (
-    Form("plain", ((16,),), 16),
-    Form("left padded", ((11,), (16,)), 16, "attention_mask", "left"),
-    Form("right padded", ((16,), (9,)), 16, "attention_mask"),
-    Form("packed", ((5, 4, 7),), 16, "cu_seq_lens"),
-    Form("packed, padded tail", ((5, 4, 4),), 16, "segment_ids"),
-    Form("two packed rows", ((5, 4, 7), (9, 7)), 16, "position_ids"),
-)
+def forms(longest: int = 7) -> tuple[Form, ...]:
+    """One batch of every form; the longest of several packed documents has at least `longest` tokens."""
+    s = -(-longest // 7)
+    return (
+        Form("plain", ((16 * s,),), 16 * s),
+        Form("left padded", ((11 * s,), (16 * s,)), 16 * s, "attention_mask", "left"),
+        Form("right padded", ((16 * s,), (9 * s,)), 16 * s, "attention_mask"),
+        Form("packed", ((5 * s, 4 * s, 7 * s),), 16 * s, "cu_seq_lens"),
+        Form("packed, padded tail", ((5 * s, 4 * s, 4 * s),), 16 * s, "segment_ids"),
+        Form("two packed rows", ((5 * s, 4 * s, 7 * s), (9 * s, 7 * s)), 16 * s, "position_ids"),
+    )
+
+
+FORMS = forms()
 
 
 @dataclass(frozen=True)
@@ -229,17 +235,6 @@ def expected_features(model: Any) -> dict[int, frozenset[str]]:
         }
         expected[index] = frozenset(name for name in FEATURES if needs[name])
     return expected
-
-
-def examined(
-    model: Any, mesh: SequenceMesh, form: Form, truth: Outcome, policy: str = "auto", **options: Any
-) -> tuple[Errors, Handle]:
-    """Parallelize a model, compare one batch with its truth, and undo. Collective."""
-    handle = parallelize(model, mesh, **options)
-    try:
-        return differences(together(model, mesh, form, policy), truth), handle
-    finally:
-        handle.undo()
 
 
 def _vocabulary(model: Any) -> int:

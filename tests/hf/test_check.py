@@ -49,7 +49,8 @@ def findings_of(request: Request, sabotage: str | None) -> list[Finding]:
         return list(examine(request, mesh))
 
 
-def without_window(*_: Any) -> Mask:
+def without_window(module: Any, kwargs: dict[str, Any], note: Any) -> Mask:
+    kwargs.pop("sliding_window")
     return Mask()
 
 

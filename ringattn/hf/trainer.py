@@ -4,7 +4,8 @@ Only three things differ from the stock Trainer: who gets which batch, how targe
 is the exact mean over all targets of the data set. Needs accelerate, as the stock Trainer does.
 """
 
-from typing import Any
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
@@ -19,11 +20,15 @@ from ringattn.hf.metadata import METADATA
 from ringattn.hf.model import parallelize, unwrapped
 from ringattn.parallel.mesh import SequenceMesh
 
+if TYPE_CHECKING:
+    _Base = Trainer
+else:
+    _Base = object
 IDLE = {"input_ids": torch.zeros(1, 1, dtype=torch.int64), "labels": torch.full((1, 1), IGNORE_INDEX)}
 
 
-class SequenceTrainer(Trainer):
-    """A Trainer whose model attends over the sequence ranks of `mesh`; one optimiser step is what one process computes.
+class OnMesh(_Base):
+    """For a Trainer class: its model attends over the sequence ranks of `mesh`. A step is what one process computes.
 
     `per_device_train_batch_size` counts rows for each replica (the ranks that share a sequence), and batches may hold
     whatever `shard_batch` reads: padded rows, packed rows with segment ids, what DataCollatorWithFlattening makes.
@@ -32,10 +37,13 @@ class SequenceTrainer(Trainer):
 
     Raises NotImplementedError for what would be wrong silently: compute_metrics and predictions (a rank holds a part
     of the logits), label smoothing, a compute_loss_func.
+
+        class Mine(OnMesh, SFTTrainer): ...   # and so for other Trainers; the loss is then the model's own
     """
 
     def __init__(self, *args: Any, mesh: SequenceMesh, policy: str = "auto", **kwargs: Any) -> None:
         self.sequence_mesh, self.policy = mesh, policy
+        self._compared = False
         super().__init__(*args, **kwargs)
         for name in ("compute_metrics", "compute_loss_func"):
             if getattr(self, name) is not None:
@@ -104,6 +112,9 @@ class SequenceTrainer(Trainer):
     ) -> Any:
         """The share of a micro-batch in the mean over the targets of the step; its gradient is to be averaged."""
         batch = dict(inputs)
+        if not self._compared:
+            same_batch(batch, self.sequence_mesh)
+            self._compared = True
         if num_items_in_batch is not None:
             batch["num_items_in_batch"] = num_items_in_batch
         outputs = model(**shard_batch(batch, None, self.sequence_mesh, self.policy))
@@ -146,3 +157,21 @@ class SequenceTrainer(Trainer):
         left = torch.tensor(batch is not None, dtype=torch.int64, device=self.sequence_mesh.device)
         dist.all_reduce(left, dist.ReduceOp.MAX)
         return bool(left)
+
+
+def same_batch(batch: Mapping[str, Any], mesh: SequenceMesh) -> None:
+    """Raises ValueError on every rank if the ranks of a replica hold different batches. Collective."""
+    ids = batch["input_ids"].to(torch.int64)
+    places = torch.arange(1, ids.numel() + 1, device=ids.device)
+    mine = torch.stack([torch.tensor(ids.numel(), device=ids.device), (ids.flatten() * places).sum()]).to(mesh.device)
+    bounds = torch.cat([mine, -mine])
+    dist.all_reduce(bounds, dist.ReduceOp.MAX, group=mesh.sequence_group)
+    if not torch.equal(bounds[:2], -bounds[2:]):
+        raise ValueError(
+            f"the ranks that share a sequence got different batches ({int(-bounds[2])} to {int(bounds[0])} tokens): "
+            "the data set, its order and the collator must be the same on every rank, and so must their seeds"
+        )
+
+
+class SequenceTrainer(OnMesh, Trainer):
+    """`transformers.Trainer` on a sequence mesh, see `OnMesh`."""

@@ -1,4 +1,4 @@
-"""Around a parallelized model: Accelerate with FSDP2, PEFT's LoRA, TRL's SFTTrainer. Each skipped where it is absent."""
+"""Around a parallelized model: Accelerate with FSDP2, PEFT's LoRA, TRL's SFTTrainer; skipped where they are absent."""
 
 from pathlib import Path
 from typing import Any
@@ -29,7 +29,8 @@ def local_batch(model: Any) -> dict[str, Any]:
 
 def fully_sharded(checkpointing: bool) -> tuple[float, dict[str, torch.Tensor], float, dict[str, torch.Tensor]]:
     """Loss and gradients of Accelerate's FSDP2, and of documents alone."""
-    from accelerate import Accelerator, FullyShardedDataParallelPlugin
+    from accelerate import Accelerator, DistributedType, FullyShardedDataParallelPlugin
+    from accelerate.state import AcceleratorState
     from torch.distributed.tensor import DTensor
 
     model = model_of()
@@ -42,7 +43,10 @@ def fully_sharded(checkpointing: bool) -> tuple[float, dict[str, torch.Tensor], 
         transformer_cls_names_to_wrap=["Qwen3DecoderLayer"],
         activation_checkpointing=checkpointing,
     )
+    AcceleratorState._reset_state(True)
     accelerator = Accelerator(cpu=True, fsdp_plugin=plugin)
+    # Accelerate takes FSDP for GPUs only; what it does with a model works on CPUs as well.
+    accelerator.state.distributed_type, accelerator.state.fsdp_plugin = DistributedType.FSDP, plugin
     model, _ = accelerator.prepare(model, torch.optim.AdamW(model.parameters()))
     loss = model(**local_batch(model)).loss
     accelerator.backward(loss)
@@ -51,6 +55,7 @@ def fully_sharded(checkpointing: bool) -> tuple[float, dict[str, torch.Tensor], 
         assert isinstance(p.grad, DTensor), name
         gradients[name.replace("_checkpoint_wrapped_module.", "")] = p.grad.full_tensor()
     accelerator.free_memory()
+    AcceleratorState._reset_state(True)
     return loss.item(), gradients, truth.loss.item(), truth.gradients
 
 
@@ -67,10 +72,10 @@ def test_accelerate_fsdp2(pool: Pools, checkpointing: bool) -> None:
 def low_rank() -> tuple[float, dict[str, torch.Tensor], float, dict[str, torch.Tensor]]:
     from peft import LoraConfig, get_peft_model
 
+    torch.manual_seed(0)  # the factors are drawn here, and must be the same on every rank
     model = get_peft_model(
         model_of(), LoraConfig(r=4, target_modules=["q_proj", "k_proj", "v_proj", "o_proj"], lora_dropout=0.0)
     )
-    torch.manual_seed(0)
     for name, p in model.named_parameters():
         if "lora_B" in name:  # zero at first: then the gradient of the other factor would be zero too
             torch.nn.init.normal_(p, std=0.1)
@@ -127,10 +132,14 @@ def fine_tuned(folder: str, ring: int) -> list[float]:
     from datasets import Dataset
     from trl import SFTConfig, SFTTrainer
 
-    from ringattn.hf.trainer import on_mesh
+    from ringattn.hf.trainer import OnMesh
+
+    class Mine(OnMesh, SFTTrainer):
+        pass
 
     generator = torch.Generator().manual_seed(0)
-    rows = [torch.randint(3, 97, (int(n),), generator=generator).tolist() for n in torch.randint(4, 30, (60,))]
+    lengths = torch.randint(4, 30, (60,), generator=generator).tolist()
+    rows = [torch.randint(3, 97, (length,), generator=generator).tolist() for length in lengths]
     arguments = SFTConfig(
         output_dir=folder,
         per_device_train_batch_size=1,
@@ -148,7 +157,7 @@ def fine_tuned(folder: str, ring: int) -> list[float]:
         save_strategy="no",
         seed=1,
     )
-    trainer = on_mesh(SFTTrainer)(
+    trainer = Mine(
         model_of(),
         arguments,
         mesh=mesh_of(ring, 1),

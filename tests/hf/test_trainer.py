@@ -136,3 +136,20 @@ def refused(what: str) -> None:
 def test_what_needs_all_logits_is_refused(pool: Pools, what: str) -> None:
     with pytest.raises(NotImplementedError, match=what):
         pool(1).run(refused, what)
+
+
+def different_batches(kind: str) -> None:
+    from ringattn.hf.trainer import same_batch
+
+    mesh = mesh_of(2, 1)
+    ids = torch.arange(6)
+    if mesh.sequence_rank == 1:
+        ids = ids.flip(0) if kind == "order" else ids[:4] if kind == "length" else ids
+    same_batch({"input_ids": ids[None]}, mesh)
+
+
+@pytest.mark.parametrize("kind", ["order", "length"])
+def test_ranks_with_different_batches(pool: Pools, kind: str) -> None:
+    pool(2).run(different_batches, "same")
+    with pytest.raises(ValueError, match="got different batches"):
+        pool(2).run(different_batches, kind)

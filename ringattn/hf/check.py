@@ -23,7 +23,7 @@ from ringattn.hf.conformance import (
     together,
 )
 from ringattn.hf.model import Handle, parallelize
-from ringattn.hf.tiny import read_config, tiny_config, tiny_model
+from ringattn.hf.tiny import read_config, tiny_config, tiny_model, with_parameters_in
 from ringattn.parallel.mesh import SequenceMesh, init_mesh
 
 TOLERANCE = 1e-5
@@ -131,7 +131,7 @@ def built(request: Request) -> Any:
     config = read_config(request.model)
     dtype = getattr(torch, request.dtype)
     if not request.real:
-        return tiny_model(tiny_config(config)).to(dtype)
+        return with_parameters_in(tiny_model(tiny_config(config)), dtype)
     from transformers import AutoModelForCausalLM
 
     folder = Path(request.model).expanduser()

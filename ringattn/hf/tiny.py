@@ -130,6 +130,13 @@ def tiny_model(config: Any, seed: int = 0) -> nn.Module:
     return model.eval()
 
 
+def with_parameters_in(model: Any, dtype: torch.dtype) -> Any:
+    """Casts the parameters, in place, and no buffers: rotary frequencies of 8 bits would turn long positions."""
+    for parameter in model.parameters():
+        parameter.data = parameter.data.to(dtype)
+    return model
+
+
 def _layers(config: Any) -> int:
     """Four layers, or as many more as it takes to meet every layer type twice (once for a rare one)."""
     types = getattr(config, "layer_types", None)

@@ -102,18 +102,18 @@ def parallel_attention(
 class Settings:
     """The keywords of `parallel_attention`, but for the tensors."""
 
-    mask: Mask
-    softmax_scale: float | None
-    softcap: float | None
-    dropout_p: float
-    dropout_seed: int | None
-    deterministic: bool
-    backend: str
-    scheme: str
-    stages: int | None
-    keep_keys: bool
-    wide_reduce: bool
-    return_lse: bool
+    mask: Mask = Mask()
+    softmax_scale: float | None = None
+    softcap: float | None = 0.0
+    dropout_p: float = 0.0
+    dropout_seed: int | None = None
+    deterministic: bool = False
+    backend: str = "auto"
+    scheme: str = "auto"
+    stages: int | None = None
+    keep_keys: bool = False
+    wide_reduce: bool = True
+    return_lse: bool = False
 
 
 def prepare(q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None, layout: Layout, settings: Settings) -> Job:

@@ -1,0 +1,83 @@
+"""One attention layer of a Hugging Face model on one rank, called as transformers calls it."""
+
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ringattn import Documents, Layout
+from ringattn.hf import NAME, attention_kwargs, parallelize
+from tests.parallel.ranks import mesh_of
+
+SIZES = {
+    "vocab_size": 97,
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+}
+
+
+def model_of(family: str, **config: object) -> nn.Module:
+    import transformers
+
+    model_class = getattr(transformers, family)
+    made = model_class.config_class(**{**SIZES, **config})
+    made._attn_implementation = "eager"
+    torch.manual_seed(0)
+    return model_class(made).eval()
+
+
+def refused(family: str, config: dict[str, object]) -> None:
+    """`parallelize` a model without weights."""
+    import transformers
+
+    model_class = getattr(transformers, family)
+    with torch.device("meta"):
+        model = model_class(model_class.config_class(**config))
+    parallelize(model, mesh_of(1, 1))
+
+
+def run_model(family: str, config: dict[str, object], options: dict[str, object]) -> Tensor:
+    """The logits (1, 12, vocabulary) of a small model under `parallelize(model, mesh, **options)`."""
+    mesh = mesh_of(1, 1)
+    model = model_of(family, **config)
+    parallelize(model, mesh, **options)
+    ids = torch.arange(12)[None]
+    given = attention_kwargs(Layout(Documents([7, 5]), mesh)) | {"use_cache": False}
+    return model(input_ids=ids, **given).logits.detach()
+
+
+def generate() -> None:
+    """What a user of a parallelized model may try."""
+    model = model_of("LlamaForCausalLM")
+    parallelize(model, mesh_of(1, 1))
+    model.generate(torch.arange(5)[None], max_new_tokens=2)
+
+
+def interface(
+    docs: Documents,
+    tensors: tuple[Tensor, Tensor, Tensor],
+    keywords: dict[str, Any],
+    module_is_causal: bool = True,
+    config: dict[str, object] | None = None,
+) -> tuple[Tensor, Any]:
+    """The function registered with transformers, for a layer of a parallelized model.
+
+    q (T, H, D), k (T, K, D), v (T, K, V) -> out (T, H, V) and the second return value; `config` replaces the layer's.
+    """
+    from transformers import AttentionInterface
+
+    mesh = mesh_of(1, 1)
+    model = model_of("LlamaForCausalLM")
+    parallelize(model, mesh)
+    layer = model.model.layers[0].self_attn
+    layer.is_causal = module_is_causal
+    if config is not None:
+        layer.config = SimpleNamespace(**config)
+    batched = [x.transpose(0, 1)[None] for x in tensors]
+    given = attention_kwargs(Layout(docs, mesh)) | keywords
+    out, weights = AttentionInterface()[NAME](layer, *batched, None, **given)
+    return out[0], weights

@@ -1,18 +1,16 @@
-"""Other names for arguments mean exactly what the canonical ones mean (FEATURES rows 13 and 15)."""
+"""Other names for arguments: what a decorated function is and takes (features/test_negotiation.py has the rest)."""
 
 import inspect
 from typing import Any
 
 import pytest
 import torch
-from hypothesis import strategies as st
 
 from ringattn import Mask, parallel_attention
 from ringattn.names import ALIASES, accept_aliases, canonical
 
 NAMES = tuple(inspect.signature(parallel_attention).parameters)
 PAIRS = [(name, alias) for name, aliases in ALIASES.items() for alias in aliases]
-bounds = st.integers(-1, 9000)
 
 
 def test_canonical_names_are_arguments_of_the_public_function() -> None:

@@ -1,4 +1,4 @@
-"""torch.compile passes through attention without a break, and other documents need no other graph."""
+"""FEATURES row 55: torch.compile passes through attention without a break, and other documents need no other graph."""
 
 import pytest
 import torch

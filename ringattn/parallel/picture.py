@@ -35,7 +35,7 @@ def stage_of_pairs(plan: AttentionPlan, total: int) -> Tensor:
 
 
 def area(plan: AttentionPlan) -> int:
-    """Number of pairs that a ring position computes, each 2 (D + V) operations a head forward and 2.5 times that back."""
+    """Number of pairs that a ring position computes: 2 (D + V) operations a head forward each, and backward 2.5 ×."""
     return sum(
         int(allowed_pairs(block, call.left, call.right, (0, block.q[1] - block.q[0]), torch.device("cpu")).sum())
         for stage in plan.stages

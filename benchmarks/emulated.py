@@ -10,6 +10,7 @@ from torch import Tensor
 
 from ringattn import Documents, Layout, Mask, MeshShape
 from ringattn.kernels.registry import choose
+from ringattn.kernels.selftest import adds
 from ringattn.kernels.spec import CallSpec, Options
 from ringattn.parallel.executor import Job, backward_pass, forward_pass
 from ringattn.parallel.planner import plan_attention
@@ -64,7 +65,9 @@ def attention(
         plan = plan_attention(layout, mask, heads, key_heads, scheme if ring > 1 else "auto", stages)
         transport = ThreadTransport(mail, rank)
         q, k, v, dout = (layout.shard(x[name]) for name in ("q", "k", "v", "dout"))
-        job = Job(plan, Options(dim**-0.5), None, chosen, transport, None, q.device, heads, key_heads)
+        job = Job(
+            plan, Options(dim**-0.5), None, chosen, adds(chosen, spec), transport, None, q.device, heads, key_heads
+        )
         out, _, saved, _ = forward_pass(job, q, k, v, None, keep=False)
         grads = backward_pass(job, dout, saved, None, [])[:3]
         rows = layout.indices().to(q.device)

@@ -65,7 +65,8 @@ class FlashAttention3:
     ) -> None:
         _, backward = _kernels()
         arguments = _arguments(call, options, q.device)
-        wanted = {**grads._asdict(), "deterministic": options.deterministic, **arguments}
+        gradients = {"dq": grads.dq, "dk": grads.dk, "dv": grads.dv}
+        wanted = {**gradients, "deterministic": options.deterministic, **arguments}
         backward(dout.contiguous(), q, k, v, out, keyless_weightless(lse), **_named(backward, wanted))
 
 

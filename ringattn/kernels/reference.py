@@ -14,7 +14,7 @@ SCORE_ELEMENTS = 1 << 24  # scores held at a time: long blocks are walked in run
 
 class Reference:
     name = "reference"
-    capability = Capability(softcap=True, dropout=True, unequal_head_dims=True, deterministic=True)
+    capability = Capability(softcap=True, dropout=True, unequal_head_dims=True, deterministic=True, adds=True)
 
     def missing(self) -> str | None:
         return None
@@ -55,14 +55,17 @@ class Reference:
             if options.softcap:
                 dscores = dscores * torch.where(allowed, 1 - (scores / options.softcap) ** 2, 0.0)
             dscores = dscores * options.scale
-            grads.dq[rows] = torch.einsum("hqk,khd->qhd", dscores, _repeated(k[keys], group)).to(q.dtype)
+            dq = torch.einsum("hqk,khd->qhd", dscores, _repeated(k[keys], group))
+            grads.deliver(0, dq, (rows.start, rows.stop))
             dk[keys] += _grouped(torch.einsum("hqk,qhd->khd", dscores, q[rows].to(dtype)), group)
             weights = _dropped(weights, options.dropout, rows, keys)
             dv[keys] += _grouped(torch.einsum("hqk,qhv->khv", weights, dout[rows].to(dtype)), group)
         for rows in _keyless(call):
-            grads.dq[rows] = 0
-        grads.dk.copy_(dk)
-        grads.dv.copy_(dv)
+            grads.deliver(0, torch.zeros_like(q[rows]), (rows.start, rows.stop))
+        for start, stop in call.key_runs:
+            span = start - call.k[0], stop - call.k[0]
+            grads.deliver(1, dk[slice(*span)], span)
+            grads.deliver(2, dv[slice(*span)], span)
 
 
 def allowed_pairs(block: Block, left: int, right: int, rows: Range, device: torch.device) -> Tensor:

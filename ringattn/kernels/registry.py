@@ -10,6 +10,7 @@ import warnings
 from functools import cache
 
 from ringattn.environment import BACKEND, logger
+from ringattn.kernels import selftest
 from ringattn.kernels.cpu import CpuFlash
 from ringattn.kernels.fa2 import FlashAttention2
 from ringattn.kernels.fa3 import FlashAttention3
@@ -17,7 +18,6 @@ from ringattn.kernels.fa4 import FlashAttention4
 from ringattn.kernels.flex import FlexAttention
 from ringattn.kernels.npu import NpuFusion
 from ringattn.kernels.reference import Reference
-from ringattn.kernels.selftest import failure
 from ringattn.kernels.spec import Backend, CallSpec, Capability
 from ringattn.kernels.torch_flash import TorchFlash
 from ringattn.kernels.xpu import XpuFlash
@@ -79,7 +79,7 @@ def defect_of(candidate: object) -> str | None:
 
 def refusal(backend: Backend, spec: CallSpec) -> str | None:
     """Why a backend cannot do `spec`, or None: what it declares, whether it is installed, and its self-test."""
-    return backend.capability.refusal(spec) or backend.missing() or failure(backend, spec)
+    return backend.capability.refusal(spec) or backend.missing() or selftest.failure(backend, spec)
 
 
 def explain(spec: CallSpec) -> dict[str, str | None]:

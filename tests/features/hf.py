@@ -1,13 +1,12 @@
 """One attention layer of a Hugging Face model on one rank, called as transformers calls it."""
 
-from types import SimpleNamespace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ringattn import Documents, Layout
-from ringattn.hf import NAME, attention_kwargs, parallelize
+from ringattn.hf import attention_kwargs, parallelize, shard_batch
 from tests.parallel.ranks import mesh_of
 
 SIZES = {
@@ -20,6 +19,9 @@ SIZES = {
 }
 
 
+DOCS = Documents([12, 20])
+
+
 def model_of(family: str, **config: object) -> nn.Module:
     import transformers
 
@@ -27,7 +29,10 @@ def model_of(family: str, **config: object) -> nn.Module:
     made = model_class.config_class(**{**SIZES, **config})
     made._attn_implementation = "eager"
     torch.manual_seed(0)
-    return model_class(made).eval()
+    model = model_class(made)
+    for parameter in model.parameters():
+        nn.init.normal_(parameter, std=0.12)  # the default is so small that features hardly show
+    return model.eval()
 
 
 def refused(family: str, config: dict[str, object]) -> None:
@@ -40,14 +45,18 @@ def refused(family: str, config: dict[str, object]) -> None:
     parallelize(model, mesh_of(1, 1))
 
 
-def run_model(family: str, config: dict[str, object], options: dict[str, object]) -> Tensor:
-    """The logits (1, 12, vocabulary) of a small model under `parallelize(model, mesh, **options)`."""
+def run_model(family: str, config: dict[str, object], options: dict[str, object]) -> tuple[Tensor, list[Tensor]]:
+    """Logits (T, vocabulary) of `DOCS` under `parallelize(model, mesh, **options)`, and of each document run alone."""
     mesh = mesh_of(1, 1)
-    model = model_of(family, **config)
+    model, plain = (model_of(family, **config) for _ in range(2))
     parallelize(model, mesh, **options)
-    ids = torch.arange(12)[None]
-    given = attention_kwargs(Layout(Documents([7, 5]), mesh)) | {"use_cache": False}
-    return model(input_ids=ids, **given).logits.detach()
+    ids = torch.arange(DOCS.total)[None]
+    batch = shard_batch({"input_ids": ids}, DOCS, mesh)
+    with torch.no_grad():
+        together = model(**batch).logits[0]
+        spans = zip(DOCS.starts, DOCS.lengths, strict=True)
+        alone = [plain(input_ids=ids[:, a : a + n], use_cache=False).logits[0] for a, n in spans]
+    return together, alone
 
 
 def generate() -> None:
@@ -62,11 +71,10 @@ def interface(
     tensors: tuple[Tensor, Tensor, Tensor],
     keywords: dict[str, Any],
     module_is_causal: bool = True,
-    config: dict[str, object] | None = None,
 ) -> tuple[Tensor, Any]:
     """The function registered with transformers, for a layer of a parallelized model.
 
-    q (T, H, D), k (T, K, D), v (T, K, V) -> out (T, H, V) and the second return value; `config` replaces the layer's.
+    q (T, H, D), k (T, K, D), v (T, K, V) -> out (T, H, V) and the second return value.
     """
     from transformers import AttentionInterface
 
@@ -75,9 +83,7 @@ def interface(
     parallelize(model, mesh)
     layer = model.model.layers[0].self_attn
     layer.is_causal = module_is_causal
-    if config is not None:
-        layer.config = SimpleNamespace(**config)
     batched = [x.transpose(0, 1)[None] for x in tensors]
     given = attention_kwargs(Layout(docs, mesh)) | keywords
-    out, weights = AttentionInterface()[NAME](layer, *batched, None, **given)
+    out, weights = AttentionInterface()["ringattn"](layer, *batched, None, **given)
     return out[0], weights

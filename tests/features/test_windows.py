@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from ringattn import Documents, Layout, Mask, MeshShape, parallel_attention
-from ringattn.kernels import registry, torch_flash
+from ringattn.kernels import registry, selftest, torch_flash
 from ringattn.kernels.flex import FlexAttention
 from ringattn.kernels.reference import Reference
 from ringattn.kernels.spec import Backend, Block, Call, Grads, Options
@@ -101,8 +101,8 @@ def test_row_18_a_bidirectional_sliding_window_is_ambiguous_and_refused() -> Non
         canonical({"sliding_window": 4, "causal": False}, NAMES)
 
 
-def layer(keywords: dict[str, Any], causal: bool = True, config: dict[str, object] | None = None) -> Tensor:
-    return hf.interface(DOCS, tensors(), keywords, causal, config)[0]
+def layer(keywords: dict[str, Any], causal: bool = True) -> Tensor:
+    return hf.interface(DOCS, tensors(), keywords, causal)[0]
 
 
 @pytest.mark.parametrize("size", [1, 4])
@@ -140,7 +140,7 @@ def test_row_19_what_torchs_kernel_is_told(
 
     monkeypatch.setattr(torch.ops.aten, "_flash_attention_forward", forward)
     monkeypatch.setattr(torch_flash.TorchFlash, "capability", Reference.capability)
-    monkeypatch.setattr(registry, "failure", lambda backend, spec: None)
+    monkeypatch.setattr(selftest, "failure", lambda backend, spec: None)
     registry._chosen.cache_clear()
     parallel_attention(*tensors(), Layout(DOCS, MeshShape()), mask=mask, backend="torch")
     registry._chosen.cache_clear()
@@ -279,8 +279,13 @@ def test_row_26_a_chunk_is_attended_alone_and_starts_with_its_document() -> None
     assert (ignored - expected).abs().max() > 0.1
 
 
-def test_row_26_a_layer_of_chunks_takes_its_size_from_the_configuration(pool: Pools) -> None:
-    for kind, expected in (("chunked_attention", by_chunks(DOCS, 8)), ("full_attention", DOCS.dense(Mask()))):
-        config: dict[str, object] = {"layer_types": [kind], "attention_chunk_size": 8}
-        got = pool(1).run(layer, {}, True, config)[0]
-        torch.testing.assert_close(got, dense(expected), rtol=1e-12, atol=1e-12)
+def test_row_26_a_llama4_of_chunks_is_each_document_alone(pool: Pools) -> None:
+    """And its chunks are seen: with others, or none, its logits are different."""
+    config = {"head_dim": 16, "num_local_experts": 2, "num_hidden_layers": 4, "intermediate_size_mlp": 96}
+    logits = []
+    for chunk in (8, 64):
+        chosen = config | {"attention_chunk_size": chunk}
+        together, alone = pool(1).run(hf.run_model, "Llama4ForCausalLM", chosen, {})[0]
+        torch.testing.assert_close(together, torch.cat(alone), rtol=1e-4, atol=1e-4)
+        logits.append(together)
+    assert (logits[0] - logits[1]).abs().max() > 1e-2

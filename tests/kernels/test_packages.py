@@ -73,7 +73,7 @@ def check(backend: Backend, call: Call, softcap: float = 0.0, value_dim: int = 8
     expected = fakes.gradients((dout, q, k, v, whole_out), whole, call, SCALE, softcap)
     read = torch.cat([torch.arange(0), *(torch.arange(*run) - call.k[0] for run in call.key_runs)])
     torch.testing.assert_close(grads.dq, expected.dq)
-    for got, wanted in zip(grads[1:], expected[1:], strict=True):
+    for got, wanted in zip(grads.tensors[1:], expected.tensors[1:], strict=True):
         torch.testing.assert_close(got[read], wanted[read])
     for x in (out, *grads):
         edges = x._base[[0, -1]]

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ringattn.environment import AUTOTUNE, warn_of_unknown
+from ringattn.environment import AUTOTUNE, DETERMINISTIC, warn_of_unknown
 from ringattn.kernels.registry import choose
 from ringattn.kernels.selftest import adds
 from ringattn.kernels.spec import Backend, CallSpec, Options
@@ -62,6 +62,7 @@ def parallel_attention(
         dropout_seed: needed with dropout, the same on every rank and another one for every layer and step.
         sinks: (H,) one logit per query head, added to every softmax's denominator.
         deterministic: ask the kernel for bitwise equal gradients from run to run; transfers are always in fixed order.
+            RINGATTN_DETERMINISTIC=on asks for it everywhere.
         backend: "auto" or a name of `ringattn.kernels.registry.backends()`.
         scheme: "auto", "gather", "ring", "ulysses" or "hybrid"; the degrees are those of the layout's mesh.
         stages: stages of the ring scheme, the local one included; default: up to 4.
@@ -297,7 +298,7 @@ def _check(q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None, layout: Layout
         window=mask.window != (-1, -1),
         softcap=softcap or 0.0,
         dropout_p=dropout_p,
-        deterministic=settings.deterministic,
+        deterministic=settings.deterministic or DETERMINISTIC.read() == "on",
     )
 
 

@@ -1,5 +1,6 @@
 """The judge: attention in plain torch, any dtype, one block after another. Exact rather than fast."""
 
+import math
 from collections.abc import Iterator
 
 import torch
@@ -124,11 +125,18 @@ def kept_pairs(seed: int, p: float, q_index: Tensor, k_index: Tensor, first_head
 
     The mixing function is that of splitmix64 (Steele, Lea, Flood 2014), twice.
     """
+    return is_kept(row_hashes(seed, q_index, first_head, heads)[..., None] + k_index, p)
+
+
+def row_hashes(seed: int, q_index: Tensor, first_head: int, heads: int) -> Tensor:
+    """(H, n) int64: what `is_kept` needs of seed, head and query; the global index of a key is added to it."""
     head = torch.arange(first_head, first_head + heads, device=q_index.device)
-    x = _mixed(
-        _mixed(q_index[None, :] + (head[:, None] << 40) + seed * 0x5851F42D4C957F2D % 2**63)[..., None] + k_index
-    )
-    return (x >> 11 & 2**53 - 1).double() >= p * 2.0**53
+    return _mixed(q_index[None, :] + (head[:, None] << 40) + seed * 0x5851F42D4C957F2D % 2**63)
+
+
+def is_kept(pair: Tensor, p: float) -> Tensor:
+    """Whether the pairs of a row's hash plus a key's global index are kept; elementwise, for kernels too."""
+    return (_mixed(pair) >> 11 & 2**53 - 1) >= math.ceil(p * 2**53)
 
 
 def _mixed(x: Tensor) -> Tensor:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ringattn.kernels.reference import Reference
-from ringattn.kernels.spec import Backend, Block, Call, CallSpec, Grads, Options, Sum
+from ringattn.kernels.spec import Backend, Block, Call, CallSpec, Dropout, Grads, Options, Sum
 
 # Documents of the case: queries and keys of each block. Unequal lengths, single tokens and several kernel tiles.
 LENGTHS = ((150, 150), (1, 1), (40, 170), (1, 33))
@@ -31,6 +31,7 @@ class Signature(NamedTuple):
     window: bool
     softcap: bool
     deterministic: bool
+    dropout: bool
 
 
 _results: dict[tuple[str, Signature], str | None] = {}
@@ -47,12 +48,13 @@ def _signature(spec: CallSpec) -> Signature:
         spec.window,
         bool(spec.softcap),
         spec.deterministic,
+        bool(spec.dropout_p),
     )
 
 
 def failure(backend: Backend, spec: CallSpec) -> str | None:
     """Why the backend is wrong for the signature of `spec`, or None. Computed once per process and kept."""
-    if backend.name == "reference" or spec.dropout_p:
+    if backend.name == "reference":
         return None
     signature = _signature(spec)
     key = backend.name, signature
@@ -106,7 +108,7 @@ def _calls(window: bool) -> list[Call]:
 def _errors(backend: Backend, signature: Signature, call: Call) -> dict[str, float]:
     """Relative errors of out, lse and gradients against the reference in float64."""
     tensors = _tensors(signature, call)
-    options = _options(signature)
+    options = _options(signature, call)
     expected = _both_ways(Reference(), [x.double() for x in tensors], call, replace(options, deterministic=False))
     got = _both_ways(backend, tensors, call, options)
     return {name: _relative(got[name], x) for name, x in expected.items()}
@@ -117,9 +119,17 @@ def _ones(x: Tensor) -> Sum:
     return Sum(rows, torch.ones_like(x[slice(*rows)], dtype=torch.float32))
 
 
-def _options(signature: Signature) -> Options:
+def _options(signature: Signature, call: Call) -> Options:
     softcap = 1.5 if signature.softcap else 0.0
-    return Options(signature.head_dim**-0.5, softcap=softcap, deterministic=signature.deterministic)
+    return Options(signature.head_dim**-0.5, softcap, signature.deterministic, _dropout(signature, call))
+
+
+def _dropout(signature: Signature, call: Call) -> Dropout | None:
+    """At places and heads of a larger stream."""
+    if not signature.dropout:
+        return None
+    q_index, k_index = (torch.arange(*rows, device=signature.device) + 10_000_019 for rows in (call.q, call.k))
+    return Dropout(0.3, 7, q_index, k_index, first_head=3)
 
 
 def _adds_right(backend: Backend, signature: Signature) -> bool:
@@ -132,7 +142,7 @@ def _adds_right(backend: Backend, signature: Signature) -> bool:
 
 def _added_right(backend: Backend, signature: Signature, call: Call) -> bool:
     q, k, v, dout = _tensors(signature, call)
-    options = _options(signature)
+    options = _options(signature, call)
     out = torch.empty_like(dout)
     lse = backend.forward(q, k, v, call, options, out)
     written = Grads(torch.zeros_like(q), torch.zeros_like(k), torch.zeros_like(v))

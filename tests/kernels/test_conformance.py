@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from ringattn import Documents, Layout, Mask, MeshShape, parallel_attention
 from ringattn.kernels.reference import Reference
-from ringattn.kernels.registry import backends, choose, explain, refusal
+from ringattn.kernels.registry import backends, explain, refusal
 from ringattn.kernels.selftest import adds
 from ringattn.kernels.spec import Backend, Block, Call, CallSpec, Grads, Options, Sum, accumulation_dtype
 from ringattn.parallel.blocks import Piece, blocks_of, group_calls, join_full
@@ -184,8 +184,3 @@ def test_gradients_of_two_runs_are_equal_where_deterministic(name: str, device: 
         out = parallel_attention(*x, layout, backend=name, deterministic=True)
         runs.append(torch.autograd.grad(out, x, torch.ones_like(out)))
     assert all(torch.equal(a, b) for a, b in zip(*runs, strict=True))
-
-
-def test_fp32_on_a_half_precision_kernel_is_refused_with_a_hint() -> None:
-    with pytest.raises(NotImplementedError, match="autocast"):
-        choose(spec_of("cuda", torch.float32), "fa4")

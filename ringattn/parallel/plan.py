@@ -4,11 +4,34 @@ Rows are local: of this rank's query and key tensors after the exchange (if ther
 """
 
 import itertools
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 from ringattn.kernels.spec import Call, Range
 from ringattn.parallel.ranges import gaps, length
+
+
+@dataclass(frozen=True)
+class Shape:
+    """Heads and dims of an attention as the model has them, before any exchange; `itemsize` is bytes per element."""
+
+    query_heads: int
+    key_heads: int
+    head_dim: int
+    value_dim: int
+    itemsize: int = 2
+
+    def share(self, exchange: "Exchange | None") -> "Shape":
+        """What one rank computes: after the exchange its own heads."""
+        if exchange is None:
+            return self
+        heads = exchange.heads[exchange.rank]
+        return replace(self, query_heads=heads.queries, key_heads=len(heads.keys))
+
+    @property
+    def key_row_bytes(self) -> int:
+        """Bytes of one token's key and value."""
+        return self.key_heads * (self.head_dim + self.value_dim) * self.itemsize
 
 
 @dataclass(frozen=True)
@@ -137,6 +160,20 @@ class AttentionPlan:
     @property
     def sent_rows(self) -> int:
         return sum(message.rows for stage in self.stages for message in stage.sends)
+
+    def buffer_bytes(self, shape: Shape) -> int:
+        """The most memory that either pass needs at one time beside q, k, v, out and their gradients, in bytes."""
+        own = shape.share(self.exchange)
+        rows = [stage.rows for stage in self.stages]
+        pair = max((a + b for a, b in itertools.pairwise([*rows, 0])), default=0)
+        wide_row = own.key_row_bytes * 4 // own.itemsize
+        shared_q = (self.shared_q[1] - self.shared_q[0]) * own.query_heads * 4
+        forward = (sum(rows) if self.keep_keys else pair) * own.key_row_bytes + shared_q * own.value_dim
+        # Of two stages at a time there are gradients as the kernels write them and as they travel.
+        gradients = pair * (own.key_row_bytes + (wide_row if self.wide_reduce else 0))
+        backward = forward + gradients + shared_q * (own.head_dim - own.value_dim)
+        backward += (self.shared_k[1] - self.shared_k[0]) * wide_row
+        return max(forward, backward)
 
     def __str__(self) -> str:
         lines = [

@@ -1,0 +1,141 @@
+"""How long a flash kernel takes for a call: a model of its tiles, with a handful of measured numbers.
+
+A kernel cuts the rows of every block in tiles and gives each (tile, head) to a unit of the device (a GPU's SM), which
+walks over the tiles of the other side that the mask leaves. So a call costs the launch, and then the work of all tiles
+shared by the units, or the longest single tile if that is more. A tile that is not full costs as much as a full one and
+each has a fixed cost: so short documents are slow, and so are calls with fewer tiles than units.
+Forward kernels tile the queries and walk over keys; backward kernels tile the keys and walk over queries.
+"""
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from ringattn.kernels.spec import Block, Call
+
+Ints = npt.NDArray[np.int64]
+Floats = npt.NDArray[np.float64]
+
+BACKWARD_FLOPS = 2.5  # five matrix products instead of two
+
+
+@dataclass(frozen=True)
+class KernelRate:
+    """The numbers of one kernel at one head dim, in one direction.
+
+    Arguments:
+        flops: of the whole device on full tiles, per second.
+        query_tile, key_tile: rows of a tile.
+        units: what works in parallel.
+        tile_seconds: fixed cost of one tile of one head on its unit.
+        tail: share of the longest tile for which the other units wait at the end.
+        launch_seconds: fixed cost of a call.
+        row_seconds: per query row and query head of a call, for passes over the rows beside the tiles (backward).
+    """
+
+    head_dim: int
+    backward: bool
+    flops: float
+    query_tile: int = 128
+    key_tile: int = 128
+    units: int = 132
+    tile_seconds: float = 0.0
+    tail: float = 0.0
+    launch_seconds: float = 0.0
+    row_seconds: float = 0.0
+
+    def seconds(self, blocks: "BlockTable", heads: int, dims: int) -> Floats:
+        """Seconds of every call of a table.
+
+        Arguments:
+            heads: query heads.
+            dims: head dim and value dim together.
+        """
+        if not heads or not len(blocks.call):
+            return np.zeros(blocks.calls)
+        step = 2.0 * self.query_tile * self.key_tile * dims * (BACKWARD_FLOPS if self.backward else 1.0)
+        step_seconds = step * self.units / self.flops
+        n, m, left, right = blocks.n, blocks.m, blocks.left, blocks.right
+        tile, other = self.query_tile, self.key_tile
+        if self.backward:
+            n, m, left, right, tile, other = m, n, right, left, other, tile
+        work, longest = _walk(n, m, left, right, tile, other)
+        item = np.where(n > 0, -(-n // tile), 0) * self.tile_seconds + work * step_seconds
+        total = np.bincount(blocks.call, item, blocks.calls) * heads / self.units
+        tail = np.zeros(blocks.calls)
+        np.maximum.at(tail, blocks.call, np.where(n > 0, self.tile_seconds + longest * step_seconds, 0.0))
+        rows = np.bincount(blocks.call, blocks.n, blocks.calls) * heads * self.row_seconds
+        return self.launch_seconds + np.maximum(tail, total + self.tail * tail) + rows
+
+    def as_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+@dataclass(frozen=True)
+class BlockTable:
+    """Blocks of one or many calls as columns: n query rows over m keys, `left` and `right` as in `Block` (-1 is open).
+
+    `call` is the number of each block's call, in `[0, calls)`.
+    """
+
+    n: Ints
+    m: Ints
+    left: Ints
+    right: Ints
+    call: Ints
+    calls: int
+
+    @classmethod
+    def of(cls, calls: Sequence[Call]) -> "BlockTable":
+        """The blocks of some calls; each call's band holds for its blocks."""
+        rows = [
+            (block.q[1] - block.q[0], block.k[1] - block.k[0], call.left, call.right, number)
+            for number, call in enumerate(calls)
+            for block in call.blocks
+        ]
+        n, m, left, right, call = np.array(rows, dtype=np.int64).reshape(-1, 5).T
+        return cls(n, m, left, right, call, len(calls))
+
+    @property
+    def areas(self) -> Ints:
+        """Allowed pairs of each block."""
+        return _areas(self.n, self.m, self.left, self.right)
+
+
+def area(block: Block) -> int:
+    """Allowed pairs of a block."""
+    return int(BlockTable.of([Call((block,), block.left, block.right)]).areas[0])
+
+
+def _walk(n: Ints, m: Ints, left: Ints, right: Ints, tile: int, other: int) -> tuple[Ints, Ints]:
+    """For blocks of n rows over m: how many tiles of the other side their tiles visit, in all and at most."""
+    counts = np.where(m > 0, -(-n // tile), 0)
+    index = np.repeat(np.arange(len(n)), counts)
+    ends = np.cumsum(counts)
+    first = (np.arange(len(index)) - np.repeat(ends - counts, counts)) * tile
+    shift = (m - n)[index]
+    last = np.minimum(first + tile, n[index])
+    lower = np.where(left[index] < 0, 0, np.maximum(first + shift - left[index], 0))
+    upper = np.where(right[index] < 0, m[index], np.minimum(last + shift + right[index], m[index]))
+    visited = np.maximum(-(-upper // other) - lower // other, 0)
+    longest = np.zeros(len(n), dtype=np.int64)
+    np.maximum.at(longest, index, visited)
+    return np.bincount(index, visited, len(n)).astype(np.int64), longest
+
+
+def _areas(n: Ints, m: Ints, left: Ints, right: Ints) -> Ints:
+    """Sum over queries i of the keys between `max(0, i + m - n - left)` and `min(m, i + m - n + right + 1)`."""
+    start = m - n
+
+    def clipped(offset: Ints) -> Ints:
+        """Sum over i of `clip(i + offset, 0, m)`."""
+        low = np.clip(-offset, 0, n)  # queries before this one see 0
+        high = np.clip(m - offset, low, n)  # from this one on they see m
+        return (low + high - 1 + 2 * offset) * (high - low) // 2 + (n - high) * m
+
+    upper = np.where(right < 0, n * m, clipped(start + right + 1))
+    lower = np.where(left < 0, 0, clipped(start - left))
+    return np.maximum(upper - lower, 0)

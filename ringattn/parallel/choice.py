@@ -47,9 +47,8 @@ def choose(demand: Demand, setting: Setting, options: Sequence[Candidate], memor
     Raises ValueError if no option keeps the limit, with the least that is needed. Without a limit the option with the
     least memory is taken then.
     """
-    forward, backward = (
-        [Pricer(demand, setting, direction).price(option) for option in options] for direction in (False, True)
-    )
+    pricer = Pricer(demand, setting)
+    forward, backward = zip(*(pricer.price(option) for option in options), strict=True)
     if setting.keep_keys:
         picked, reason = _pick("both passes", list(zip(forward, backward, strict=True)), memory_limit)
         first, last = picked

@@ -120,14 +120,20 @@ class _Cast:
 
     rows: int = 0
     index: list[Range] = field(default_factory=list)  # global
-    copies: tuple[tuple[Range, Range], ...] = ()
+    copies: list[tuple[Range, Range]] = field(default_factory=list)
     blocks: list[Block] = field(default_factory=list)
-    sends: tuple[Message, ...] = ()
-    receives: tuple[Message, ...] = ()
+    arriving: dict[int, list[Range]] = field(default_factory=lambda: defaultdict(list))  # by peer
+    leaving: dict[int, list[Range]] = field(default_factory=lambda: defaultdict(list))
+
+    def room(self, rows: int) -> Range:
+        """So many new rows of the buffer."""
+        self.rows += rows
+        return self.rows - rows, self.rows
 
     def stage(self, shared_q: Range) -> Stage:
         calls = group_calls(self.blocks, shared_q)
-        return Stage(calls, self.rows, tuple(self.index), self.copies, self.sends, self.receives)
+        sends, receives = _messages(self.leaving), _messages(self.arriving)
+        return Stage(calls, self.rows, tuple(self.index), tuple(self.copies), sends, receives)
 
 
 @dataclass(frozen=True)
@@ -142,10 +148,10 @@ class _RingPlanner:
 
     def plan(self) -> AttentionPlan:
         local = self._local_blocks()
-        casts = [self._cast(distances) for distances in self.distances]
+        casts = self._casts()
         shared_q = shared_rows([block.q for blocks in [local, *(cast.blocks for cast in casts)] for block in blocks])
         returned = [rows for cast in casts for rows, _ in cast.copies]
-        returned += [rows for cast in casts for message in cast.sends for rows in message.ranges]
+        returned += [rows for cast in casts for ranges in cast.leaving.values() for rows in ranges]
         return AttentionPlan(
             schedule=self.schedule,
             ring=len(self.held.positions),
@@ -178,46 +184,51 @@ class _RingPlanner:
     def _wanted(self, position: int, document: int) -> list[Range]:
         return union(self.held.needs(piece, self.band) for piece in self._casting(position, document))
 
-    def _cast(self, distances: range) -> _Cast:
-        cast = _Cast()
-        copies: list[tuple[Range, Range]] = []
-        arriving: dict[int, list[Range]] = defaultdict(list)
+    def _casts(self) -> list[_Cast]:
+        """The later stages, all in one pass over what travels."""
+        casts = [_Cast() for _ in self.distances]
+        stage_of = {distance: cast for cast, span in zip(casts, self.distances, strict=True) for distance in span}
+        if self.schedule == "gather":
+            stage_of[0] = casts[0]  # the local rows among the keys are copied
         for document in self.held.cut_documents[self.position]:
-            runs = []
-            for piece, holder in self._runs(self.position, document):
-                target = cast.rows, cast.rows + piece.last - piece.first
-                if holder == self.position and self.schedule == "gather":
-                    copies.append(((piece.row, piece.stop_row), target))
-                elif (holder - self.position) % len(self.held.positions) in distances:
-                    arriving[holder].append(target)
-                else:
-                    continue
-                runs.append(piece._replace(row=cast.rows))
-                start = self.held.docs.starts[document]
-                cast.index.append((start + piece.first, start + piece.last))
-                cast.rows = target[1]
-            for query in self._casting(self.position, document):
-                cast.blocks += blocks_of(query, runs, self.band)
-        cast.blocks = join_full(cast.blocks)
-        cast.copies = tuple(copies)
-        cast.receives = _messages(arriving)
-        cast.sends = _messages(self._leaving(distances))
-        return cast
+            self._arrive(document, stage_of)
+            self._leave(document, stage_of)
+        for cast in casts:
+            cast.blocks = join_full(cast.blocks)
+        return casts
 
-    def _leaving(self, distances: range) -> dict[int, list[Range]]:
-        """Local rows that other positions want in the same stage, in the order of their buffers."""
-        leaving: dict[int, list[Range]] = defaultdict(list)
-        for document in self.held.cut_documents[self.position]:
-            own = self.held.own(self.position, document)
-            for reader in self.held.readers[document]:
-                if (self.position - reader) % len(self.held.positions) in distances:
-                    for want in self._wanted(reader, document):
-                        for piece in own:
-                            first, last = overlap(want, (piece.first, piece.last))
-                            if first < last:
-                                shift = piece.row - piece.first
-                                leaving[reader].append((first + shift, last + shift))
-        return leaving
+    def _arrive(self, document: int, stage_of: dict[int, _Cast]) -> None:
+        """The keys of a document that this position needs, and its blocks over them."""
+        runs: dict[int, tuple[_Cast, list[Piece]]] = {}
+        start = self.held.docs.starts[document]
+        for piece, holder in self._runs(self.position, document):
+            cast = stage_of.get((holder - self.position) % len(self.held.positions))
+            if cast is None:
+                continue
+            target = cast.room(piece.last - piece.first)
+            if holder == self.position:
+                cast.copies.append(((piece.row, piece.stop_row), target))
+            else:
+                cast.arriving[holder].append(target)
+            cast.index.append((start + piece.first, start + piece.last))
+            runs.setdefault(id(cast), (cast, []))[1].append(piece._replace(row=target[0]))
+        for query in self._casting(self.position, document):
+            for cast, pieces in runs.values():
+                cast.blocks += blocks_of(query, pieces, self.band)
+
+    def _leave(self, document: int, stage_of: dict[int, _Cast]) -> None:
+        """Local rows that other positions want, in the order of their buffers."""
+        own = self.held.own(self.position, document)
+        for reader in self.held.readers[document]:
+            if reader == self.position:
+                continue
+            leaving = stage_of[(self.position - reader) % len(self.held.positions)].leaving[reader]
+            for want in self._wanted(reader, document):
+                for piece in own:
+                    first, last = overlap(want, (piece.first, piece.last))
+                    if first < last:
+                        shift = piece.row - piece.first
+                        leaving.append((first + shift, last + shift))
 
     def _runs(self, reader: int, document: int) -> Iterator[tuple[Piece, int]]:
         """What `reader` wants of a document, in ascending order: the parts of the holders' pieces, and the holder."""
@@ -231,8 +242,9 @@ class _RingPlanner:
 def _messages(segments: dict[int, list[Range]]) -> tuple[Message, ...]:
     """One message per segment where they are few, so that both ends send and receive in place; else one per peer."""
     messages: list[Message] = []
-    for peer in sorted(segments):
-        parts = segments[peer]
+    for peer, parts in sorted(segments.items()):
+        if not parts:
+            continue
         if len(parts) <= DIRECT_SEGMENTS:
             messages += [Message(peer, (part,)) for part in parts]
         else:

@@ -107,83 +107,93 @@ class Price:
 
 @dataclass(frozen=True)
 class Pricer:
-    """Prices of candidates in one direction; what they share is computed once."""
+    """Prices of candidates; what they share is computed once."""
 
     demand: Demand
     setting: Setting
-    backward: bool
 
-    def price(self, candidate: Candidate) -> Price:
-        demand, setting = self.demand, self.setting
-        received, sent = self._rows(candidate.distances(demand.positions))
+    def price(self, candidate: Candidate) -> tuple[Price, Price]:
+        """Of the forward and of the backward pass."""
+        distances = candidate.distances(self.demand.positions)
+        received, sent = self._rows(distances)
         gather = candidate.schedule == "gather"
-        copied = self._copied if gather else np.zeros(demand.positions)
-        compute = list(self._gathered) if gather else self._staged(received.sum(1))
-        stages = [StageCost(compute[0])]
-        for number, seconds in enumerate(compute[1:]):
-            stages.append(self._stage(seconds, received[number], sent[number], copied))
-        wire, copies = exchange_seconds(
-            setting.machine, setting.exchange, 0, setting.shape, self.backward, setting.wide_reduce
+        copied = self._copied if gather else np.zeros(self.demand.positions)
+        buffers = received.sum(1) + copied
+        rows = StageRows(
+            buffers=list(buffers),
+            sent=list(sent.sum(1)),
+            shared_q=0 if gather else self.demand.cut_rows * bool(distances),
+            shared_k=self.demand.cut_rows if distances else 0,
         )
-        buffers = [rows.sum(0) + copied for rows in received]
-        shared_q = demand.cut_rows if candidate.schedule == "ring" else 0
-        rows = StageRows(buffers, [rows.sum(0) for rows in sent], shared_q, demand.cut_rows if buffers else 0)
-        zero = np.zeros(demand.positions)
+        pair_share = float(np.max(largest_pair(rows.buffers) / np.maximum(self.demand.rows, 1), initial=0.0))
+        setting, own = self.setting, self.setting.own
+        sizes = (
+            rows.forward_bytes(own, setting.keep_keys),
+            rows.backward_bytes(own, setting.keep_keys, setting.wide_reduce),
+        )
+        forward, backward = (
+            self._directed(candidate, direction, received, sent, copied, (size, pair_share))
+            for direction, size in enumerate(sizes)
+        )
+        return forward, backward
+
+    def _directed(
+        self, candidate: Candidate, direction: int, received: Ints, sent: Ints, copied: Floats, room: tuple[Any, float]
+    ) -> Price:
+        """One direction; `received` and `sent` are (stages, class of link, position) rows."""
+        setting, machine, own, backward = self.setting, self.setting.machine, self.setting.own, bool(direction)
+        local, later = self._gathered[direction] if candidate.schedule == "gather" else self._staged(received, backward)
+        cast = reduce = np.zeros(later.shape)
+        if not (backward and setting.keep_keys):
+            cast = self._wire(received, sent, own.key_row_bytes)
+            later = later + _linear(copied, 2 * machine.copy_seconds, 2 * own.key_row_bytes / machine.copy_bandwidth)
+        if backward:
+            reduce = self._wire(received, sent, own.key_row_bytes * (4 / own.itemsize if setting.wide_reduce else 1))
+            rows = received.sum(1) + sent.sum(1) + 2 * copied
+            per_row = own.key_row_bytes * (1 + 8 / own.itemsize) / machine.merge_bandwidth
+            later = later + _linear(rows, 4 * machine.copy_seconds, per_row)
+        stages = [StageCost(local), *(StageCost(*parts) for parts in zip(later, cast, reduce, strict=True))]
+        wire, copies = exchange_seconds(machine, setting.exchange, 0, setting.shape, backward, setting.wide_reduce)
         return Price(
             candidate,
-            compute=zero + sum(stage.compute for stage in stages) + copies,
-            wire=zero + sum(stage.cast + stage.reduce for stage in stages) + wire,
-            exposed=zero + (backward_timeline if self.backward else forward_timeline)(stages) + wire,
-            bytes=zero + self._bytes(rows),
-            pair_share=float(np.max(largest_pair(buffers) / np.maximum(demand.rows, 1), initial=0.0)),
+            compute=local + later.sum(0) + copies,
+            wire=cast.sum(0) + reduce.sum(0) + wire,
+            exposed=(backward_timeline if backward else forward_timeline)(stages) + wire + np.zeros(len(local)),
+            bytes=room[0],
+            pair_share=room[1],
         )
 
-    def _bytes(self, rows: StageRows) -> Any:
-        setting = self.setting
-        if self.backward:
-            return rows.backward_bytes(setting.own, setting.keep_keys, setting.wide_reduce)
-        return rows.forward_bytes(setting.own, setting.keep_keys)
-
-    def _stage(self, seconds: Floats, received: Ints, sent: Ints, copied: Floats) -> StageCost:
-        """One later stage: its kernels' seconds, rows received and sent by class of link, and local rows copied."""
-        machine, own = self.setting.machine, self.setting.own
-        row, cast, reduce = own.key_row_bytes, 0.0, 0.0
-        if not (self.backward and self.setting.keep_keys):
-            cast = self._wire(received, sent, row)
-            seconds = seconds + _linear(copied, 2 * machine.copy_seconds, 2 * row / machine.copy_bandwidth)
-        if self.backward:
-            reduce = self._wire(received, sent, row * (4 / own.itemsize if self.setting.wide_reduce else 1))
-            rows = received.sum(0) + sent.sum(0) + 2 * copied
-            per_row = row * (1 + 8 / own.itemsize) / machine.merge_bandwidth
-            seconds = seconds + _linear(rows, 4 * machine.copy_seconds, per_row)
-        return StageCost(seconds, cast, reduce)
-
-    def _wire(self, received: Ints, sent: Ints, row_bytes: float) -> Any:
-        """Both directions and both classes of link at the same time: (2, P) rows each."""
+    def _wire(self, received: Ints, sent: Ints, row_bytes: float) -> Floats:
+        """Seconds of each stage and position: both directions and both classes of link at the same time."""
         seconds = []
         for number, link_class in enumerate(CLASSES):
             link = self.setting.machine.links[link_class, self.setting.primitive]
-            rows = np.maximum(received[number], sent[number])
+            rows = np.maximum(received[:, number], sent[:, number])
             seconds.append(_linear(rows, link.latency, row_bytes / link.bandwidth))
         return np.maximum(*seconds)
 
     def _rows(self, distances: list[range]) -> tuple[Ints, Ints]:
-        """Key rows received and sent by stage, class of link and position: (stages, 2, P) each."""
-        positions = self.demand.positions
-        reader, holder, rows = self.demand.traffic
+        """Key rows received and sent by stage, class of link and position."""
+        positions, classes = self.demand.positions, len(CLASSES)
         stage_of = np.zeros(positions, dtype=np.int64)
         for number, span in enumerate(distances):
             stage_of[span.start : span.stop] = number
+        reader, holder, rows, distance, link_class = self._remote
+        room = (stage_of[distance] * classes + link_class) * positions
+        size = len(distances) * classes * positions
+        received, sent = (per(room + position, rows, size) for position in (reader, holder))
+        shape = len(distances), classes, positions
+        return received.reshape(shape), sent.reshape(shape)
+
+    @cached_property
+    def _remote(self) -> tuple[Ints, Ints, Ints, Ints, Ints]:
+        """What travels: reader, holder, rows, distance on the ring, number of the class of link."""
+        positions = self.demand.positions
         nodes = np.arange(positions) * self.setting.ulysses // self.setting.machine.gpus_per_node
-        remote = reader != holder
-        reader, holder, rows = reader[remote], holder[remote], rows[remote]
-        room = stage_of[(holder - reader) % positions] * 2 + (nodes[reader] != nodes[holder])
-        shape = len(distances), len(CLASSES), positions
-        received, sent = (
-            per(room * positions + position, rows, len(distances) * len(CLASSES) * positions).reshape(shape)
-            for position in (reader, holder)
-        )
-        return received, sent
+        reader, holder, rows = self.demand.traffic
+        some = reader != holder
+        reader, holder, rows = reader[some], holder[some], rows[some]
+        return reader, holder, rows, (holder - reader) % positions, (nodes[reader] != nodes[holder]).astype(np.int64)
 
     @cached_property
     def _copied(self) -> Floats:
@@ -191,54 +201,60 @@ class Pricer:
         reader, holder, rows = self.demand.traffic
         return per(reader, rows * (reader == holder), self.demand.positions).astype(np.float64)
 
-    def _kernels(self, table: BlockTable, ordinal: Ints, position: Ints) -> Floats:
+    def _kernels(self, table: BlockTable, ordinal: Ints, position: Ints, backward: bool) -> Floats:
         """Seconds of each position's calls; blocks of one position with another ordinal are in another call."""
         positions = self.demand.positions
         most = int(ordinal.max(initial=0)) + 1
         table = replace(table, call=ordinal * positions + position, calls=most * positions)
-        seconds = calls_seconds(self.setting.machine, table, self.setting.own, self.backward)
+        seconds = calls_seconds(self.setting.machine, table, self.setting.own, backward)
         return seconds.reshape(most, positions).sum(0)
 
     @cached_property
-    def _gathered(self) -> tuple[Floats, Floats]:
-        """Kernels of a gather: of the pieces that are local, and of the others over all their keys."""
+    def _gathered(self) -> list[tuple[Floats, Floats]]:
+        """Kernels of a gather in both directions: of the pieces that are local, of the others over all their keys."""
         demand, blocks = self.demand, self.demand.gathered_blocks
-        parts = []
-        for mask, ordinal in ((demand.local, np.zeros_like(demand.ordinal)), (~demand.local, demand.ordinal)):
-            parts.append(self._kernels(blocks.where(mask), ordinal[mask], demand.position[mask]))
-        return (parts[0], parts[1]) if demand.positions > 1 else (parts[0], parts[1][:0])
+        here, there = demand.local, ~demand.local
+        out = []
+        for backward in (False, True):
+            nobody_else = np.zeros_like(demand.ordinal[here])
+            local = self._kernels(blocks.where(here), nobody_else, demand.position[here], backward)
+            later = self._kernels(blocks.where(there), demand.ordinal[there], demand.position[there], backward)
+            out.append((local, later[None]))
+        return out
 
     @cached_property
-    def _own(self) -> tuple[Floats, Floats]:
-        """Kernels over the keys of the position itself; and what each piece has left, in pairs."""
+    def _own(self) -> tuple[list[Floats], Floats]:
+        """Kernels over the keys of the position itself in both directions; and the pairs that each piece has left."""
         blocks, query, key = self.demand.own_blocks
-        seconds = self._kernels(blocks, (query != key).astype(np.int64), self.demand.position[query])
+        ordinal, position = (query != key).astype(np.int64), self.demand.position[query]
+        seconds = [self._kernels(blocks, ordinal, position, backward) for backward in (False, True)]
         left = self.demand.gathered_blocks.areas - per(query, blocks.areas, len(self.demand.first))
         return seconds, np.maximum(left, 0).astype(np.float64)
 
-    def _staged(self, received: Ints) -> list[Floats]:
-        """Kernels and merges of a ring (or of one position): of the local stage, then of those after it."""
+    def _staged(self, received: Ints, backward: bool) -> tuple[Floats, Floats]:
+        """Kernels and merges of a ring (or of one position): of the local stage, and of each later one.
+
+        The later stages of a position are taken as alike but for the rows that arrive: each piece over an equal share
+        of the pairs that it has left.
+        """
         demand, own, machine = self.demand, self.setting.own, self.setting.machine
-        local, left = self._own
-        if not len(received):
-            return [local]
-        dim = own.head_dim if self.backward else own.value_dim
-        per_row = own.query_heads * dim * (8 + own.itemsize) / machine.merge_bandwidth
-        merge = _linear(demand.cut_rows, 2 * machine.copy_seconds, per_row)
-        stages = [local + merge]
-        total = np.maximum(received.sum(0), 1)
-        rows = demand.last - demand.first
-        for arriving in received:
-            share = (arriving / total)[demand.position]
-            keys = np.ceil(left * share / rows).astype(np.int64)
-            some = keys > 0
-            count = int(some.sum())
-            open_side = np.full(count, -1)
-            table = BlockTable(rows[some], keys[some], open_side, open_side, open_side, 1)
-            seconds = self._kernels(table, demand.ordinal[some], demand.position[some])
-            merged = per(demand.position[some], rows[some], demand.positions)
-            stages.append(seconds + _linear(merged, 2 * machine.copy_seconds, per_row))
-        return stages
+        seconds, left = self._own
+        local, stages = seconds[backward], len(received)
+        if not stages:
+            return local, np.zeros((0, demand.positions))
+        row_bytes = own.query_heads * (own.head_dim if backward else own.value_dim) * (8 + own.itemsize)
+        per_row = row_bytes / machine.merge_bandwidth
+        some = left > 0
+        rows = (demand.last - demand.first)[some]
+        keys = np.ceil(left[some] / stages / rows).astype(np.int64)
+        open_side = np.full(len(rows), -1)
+        table = BlockTable(rows, keys, open_side, open_side, open_side, 1)
+        mean = self._kernels(table, demand.ordinal[some], demand.position[some], backward)
+        merged = per(demand.position[some], rows, demand.positions)
+        mean = mean + _linear(merged, 2 * machine.copy_seconds, per_row)
+        arriving = received.sum(1)
+        later = mean * arriving * stages / np.maximum(arriving.sum(0), 1)
+        return local + _linear(demand.cut_rows, 2 * machine.copy_seconds, per_row), later
 
 
 def _linear(rows: Any, fixed: float, per_row: float) -> Any:

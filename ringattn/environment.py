@@ -55,8 +55,19 @@ LOG = Variable(
     "off",
     ("off", "info", "debug"),
 )
+MACHINE = Variable(
+    "RINGATTN_MACHINE",
+    "whose speed plans are made for: a shipped machine (`H200`, `H100`, `A100`, `CPU`) or the path of a calibration "
+    "file; by default the calibration of this machine (`ringattn bench --calibrate`), else the shipped one of its kind",
+)
+CHECK_PLANS = Variable(
+    "RINGATTN_CHECK_PLANS",
+    "`on`: compare every new plan once over the sequence ranks (collective), and raise if they differ",
+    "off",
+    ("off", "on"),
+)
 
-_ALL = (BACKEND, AUTOTUNE, CACHE_DIR, SHARED_MEMORY_KIB, FA3_LIBRARY, DETERMINISTIC, LOG)
+_ALL = (BACKEND, AUTOTUNE, CACHE_DIR, SHARED_MEMORY_KIB, FA3_LIBRARY, DETERMINISTIC, LOG, MACHINE, CHECK_PLANS)
 VARIABLES = {variable.name: variable for variable in _ALL}
 
 

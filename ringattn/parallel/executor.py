@@ -38,6 +38,11 @@ class Job:
     key_heads: int
     return_lse: bool = False
 
+    @property
+    def backward(self) -> "Job":
+        """The same with the plan that the backward pass walks."""
+        return self if self.plan.backward is None else replace(self, plan=self.plan.backward)
+
 
 def run(job: Job, q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None) -> tuple[Tensor, Tensor]:
     """Attention of the local tokens: q (t, H, D), k (t, K, D), v (t, K, V) -> out (t, H, V), lse (H, t).
@@ -121,7 +126,7 @@ def backward_pass(
         dsinks = _all_sinks(sinks_grad(dout, saved.out, saved.lse, _own_sinks(sinks, job.plan)), job)
     buffer, rows = joined(saved[:3]) if exchange is not None else (None, [torch.empty_like(x) for x in saved[:3]])
     with _without_autocast(dout):
-        dq, dk, dv = _backward(job, dout, saved, kept, rows)
+        dq, dk, dv = _backward(job.backward, dout, saved, kept, rows)
     if exchange is None or job.ulysses is None or buffer is None:
         return dq.finish(), dk.finish(), dv.finish(), dsinks
     head_dim, value_dim = saved.k.shape[2], saved.v.shape[2]

@@ -43,7 +43,6 @@ class FlashAttention3:
         softcap=True,
         unequal_head_dims=True,
         deterministic=True,
-        partials=True,
     )
 
     def missing(self) -> str | None:
@@ -53,13 +52,6 @@ class FlashAttention3:
         forward, _ = _kernels()
         arguments = _arguments(call, options, q.device)
         return forward(q, k, v, **_named(forward, {"out": out, "num_splits": 1, **arguments}))[1]
-
-    def partials(self, q: Tensor, k: Tensor, v: Tensor, call: Call, options: Options) -> list[tuple[Tensor, Tensor]]:
-        """The keys in two splits, whose results the kernel keeps in float32 until it combines them."""
-        forward, _ = _kernels()
-        results = forward(q, k, v, **_named(forward, {"num_splits": 2, **_arguments(call, options, q.device)}))
-        wide = {x.dim(): x for x in results if x.dtype == torch.float32}
-        return list(zip(wide[4].transpose(1, 2), wide[3], strict=True))  # (2, H, T, V) and (2, H, T)
 
     def backward(
         self,

@@ -7,14 +7,14 @@ the exchange: this rank's), D head dim, V value head dim. `q_tHD`, `lse_Hn`.
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from ringattn.kernels.merge import apply_sinks_, merge_, sinks_grad
-from ringattn.kernels.spec import Backend, Call, Dropout, Grads, Options, PartialBackend, Range, accumulation_dtype
+from ringattn.kernels.spec import Backend, Call, Dropout, Grads, Options, Range, accumulation_dtype
 from ringattn.parallel.plan import AttentionPlan, Stage
 from ringattn.parallel.rows import Accumulator, KeyCast, KeyReduce
 from ringattn.parallel.transport import Transport
@@ -30,7 +30,6 @@ class Job:
     dropout: tuple[float, int] | None  # probability and seed
     backend: Backend
     adds: bool  # the backend adds gradients to sums by itself
-    partials: bool  # the backend gives partial results in float32
     ring: Transport | None
     ulysses: Transport | None
     device: torch.device
@@ -198,11 +197,6 @@ def _run_calls(job: Job, stage: Stage, q: Tensor, k: Tensor, v: Tensor, acc: Acc
         return
     for call in stage.calls:
         rows, keys = slice(*call.q), slice(*call.k)
-        if job.partials and acc.inside(call.q) == call.q:
-            backend = cast(PartialBackend, job.backend)
-            for part, part_lse in backend.partials(q[rows], k[keys], v[keys], call, _options(job, stage, call)):
-                merge_(acc.wide_rows(*call.q), lse[:, rows], part, part_lse)
-            continue
         part_lse = job.backend.forward(q[rows], k[keys], v[keys], call, _options(job, stage, call), acc.rows[rows])
         a, b = acc.inside(call.q)
         if a < b:

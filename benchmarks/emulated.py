@@ -10,7 +10,9 @@ from torch import Tensor
 
 from ringattn import Documents, Layout, Mask, MeshShape
 from ringattn.kernels.registry import choose
+from ringattn.kernels.selftest import adds
 from ringattn.kernels.spec import CallSpec, Options
+from ringattn.parallel.cost import Machine
 from ringattn.parallel.executor import Job, backward_pass, forward_pass
 from ringattn.parallel.planner import plan_attention
 from ringattn.parallel.transport import Pending
@@ -48,7 +50,14 @@ class ThreadTransport:
 
 
 def attention(
-    x: dict[str, Tensor], docs: Documents, mask: Mask, ring: int, scheme: str, stages: int | None, backend: str
+    x: dict[str, Tensor],
+    docs: Documents,
+    mask: Mask,
+    ring: int,
+    scheme: str,
+    stages: int | None,
+    backend: str,
+    machine: Machine | None = None,
 ) -> dict[str, Tensor]:
     """out, dq, dk, dv of the whole stream, computed as `ring` ranks would: x holds q, k, v and dout of the stream."""
     layouts = [Layout(docs, MeshShape(1, ring, 1, rank)) for rank in range(ring)]
@@ -61,10 +70,12 @@ def attention(
 
     def rank_of(rank: int) -> None:
         layout = layouts[rank]
-        plan = plan_attention(layout, mask, heads, key_heads, scheme if ring > 1 else "auto", stages)
+        plan = plan_attention(layout, mask, heads, key_heads, scheme if ring > 1 else "auto", stages, machine=machine)
         transport = ThreadTransport(mail, rank)
         q, k, v, dout = (layout.shard(x[name]) for name in ("q", "k", "v", "dout"))
-        job = Job(plan, Options(dim**-0.5), None, chosen, transport, None, q.device, heads, key_heads)
+        job = Job(
+            plan, Options(dim**-0.5), None, chosen, adds(chosen, spec), transport, None, q.device, heads, key_heads
+        )
         out, _, saved, _ = forward_pass(job, q, k, v, None, keep=False)
         grads = backward_pass(job, dout, saved, None, [])[:3]
         rows = layout.indices().to(q.device)

@@ -10,14 +10,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ringattn.environment import AUTOTUNE, warn_of_unknown
+from ringattn.environment import AUTOTUNE, DETERMINISTIC, warn_of_unknown
 from ringattn.kernels.registry import choose
+from ringattn.kernels.selftest import adds
 from ringattn.kernels.spec import Backend, CallSpec, Options
 from ringattn.mask import Mask
 from ringattn.names import accept_aliases
 from ringattn.parallel.executor import Job, run
 from ringattn.parallel.layout import Layout
 from ringattn.parallel.mesh import SequenceMesh
+from ringattn.parallel.plan_check import check_plan
 from ringattn.parallel.planner import plan_attention
 from ringattn.parallel.transport import GroupTransport, Transport
 
@@ -41,6 +43,7 @@ def parallel_attention(
     stages: int | None = None,
     keep_keys: bool = False,
     wide_reduce: bool = True,
+    memory_limit: int | None = None,
     return_lse: bool = False,
 ) -> Any:
     """What one device would compute on the whole packed stream, for this rank's tokens. Collective, differentiable.
@@ -61,11 +64,16 @@ def parallel_attention(
         dropout_seed: needed with dropout, the same on every rank and another one for every layer and step.
         sinks: (H,) one logit per query head, added to every softmax's denominator.
         deterministic: ask the kernel for bitwise equal gradients from run to run; transfers are always in fixed order.
+            RINGATTN_DETERMINISTIC=on asks for it everywhere.
         backend: "auto" or a name of `ringattn.kernels.registry.backends()`.
-        scheme: "auto", "gather", "ring", "ulysses" or "hybrid"; the degrees are those of the layout's mesh.
+        scheme: "auto", "gather", "ring", "ulysses" or "hybrid"; the degrees are those of the layout's mesh. "auto"
+            takes what is predicted to be fastest on the mesh's machine, forward and backward apart, and says why in the
+            plan's `reason`.
         stages: stages of the ring scheme, the local one included; default: up to 4.
         keep_keys: keep cast keys for the backward pass (more memory, one transfer less).
         wide_reduce: return key gradients to their owners in float32; False: in the dtype of the keys, half the bytes.
+        memory_limit: bytes that the buffers of one attention may take on a rank, beside its inputs and results;
+            default: keys of up to 8 times a rank's own are held at once.
         return_lse: also return the log-sum-exp (H, t), float32, sinks included; of padding it is -inf, or the sink. It
             has no gradient.
 
@@ -85,6 +93,7 @@ def parallel_attention(
         stages=stages,
         keep_keys=keep_keys,
         wide_reduce=wide_reduce,
+        memory_limit=memory_limit,
         return_lse=return_lse,
     )
     if torch.compiler.is_compiling():
@@ -101,18 +110,19 @@ def parallel_attention(
 class Settings:
     """The keywords of `parallel_attention`, but for the tensors."""
 
-    mask: Mask
-    softmax_scale: float | None
-    softcap: float | None
-    dropout_p: float
-    dropout_seed: int | None
-    deterministic: bool
-    backend: str
-    scheme: str
-    stages: int | None
-    keep_keys: bool
-    wide_reduce: bool
-    return_lse: bool
+    mask: Mask = Mask()
+    softmax_scale: float | None = None
+    softcap: float | None = 0.0
+    dropout_p: float = 0.0
+    dropout_seed: int | None = None
+    deterministic: bool = False
+    backend: str = "auto"
+    scheme: str = "auto"
+    stages: int | None = None
+    keep_keys: bool = False
+    wide_reduce: bool = True
+    memory_limit: int | None = None
+    return_lse: bool = False
 
 
 def prepare(q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None, layout: Layout, settings: Settings) -> Job:
@@ -129,7 +139,12 @@ def prepare(q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None, layout: Layou
         settings.stages,
         settings.keep_keys,
         settings.wide_reduce,
+        head_dim=spec.head_dim,
+        value_dim=spec.value_dim,
+        itemsize=spec.dtype.itemsize,
+        memory_limit=settings.memory_limit,
     )
+    check_plan(plan, layout)
     scale = spec.head_dim**-0.5 if settings.softmax_scale is None else float(settings.softmax_scale)
     ring, ulysses = _transports(layout)
     return Job(
@@ -137,6 +152,7 @@ def prepare(q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None, layout: Layou
         options=Options(scale, spec.softcap, spec.deterministic),
         dropout=(spec.dropout_p, settings.dropout_seed or 0) if spec.dropout_p else None,
         backend=chosen,
+        adds=(plan.backward or plan).adds_grads and adds(chosen, spec),
         ring=ring,
         ulysses=ulysses,
         device=q.device,
@@ -167,6 +183,7 @@ class ParallelAttention(nn.Module):
         stages: int | None = None,
         keep_keys: bool = False,
         wide_reduce: bool = True,
+        memory_limit: int | None = None,
     ) -> None:
         super().__init__()
         self.mesh = mesh
@@ -186,6 +203,7 @@ class ParallelAttention(nn.Module):
             "stages": stages,
             "keep_keys": keep_keys,
             "wide_reduce": wide_reduce,
+            "memory_limit": memory_limit,
         }
 
     def forward(
@@ -295,7 +313,7 @@ def _check(q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None, layout: Layout
         window=mask.window != (-1, -1),
         softcap=softcap or 0.0,
         dropout_p=dropout_p,
-        deterministic=settings.deterministic,
+        deterministic=settings.deterministic or DETERMINISTIC.read() == "on",
     )
 
 

@@ -2,7 +2,9 @@
 
 No distribution names it: the operators come from a source build (module `flash_attn_interface`), from the xformers
 wheel, or from a shared library that RINGATTN_FA3_LIBRARY names. PyPI's `flash-attn-3` is a placeholder without them.
-Some builds leave features out (xformers' has no softcap): the self-test finds that.
+Some builds leave features out (xformers' has no softcap): the self-test finds that. `num_splits=2` keeps float32
+partial results, which merging could use, but in variable-length calls it is only a bound: most blocks are not split,
+and their partial results are not written (seen on an H200).
 """
 
 import ctypes
@@ -65,7 +67,8 @@ class FlashAttention3:
     ) -> None:
         _, backward = _kernels()
         arguments = _arguments(call, options, q.device)
-        wanted = {**grads._asdict(), "deterministic": options.deterministic, **arguments}
+        gradients = {"dq": grads.dq, "dk": grads.dk, "dv": grads.dv}
+        wanted = {**gradients, "deterministic": options.deterministic, **arguments}
         backward(dout.contiguous(), q, k, v, out, keyless_weightless(lse), **_named(backward, wanted))
 
 

@@ -18,7 +18,7 @@ from ringattn.kernels.spec import Backend, Call, Dropout, Grads, Options, Range,
 from ringattn.parallel.plan import AttentionPlan, Stage
 from ringattn.parallel.rows import Accumulator, KeyCast, KeyReduce
 from ringattn.parallel.transport import Transport
-from ringattn.parallel.ulysses import key_grads_to_tokens, keys_to_heads, queries_to_heads, queries_to_tokens
+from ringattn.parallel.ulysses import all_keys, all_queries, joined, to_heads, to_tokens
 
 
 @dataclass(frozen=True)
@@ -29,12 +29,18 @@ class Job:
     options: Options
     dropout: tuple[float, int] | None  # probability and seed
     backend: Backend
+    adds: bool  # the backend adds gradients to sums by itself
     ring: Transport | None
     ulysses: Transport | None
     device: torch.device
     query_heads: int
     key_heads: int
     return_lse: bool = False
+
+    @property
+    def backward(self) -> "Job":
+        """The same with the plan that the backward pass walks."""
+        return self if self.plan.backward is None else replace(self, plan=self.plan.backward)
 
 
 def run(job: Job, q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -91,17 +97,18 @@ def forward_pass(
     q, k, v = q.contiguous(), k.contiguous(), v.contiguous()
     exchange = job.plan.exchange
     if exchange is not None and job.ulysses is not None:
-        k, v = (keys_to_heads(x, exchange, job.ulysses) for x in (k, v))
-        q = queries_to_heads(q, exchange, job.ulysses)
+        q, k, v = to_heads([q], [k, v], exchange, job.ulysses)
     with _without_autocast(q):
         out, lse, kept = _forward(job, q, k, v, keep)
     if sinks is not None:
         apply_sinks_(out, lse, _own_sinks(sinks, job.plan))
     local_out, local_lse = out, lse
     if exchange is not None and job.ulysses is not None:
-        local_out = queries_to_tokens(out, exchange, job.ulysses)
+        (parts,) = to_tokens(out.flatten(1), [("query", out.shape[2])], exchange, job.ulysses)
+        local_out = all_queries(parts)
         if job.return_lse:
-            local_lse = queries_to_tokens(lse.T.unsqueeze(-1), exchange, job.ulysses).squeeze(-1).T
+            (parts,) = to_tokens(lse.T, [("query", 1)], exchange, job.ulysses)
+            local_lse = all_queries(parts).squeeze(-1).T
     return local_out, local_lse, Saved(q, k, v, out, lse), kept
 
 
@@ -112,19 +119,27 @@ def backward_pass(
     dout = dout.contiguous()
     exchange = job.plan.exchange
     if exchange is not None and job.ulysses is not None:
-        dout = queries_to_heads(dout, exchange, job.ulysses)
+        (dout,) = to_heads([dout], [], exchange, job.ulysses)
     dsinks = None
     if sinks is not None:
         dsinks = _all_sinks(sinks_grad(dout, saved.out, saved.lse, _own_sinks(sinks, job.plan)), job)
+    buffer, rows = joined(saved[:3]) if exchange is not None else (None, [torch.empty_like(x) for x in saved[:3]])
     with _without_autocast(dout):
-        dq, dk, dv = _backward(job, dout, saved, kept)
-    if exchange is None or job.ulysses is None:
+        dq, dk, dv = _backward(job.backward, dout, saved, kept, rows)
+    if exchange is None or job.ulysses is None or buffer is None:
         return dq.finish(), dk.finish(), dv.finish(), dsinks
-    wide = exchange.copied_keys and job.plan.wide_reduce
-    dkeys, dvalues = (
-        key_grads_to_tokens(x.sums(wide), exchange, job.ulysses, job.key_heads).to(dout.dtype) for x in (dk, dv)
-    )
-    return queries_to_tokens(dq.finish(), exchange, job.ulysses), dkeys, dvalues, dsinks
+    head_dim, value_dim = saved.k.shape[2], saved.v.shape[2]
+    keys = [("key", head_dim), ("key", value_dim)]
+    if job.plan.sums_copies:
+        (queries,) = to_tokens(dq.finish().flatten(1), [("query", head_dim)], exchange, job.ulysses)
+        wide = torch.cat([dk.sums(True).flatten(1), dv.sums(True).flatten(1)], 1)
+        both = to_tokens(wide, keys, exchange, job.ulysses)
+    else:
+        for grad in (dq, dk, dv):
+            grad.finish()
+        queries, *both = to_tokens(buffer, [("query", head_dim), *keys], exchange, job.ulysses)
+    dkeys, dvalues = (all_keys(parts, exchange, job.key_heads).to(dout.dtype) for parts in both)
+    return all_queries(queries), dkeys, dvalues, dsinks
 
 
 def _own_sinks(sinks: Tensor, plan: AttentionPlan) -> Tensor:
@@ -162,6 +177,11 @@ def _forward(job: Job, q: Tensor, k: Tensor, v: Tensor, keep: bool) -> tuple[Ten
     """Out (n, H, V), lse (H, n), and the cast keys and values if they are to be kept."""
     plan = job.plan
     acc = Accumulator(q.new_empty(q.shape[0], q.shape[1], v.shape[2]), plan.shared_q, plan.uncovered)
+    if plan.only_call is not None and len(plan.stages) == 1 and q.shape[1]:
+        call = plan.only_call
+        read = slice(*call.k)
+        options = _options(job, plan.stages[0], call)
+        return acc.rows, job.backend.forward(q, k[read], v[read], call, options, acc.rows), []
     lse = q.new_full((q.shape[1], q.shape[0]), float("-inf"), dtype=accumulation_dtype(q.dtype))
     kept: list[Tensor] = []
     for stage, keys, values in _cast_stages(job, k, v):
@@ -185,12 +205,16 @@ def _run_calls(job: Job, stage: Stage, q: Tensor, k: Tensor, v: Tensor, acc: Acc
             lse[:, slice(*span)] = part_lse[:, _shifted(span, call.q[0])]
 
 
-def _backward(job: Job, dout: Tensor, saved: Saved, kept: list[Tensor]) -> tuple[Accumulator, Accumulator, Accumulator]:
-    """Gradients of q, k, v of this rank's rows. The local stage comes last, so that it hides the last reduce."""
+def _backward(
+    job: Job, dout: Tensor, saved: Saved, kept: list[Tensor], rows: list[Tensor]
+) -> tuple[Accumulator, Accumulator, Accumulator]:
+    """Gradients of q, k, v of this rank's rows, into `rows`. The local stage comes last and hides the last reduce."""
     plan, (q, k, v, out, lse) = job.plan, saved
     forward = dout, q, out, lse
-    dq = Accumulator(torch.empty_like(q), plan.shared_q, plan.uncovered)
-    dk, dv = (Accumulator(torch.empty_like(x), plan.shared_k, plan.unread) for x in (k, v))
+    # Gradients of a head's copies are added after the exchange: they must not be rounded before.
+    shared_k = (0, plan.rows) if job.adds and plan.sums_copies else plan.shared_k
+    dq = Accumulator(rows[0], plan.shared_q, plan.uncovered)
+    dk, dv = (Accumulator(x, shared_k, plan.unread) for x in rows[1:])
     stages: Iterator[tuple[Stage, Tensor, Tensor]]
     if kept:
         pairs = zip(kept[::2], kept[1::2], strict=True)
@@ -200,7 +224,9 @@ def _backward(job: Job, dout: Tensor, saved: Saved, kept: list[Tensor]) -> tuple
         next(stages)
     reduce: KeyReduce | None = None
     for stage, keys, values in stages:
-        shared = (0, stage.rows) if stage.overlapping_keys else (0, 0)
+        # What travels in float32 is not rounded before.
+        summed = stage.overlapping_keys or (job.adds and plan.wide_reduce)
+        shared = (0, stage.rows) if summed else (0, 0)
         dkeys, dvalues = (Accumulator(torch.empty_like(x), shared, stage.unread) for x in (keys, values))
         _run_backward_calls(job, stage, forward, keys, values, dq, dkeys, dvalues)
         if reduce is not None:
@@ -223,14 +249,20 @@ def _run_backward_calls(
     dk: Accumulator,
     dv: Accumulator,
 ) -> None:
-    """Run a stage's calls backward. Kernels write gradient rows in place; rows that are shared are then added up."""
+    """Run a stage's calls backward. Kernels write gradient rows in place, and add those that are shared: the kernel
+    itself if it can, else here, from rounded parts."""
     dout, q, out, lse = forward
     if not q.shape[1]:  # this rank has no head
         return
     for call in stage.calls:
         rows, keys = slice(*call.q), slice(*call.k)
-        target = Grads(dq.rows[rows], _key_rows(dk, call), _key_rows(dv, call))
         tensors = dout[rows], q[rows], k[keys], v[keys], out[rows], lse[:, rows]
+        if job.adds:
+            sums = dq.sum(call.q), dk.sum(call.k), dv.sum(call.k)
+            target = Grads(dq.rows[rows], dk.rows[keys], dv.rows[keys], sums)
+            job.backend.backward(*tensors, call, _options(job, stage, call), target)
+            continue
+        target = Grads(dq.rows[rows], _key_rows(dk, call), _key_rows(dv, call))
         job.backend.backward(*tensors, call, _options(job, stage, call), target)
         dq.collect(call.q)
         for grad, written in ((dk, target.dk), (dv, target.dv)):

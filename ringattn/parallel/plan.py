@@ -4,11 +4,82 @@ Rows are local: of this rank's query and key tensors after the exchange (if ther
 """
 
 import itertools
-from dataclasses import dataclass
-from functools import cached_property
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property, reduce
+from typing import Any
+
+import numpy as np
 
 from ringattn.kernels.spec import Call, Range
 from ringattn.parallel.ranges import gaps, length
+
+
+@dataclass(frozen=True)
+class Shape:
+    """Heads and dims of an attention as the model has them, before any exchange; `itemsize` is bytes per element."""
+
+    query_heads: int
+    key_heads: int
+    head_dim: int
+    value_dim: int
+    itemsize: int = 2
+
+    def share(self, exchange: "Exchange | None") -> "Shape":
+        """What one rank computes: after the exchange its own heads."""
+        if exchange is None:
+            return self
+        heads = exchange.heads[exchange.rank]
+        return replace(self, query_heads=heads.queries, key_heads=len(heads.keys))
+
+    @property
+    def key_row_bytes(self) -> int:
+        """Bytes of one token's key and value."""
+        return self.key_heads * (self.head_dim + self.value_dim) * self.itemsize
+
+    @property
+    def wide(self) -> int:
+        """Bytes per element of sums."""
+        return max(4, self.itemsize)
+
+    @property
+    def wide_key_row_bytes(self) -> int:
+        """Bytes of the sums of one token's key and value gradients."""
+        return self.key_row_bytes * self.wide // self.itemsize
+
+
+@dataclass(frozen=True)
+class StageRows:
+    """Rows that decide the memory of a schedule; numbers of one rank, or arrays of many.
+
+    Arguments:
+        buffers, sent: key rows of the buffer of each later stage, and that it sends.
+        shared_q, shared_k: rows accumulated in float32.
+    """
+
+    buffers: Sequence[Any]
+    sent: Sequence[Any]
+    shared_q: Any
+    shared_k: Any
+
+    def forward_bytes(self, own: Shape, keep_keys: bool) -> Any:
+        """Two key buffers at a time, or all if they are kept, and the accumulated output."""
+        rows = sum(self.buffers) if keep_keys else largest_pair(self.buffers)
+        return rows * own.key_row_bytes + self.shared_q * own.query_heads * own.value_dim * own.wide
+
+    def backward_bytes(self, own: Shape, keep_keys: bool, wide_reduce: bool) -> Any:
+        """The keys again, and of two stages the gradients as kernels write them and as they travel, both ways."""
+        travels = own.wide_key_row_bytes if wide_reduce else own.key_row_bytes
+        rows = sum(self.buffers) if keep_keys else largest_pair(self.buffers)
+        keys = rows * own.key_row_bytes + largest_pair(self.buffers) * (own.key_row_bytes + travels)
+        sums = self.shared_q * own.query_heads * own.head_dim * own.wide + self.shared_k * own.wide_key_row_bytes
+        return keys + largest_pair(self.sent) * travels + sums
+
+
+def largest_pair(rows: Sequence[Any]) -> Any:
+    """The most rows of two stages that follow one another."""
+    pairs = [a + b for a, b in itertools.pairwise([*rows, 0])]
+    return reduce(np.maximum, pairs) if pairs else 0
 
 
 @dataclass(frozen=True)
@@ -104,6 +175,7 @@ class AttentionPlan:
         exchange: the heads' all-to-all around the stages, if the ulysses degree is above 1.
         keep_keys: keep the cast keys for the backward pass instead of casting them again.
         wide_reduce: return the gradients of cast keys in float32; else in the dtype of the keys, half the bytes.
+        backward: another plan of the same rows that the backward pass follows, if that is faster than this one.
         reason: why this schedule.
     """
 
@@ -118,6 +190,7 @@ class AttentionPlan:
     exchange: Exchange | None = None
     keep_keys: bool = False
     wide_reduce: bool = True
+    backward: "AttentionPlan | None" = None
     reason: str = ""
 
     @cached_property
@@ -130,6 +203,22 @@ class AttentionPlan:
         """Local key rows that no local call reads."""
         return gaps([block.k for call in self.stages[0].calls for block in call.blocks], self.rows)
 
+    @cached_property
+    def only_call(self) -> Call | None:
+        """The call that computes all rows, if there is one and no other."""
+        calls = [call for stage in self.stages for call in stage.calls]
+        return calls[0] if len(calls) == 1 and calls[0].q == (0, self.rows) else None
+
+    @property
+    def adds_grads(self) -> bool:
+        """Whether gradients have several parts somewhere, to be added up."""
+        return self.shared_q != (0, 0) or self.shared_k != (0, 0) or len(self.stages) > 1 or self.sums_copies
+
+    @property
+    def sums_copies(self) -> bool:
+        """Whether gradients of a key head's copies are added, in float32, after they were exchanged."""
+        return self.exchange is not None and self.exchange.copied_keys and self.wide_reduce
+
     @property
     def received_rows(self) -> int:
         return sum(message.rows for stage in self.stages for message in stage.receives)
@@ -137,6 +226,27 @@ class AttentionPlan:
     @property
     def sent_rows(self) -> int:
         return sum(message.rows for stage in self.stages for message in stage.sends)
+
+    def buffer_bytes(self, shape: Shape) -> int:
+        """The most memory that either pass needs at one time beside q, k, v, out and their gradients, in bytes.
+
+        Arguments:
+            shape: the model's, before any exchange.
+        """
+        last = self.backward or self
+        return max(self._stage_rows.forward_bytes(shape.share(self.exchange), self.keep_keys), last._backward(shape))
+
+    def _backward(self, shape: Shape) -> int:
+        return self._stage_rows.backward_bytes(shape.share(self.exchange), self.keep_keys, self.wide_reduce)
+
+    @property
+    def _stage_rows(self) -> "StageRows":
+        return StageRows(
+            buffers=[stage.rows for stage in self.stages[1:]],
+            sent=[sum(message.rows for message in stage.sends) for stage in self.stages[1:]],
+            shared_q=self.shared_q[1] - self.shared_q[0],
+            shared_k=self.shared_k[1] - self.shared_k[0],
+        )
 
     def __str__(self) -> str:
         lines = [
@@ -153,6 +263,8 @@ class AttentionPlan:
             )
         for number, stage in enumerate(self.stages):
             lines += _describe(number, stage)
+        if self.backward is not None:
+            lines += ["  backward:", *(f"  {line}" for line in str(self.backward).splitlines())]
         return "\n".join(lines)
 
 

@@ -120,22 +120,22 @@ def test_resume_in_the_middle_at_another_sequence_size(pool: Pools, alone: tuple
     same(pool(2).run(trained, folder, 1, 2, 1, True, 2)[0], expected)
 
 
-def refused(what: str) -> None:
+def refused(what: str, folder: str) -> None:
     from transformers import TrainingArguments
 
     from ringattn.hf.trainer import SequenceTrainer
 
     keywords: dict[str, Any] = {"compute_metrics": lambda _: {}} if what == "compute_metrics" else {}
     smoothing = 0.1 if what == "label_smoothing_factor" else 0.0
-    arguments = TrainingArguments(use_cpu=True, report_to=[], label_smoothing_factor=smoothing)
+    arguments = TrainingArguments(folder, use_cpu=True, report_to=[], label_smoothing_factor=smoothing)
     model = tiny_model(tiny_config(read_config("llama")))
     SequenceTrainer(model, arguments, mesh=mesh_of(1, 1), train_dataset=Rows(0, 2), **keywords)
 
 
 @pytest.mark.parametrize("what", ["compute_metrics", "label_smoothing_factor"])
-def test_what_needs_all_logits_is_refused(pool: Pools, what: str) -> None:
+def test_what_needs_all_logits_is_refused(pool: Pools, what: str, tmp_path: Path) -> None:
     with pytest.raises(NotImplementedError, match=what):
-        pool(1).run(refused, what)
+        pool(1).run(refused, what, str(tmp_path))
 
 
 def different_batches(kind: str) -> None:

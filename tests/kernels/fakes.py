@@ -105,8 +105,8 @@ def fa3(record: Record, out_name: str = "out", causal_name: str = "is_causal", s
         *tensors, lse = (named[x] for x in ("dout", "q", "k", "v", "out", "softmax_lse"))
         asked = call(named, len(named["k"]))
         grads = gradients(tensors, lse, asked, named["softmax_scale"], named.get("softcap", 0.0))
-        for name, grad in grads._asdict().items():
-            named[name].copy_(grad)
+        for name in ("dq", "dk", "dv"):
+            named[name].copy_(getattr(grads, name))
         return lse
 
     library.impl("fwd", forward, "CPU")

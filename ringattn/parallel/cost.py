@@ -1,0 +1,343 @@
+"""What a plan costs on a machine: seconds of kernels, copies and wire, and what of the wire no kernel hides. Pure.
+
+The executor's order is played through for one rank: a cast travels while the stage before it is computed, and so does
+the reduce of a stage in the backward pass; the exchange of heads stands before and after. Ranks are priced one by one,
+as if nobody waited for another; the slowest decides.
+"""
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+
+from ringattn.kernels.spec import Call
+from ringattn.parallel.plan import AttentionPlan, Exchange, Message, Shape, Stage
+from ringattn.parallel.rates import BlockTable, KernelRate
+
+CLASSES = ("node", "network")
+PRIMITIVES = ("p2p", "all_to_all", "copy")
+
+
+@dataclass(frozen=True)
+class Link:
+    """One primitive over one class of link.
+
+    Arguments:
+        latency: seconds before the first byte.
+        bandwidth: bytes per second, one direction, per device.
+        disturbance: seconds that kernels lose per byte that travels beside them.
+    """
+
+    latency: float
+    bandwidth: float
+    disturbance: float = 0.0
+
+
+@dataclass(frozen=True)
+class Machine:
+    """What calibration measures. JSON round trip: `Machine.from_json(machine.to_json())` is equal.
+
+    Arguments:
+        gpus_per_node: devices joined by "node" links; all others are reached over the "network", rail-aligned: every
+            device has its own port, and devices of the same place in their nodes share a switch.
+        links: (class, primitive) -> Link; classes "node" and "network", primitives "p2p", "all_to_all" and "copy" (a
+            copy engine reads a peer's memory).
+        rates: kernels by head dim and direction.
+        copy_bandwidth: bytes read and written per second by copies on the device.
+        merge_bandwidth: bytes read and written per second when partial results are merged or added.
+        copy_seconds: fixed cost of a small operation between kernels: a copy, a merge.
+        provenance: where the numbers come from: "origin" ("shipped" or "measured"), "hardware", "versions", "date" and
+            what else there is to know.
+    """
+
+    name: str
+    gpus_per_node: int
+    links: Mapping[tuple[str, str], Link]
+    rates: tuple[KernelRate, ...]
+    copy_bandwidth: float
+    merge_bandwidth: float
+    copy_seconds: float
+    provenance: Mapping[str, Any] = field(default_factory=dict)
+
+    @cached_property
+    def digest(self) -> str:
+        """Machines with the same digest lead to the same plans."""
+        return hashlib.sha256(self.to_json().encode()).hexdigest()[:16]
+
+    def rate(self, head_dim: int, backward: bool) -> KernelRate:
+        """The kernel of the nearest head dim that is known."""
+        known = [rate for rate in self.rates if rate.backward == backward]
+        return min(known, key=lambda rate: (abs(rate.head_dim - head_dim), rate.head_dim))
+
+    def link_class(self, a: int, b: int) -> str:
+        """The class of link between two sequence ranks, if their group starts at the first device of a node."""
+        return "node" if a // self.gpus_per_node == b // self.gpus_per_node else "network"
+
+    def __str__(self) -> str:
+        return f"{self.name} ({self.provenance.get('origin', 'of unknown origin')})"
+
+    def to_json(self) -> str:
+        fields = {
+            **{name: getattr(self, name) for name in ("name", "gpus_per_node", "copy_bandwidth", "merge_bandwidth")},
+            "copy_seconds": self.copy_seconds,
+            "links": {"/".join(key): asdict(link) for key, link in sorted(self.links.items())},
+            "rates": [rate.as_json() for rate in self.rates],
+            "provenance": dict(self.provenance),
+        }
+        return json.dumps(fields, indent=1, sort_keys=True)
+
+    @classmethod
+    def from_json(cls, text: str) -> "Machine":
+        """Raises ValueError for text that is no machine."""
+        try:
+            fields = json.loads(text)
+            links = {tuple(key.split("/")): Link(**link) for key, link in fields.pop("links").items()}
+            rates = tuple(KernelRate(**rate) for rate in fields.pop("rates"))
+            return cls(links=links, rates=rates, **fields)
+        except (TypeError, KeyError, AttributeError, ValueError) as error:
+            raise ValueError(f"not the JSON of a machine: {type(error).__name__}: {error}") from error
+
+
+@dataclass(frozen=True)
+class StageCost:
+    """One stage of one rank in one direction (or arrays, of many ranks).
+
+    Arguments:
+        compute: seconds of its calls, and of merges and copies around them.
+        cast: seconds on the wire before its keys are there.
+        reduce: seconds on the wire to return its key gradients (backward).
+        copies: of `compute`, what is not the kernels'.
+    """
+
+    compute: Any
+    cast: Any = 0.0
+    reduce: Any = 0.0
+    copies: Any = 0.0
+
+
+@dataclass(frozen=True)
+class DirectionCost:
+    """One pass of one rank: seconds of compute, of wire, and of wire that no compute hides."""
+
+    compute: float
+    wire: float
+    exposed: float
+
+    @property
+    def seconds(self) -> float:
+        return self.compute + self.exposed
+
+
+@dataclass(frozen=True)
+class PlanCost:
+    """Forward and backward of one rank, or of the slowest; `buffer_bytes` is memory beside q, k, v and out."""
+
+    forward: DirectionCost
+    backward: DirectionCost
+    buffer_bytes: int
+
+    @property
+    def total(self) -> float:
+        return self.forward.seconds + self.backward.seconds
+
+
+def call_seconds(machine: Machine, call: Call, shape: Shape, backward: bool) -> float:
+    """One kernel launch; `shape` is of the rank that computes it (`Shape.share`)."""
+    return float(calls_seconds(machine, BlockTable.of([call]), shape, backward)[0])
+
+
+def calls_seconds(machine: Machine, blocks: BlockTable, shape: Shape, backward: bool) -> Any:
+    """Seconds of each call of a table, as an array."""
+    rate = machine.rate(max(shape.head_dim, shape.value_dim), backward)
+    return rate.seconds(blocks, shape.query_heads, shape.head_dim + shape.value_dim)
+
+
+def transfer_seconds(machine: Machine, size: float, link_class: str, primitive: str) -> float:
+    """One transfer of `size` bytes per device; nothing costs nothing."""
+    if not size:
+        return 0.0
+    link = machine.links[link_class, primitive]
+    return link.latency + size / link.bandwidth
+
+
+def copy_seconds(machine: Machine, size: float, operations: int = 1) -> float:
+    """Copying `size` bytes on the device, in so many operations."""
+    return operations * machine.copy_seconds + 2 * size / machine.copy_bandwidth if size else 0.0
+
+
+def merge_seconds(machine: Machine, size: float, operations: int = 1) -> float:
+    """Merging or adding partial results: `size` bytes are read and written."""
+    return operations * machine.copy_seconds + size / machine.merge_bandwidth if size else 0.0
+
+
+def stage_costs(
+    machine: Machine, plan: AttentionPlan, shape: Shape, backward: bool, primitive: str = "p2p"
+) -> tuple[StageCost, ...]:
+    """The stages of a rank's plan, in the order of the plan, without the exchange.
+
+    Arguments:
+        shape: the model's; the rank's share of the heads is taken from the plan.
+        primitive: what casts and reduces travel by.
+    """
+    own = shape.share(plan.exchange)
+    costs = []
+    for number, stage in enumerate(plan.stages):
+        compute = float(calls_seconds(machine, BlockTable.of(stage.calls), own, backward).sum())
+        copies = _merges(machine, plan, stage, own, backward)
+        cast = reduce = 0.0
+        if number:
+            if not (backward and plan.keep_keys):
+                copies += _cast_copies(machine, stage, own)
+                cast = _messages_seconds(machine, plan, stage, own.key_row_bytes, primitive)
+            if backward:
+                row_bytes = own.wide_key_row_bytes if plan.wide_reduce else own.key_row_bytes
+                reduce = _messages_seconds(machine, plan, stage, row_bytes, primitive)
+                copies += _reduce_copies(machine, stage, own)
+        costs.append(StageCost(compute + copies, cast, reduce, copies))
+    return tuple(costs)
+
+
+def _merges(machine: Machine, plan: AttentionPlan, stage: Stage, own: Shape, backward: bool) -> float:
+    """Rows of queries that are in several calls are added in float32: one part read, the sum read and written."""
+    first, last = plan.shared_q
+    dim = own.head_dim if backward else own.value_dim
+    rows = sum(max(0, min(call.q[1], last) - max(call.q[0], first)) for call in stage.calls)
+    return merge_seconds(machine, rows * own.query_heads * dim * (2 * own.wide + own.itemsize), len(stage.calls))
+
+
+def _cast_copies(machine: Machine, stage: Stage, own: Shape) -> float:
+    """Local rows into the buffer, and messages of several ranges, which are packed and unpacked."""
+    rows = sum(stop - start for _, (start, stop) in stage.copies)
+    packed = [message for message in (*stage.sends, *stage.receives) if len(message.ranges) > 1]
+    rows += sum(message.rows for message in packed)
+    return copy_seconds(machine, rows * own.key_row_bytes, 2 * (bool(stage.copies) + len(packed)))
+
+
+def _reduce_copies(machine: Machine, stage: Stage, own: Shape) -> float:
+    """Gradients of the buffer made wide, and what came back added to the rows' own."""
+    rows = stage.rows + sum(message.rows for message in stage.sends)
+    rows += sum(stop - start for _, (start, stop) in stage.copies)
+    return merge_seconds(machine, rows * (own.key_row_bytes + 2 * own.wide_key_row_bytes), 2 * (1 + len(stage.sends)))
+
+
+def _messages_seconds(machine: Machine, plan: AttentionPlan, stage: Stage, row_bytes: float, primitive: str) -> float:
+    """One batch of messages: both directions and both classes of link at the same time."""
+    slowest = 0.0
+    for messages in (stage.sends, stage.receives):
+        for link_class in CLASSES:
+            rows = sum(message.rows for message in messages if _class_of(machine, plan, message) == link_class)
+            slowest = max(slowest, transfer_seconds(machine, rows * row_bytes, link_class, primitive))
+    return slowest
+
+
+def _class_of(machine: Machine, plan: AttentionPlan, message: Message) -> str:
+    ulysses, rank = (1, 0) if plan.exchange is None else (len(plan.exchange.rows), plan.exchange.rank)
+    return machine.link_class(plan.ring_rank * ulysses + rank, message.peer * ulysses + rank)
+
+
+def exchange_seconds(
+    machine: Machine, exchange: Exchange | None, ring_rank: int, shape: Shape, backward: bool, wide_reduce: bool = True
+) -> tuple[float, float]:
+    """Wire and copies of the exchange of heads in one pass, seconds.
+
+    Queries, keys and values go there and the output comes back; in the backward pass the output's gradient goes there
+    and those of queries, keys and values come back.
+    """
+    if exchange is None:
+        return 0.0, 0.0
+    first = ring_rank * len(exchange.rows)
+    far = machine.link_class(first, first + len(exchange.rows) - 1)
+    wide = shape.wide if backward and exchange.copied_keys and wide_reduce else shape.itemsize
+    tensors = [
+        (shape.head_dim, False, shape.itemsize),
+        (shape.value_dim, False, shape.itemsize),
+        (shape.head_dim, True, wide),
+        (shape.value_dim, True, wide),
+    ]
+    wire = copies = 0.0
+    for dim, keys, itemsize in tensors:
+        sent, received = _exchanged_rows(exchange, keys)
+        wire += transfer_seconds(machine, max(sent, received) * dim * itemsize, far, "all_to_all")
+        copies += copy_seconds(machine, (sent + received) / 2 * dim * itemsize, 1)
+    return wire, copies
+
+
+def _exchanged_rows(exchange: Exchange, keys: bool) -> tuple[int, int]:
+    """Head rows that a rank sends and receives when tokens become heads."""
+    counts = [len(share.keys) if keys else share.queries for share in exchange.heads]
+    own = counts[exchange.rank]
+    return exchange.own_rows * (sum(counts) - own), (exchange.position_rows - exchange.own_rows) * own
+
+
+def rank_cost(machine: Machine, plan: AttentionPlan, shape: Shape, primitive: str = "p2p") -> PlanCost:
+    """What one rank's plan costs if nobody keeps it waiting."""
+    directions = []
+    for backward in (False, True):
+        walked = plan.backward if backward and plan.backward is not None else plan
+        stages = stage_costs(machine, walked, shape, backward, primitive)
+        exchange_wire, exchange_copies = exchange_seconds(
+            machine, plan.exchange, plan.ring_rank, shape, backward, plan.wide_reduce
+        )
+        exposed = float((backward_timeline if backward else forward_timeline)(stages))
+        directions.append(
+            DirectionCost(
+                compute=sum(stage.compute for stage in stages) + exchange_copies,
+                wire=sum(stage.cast + stage.reduce for stage in stages) + exchange_wire,
+                exposed=exposed + exchange_wire,
+            )
+        )
+    return PlanCost(directions[0], directions[1], plan.buffer_bytes(shape))
+
+
+def plan_cost(machine: Machine, plans: Sequence[AttentionPlan], shape: Shape, primitive: str = "p2p") -> PlanCost:
+    """What an attention costs over all its ranks: of each direction the slowest rank, and the most memory."""
+    costs = [rank_cost(machine, plan, shape, primitive) for plan in plans]
+    return PlanCost(
+        max((cost.forward for cost in costs), key=lambda cost: cost.seconds),
+        max((cost.backward for cost in costs), key=lambda cost: cost.seconds),
+        max(cost.buffer_bytes for cost in costs),
+    )
+
+
+def forward_timeline(stages: Sequence[StageCost]) -> Any:
+    """Seconds that the kernels wait: each cast is posted when the stage before it begins.
+
+    The fields of the stages may be arrays, of many ranks at once.
+    """
+    now: Any = 0.0
+    waited: Any = 0.0
+    arrival: Any = 0.0
+    for number, stage in enumerate(stages):
+        if number:
+            waited = waited + np.maximum(0.0, arrival - now)
+            now = np.maximum(now, arrival)
+        if number + 1 < len(stages):
+            arrival = now + stages[number + 1].cast
+        now = now + stage.compute
+    return waited
+
+
+def backward_timeline(stages: Sequence[StageCost]) -> Any:
+    """Seconds that the kernels wait: nothing hides the first cast, and the local stage hides the last reduce.
+
+    Casts and reduces share one wire, in the order in which the executor posts them. Arrays as in `forward_timeline`.
+    """
+    now: Any = 0.0
+    waited: Any = 0.0
+    returned: Any = 0.0
+    wire_free: Any = stages[1].cast if len(stages) > 1 else 0.0
+    arrival = wire_free
+    for number in range(1, len(stages)):
+        waited = waited + np.maximum(0.0, arrival - now)
+        now = np.maximum(now, arrival)
+        if number + 1 < len(stages):
+            arrival = wire_free = np.maximum(now, wire_free) + stages[number + 1].cast
+        now = now + stages[number].compute
+        waited = waited + np.maximum(0.0, returned - now)
+        now = np.maximum(now, returned)
+        returned = wire_free = np.maximum(now, wire_free) + stages[number].reduce
+    return waited + np.maximum(0.0, returned - now - stages[0].compute)

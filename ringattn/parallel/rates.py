@@ -1,0 +1,190 @@
+"""How long a flash kernel takes for a call: a model of its tiles, with a handful of measured numbers.
+
+A kernel cuts the rows of every block in tiles and gives each (tile, head) to a unit of the device (a GPU's SM), which
+walks over the tiles of the other side that the mask leaves. So a call costs the launch, and then the work of all tiles
+shared by the units, or the longest single tile if that is more. A tile that is not full costs as much as a full one and
+each has a fixed cost: so short documents are slow, and so are calls with fewer tiles than units.
+Forward kernels tile the queries and walk over keys; backward kernels tile the keys and walk over queries.
+"""
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from ringattn.kernels.spec import Block, Call
+from ringattn.mask import Band
+
+Ints = npt.NDArray[np.int64]
+Floats = npt.NDArray[np.float64]
+
+SAMPLES = 64  # tiles of a block that are looked at
+BACKWARD_FLOPS = 2.5  # five matrix products instead of two
+
+
+@dataclass(frozen=True)
+class KernelRate:
+    """The numbers of one kernel at one head dim, in one direction.
+
+    Arguments:
+        flops: of the whole device on full tiles, per second.
+        query_tile, key_tile: rows of a tile.
+        units: what works in parallel.
+        tile_seconds: fixed cost of one tile of one head on its unit.
+        tail: share of the longest tile for which the other units wait at the end.
+        launch_seconds: fixed cost of a call.
+        row_seconds: per query row and query head of a call, for passes over the rows beside the tiles (backward).
+        document_seconds: fixed cost of each block of a call, where a kernel loops over them.
+    """
+
+    head_dim: int
+    backward: bool
+    flops: float
+    query_tile: int = 128
+    key_tile: int = 128
+    units: int = 132
+    tile_seconds: float = 0.0
+    tail: float = 0.0
+    launch_seconds: float = 0.0
+    row_seconds: float = 0.0
+    document_seconds: float = 0.0
+
+    def share_seconds(self, blocks: "BlockTable", dims: int) -> Floats:
+        """Seconds of each block of a table per head, as its share of a device that is full: no launch, no tail."""
+        return self._work(blocks, dims)[0] / self.units + blocks.n * self.row_seconds
+
+    def seconds(self, blocks: "BlockTable", heads: int, dims: int) -> Floats:
+        """Seconds of every call of a table.
+
+        Arguments:
+            heads: query heads.
+            dims: head dim and value dim together.
+        """
+        if not heads or not len(blocks.call):
+            return np.zeros(blocks.calls)
+        work, longest = self._work(blocks, dims)
+        total = np.bincount(blocks.call, work, blocks.calls) * heads / self.units
+        tail = np.zeros(blocks.calls)
+        np.maximum.at(tail, blocks.call, longest)
+        rows = np.bincount(blocks.call, blocks.n, blocks.calls) * heads * self.row_seconds
+        count = np.bincount(blocks.call, minlength=blocks.calls)
+        launch = np.where(count > 0, self.launch_seconds, 0.0) + count * self.document_seconds
+        return launch + np.maximum(tail, total + self.tail * tail) + rows
+
+    def _work(self, blocks: "BlockTable", dims: int) -> tuple[Floats, Floats]:
+        """Seconds of one unit for all tiles of a block, and for the longest tile."""
+        step = 2.0 * self.query_tile * self.key_tile * dims * (BACKWARD_FLOPS if self.backward else 1.0)
+        step_seconds = step * self.units / self.flops
+        n, m, left, right = blocks.n, blocks.m, blocks.left, blocks.right
+        tile, other = self.query_tile, self.key_tile
+        if self.backward:
+            n, m, left, right, tile, other = m, n, right, left, other, tile
+        work, longest = _walk(n, m, left, right, tile, other)
+        fixed = np.where(n > 0, self.tile_seconds, 0.0)
+        return -(-n // tile) * fixed + work * step_seconds, fixed + longest * step_seconds
+
+    def as_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+@dataclass(frozen=True)
+class BlockTable:
+    """Blocks of one or many calls as columns: n query rows over m keys, `left` and `right` as in `Block` (-1 is open).
+
+    `call` is the number of each block's call, in `[0, calls)`.
+    """
+
+    n: Ints
+    m: Ints
+    left: Ints
+    right: Ints
+    call: Ints
+    calls: int
+
+    @classmethod
+    def of(cls, calls: Sequence[Call]) -> "BlockTable":
+        """The blocks of some calls; each call's band holds for its blocks."""
+        rows = [
+            (block.q[1] - block.q[0], block.k[1] - block.k[0], call.left, call.right, number)
+            for number, call in enumerate(calls)
+            for block in call.blocks
+        ]
+        n, m, left, right, call = np.array(rows, dtype=np.int64).reshape(-1, 5).T
+        return cls(n, m, left, right, call, len(calls))
+
+    @classmethod
+    def cut(cls, first: Ints, last: Ints, k_first: Ints, k_last: Ints, band: Band) -> "BlockTable":
+        """Queries `[first, last)` over keys `[k_first, k_last)` of documents, cut as `blocks.blocks_of` does; one call.
+
+        Queries that see none of the keys are left out.
+        """
+        if band.hi is not None:
+            first = np.maximum(first, k_first - band.hi)
+        if band.lo is not None:
+            last = np.minimum(last, k_last - band.lo)
+        n, m = last - first, k_last - k_first
+        left = right = np.full_like(n, -1)
+        if band.hi is not None:
+            right = np.where(band.hi + last - k_last >= n - 1, -1, band.hi + last - k_last)
+        if band.lo is not None:
+            left = np.where(k_last - last - band.lo >= m - 1, -1, k_last - last - band.lo)
+        return cls(n, m, left, right, np.zeros_like(n), 1)
+
+    def where(self, mask: npt.NDArray[np.bool_]) -> "BlockTable":
+        """Some of the blocks."""
+        n, m, left, right, call = (column[mask] for column in (self.n, self.m, self.left, self.right, self.call))
+        return BlockTable(n, m, left, right, call, self.calls)
+
+    @property
+    def areas(self) -> Ints:
+        """Allowed pairs of each block."""
+        return _areas(self.n, self.m, self.left, self.right)
+
+
+def area(block: Block) -> int:
+    """Allowed pairs of a block."""
+    return int(BlockTable.of([Call((block,), block.left, block.right)]).areas[0])
+
+
+def needs(first: Ints, last: Ints, length: Ints, band: Band) -> tuple[Ints, Ints]:
+    """The keys that the queries `[first, last)` of documents of `length` see (`Band.keys_of`)."""
+    lo = np.zeros_like(first) if band.lo is None else np.maximum(first + band.lo, 0)
+    hi = length if band.hi is None else np.minimum(last + band.hi, length)
+    return lo, hi
+
+
+def _walk(n: Ints, m: Ints, left: Ints, right: Ints, tile: int, other: int) -> tuple[Floats, Ints]:
+    """For blocks of n rows over m: how many tiles of the other side their tiles visit, in all and at most.
+
+    Of many tiles some are counted, at equal distances: what a tile visits is linear in its place, but for a few bends.
+    """
+    tiles = np.where(m > 0, -(-n // tile), 0)
+    counts = np.minimum(tiles, SAMPLES)
+    index = np.repeat(np.arange(len(n)), counts)
+    sample = np.arange(len(index)) - np.repeat(np.cumsum(counts) - counts, counts)
+    first = (2 * sample + 1) * tiles[index] // (2 * counts[index]) * tile
+    shift = (m - n)[index]
+    last = np.minimum(first + tile, n[index])
+    lower = np.where(left[index] < 0, 0, np.maximum(first + shift - left[index], 0))
+    upper = np.where(right[index] < 0, m[index], np.minimum(last + shift + right[index], m[index]))
+    visited = np.maximum(-(-upper // other) - lower // other, 0)
+    longest = np.zeros(len(n), dtype=np.int64)
+    np.maximum.at(longest, index, visited)
+    return np.bincount(index, visited, len(n)) * tiles / np.maximum(counts, 1), longest
+
+
+def _areas(n: Ints, m: Ints, left: Ints, right: Ints) -> Ints:
+    """Sum over queries i of the keys between `max(0, i + m - n - left)` and `min(m, i + m - n + right + 1)`."""
+    start = m - n
+
+    def clipped(offset: Ints) -> Ints:
+        """Sum over i of `clip(i + offset, 0, m)`."""
+        low = np.clip(-offset, 0, n)  # queries before this one see 0
+        high = np.clip(m - offset, low, n)  # from this one on they see m
+        return (low + high - 1 + 2 * offset) * (high - low) // 2 + (n - high) * m
+
+    upper = np.where(right < 0, n * m, clipped(start + right + 1))
+    lower = np.where(left < 0, 0, clipped(start - left))
+    return np.maximum(upper - lower, 0)

@@ -38,7 +38,7 @@ def check_keywords(handle: "Handle", args: tuple[Any, ...], kwargs: dict[str, An
             f"attention_mask must be None, got {_shown(kwargs['attention_mask'])}: give padding and packing as "
             "documents, through shard_batch"
         )
-    if kwargs.get("use_cache", handle.model.config.get_text_config().use_cache):
+    if kwargs.get("use_cache", getattr(handle.model.config.get_text_config(), "use_cache", False)):
         raise ValueError(f"use_cache must be False (shard_batch passes it): {GENERATION}")
     _check_tokens(layout, args, kwargs)
     if kwargs.get("labels") is not None and (
@@ -51,7 +51,7 @@ def check_keywords(handle: "Handle", args: tuple[Any, ...], kwargs: dict[str, An
     keep = kwargs.get("logits_to_keep")
     if keep is not None and (isinstance(keep, Tensor) or keep != 0):
         raise ValueError(f"logits_to_keep must be 0, got {_shown(keep)}: the last tokens of a rank are not the last")
-    _check_lengths(handle, layout)
+    _check_lengths(handle, layout, kwargs["position_ids"])
     return layout
 
 
@@ -75,8 +75,10 @@ def _check_tokens(layout: Layout, args: tuple[Any, ...], kwargs: dict[str, Any])
         )
 
 
-def _check_lengths(handle: "Handle", layout: Layout) -> None:
-    longest = max(layout.docs.lengths, default=0)
+def _check_lengths(handle: "Handle", layout: Layout, positions: Tensor) -> None:
+    if not handle.limits:  # reading the positions waits for the device
+        return
+    longest = max([*layout.docs.lengths, int(positions.max()) + 1 if positions.numel() else 0])
     # Padding is one more document to whoever counts positions.
     longest = max([longest, *(stop - start for start, stop in layout.docs.padding)])
     for limit in handle.limits:

@@ -58,7 +58,7 @@ def check_model(model: Any) -> int:
             )
     if not text._supports_attention_backend or not model._supports_attention_backend:
         raise NotImplementedError(f"{name} computes its attention itself, outside transformers' AttentionInterface")
-    if not name.endswith(HEADS):
+    if not name.endswith(HEADS) or "DoubleHeads" in name:
         raise NotImplementedError(
             f"{name} has a head that may look at a whole sequence; supported are heads that treat each token alone: "
             f"*{', *'.join(HEADS)}"

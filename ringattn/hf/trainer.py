@@ -130,7 +130,7 @@ class OnMesh(_Base):
         metric_key_prefix: str = "eval",
     ) -> EvalLoopOutput:
         """The mean loss over all targets of a data set. Collective; every rank returns the same."""
-        if prediction_loss_only is False and description == "Prediction":
+        if description == "Prediction":
             raise NotImplementedError("predict is not supported: a rank holds a part of the logits only")
         model = self.model_wrapped if self.model_wrapped is not None else self.model
         was_training = model.training

@@ -86,6 +86,12 @@ MODELS: dict[str, tuple[Callable[[], Any], dict[str, Any], type[Exception], str]
         NotImplementedError,
         "LlamaForSequenceClassification has a head that may look at a whole sequence",
     ),
+    "two heads": (
+        lambda: transformers.GPT2DoubleHeadsModel(fresh("gpt2", num_labels=1).config),
+        {},
+        NotImplementedError,
+        "GPT2DoubleHeadsModel has a head",
+    ),
     "router loss": (
         lambda: fresh("mixtral", output_router_logits=True),
         {},
@@ -145,11 +151,12 @@ LIMITS: dict[str, tuple[str, dict[str, Any], str]] = {
 }
 
 
-def limited(name: str, tokens: int) -> None:
+def limited(name: str, tokens: int, first: int = 0) -> None:
     family, changes, _ = LIMITS[name]
     model = fresh(family, **changes)
     parallelize(model, mesh_of(1, 1))
-    model(**shard_batch({"input_ids": torch.arange(3, 3 + tokens)[None]}, None, mesh_of(1, 1)))
+    batch = {"input_ids": torch.arange(3, 3 + tokens)[None], "position_ids": torch.arange(first, first + tokens)[None]}
+    model(**shard_batch(batch, Documents([tokens]), mesh_of(1, 1)))
 
 
 @pytest.mark.parametrize("name", LIMITS)
@@ -157,6 +164,8 @@ def test_what_depends_on_the_length_of_a_call(pool: Pools, name: str) -> None:
     pool(1).run(limited, name, 8)
     with pytest.raises(NotImplementedError, match=LIMITS[name][2]):
         pool(1).run(limited, name, 9)
+    with pytest.raises(NotImplementedError, match=LIMITS[name][2]):
+        pool(1).run(limited, name, 4, 5)
 
 
 def contradiction(kind: str) -> None:

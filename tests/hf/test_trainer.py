@@ -129,10 +129,14 @@ def refused(what: str, folder: str) -> None:
     smoothing = 0.1 if what == "label_smoothing_factor" else 0.0
     arguments = TrainingArguments(folder, use_cpu=True, report_to=[], label_smoothing_factor=smoothing)
     model = tiny_model(tiny_config(read_config("llama")))
-    SequenceTrainer(model, arguments, mesh=mesh_of(1, 1), train_dataset=Rows(0, 2), **keywords)
+    rows = Rows(0, 2)
+    trainer = SequenceTrainer(
+        model, arguments, mesh=mesh_of(1, 1), train_dataset=rows, data_collator=padded, **keywords
+    )
+    trainer.predict(rows)
 
 
-@pytest.mark.parametrize("what", ["compute_metrics", "label_smoothing_factor"])
+@pytest.mark.parametrize("what", ["compute_metrics", "label_smoothing_factor", "predict"])
 def test_what_needs_all_logits_is_refused(pool: Pools, what: str, tmp_path: Path) -> None:
     with pytest.raises(NotImplementedError, match=what):
         pool(1).run(refused, what, str(tmp_path))

@@ -192,7 +192,8 @@ def test_float32_norms_do_not_widen_attention(pool: Pools) -> None:
 
 def compiled_layers(family: str) -> list[Any]:
     """Errors of a model whose layers are compiled one by one, over batches of several lengths."""
-    mesh, model = mesh_of(2, 1), fresh(family)
+    layers = {"num_hidden_layers": 2, "layer_types": ["sliding_attention", "full_attention"]}
+    mesh, model = mesh_of(2, 1), fresh(family, **layers)
     torch._dynamo.reset()
     truths = [alone(model, form) for form in FORMS[3:]]
     handle = parallelize(model, mesh)

@@ -5,10 +5,14 @@ the reduce of a stage in the backward pass; the exchange of heads stands before 
 as if nobody waited for another; the slowest decides.
 """
 
+import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from functools import cached_property
 from typing import Any
+
+import numpy as np
 
 from ringattn.kernels.spec import Call
 from ringattn.parallel.plan import AttentionPlan, Exchange, Message, Shape, Stage
@@ -59,6 +63,11 @@ class Machine:
     copy_seconds: float
     provenance: Mapping[str, Any] = field(default_factory=dict)
 
+    @cached_property
+    def digest(self) -> str:
+        """Machines with the same digest lead to the same plans."""
+        return hashlib.sha256(self.to_json().encode()).hexdigest()[:16]
+
     def rate(self, head_dim: int, backward: bool) -> KernelRate:
         """The kernel of the nearest head dim that is known."""
         known = [rate for rate in self.rates if rate.backward == backward]
@@ -67,6 +76,9 @@ class Machine:
     def link_class(self, a: int, b: int) -> str:
         """The class of link between two sequence ranks, if their group starts at the first device of a node."""
         return "node" if a // self.gpus_per_node == b // self.gpus_per_node else "network"
+
+    def __str__(self) -> str:
+        return f"{self.name} ({self.provenance.get('origin', 'of unknown origin')})"
 
     def to_json(self) -> str:
         fields = {
@@ -92,7 +104,7 @@ class Machine:
 
 @dataclass(frozen=True)
 class StageCost:
-    """One stage of one rank in one direction.
+    """One stage of one rank in one direction (or arrays, of many ranks).
 
     Arguments:
         compute: seconds of its calls, and of merges and copies around them.
@@ -101,10 +113,10 @@ class StageCost:
         copies: of `compute`, what is not the kernels'.
     """
 
-    compute: float
-    cast: float = 0.0
-    reduce: float = 0.0
-    copies: float = 0.0
+    compute: Any
+    cast: Any = 0.0
+    reduce: Any = 0.0
+    copies: Any = 0.0
 
 
 @dataclass(frozen=True)
@@ -227,15 +239,19 @@ def _class_of(machine: Machine, plan: AttentionPlan, message: Message) -> str:
     return machine.link_class(plan.ring_rank * ulysses + rank, message.peer * ulysses + rank)
 
 
-def exchange_seconds(machine: Machine, plan: AttentionPlan, shape: Shape, backward: bool) -> tuple[float, float]:
-    """Wire and copies of the exchange of heads in one pass: queries, keys and values there, the output back; in the
-    backward pass the output's gradient there, those of queries, keys and values back."""
-    if plan.exchange is None:
+def exchange_seconds(
+    machine: Machine, exchange: Exchange | None, ring_rank: int, shape: Shape, backward: bool, wide_reduce: bool = True
+) -> tuple[float, float]:
+    """Wire and copies of the exchange of heads in one pass, seconds.
+
+    Queries, keys and values go there and the output comes back; in the backward pass the output's gradient goes there
+    and those of queries, keys and values come back.
+    """
+    if exchange is None:
         return 0.0, 0.0
-    exchange = plan.exchange
-    first = plan.ring_rank * len(exchange.rows)
+    first = ring_rank * len(exchange.rows)
     far = machine.link_class(first, first + len(exchange.rows) - 1)
-    wide = 4 if backward and exchange.copied_keys and plan.wide_reduce else shape.itemsize
+    wide = 4 if backward and exchange.copied_keys and wide_reduce else shape.itemsize
     tensors = [
         (shape.head_dim, False, shape.itemsize),
         (shape.value_dim, False, shape.itemsize),
@@ -261,10 +277,12 @@ def rank_cost(machine: Machine, plan: AttentionPlan, shape: Shape, primitive: st
     """What one rank's plan costs if nobody keeps it waiting."""
     directions = []
     for backward in (False, True):
-        stages = stage_costs(machine, plan, shape, backward, primitive)
-        exchange_wire, exchange_copies = exchange_seconds(machine, plan, shape, backward)
-        timeline = backward_timeline if backward else forward_timeline
-        exposed = timeline(stages)
+        walked = plan.backward if backward and plan.backward is not None else plan
+        stages = stage_costs(machine, walked, shape, backward, primitive)
+        exchange_wire, exchange_copies = exchange_seconds(
+            machine, plan.exchange, plan.ring_rank, shape, backward, plan.wide_reduce
+        )
+        exposed = float((backward_timeline if backward else forward_timeline)(stages))
         directions.append(
             DirectionCost(
                 compute=sum(stage.compute for stage in stages) + exchange_copies,
@@ -285,32 +303,41 @@ def plan_cost(machine: Machine, plans: Sequence[AttentionPlan], shape: Shape, pr
     )
 
 
-def forward_timeline(stages: Sequence[StageCost]) -> float:
-    """Seconds that the kernels wait: each cast is posted when the stage before it begins."""
-    now = waited = 0.0
-    arrival = 0.0
+def forward_timeline(stages: Sequence[StageCost]) -> Any:
+    """Seconds that the kernels wait: each cast is posted when the stage before it begins.
+
+    The fields of the stages may be arrays, of many ranks at once.
+    """
+    now: Any = 0.0
+    waited: Any = 0.0
+    arrival: Any = 0.0
     for number, stage in enumerate(stages):
         if number:
-            waited += max(0.0, arrival - now)
-            now = max(now, arrival)
+            waited = waited + np.maximum(0.0, arrival - now)
+            now = np.maximum(now, arrival)
         if number + 1 < len(stages):
             arrival = now + stages[number + 1].cast
-        now += stage.compute
+        now = now + stage.compute
     return waited
 
 
-def backward_timeline(stages: Sequence[StageCost]) -> float:
-    """Seconds that the kernels wait: nothing hides the first cast, and the local stage hides the last reduce."""
-    now = waited = 0.0
-    wire_free = stages[1].cast if len(stages) > 1 else 0.0
-    arrival, returned = wire_free, 0.0
+def backward_timeline(stages: Sequence[StageCost]) -> Any:
+    """Seconds that the kernels wait: nothing hides the first cast, and the local stage hides the last reduce.
+
+    Casts and reduces share one wire, in the order in which the executor posts them. Arrays as in `forward_timeline`.
+    """
+    now: Any = 0.0
+    waited: Any = 0.0
+    returned: Any = 0.0
+    wire_free: Any = stages[1].cast if len(stages) > 1 else 0.0
+    arrival = wire_free
     for number in range(1, len(stages)):
-        waited += max(0.0, arrival - now)
-        now = max(now, arrival)
+        waited = waited + np.maximum(0.0, arrival - now)
+        now = np.maximum(now, arrival)
         if number + 1 < len(stages):
-            arrival = wire_free = max(now, wire_free) + stages[number + 1].cast
-        now += stages[number].compute
-        waited += max(0.0, returned - now)
-        now = max(now, returned)
-        returned = wire_free = max(now, wire_free) + stages[number].reduce
-    return waited + max(0.0, returned - now - stages[0].compute)
+            arrival = wire_free = np.maximum(now, wire_free) + stages[number + 1].cast
+        now = now + stages[number].compute
+        waited = waited + np.maximum(0.0, returned - now)
+        now = np.maximum(now, returned)
+        returned = wire_free = np.maximum(now, wire_free) + stages[number].reduce
+    return waited + np.maximum(0.0, returned - now - stages[0].compute)

@@ -36,6 +36,11 @@ class Job:
     key_heads: int
     return_lse: bool = False
 
+    @property
+    def backward(self) -> "Job":
+        """The same with the plan that the backward pass walks."""
+        return self if self.plan.backward is None else replace(self, plan=self.plan.backward)
+
 
 def run(job: Job, q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None) -> tuple[Tensor, Tensor]:
     """Attention of the local tokens: q (t, H, D), k (t, K, D), v (t, K, V) -> out (t, H, V), lse (H, t).
@@ -117,7 +122,7 @@ def backward_pass(
     if sinks is not None:
         dsinks = _all_sinks(sinks_grad(dout, saved.out, saved.lse, _own_sinks(sinks, job.plan)), job)
     with _without_autocast(dout):
-        dq, dk, dv = _backward(job, dout, saved, kept)
+        dq, dk, dv = _backward(job.backward, dout, saved, kept)
     if exchange is None or job.ulysses is None:
         return dq.finish(), dk.finish(), dv.finish(), dsinks
     wide = exchange.copied_keys and job.plan.wide_reduce

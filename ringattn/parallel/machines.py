@@ -15,8 +15,8 @@ _H200 = Machine(
         ("network", "copy"): Link(160e-6, 45e9, 4.3e-12),
     },
     rates=(
-        KernelRate(128, False, 665e12, 128, 128, 132, 1.5e-6, 0.15, 15e-6),
-        KernelRate(128, True, 615e12, 128, 128, 132, 3.0e-6, 0.15, 40e-6),
+        KernelRate(128, False, 670e12, 128, 128, 132, 0.0, 0.3, 30e-6),
+        KernelRate(128, True, 610e12, 128, 128, 132, 6.0e-6, 0.5, 60e-6),
         KernelRate(64, False, 525e12, 128, 128, 132, 1.5e-6, 0.15, 15e-6),
         KernelRate(64, True, 550e12, 128, 128, 132, 3.0e-6, 0.15, 40e-6),
     ),

@@ -8,6 +8,8 @@ import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
+from ringattn.parallel.cost import Machine
+
 AXES = ("data", "ring", "ulysses")
 
 
@@ -19,6 +21,8 @@ class MeshShape:
     ring: int = 1
     ulysses: int = 1
     sequence_rank: int = 0
+    # Whose speed plans are made for: not what the mesh is, so it takes no part in comparisons.
+    machine: Machine | None = field(default=None, kw_only=True, compare=False, repr=False)
 
     def __post_init__(self) -> None:
         for name in AXES:

@@ -4,8 +4,12 @@ Rows are local: of this rank's query and key tensors after the exchange (if ther
 """
 
 import itertools
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, reduce
+from typing import Any
+
+import numpy as np
 
 from ringattn.kernels.spec import Call, Range
 from ringattn.parallel.ranges import gaps, length
@@ -32,6 +36,41 @@ class Shape:
     def key_row_bytes(self) -> int:
         """Bytes of one token's key and value."""
         return self.key_heads * (self.head_dim + self.value_dim) * self.itemsize
+
+
+@dataclass(frozen=True)
+class StageRows:
+    """Rows that decide the memory of a schedule; numbers of one rank, or arrays of many.
+
+    Arguments:
+        buffers, sent: key rows of the buffer of each later stage, and that it sends.
+        shared_q, shared_k: rows accumulated in float32.
+    """
+
+    buffers: Sequence[Any]
+    sent: Sequence[Any]
+    shared_q: Any
+    shared_k: Any
+
+    def forward_bytes(self, own: Shape, keep_keys: bool) -> Any:
+        """Two key buffers at a time, or all if they are kept, and the accumulated output."""
+        rows = sum(self.buffers) if keep_keys else largest_pair(self.buffers)
+        return rows * own.key_row_bytes + self.shared_q * own.query_heads * own.value_dim * 4
+
+    def backward_bytes(self, own: Shape, keep_keys: bool, wide_reduce: bool) -> Any:
+        """The keys again, and of two stages the gradients as kernels write them and as they travel, both ways."""
+        wide = own.key_row_bytes * 4 // own.itemsize
+        travels = wide if wide_reduce else own.key_row_bytes
+        rows = sum(self.buffers) if keep_keys else largest_pair(self.buffers)
+        keys = rows * own.key_row_bytes + largest_pair(self.buffers) * (own.key_row_bytes + travels)
+        sums = self.shared_q * own.query_heads * own.head_dim * 4 + self.shared_k * wide
+        return keys + largest_pair(self.sent) * travels + sums
+
+
+def largest_pair(rows: Sequence[Any]) -> Any:
+    """The most rows of two stages that follow one another."""
+    pairs = [a + b for a, b in itertools.pairwise([*rows, 0])]
+    return reduce(np.maximum, pairs) if pairs else 0
 
 
 @dataclass(frozen=True)
@@ -127,6 +166,7 @@ class AttentionPlan:
         exchange: the heads' all-to-all around the stages, if the ulysses degree is above 1.
         keep_keys: keep the cast keys for the backward pass instead of casting them again.
         wide_reduce: return the gradients of cast keys in float32; else in the dtype of the keys, half the bytes.
+        backward: another plan of the same rows that the backward pass follows, if that is faster than this one.
         reason: why this schedule.
     """
 
@@ -141,6 +181,7 @@ class AttentionPlan:
     exchange: Exchange | None = None
     keep_keys: bool = False
     wide_reduce: bool = True
+    backward: "AttentionPlan | None" = None
     reason: str = ""
 
     @cached_property
@@ -162,18 +203,25 @@ class AttentionPlan:
         return sum(message.rows for stage in self.stages for message in stage.sends)
 
     def buffer_bytes(self, shape: Shape) -> int:
-        """The most memory that either pass needs at one time beside q, k, v, out and their gradients, in bytes."""
-        own = shape.share(self.exchange)
-        rows = [stage.rows for stage in self.stages]
-        pair = max((a + b for a, b in itertools.pairwise([*rows, 0])), default=0)
-        wide_row = own.key_row_bytes * 4 // own.itemsize
-        shared_q = (self.shared_q[1] - self.shared_q[0]) * own.query_heads * 4
-        forward = (sum(rows) if self.keep_keys else pair) * own.key_row_bytes + shared_q * own.value_dim
-        # Of two stages at a time there are gradients as the kernels write them and as they travel.
-        gradients = pair * (own.key_row_bytes + (wide_row if self.wide_reduce else 0))
-        backward = forward + gradients + shared_q * (own.head_dim - own.value_dim)
-        backward += (self.shared_k[1] - self.shared_k[0]) * wide_row
-        return max(forward, backward)
+        """The most memory that either pass needs at one time beside q, k, v, out and their gradients, in bytes.
+
+        Arguments:
+            shape: the model's, before any exchange.
+        """
+        last = self.backward or self
+        return max(self._stage_rows.forward_bytes(shape.share(self.exchange), self.keep_keys), last._backward(shape))
+
+    def _backward(self, shape: Shape) -> int:
+        return self._stage_rows.backward_bytes(shape.share(self.exchange), self.keep_keys, self.wide_reduce)
+
+    @property
+    def _stage_rows(self) -> "StageRows":
+        return StageRows(
+            buffers=[stage.rows for stage in self.stages[1:]],
+            sent=[sum(message.rows for message in stage.sends) for stage in self.stages[1:]],
+            shared_q=self.shared_q[1] - self.shared_q[0],
+            shared_k=self.shared_k[1] - self.shared_k[0],
+        )
 
     def __str__(self) -> str:
         lines = [
@@ -190,6 +238,8 @@ class AttentionPlan:
             )
         for number, stage in enumerate(self.stages):
             lines += _describe(number, stage)
+        if self.backward is not None:
+            lines += ["  backward:", *(f"  {line}" for line in str(self.backward).splitlines())]
         return "\n".join(lines)
 
 

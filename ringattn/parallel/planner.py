@@ -1,25 +1,25 @@
 """From layout and mask to plan. Every rank computes its part from the same integers, without communication."""
 
-import itertools
-from bisect import bisect_left
 from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
-from functools import cached_property
 
-from ringattn.documents import Documents
 from ringattn.kernels.spec import Block, Range
 from ringattn.mask import Band, Mask
 from ringattn.parallel.blocks import Piece, blocks_of, group_calls, join_full, shared_rows
+from ringattn.parallel.choice import candidates, choose
+from ringattn.parallel.cost import Machine
+from ringattn.parallel.demand import Demand
+from ringattn.parallel.held import Held
 from ringattn.parallel.layout import Layout
+from ringattn.parallel.machines import SHIPPED
 from ringattn.parallel.mesh import MeshShape
-from ringattn.parallel.plan import AttentionPlan, Exchange, Message, Stage
-from ringattn.parallel.ranges import length, overlap, union
+from ringattn.parallel.plan import AttentionPlan, Message, Shape, Stage
+from ringattn.parallel.pricing import Setting
+from ringattn.parallel.ranges import overlap, union
 from ringattn.parallel.ulysses import exchange_plan
 
 SCHEMES = ("auto", "ring", "ulysses", "hybrid", "gather")
-RING_STAGES = 4  # the local stage and three casts overlap well and need only two key buffers
-GATHER_SHARE = 8  # remote keys, as a multiple of a rank's own, up to which they are gathered at once
 DIRECT_SEGMENTS = 4  # up to this many runs between two ranks travel as they lie; more are packed into one message
 
 
@@ -32,39 +32,67 @@ def plan_attention(
     stages: int | None = None,
     keep_keys: bool = False,
     wide_reduce: bool = True,
+    *,
+    head_dim: int = 128,
+    value_dim: int | None = None,
+    itemsize: int = 2,
+    memory_limit: int | None = None,
+    machine: Machine | None = None,
 ) -> AttentionPlan:
     """The plan of this rank for one attention; kept with the layout, since every layer asks for the same.
 
     Arguments:
-        scheme: "gather" or "ring" name how keys move on the ring axis; "ulysses" and "hybrid" check that the mesh has
-            those axes and leave the ring axis to "auto".
+        scheme: "gather" or "ring" name how keys move on the ring axis; "auto" takes what is predicted to be fastest,
+            forward and backward apart; "ulysses" and "hybrid" check that the mesh has those axes and leave the ring
+            axis to "auto".
         stages: number of stages of the ring schedule, the local one included.
         keep_keys, wide_reduce: see `AttentionPlan`.
+        head_dim, value_dim, itemsize: of queries and keys, of values (default: the same), bytes per element.
+        memory_limit: bytes that the buffers of a rank may take, by the estimate for all ranks.
+        machine: whose speed is predicted, the same on all ranks; default: the mesh's, else the shipped H200.
 
-    Raises ValueError naming the argument, with the numbers.
+    Raises ValueError naming the argument, with the numbers; on every rank or on none.
     """
     check_scheme(scheme, layout.mesh, stages)
-    key = (mask, query_heads, key_heads, scheme, stages, keep_keys, wide_reduce)
+    if memory_limit is not None and (not isinstance(memory_limit, int) or memory_limit < 0):
+        raise ValueError(f"memory_limit must be None or a number of bytes >= 0, got {memory_limit!r}")
+    shape = Shape(query_heads, key_heads, head_dim, value_dim or head_dim, itemsize)
+    machine = machine or layout.mesh.machine or SHIPPED["H200"]
+    key = (mask, shape, scheme, stages, keep_keys, wide_reduce, memory_limit, machine.digest)
     if key not in layout._plans:
-        plan = _plan(layout, mask, query_heads, key_heads, scheme, stages)
-        layout._plans[key] = replace(plan, keep_keys=keep_keys, wide_reduce=wide_reduce)
+        setting = Setting(
+            machine=machine,
+            shape=shape,
+            exchange=exchange_plan(layout.deal(0), query_heads, key_heads, 0) if layout.mesh.ulysses > 1 else None,
+            keep_keys=keep_keys,
+            wide_reduce=wide_reduce,
+        )
+        layout._plans[key] = _plan(layout, mask, setting, scheme, stages, memory_limit)
     return layout._plans[key]
 
 
 def _plan(
-    layout: Layout, mask: Mask, query_heads: int, key_heads: int, scheme: str, stages: int | None
+    layout: Layout, mask: Mask, setting: Setting, scheme: str, stages: int | None, memory_limit: int | None
 ) -> AttentionPlan:
-    mesh = layout.mesh
-    exchange: Exchange | None = None
-    if mesh.ulysses > 1:
-        exchange = exchange_plan(layout.deal(mesh.ring_rank), query_heads, key_heads, mesh.ulysses_rank)
+    mesh, shape = layout.mesh, setting.shape
     held_key = ("held", mask.chunk)
     if held_key not in layout._plans:
         layout._plans[held_key] = Held.of(layout, mask)
     held: Held = layout._plans[held_key]
-    schedule, reason = _schedule(held, mask.band, scheme)
-    planner = _RingPlanner(held, mask.band, mesh.ring_rank, schedule, _distances(mesh.ring, schedule, stages))
-    return planner.plan(exchange, reason)
+    options = candidates(mesh.ring, scheme, stages)
+    choice = choose(Demand.of(held, mask.band), setting, options, memory_limit)
+    asked = f'scheme="{scheme}" was asked for: ' if len(options) == 1 and mesh.ring > 1 else ""
+    plans = [
+        _RingPlanner(held, mask.band, mesh.ring_rank, one.schedule, one.distances(mesh.ring)).plan()
+        for one in dict.fromkeys((choice.forward, choice.backward))
+    ]
+    exchange = None
+    if setting.exchange is not None:
+        exchange = exchange_plan(layout.deal(mesh.ring_rank), shape.query_heads, shape.key_heads, mesh.ulysses_rank)
+    plans = [
+        replace(plan, exchange=exchange, keep_keys=setting.keep_keys, wide_reduce=setting.wide_reduce) for plan in plans
+    ]
+    return replace(plans[0], backward=plans[1] if len(plans) > 1 else None, reason=asked + choice.reason)
 
 
 def check_scheme(scheme: str, mesh: MeshShape, stages: int | None = None) -> None:
@@ -86,138 +114,26 @@ def check_scheme(scheme: str, mesh: MeshShape, stages: int | None = None) -> Non
             raise ValueError(f'stages belongs to scheme="ring", got stages={stages} with scheme="{scheme}"')
 
 
-def _schedule(held: "Held", band: Band, scheme: str) -> tuple[str, str]:
-    ring = len(held.positions)
-    if ring == 1:
-        return "local", "the ring axis has one position"
-    if scheme in ("ring", "gather"):
-        return scheme, f'scheme="{scheme}" was asked for'
-    share = held.fetched_share(band)
-    need = f"a rank needs up to {share:.2f} × its own keys from others"
-    if share <= GATHER_SHARE:
-        return "gather", f"{need}, at most {GATHER_SHARE}: they fit, and each query row is computed in one call"
-    return "ring", f"{need}, more than {GATHER_SHARE}: stages bound the memory"
-
-
-def _distances(ring: int, schedule: str, stages: int | None) -> list[range]:
-    """For each later stage, how far away on the ring its keys come from."""
-    if ring == 1:
-        return []
-    if schedule == "gather":
-        return [range(1, ring)]
-    casts = min(ring - 1, (stages or RING_STAGES) - 1)
-    bounds = [1 + index * (ring - 1) // casts for index in range(casts + 1)]
-    return [range(a, b) for a, b in itertools.pairwise(bounds)]
-
-
-@dataclass(frozen=True)
-class Held:
-    """Every position's pieces of the documents as attention sees them (chunks are documents)."""
-
-    docs: Documents
-    positions: tuple[tuple[Piece, ...], ...]
-    rows: tuple[int, ...]  # of every position, padding included
-    index: tuple[tuple[Range, ...], ...]  # of every position: the global ranges of its rows
-
-    @classmethod
-    def of(cls, layout: Layout, mask: Mask) -> "Held":
-        docs = layout.docs.chunked(mask.chunk)
-        spans = [(start, index) for index, start in enumerate(docs.starts) if docs.lengths[index]]
-        starts = [start for start, _ in spans]
-        positions = []
-        for ranges in layout.positions:
-            pieces, row = [], 0
-            for begin, end in ranges:
-                # The document before the first start at or after `begin` may reach into the range.
-                number = max(0, bisect_left(starts, begin) - 1)
-                while number < len(spans) and spans[number][0] < end:
-                    start, index = spans[number]
-                    first, last = overlap((begin, end), (start, start + docs.lengths[index]))
-                    if first < last:
-                        pieces.append(Piece(index, first - start, last - start, row + first - begin))
-                    number += 1
-                row += end - begin
-            positions.append(tuple(pieces))
-        return cls(docs, tuple(positions), layout.position_sizes, layout.positions)
-
-    @cached_property
-    def by_document(self) -> dict[int, list[tuple[int, Piece]]]:
-        """For each document its `(position, piece)` in ascending order: where each of its keys is."""
-        holders: dict[int, list[tuple[int, Piece]]] = defaultdict(list)
-        for position, pieces in enumerate(self.positions):
-            for piece in pieces:
-                holders[piece.document].append((position, piece))
-        for pairs in holders.values():
-            pairs.sort(key=lambda pair: pair[1].first)
-        return holders
-
-    @cached_property
-    def _own(self) -> dict[tuple[int, int], list[Piece]]:
-        own: dict[tuple[int, int], list[Piece]] = defaultdict(list)
-        for document, pairs in self.by_document.items():
-            for position, piece in pairs:
-                own[position, document].append(piece)
-        return own
-
-    def own(self, position: int, document: int) -> list[Piece]:
-        """The pieces of a document at a position, in ascending order."""
-        return self._own.get((position, document), [])
-
-    @cached_property
-    def readers(self) -> dict[int, list[int]]:
-        """The positions that hold queries of each document."""
-        return {document: sorted({position for position, _ in pairs}) for document, pairs in self.by_document.items()}
-
-    @cached_property
-    def cut_documents(self) -> list[list[int]]:
-        """For each position its documents that are also held elsewhere, in stream order: only they communicate."""
-        out: list[list[int]] = [[] for _ in self.positions]
-        for document, readers in sorted(self.readers.items()):
-            if len(readers) > 1:
-                for position in readers:
-                    out[position].append(document)
-        return out
-
-    def needs(self, piece: Piece, band: Band) -> Range:
-        return band.keys_of(piece.first, piece.last, self.docs.lengths[piece.document])
-
-    def local_run(self, position: int, piece: Piece, band: Band) -> Piece | None:
-        """The piece of the same position that holds all keys of `piece`, if there is one."""
-        first, last = self.needs(piece, band)
-        return next(
-            (run for run in self.own(position, piece.document) if run.first <= first and last <= run.last), None
-        )
-
-    def fetched_share(self, band: Band) -> float:
-        """Remote key rows that a position needs, as a multiple of its own rows: the largest of all positions."""
-        return max(
-            (self._fetched_rows(position, band) / rows for position, rows in enumerate(self.rows) if rows), default=0.0
-        )
-
-    def _fetched_rows(self, position: int, band: Band) -> int:
-        rows = 0
-        for document in self.cut_documents[position]:
-            own = self.own(position, document)
-            for need in union(self.needs(piece, band) for piece in own):
-                held = length(union(overlap(need, (piece.first, piece.last)) for piece in own))
-                rows += need[1] - need[0] - held
-        return rows
-
-
 @dataclass
 class _Cast:
     """One later stage under construction: a buffer's rows, where they come from, and what this position sends."""
 
     rows: int = 0
     index: list[Range] = field(default_factory=list)  # global
-    copies: tuple[tuple[Range, Range], ...] = ()
+    copies: list[tuple[Range, Range]] = field(default_factory=list)
     blocks: list[Block] = field(default_factory=list)
-    sends: tuple[Message, ...] = ()
-    receives: tuple[Message, ...] = ()
+    arriving: dict[int, list[Range]] = field(default_factory=lambda: defaultdict(list))  # by peer
+    leaving: dict[int, list[Range]] = field(default_factory=lambda: defaultdict(list))
+
+    def room(self, rows: int) -> Range:
+        """So many new rows of the buffer."""
+        self.rows += rows
+        return self.rows - rows, self.rows
 
     def stage(self, shared_q: Range) -> Stage:
         calls = group_calls(self.blocks, shared_q)
-        return Stage(calls, self.rows, tuple(self.index), self.copies, self.sends, self.receives)
+        sends, receives = _messages(self.leaving), _messages(self.arriving)
+        return Stage(calls, self.rows, tuple(self.index), tuple(self.copies), sends, receives)
 
 
 @dataclass(frozen=True)
@@ -230,12 +146,12 @@ class _RingPlanner:
     schedule: str
     distances: list[range]
 
-    def plan(self, exchange: Exchange | None, reason: str) -> AttentionPlan:
+    def plan(self) -> AttentionPlan:
         local = self._local_blocks()
-        casts = [self._cast(distances) for distances in self.distances]
+        casts = self._casts()
         shared_q = shared_rows([block.q for blocks in [local, *(cast.blocks for cast in casts)] for block in blocks])
         returned = [rows for cast in casts for rows, _ in cast.copies]
-        returned += [rows for cast in casts for message in cast.sends for rows in message.ranges]
+        returned += [rows for cast in casts for ranges in cast.leaving.values() for rows in ranges]
         return AttentionPlan(
             schedule=self.schedule,
             ring=len(self.held.positions),
@@ -245,8 +161,6 @@ class _RingPlanner:
             stages=(Stage(group_calls(local, shared_q)), *(cast.stage(shared_q) for cast in casts)),
             shared_q=shared_q,
             shared_k=shared_rows([block.k for block in local], returned),
-            exchange=exchange,
-            reason=reason,
         )
 
     def _local_blocks(self) -> list[Block]:
@@ -270,46 +184,51 @@ class _RingPlanner:
     def _wanted(self, position: int, document: int) -> list[Range]:
         return union(self.held.needs(piece, self.band) for piece in self._casting(position, document))
 
-    def _cast(self, distances: range) -> _Cast:
-        cast = _Cast()
-        copies: list[tuple[Range, Range]] = []
-        arriving: dict[int, list[Range]] = defaultdict(list)
+    def _casts(self) -> list[_Cast]:
+        """The later stages, all in one pass over what travels."""
+        casts = [_Cast() for _ in self.distances]
+        stage_of = {distance: cast for cast, span in zip(casts, self.distances, strict=True) for distance in span}
+        if self.schedule == "gather":
+            stage_of[0] = casts[0]  # the local rows among the keys are copied
         for document in self.held.cut_documents[self.position]:
-            runs = []
-            for piece, holder in self._runs(self.position, document):
-                target = cast.rows, cast.rows + piece.last - piece.first
-                if holder == self.position and self.schedule == "gather":
-                    copies.append(((piece.row, piece.stop_row), target))
-                elif (holder - self.position) % len(self.held.positions) in distances:
-                    arriving[holder].append(target)
-                else:
-                    continue
-                runs.append(piece._replace(row=cast.rows))
-                start = self.held.docs.starts[document]
-                cast.index.append((start + piece.first, start + piece.last))
-                cast.rows = target[1]
-            for query in self._casting(self.position, document):
-                cast.blocks += blocks_of(query, runs, self.band)
-        cast.blocks = join_full(cast.blocks)
-        cast.copies = tuple(copies)
-        cast.receives = _messages(arriving)
-        cast.sends = _messages(self._leaving(distances))
-        return cast
+            self._arrive(document, stage_of)
+            self._leave(document, stage_of)
+        for cast in casts:
+            cast.blocks = join_full(cast.blocks)
+        return casts
 
-    def _leaving(self, distances: range) -> dict[int, list[Range]]:
-        """Local rows that other positions want in the same stage, in the order of their buffers."""
-        leaving: dict[int, list[Range]] = defaultdict(list)
-        for document in self.held.cut_documents[self.position]:
-            own = self.held.own(self.position, document)
-            for reader in self.held.readers[document]:
-                if (self.position - reader) % len(self.held.positions) in distances:
-                    for want in self._wanted(reader, document):
-                        for piece in own:
-                            first, last = overlap(want, (piece.first, piece.last))
-                            if first < last:
-                                shift = piece.row - piece.first
-                                leaving[reader].append((first + shift, last + shift))
-        return leaving
+    def _arrive(self, document: int, stage_of: dict[int, _Cast]) -> None:
+        """The keys of a document that this position needs, and its blocks over them."""
+        runs: dict[int, tuple[_Cast, list[Piece]]] = {}
+        start = self.held.docs.starts[document]
+        for piece, holder in self._runs(self.position, document):
+            cast = stage_of.get((holder - self.position) % len(self.held.positions))
+            if cast is None:
+                continue
+            target = cast.room(piece.last - piece.first)
+            if holder == self.position:
+                cast.copies.append(((piece.row, piece.stop_row), target))
+            else:
+                cast.arriving[holder].append(target)
+            cast.index.append((start + piece.first, start + piece.last))
+            runs.setdefault(id(cast), (cast, []))[1].append(piece._replace(row=target[0]))
+        for query in self._casting(self.position, document):
+            for cast, pieces in runs.values():
+                cast.blocks += blocks_of(query, pieces, self.band)
+
+    def _leave(self, document: int, stage_of: dict[int, _Cast]) -> None:
+        """Local rows that other positions want, in the order of their buffers."""
+        own = self.held.own(self.position, document)
+        for reader in self.held.readers[document]:
+            if reader == self.position:
+                continue
+            leaving = stage_of[(self.position - reader) % len(self.held.positions)].leaving[reader]
+            for want in self._wanted(reader, document):
+                for piece in own:
+                    first, last = overlap(want, (piece.first, piece.last))
+                    if first < last:
+                        shift = piece.row - piece.first
+                        leaving.append((first + shift, last + shift))
 
     def _runs(self, reader: int, document: int) -> Iterator[tuple[Piece, int]]:
         """What `reader` wants of a document, in ascending order: the parts of the holders' pieces, and the holder."""
@@ -323,8 +242,9 @@ class _RingPlanner:
 def _messages(segments: dict[int, list[Range]]) -> tuple[Message, ...]:
     """One message per segment where they are few, so that both ends send and receive in place; else one per peer."""
     messages: list[Message] = []
-    for peer in sorted(segments):
-        parts = segments[peer]
+    for peer, parts in sorted(segments.items()):
+        if not parts:
+            continue
         if len(parts) <= DIRECT_SEGMENTS:
             messages += [Message(peer, (part,)) for part in parts]
         else:

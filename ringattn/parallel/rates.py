@@ -68,7 +68,8 @@ class KernelRate:
         tail = np.zeros(blocks.calls)
         np.maximum.at(tail, blocks.call, np.where(n > 0, self.tile_seconds + longest * step_seconds, 0.0))
         rows = np.bincount(blocks.call, blocks.n, blocks.calls) * heads * self.row_seconds
-        return self.launch_seconds + np.maximum(tail, total + self.tail * tail) + rows
+        launch = np.where(np.bincount(blocks.call, minlength=blocks.calls) > 0, self.launch_seconds, 0.0)
+        return launch + np.maximum(tail, total + self.tail * tail) + rows
 
     def as_json(self) -> dict[str, Any]:
         return asdict(self)
@@ -98,6 +99,11 @@ class BlockTable:
         ]
         n, m, left, right, call = np.array(rows, dtype=np.int64).reshape(-1, 5).T
         return cls(n, m, left, right, call, len(calls))
+
+    def where(self, mask: npt.NDArray[np.bool_]) -> "BlockTable":
+        """Some of the blocks."""
+        n, m, left, right, call = (column[mask] for column in (self.n, self.m, self.left, self.right, self.call))
+        return BlockTable(n, m, left, right, call, self.calls)
 
     @property
     def areas(self) -> Ints:

@@ -1,0 +1,137 @@
+"""What all ring positions need of one another, counted at once: columns of numbers instead of a plan per position."""
+
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+import numpy.typing as npt
+
+from ringattn.mask import Band
+from ringattn.parallel.held import Held
+from ringattn.parallel.rates import BlockTable, Ints
+
+
+@dataclass(frozen=True)
+class Demand:
+    """Every position's pieces as columns, and the key rows that positions need of one another."""
+
+    positions: int
+    position: Ints  # of each piece
+    document: Ints
+    first: Ints
+    last: Ints
+    length: Ints  # of the piece's document
+    rows: Ints  # of each position
+    band: Band
+
+    @classmethod
+    def of(cls, held: Held, band: Band) -> "Demand":
+        columns = [
+            (position, piece.document, piece.first, piece.last, held.docs.lengths[piece.document])
+            for position, pieces in enumerate(held.positions)
+            for piece in pieces
+        ]
+        table = np.array(columns, dtype=np.int64).reshape(-1, 5)
+        table = table[np.lexsort((table[:, 2], table[:, 0], table[:, 1]))]
+        position, document, first, last, length = table.T
+        rows = np.array(held.rows, dtype=np.int64)
+        return cls(len(held.positions), position, document, first, last, length, rows, band)
+
+    @cached_property
+    def needs(self) -> tuple[Ints, Ints]:
+        """The keys that the queries of each piece see."""
+        lo = np.zeros_like(self.first) if self.band.lo is None else np.maximum(self.first + self.band.lo, 0)
+        hi = self.length if self.band.hi is None else np.minimum(self.last + self.band.hi, self.length)
+        return lo, hi
+
+    @cached_property
+    def local(self) -> npt.NDArray[np.bool_]:
+        """Pieces that need no key from elsewhere."""
+        return (self.needs[0] >= self.first) & (self.needs[1] <= self.last)
+
+    @cached_property
+    def group(self) -> Ints:
+        """Pieces of one document at one position share a number; ascending."""
+        return self.document * self.positions + self.position
+
+    @cached_property
+    def ordinal(self) -> Ints:
+        """Number of a piece among the pieces of its group."""
+        starts = np.searchsorted(self.group, self.group, side="left")
+        return np.arange(len(self.group)) - starts
+
+    @cached_property
+    def cut_rows(self) -> Ints:
+        """Rows of each position in documents that it needs keys for or that others read: of those that are cut."""
+        cut = np.isin(self.document, self.document[~self.local])
+        return per(self.position, (self.last - self.first) * cut, self.positions)
+
+    @cached_property
+    def traffic(self) -> tuple[Ints, Ints, Ints]:
+        """Reader, holder, and key rows that the reader needs of the holder (of itself, those to copy)."""
+        want = np.flatnonzero(~self.local)
+        lo, hi = _union(self.group[want], self.needs[0][want], self.needs[1][want])
+        begin, end = (np.searchsorted(self.document, self.document[want], side) for side in ("left", "right"))
+        index, piece = _ranges(begin, end)
+        rows = np.minimum(hi[index], self.last[piece]) - np.maximum(lo[index], self.first[piece])
+        some = rows > 0
+        pair = self.position[want][index[some]] * self.positions + self.position[piece[some]]
+        total = per(pair, rows[some], self.positions**2)
+        pairs = np.flatnonzero(total)
+        return pairs // self.positions, pairs % self.positions, total[pairs]
+
+    @cached_property
+    def received_rows(self) -> Ints:
+        reader, holder, rows = self.traffic
+        return per(reader, rows * (reader != holder), self.positions)
+
+    @cached_property
+    def gathered_blocks(self) -> BlockTable:
+        """Each piece over all its keys, as one block."""
+        return self._blocks(np.arange(len(self.first)), *self.needs)
+
+    @cached_property
+    def own_blocks(self) -> tuple[BlockTable, Ints, Ints]:
+        """Each piece over the keys of its own group, with the numbers of the query piece and of the key piece."""
+        begin, end = (np.searchsorted(self.group, self.group, side) for side in ("left", "right"))
+        query, run = _ranges(begin, end)
+        first = np.maximum(self.first[run], self.needs[0][query])
+        last = np.minimum(self.last[run], self.needs[1][query])
+        some = first < last
+        query, run = query[some], run[some]
+        return self._blocks(query, first[some], last[some]), query, run
+
+    def _blocks(self, query: Ints, k_first: Ints, k_last: Ints) -> BlockTable:
+        """Pieces over key positions, as `blocks.blocks_of` cuts them; all in call 0."""
+        first, last, band = self.first[query], self.last[query], self.band
+        if band.hi is not None:
+            first = np.maximum(first, k_first - band.hi)
+        if band.lo is not None:
+            last = np.minimum(last, k_last - band.lo)
+        n, m = last - first, k_last - k_first
+        open_side = np.full_like(n, -1)
+        right = (
+            open_side if band.hi is None else np.where(band.hi + last - k_last >= n - 1, -1, band.hi + last - k_last)
+        )
+        left = open_side if band.lo is None else np.where(k_last - last - band.lo >= m - 1, -1, k_last - last - band.lo)
+        return BlockTable(n, m, left, right, np.zeros_like(n), 1)
+
+
+def per(key: Ints, values: npt.NDArray, size: int) -> npt.NDArray:
+    """Sum of the values of each key in `[0, size)`; integers stay integers (exact up to 2^53)."""
+    return np.bincount(key, values, size).astype(values.dtype)
+
+
+def _union(group: Ints, lo: Ints, hi: Ints) -> tuple[Ints, Ints]:
+    """Ranges sorted by group and start, each without what ranges of its group before it cover; some become empty."""
+    base = group * (int(hi.max(initial=0)) + 1)
+    covered = np.maximum.accumulate(hi + base)
+    before = np.concatenate([[-1], covered[:-1]]) if len(covered) else covered
+    return np.maximum(lo, before - base), hi
+
+
+def _ranges(begin: Ints, end: Ints) -> tuple[Ints, Ints]:
+    """All numbers of the ranges `[begin, end)`, and for each the index of its range."""
+    counts = end - begin
+    index = np.repeat(np.arange(len(counts)), counts)
+    return index, np.arange(len(index)) - np.repeat(np.cumsum(counts) - counts - begin, counts)

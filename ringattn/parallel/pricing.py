@@ -1,0 +1,262 @@
+"""What a schedule costs all ring positions, in closed forms, without building their plans.
+
+What positions need of one another is counted exactly; inside the later stages of a ring the work of a position is
+spread in proportion to the rows that arrive.
+"""
+
+import itertools
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+
+from ringattn.parallel.cost import (
+    CLASSES,
+    DirectionCost,
+    Machine,
+    StageCost,
+    backward_timeline,
+    calls_seconds,
+    exchange_seconds,
+    forward_timeline,
+)
+from ringattn.parallel.demand import Demand, per
+from ringattn.parallel.plan import Exchange, Shape, StageRows, largest_pair
+from ringattn.parallel.rates import BlockTable, Floats, Ints
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A way to move keys on the ring axis: "local", "gather" (one later stage), or "ring" with `stages` in all."""
+
+    schedule: str
+    stages: int
+
+    @property
+    def name(self) -> str:
+        return f"ring of {self.stages} stages" if self.schedule == "ring" else self.schedule
+
+    def distances(self, ring: int) -> list[range]:
+        """For each later stage, how far away on the ring its keys come from."""
+        casts = min(ring - 1, self.stages - 1)
+        if casts < 1:
+            return []
+        bounds = [1 + index * (ring - 1) // casts for index in range(casts + 1)]
+        return [range(a, b) for a, b in itertools.pairwise(bounds)]
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What prices depend on beside the pieces.
+
+    Arguments:
+        shape: the model's.
+        exchange: of one rank of the sequence group, the same one whoever asks.
+    """
+
+    machine: Machine
+    shape: Shape
+    exchange: Exchange | None = None
+    keep_keys: bool = False
+    wide_reduce: bool = True
+    primitive: str = "p2p"
+
+    @property
+    def ulysses(self) -> int:
+        return 1 if self.exchange is None else len(self.exchange.rows)
+
+    @property
+    def own(self) -> Shape:
+        """The largest share of the heads."""
+        if self.exchange is None:
+            return self.shape
+        exchanges = [replace(self.exchange, rank=rank) for rank in range(self.ulysses)]
+        shares = [self.shape.share(exchange) for exchange in exchanges]
+        return max(shares, key=lambda share: (share.query_heads, share.key_heads))
+
+
+@dataclass(frozen=True)
+class Price:
+    """A candidate in one direction, for every position as arrays: seconds of compute, wire and waiting, and bytes.
+
+    `pair_share` are the key rows of two buffers at a time over the position's own rows, the largest of all positions.
+    """
+
+    candidate: Candidate
+    compute: Floats
+    wire: Floats
+    exposed: Floats
+    bytes: Any
+    pair_share: float
+
+    @property
+    def slowest(self) -> DirectionCost:
+        """The position that decides."""
+        at = int(np.argmax(self.compute + self.exposed))
+        return DirectionCost(float(self.compute[at]), float(self.wire[at]), float(self.exposed[at]))
+
+    @property
+    def seconds(self) -> float:
+        return self.slowest.seconds
+
+    @property
+    def most_bytes(self) -> int:
+        return int(np.max(self.bytes, initial=0))
+
+
+@dataclass(frozen=True)
+class Pricer:
+    """Prices of candidates; what they share is computed once."""
+
+    demand: Demand
+    setting: Setting
+
+    def price(self, candidate: Candidate) -> tuple[Price, Price]:
+        """Of the forward and of the backward pass."""
+        distances = candidate.distances(self.demand.positions)
+        received, sent = self._rows(distances)
+        gather = candidate.schedule == "gather"
+        copied = self._copied if gather else np.zeros(self.demand.positions)
+        buffers = received.sum(1) + copied
+        rows = StageRows(
+            buffers=list(buffers),
+            sent=list(sent.sum(1)),
+            shared_q=0 if gather else self.demand.cut_rows * bool(distances),
+            shared_k=self.demand.cut_rows if distances else 0,
+        )
+        pair_share = float(np.max(largest_pair(rows.buffers) / np.maximum(self.demand.rows, 1), initial=0.0))
+        setting, own = self.setting, self.setting.own
+        sizes = (
+            rows.forward_bytes(own, setting.keep_keys),
+            rows.backward_bytes(own, setting.keep_keys, setting.wide_reduce),
+        )
+        forward, backward = (
+            self._directed(candidate, direction, received, sent, copied, (size, pair_share))
+            for direction, size in enumerate(sizes)
+        )
+        return forward, backward
+
+    def _directed(
+        self, candidate: Candidate, direction: int, received: Ints, sent: Ints, copied: Floats, room: tuple[Any, float]
+    ) -> Price:
+        """One direction; `received` and `sent` are (stages, class of link, position) rows."""
+        setting, machine, own, backward = self.setting, self.setting.machine, self.setting.own, bool(direction)
+        local, later = self._gathered[direction] if candidate.schedule == "gather" else self._staged(received, backward)
+        cast = reduce = np.zeros(later.shape)
+        if not (backward and setting.keep_keys):
+            cast = self._wire(received, sent, own.key_row_bytes)
+            later = later + _linear(copied, 2 * machine.copy_seconds, 2 * own.key_row_bytes / machine.copy_bandwidth)
+        if backward:
+            reduce = self._wire(received, sent, own.key_row_bytes * (4 / own.itemsize if setting.wide_reduce else 1))
+            rows = received.sum(1) + sent.sum(1) + 2 * copied
+            per_row = own.key_row_bytes * (1 + 8 / own.itemsize) / machine.merge_bandwidth
+            later = later + _linear(rows, 4 * machine.copy_seconds, per_row)
+        stages = [StageCost(local), *(StageCost(*parts) for parts in zip(later, cast, reduce, strict=True))]
+        wire, copies = exchange_seconds(machine, setting.exchange, 0, setting.shape, backward, setting.wide_reduce)
+        return Price(
+            candidate,
+            compute=local + later.sum(0) + copies,
+            wire=cast.sum(0) + reduce.sum(0) + wire,
+            exposed=(backward_timeline if backward else forward_timeline)(stages) + wire + np.zeros(len(local)),
+            bytes=room[0],
+            pair_share=room[1],
+        )
+
+    def _wire(self, received: Ints, sent: Ints, row_bytes: float) -> Floats:
+        """Seconds of each stage and position: both directions and both classes of link at the same time."""
+        seconds = []
+        for number, link_class in enumerate(CLASSES):
+            link = self.setting.machine.links[link_class, self.setting.primitive]
+            rows = np.maximum(received[:, number], sent[:, number])
+            seconds.append(_linear(rows, link.latency, row_bytes / link.bandwidth))
+        return np.maximum(*seconds)
+
+    def _rows(self, distances: list[range]) -> tuple[Ints, Ints]:
+        """Key rows received and sent by stage, class of link and position."""
+        positions, classes = self.demand.positions, len(CLASSES)
+        stage_of = np.zeros(positions, dtype=np.int64)
+        for number, span in enumerate(distances):
+            stage_of[span.start : span.stop] = number
+        reader, holder, rows, distance, link_class = self._remote
+        room = (stage_of[distance] * classes + link_class) * positions
+        size = len(distances) * classes * positions
+        received, sent = (per(room + position, rows, size) for position in (reader, holder))
+        shape = len(distances), classes, positions
+        return received.reshape(shape), sent.reshape(shape)
+
+    @cached_property
+    def _remote(self) -> tuple[Ints, Ints, Ints, Ints, Ints]:
+        """What travels: reader, holder, rows, distance on the ring, number of the class of link."""
+        positions = self.demand.positions
+        nodes = np.arange(positions) * self.setting.ulysses // self.setting.machine.gpus_per_node
+        reader, holder, rows = self.demand.traffic
+        some = reader != holder
+        reader, holder, rows = reader[some], holder[some], rows[some]
+        return reader, holder, rows, (holder - reader) % positions, (nodes[reader] != nodes[holder]).astype(np.int64)
+
+    @cached_property
+    def _copied(self) -> Floats:
+        """Local key rows that a gather copies beside those that arrive."""
+        reader, holder, rows = self.demand.traffic
+        return per(reader, rows * (reader == holder), self.demand.positions).astype(np.float64)
+
+    def _kernels(self, table: BlockTable, ordinal: Ints, position: Ints, backward: bool) -> Floats:
+        """Seconds of each position's calls; blocks of one position with another ordinal are in another call."""
+        positions = self.demand.positions
+        most = int(ordinal.max(initial=0)) + 1
+        table = replace(table, call=ordinal * positions + position, calls=most * positions)
+        seconds = calls_seconds(self.setting.machine, table, self.setting.own, backward)
+        return seconds.reshape(most, positions).sum(0)
+
+    @cached_property
+    def _gathered(self) -> list[tuple[Floats, Floats]]:
+        """Kernels of a gather in both directions: of the pieces that are local, of the others over all their keys."""
+        demand, blocks = self.demand, self.demand.gathered_blocks
+        here, there = demand.local, ~demand.local
+        out = []
+        for backward in (False, True):
+            nobody_else = np.zeros_like(demand.ordinal[here])
+            local = self._kernels(blocks.where(here), nobody_else, demand.position[here], backward)
+            later = self._kernels(blocks.where(there), demand.ordinal[there], demand.position[there], backward)
+            out.append((local, later[None]))
+        return out
+
+    @cached_property
+    def _own(self) -> tuple[list[Floats], Floats]:
+        """Kernels over the keys of the position itself in both directions; and the pairs that each piece has left."""
+        blocks, query, key = self.demand.own_blocks
+        ordinal, position = (query != key).astype(np.int64), self.demand.position[query]
+        seconds = [self._kernels(blocks, ordinal, position, backward) for backward in (False, True)]
+        left = self.demand.gathered_blocks.areas - per(query, blocks.areas, len(self.demand.first))
+        return seconds, np.maximum(left, 0).astype(np.float64)
+
+    def _staged(self, received: Ints, backward: bool) -> tuple[Floats, Floats]:
+        """Kernels and merges of a ring (or of one position): of the local stage, and of each later one.
+
+        The later stages of a position are taken as alike but for the rows that arrive: each piece over an equal share
+        of the pairs that it has left.
+        """
+        demand, own, machine = self.demand, self.setting.own, self.setting.machine
+        seconds, left = self._own
+        local, stages = seconds[backward], len(received)
+        if not stages:
+            return local, np.zeros((0, demand.positions))
+        row_bytes = own.query_heads * (own.head_dim if backward else own.value_dim) * (8 + own.itemsize)
+        per_row = row_bytes / machine.merge_bandwidth
+        some = left > 0
+        rows = (demand.last - demand.first)[some]
+        keys = np.ceil(left[some] / stages / rows).astype(np.int64)
+        open_side = np.full(len(rows), -1)
+        table = BlockTable(rows, keys, open_side, open_side, open_side, 1)
+        mean = self._kernels(table, demand.ordinal[some], demand.position[some], backward)
+        merged = per(demand.position[some], rows, demand.positions)
+        mean = mean + _linear(merged, 2 * machine.copy_seconds, per_row)
+        arriving = received.sum(1)
+        later = mean * arriving * stages / np.maximum(arriving.sum(0), 1)
+        return local + _linear(demand.cut_rows, 2 * machine.copy_seconds, per_row), later
+
+
+def _linear(rows: Any, fixed: float, per_row: float) -> Any:
+    """`fixed + rows * per_row`, and nothing for nothing."""
+    return np.where(rows > 0, fixed + rows * per_row, 0.0)

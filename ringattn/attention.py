@@ -18,6 +18,7 @@ from ringattn.names import accept_aliases
 from ringattn.parallel.executor import Job, run
 from ringattn.parallel.layout import Layout
 from ringattn.parallel.mesh import SequenceMesh
+from ringattn.parallel.plan_check import check_plan
 from ringattn.parallel.planner import plan_attention
 from ringattn.parallel.transport import GroupTransport, Transport
 
@@ -41,6 +42,7 @@ def parallel_attention(
     stages: int | None = None,
     keep_keys: bool = False,
     wide_reduce: bool = True,
+    memory_limit: int | None = None,
     return_lse: bool = False,
 ) -> Any:
     """What one device would compute on the whole packed stream, for this rank's tokens. Collective, differentiable.
@@ -62,10 +64,13 @@ def parallel_attention(
         sinks: (H,) one logit per query head, added to every softmax's denominator.
         deterministic: ask the kernel for bitwise equal gradients from run to run; transfers are always in fixed order.
         backend: "auto" or a name of `ringattn.kernels.registry.backends()`.
-        scheme: "auto", "gather", "ring", "ulysses" or "hybrid"; the degrees are those of the layout's mesh.
+        scheme: "auto", "gather", "ring", "ulysses" or "hybrid"; the degrees are those of the layout's mesh. "auto"
+            takes what is predicted to be fastest on the mesh's machine, forward and backward apart: the plan's `reason`.
         stages: stages of the ring scheme, the local one included; default: up to 4.
         keep_keys: keep cast keys for the backward pass (more memory, one transfer less).
         wide_reduce: return key gradients to their owners in float32; False: in the dtype of the keys, half the bytes.
+        memory_limit: bytes that the buffers of one attention may take on a rank, beside its inputs and results;
+            default: keys of up to 8 times a rank's own are held at once.
         return_lse: also return the log-sum-exp (H, t), float32, sinks included; of padding it is -inf, or the sink. It
             has no gradient.
 
@@ -85,6 +90,7 @@ def parallel_attention(
         stages=stages,
         keep_keys=keep_keys,
         wide_reduce=wide_reduce,
+        memory_limit=memory_limit,
         return_lse=return_lse,
     )
     if torch.compiler.is_compiling():
@@ -112,6 +118,7 @@ class Settings:
     stages: int | None
     keep_keys: bool
     wide_reduce: bool
+    memory_limit: int | None
     return_lse: bool
 
 
@@ -129,7 +136,12 @@ def prepare(q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None, layout: Layou
         settings.stages,
         settings.keep_keys,
         settings.wide_reduce,
+        head_dim=spec.head_dim,
+        value_dim=spec.value_dim,
+        itemsize=spec.dtype.itemsize,
+        memory_limit=settings.memory_limit,
     )
+    check_plan(plan, layout)
     scale = spec.head_dim**-0.5 if settings.softmax_scale is None else float(settings.softmax_scale)
     ring, ulysses = _transports(layout)
     return Job(
@@ -167,6 +179,7 @@ class ParallelAttention(nn.Module):
         stages: int | None = None,
         keep_keys: bool = False,
         wide_reduce: bool = True,
+        memory_limit: int | None = None,
     ) -> None:
         super().__init__()
         self.mesh = mesh
@@ -186,6 +199,7 @@ class ParallelAttention(nn.Module):
             "stages": stages,
             "keep_keys": keep_keys,
             "wide_reduce": wide_reduce,
+            "memory_limit": memory_limit,
         }
 
     def forward(

@@ -21,7 +21,7 @@ from ringattn.parallel.numbered import by_number
 _INPUTS = "Tensor q, Tensor k, Tensor v, Tensor? sinks, Tensor layout"
 _CONSTANTS = (
     "bool causal, int left, int right, int? chunk, float? softmax_scale, float? softcap, float dropout_p, "
-    "bool deterministic, str backend, str scheme, int? stages, bool wide_reduce, bool return_lse"
+    "bool deterministic, str backend, str scheme, int? stages, bool wide_reduce, int? memory_limit, bool return_lse"
 )
 
 
@@ -36,13 +36,15 @@ def attend(
         raise NotImplementedError("dropout under torch.compile: its seed would compile a graph for every step")
     mask, (left, right) = settings.mask, settings.mask.window
     constants = (mask.causal, left, right, mask.chunk, settings.softmax_scale, settings.softcap, settings.dropout_p)
-    constants += (settings.deterministic, settings.backend, settings.scheme, settings.stages, settings.wide_reduce)  # type: ignore[assignment]
-    out, lse, *_ = _attend(q, k, v, sinks, layout._number, *constants, settings.return_lse)
+    constants += (settings.deterministic, settings.backend, settings.scheme, settings.stages)  # type: ignore[assignment]
+    constants += (settings.wide_reduce, settings.memory_limit, settings.return_lse)  # type: ignore[assignment]
+    out, lse, *_ = _attend(q, k, v, sinks, layout._number, *constants)
     return out, lse
 
 
 def _job(q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None, layout: Tensor, *constants: Any) -> Job:
-    causal, left, right, chunk, scale, softcap, dropout_p, deterministic, backend, scheme, stages, wide, lse = constants
+    causal, left, right, chunk, scale, softcap, dropout_p, *rest = constants
+    deterministic, backend, scheme, stages, wide, memory_limit, lse = rest
     settings = Settings(
         mask=Mask(causal, (left, right), chunk),
         softmax_scale=scale,
@@ -55,6 +57,7 @@ def _job(q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None, layout: Tensor, 
         stages=stages,
         keep_keys=False,
         wide_reduce=wide,
+        memory_limit=memory_limit,
         return_lse=lse,
     )
     return prepare(q, k, v, sinks, by_number(int(layout)), settings)

@@ -41,8 +41,22 @@ SHARED_MEMORY_KIB = Variable(
     "RINGATTN_SHARED_MEMORY_KIB", "lowers, never raises, the shared memory that tile candidates may take"
 )
 FA3_LIBRARY = Variable("RINGATTN_FA3_LIBRARY", "path of a library with the FlashAttention-3 operators")
+MACHINE = Variable(
+    "RINGATTN_MACHINE",
+    "whose speed plans are made for: a shipped machine (`H200`, `H100`, `A100`, `CPU`) or the path of a calibration "
+    "file; by default the calibration of this machine (`ringattn bench --calibrate`), else the shipped one for its device",
+)
+CHECK_PLANS = Variable(
+    "RINGATTN_CHECK_PLANS",
+    "`on`: compare every new plan once over the sequence ranks (collective), and raise if they differ",
+    "off",
+    ("off", "on"),
+)
 
-VARIABLES = {variable.name: variable for variable in (BACKEND, AUTOTUNE, CACHE_DIR, SHARED_MEMORY_KIB, FA3_LIBRARY)}
+VARIABLES = {
+    variable.name: variable
+    for variable in (BACKEND, AUTOTUNE, CACHE_DIR, SHARED_MEMORY_KIB, FA3_LIBRARY, MACHINE, CHECK_PLANS)
+}
 
 
 def complaint() -> str | None:

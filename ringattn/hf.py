@@ -65,7 +65,8 @@ def parallelize(model: nn.Module, mesh: SequenceMesh, **options: Any) -> Handle:
 
     Arguments:
         model: a decoder from transformers whose attention goes through its AttentionInterface.
-        options: keywords of `parallel_attention`: scheme, backend, stages, keep_keys, wide_reduce, deterministic.
+        options: keywords of `parallel_attention`: scheme, backend, stages, keep_keys, wide_reduce, memory_limit,
+            deterministic.
 
     Raises NotImplementedError naming what the model has that is not supported.
     """
@@ -73,7 +74,7 @@ def parallelize(model: nn.Module, mesh: SequenceMesh, **options: Any) -> Handle:
 
     if not isinstance(model, PreTrainedModel):
         raise ValueError(f"model must be a transformers PreTrainedModel, got {type(model).__name__}")
-    allowed = {"scheme", "backend", "stages", "keep_keys", "wide_reduce", "deterministic"}
+    allowed = {"scheme", "backend", "stages", "keep_keys", "wide_reduce", "memory_limit", "deterministic"}
     before: Any = getattr(model, "_ringattn", None)
     if before is not None:
         raise ValueError(f"model was parallelized already, on {before.mesh}")

@@ -194,8 +194,8 @@ def stage_costs(
                 copies += _cast_copies(machine, stage, own)
                 cast = _messages_seconds(machine, plan, stage, own.key_row_bytes, primitive)
             if backward:
-                wide = own.key_row_bytes * (4 / own.itemsize if plan.wide_reduce else 1)
-                reduce = _messages_seconds(machine, plan, stage, wide, primitive)
+                row_bytes = own.wide_key_row_bytes if plan.wide_reduce else own.key_row_bytes
+                reduce = _messages_seconds(machine, plan, stage, row_bytes, primitive)
                 copies += _reduce_copies(machine, stage, own)
         costs.append(StageCost(compute + copies, cast, reduce, copies))
     return tuple(costs)
@@ -206,7 +206,7 @@ def _merges(machine: Machine, plan: AttentionPlan, stage: Stage, own: Shape, bac
     first, last = plan.shared_q
     dim = own.head_dim if backward else own.value_dim
     rows = sum(max(0, min(call.q[1], last) - max(call.q[0], first)) for call in stage.calls)
-    return merge_seconds(machine, rows * own.query_heads * dim * (8 + own.itemsize), len(stage.calls))
+    return merge_seconds(machine, rows * own.query_heads * dim * (2 * own.wide + own.itemsize), len(stage.calls))
 
 
 def _cast_copies(machine: Machine, stage: Stage, own: Shape) -> float:
@@ -221,7 +221,7 @@ def _reduce_copies(machine: Machine, stage: Stage, own: Shape) -> float:
     """Gradients of the buffer made wide, and what came back added to the rows' own."""
     rows = stage.rows + sum(message.rows for message in stage.sends)
     rows += sum(stop - start for _, (start, stop) in stage.copies)
-    return merge_seconds(machine, rows * own.key_row_bytes * (1 + 8 / own.itemsize), 2 * (1 + len(stage.sends)))
+    return merge_seconds(machine, rows * (own.key_row_bytes + 2 * own.wide_key_row_bytes), 2 * (1 + len(stage.sends)))
 
 
 def _messages_seconds(machine: Machine, plan: AttentionPlan, stage: Stage, row_bytes: float, primitive: str) -> float:
@@ -251,7 +251,7 @@ def exchange_seconds(
         return 0.0, 0.0
     first = ring_rank * len(exchange.rows)
     far = machine.link_class(first, first + len(exchange.rows) - 1)
-    wide = 4 if backward and exchange.copied_keys and wide_reduce else shape.itemsize
+    wide = shape.wide if backward and exchange.copied_keys and wide_reduce else shape.itemsize
     tensors = [
         (shape.head_dim, False, shape.itemsize),
         (shape.value_dim, False, shape.itemsize),

@@ -9,6 +9,7 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from ringattn.parallel.cost import Machine
+from ringattn.parallel.machines import local_machine
 
 AXES = ("data", "ring", "ulysses")
 
@@ -62,9 +63,7 @@ class SequenceMesh(MeshShape):
 
     @property
     def device(self) -> torch.device:
-        if self.device_type == "cpu":
-            return torch.device("cpu")
-        return torch.device(self.device_type, torch.get_device_module(self.device_type).current_device())
+        return _device(self.device_type)
 
     @cached_property
     def ring_group(self) -> dist.ProcessGroup:
@@ -141,6 +140,9 @@ def init_mesh(
         device_type: "cuda" or "cpu"; default: cuda where there is one.
         ulysses_across_nodes: allow an ulysses group to span nodes (LOCAL_WORLD_SIZE ranks each).
 
+    The mesh's `machine`, for which plans are made, is this machine's calibration or the shipped one
+    (`ringattn.parallel.machines.local_machine`); where ranks would differ all take rank 0's.
+
     Raises ValueError, before any communication, when the degrees do not fit the world size.
     """
     device_type = device_type or ("cuda" if torch.cuda.is_available() else "cpu")
@@ -155,6 +157,7 @@ def init_mesh(
     mesh = SequenceMesh(
         *sizes,
         sequence_rank=rank % shape.sequence_size,
+        machine=_agreed_machine(device_type),
         data_rank=rank // shape.sequence_size,
         device_type=device_type,
         device_mesh=device_mesh,
@@ -163,11 +166,33 @@ def init_mesh(
     return mesh
 
 
+def _device(device_type: str) -> torch.device:
+    """This process' device."""
+    if device_type == "cpu":
+        return torch.device("cpu")
+    return torch.device(device_type, torch.get_device_module(device_type).current_device())
+
+
 def _init_single_process(device_type: str) -> None:
     """A world of one, for a script that was started without a launcher."""
     backend = "nccl" if device_type == "cuda" else "gloo"
     device = torch.device("cuda", torch.cuda.current_device()) if device_type == "cuda" else None
     dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, device_id=device)
+
+
+def _agreed_machine(device_type: str) -> Machine:
+    """The machine that plans are made for: rank 0's, if ranks differ, so that all plan alike. Collective."""
+    mine = local_machine(device_type)
+    if dist.get_world_size() == 1:
+        return mine
+    digest = int(mine.digest[:15], 16)
+    digests = torch.tensor([digest, -digest], device=_device(device_type))
+    dist.all_reduce(digests, dist.ReduceOp.MAX)
+    if digests[0] == -digests[1]:
+        return mine
+    box = [mine.to_json()]
+    dist.broadcast_object_list(box, src=0, device=digests.device)
+    return Machine.from_json(box[0])
 
 
 def _open_groups(mesh: SequenceMesh) -> None:

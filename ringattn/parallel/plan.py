@@ -37,6 +37,16 @@ class Shape:
         """Bytes of one token's key and value."""
         return self.key_heads * (self.head_dim + self.value_dim) * self.itemsize
 
+    @property
+    def wide(self) -> int:
+        """Bytes per element of sums."""
+        return max(4, self.itemsize)
+
+    @property
+    def wide_key_row_bytes(self) -> int:
+        """Bytes of the sums of one token's key and value gradients."""
+        return self.key_row_bytes * self.wide // self.itemsize
+
 
 @dataclass(frozen=True)
 class StageRows:
@@ -55,15 +65,14 @@ class StageRows:
     def forward_bytes(self, own: Shape, keep_keys: bool) -> Any:
         """Two key buffers at a time, or all if they are kept, and the accumulated output."""
         rows = sum(self.buffers) if keep_keys else largest_pair(self.buffers)
-        return rows * own.key_row_bytes + self.shared_q * own.query_heads * own.value_dim * 4
+        return rows * own.key_row_bytes + self.shared_q * own.query_heads * own.value_dim * own.wide
 
     def backward_bytes(self, own: Shape, keep_keys: bool, wide_reduce: bool) -> Any:
         """The keys again, and of two stages the gradients as kernels write them and as they travel, both ways."""
-        wide = own.key_row_bytes * 4 // own.itemsize
-        travels = wide if wide_reduce else own.key_row_bytes
+        travels = own.wide_key_row_bytes if wide_reduce else own.key_row_bytes
         rows = sum(self.buffers) if keep_keys else largest_pair(self.buffers)
         keys = rows * own.key_row_bytes + largest_pair(self.buffers) * (own.key_row_bytes + travels)
-        sums = self.shared_q * own.query_heads * own.head_dim * 4 + self.shared_k * wide
+        sums = self.shared_q * own.query_heads * own.head_dim * own.wide + self.shared_k * own.wide_key_row_bytes
         return keys + largest_pair(self.sent) * travels + sums
 
 

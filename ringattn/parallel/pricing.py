@@ -148,9 +148,9 @@ class Pricer:
             cast = self._wire(received, sent, own.key_row_bytes)
             later = later + _linear(copied, 2 * machine.copy_seconds, 2 * own.key_row_bytes / machine.copy_bandwidth)
         if backward:
-            reduce = self._wire(received, sent, own.key_row_bytes * (4 / own.itemsize if setting.wide_reduce else 1))
+            reduce = self._wire(received, sent, own.wide_key_row_bytes if setting.wide_reduce else own.key_row_bytes)
             rows = received.sum(1) + sent.sum(1) + 2 * copied
-            per_row = own.key_row_bytes * (1 + 8 / own.itemsize) / machine.merge_bandwidth
+            per_row = (own.key_row_bytes + 2 * own.wide_key_row_bytes) / machine.merge_bandwidth
             later = later + _linear(rows, 4 * machine.copy_seconds, per_row)
         stages = [StageCost(local), *(StageCost(*parts) for parts in zip(later, cast, reduce, strict=True))]
         wire, copies = exchange_seconds(machine, setting.exchange, 0, setting.shape, backward, setting.wide_reduce)
@@ -242,7 +242,7 @@ class Pricer:
         local, stages = seconds[backward], len(received)
         if not stages:
             return local, np.zeros((0, demand.positions))
-        row_bytes = own.query_heads * (own.head_dim if backward else own.value_dim) * (8 + own.itemsize)
+        row_bytes = own.query_heads * (own.head_dim if backward else own.value_dim) * (2 * own.wide + own.itemsize)
         per_row = row_bytes / machine.merge_bandwidth
         some = left > 0
         rows = (demand.last - demand.first)[some]

@@ -11,6 +11,7 @@ from torch import Tensor
 from ringattn import Documents, Layout, Mask, MeshShape
 from ringattn.kernels.registry import choose
 from ringattn.kernels.spec import CallSpec, Options
+from ringattn.parallel.cost import Machine
 from ringattn.parallel.executor import Job, backward_pass, forward_pass
 from ringattn.parallel.planner import plan_attention
 from ringattn.parallel.transport import Pending
@@ -48,7 +49,14 @@ class ThreadTransport:
 
 
 def attention(
-    x: dict[str, Tensor], docs: Documents, mask: Mask, ring: int, scheme: str, stages: int | None, backend: str
+    x: dict[str, Tensor],
+    docs: Documents,
+    mask: Mask,
+    ring: int,
+    scheme: str,
+    stages: int | None,
+    backend: str,
+    machine: Machine | None = None,
 ) -> dict[str, Tensor]:
     """out, dq, dk, dv of the whole stream, computed as `ring` ranks would: x holds q, k, v and dout of the stream."""
     layouts = [Layout(docs, MeshShape(1, ring, 1, rank)) for rank in range(ring)]
@@ -61,7 +69,7 @@ def attention(
 
     def rank_of(rank: int) -> None:
         layout = layouts[rank]
-        plan = plan_attention(layout, mask, heads, key_heads, scheme if ring > 1 else "auto", stages)
+        plan = plan_attention(layout, mask, heads, key_heads, scheme if ring > 1 else "auto", stages, machine=machine)
         transport = ThreadTransport(mail, rank)
         q, k, v, dout = (layout.shard(x[name]) for name in ("q", "k", "v", "dout"))
         job = Job(plan, Options(dim**-0.5), None, chosen, transport, None, q.device, heads, key_heads)

@@ -65,7 +65,8 @@ def parallel_attention(
         deterministic: ask the kernel for bitwise equal gradients from run to run; transfers are always in fixed order.
         backend: "auto" or a name of `ringattn.kernels.registry.backends()`.
         scheme: "auto", "gather", "ring", "ulysses" or "hybrid"; the degrees are those of the layout's mesh. "auto"
-            takes what is predicted to be fastest on the mesh's machine, forward and backward apart: the plan's `reason`.
+            takes what is predicted to be fastest on the mesh's machine, forward and backward apart, and says why in the
+            plan's `reason`.
         stages: stages of the ring scheme, the local one included; default: up to 4.
         keep_keys: keep cast keys for the backward pass (more memory, one transfer less).
         wide_reduce: return key gradients to their owners in float32; False: in the dtype of the keys, half the bytes.

@@ -44,7 +44,7 @@ FA3_LIBRARY = Variable("RINGATTN_FA3_LIBRARY", "path of a library with the Flash
 MACHINE = Variable(
     "RINGATTN_MACHINE",
     "whose speed plans are made for: a shipped machine (`H200`, `H100`, `A100`, `CPU`) or the path of a calibration "
-    "file; by default the calibration of this machine (`ringattn bench --calibrate`), else the shipped one for its device",
+    "file; by default the calibration of this machine (`ringattn bench --calibrate`), else the shipped one of its kind",
 )
 CHECK_PLANS = Variable(
     "RINGATTN_CHECK_PLANS",

@@ -3,8 +3,9 @@
 T tokens of the stream, t tokens of this rank.
 """
 
+import math
 from bisect import bisect_right
-from collections.abc import Hashable
+from collections.abc import Hashable, Sequence
 from functools import cached_property
 from typing import Any
 
@@ -16,9 +17,10 @@ from ringattn.documents import Documents
 from ringattn.kernels.spec import Range, to_device
 from ringattn.mask import Mask
 from ringattn.parallel import placement
+from ringattn.parallel.cost import Machine
 from ringattn.parallel.mesh import MeshShape, SequenceMesh
 from ringattn.parallel.numbered import number_of
-from ringattn.parallel.placement import Placement
+from ringattn.parallel.placement import Load, Placement
 from ringattn.parallel.ranges import length, overlap
 
 POLICIES = ("contiguous", "zigzag", "balanced", "auto")
@@ -33,14 +35,29 @@ class Layout:
         policy: "contiguous" (equal runs of the stream), "zigzag" (every document cut over all ring positions),
             "balanced" (equal tokens and equal cost with few cuts), or "auto": balanced where there is a ring axis, else
             contiguous.
-        mask: the mask whose cost "balanced" evens out, default causal; any mask can be computed on any layout.
+        mask: the mask whose cost "balanced" evens out, default causal; any mask can be computed on any layout. For a
+            model that has several, pairs (mask, number of layers), whose costs are added.
+        machine: "balanced" evens out kernel time on it instead of the number of allowed pairs, which is not the same
+            for short documents; default: none, with "auto" the mesh's.
+        head_dim: of the kernels that are timed.
+        speeds: of each ring position, positive, for "balanced" and "auto": tokens and cost are in proportion to them.
 
     Tokens are placed on ring positions; a position's tokens are dealt in equal runs to its ulysses ranks. A layout is
     not to be changed. It is no dataclass because FSDP takes those in a model's keywords apart, and copies them.
-    Raises ValueError for an unknown policy.
+    Raises ValueError for a wrong argument.
     """
 
-    def __init__(self, docs: Documents, mesh: MeshShape, policy: str = "auto", mask: Mask | None = None) -> None:
+    def __init__(
+        self,
+        docs: Documents,
+        mesh: MeshShape,
+        policy: str = "auto",
+        mask: Mask | Sequence[tuple[Mask, float]] | None = None,
+        *,
+        machine: Machine | None = None,
+        head_dim: int = 128,
+        speeds: Sequence[float] | None = None,
+    ) -> None:
         if not isinstance(docs, Documents):
             raise ValueError(f"docs must be Documents, got {type(docs).__name__}; build one with Documents(lengths)")
         if not isinstance(mesh, MeshShape):
@@ -48,7 +65,12 @@ class Layout:
         if policy not in POLICIES:
             raise ValueError(f"policy must be one of {', '.join(POLICIES)}, got {policy!r}")
         self.docs, self.mesh, self.policy = docs, mesh, policy
-        self.mask = Mask() if mask is None else mask
+        masks = _masks(mask)
+        self.mask = masks[0][0]
+        self.speeds = None if speeds is None else _speeds(speeds, mesh, self.resolved_policy)
+        timed = machine or (mesh.machine if policy == "auto" else None)
+        rates = () if timed is None else (timed.rate(head_dim, False), timed.rate(head_dim, True))
+        self.load = Load(masks, rates, 2 * head_dim)
         self._plans: dict[Hashable, Any] = {}
         self._number = torch.tensor(number_of(self))
 
@@ -61,8 +83,10 @@ class Layout:
     @cached_property
     def positions(self) -> Placement:
         """Ordered global ranges `(start, stop)` of every ring position."""
-        place = getattr(placement, self.resolved_policy)
-        return place(self.docs, self.mask, self.mesh.ring)
+        if self.resolved_policy == "balanced":
+            return placement.balanced(self.docs, self.load, self.mesh.ring, self.speeds)
+        place = {"contiguous": placement.contiguous, "zigzag": placement.zigzag}[self.resolved_policy]
+        return place(self.docs, self.load, self.mesh.ring)
 
     @cached_property
     def position_sizes(self) -> tuple[int, ...]:
@@ -189,6 +213,28 @@ class _Unshard(torch.autograd.Function):
             grad = grad.clone(memory_format=torch.contiguous_format)
             dist.all_reduce(grad, group=ctx.layout.mesh.sequence_group)
         return ctx.layout.shard(grad, 0), None, None
+
+
+def _masks(mask: Mask | Sequence[tuple[Mask, float]] | None) -> tuple[tuple[Mask, float], ...]:
+    """Masks with the number of layers that each has."""
+    if mask is None or isinstance(mask, Mask):
+        return ((mask or Mask(), 1.0),)
+    pairs: list[Any] = [tuple(pair) if isinstance(pair, tuple | list) else (pair,) for pair in mask]
+    for pair in pairs:
+        numbers = len(pair) == 2 and isinstance(pair[1], int | float) and pair[1] > 0
+        if not numbers or not isinstance(pair[0], Mask):
+            raise ValueError(f"mask must be a Mask, or pairs (Mask, number of layers > 0), got {pair!r}")
+    if not pairs:
+        raise ValueError("mask must be a Mask, or pairs (Mask, number of layers > 0), got none")
+    return tuple((pair[0], float(pair[1])) for pair in pairs)
+
+
+def _speeds(speeds: Sequence[float], mesh: MeshShape, policy: str) -> tuple[float, ...]:
+    if policy != "balanced":
+        raise ValueError(f'speeds belongs to policy="balanced", got policy="{policy}"')
+    if len(speeds) != mesh.ring or not all(0 < speed < math.inf for speed in speeds):
+        raise ValueError(f"speeds must be {mesh.ring} positive numbers, one per ring position, got {list(speeds)}")
+    return tuple(float(speed) for speed in speeds)
 
 
 def _concatenated(parts: list[torch.Tensor]) -> torch.Tensor:

@@ -6,8 +6,9 @@ key), then tail pieces, then padding: so every kernel call reads and writes one 
 """
 
 from bisect import bisect_right
+from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import pairwise
+from itertools import accumulate, pairwise
 from operator import itemgetter
 
 import numpy as np
@@ -16,6 +17,7 @@ from ringattn.documents import Documents
 from ringattn.kernels.spec import Range
 from ringattn.mask import Mask
 from ringattn.parallel.ranges import touching
+from ringattn.parallel.rates import BlockTable, Floats, Ints, KernelRate
 
 Placement = tuple[tuple[Range, ...], ...]
 
@@ -24,23 +26,76 @@ MIN_TILES = 64  # a share of the tokens is at least this many roundings, so smal
 
 
 @dataclass(frozen=True)
+class Load:
+    """What makes tokens expensive.
+
+    Arguments:
+        masks: masks of a model with the number of layers that each has: their costs are added.
+        rates: kernels of the forward and of the backward pass, if time is to be balanced; without, the number of
+            allowed pairs.
+        dims: head dim and value dim together, which rates need.
+    """
+
+    masks: tuple[tuple[Mask, float], ...]
+    rates: tuple[KernelRate, ...] = ()
+    dims: int = 256
+
+    @property
+    def chunk(self) -> int | None:
+        """The chunk that all masks have, if they have one: then chunks are documents of their own."""
+        chunks = {mask.chunk for mask, _ in self.masks}
+        return chunks.pop() if len(chunks) == 1 else None
+
+    def costs(self, sizes: Ints) -> Floats:
+        """Cost of whole documents of these lengths."""
+        total = np.zeros(len(sizes))
+        for mask, layers in self.masks:
+            if mask.chunk is None:
+                total += layers * self._cost(sizes, mask)
+            else:
+                chunks = self._cost(np.array([mask.chunk]), mask)[0] * (sizes // mask.chunk)
+                total += layers * (chunks + self._cost(sizes % mask.chunk, mask))
+        return total
+
+    def _cost(self, sizes: Ints, mask: Mask) -> Floats:
+        """Of documents under the band of one mask."""
+        left, right = (-1 if side is None else abs(side) for side in (mask.band.lo, mask.band.hi))
+        open_side = np.zeros_like(sizes)
+        table = BlockTable(sizes, sizes, open_side + left, open_side + right, open_side, 1)
+        if not self.rates:
+            return table.areas.astype(np.float64)
+        return sum((rate.share_seconds(table, self.dims) for rate in self.rates), np.zeros(len(sizes)))
+
+    def nested(self, size: int) -> bool:
+        """Whether a document is best cut in nested heads and tails.
+
+        A window or chunk shorter than half the document makes cost per token flat: then few cuts matter more.
+        """
+        for mask, _ in self.masks:
+            reach = [size, *([] if mask.band.lo is None else [-mask.band.lo]), *([mask.chunk] if mask.chunk else [])]
+            if mask.band.hi == 0 and 2 * min(reach) >= size:
+                return True
+        return False
+
+
+@dataclass(frozen=True)
 class Span:
     """A run of tokens whose cost is balanced as one: a document as attention sees it, or padding (no cost)."""
 
     start: int
     size: int
-    area: int
+    cost: float
     nested: bool  # cut in nested heads and tails; else in consecutive runs
 
     @property
     def density(self) -> float:
-        return self.area / self.size
+        return self.cost / self.size
 
 
-def contiguous(docs: Documents, mask: Mask, ring: int) -> Placement:
+def contiguous(docs: Documents, load: Load, ring: int) -> Placement:
     """Equal runs of the stream: position i holds tokens `[i T / ring, (i + 1) T / ring)`."""
     bounds = [index * docs.total // ring for index in range(ring + 1)]
-    spans = _spans(docs, mask)
+    spans = _spans(docs, load)
     starts = [span.start for span in spans]
     held: list[list[tuple[Span, int, int]]] = [[] for _ in range(ring)]
     for position, (begin, end) in enumerate(pairwise(bounds)):
@@ -54,14 +109,14 @@ def contiguous(docs: Documents, mask: Mask, ring: int) -> Placement:
     return _ordered(held)
 
 
-def zigzag(docs: Documents, mask: Mask, ring: int) -> Placement:
+def zigzag(docs: Documents, load: Load, ring: int) -> Placement:
     """Every document in 2 × ring near-equal slices, slice i and its mirror together (any length is allowed).
 
     Source: zhuzilin/ring-flash-attention, Megatron-LM; there documents must divide by 2 × ring. The positions rotate
     from document to document so that the rows left over by the division do not always fall on the same one.
     """
     held: list[list[tuple[Span, int, int]]] = [[] for _ in range(ring)]
-    for number, span in enumerate(_spans(docs, mask)):
+    for number, span in enumerate(_spans(docs, load)):
         bounds = [index * span.size // (2 * ring) for index in range(2 * ring + 1)]
         for index, (first, last) in enumerate(pairwise(bounds)):
             if first < last:
@@ -69,7 +124,7 @@ def zigzag(docs: Documents, mask: Mask, ring: int) -> Placement:
     return _ordered(held)
 
 
-def balanced(docs: Documents, mask: Mask, ring: int) -> Placement:
+def balanced(docs: Documents, load: Load, ring: int, speeds: Sequence[float] | None = None) -> Placement:
     """Equal tokens and equal cost with at most two cuts per position: nested heads and tails, found by a window search.
 
     Sort the documents by cost per token. A window of T/P consecutive tokens of that order moves from below the average
@@ -78,10 +133,13 @@ def balanced(docs: Documents, mask: Mask, ring: int) -> Placement:
     tokens whatever their sizes: the largest outermost, which minimises the keys that must move.
     Cuts are rounded to `TILE` rows, or finer in a document whose rows cost more than the average row: so a rounding
     never moves more cost than `TILE` average rows have.
+
+    Arguments:
+        speeds: of every position; tokens and cost are then in proportion to them.
     """
-    spans = sorted(_spans(docs, mask), key=lambda span: (span.density, span.start))
+    spans = sorted(_spans(docs, load), key=lambda span: (span.density, span.start))
     tiles = _tiles(spans, docs.total, ring)
-    shares = _window_search(spans, ring, tiles)
+    shares = _window_search(spans, list(accumulate(speeds or [1] * ring)), tiles)
     held: list[list[tuple[Span, int, int]]] = [[] for _ in range(ring)]
     for span, owners, tile in zip(spans, shares, tiles, strict=True):
         pieces = _nest(span.size, owners, tile) if span.nested else _queue(owners)
@@ -90,38 +148,42 @@ def balanced(docs: Documents, mask: Mask, ring: int) -> Placement:
     return _ordered(held)
 
 
-def _spans(docs: Documents, mask: Mask) -> list[Span]:
+def _spans(docs: Documents, load: Load) -> list[Span]:
     """Documents as attention sees them (chunks are documents of their own) and padding, in stream order, none empty."""
-    band = mask.band
-    parts = docs.chunked(mask.chunk)
-    spans = [Span(start, stop - start, 0, False) for start, stop in docs.padding]
-    for start, size in zip(parts.starts, parts.lengths, strict=True):
+    parts = docs.chunked(load.chunk)
+    spans = [Span(start, stop - start, 0.0, False) for start, stop in docs.padding]
+    costs = load.costs(np.array(parts.lengths, dtype=np.int64)).tolist()
+    for start, size, cost in zip(parts.starts, parts.lengths, costs, strict=True):
         if size:
-            # A window shorter than half the document makes cost per token flat: then few cuts matter more.
-            nested = band.hi == 0 and (band.lo is None or -2 * band.lo >= size)
-            spans.append(Span(start, size, band.area(0, size, size), nested))
+            spans.append(Span(start, size, cost, load.nested(size)))
     return sorted(spans, key=lambda span: span.start)
 
 
 def _tiles(spans: list[Span], total: int, ring: int) -> list[int]:
     """Rows that cuts of each span are rounded to, a power of two."""
     coarsest = min(TILE, max(1, total // (ring * MIN_TILES)))
-    mean = sum(span.area for span in spans) / max(total, 1)
-    return [1 << int(max(1.0, coarsest * min(1.0, mean / max(span.density, 1e-9)))).bit_length() - 1 for span in spans]
+    mean = sum(span.cost for span in spans) / max(total, 1)
+    return [
+        1 << int(max(1.0, coarsest * min(1.0, mean / (span.density or mean or 1.0)))).bit_length() - 1 for span in spans
+    ]
 
 
-def _window_search(spans: list[Span], ring: int, tiles: list[int]) -> list[list[tuple[int, int]]]:
-    """Tokens of every span given to every position: per span, sorted by density, a list of `(position, tokens)`."""
+def _window_search(spans: list[Span], bounds: list[float], tiles: list[int]) -> list[list[tuple[int, int]]]:
+    """Tokens of every span given to every position: per span, sorted by density, a list of `(position, tokens)`.
+
+    Arguments:
+        bounds: what all positions up to each shall have, of the last of them.
+    """
     left = np.array([span.size for span in spans], dtype=np.int64)
     density = np.array([span.density for span in spans], dtype=np.float64)
     tokens, cost = int(left.sum()), float((left * density).sum())
     shares: list[list[tuple[int, int]]] = [[] for _ in spans]
     given, given_cost = 0, 0.0
-    for position in range(ring):
+    for position, bound in enumerate(bounds):
         # What all positions so far shall have, less what they got: a rounding is made up for by the next position.
-        want = (position + 1) * tokens // ring - given
-        goal = (position + 1) * cost / ring - given_cost
-        taken = left if position == ring - 1 else _window(left, density, want, goal, tiles)
+        want = int(bound * tokens // bounds[-1]) - given
+        goal = bound * cost / bounds[-1] - given_cost
+        taken = left if position == len(bounds) - 1 else _window(left, density, want, goal, tiles)
         for index in np.flatnonzero(taken):
             shares[index].append((position, int(taken[index])))
         left = left - taken
@@ -200,7 +262,7 @@ def _ordered(held: list[list[tuple[Span, int, int]]]) -> Placement:
 
     def room(piece: tuple[Span, int, int], heads: set[int]) -> int:
         span, first, last = piece
-        if not span.area:
+        if not span.cost:
             return 4
         if last - first == span.size:
             return 0

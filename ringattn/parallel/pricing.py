@@ -234,25 +234,23 @@ class Pricer:
     def _staged(self, received: Ints, backward: bool) -> tuple[Floats, Floats]:
         """Kernels and merges of a ring (or of one position): of the local stage, and of each later one.
 
-        The later stages of a position are taken as alike but for the rows that arrive: each piece over an equal share
-        of the pairs that it has left.
+        The later stages of a position to which rows come are taken as alike but for the rows: each piece over an equal
+        share of the pairs that it has left.
         """
         demand, own, machine = self.demand, self.setting.own, self.setting.machine
         seconds, left = self._own
-        local, stages = seconds[backward], len(received)
-        if not stages:
-            return local, np.zeros((0, demand.positions))
+        local, arriving = seconds[backward], received.sum(1)
+        stages = np.maximum((arriving > 0).sum(0), 1)
         row_bytes = own.query_heads * (own.head_dim if backward else own.value_dim) * (2 * own.wide + own.itemsize)
         per_row = row_bytes / machine.merge_bandwidth
         some = left > 0
         rows = (demand.last - demand.first)[some]
-        keys = np.ceil(left[some] / stages / rows).astype(np.int64)
+        keys = np.ceil(left[some] / stages[demand.position[some]] / rows).astype(np.int64)
         open_side = np.full(len(rows), -1)
         table = BlockTable(rows, keys, open_side, open_side, open_side, 1)
         mean = self._kernels(table, demand.ordinal[some], demand.position[some], backward)
         merged = per(demand.position[some], rows, demand.positions)
         mean = mean + _linear(merged, 2 * machine.copy_seconds, per_row)
-        arriving = received.sum(1)
         later = mean * arriving * stages / np.maximum(arriving.sum(0), 1)
         return local + _linear(demand.cut_rows, 2 * machine.copy_seconds, per_row), later
 

@@ -35,6 +35,7 @@ class KernelRate:
         tail: share of the longest tile for which the other units wait at the end.
         launch_seconds: fixed cost of a call.
         row_seconds: per query row and query head of a call, for passes over the rows beside the tiles (backward).
+        document_seconds: fixed cost of each block of a call, where a kernel loops over them.
     """
 
     head_dim: int
@@ -47,6 +48,11 @@ class KernelRate:
     tail: float = 0.0
     launch_seconds: float = 0.0
     row_seconds: float = 0.0
+    document_seconds: float = 0.0
+
+    def share_seconds(self, blocks: "BlockTable", dims: int) -> Floats:
+        """Seconds of each block of a table per head, as its share of a device that is full: no launch, no tail."""
+        return self._work(blocks, dims)[0] / self.units + blocks.n * self.row_seconds
 
     def seconds(self, blocks: "BlockTable", heads: int, dims: int) -> Floats:
         """Seconds of every call of a table.
@@ -57,6 +63,17 @@ class KernelRate:
         """
         if not heads or not len(blocks.call):
             return np.zeros(blocks.calls)
+        work, longest = self._work(blocks, dims)
+        total = np.bincount(blocks.call, work, blocks.calls) * heads / self.units
+        tail = np.zeros(blocks.calls)
+        np.maximum.at(tail, blocks.call, longest)
+        rows = np.bincount(blocks.call, blocks.n, blocks.calls) * heads * self.row_seconds
+        count = np.bincount(blocks.call, minlength=blocks.calls)
+        launch = np.where(count > 0, self.launch_seconds, 0.0) + count * self.document_seconds
+        return launch + np.maximum(tail, total + self.tail * tail) + rows
+
+    def _work(self, blocks: "BlockTable", dims: int) -> tuple[Floats, Floats]:
+        """Seconds of one unit for all tiles of a block, and for the longest tile."""
         step = 2.0 * self.query_tile * self.key_tile * dims * (BACKWARD_FLOPS if self.backward else 1.0)
         step_seconds = step * self.units / self.flops
         n, m, left, right = blocks.n, blocks.m, blocks.left, blocks.right
@@ -64,13 +81,8 @@ class KernelRate:
         if self.backward:
             n, m, left, right, tile, other = m, n, right, left, other, tile
         work, longest = _walk(n, m, left, right, tile, other)
-        item = np.where(n > 0, -(-n // tile), 0) * self.tile_seconds + work * step_seconds
-        total = np.bincount(blocks.call, item, blocks.calls) * heads / self.units
-        tail = np.zeros(blocks.calls)
-        np.maximum.at(tail, blocks.call, np.where(n > 0, self.tile_seconds + longest * step_seconds, 0.0))
-        rows = np.bincount(blocks.call, blocks.n, blocks.calls) * heads * self.row_seconds
-        launch = np.where(np.bincount(blocks.call, minlength=blocks.calls) > 0, self.launch_seconds, 0.0)
-        return launch + np.maximum(tail, total + self.tail * tail) + rows
+        fixed = np.where(n > 0, self.tile_seconds, 0.0)
+        return -(-n // tile) * fixed + work * step_seconds, fixed + longest * step_seconds
 
     def as_json(self) -> dict[str, Any]:
         return asdict(self)

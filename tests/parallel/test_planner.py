@@ -102,8 +102,7 @@ def test_gather_computes_each_query_row_in_one_call(docs: Documents, mask: Mask,
 
 def test_packed_documents_need_few_calls_and_messages() -> None:
     docs = Documents([4096] * 8 + [1024] * 32 + [70_000, 333])
-    for _layout, plan in plans_of(docs, Mask(), 8, "balanced", "auto", None):
-        assert plan.schedule == "gather"
+    for _layout, plan in plans_of(docs, Mask(), 8, "balanced", "gather", None):
         assert sum(len(stage.calls) for stage in plan.stages) <= 3
         assert plan.received_rows <= 70_000  # only the cut document travels
         assert all(len(message.ranges) == 1 for stage in plan.stages for message in stage.sends)

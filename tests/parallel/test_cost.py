@@ -1,0 +1,158 @@
+"""Prices of plans: timelines by hand, machines through JSON, closed forms against the plans themselves."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from ringattn import Documents, Layout, Mask, MeshShape
+from ringattn.parallel.choice import candidates
+from ringattn.parallel.cost import (
+    Machine,
+    StageCost,
+    backward_timeline,
+    forward_timeline,
+    plan_cost,
+    rank_cost,
+    transfer_seconds,
+)
+from ringattn.parallel.demand import Demand
+from ringattn.parallel.held import Held
+from ringattn.parallel.machines import SHIPPED, shipped
+from ringattn.parallel.plan import AttentionPlan, Shape
+from ringattn.parallel.planner import plan_attention
+from ringattn.parallel.pricing import Pricer, Setting
+from ringattn.parallel.ulysses import exchange_plan
+from tests.parallel.cases import documents, masks
+
+H200 = SHIPPED["H200"]
+SHAPE = Shape(32, 8, 128, 128)
+
+
+def test_casts_hide_under_the_stage_before() -> None:
+    stages = [StageCost(5.0), StageCost(3.0, cast=7.0), StageCost(4.0, cast=2.0), StageCost(1.0, cast=9.0)]
+    assert forward_timeline(stages) == 2 + 0 + 5
+    assert forward_timeline(stages[:1]) == 0
+
+
+def test_reduces_hide_under_the_stages_after() -> None:
+    # cast 2 | stage 1: 2-5 | reduce 5-9 under the local stage 5-11
+    assert backward_timeline([StageCost(6.0), StageCost(3.0, cast=2.0, reduce=4.0)]) == 2
+    # the same with a short local stage: the reduce ends at 9, the stage at 6
+    assert backward_timeline([StageCost(1.0), StageCost(3.0, cast=2.0, reduce=4.0)]) == 2 + 3
+    # cast 0-2, second cast 2-3, stage 1 2-5, reduce 5-9, stage 2 5-6, waits to 9, reduce 9-13, local 9-10
+    stages = [StageCost(1.0), StageCost(3.0, cast=2.0, reduce=4.0), StageCost(1.0, cast=1.0, reduce=4.0)]
+    assert backward_timeline(stages) == 2 + 3 + 3
+    assert backward_timeline([StageCost(6.0)]) == 0
+
+
+@pytest.mark.parametrize("name", list(SHIPPED))
+def test_machines_go_through_json(name: str) -> None:
+    machine = SHIPPED[name]
+    again = Machine.from_json(machine.to_json())
+    assert again == machine
+    assert again.digest == machine.digest
+    assert replace(machine, copy_bandwidth=1.0).digest != machine.digest
+    assert machine.provenance["origin"] == "shipped"
+
+
+@pytest.mark.parametrize("text", ["", "[]", "{}", '{"links": {}, "rates": [{"wrong": 1}]}'])
+def test_other_json_is_refused(text: str) -> None:
+    with pytest.raises(ValueError, match="not the JSON of a machine"):
+        Machine.from_json(text)
+
+
+def test_shipped_machines_are_found_by_name() -> None:
+    names = {"NVIDIA H200": "H200", "NVIDIA H100 80GB HBM3": "H100", "NVIDIA A100-SXM4-80GB": "A100", "cpu": "CPU"}
+    assert {device: shipped(device).name for device in names} == names
+
+
+def test_transfers() -> None:
+    link = H200.links["network", "p2p"]
+    assert transfer_seconds(H200, 0, "network", "p2p") == 0
+    assert transfer_seconds(H200, link.bandwidth, "network", "p2p") == pytest.approx(1 + link.latency)
+    assert [H200.link_class(7, other) for other in (0, 7, 8, 15)] == ["node", "node", "network", "network"]
+
+
+def plans_of(
+    docs: Documents, mask: Mask, mesh: tuple[int, int], policy: str, scheme: str, stages: int | None
+) -> list[tuple[Layout, AttentionPlan]]:
+    ring, ulysses = mesh
+    layouts = [Layout(docs, MeshShape(1, ring, ulysses, rank), policy, mask) for rank in range(ring * ulysses)]
+    return [(layout, plan_attention(layout, mask, 32, 8, scheme, stages)) for layout in layouts]
+
+
+def pricer(layout: Layout, mask: Mask) -> Pricer:
+    exchange = exchange_plan(layout.deal(0), 32, 8, 0) if layout.mesh.ulysses > 1 else None
+    return Pricer(Demand.of(Held.of(layout, mask), mask.band), Setting(H200, SHAPE, exchange))
+
+
+@settings(max_examples=120)
+@given(
+    docs=documents(longest=90, most=8),
+    mask=masks,
+    ring=st.integers(2, 12),
+    policy=st.sampled_from(["contiguous", "zigzag", "balanced"]),
+    scheme=st.sampled_from([("gather", None), ("ring", 2), ("ring", 3), ("ring", 12)]),
+)
+def test_counted_rows_are_those_of_the_plans(
+    docs: Documents, mask: Mask, ring: int, policy: str, scheme: tuple[str, int | None]
+) -> None:
+    plans = plans_of(docs, mask, (ring, 1), policy, *scheme)
+    candidate = candidates(ring, *scheme)[0]
+    prices = pricer(plans[0][0], mask)
+    received, sent = prices._rows(candidate.distances(ring))
+    for rank, (_, plan) in enumerate(plans):
+        for number, stage in enumerate(plan.stages[1:]):
+            for messages, counted in ((stage.receives, received), (stage.sends, sent)):
+                near = sum(message.rows for message in messages if message.peer // 8 == rank // 8)
+                assert counted[number, :, rank].tolist() == [near, sum(m.rows for m in messages) - near]
+    # The memory that all ranks reckon with is enough for each of them.
+    forward, backward = prices.price(candidate)
+    for rank, (_, plan) in enumerate(plans):
+        assert plan.buffer_bytes(SHAPE) <= max(forward.bytes[rank], backward.bytes[rank])
+
+
+PACKS = {
+    "one document": [262_144],
+    "packed": [131_072, 32_768, 32_768, 16_384, 16_384, 8192, 8192, 4096, 4096, 2048, 2048, 1024, 1024, 512, 1536],
+    "short": [4096] * 32 + [8192] * 8 + [16_384] * 4,
+}
+
+
+@pytest.mark.parametrize("name", list(PACKS))
+@pytest.mark.parametrize("mesh", [(8, 1), (2, 4)])
+def test_closed_forms_are_near_the_prices_of_plans(name: str, mesh: tuple[int, int]) -> None:
+    docs = Documents(PACKS[name])
+    for scheme, tolerance in ((("gather", None), 0.02), (("ring", 2), 0.03), (("ring", 4), 0.06)):
+        plans = plans_of(docs, Mask(), mesh, "balanced", *scheme)
+        exact = plan_cost(H200, [plan for _, plan in plans], SHAPE)
+        closed = pricer(plans[0][0], Mask()).price(candidates(mesh[0], *scheme)[0])
+        assert closed[0].seconds == pytest.approx(exact.forward.seconds, rel=tolerance)
+        assert closed[1].seconds == pytest.approx(exact.backward.seconds, rel=tolerance)
+
+
+def test_what_changes_a_price() -> None:
+    """More bytes, a slower network, fewer heads: each moves the price the way it must."""
+    (_, plan), *_ = plans_of(Documents([65_536]), Mask(), (8, 1), "balanced", "gather", None)
+    cost = rank_cost(H200, plan, SHAPE)
+    far = rank_cost(replace(H200, gpus_per_node=1), plan, SHAPE)
+    assert far.forward.exposed > cost.forward.exposed
+    assert far.forward.compute == cost.forward.compute
+    assert rank_cost(H200, replace(plan, wide_reduce=False), SHAPE).backward.wire < cost.backward.wire
+    assert rank_cost(H200, replace(plan, keep_keys=True), SHAPE).backward.wire < cost.backward.wire
+    half = rank_cost(H200, plan, replace(SHAPE, query_heads=16))
+    assert half.forward.compute < 0.6 * cost.forward.compute
+    assert half.buffer_bytes == cost.buffer_bytes
+    assert np.isclose(cost.total, cost.forward.seconds + cost.backward.seconds)
+
+
+def test_more_stages_need_less_memory() -> None:
+    sizes = [
+        plans_of(Documents([65_536]), Mask(), (16, 1), "balanced", "ring", stages)[3][1].buffer_bytes(SHAPE)
+        for stages in (2, 4, 8, 16)
+    ]
+    assert sizes == sorted(sizes, reverse=True)
+    assert sizes[-1] < sizes[0] / 2

@@ -1,0 +1,110 @@
+"""Kernel rates against tiles counted one by one, and what a fit makes of times that a rate predicts."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from ringattn.kernels.reference import allowed_pairs
+from ringattn.kernels.spec import Block, Call
+from ringattn.parallel.cost import Link
+from ringattn.parallel.fitting import Sample, fit_link, fit_rate, worst_error
+from ringattn.parallel.rates import BlockTable, KernelRate, area
+
+UNIT = KernelRate(64, False, flops=1.0, query_tile=4, key_tile=3, units=1)
+
+
+@st.composite
+def blocks(draw: st.DrawFn) -> Block:
+    n, m = draw(st.integers(1, 30)), draw(st.integers(1, 30))
+    left, right = (draw(st.sampled_from([-1, 0, 1, 5, 40])) for _ in range(2))
+    return Block((0, n), (0, m), left, right)
+
+
+def pairs(block: Block) -> torch.Tensor:
+    rows = block.q[1] - block.q[0]
+    return allowed_pairs(block, block.left, block.right, (0, rows), torch.device("cpu"))
+
+
+@settings(max_examples=200)
+@given(block=blocks())
+def test_area_is_the_number_of_allowed_pairs(block: Block) -> None:
+    assert area(block) == int(pairs(block).sum())
+
+
+def visited(allowed: torch.Tensor, tile: int, other: int) -> list[int]:
+    """For each tile of rows, from the first to the last tile of the other side with an allowed pair."""
+    counts = []
+    for start in range(0, allowed.shape[0], tile):
+        keys = allowed[start : start + tile].any(0).nonzero().flatten()
+        counts.append(int(keys[-1]) // other - int(keys[0]) // other + 1 if len(keys) else 0)
+    return counts
+
+
+@settings(max_examples=200)
+@given(block=blocks(), backward=st.booleans(), heads=st.integers(1, 5))
+def test_time_is_that_of_the_tiles(block: Block, backward: bool, heads: int) -> None:
+    rate = replace(UNIT, backward=backward, units=2, tile_seconds=7.0, tail=0.5, launch_seconds=100.0)
+    allowed = pairs(block)
+    tiles = visited(allowed.T, 3, 4) if backward else visited(allowed, 4, 3)
+    step = 2 * 12 * 10 * (2.5 if backward else 1) * 2  # flops of a tile on one of two units
+    work = [7.0 + step * count for count in tiles]
+    expected = 100 + max(max(work), sum(work) * heads / 2 + 0.5 * max(work))
+    call = Call((block,), block.left, block.right)
+    assert rate.seconds(BlockTable.of([call]), heads, 10)[0] == pytest.approx(expected)
+
+
+def test_many_tiles_are_sampled_closely() -> None:
+    call = Call((Block((0, 100_000), (0, 100_000)),), -1, 0)
+    counted = sum(range(1, 25_001))  # square tiles: tile i visits i + 1
+    rate = replace(UNIT, key_tile=4)
+    assert rate.seconds(BlockTable.of([call]), 1, 1)[0] == pytest.approx(counted * 32, rel=1e-3)
+
+
+def test_a_call_without_blocks_and_a_rank_without_heads_cost_nothing() -> None:
+    empty = np.zeros(0, dtype=np.int64)
+    table = BlockTable(empty, empty, empty, empty, empty, 3)
+    assert replace(UNIT, launch_seconds=5.0).seconds(table, 4, 1).tolist() == [0, 0, 0]
+    one = BlockTable.of([Call((Block((0, 3), (0, 3)),), -1, 0)])
+    assert replace(UNIT, launch_seconds=5.0).seconds(one, 0, 1).tolist() == [0]
+
+
+def equal_documents(count: int, length: int) -> BlockTable:
+    spans = [(i * length, (i + 1) * length) for i in range(count)]
+    return BlockTable.of([Call(tuple(Block(span, span) for span in spans), -1, 0)])
+
+
+@pytest.mark.parametrize("backward", [False, True])
+def test_a_fit_recovers_the_kernel(backward: bool) -> None:
+    true = KernelRate(128, backward, 6e14, 64, 64, 132, 2e-6, tail=0.3, launch_seconds=2e-5, document_seconds=1e-6)
+    grid = [(1, 32768), (1, 8192), (4, 8192), (16, 2048), (64, 512), (256, 128), (1, 2048), (1, 512)]
+    samples = []
+    for count, length in grid:
+        table = equal_documents(count, length)
+        samples.append(Sample(table, 8, 256, float(true.seconds(table, 8, 256)[0])))
+    fitted = fit_rate(KernelRate(128, backward, 1e12, units=132), samples)
+    assert worst_error(fitted, samples) < 1e-6
+    assert fitted.flops == pytest.approx(true.flops)
+    assert fitted.launch_seconds == pytest.approx(true.launch_seconds)
+    with pytest.raises(ValueError, match="at least 4 samples, got 3"):
+        fit_rate(true, samples[:3])
+
+
+def test_a_fit_of_noise_has_no_negative_costs() -> None:
+    samples = [Sample(equal_documents(1, length), 4, 128, 1e-3) for length in (64, 128, 256, 512)]
+    fitted = fit_rate(KernelRate(64, False, 1e12, units=1), samples)
+    assert min(fitted.launch_seconds, fitted.tile_seconds, fitted.document_seconds) >= 0
+    assert fitted.flops > 0
+
+
+def test_a_link_is_latency_and_bandwidth() -> None:
+    link = fit_link([(size, 2e-4 + size / 3e11) for size in (1e5, 1e7, 1e9)], 1e-12)
+    assert link.latency == pytest.approx(2e-4)
+    assert link.bandwidth == pytest.approx(3e11)
+    assert link.disturbance == 1e-12
+    assert fit_link([(10.0, 1.0), (20.0, 1.0)]) == Link(pytest.approx(1.0), 20.0)
+    with pytest.raises(ValueError, match="at least 2 sizes"):
+        fit_link([(10.0, 1.0), (10.0, 2.0)])

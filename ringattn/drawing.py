@@ -243,3 +243,23 @@ def _wire_legend(figure: Any, kinds: set[str]) -> None:
         Patch(color=colour, label=f"{kind}, from its post to its end") for kind, colour in WIRE.items() if kind in kinds
     ]
     figure.legend(handles=handles, loc="outside lower right", ncols=4, fontsize=9, frameon=False)
+
+
+def draw_scaling(curves: Mapping[str, Sequence[tuple[int, float]]], title: str, path: str) -> None:
+    """Writes efficiency against GPUs: a curve of (GPUs, efficiency) for each label."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(8, 5), dpi=120, layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.add_subplot()
+    styles = zip(rank_colours(max(2, len(curves))), "os^Dv<>p" * len(curves), strict=False)
+    for (label, points), (colour, marker) in zip(curves.items(), styles, strict=False):
+        axes.plot(*zip(*points, strict=True), color=colour, marker=marker, label=label)
+    gpus = sorted({number for points in curves.values() for number, _ in points})
+    axes.set_xscale("log", base=2)
+    axes.set_xticks(gpus, [str(number) for number in gpus])
+    axes.set(title=title, xlabel="GPUs", ylabel="efficiency, forward and backward", ylim=(0, 1.02))
+    axes.grid(alpha=0.3)
+    axes.legend(frameon=False)
+    figure.savefig(path)

@@ -211,8 +211,8 @@ def render(report: dict[str, Any]) -> str:
     lines += rank_table(report)
     seconds = report["seconds"]
     together = (
-        f"forward {milliseconds(seconds['forward'])} ms, backward {milliseconds(seconds['backward'])} ms; area max/mean "
-        f"{report['balance']:.3f}; {report['received_share']:.1%} of an all-gather of the keys is received"
+        f"forward {milliseconds(seconds['forward'])} ms, backward {milliseconds(seconds['backward'])} ms; area "
+        f"max/mean {report['balance']:.3f}; {report['received_share']:.1%} of an all-gather of the keys is received"
     )
     lines += [
         "",

@@ -113,7 +113,7 @@ class GroupedPacker:
         """Plans the packs of one step, cheapest first, and moves on. Neighbours, which run together, cost alike."""
         position = self.position
         chosen, rest, unusual = self._read(packs, position)
-        filled = fill([one.segment for one in chosen], packs, self.seq_len, self.cost.attention)
+        filled = fill([one.segment for one in chosen], [self.seq_len] * packs, self.cost.attention)
         plans = [PackPlan(tuple(segments), self.seq_len) for segments in filled]
         plans.sort(key=lambda plan: self.cost(plan.docs.lengths))
         self.position = GroupedPosition(self._stream.position, position.step + 1, rest, unusual)
@@ -178,16 +178,17 @@ def usual_attention(corpus: Corpus, seq_len: int, cost: DocumentCost) -> float:
 
 
 def fill(
-    segments: Sequence[Segment], packs: int, seq_len: int, attention: Callable[[int], float]
+    segments: Sequence[Segment], tokens_of: Sequence[int], attention: Callable[[int], float]
 ) -> list[list[Segment]]:
-    """Deal segments of exactly `packs * seq_len` tokens into packs of `seq_len`, near equal in attention cost.
+    """Deal segments into packs of `tokens_of` tokens, which they fill exactly, with near equal attention per token.
 
     The dearest first, each to the cheapest pack that has room for it; where none has, one is cut. Only attention
-    decides, since in the end all packs have the same tokens and so the same other cost.
+    decides, since in the end every pack has its tokens and so the same other cost for each.
     Source: the longest-processing-time rule of Graham, 1969.
     """
+    packs = len(tokens_of)
     out: list[list[Segment]] = [[] for _ in range(packs)]
-    room, spent = [seq_len] * packs, [0.0] * packs
+    room, spent = list(tokens_of), [0.0] * packs
     heap = [(segment.start - segment.stop, number, segment) for number, segment in enumerate(segments)]
     heapq.heapify(heap)
     number = len(heap)
@@ -206,7 +207,7 @@ def fill(
             pack = min(fitting, key=lambda pack: (spent[pack], -room[pack]))
         out[pack].append(segment)
         room[pack] -= tokens
-        spent[pack] += attention(tokens)
+        spent[pack] += attention(tokens) / tokens_of[pack]
     return out
 
 

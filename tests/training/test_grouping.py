@@ -82,15 +82,15 @@ def test_resume_anywhere_equals_the_uninterrupted_stream(lengths, seq_len, packs
 
 
 @settings(max_examples=200, deadline=None)
-@given(st.data(), st.integers(1, 6), st.integers(1, 30))
-def test_fill_deals_every_token_once_into_full_packs(data, packs, seq_len):
-    segments, left = [], packs * seq_len
+@given(st.data(), st.lists(st.integers(1, 30), min_size=1, max_size=6))
+def test_fill_deals_every_token_once_into_full_packs(data, sizes):
+    segments, left = [], sum(sizes)
     while left:
-        size = data.draw(st.integers(1, min(left, seq_len)))
+        size = data.draw(st.integers(1, left))
         segments.append(Segment(len(segments), 5, 5 + size, True))
         left -= size
-    filled = fill(segments, packs, seq_len, SQUARES.attention)
-    assert [sum(one.stop - one.start for one in pack) for pack in filled] == [seq_len] * packs
+    filled = fill(segments, sizes, SQUARES.attention)
+    assert [sum(one.stop - one.start for one in pack) for pack in filled] == sizes
     pieces = sorted((one.document, one.start, one.stop, one.ends) for pack in filled for one in pack)
     for segment in segments:
         own = [piece for piece in pieces if piece[0] == segment.document]

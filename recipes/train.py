@@ -5,8 +5,6 @@ Exit codes: 0 done (or stopped by a signal, with a checkpoint), 2 for a configur
 """
 
 import os
-import sys
-from typing import NoReturn
 
 import hydra
 from hydra.errors import HydraException
@@ -14,18 +12,8 @@ from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
 from ringattn.training.job import prepare
-from ringattn.training.launched import current, is_first
-
-
-def refuse(error: Exception) -> NoReturn:
-    """Says why, on rank 0 only, and exits with code 2."""
-    if is_first(os.environ):
-        # Hydra's advice to add the key with "+" would only lead to the next refusal.
-        lines = [line for line in str(error).splitlines() if not line.startswith("To append to your config")]
-        if isinstance(error, HydraException) and isinstance(error.__cause__, OmegaConfBaseException):
-            lines.append(str(error.__cause__).splitlines()[0] + "; the keys are in configs/, each with a comment")
-        print("error: " + "\n".join(lines), file=sys.stderr, flush=True)
-    sys.exit(2)
+from ringattn.training.launched import current
+from ringattn.training.refusal import refuse
 
 
 @hydra.main(config_path="../configs", config_name="train", version_base=None)

@@ -10,8 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ringattn.environment import AUTOTUNE, warn_of_unknown
+from ringattn.environment import AUTOTUNE, DETERMINISTIC, warn_of_unknown
 from ringattn.kernels.registry import choose
+from ringattn.kernels.selftest import adds, gives_partials
 from ringattn.kernels.spec import Backend, CallSpec, Options
 from ringattn.mask import Mask
 from ringattn.names import accept_aliases
@@ -63,6 +64,7 @@ def parallel_attention(
         dropout_seed: needed with dropout, the same on every rank and another one for every layer and step.
         sinks: (H,) one logit per query head, added to every softmax's denominator.
         deterministic: ask the kernel for bitwise equal gradients from run to run; transfers are always in fixed order.
+            RINGATTN_DETERMINISTIC=on asks for it everywhere.
         backend: "auto" or a name of `ringattn.kernels.registry.backends()`.
         scheme: "auto", "gather", "ring", "ulysses" or "hybrid"; the degrees are those of the layout's mesh. "auto"
             takes what is predicted to be fastest on the mesh's machine, forward and backward apart, and says why in the
@@ -108,19 +110,19 @@ def parallel_attention(
 class Settings:
     """The keywords of `parallel_attention`, but for the tensors."""
 
-    mask: Mask
-    softmax_scale: float | None
-    softcap: float | None
-    dropout_p: float
-    dropout_seed: int | None
-    deterministic: bool
-    backend: str
-    scheme: str
-    stages: int | None
-    keep_keys: bool
-    wide_reduce: bool
-    memory_limit: int | None
-    return_lse: bool
+    mask: Mask = Mask()
+    softmax_scale: float | None = None
+    softcap: float | None = 0.0
+    dropout_p: float = 0.0
+    dropout_seed: int | None = None
+    deterministic: bool = False
+    backend: str = "auto"
+    scheme: str = "auto"
+    stages: int | None = None
+    keep_keys: bool = False
+    wide_reduce: bool = True
+    memory_limit: int | None = None
+    return_lse: bool = False
 
 
 def prepare(q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None, layout: Layout, settings: Settings) -> Job:
@@ -150,6 +152,8 @@ def prepare(q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None, layout: Layou
         options=Options(scale, spec.softcap, spec.deterministic),
         dropout=(spec.dropout_p, settings.dropout_seed or 0) if spec.dropout_p else None,
         backend=chosen,
+        adds=plan.adds_grads and adds(chosen, spec),
+        partials=plan.shared_q != (0, 0) and gives_partials(chosen, spec),
         ring=ring,
         ulysses=ulysses,
         device=q.device,
@@ -310,7 +314,7 @@ def _check(q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None, layout: Layout
         window=mask.window != (-1, -1),
         softcap=softcap or 0.0,
         dropout_p=dropout_p,
-        deterministic=settings.deterministic,
+        deterministic=settings.deterministic or DETERMINISTIC.read() == "on",
     )
 
 

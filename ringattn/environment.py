@@ -1,8 +1,10 @@
 """The environment variables that ringattn reads, all of them, and a warning for those that it does not know.
 
-None changes the mathematics: they choose a backend, a folder, a file or how long to measure.
+None changes the mathematics: they choose a backend, a folder, a file, how long to measure, what is told or the order
+of sums.
 """
 
+import logging
 import os
 import warnings
 from dataclasses import dataclass
@@ -41,6 +43,18 @@ SHARED_MEMORY_KIB = Variable(
     "RINGATTN_SHARED_MEMORY_KIB", "lowers, never raises, the shared memory that tile candidates may take"
 )
 FA3_LIBRARY = Variable("RINGATTN_FA3_LIBRARY", "path of a library with the FlashAttention-3 operators")
+DETERMINISTIC = Variable(
+    "RINGATTN_DETERMINISTIC",
+    "`on`: every attention asks its kernel for gradients that are equal from run to run, as `deterministic=True` does",
+    "off",
+    ("off", "on"),
+)
+LOG = Variable(
+    "RINGATTN_LOG",
+    "`info` tells on stderr which backend does which call, `debug` also how tuning went",
+    "off",
+    ("off", "info", "debug"),
+)
 MACHINE = Variable(
     "RINGATTN_MACHINE",
     "whose speed plans are made for: a shipped machine (`H200`, `H100`, `A100`, `CPU`) or the path of a calibration "
@@ -53,10 +67,8 @@ CHECK_PLANS = Variable(
     ("off", "on"),
 )
 
-VARIABLES = {
-    variable.name: variable
-    for variable in (BACKEND, AUTOTUNE, CACHE_DIR, SHARED_MEMORY_KIB, FA3_LIBRARY, MACHINE, CHECK_PLANS)
-}
+_ALL = (BACKEND, AUTOTUNE, CACHE_DIR, SHARED_MEMORY_KIB, FA3_LIBRARY, DETERMINISTIC, LOG, MACHINE, CHECK_PLANS)
+VARIABLES = {variable.name: variable for variable in _ALL}
 
 
 def complaint() -> str | None:
@@ -73,6 +85,18 @@ def warn_of_unknown() -> None:
     text = complaint()
     if text is not None:
         warnings.warn(text, stacklevel=3)
+
+
+@cache
+def logger() -> logging.Logger:
+    """The logger `ringattn`: as RINGATTN_LOG says on stderr, without it as the program set up logging."""
+    made, level = logging.getLogger("ringattn"), LOG.read() or "off"
+    if level != "off":
+        handler = logging.StreamHandler()
+        handler.setFormatter(logging.Formatter("ringattn: %(message)s"))
+        made.addHandler(handler)
+        made.setLevel(level.upper())
+    return made
 
 
 def markdown() -> str:

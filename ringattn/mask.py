@@ -53,7 +53,9 @@ class Mask:
     Arguments:
         causal: a query sees no key after itself.
         window: `(left, right)`, inclusive, counted inside the document as in FlashAttention: query q sees keys
-            `q - left ... q + right`; -1 is open. A Hugging Face `sliding_window=W` is `(W - 1, 0)`.
+            `q - left ... q + right`; -1 is open. In other systems' words: `sliding_window=W` of transformers is
+            `(W - 1, 0)`, and `(W - 1, W - 1)` where it is not causal; `sliding_window=w` of ejkernel is `(w, 0)`, or
+            `(w, w)` where it is not causal. `(0, 0)` is the query alone, never "no window".
         chunk: cut each document in sub-documents of this many tokens for attention only (Llama 4); None: whole.
 
     Raises ValueError for a window that is not a pair of integers >= -1, or a chunk below 1.

@@ -6,9 +6,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from ringattn import Documents, Layout, Mask, MeshShape, ParallelAttention, init_mesh, parallel_attention
+from ringattn import Documents, Layout, MeshShape, ParallelAttention, init_mesh, parallel_attention
 from ringattn.environment import warn_of_unknown
-from ringattn.kernels.reference import kept_pairs
 from ringattn.kernels.registry import choose, explain
 from ringattn.kernels.spec import CallSpec
 from ringattn.kernels.tuned_backend import tuner
@@ -55,22 +54,6 @@ def test_wrong_arguments(name: str) -> None:
 def test_a_layout_without_processes_cannot_communicate() -> None:
     with pytest.raises(ValueError, match="MeshShape, for planning only"):
         parallel_attention(*tensors(10), Layout(Documents([12, 8]), MeshShape(1, 2)))
-
-
-@pytest.mark.parametrize(
-    "options",
-    [{"dropout_p": 0.1, "dropout_seed": 3, "backend": "cpu"}, {"softcap": 2.0, "backend": "cpu"}, {"backend": "fa4"}],
-)
-def test_what_no_backend_can_do_is_refused_by_name(options: dict) -> None:
-    with pytest.raises(NotImplementedError, match=r"dropout|softcap|cuda tensors only"):
-        parallel_attention(*tensors(), LAYOUT, **options)
-
-
-def test_softcap_off_is_none_or_zero() -> None:
-    x = tensors()
-    plain = parallel_attention(*x, LAYOUT, backend="reference")
-    assert torch.equal(plain, parallel_attention(*x, LAYOUT, softcap=None, backend="reference"))
-    assert not torch.allclose(plain, parallel_attention(*x, LAYOUT, softcap=0.5))
 
 
 def test_nan_is_not_hidden() -> None:
@@ -186,29 +169,6 @@ def test_the_module_shows_its_options_and_keeps_its_sinks(pool: Pools) -> None:
     assert "keep_keys" not in text
     assert state == ["sinks"]
     assert copied
-
-
-def test_dropout_drops_its_share_and_another_seed_drops_others() -> None:
-    index = torch.arange(200)
-    kept = kept_pairs(7, 0.3, index, index, 0, 4)
-    assert kept.double().mean().item() == pytest.approx(0.7, abs=0.005)
-    assert kept[0].double().mean(0).std() < 0.06
-    assert not torch.equal(kept, kept_pairs(8, 0.3, index, index, 0, 4))
-    assert torch.equal(kept[2:], kept_pairs(7, 0.3, index, index, 2, 2))
-    assert torch.equal(kept[:, 50:, 90:], kept_pairs(7, 0.3, index[50:], index[90:], 0, 4))
-    assert kept_pairs(7, 0.0, index, index, 0, 4).all()
-
-
-def test_other_libraries_names() -> None:
-    q, k, v = tensors()
-    expected = parallel_attention(q, k, v, LAYOUT, mask=Mask(window=(4, 0)), softmax_scale=0.3)
-    assert torch.equal(expected, parallel_attention(q, k, v, LAYOUT, sliding_window=5, scale=0.3))
-    with pytest.raises(TypeError, match="softcap"):
-        parallel_attention(q, k, v, LAYOUT, sofcap=1.0)
-    with pytest.raises(TypeError, match="give one"):
-        parallel_attention(q, k, v, LAYOUT, softmax_scale=0.3, scale=0.3)
-    with pytest.raises(TypeError, match="sceme"):
-        ParallelAttention(None, sceme="ring")
 
 
 def test_autotune_measures_and_stores(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -4,6 +4,8 @@ The operator takes one square causal or one full block, or an additive mask; blo
 faster than one masked call. A causal block with more keys than queries is split into its full and its square part.
 """
 
+from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
@@ -33,7 +35,8 @@ class CpuFlash:
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, call: Call, options: Options, out: Tensor) -> Tensor:
         lse = q.new_full((q.shape[1], q.shape[0]), float("-inf"), dtype=accumulation_dtype(q.dtype))
-        for block in call.blocks:
+        for block, keyless in _blocks(call):
+            out[keyless] = 0
             rows = slice(block.q[0] - call.q[0], block.q[1] - call.q[0])
             parts = [
                 _forward(
@@ -61,7 +64,8 @@ class CpuFlash:
         options: Options,
         grads: Grads,
     ) -> None:
-        for block in call.blocks:
+        for block, keyless in _blocks(call):
+            grads.dq[keyless] = 0
             rows = slice(block.q[0] - call.q[0], block.q[1] - call.q[0])
             dq = torch.zeros_like(q[rows], dtype=accumulation_dtype(q.dtype))
             for part in _parts(block, call, q):
@@ -73,6 +77,14 @@ class CpuFlash:
                 dq += flat(dq_part)
                 grads.dk[part.keys], grads.dv[part.keys] = flat(dk), flat(dv)
             grads.dq[rows] = dq.to(q.dtype)
+
+
+def _blocks(call: Call) -> Iterator[tuple[Block, slice]]:
+    """The call's blocks without their first rows that see no key, and those rows: the operator's lse of them is 0."""
+    for block in call.blocks:
+        n, m = block.q[1] - block.q[0], block.k[1] - block.k[0]
+        first = block.q[0] + (min(n, max(0, n - m - call.right)) if call.right >= 0 else 0)
+        yield replace(block, q=(first, block.q[1])), slice(block.q[0] - call.q[0], first - call.q[0])
 
 
 class _Part(NamedTuple):

@@ -41,6 +41,7 @@ class FlashAttention3:
         softcap=True,
         unequal_head_dims=True,
         deterministic=True,
+        partials=True,
     )
 
     def missing(self) -> str | None:
@@ -50,6 +51,13 @@ class FlashAttention3:
         forward, _ = _kernels()
         arguments = _arguments(call, options, q.device)
         return forward(q, k, v, **_named(forward, {"out": out, "num_splits": 1, **arguments}))[1]
+
+    def partials(self, q: Tensor, k: Tensor, v: Tensor, call: Call, options: Options) -> list[tuple[Tensor, Tensor]]:
+        """The keys in two splits, whose results the kernel keeps in float32 until it combines them."""
+        forward, _ = _kernels()
+        results = forward(q, k, v, **_named(forward, {"num_splits": 2, **_arguments(call, options, q.device)}))
+        wide = {x.dim(): x for x in results if x.dtype == torch.float32}
+        return list(zip(wide[4].transpose(1, 2), wide[3], strict=True))  # (2, H, T, V) and (2, H, T)
 
     def backward(
         self,
@@ -65,7 +73,8 @@ class FlashAttention3:
     ) -> None:
         _, backward = _kernels()
         arguments = _arguments(call, options, q.device)
-        wanted = {**grads._asdict(), "deterministic": options.deterministic, **arguments}
+        gradients = {"dq": grads.dq, "dk": grads.dk, "dv": grads.dv}
+        wanted = {**gradients, "deterministic": options.deterministic, **arguments}
         backward(dout.contiguous(), q, k, v, out, keyless_weightless(lse), **_named(backward, wanted))
 
 

@@ -1,6 +1,7 @@
 """FlashAttention-4 (distribution `flash-attn-4`, CuTe DSL): Hopper and newer, compiled at first use."""
 
 import importlib.metadata
+import sys
 from collections.abc import Callable
 from functools import cache
 from typing import Any
@@ -8,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ringattn.kernels.fa4_sums import backward_into
 from ringattn.kernels.probing import require, why_missing
 from ringattn.kernels.spec import Call, Capability, Grads, Options
 
@@ -24,6 +26,7 @@ class FlashAttention4:
         compute_capability=((9, 0), (99, 0)),
         softcap=True,
         deterministic=True,
+        adds=True,
     )
 
     def missing(self) -> str | None:
@@ -46,11 +49,12 @@ class FlashAttention4:
         grads: Grads,
     ) -> None:
         _, backward = _kernels()
-        backward(
-            q, k, v, out, dout.contiguous(), lse.contiguous(),
-            dq=grads.dq, dk=grads.dk, dv=grads.dv, deterministic=options.deterministic,
-            **_arguments(call, options, q.device),
-        )  # fmt: skip
+        inputs = q, k, v, out, dout.contiguous(), lse.contiguous()
+        keywords = {"deterministic": options.deterministic, **_arguments(call, options, q.device)}
+        if any(total is not None for total in grads.sums):
+            backward_into(sys.modules[backward.__module__], grads, inputs, keywords)
+        else:
+            backward(*inputs, dq=grads.dq, dk=grads.dk, dv=grads.dv, **keywords)
 
 
 def _arguments(call: Call, options: Options, device: torch.device) -> dict[str, Any]:

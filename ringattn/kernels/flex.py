@@ -6,10 +6,14 @@ whole mask: of the elements, and of the tiles that the kernel visits.
 FlexAttention's backward knows the softmax of its own call only. A call's part of a larger softmax is out_p, lse_p, and
 its weight there is w = exp(lse_p - lse), so that out = Σ w out_p; its gradients are those of out_p and lse_p for the
 cotangents w dout and w dout · (out_p - out). `backward` therefore runs the forward once more: 7 matrix products, not 5.
+
+Dropout happens after the softmax, where no score_mod reaches. But dropping scores gives out_d and lse_d of the softmax
+over the pairs that are kept, and exp(lse_d - lse) out_d / (1 - p) is what dropout makes of the softmax over all pairs,
+whose lse a second attention gives. Both are differentiated, so it is exact in both directions, at twice the price.
 """
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cache
 from itertools import accumulate
@@ -19,9 +23,10 @@ import torch
 from torch import Tensor
 
 from ringattn.kernels.merge import finite_lse
-from ringattn.kernels.spec import Call, Capability, Grads, Options, accumulation_dtype, to_device
+from ringattn.kernels.reference import is_kept, row_hashes
+from ringattn.kernels.spec import Call, Capability, Dropout, Grads, Options, accumulation_dtype, to_device
 
-Attend = Callable[..., tuple[Tensor, Tensor]]  # (block mask, q, k, v) -> out, lse
+Attend = Callable[..., tuple[Tensor, Tensor]]  # (block mask, q, k, v, and with dropout `_hashes`) -> out, lse
 # Compiled variants of one process: head dims, heads, dtypes, with and without gradients, lengths of 1, scales and caps.
 # Beyond it torch raises; it would otherwise fall back to a kernel that holds all scores in memory.
 VARIANTS = 256
@@ -44,6 +49,7 @@ class FlexAttention:
         dtypes=(torch.float16, torch.bfloat16, torch.float32),
         compute_capability=((8, 0), (99, 0)),
         softcap=True,
+        dropout=True,
         unequal_head_dims=True,
         deterministic=True,  # its backward adds nothing atomically
     )
@@ -58,7 +64,7 @@ class FlexAttention:
         self.kernel_options = tuple(sorted((kernel_options or {}).items()))
         self.eager = eager
         if eager:
-            self.capability = Capability(softcap=True, unequal_head_dims=True, deterministic=True)
+            self.capability = Capability(softcap=True, dropout=True, unequal_head_dims=True, deterministic=True)
 
     def missing(self) -> str | None:
         return _missing(self.eager)
@@ -67,8 +73,12 @@ class FlexAttention:
         if not q.shape[0] or not k.shape[0]:
             out.zero_()
             return q.new_full((q.shape[1], q.shape[0]), float("-inf"), dtype=accumulation_dtype(q.dtype))
+        inputs = block_mask(call, self.block_size, q.device), *_batched(q, k, v)
         with torch.no_grad():
-            result, lse = self._attend(options)(block_mask(call, self.block_size, q.device), *_batched(q, k, v))
+            result, lse = self._attend(options)(*inputs)
+            if options.dropout is not None:
+                part, part_lse = self._attend(options, options.dropout)(*inputs, *_hashes(options.dropout, q.shape[1]))
+                result = part * _weight(part_lse, lse, options.dropout.p)[..., None]
         out.copy_(_flat(result))
         return lse[0]
 
@@ -89,18 +99,28 @@ class FlexAttention:
                 grad.zero_()
             return
         inputs = [x.detach().requires_grad_() for x in _batched(q, k, v)]
+        mask, dropout, whole = block_mask(call, self.block_size, q.device), options.dropout, lse[None]
         with torch.enable_grad():
-            part, part_lse = self._attend(options)(block_mask(call, self.block_size, q.device), *inputs)
+            part, part_lse = self._attend(options)(mask, *inputs)
+            if dropout is not None:
+                kept_part, kept_lse = self._attend(options, dropout)(mask, *inputs, *_hashes(dropout, q.shape[1]))
         with torch.no_grad():
-            cotangents = _cotangents(part, part_lse, lse[None], *_batched(dout, out))
-        results = torch.autograd.grad((part, part_lse), inputs, cotangents)
+            if dropout is None:
+                outputs: tuple[Tensor, ...] = part, part_lse
+                cotangents: tuple[Tensor, ...] = _cotangents(part, part_lse, whole, *_batched(dout, out))
+            else:
+                outputs = kept_part, kept_lse, part_lse
+                lses = kept_lse, part_lse, whole
+                cotangents = _dropout_cotangents(kept_part, lses, dout, out, dropout.p)
+        results = torch.autograd.grad(outputs, inputs, cotangents)
         for grad, result in zip(grads, results, strict=True):
             grad.copy_(_flat(result))
 
-    def _attend(self, options: Options) -> Attend:
+    def _attend(self, options: Options, dropout: Dropout | None = None) -> Attend:
+        p = 0.0 if dropout is None else dropout.p
         if self.eager:
-            return _eager(options.scale, options.softcap)
-        return _compiled(options.scale, options.softcap, self.kernel_options)
+            return _eager(options.scale, options.softcap, p)
+        return _compiled(options.scale, options.softcap, p, self.kernel_options)
 
 
 def _cotangents(part: Tensor, part_lse: Tensor, lse: Tensor, dout: Tensor, out: Tensor) -> tuple[Tensor, Tensor]:
@@ -109,6 +129,28 @@ def _cotangents(part: Tensor, part_lse: Tensor, lse: Tensor, dout: Tensor, out: 
     weights = torch.exp(part_lse - finite_lse(lse))
     dpart = (dout.to(lse.dtype) * weights[..., None]).to(part.dtype)
     return dpart, (dpart.to(lse.dtype) * (part.to(lse.dtype) - out.to(lse.dtype))).sum(-1)
+
+
+def _dropout_cotangents(
+    part: Tensor, lses: tuple[Tensor, Tensor, Tensor], dout: Tensor, out: Tensor, p: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Of `part`, out over the pairs that are kept, and of the lse over these and over all pairs of the call; the third
+    lse, dout and out are those of the whole."""
+    part_lse, all_lse, lse = lses
+    dout, out = _batched(dout, out)
+    dpart = (dout.to(lse.dtype) * _weight(part_lse, lse, p)[..., None]).to(part.dtype)
+    dall = -torch.exp(all_lse - finite_lse(lse)) * (dout.to(lse.dtype) * out.to(lse.dtype)).sum(-1)
+    return dpart, (dpart.to(lse.dtype) * part.to(lse.dtype)).sum(-1), dall
+
+
+def _weight(part_lse: Tensor, lse: Tensor, p: float) -> Tensor:
+    """What a softmax over the kept pairs of a part counts in the whole."""
+    return torch.exp(part_lse - finite_lse(lse)) / (1 - p)
+
+
+def _hashes(dropout: Dropout, heads: int) -> tuple[Tensor, Tensor]:
+    """(H, T) and (S,) int64, whose sums say which pairs are kept: seed and first head are no constants of a kernel."""
+    return row_hashes(dropout.seed, dropout.q_index, dropout.first_head, heads), dropout.k_index
 
 
 class RowBounds(NamedTuple):
@@ -185,26 +227,31 @@ def _listed(tiles: Tensor) -> tuple[Tensor, Tensor]:
     return tiles.sum(1, dtype=torch.int32)[None, None], order.int()[None, None]
 
 
-def _score_mod(softcap: float) -> Callable[..., Tensor] | None:
-    if not softcap:
+def _score_mod(softcap: float, p: float, hashes: Sequence[Tensor]) -> Callable[..., Tensor] | None:
+    if not softcap and not p:
         return None
 
-    def capped(score: Tensor, batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
-        return softcap * torch.tanh(score / softcap)
+    def changed(score: Tensor, batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
+        if softcap:
+            score = softcap * torch.tanh(score / softcap)
+        if p:
+            rows, keys = hashes
+            score = torch.where(is_kept(rows[head, query] + keys[key], p), score, -math.inf)
+        return score
 
-    return capped
+    return changed
 
 
 @cache
-def _compiled(scale: float, softcap: float, kernel_options: tuple[tuple[str, int | bool], ...]) -> Attend:
+def _compiled(scale: float, softcap: float, p: float, kernel_options: tuple[tuple[str, int | bool], ...]) -> Attend:
     """BlockMask, q (1, H, T, D), k, v -> out (1, H, T, V), lse (1, H, T), compiled for lengths that vary."""
     from torch.nn.attention.flex_attention import AuxRequest, flex_attention
 
-    score_mod = _score_mod(softcap)
     # Short queries would get the decoding kernel, one more variant to compile.
     chosen: Any = {"FORCE_USE_FLEX_ATTENTION": True} | dict(kernel_options)
 
-    def attend(mask: Any, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    def attend(mask: Any, q: Tensor, k: Tensor, v: Tensor, *hashes: Tensor) -> tuple[Tensor, Tensor]:
+        score_mod = _score_mod(softcap, p, hashes)
         result: Any = flex_attention(
             q, k, v, score_mod, mask, scale, enable_gqa=True, kernel_options=chosen, return_aux=AuxRequest(lse=True)
         )
@@ -212,9 +259,9 @@ def _compiled(scale: float, softcap: float, kernel_options: tuple[tuple[str, int
 
     compiled = torch.compile(attend, dynamic=True, fullgraph=True)
 
-    def bounded(mask: Any, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    def bounded(mask: Any, *tensors: Tensor) -> tuple[Tensor, Tensor]:
         with _few_variants():
-            return compiled(mask, q, k, v)
+            return compiled(mask, *tensors)
 
     return bounded
 
@@ -232,13 +279,15 @@ def _few_variants() -> Iterator[None]:
 
 
 @cache
-def _eager(scale: float, softcap: float) -> Attend:
+def _eager(scale: float, softcap: float, p: float) -> Attend:
     """The mathematics of the operator without a kernel. The public function refuses gradients on CPU; this does not."""
     from torch._higher_order_ops.flex_attention import flex_attention
 
-    score_mod = _score_mod(softcap) or (lambda score, batch, head, query, key: score)
+    def plain(score: Tensor, *_: Tensor) -> Tensor:
+        return score
 
-    def attend(mask: Any, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    def attend(mask: Any, q: Tensor, k: Tensor, v: Tensor, *hashes: Tensor) -> tuple[Tensor, Tensor]:
+        score_mod = _score_mod(softcap, p, hashes) or plain
         result, log2, _ = flex_attention(q, k, v, score_mod, mask.as_tuple(), scale, {})
         return result, log2 * math.log(2)
 

@@ -1,5 +1,6 @@
 """The judge: attention in plain torch, any dtype, one block after another. Exact rather than fast."""
 
+import math
 from collections.abc import Iterator
 
 import torch
@@ -13,7 +14,9 @@ SCORE_ELEMENTS = 1 << 24  # scores held at a time: long blocks are walked in run
 
 class Reference:
     name = "reference"
-    capability = Capability(softcap=True, dropout=True, unequal_head_dims=True, deterministic=True)
+    capability = Capability(
+        softcap=True, dropout=True, unequal_head_dims=True, deterministic=True, adds=True, partials=True
+    )
 
     def missing(self) -> str | None:
         return None
@@ -28,6 +31,11 @@ class Reference:
         for rows in _keyless(call):
             out[rows] = 0
         return lse
+
+    def partials(self, q: Tensor, k: Tensor, v: Tensor, call: Call, options: Options) -> list[tuple[Tensor, Tensor]]:
+        out = q.new_empty(*q.shape[:2], v.shape[2], dtype=accumulation_dtype(q.dtype))
+        lse = self.forward(q, k, v, call, options, out)
+        return [(out, lse)]
 
     def backward(
         self,
@@ -54,14 +62,17 @@ class Reference:
             if options.softcap:
                 dscores = dscores * torch.where(allowed, 1 - (scores / options.softcap) ** 2, 0.0)
             dscores = dscores * options.scale
-            grads.dq[rows] = torch.einsum("hqk,khd->qhd", dscores, _repeated(k[keys], group)).to(q.dtype)
+            dq = torch.einsum("hqk,khd->qhd", dscores, _repeated(k[keys], group))
+            grads.deliver(0, dq, (rows.start, rows.stop))
             dk[keys] += _grouped(torch.einsum("hqk,qhd->khd", dscores, q[rows].to(dtype)), group)
             weights = _dropped(weights, options.dropout, rows, keys)
             dv[keys] += _grouped(torch.einsum("hqk,qhv->khv", weights, dout[rows].to(dtype)), group)
         for rows in _keyless(call):
-            grads.dq[rows] = 0
-        grads.dk.copy_(dk)
-        grads.dv.copy_(dv)
+            grads.deliver(0, torch.zeros_like(q[rows]), (rows.start, rows.stop))
+        for start, stop in call.key_runs:
+            span = start - call.k[0], stop - call.k[0]
+            grads.deliver(1, dk[slice(*span)], span)
+            grads.deliver(2, dv[slice(*span)], span)
 
 
 def allowed_pairs(block: Block, left: int, right: int, rows: Range, device: torch.device) -> Tensor:
@@ -121,11 +132,18 @@ def kept_pairs(seed: int, p: float, q_index: Tensor, k_index: Tensor, first_head
 
     The mixing function is that of splitmix64 (Steele, Lea, Flood 2014), twice.
     """
+    return is_kept(row_hashes(seed, q_index, first_head, heads)[..., None] + k_index, p)
+
+
+def row_hashes(seed: int, q_index: Tensor, first_head: int, heads: int) -> Tensor:
+    """(H, n) int64: what `is_kept` needs of seed, head and query; the global index of a key is added to it."""
     head = torch.arange(first_head, first_head + heads, device=q_index.device)
-    x = _mixed(
-        _mixed(q_index[None, :] + (head[:, None] << 40) + seed * 0x5851F42D4C957F2D % 2**63)[..., None] + k_index
-    )
-    return (x >> 11 & 2**53 - 1).double() >= p * 2.0**53
+    return _mixed(q_index[None, :] + (head[:, None] << 40) + seed * 0x5851F42D4C957F2D % 2**63)
+
+
+def is_kept(pair: Tensor, p: float) -> Tensor:
+    """Whether the pairs of a row's hash plus a key's global index are kept; elementwise, for kernels too."""
+    return (_mixed(pair) >> 11 & 2**53 - 1) >= math.ceil(p * 2**53)
 
 
 def _mixed(x: Tensor) -> Tensor:

@@ -5,10 +5,12 @@ name, and its object a class (or function without arguments) that makes an objec
 """
 
 import importlib.metadata
+import inspect
 import warnings
 from functools import cache
 
-from ringattn.environment import BACKEND
+from ringattn.environment import BACKEND, logger
+from ringattn.kernels import selftest
 from ringattn.kernels.cpu import CpuFlash
 from ringattn.kernels.fa2 import FlashAttention2
 from ringattn.kernels.fa3 import FlashAttention3
@@ -16,8 +18,7 @@ from ringattn.kernels.fa4 import FlashAttention4
 from ringattn.kernels.flex import FlexAttention
 from ringattn.kernels.npu import NpuFusion
 from ringattn.kernels.reference import Reference
-from ringattn.kernels.selftest import failure
-from ringattn.kernels.spec import Backend, CallSpec
+from ringattn.kernels.spec import Backend, CallSpec, Capability
 from ringattn.kernels.torch_flash import TorchFlash
 from ringattn.kernels.xpu import XpuFlash
 
@@ -49,15 +50,36 @@ def backends() -> dict[str, Backend]:
             warnings.warn(f"entry point {entry.value}: a backend {entry.name!r} exists already; ignored", stacklevel=2)
             continue
         try:
-            found[entry.name] = entry.load()()
+            made = entry.load()()
         except Exception as error:
             warnings.warn(f"entry point {entry.value} cannot be loaded: {type(error).__name__}: {error}", stacklevel=2)
+            continue
+        if (defect := defect_of(made)) is not None:
+            warnings.warn(f"entry point {entry.value} is no backend: it {defect}; ignored", stacklevel=2)
+            continue
+        found[entry.name] = made
     return found | {judge.name: judge}
+
+
+def defect_of(candidate: object) -> str | None:
+    """What an object lacks to be a `Backend`: a method, the arguments of one, or its capability; None if nothing."""
+    for name in ("missing", "forward", "backward"):
+        method = getattr(candidate, name, None)
+        if not callable(method):
+            return f"has no {name}"
+        needed = list(inspect.signature(getattr(Backend, name)).parameters)[1:]
+        try:
+            inspect.signature(method).bind(*needed)
+        except TypeError:
+            return f"cannot be called as {name}({', '.join(needed)})"
+    if not isinstance(getattr(candidate, "capability", None), Capability):
+        return "has no capability"
+    return None
 
 
 def refusal(backend: Backend, spec: CallSpec) -> str | None:
     """Why a backend cannot do `spec`, or None: what it declares, whether it is installed, and its self-test."""
-    return backend.capability.refusal(spec) or backend.missing() or failure(backend, spec)
+    return backend.capability.refusal(spec) or backend.missing() or selftest.failure(backend, spec)
 
 
 def explain(spec: CallSpec) -> dict[str, str | None]:
@@ -83,9 +105,13 @@ def _warn_if_not_deterministic(backend: Backend, spec: CallSpec) -> None:
 
 @cache  # a layer asks at every call; what raises is not kept, so a repaired installation is found
 def _chosen(spec: CallSpec, name: str) -> Backend:
+    backend = _first(spec) if name == "auto" else _named(spec, name)
+    logger().info("backend %s, asked for %s: %s", backend.name, name, spec)
+    return backend
+
+
+def _named(spec: CallSpec, name: str) -> Backend:
     known = backends()
-    if name == "auto":
-        return _first(spec)
     if name not in known:
         raise ValueError(f"backend must be auto or one of {', '.join(known)}, got {name!r}")
     reason = refusal(known[name], spec)

@@ -4,14 +4,16 @@ Versions and lists do not tell: FlashAttention 4 (4.0.0b36) computes gradients a
 wrong, and none of its documents says so.
 """
 
+from collections.abc import Callable
 from dataclasses import replace
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import torch
 from torch import Tensor
 
+from ringattn.kernels.merge import plain_merge_
 from ringattn.kernels.reference import Reference
-from ringattn.kernels.spec import Backend, Block, Call, CallSpec, Grads, Options
+from ringattn.kernels.spec import Backend, Block, Call, CallSpec, Dropout, Grads, Options, PartialBackend, Sum
 
 # Documents of the case: queries and keys of each block. Unequal lengths, single tokens and several kernel tiles.
 LENGTHS = ((150, 150), (1, 1), (40, 170), (1, 33))
@@ -31,16 +33,15 @@ class Signature(NamedTuple):
     window: bool
     softcap: bool
     deterministic: bool
+    dropout: bool
 
 
 _results: dict[tuple[str, Signature], str | None] = {}
+_trust: dict[tuple[str, str, Signature], bool] = {}
 
 
-def failure(backend: Backend, spec: CallSpec) -> str | None:
-    """Why the backend is wrong for the signature of `spec`, or None. Computed once per process and kept."""
-    if backend.name == "reference" or spec.dropout_p:
-        return None
-    signature = Signature(
+def _signature(spec: CallSpec) -> Signature:
+    return Signature(
         spec.device,
         spec.dtype,
         spec.head_dim,
@@ -49,7 +50,15 @@ def failure(backend: Backend, spec: CallSpec) -> str | None:
         spec.window,
         bool(spec.softcap),
         spec.deterministic,
+        bool(spec.dropout_p),
     )
+
+
+def failure(backend: Backend, spec: CallSpec) -> str | None:
+    """Why the backend is wrong for the signature of `spec`, or None. Computed once per process and kept."""
+    if backend.name == "reference":
+        return None
+    signature = _signature(spec)
     key = backend.name, signature
     if key not in _results:
         with torch.random.fork_rng(devices=[]), torch.no_grad(), torch.autocast(spec.device, enabled=False):
@@ -57,9 +66,35 @@ def failure(backend: Backend, spec: CallSpec) -> str | None:
     return _results[key]
 
 
+def adds(backend: Backend, spec: CallSpec) -> bool:
+    """Whether the backend declares that it adds gradients to sums, and does it right for the signature of `spec`."""
+    return backend.capability.adds and _trusted(backend, spec, _added_right)
+
+
+def gives_partials(backend: Backend, spec: CallSpec) -> bool:
+    """Whether the backend declares partial results in float32, and they are right for the signature of `spec`."""
+    return backend.capability.partials and not spec.dropout_p and _trusted(backend, spec, _partials_right)
+
+
+def _trusted(backend: Backend, spec: CallSpec, check: Callable[[Backend, Signature, Call], bool]) -> bool:
+    """Whether what makes results more exact is right. If not, a backend works without."""
+    if backend.name == "reference":
+        return True
+    signature = _signature(spec)
+    key = backend.name, check.__name__, signature
+    if key not in _trust:
+        with torch.random.fork_rng(devices=[]), torch.no_grad(), torch.autocast(spec.device, enabled=False):
+            try:
+                _trust[key] = all(check(backend, signature, call) for call in _calls(signature.window))
+            except Exception:  # whatever a kernel or its compiler raises
+                _trust[key] = False
+    return _trust[key]
+
+
 def forget() -> None:
     """Test every signature anew, after a backend was installed or repaired."""
     _results.clear()
+    _trust.clear()
 
 
 def _run(backend: Backend, signature: Signature) -> str | None:
@@ -88,11 +123,63 @@ def _calls(window: bool) -> list[Call]:
 def _errors(backend: Backend, signature: Signature, call: Call) -> dict[str, float]:
     """Relative errors of out, lse and gradients against the reference in float64."""
     tensors = _tensors(signature, call)
-    softcap = 1.5 if signature.softcap else 0.0
-    options = Options(signature.head_dim**-0.5, softcap=softcap, deterministic=signature.deterministic)
+    options = _options(signature, call)
     expected = _both_ways(Reference(), [x.double() for x in tensors], call, replace(options, deterministic=False))
     got = _both_ways(backend, tensors, call, options)
     return {name: _relative(got[name], x) for name, x in expected.items()}
+
+
+def _ones(x: Tensor) -> Sum:
+    rows = 5, len(x) - 3
+    return Sum(rows, torch.ones_like(x[slice(*rows)], dtype=torch.float32))
+
+
+def _options(signature: Signature, call: Call) -> Options:
+    softcap = 1.5 if signature.softcap else 0.0
+    return Options(signature.head_dim**-0.5, softcap, signature.deterministic, _dropout(signature, call))
+
+
+def _dropout(signature: Signature, call: Call) -> Dropout | None:
+    """At places and heads of a larger stream."""
+    if not signature.dropout:
+        return None
+    q_index, k_index = (torch.arange(*rows, device=signature.device) + 10_000_019 for rows in (call.q, call.k))
+    return Dropout(0.3, 7, q_index, k_index, first_head=3)
+
+
+def _added_right(backend: Backend, signature: Signature, call: Call) -> bool:
+    """Whether gradients added to sums are those that are written."""
+    q, k, v, dout = _tensors(signature, call)
+    options = _options(signature, call)
+    out = torch.empty_like(dout)
+    lse = backend.forward(q, k, v, call, options, out)
+    written = Grads(torch.zeros_like(q), torch.zeros_like(k), torch.zeros_like(v))
+    backend.backward(dout, q, k, v, out, lse, call, options, written)
+    # The first and last rows are written, what lies between is added to sums that hold something already.
+    sums = _ones(q), _ones(k), _ones(v)
+    got = Grads(torch.zeros_like(q), torch.zeros_like(k), torch.zeros_like(v), sums)
+    backend.backward(dout, q, k, v, out, lse, call, options, got)
+    for target, total, right in zip(got.tensors, sums, written.tensors, strict=True):
+        whole = target.float()
+        whole[slice(*total.rows)] = total.wide - 1.0
+        if not _relative(whole, right.double()) <= TOLERANCE[signature.dtype] / 2:
+            return False
+    return True
+
+
+def _partials_right(backend: Backend, signature: Signature, call: Call) -> bool:
+    """Whether merged partial results are the result."""
+    q, k, v, dout = _tensors(signature, call)
+    options = _options(signature, call)
+    out = torch.empty_like(dout)
+    lse = backend.forward(q, k, v, call, options, out)
+    merged, merged_lse = torch.zeros_like(out, dtype=torch.float32), torch.full_like(lse, float("-inf"))
+    for part, part_lse in cast(PartialBackend, backend).partials(q, k, v, call, options):
+        if part.dtype != torch.float32:
+            return False
+        plain_merge_(merged, merged_lse, part, part_lse)
+    limit = TOLERANCE[signature.dtype] / 2
+    return _relative(merged, out.double()) <= limit and _relative(merged_lse, lse.double()) <= limit
 
 
 def _tensors(signature: Signature, call: Call) -> list[Tensor]:

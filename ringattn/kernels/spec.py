@@ -3,6 +3,7 @@
 Shapes: T query rows, S key rows, H query heads, K key/value heads (H a multiple of K), D head dim, V value head dim.
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import accumulate
@@ -167,6 +168,8 @@ class Capability:
         compute_capability: the lowest CUDA one, and the one above the highest, or None.
         window, softcap, dropout, unequal_head_dims: forward and backward, with exact mathematics.
         deterministic: gradients can be asked to be bitwise equal from run to run; without it such a request only warns.
+        adds: gradients can be added to sums before they are rounded (`Grads.sums`).
+        partials: it is a `PartialBackend`, whose results can be merged before they are rounded.
     """
 
     devices: tuple[str, ...] = ()
@@ -179,6 +182,8 @@ class Capability:
     dropout: bool = False
     unequal_head_dims: bool = False
     deterministic: bool = False
+    adds: bool = False
+    partials: bool = False
 
     def refusal(self, spec: CallSpec) -> str | None:
         """Why `spec` is outside of what is declared, or None. Looks at the device only for its compute capability."""
@@ -216,7 +221,8 @@ class Backend(Protocol):
     - `out` (T, H, V) is written in place; lse (H, T), natural logarithm, float32 (float64 for float64 inputs).
     - A query row without keys has out 0 and lse -inf; in the backward pass its gradients are 0.
     - `backward` takes the out and lse of the *whole* softmax, of which the call may be a part, and writes dq, dk, dv in
-      place; key rows that no block reads may hold anything afterwards.
+      place; key rows that no block reads may hold anything afterwards. A backend that `adds` is also given sums, and
+      leaves key rows that no block reads alone.
     """
 
     name: str
@@ -243,6 +249,15 @@ class Backend(Protocol):
         grads: "Grads",
     ) -> None:
         """Gradients of this call's share into `grads`, shaped as q, k, v."""
+
+
+class PartialBackend(Backend, Protocol):
+    """A backend that declares `partials`."""
+
+    def partials(
+        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, call: Call, options: "Options"
+    ) -> list[tuple[torch.Tensor, torch.Tensor]]:
+        """Out (T, H, V) and lse (H, T) of parts of the keys, in accumulation precision: merged they are `forward`'s."""
 
 
 @dataclass(frozen=True)
@@ -273,10 +288,49 @@ class Options:
     dropout: Dropout | None = None
 
 
-class Grads(NamedTuple):
+class Sum(NamedTuple):
+    """Rows of a gradient that have parts from several calls: the call's is added to `wide` and not written.
+
+    Parts that are rounded before they are added make a sum of many of them 1.2 times as wrong as one call's result.
+    """
+
+    rows: Range  # of the call's gradient
+    wide: torch.Tensor  # (rows, heads, dim) in accumulation precision
+
+    def add(self, part: torch.Tensor, span: Range, target: torch.Tensor) -> None:
+        """Bring `part`, rows `span` of the gradient, home: to the sum, and what lies outside of it to `target`."""
+        first, last = max(span[0], self.rows[0]), min(span[1], self.rows[1])
+        if first >= last:
+            target[slice(*span)] = part
+            return
+        self.wide[first - self.rows[0] : last - self.rows[0]] += part[first - span[0] : last - span[0]]
+        target[span[0] : first] = part[: first - span[0]]
+        target[last : span[1]] = part[last - span[0] :]
+
+
+@dataclass(frozen=True)
+class Grads:
+    """Where the gradients of a call go: tensors shaped as q, k and v, and for each the sum of its shared rows."""
+
     dq: torch.Tensor
     dk: torch.Tensor
     dv: torch.Tensor
+    sums: tuple[Sum | None, Sum | None, Sum | None] = (None, None, None)
+
+    def __iter__(self) -> Iterator[torch.Tensor]:
+        return iter(self.tensors)
+
+    @property
+    def tensors(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        return self.dq, self.dk, self.dv
+
+    def deliver(self, which: int, part: torch.Tensor, span: Range) -> None:
+        """Write rows `span` of dq (0), dk (1) or dv (2), or add those that are part of a sum."""
+        target, total = self.tensors[which], self.sums[which]
+        if total is None:
+            target[slice(*span)] = part
+        else:
+            total.add(part, span, target)
 
 
 def pack_keys(call: Call, k: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

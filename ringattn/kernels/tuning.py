@@ -16,7 +16,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from ringattn.environment import AUTOTUNE
+from ringattn.environment import AUTOTUNE, logger
 from ringattn.kernels.tuning_store import SCHEMA, Store
 
 BUDGET_MS = 200.0  # for the timed runs of one candidate
@@ -217,6 +217,7 @@ class Tuner:
         history = self._history.setdefault(event.key, [])
         if event not in history:
             history.append(event)
+            logger().debug("tuning %s: %s %s %s", event.key, event.kind, event.choice, event.detail)
         for listener in self.listeners:
             listener(event)
 

@@ -128,7 +128,7 @@ class Calibration:
         spans = [(i * length, (i + 1) * length) for i in range(count)]
         call = Call(tuple(Block(span, span) for span in spans), -1, 0)
         q, k, v, dout, out = self._tensors(count * length, head_dim)
-        grads = Grads(*(torch.empty_like(x) for x in (q, k, v)))
+        grads = Grads(torch.empty_like(q), torch.empty_like(k), torch.empty_like(v))
         with torch.no_grad():
             lse = backend.forward(q, k, v, call, options, out)
 

@@ -8,7 +8,7 @@ import numpy.typing as npt
 
 from ringattn.mask import Band
 from ringattn.parallel.held import Held
-from ringattn.parallel.rates import BlockTable, Ints
+from ringattn.parallel.rates import BlockTable, Ints, needs
 
 
 @dataclass(frozen=True)
@@ -40,9 +40,7 @@ class Demand:
     @cached_property
     def needs(self) -> tuple[Ints, Ints]:
         """The keys that the queries of each piece see."""
-        lo = np.zeros_like(self.first) if self.band.lo is None else np.maximum(self.first + self.band.lo, 0)
-        hi = self.length if self.band.hi is None else np.minimum(self.last + self.band.hi, self.length)
-        return lo, hi
+        return needs(self.first, self.last, self.length, self.band)
 
     @cached_property
     def local(self) -> npt.NDArray[np.bool_]:
@@ -88,7 +86,7 @@ class Demand:
     @cached_property
     def gathered_blocks(self) -> BlockTable:
         """Each piece over all its keys, as one block."""
-        return self._blocks(np.arange(len(self.first)), *self.needs)
+        return BlockTable.cut(self.first, self.last, *self.needs, self.band)
 
     @cached_property
     def own_blocks(self) -> tuple[BlockTable, Ints, Ints]:
@@ -99,22 +97,7 @@ class Demand:
         last = np.minimum(self.last[run], self.needs[1][query])
         some = first < last
         query, run = query[some], run[some]
-        return self._blocks(query, first[some], last[some]), query, run
-
-    def _blocks(self, query: Ints, k_first: Ints, k_last: Ints) -> BlockTable:
-        """Pieces over key positions, as `blocks.blocks_of` cuts them; all in call 0."""
-        first, last, band = self.first[query], self.last[query], self.band
-        if band.hi is not None:
-            first = np.maximum(first, k_first - band.hi)
-        if band.lo is not None:
-            last = np.minimum(last, k_last - band.lo)
-        n, m = last - first, k_last - k_first
-        open_side = np.full_like(n, -1)
-        right = (
-            open_side if band.hi is None else np.where(band.hi + last - k_last >= n - 1, -1, band.hi + last - k_last)
-        )
-        left = open_side if band.lo is None else np.where(k_last - last - band.lo >= m - 1, -1, k_last - last - band.lo)
-        return BlockTable(n, m, left, right, np.zeros_like(n), 1)
+        return BlockTable.cut(self.first[query], self.last[query], first[some], last[some], self.band), query, run
 
 
 def per(key: Ints, values: npt.NDArray, size: int) -> npt.NDArray:

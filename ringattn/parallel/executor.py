@@ -7,14 +7,14 @@ the exchange: this rank's), D head dim, V value head dim. `q_tHD`, `lse_Hn`.
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from ringattn.kernels.merge import apply_sinks_, merge_, sinks_grad
-from ringattn.kernels.spec import Backend, Call, Dropout, Grads, Options, Range, accumulation_dtype
+from ringattn.kernels.spec import Backend, Call, Dropout, Grads, Options, PartialBackend, Range, accumulation_dtype
 from ringattn.parallel.plan import AttentionPlan, Stage
 from ringattn.parallel.rows import Accumulator, KeyCast, KeyReduce
 from ringattn.parallel.transport import Transport
@@ -29,6 +29,8 @@ class Job:
     options: Options
     dropout: tuple[float, int] | None  # probability and seed
     backend: Backend
+    adds: bool  # the backend adds gradients to sums by itself
+    partials: bool  # the backend gives partial results in float32
     ring: Transport | None
     ulysses: Transport | None
     device: torch.device
@@ -167,6 +169,11 @@ def _forward(job: Job, q: Tensor, k: Tensor, v: Tensor, keep: bool) -> tuple[Ten
     """Out (n, H, V), lse (H, n), and the cast keys and values if they are to be kept."""
     plan = job.plan
     acc = Accumulator(q.new_empty(q.shape[0], q.shape[1], v.shape[2]), plan.shared_q, plan.uncovered)
+    if plan.only_call is not None and len(plan.stages) == 1 and q.shape[1]:
+        call = plan.only_call
+        read = slice(*call.k)
+        options = _options(job, plan.stages[0], call)
+        return acc.rows, job.backend.forward(q, k[read], v[read], call, options, acc.rows), []
     lse = q.new_full((q.shape[1], q.shape[0]), float("-inf"), dtype=accumulation_dtype(q.dtype))
     kept: list[Tensor] = []
     for stage, keys, values in _cast_stages(job, k, v):
@@ -182,6 +189,11 @@ def _run_calls(job: Job, stage: Stage, q: Tensor, k: Tensor, v: Tensor, acc: Acc
         return
     for call in stage.calls:
         rows, keys = slice(*call.q), slice(*call.k)
+        if job.partials and acc.inside(call.q) == call.q:
+            backend = cast(PartialBackend, job.backend)
+            for part, part_lse in backend.partials(q[rows], k[keys], v[keys], call, _options(job, stage, call)):
+                merge_(acc.wide_rows(*call.q), lse[:, rows], part, part_lse)
+            continue
         part_lse = job.backend.forward(q[rows], k[keys], v[keys], call, _options(job, stage, call), acc.rows[rows])
         a, b = acc.inside(call.q)
         if a < b:
@@ -205,7 +217,9 @@ def _backward(job: Job, dout: Tensor, saved: Saved, kept: list[Tensor]) -> tuple
         next(stages)
     reduce: KeyReduce | None = None
     for stage, keys, values in stages:
-        shared = (0, stage.rows) if stage.overlapping_keys else (0, 0)
+        # What travels in float32 is not rounded before.
+        summed = stage.overlapping_keys or (job.adds and plan.wide_reduce)
+        shared = (0, stage.rows) if summed else (0, 0)
         dkeys, dvalues = (Accumulator(torch.empty_like(x), shared, stage.unread) for x in (keys, values))
         _run_backward_calls(job, stage, forward, keys, values, dq, dkeys, dvalues)
         if reduce is not None:
@@ -228,14 +242,20 @@ def _run_backward_calls(
     dk: Accumulator,
     dv: Accumulator,
 ) -> None:
-    """Run a stage's calls backward. Kernels write gradient rows in place; rows that are shared are then added up."""
+    """Run a stage's calls backward. Kernels write gradient rows in place, and add those that are shared: the kernel
+    itself if it can, else here, from rounded parts."""
     dout, q, out, lse = forward
     if not q.shape[1]:  # this rank has no head
         return
     for call in stage.calls:
         rows, keys = slice(*call.q), slice(*call.k)
-        target = Grads(dq.rows[rows], _key_rows(dk, call), _key_rows(dv, call))
         tensors = dout[rows], q[rows], k[keys], v[keys], out[rows], lse[:, rows]
+        if job.adds:
+            sums = dq.sum(call.q), dk.sum(call.k), dv.sum(call.k)
+            target = Grads(dq.rows[rows], dk.rows[keys], dv.rows[keys], sums)
+            job.backend.backward(*tensors, call, _options(job, stage, call), target)
+            continue
+        target = Grads(dq.rows[rows], _key_rows(dk, call), _key_rows(dv, call))
         job.backend.backward(*tensors, call, _options(job, stage, call), target)
         dq.collect(call.q)
         for grad, written in ((dk, target.dk), (dv, target.dv)):

@@ -203,6 +203,17 @@ class AttentionPlan:
         """Local key rows that no local call reads."""
         return gaps([block.k for call in self.stages[0].calls for block in call.blocks], self.rows)
 
+    @cached_property
+    def only_call(self) -> Call | None:
+        """The call that computes all rows, if there is one and no other."""
+        calls = [call for stage in self.stages for call in stage.calls]
+        return calls[0] if len(calls) == 1 and calls[0].q == (0, self.rows) else None
+
+    @property
+    def adds_grads(self) -> bool:
+        """Whether gradients have several parts somewhere, to be added up."""
+        return self.shared_q != (0, 0) or self.shared_k != (0, 0) or len(self.stages) > 1
+
     @property
     def received_rows(self) -> int:
         return sum(message.rows for stage in self.stages for message in stage.receives)

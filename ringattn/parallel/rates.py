@@ -15,6 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ringattn.kernels.spec import Block, Call
+from ringattn.mask import Band
 
 Ints = npt.NDArray[np.int64]
 Floats = npt.NDArray[np.float64]
@@ -113,6 +114,24 @@ class BlockTable:
         n, m, left, right, call = np.array(rows, dtype=np.int64).reshape(-1, 5).T
         return cls(n, m, left, right, call, len(calls))
 
+    @classmethod
+    def cut(cls, first: Ints, last: Ints, k_first: Ints, k_last: Ints, band: Band) -> "BlockTable":
+        """Queries `[first, last)` over keys `[k_first, k_last)` of documents, cut as `blocks.blocks_of` does; one call.
+
+        Queries that see none of the keys are left out.
+        """
+        if band.hi is not None:
+            first = np.maximum(first, k_first - band.hi)
+        if band.lo is not None:
+            last = np.minimum(last, k_last - band.lo)
+        n, m = last - first, k_last - k_first
+        left = right = np.full_like(n, -1)
+        if band.hi is not None:
+            right = np.where(band.hi + last - k_last >= n - 1, -1, band.hi + last - k_last)
+        if band.lo is not None:
+            left = np.where(k_last - last - band.lo >= m - 1, -1, k_last - last - band.lo)
+        return cls(n, m, left, right, np.zeros_like(n), 1)
+
     def where(self, mask: npt.NDArray[np.bool_]) -> "BlockTable":
         """Some of the blocks."""
         n, m, left, right, call = (column[mask] for column in (self.n, self.m, self.left, self.right, self.call))
@@ -127,6 +146,13 @@ class BlockTable:
 def area(block: Block) -> int:
     """Allowed pairs of a block."""
     return int(BlockTable.of([Call((block,), block.left, block.right)]).areas[0])
+
+
+def needs(first: Ints, last: Ints, length: Ints, band: Band) -> tuple[Ints, Ints]:
+    """The keys that the queries `[first, last)` of documents of `length` see (`Band.keys_of`)."""
+    lo = np.zeros_like(first) if band.lo is None else np.maximum(first + band.lo, 0)
+    hi = length if band.hi is None else np.minimum(last + band.hi, length)
+    return lo, hi
 
 
 def _walk(n: Ints, m: Ints, left: Ints, right: Ints, tile: int, other: int) -> tuple[Floats, Ints]:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ringattn.kernels.spec import Range, accumulation_dtype
+from ringattn.kernels.spec import Range, Sum, accumulation_dtype
 from ringattn.parallel.plan import Message, Stage
 from ringattn.parallel.ranges import overlap
 from ringattn.parallel.transport import Pending, Transport
@@ -39,6 +39,11 @@ class Accumulator:
     def wide_rows(self, start: int, stop: int) -> Tensor:
         assert self.wide is not None
         return self.wide[start - self.shared[0] : stop - self.shared[0]]
+
+    def sum(self, span: Range) -> Sum | None:
+        """Where a kernel that adds leaves its part of the rows `span`, or None if none of them is shared."""
+        a, b = self.inside(span)
+        return Sum((a - span[0], b - span[0]), self.wide_rows(a, b)) if a < b else None
 
     def collect(self, span: Range) -> None:
         """Add the part that lies in `rows[span]`."""

@@ -17,7 +17,7 @@ from ringattn.kernels.flex import FlexAttention, block_mask, row_bounds
 from ringattn.kernels.merge import finite_lse, merge_
 from ringattn.kernels.reference import Reference, allowed_pairs
 from ringattn.kernels.selftest import failure, forget
-from ringattn.kernels.spec import Block, Call, CallSpec, Grads, Options
+from ringattn.kernels.spec import Block, Call, CallSpec, Dropout, Grads, Options
 
 EAGER = FlexAttention(block_size=(16, 16), eager=True)
 HEADS, KEY_HEADS, DIM, VALUE_DIM = 4, 2, 16, 8
@@ -29,6 +29,7 @@ SIGNATURES = [
     pytest.param((64, 64, 2), {"window": True}, id="window"),
     pytest.param((64, 64, 1), {"softcap": 30.0}, id="softcap"),
     pytest.param((96, 64, 4), {"window": True}, id="unequal head dims"),
+    pytest.param((64, 64, 2), {"dropout_p": 0.1}, id="dropout"),
     pytest.param((40, 24, 3), {"window": True, "softcap": 30.0, "deterministic": True}, id="all"),
 ]
 
@@ -61,13 +62,22 @@ def drawn(call: Call, dtype: torch.dtype = torch.float64, seed: int = 0) -> list
 
 
 def both_ways(backend: Any, tensors: list[Tensor], call: Call, options: Options) -> list[Tensor]:
-    """out, lse, dq, dk, dv; -inf as 0 so that differences are numbers."""
+    """out, lse, dq, dk, dv of the keys that are read; -inf as 0 so that differences are numbers."""
     q, k, v, dout = tensors
     out = torch.full_like(dout, 7.0)
     lse = backend.forward(q, k, v, call, options, out)
-    grads = Grads(*(torch.full_like(x, 7.0) for x in (q, k, v)))
-    backend.backward(dout, q, k, v, out, lse, call, options, grads)
-    return [out, lse, *grads]
+    dq, dk, dv = (torch.full_like(x, 7.0) for x in (q, k, v))
+    backend.backward(dout, q, k, v, out, lse, call, options, Grads(dq, dk, dv))
+    read = torch.cat([torch.arange(0), *(torch.arange(*run) - call.k[0] for run in call.key_runs)]).to(k.device)
+    return [out, lse, dq, dk[read], dv[read]]
+
+
+def dropout_of(call: Call, p: float) -> Dropout | None:
+    """At places of a larger stream, of which the call has the heads from the third on."""
+    if not p:
+        return None
+    q_index, k_index = (torch.arange(*rows) + 5_000_011 for rows in (call.q, call.k))
+    return Dropout(p, 9, q_index, k_index, 2)
 
 
 @settings(max_examples=60)
@@ -106,12 +116,18 @@ def test_a_call_keeps_its_mask() -> None:
 
 
 @settings(max_examples=25)
-@given(blocks=BLOCKS, band=BANDS, softcap=st.sampled_from([0.0, 1.5]), seed=st.integers(0, 1 << 20))
-def test_equals_the_reference(blocks, band, softcap, seed) -> None:
+@given(
+    blocks=BLOCKS,
+    band=BANDS,
+    softcap=st.sampled_from([0.0, 1.5]),
+    p=st.sampled_from([0.0, 0.2, 0.95]),  # the last leaves many rows without a key
+    seed=st.integers(0, 1 << 20),
+)
+def test_equals_the_reference(blocks, band, softcap, p, seed) -> None:
     """Documents, gaps between their keys, blocks without keys, rows that the band leaves without keys."""
     call = make_call(blocks, band)
     tensors = drawn(call, seed=seed)
-    options = Options(0.3, softcap)
+    options = Options(0.3, softcap, dropout=dropout_of(call, p))
     for got, wanted in zip(
         both_ways(EAGER, tensors, call, options), both_ways(Reference(), tensors, call, options), strict=True
     ):
@@ -119,23 +135,26 @@ def test_equals_the_reference(blocks, band, softcap, seed) -> None:
 
 
 @pytest.mark.parametrize("band", [(-1, 0), (-1, -1)])
-@pytest.mark.parametrize("softcap", [0.0, 1.5])
-def test_parts_of_a_softmax_add_up(band: tuple[int, int], softcap: float) -> None:
+@pytest.mark.parametrize(("softcap", "p"), [(0.0, 0.0), (1.5, 0.0), (0.0, 0.3)])
+def test_parts_of_a_softmax_add_up(band: tuple[int, int], softcap: float, p: float) -> None:
     """Two calls over two halves of the keys, backward with the out and lse of both, equal one call over all keys."""
     whole = Call((Block((0, 50), (0, 90), *band),), *band)
     halves = [Call((Block((0, 50), (0, 40)),)), Call((Block((0, 50), (40, 90), *band),), *band)]
     q, k, v, dout = drawn(whole)
-    options = Options(0.3, softcap)
-    wanted = both_ways(Reference(), [q, k, v, dout], whole, options)
+
+    def options(call: Call) -> Options:
+        return Options(0.3, softcap, dropout=dropout_of(call, p))
+
+    wanted = both_ways(Reference(), [q, k, v, dout], whole, options(whole))
     out, lse = torch.zeros_like(dout), torch.full((HEADS, 50), float("-inf"), dtype=dout.dtype)
     for call in halves:
         rows, part = slice(*call.k), torch.empty_like(dout)
-        merge_(out, lse, part, EAGER.forward(q, k[rows], v[rows], call, options, part))
+        merge_(out, lse, part, EAGER.forward(q, k[rows], v[rows], call, options(call), part))
     dq, dk, dv = torch.zeros_like(q), torch.empty_like(k), torch.empty_like(v)
     for call in halves:
         rows = slice(*call.k)
         grads = Grads(torch.empty_like(q), dk[rows], dv[rows])
-        EAGER.backward(dout, q, k[rows], v[rows], out, lse, call, options, grads)
+        EAGER.backward(dout, q, k[rows], v[rows], out, lse, call, options(call), grads)
         dq += grads.dq
     for got, exact in zip((out, lse, dq, dk, dv), wanted, strict=True):
         torch.testing.assert_close(got, exact, rtol=1e-10, atol=1e-10)
@@ -153,7 +172,7 @@ def test_bfloat16_part_of_a_softmax() -> None:
     narrow = [x.bfloat16() for x in (dout, q, k, v, out)]
     got = Grads(*(torch.empty_like(x) for x in narrow[1:4]))
     EAGER.backward(*narrow, lse.float(), half, options, got)
-    for x, exact in zip(got, wanted, strict=True):
+    for x, exact in zip(got.tensors, wanted.tensors, strict=True):
         assert (x.double() - exact).norm() / exact.norm() < 6e-3
 
 
@@ -194,7 +213,7 @@ def test_declares_what_it_can_do() -> None:
     asked = CallSpec("cpu", torch.bfloat16, 64, 64, 4, 2)
     assert "cuda" in (FlexAttention().capability.refusal(asked) or "")
     assert EAGER.capability.refusal(asked) is None
-    assert "dropout" in (EAGER.capability.refusal(CallSpec("cpu", torch.bfloat16, 64, 64, 4, 2, dropout_p=0.1)) or "")
+    assert EAGER.capability.refusal(CallSpec("cpu", torch.bfloat16, 64, 64, 4, 2, dropout_p=0.1)) is None
 
 
 @pytest.fixture
@@ -233,6 +252,19 @@ def test_lengths_and_bands_do_not_recompile(counter: Any) -> None:
             torch.testing.assert_close(finite_lse(got), finite_lse(wanted), rtol=1e-4, atol=1e-4)
         seen.append(counter.frame_count)
     assert seen == [2] * len(cases)  # forward alone, and forward with gradients
+
+
+def test_another_seed_and_place_do_not_recompile(counter: Any) -> None:
+    backend, seen = FlexAttention(block_size=(16, 16)), []
+    for seed, rows in enumerate((50, 70, 64)):
+        call = make_call([(rows, rows, 0)], (-1, 0))
+        tensors, index = drawn(call, torch.float32), torch.arange(rows) + 1000 * seed
+        options = Options(0.3, dropout=Dropout(0.3, seed, index, index, seed))
+        pairs = (both_ways(x, tensors, call, options) for x in (backend, Reference()))
+        for got, wanted in zip(*pairs, strict=True):
+            torch.testing.assert_close(finite_lse(got), finite_lse(wanted), rtol=1e-4, atol=1e-4)
+        seen.append(counter.frame_count)
+    assert seen == [4] * 3  # forward alone and with gradients, of the kept pairs and of all
 
 
 def test_another_scale_compiles_anew_and_is_not_mixed_up(counter: Any) -> None:

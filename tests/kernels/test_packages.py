@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from ringattn.kernels import fa2, fa3, fa4, npu, torch_flash, xpu
-from ringattn.kernels.spec import Backend, Block, Call, CallSpec, Grads, Options
+from ringattn.kernels.merge import merge_
+from ringattn.kernels.spec import Backend, Block, Call, Grads, Options
 from tests.kernels import fakes
 
 # Rows (queries, keys) of blocks that start at row 3 of the queries and 2 of the keys; `None` skips keys.
@@ -73,7 +74,7 @@ def check(backend: Backend, call: Call, softcap: float = 0.0, value_dim: int = 8
     expected = fakes.gradients((dout, q, k, v, whole_out), whole, call, SCALE, softcap)
     read = torch.cat([torch.arange(0), *(torch.arange(*run) - call.k[0] for run in call.key_runs)])
     torch.testing.assert_close(grads.dq, expected.dq)
-    for got, wanted in zip(grads[1:], expected[1:], strict=True):
+    for got, wanted in zip(grads.tensors[1:], expected.tensors[1:], strict=True):
         torch.testing.assert_close(got[read], wanted[read])
     for x in (out, *grads):
         edges = x._base[[0, -1]]
@@ -150,25 +151,38 @@ def test_fa3(record: fakes.Record, names: tuple[str, str], lengths: str) -> None
             assert record[-1]["deterministic"] is True
 
 
-def test_fa3_without_softcap_is_not_asked_for_it(record: fakes.Record) -> None:
-    call = make_call(LENGTHS["dense"], (-1, 0))
-    with Operators(record, softcap=False):
-        check(fa3.FlashAttention3(), call)
-        with pytest.raises(NotImplementedError, match="no softcap"):
-            check(fa3.FlashAttention3(), call, softcap=1.5)
+@pytest.mark.parametrize("lengths", list(LENGTHS)[:3])
+def test_fa3_partials(record: fakes.Record, lengths: str) -> None:
+    """The two splits that the kernel keeps in float32 merge to its result; a build without them is found out."""
+    call = make_call(LENGTHS[lengths], (-1, 0))
+    q, k, v = (torch.randn(rows[1] - rows[0], heads, 8) for rows, heads in ((call.q, 4), (call.k, 2), (call.k, 2)))
+    backend, options, out = fa3.FlashAttention3(), Options(SCALE), torch.empty_like(q)
+    with Operators(record, splits=True):
+        lse = backend.forward(q, k, v, call, options, out)
+        merged, merged_lse = torch.zeros_like(out), torch.full_like(lse, float("-inf"))
+        parts = backend.partials(q, k, v, call, options)
+        assert len(parts) == 2
+        for part, part_lse in parts:
+            merge_(merged, merged_lse, part, part_lse)
+        torch.testing.assert_close(merged, out)
+        torch.testing.assert_close(merged_lse, lse)
+    fa3._kernels.cache_clear()
+    fa3._own_name.cache_clear()
+    with Operators(record), pytest.raises(NotImplementedError, match="num_splits"):
+        backend.partials(q, k, v, call, options)
 
 
 class Operators:
     """`torch.ops.flash_attn_3` for as long as the context lasts."""
 
-    def __init__(self, record: fakes.Record, *names: str, softcap: bool = True) -> None:
+    def __init__(self, record: fakes.Record, *names: str, softcap: bool = True, splits: bool = False) -> None:
         if hasattr(torch.ops.flash_attn_3, "fwd"):
             pytest.skip("FlashAttention-3 is loaded in this process")
         self.arguments = record, *names
-        self.softcap = softcap
+        self.features = {"softcap": softcap, "splits": splits}
 
     def __enter__(self) -> None:
-        self.library = fakes.fa3(*self.arguments, softcap=self.softcap)
+        self.library = fakes.fa3(*self.arguments, **self.features)
 
     def __exit__(self, *error: object) -> None:
         fa3._kernels.cache_clear()
@@ -200,25 +214,3 @@ def test_xpu(monkeypatch: pytest.MonkeyPatch, record: fakes.Record, lengths: str
         check(xpu.XpuFlash(), make_call(LENGTHS[lengths], band))
     with pytest.raises(NotImplementedError, match="no window"):
         check(xpu.XpuFlash(), make_call(LENGTHS[lengths], (4, 0)))
-
-
-@pytest.mark.parametrize("backend", [npu.NpuFusion(), xpu.XpuFlash()], ids=lambda backend: backend.name)
-@pytest.mark.parametrize(
-    ("change", "named"),
-    [({"softcap": 1.0}, "softcap"), ({"dropout_p": 0.1}, "dropout"), ({"value_dim": 32}, "unequal head dims")],
-)
-def test_refusals_by_name(backend: Backend, change: dict[str, object], named: str) -> None:
-    asked = {"device": backend.name, "dtype": torch.bfloat16, "head_dim": 64, "value_dim": 64, **change}
-    spec = CallSpec(query_heads=4, key_heads=2, **asked)
-    assert named in backend.capability.refusal(spec)
-
-
-def test_window_on_xpu_and_dropout_on_fa2_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (8, 0))
-    spec = CallSpec("xpu", torch.bfloat16, 64, 64, 4, 2, window=True)
-    assert "has no window" in xpu.XpuFlash().capability.refusal(spec)
-    spec = CallSpec("cuda", torch.bfloat16, 64, 64, 4, 2, dropout_p=0.1)
-    assert "depends on how the sequence is split" in fa2.FlashAttention2().capability.refusal(spec)
-    spec = CallSpec("cuda", torch.bfloat16, 64, 64, 4, 2)
-    assert "compute capability 9.0 to below 10.0, got 8.0" in fa3.FlashAttention3().capability.refusal(spec)

@@ -1,7 +1,6 @@
 """Which packages are found: by distribution and by what their functions take, with a reason where one is refused."""
 
 import importlib.metadata
-import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,14 +12,12 @@ import torch
 
 from ringattn.kernels import fa2, fa3, fa4, npu, xpu
 from ringattn.kernels.probing import parameters, require
-from ringattn.kernels.spec import Backend
 from tests.kernels import fakes
 
 LOADED = (fa2, fa3, fa4, npu)
 
 
-@pytest.fixture(autouse=True)
-def site(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+def empty_site(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     """An empty site-packages, in which nothing of the real one is seen."""
     for module in LOADED:
         module._kernels.cache_clear()
@@ -32,6 +29,9 @@ def site(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     yield tmp_path
     for module in LOADED:
         module._kernels.cache_clear()
+
+
+site = pytest.fixture(autouse=True)(empty_site)
 
 
 def install(site: Path, distribution: str, version: str = "2.8.3") -> None:
@@ -77,43 +77,6 @@ def both_modules(monkeypatch: pytest.MonkeyPatch) -> None:
     """As the wheel of FlashAttention-2 has it, which also contains `flash_attn/cute`."""
     importable(monkeypatch, "flash_attn.flash_attn_interface", **fa2_functions())
     importable(monkeypatch, "flash_attn.cute.interface", **fa4_functions())
-
-
-@pytest.mark.parametrize(
-    ("distribution", "found", "other"),
-    [("flash-attn-4", fa4.FlashAttention4(), fa2.FlashAttention2()), ("flash-attn", fa2.FlashAttention2(), None)],
-)
-def test_the_distribution_decides(
-    monkeypatch: pytest.MonkeyPatch, site: Path, distribution: str, found: Backend, other: Backend | None
-) -> None:
-    both_modules(monkeypatch)
-    other = other or fa4.FlashAttention4()
-    assert "is not installed: pip install" in (found.missing() or "")
-    install(site, distribution)
-    assert found.missing() is None
-    assert "is not installed: pip install" in (other.missing() or "")
-
-
-def test_a_failed_load_is_tried_again(monkeypatch: pytest.MonkeyPatch, site: Path) -> None:
-    for distribution in ("flash-attn", "flash-attn-4"):
-        install(site, distribution)
-    for backend in (fa2.FlashAttention2(), fa4.FlashAttention4()):
-        assert "is installed but cannot be imported: ModuleNotFoundError" in (backend.missing() or "")
-    both_modules(monkeypatch)
-    for backend in (fa2.FlashAttention2(), fa4.FlashAttention4()):
-        assert backend.missing() is None
-
-
-def test_the_signature_decides_too(monkeypatch: pytest.MonkeyPatch, site: Path) -> None:
-    for distribution in ("flash-attn", "flash-attn-4"):
-        install(site, distribution)
-    both_modules(monkeypatch)
-    monkeypatch.setattr("flash_attn.flash_attn_interface._flash_attn_varlen_forward", lambda q, k, v, window_size: None)
-    reason = fa2.FlashAttention2().missing() or ""
-    assert "is installed but its _flash_attn_varlen_forward lacks" in reason
-    assert "window_size_left" in reason
-    monkeypatch.delattr("flash_attn.cute.interface._flash_attn_bwd")
-    assert "_flash_attn_bwd is missing" in (fa4.FlashAttention4().missing() or "")
 
 
 def test_parameters_of_functions_and_operators() -> None:
@@ -202,10 +165,3 @@ def test_npu_and_xpu_say_what_they_need(monkeypatch: pytest.MonkeyPatch) -> None
     monkeypatch.setattr(torch.xpu, "is_available", lambda: True)
     monkeypatch.setattr(torch._C, "_dispatch_has_kernel_for_dispatch_key", lambda name, key: "backward" not in name)
     assert "has no _scaled_dot_product_flash_attention_backward on XPU" in (xpu.XpuFlash().missing() or "")
-
-
-def test_import_of_ringattn_loads_no_kernel_package() -> None:
-    packages = ("flash_attn", "flash_attn_3", "torch_npu", "xformers")
-    code = f"import sys, ringattn.kernels.registry; print([x for x in {packages} if x in sys.modules])"
-    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert result.stdout.strip() == "[]"

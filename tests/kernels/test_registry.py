@@ -11,7 +11,6 @@ import torch
 from torch import Tensor
 
 from ringattn.kernels import registry, selftest
-from ringattn.kernels.cpu import CpuFlash
 from ringattn.kernels.reference import Reference
 from ringattn.kernels.spec import Backend, Call, CallSpec, Capability, Grads, Options
 
@@ -99,71 +98,9 @@ def broken() -> Callable[[], Backend]:
     raise OSError("libascendcl.so is missing")
 
 
-def test_order() -> None:
-    assert [name for name in BUILTIN if name in ORDER] == ORDER
-    assert BUILTIN[-1] == "reference"
-
-
-def test_plug_in_of_another_package(monkeypatch: pytest.MonkeyPatch) -> None:
-    plug(monkeypatch, Entry("npu2", lambda: Fake))
-    assert list(registry.backends()) == [*BUILTIN[:-1], "npu2", "reference"]
-    assert isinstance(registry.choose(SPEC, "npu2"), Fake)
-    monkeypatch.setattr(registry, "builtin", lambda: (CpuFlash(), Reference()))
-    clear()
-    assert registry.choose(SPEC).name == "cpu"
-    assert registry.choose(replace(SPEC, softcap=1.0)).name == "npu2"  # the first that can, before the reference
-
-
-def test_plug_in_that_fails_to_load(monkeypatch: pytest.MonkeyPatch) -> None:
-    plug(monkeypatch, Entry("npu2", broken), Entry("npu3", lambda: Fake))
-    with pytest.warns(UserWarning, match="package:npu2 cannot be loaded: OSError: libascendcl.so is missing"):
-        assert list(registry.backends()) == [*BUILTIN[:-1], "npu3", "reference"]
-    assert registry.choose(SPEC).name == "cpu"
-
-
-@pytest.mark.parametrize("name", ["fa4", "reference"])
-def test_plug_in_cannot_take_a_name(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
-    plug(monkeypatch, Entry(name, lambda: Fake))
-    with pytest.warns(UserWarning, match=f"a backend '{name}' exists already; ignored"):
-        assert list(registry.backends()) == BUILTIN
-    assert not isinstance(registry.backends()[name], Fake)
-
-
-def test_environment_chooses_and_the_argument_wins(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert registry.choose(SPEC).name == "cpu"
-    monkeypatch.setenv("RINGATTN_BACKEND", "reference")
-    assert registry.choose(SPEC).name == "reference"
-    assert registry.choose(SPEC, "cpu").name == "cpu"
-    monkeypatch.setenv("RINGATTN_BACKEND", "fa9")
-    assert registry.choose(SPEC, "cpu").name == "cpu"
-    with pytest.raises(ValueError, match=r"auto or one of fa4, fa3, .*cpu, .*reference, got 'fa9'"):
-        registry.choose(SPEC)
-
-
 def test_named_backend_that_cannot_is_refused_with_its_reason() -> None:
     with pytest.raises(NotImplementedError, match="'cpu' cannot do this call: it has no softcap"):
         registry.choose(replace(SPEC, softcap=1.0), "cpu")
-
-
-@pytest.mark.parametrize(
-    ("changes", "accepted", "reasons"),
-    [
-        ({}, {"cpu", "reference"}, {"fa4": "runs on cuda tensors only, got cpu", "npu": "npu tensors only"}),
-        ({"softcap": 1.0}, {"reference"}, {"cpu": "has no softcap"}),
-        ({"value_dim": 8}, {"reference"}, {"cpu": "has no unequal head dims, got 16 and 8"}),
-        ({"device": "cuda"}, {"reference"}, {"fa2": "takes float16 and bfloat16, got torch.float32: cast the model"}),
-        ({"device": "cuda", "dtype": torch.bfloat16, "head_dim": 36, "value_dim": 36}, None, {"fa3": "multiples of 8"}),
-        ({"device": "cuda", "dtype": torch.bfloat16, "head_dim": 512, "value_dim": 512}, None, {"fa4": "up to 256"}),
-        ({"device": "xpu", "dtype": torch.bfloat16, "window": True}, None, {"xpu": "has no window"}),
-    ],
-    ids=str,
-)
-def test_explain(changes: dict[str, Any], accepted: set[str] | None, reasons: dict[str, str]) -> None:
-    table = registry.explain(replace(SPEC, **changes))
-    assert list(table) == list(registry.backends())
-    assert accepted is None or {name for name, reason in table.items() if reason is None} & set(ORDER) == accepted
-    for name, reason in reasons.items():
-        assert reason in (table[name] or "")
 
 
 @pytest.mark.parametrize("changes", [{}, {"window": True}, {"softcap": 2.0}], ids=str)
@@ -218,13 +155,3 @@ def test_selftest_leaves_the_random_state() -> None:
         warnings.simplefilter("error")
         selftest.failure(Fake(), SPEC)
     assert torch.equal(torch.rand(1), expected)
-
-
-def test_deterministic_alone_only_warns(monkeypatch: pytest.MonkeyPatch) -> None:
-    """FEATURES row 14: what changes the mathematics is refused, this is told."""
-    backend = registry.backends()["cpu"]
-    monkeypatch.setattr(backend, "capability", replace(backend.capability, deterministic=False), raising=False)
-    registry._chosen.cache_clear()
-    with pytest.warns(UserWarning, match="cpu does not promise"):
-        assert registry.choose(CallSpec("cpu", torch.float32, 8, 8, 4, 2, deterministic=True)).name == "cpu"
-    registry._chosen.cache_clear()

@@ -1,12 +1,19 @@
 """Placements: the definition of balance, over random documents and up to 64 ranks, without processes."""
 
 import itertools
+from bisect import bisect_right
 from random import Random
 
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from benchmarks.balance import balance
 from ringattn import Documents, Layout, Mask, MeshShape
+from ringattn.parallel.demand import Demand, per
+from ringattn.parallel.held import Held
+from ringattn.parallel.machines import SHIPPED
+from ringattn.workloads import HISTOGRAMS
 from tests.parallel.cases import documents, masks
 
 POLICIES = ("contiguous", "zigzag", "balanced")
@@ -124,3 +131,131 @@ def test_padding_is_shared_and_last() -> None:
     for ranges in layout.positions:
         inside = [any(a <= start < b for a, b in ((10, 1010), (2000, 2050))) for start, _ in ranges]
         assert inside == sorted(inside, reverse=True)
+
+
+# What every layer of a model costs (one mask, or full attention and others in turn), and largest over mean cost.
+# A chunk that is shorter than its document is a granule: a cut may fall at its cheap end or at its expensive one.
+LOADS = (
+    ([(Mask(), 1)], 1.02),
+    ([(Mask(causal=False), 1)], 1.02),
+    ([(Mask(window=(1023, 0)), 1)], 1.02),
+    ([(Mask(causal=False, window=(300, 300)), 1)], 1.02),
+    ([(Mask(chunk=2048), 1)], 1.02),
+    ([(Mask(), 1), (Mask(window=(511, 0)), 5)], 1.02),
+    ([(Mask(), 2), (Mask(chunk=2048), 6)], 1.05),
+)
+
+
+def costs(layout: Layout) -> list[float]:
+    """Pairs of every position, summed over the layers."""
+    out = [0.0] * layout.mesh.ring
+    for mask, layers in layout.load.masks:
+        docs = layout.docs.chunked(mask.chunk)
+        for position in range(layout.mesh.ring):
+            for begin, end in layout.positions[position]:
+                index = max(0, bisect_right(docs.starts, begin) - 1)
+                while index < len(docs.starts) and docs.starts[index] < end:
+                    start, size = docs.starts[index], docs.lengths[index]
+                    first, last = max(begin, start), min(end, start + size)
+                    if first < last:
+                        out[position] += layers * mask.band.area(first - start, last - start, size)
+                    index += 1
+    return out
+
+
+@settings(max_examples=40)
+@given(case=long_lengths(32768), load=st.sampled_from(LOADS))
+def test_balance_of_all_masks_and_of_several(case: tuple[int, list[int]], load: tuple[list, float]) -> None:
+    ring, lengths = case
+    layout = Layout(Documents(lengths), MeshShape(1, ring), "balanced", load[0])
+    assert_every_token_once(layout)
+    found = costs(layout)
+    assert max(found) / (sum(found) / ring) <= load[1]
+
+
+@settings(max_examples=25)
+@given(case=long_lengths(32768), load=st.sampled_from(LOADS[:5]))
+def test_balance_of_kernel_time(case: tuple[int, list[int]], load: tuple[list, float]) -> None:
+    """By the machine's rates over the very blocks of the positions: never worse than the placement by area."""
+    ring, lengths = case
+    mask, machine = load[0][0][0], SHIPPED["H200"]
+
+    def slowest(timed: bool) -> float:
+        layout = Layout(Documents(lengths), MeshShape(1, ring), "balanced", mask, machine=machine if timed else None)
+        assert_every_token_once(layout)
+        demand = Demand.of(Held.of(layout, mask), mask.band)
+        rates = [machine.rate(128, backward) for backward in (False, True)]
+        seconds = sum(rate.share_seconds(demand.gathered_blocks, 256) for rate in rates)
+        times = per(demand.position, seconds, ring)
+        return float(times.max() / times.mean())
+
+    assert slowest(True) <= max(1.02, slowest(False) * 1.005)
+
+
+def short_documents() -> Documents:
+    """A kernel takes a tile of 128 rows for a document of 20 tokens, whatever the pairs."""
+    return Documents([20] * 1000 + [128] * 260 + [1024] * 20)
+
+
+def test_short_documents_are_balanced_by_time() -> None:
+    docs, machine = short_documents(), SHIPPED["H200"]
+    rates = [machine.rate(128, backward) for backward in (False, True)]
+
+    def spread(layout: Layout) -> float:
+        demand = Demand.of(Held.of(layout, Mask()), Mask().band)
+        times = per(demand.position, sum(rate.share_seconds(demand.gathered_blocks, 256) for rate in rates), 4)
+        return float(times.max() / times.mean())
+
+    by_area = spread(Layout(docs, MeshShape(1, 4), "balanced"))
+    by_time = spread(Layout(docs, MeshShape(1, 4), "balanced", machine=machine))
+    assert by_time < 1.02
+    assert by_area > 1.5
+
+
+@settings(max_examples=30)
+@given(case=long_lengths(32768), data=st.data())
+def test_unequal_speeds_get_unequal_shares(case: tuple[int, list[int]], data: st.DataObject) -> None:
+    ring, lengths = case
+    speeds = data.draw(st.lists(st.floats(0.7, 1.3), min_size=ring, max_size=ring))
+    layout = Layout(Documents(lengths), MeshShape(1, ring), "balanced", speeds=speeds)
+    assert_every_token_once(layout)
+    times = [cost / speed for cost, speed in zip(costs(layout), speeds, strict=True)]
+    assert max(times) / (sum(costs(layout)) / sum(speeds)) <= 1.03
+    for size, speed in zip(layout.position_sizes, speeds, strict=True):
+        assert abs(size / layout.docs.total - speed / sum(speeds)) <= 256 / 32768 / ring
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ({"mask": []}, "mask must be a Mask, or pairs .* got none"),
+        ({"mask": [Mask()]}, "mask must be a Mask, or pairs"),
+        ({"mask": [(Mask(), 0)]}, "mask must be a Mask, or pairs"),
+        ({"speeds": [1.0]}, r"speeds must be 2 positive numbers, .* got \[1.0\]"),
+        ({"speeds": [1.0, 0.0]}, "speeds must be 2 positive numbers"),
+        ({"speeds": [1.0, 2.0], "policy": "zigzag"}, 'speeds belongs to policy="balanced", got policy="zigzag"'),
+    ],
+)
+def test_wrong_loads_are_refused(arguments: dict, words: str) -> None:
+    with pytest.raises(ValueError, match=words):
+        Layout(Documents([10, 20]), MeshShape(1, 2), **arguments)
+
+
+@pytest.mark.parametrize("ring", [8, 64])
+def test_packs_of_the_published_histogram(ring: int) -> None:
+    """A sample of benchmarks/balance.py, which takes 100 packs."""
+    for seed in range(3):
+        lengths = HISTOGRAMS["chatqa"].pack(ring * 32768, seed, longest=ring * 8192)
+        found = balance(lengths, ring, "balanced")
+        assert found.area <= 1.02
+        assert found.tokens <= 1.01
+        assert found.received <= 0.20
+
+
+def test_the_automatic_layout_balances_the_time_of_the_meshs_machine() -> None:
+    docs, machine = short_documents(), SHIPPED["H200"]
+    by_area, by_time = (Layout(docs, MeshShape(1, 4), "balanced", machine=given).positions for given in (None, machine))
+    assert by_area != by_time
+    assert Layout(docs, MeshShape(1, 4)).positions == by_area
+    assert Layout(docs, MeshShape(1, 4, machine=machine)).positions == by_time
+    assert Layout(docs, MeshShape(1, 4, machine=machine), "balanced").positions == by_area

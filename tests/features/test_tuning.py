@@ -192,7 +192,7 @@ def test_row_63_a_backend_with_a_wrong_backward_is_not_measured(three_backends: 
     assert best["backend"] in ("twin", "cpu")
 
 
-def test_a_measured_backend_is_used_and_a_named_one_is_taken_as_it_is(three_backends: Path) -> None:
+def test_row_61_a_measured_backend_is_used_and_a_named_one_is_taken_as_it_is(three_backends: Path) -> None:
     key = str(tuned_backend.backend_problem(SPEC, [64, 64]).key)
     Store(three_backends).write(key, {"choice": {"backend": "twin"}})
     assert tuned_backend.tuned_backend(SPEC, [64, 64]).name == "twin"
@@ -206,7 +206,7 @@ def test_row_63_what_the_disk_says_is_checked_too(three_backends: Path, stored: 
     assert make(three_backends, "off")[0].select(tuned_backend.backend_problem(SPEC, [64])) == {"backend": "cpu"}
 
 
-def test_empty_documents_take_the_default(three_backends: Path) -> None:
+def test_row_61_empty_documents_take_the_default(three_backends: Path) -> None:
     assert tuned_backend.tuned_backend(SPEC, [0, 0]).name == "cpu"
     assert tuned_backend.tuned_backend(SPEC, []).name == "cpu"
 
@@ -262,7 +262,7 @@ def test_row_75_a_default_does_not_stand_in_the_way_of_a_measurement(tmp_path: P
     assert make(tmp_path, "on")[0].select(problem()) == FAST
 
 
-def test_the_stored_file_says_what_was_measured(tmp_path: Path) -> None:
+def test_row_65_the_stored_file_says_what_was_measured(tmp_path: Path) -> None:
     tuner, _ = make(tmp_path)
     tuner.select(problem())
     content = json.loads((tmp_path / f"tuning-{SCHEMA}.json").read_text())

@@ -69,27 +69,27 @@ def test_row_60_the_environment_lowers_and_never_raises(monkeypatch: pytest.Monk
         shared_memory_limit(device(227))
 
 
-def test_a_device_without_an_opt_in_has_what_it_has() -> None:
+def test_row_60_a_device_without_an_opt_in_has_what_it_has() -> None:
     assert shared_memory_limit(SimpleNamespace(shared_memory_per_block=64 * KIB)) == 64 * KIB
 
 
-def test_tiles_are_not_longer_than_documents() -> None:
+def test_row_59_tiles_are_not_longer_than_documents() -> None:
     assert {max(tile.block_q, tile.block_k) for tile in tiles(64, 64, 2, 227 * KIB, 33)} == {16, 32}
     assert tiles(64, 64, 2, 227 * KIB, 0)
 
 
-def test_a_head_dim_that_fits_no_tile_has_none() -> None:
+def test_row_60_a_head_dim_that_fits_no_tile_has_none() -> None:
     assert tiles(4096, 4096, 4, 48 * KIB, 64) == []
 
 
-def test_tiles_are_of_cuda_devices(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_row_60_tiles_are_of_cuda_devices(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda: device(99))
     assert tiles_here(SPEC, 8192) == tiles(128, 128, 2, 99 * KIB, 8192)
     assert tiles_here(replace(SPEC, device="cpu"), 8192) == []
 
 
 @pytest.mark.parametrize("tile", tiles(64, 64, 2, 227 * KIB, 8192))
-def test_kernel_options_are_what_the_kernel_takes(tile: Tile) -> None:
+def test_row_75_kernel_options_are_what_the_kernel_takes(tile: Tile) -> None:
     """Its backward kernels walk the outer tile in whole inner ones, and its masks are in tiles of 128."""
     options = tile.kernel_options()
     assert options["bwd_BLOCK_N1"] % options["bwd_BLOCK_M1"] == options["bwd_BLOCK_M2"] % options["bwd_BLOCK_N2"] == 0

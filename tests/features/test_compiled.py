@@ -1,4 +1,4 @@
-"""torch.compile passes through attention without a break, and other documents need no other graph."""
+"""FEATURES row 55: torch.compile passes through attention without a break, and other documents need no other graph."""
 
 import pytest
 import torch
@@ -57,7 +57,9 @@ def compiled_and_not(ring: int, ulysses: int, sinks: bool, window: tuple[int, in
 
 @pytest.mark.parametrize(("ring", "ulysses"), [(1, 1), (2, 1), (1, 2), (2, 2)])
 @pytest.mark.parametrize(("sinks", "window"), [(False, (-1, -1)), (True, (9, 0))])
-def test_fullgraph(pool: Pools, ring: int, ulysses: int, sinks: bool, window: tuple[int, int]) -> None:
+def test_row_55_a_layer_is_one_graph_for_all_lengths(
+    pool: Pools, ring: int, ulysses: int, sinks: bool, window: tuple[int, int]
+) -> None:
     for pairs, graphs in pool(ring * ulysses).run(compiled_and_not, ring, ulysses, sinks, window):
         assert graphs <= 2  # the first, and one for any number of tokens
         for eager, compiled in pairs:

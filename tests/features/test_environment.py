@@ -1,5 +1,6 @@
 """Environment variables are known or warned of (FEATURES row 66)."""
 
+import json
 import os
 import re
 import warnings
@@ -7,8 +8,11 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch
 
-from ringattn import environment
+from ringattn import Documents, Layout, MeshShape, attention, environment
+from ringattn.cli import main
+from ringattn.kernels.reference import Reference
 from ringattn.kernels.tuning import Tuner
 
 PACKAGE = Path(environment.__file__).parent
@@ -60,3 +64,30 @@ def test_row_66_a_wrong_policy_is_refused(monkeypatch: pytest.MonkeyPatch) -> No
 def test_row_66_every_variable_of_the_sources_is_in_the_list() -> None:
     used = {name for file in PACKAGE.rglob("*.py") for name in re.findall(r"\bRINGATTN_[A-Z0-9_]+\b", file.read_text())}
     assert used <= set(environment.VARIABLES)
+
+
+def test_row_44_the_environment_asks_for_determinism(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As every call's own argument does; a wrong value is refused."""
+    asked: list[bool] = []
+    monkeypatch.setattr(attention, "choose", lambda spec, name: asked.append(spec.deterministic) or Reference())
+    layout = Layout(Documents([3]), MeshShape())
+    x = [torch.randn(3, 2, 4) for _ in range(3)]
+    for value, given in (("", False), ("off", True), ("on", False)):
+        monkeypatch.setenv("RINGATTN_DETERMINISTIC", value)
+        attention.parallel_attention(*x, layout, deterministic=given)
+    assert asked == [False, True, True]
+    monkeypatch.setenv("RINGATTN_DETERMINISTIC", "1")
+    with pytest.raises(ValueError, match="RINGATTN_DETERMINISTIC must be one of off, on, got '1'"):
+        attention.parallel_attention(*x, layout)
+
+
+def test_row_66_the_readme_lists_the_variables() -> None:
+    assert environment.markdown() in (PACKAGE.parent / "README.md").read_text(encoding="utf-8")
+
+
+def test_row_66_the_doctor_tells_of_unknown_variables(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("RINGATTN_BACKENDS", "cpu")
+    assert main(["doctor", "--heads", "4/2", "--head-dim", "16", "--device", "cpu", "--json"]) == 0
+    assert any("RINGATTN_BACKENDS" in text for text in json.loads(capsys.readouterr().out)["warnings"])

@@ -1,0 +1,101 @@
+"""Balance and traffic of the balanced layout over packs of the published histogram: no device, no processes.
+
+    python benchmarks/balance.py --out benchmarks/results/balance.md
+
+Cost is the attention area of a rank, and the predicted kernel time where kernel time is balanced. The received share is
+key rows received by all ranks over those of an all-gather, (ranks - 1) times the tokens.
+"""
+
+import argparse
+from dataclasses import dataclass
+from datetime import date
+from statistics import mean
+
+import numpy as np
+
+from ringattn import Documents, Layout, Mask, MeshShape
+from ringattn.parallel.cost import Machine
+from ringattn.parallel.demand import Demand, per
+from ringattn.parallel.held import Held
+from ringattn.parallel.machines import SHIPPED
+from ringattn.workloads import HISTOGRAMS
+
+POLICIES = ("balanced", "balanced by time", "zigzag", "contiguous")
+
+
+@dataclass(frozen=True)
+class Balance:
+    """One pack: largest over mean of area, kernel time and tokens; share of the all-gather's bytes."""
+
+    area: float
+    time: float
+    tokens: float
+    received: float
+
+
+def balance(lengths: list[int], ring: int, policy: str, machine: Machine = SHIPPED["H200"]) -> Balance:
+    """What a policy makes of a pack; "balanced by time" is "balanced" with the machine's kernel times."""
+    timed = policy == "balanced by time"
+    layout = Layout(Documents(lengths), MeshShape(1, ring), policy.split()[0], machine=machine if timed else None)
+    demand = Demand.of(Held.of(layout, Mask()), Mask().band)
+    blocks = demand.gathered_blocks
+    seconds = sum(machine.rate(128, backward).share_seconds(blocks, 256) for backward in (False, True))
+    areas, times = (per(demand.position, np.asarray(x, dtype=float), ring) for x in (blocks.areas, seconds))
+    received = demand.received_rows.sum() / ((ring - 1) * sum(lengths))
+    return Balance(
+        *(float(x.max() / x.mean()) for x in (areas, times, demand.rows)),
+        received=float(received),
+    )
+
+
+def table(packs: int, per_rank: int, rings: list[int]) -> list[str]:
+    lines = [
+        "| ranks | longest document | policy | area max/mean, mean (worst) | kernel time max/mean, mean (worst) "
+        "| tokens max/mean | received share, mean (worst) |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for ring in rings:
+        tokens = ring * per_rank
+        for label, longest in (("a quarter of the pack", tokens // 4), ("as published", 196_608)):
+            cases = [HISTOGRAMS["chatqa"].pack(tokens, seed, longest) for seed in range(packs)]
+            for policy in POLICIES:
+                if policy == "zigzag" and ring > 8:
+                    continue  # planning it takes a second a pack, and it is the same for any number of ranks
+                found = [balance(lengths, ring, policy) for lengths in cases]
+                columns = [
+                    f"{mean(values):.3f} ({max(values):.3f})"
+                    for values in ([one.area for one in found], [one.time for one in found])
+                ]
+                columns.append(f"{max(one.tokens for one in found):.3f}")
+                shares = [one.received for one in found]
+                columns.append(f"{mean(shares):.3f} ({max(shares):.3f})")
+                lines.append(f"| {ring} | {label} | {policy} | {' | '.join(columns)} |")
+                print(lines[-1], flush=True)
+    return lines
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", help="also write the table to this file")
+    parser.add_argument("--packs", type=int, default=100)
+    parser.add_argument("--tokens-per-rank", type=int, default=32768)
+    parser.add_argument("--ranks", type=int, nargs="+", default=[8, 64])
+    arguments = parser.parse_args()
+    lines = table(arguments.packs, arguments.tokens_per_rank, arguments.ranks)
+    head = [
+        "# Balance of layouts over packs of the published histogram",
+        "",
+        f"{date.today()}, {arguments.packs} packs (seeds 0 to {arguments.packs - 1}), {arguments.tokens_per_rank} "
+        "tokens a rank, causal, integers only. `python benchmarks/balance.py`",
+        "",
+        "Kernel time is predicted by the shipped H200 rates, forward and backward, head dim 128. The received share is "
+        "of an all-gather's key rows.",
+        "",
+    ]
+    if arguments.out:
+        with open(arguments.out, "w") as file:
+            file.write("\n".join([*head, *lines]) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,1 @@
+"""Timing attention beside the bare kernel: workloads, contestants, measurement, report. The recipe is benchmark.py."""

@@ -1,0 +1,118 @@
+"""Results as a Markdown table, JSON and a plot."""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from ringattn.benchmarking.suite import CEILING, Result
+
+COLUMNS = (
+    "workload", "contestant", "f ms", "f+b ms", "f TFLOP/s", "f+b TFLOP/s", "f share", "f+b share", "exposed ms",
+    "plan ms", "memory", "schedule",
+)  # fmt: skip
+
+
+def line(result: Result) -> str:
+    """One row of the table."""
+    if result.failure:
+        return f"| {result.workload} | {result.contestant} | {result.failure} |" + " |" * (len(COLUMNS) - 3)
+    cells = [
+        result.workload,
+        result.contestant,
+        _shown(result.forward, 3),
+        _shown(result.both, 3),
+        _shown(result.rate_forward, 0),
+        _shown(result.rate_both, 0),
+        _shown(result.share_forward, 3),
+        _shown(result.share_both, 3),
+        _shown(result.exposed, 3),
+        _shown(result.planning, 1),
+        _shown(result.memory, 2),
+        result.choice,
+    ]
+    return "| " + " | ".join(cells) + " |"
+
+
+def header() -> list[str]:
+    return ["| " + " | ".join(COLUMNS) + " |", "|" + "---|" * len(COLUMNS)]
+
+
+def markdown(results: Sequence[Result], facts: dict[str, Any]) -> str:
+    """The whole report: how it was measured, the table, and the sum over workloads of every contestant."""
+    ranks, device = facts["ranks"], facts["device"]
+    text = [
+        f"# Attention on {ranks} × {device}",
+        "",
+        f"{facts['date']}; {facts['versions']}; {facts['dtype']}, {facts['heads']} heads of {facts['head_dim']}, "
+        f"kernel {facts['kernel']}, seed {facts['seed']}. `{facts['command']}`",
+        "",
+        "Slowest rank, median. TFLOP/s per GPU by mask area, backward 2.5 × forward. Share: of the kernel alone on an "
+        "even share of the heads, in the same run. Exposed: what is gone without transfers. Memory: peak of both "
+        "passes over inputs, output and gradients. Every result was compared with the kernel's before it was timed.",
+        "",
+        *header(),
+        *map(line, results),
+        "",
+        *totals(results),
+    ]
+    return "\n".join(text) + "\n"
+
+
+def totals(results: Sequence[Result]) -> list[str]:
+    """The sums over all workloads, of contestants that did them all."""
+    names = list(dict.fromkeys(result.contestant for result in results))
+    workloads = {result.workload for result in results}
+    rows = []
+    for name in names:
+        done = [r for r in results if r.contestant == name and r.both is not None and r.forward is not None]
+        if len(done) == len(workloads):
+            forward, both = sum(r.forward or 0.0 for r in done), sum(r.both or 0.0 for r in done)
+            rows.append(f"| {name} | {forward:.2f} | {both:.2f} |")
+    return ["| sum over workloads | f ms | f+b ms |", "|---|---|---|", *rows]
+
+
+def write(folder: Path, results: Sequence[Result], facts: dict[str, Any]) -> list[Path]:
+    """benchmark.md, benchmark.json and, with matplotlib, benchmark.png in `folder`."""
+    folder.mkdir(parents=True, exist_ok=True)
+    paths = [folder / "benchmark.md", folder / "benchmark.json"]
+    paths[0].write_text(markdown(results, facts), encoding="utf-8")
+    content = {"facts": facts, "results": [result.as_dict() for result in results]}
+    paths[1].write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+    try:
+        import matplotlib  # noqa: F401
+    except ImportError:
+        return paths
+    paths.append(plot(folder / "benchmark.png", results, facts))
+    return paths
+
+
+def plot(path: Path, results: Sequence[Result], facts: dict[str, Any]) -> Path:
+    """Bars: the share of the kernel alone, forward and backward, of every contestant on every workload."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    done = [result for result in results if result.share_both is not None and result.contestant != CEILING]
+    workloads = list(dict.fromkeys(result.workload for result in done))
+    names = list(dict.fromkeys(result.contestant for result in done))
+    figure, axes = pyplot.subplots(figsize=(2.5 + 1.7 * len(workloads), 4.5), layout="constrained")
+    width = 0.85 / max(1, len(names))
+    for number, name in enumerate(names):
+        bars = [(workloads.index(r.workload), r.share_both) for r in done if r.contestant == name]
+        places = [place + (number - (len(names) - 1) / 2) * width for place, _ in bars]
+        axes.bar(places, [share or 0.0 for _, share in bars], width * 0.92, label=name)
+    axes.axhline(1.0, color="black", linewidth=0.8)
+    axes.set_xticks(range(len(workloads)), workloads)
+    axes.set_ylabel("share of the kernel alone, forward + backward")
+    axes.set_ylim(0.0, max(1.05, *(1.03 * (result.share_both or 0.0) for result in done)))
+    axes.set_title(f"{facts['ranks']} × {facts['device']}, {facts['heads']} heads of {facts['head_dim']}")
+    figure.legend(ncols=min(5, max(1, len(names))), loc="outside lower center", fontsize=8)
+    figure.savefig(path, dpi=150)
+    pyplot.close(figure)
+    return path
+
+
+def _shown(value: float | None, digits: int) -> str:
+    return "" if value is None else f"{value:.{digits}f}"

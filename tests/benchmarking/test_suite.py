@@ -1,0 +1,103 @@
+"""The benchmark on gloo: every scheme is checked against the kernel alone, and a wrong result is no result."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from hypothesis import given
+from hypothesis import strategies as st
+
+from ringattn import Documents, Mask
+from ringattn.benchmarking.contestants import Ours, contestants, every_name, parse
+from ringattn.benchmarking.problem import Heads, Problem
+from ringattn.benchmarking.report import write
+from ringattn.benchmarking.suite import CEILING, Result, measure
+from ringattn.benchmarking.timing import Timer
+from ringattn.benchmarking.workloads import Workload, workload
+from tests.pool import Pools
+
+HEADS = Heads(4, 2, 16)
+FACTS = {
+    "date": "2026-01-01", "device": "CPU rank", "ranks": 2, "versions": "torch", "dtype": "float32", "heads": "4/2",
+    "head_dim": 16, "kernel": "cpu", "seed": 0, "command": "torchrun recipes/benchmark.py",
+}  # fmt: skip
+
+
+def measured(fault: bool) -> list[Result]:
+    names = ["packed600", "window5000"]
+    makers = [
+        lambda name=name: Problem.draw(workload(name, 0), HEADS, "auto", torch.device("cpu"), torch.float32, 0)
+        for name in names
+    ]
+    entered: list[Any] = contestants(None, peers=True)
+    if fault:
+        entered = [Broken(entered[0].name, entered[0].mesh, entered[0].scheme)]
+    return list(measure(makers, entered, Timer(torch.device("cpu"), calls=1, repeats=1, warmups=0)))
+
+
+class Broken(Ours):
+    """One wrong row of one gradient, on one rank."""
+
+    def enter(self, problem: Problem) -> Any:
+        entry = super().enter(problem)
+        right = entry.both
+
+        def both() -> list[torch.Tensor]:
+            results = right()
+            if dist.get_rank() == 1:
+                results[2][:5] = 0
+            return results
+
+        entry.both = both
+        return entry
+
+
+def test_every_scheme_and_the_peer_are_right(pool: Pools, tmp_path: Path) -> None:
+    for results in pool(2, "cpu").run_many(measured, [(False,)], timeout=200)[0]:
+        names = [CEILING, *every_name(2), "plain Ulysses"]
+        assert [result.contestant for result in results] == names * 2
+        assert not [result.failure for result in results if result.failure]
+        assert all(result.share_both and result.rate_forward for result in results)
+        assert all(result.error < 1e-5 for result in results if result.contestant != CEILING)
+    paths = write(tmp_path, results, FACTS)
+    text = paths[0].read_text()
+    assert "ulysses:1x2" in text
+    assert "sum over workloads" in text
+
+
+def test_a_wrong_result_is_not_timed(pool: Pools) -> None:
+    for results in pool(2, "cpu").run_many(measured, [(True,)], timeout=200)[0]:
+        wrong = [result for result in results if result.contestant != CEILING]
+        assert all("differs from the kernel alone" in result.failure and result.both is None for result in wrong)
+
+
+@given(
+    lengths=st.lists(st.integers(0, 40), min_size=1, max_size=5).filter(any),
+    left=st.one_of(st.just(-1), st.integers(0, 50)),
+)
+def test_pairs_of_a_workload(lengths: list[int], left: int) -> None:
+    docs, mask = Documents(lengths), Mask(window=(left, 0) if left >= 0 else (-1, -1))
+    assert Workload("", docs, mask).pairs() == int(docs.dense(mask).sum())
+
+
+@pytest.mark.parametrize("name", ["dense64k", "packed256k", "short256k", "hist64k", "window8k", "packed1000"])
+def test_workloads_have_their_tokens_and_are_the_same_again(name: str) -> None:
+    tokens = int(name.strip("abcdefghijklmnopqrstuvwxyz")) * (1024 if name.endswith("k") else 1)
+    assert workload(name, 3).docs.total == tokens
+    assert workload(name, 3) == workload(name, 3)
+
+
+@pytest.mark.parametrize("name", ["dense", "wide64k", "dense0", "hist64m"])
+def test_other_workloads_are_refused(name: str) -> None:
+    with pytest.raises(ValueError, match="hist256k, got"):
+        workload(name, 0)
+
+
+@pytest.mark.parametrize(
+    ("name", "why"), [("gather", "<scheme>"), ("gather:4x4", "8 ranks"), ("gather:1x8", "ring > 1")]
+)
+def test_other_contestants_are_refused(name: str, why: str) -> None:
+    with pytest.raises(ValueError, match=why):
+        parse(name, 8)

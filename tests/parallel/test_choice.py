@@ -1,0 +1,148 @@
+"""scheme="auto": the least predicted time on every rank alike, memory kept, both passes decided apart."""
+
+import contextlib
+from dataclasses import replace
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from benchmarks.emulated import attention
+from ringattn import Documents, Layout, Mask, MeshShape
+from ringattn.parallel.choice import RING_GAIN, candidates
+from ringattn.parallel.cost import Link, Machine
+from ringattn.parallel.machines import SHIPPED
+from ringattn.parallel.plan import Shape
+from ringattn.parallel.plan_check import common_digest
+from ringattn.parallel.planner import plan_attention
+from tests.parallel.cases import documents, masks
+from tests.parallel.test_cost import pricer
+
+H200 = SHIPPED["H200"]
+
+
+def with_links(bandwidth: float, latency: float = 0.0) -> Machine:
+    """An H200 whose links are all the same, and whose kernels and copies have no fixed costs."""
+    links = dict.fromkeys(H200.links, Link(latency, bandwidth))
+    rates = tuple(replace(rate, launch_seconds=0.0, tile_seconds=0.0) for rate in H200.rates)
+    return replace(H200, name="test", links=links, rates=rates, copy_seconds=0.0)
+
+
+@settings(max_examples=25)
+@given(
+    docs=documents(longest=200, most=8),
+    mask=masks,
+    mesh=st.sampled_from([(2, 1), (3, 2), (7, 1), (12, 1)]),
+    policy=st.sampled_from(["contiguous", "zigzag", "balanced"]),
+    limit=st.sampled_from([None, 10**6, 10**9]),
+    keep_keys=st.booleans(),
+    speed=st.sampled_from([1e6, 1e9, 1e13]),
+)
+def test_all_ranks_choose_alike(
+    docs: Documents,
+    mask: Mask,
+    mesh: tuple[int, int],
+    policy: str,
+    limit: int | None,
+    keep_keys: bool,
+    speed: float,
+) -> None:
+    layouts = [Layout(docs, MeshShape(1, *mesh, rank), policy, mask) for rank in range(mesh[0] * mesh[1])]
+    plans = []
+    for layout in layouts:
+        options = {"keep_keys": keep_keys, "memory_limit": limit, "machine": with_links(speed)}
+        plan = None
+        with contextlib.suppress(ValueError):
+            plan = plan_attention(layout, mask, 8, 2, **options)
+        plans.append(plan)
+    if None in plans:  # the limit is too small
+        assert limit is not None
+        assert not any(plans)
+        return
+    assert len({common_digest(plan, layout) for plan, layout in zip(plans, layouts, strict=True)}) == 1
+    assert len({plan.reason for plan in plans}) == 1
+    for plan in plans:
+        assert limit is None or plan.buffer_bytes(Shape(8, 2, 128, 128)) <= limit
+        assert plan.backward is None or not keep_keys
+
+
+@pytest.mark.parametrize("lengths", [[262_144], [65_536], [4096] * 32 + [8192] * 8 + [16_384] * 4, [300] * 400])
+def test_the_choice_has_the_least_predicted_time(lengths: list[int]) -> None:
+    layout = Layout(Documents(lengths), MeshShape(1, 8, 1, 5), "balanced")
+    plan = plan_attention(layout, Mask(), 32, 8)
+    prices = [pricer(layout, Mask()).price(option) for option in candidates(8, "auto", None)]
+    for number, chosen in enumerate((plan, plan.backward or plan)):
+        fitting = [price[number] for price in prices]
+        best = min(price.seconds for price in fitting)
+        taken = next(
+            price
+            for price in fitting
+            if (price.candidate.schedule, len(price.candidate.distances(8)))
+            == (chosen.schedule, len(chosen.stages) - 1)
+        )
+        limit = best / (1 - RING_GAIN) if chosen.schedule == "gather" else best
+        assert taken.seconds <= limit
+        assert f"{taken.seconds * 1e3:.3f} ms" in plan.reason
+    for option in candidates(8, "auto", None):
+        assert option.name in plan.reason
+    assert "H200 (shipped)" in plan.reason
+
+
+def test_a_slow_network_makes_it_overlap_and_a_fast_one_does_not() -> None:
+    layout = Layout(Documents([65_536]), MeshShape(1, 8), "balanced")
+    assert plan_attention(layout, Mask(), 32, 8, machine=with_links(1e15)).schedule == "gather"
+    assert plan_attention(layout, Mask(), 32, 8, machine=with_links(50e9)).schedule == "ring"
+    # A short document: the fixed cost of every transfer decides against many of them.
+    layout = Layout(Documents([4096]), MeshShape(1, 8), "balanced")
+    plan = plan_attention(layout, Mask(), 32, 8, machine=with_links(1e15, latency=1e-3))
+    assert len(plan.stages) == 2
+
+
+def test_a_limit_makes_more_stages_and_too_small_a_one_is_refused() -> None:
+    layout = Layout(Documents([65_536]), MeshShape(1, 8), "balanced")
+    free = plan_attention(layout, Mask(), 32, 8)
+    shape = Shape(32, 8, 128, 128)
+    limit = free.buffer_bytes(shape) // 2
+    bounded = plan_attention(layout, Mask(), 32, 8, memory_limit=limit)
+    assert bounded.buffer_bytes(shape) <= limit
+    assert len((bounded.backward or bounded).stages) > len((free.backward or free).stages)
+    assert "too large" in bounded.reason
+    with pytest.raises(ValueError, match=r"memory_limit .* got 1000 bytes; the least that forward needs is \d+"):
+        plan_attention(layout, Mask(), 32, 8, memory_limit=1000)
+    with pytest.raises(ValueError, match=r"memory_limit .* the least that backward needs is \d+ \(gather\)"):
+        plan_attention(layout, Mask(), 32, 8, "gather", memory_limit=limit)
+    with pytest.raises(ValueError, match="memory_limit must be None or a number of bytes >= 0, got -1"):
+        plan_attention(layout, Mask(), 32, 8, memory_limit=-1)
+
+
+def test_without_a_limit_buffers_stay_in_proportion() -> None:
+    layout = Layout(Documents([64 * 2048]), MeshShape(1, 64), "balanced")
+    plan = plan_attention(layout, Mask(), 32, 8)
+    for walked in (plan, plan.backward or plan):
+        rows = [stage.rows for stage in walked.stages[1:]]
+        assert max(a + b for a, b in zip(rows, [*rows[1:], 0], strict=True)) <= 8 * layout.tokens()
+
+
+def mixed_case() -> tuple[Documents, Machine]:
+    """Local work hides the forward pass' cast of a gather; nothing hides the casts and reduces of its backward pass."""
+    machine = with_links(30e9)
+    rates = tuple(replace(rate, query_tile=8, key_tile=8, tail=0.0) for rate in machine.rates)
+    return Documents([400, 300, 300, 300, 300, 300, 300]), replace(machine, rates=rates)
+
+
+def test_passes_are_decided_apart_and_stay_exact() -> None:
+    docs, machine = mixed_case()
+    plans = [plan_attention(Layout(docs, MeshShape(1, 3, 1, rank)), Mask(), 2, 1, machine=machine) for rank in range(3)]
+    assert all(plan.schedule == "gather" and plan.backward.schedule == "ring" for plan in plans)
+    assert "backward:" in str(plans[0])
+    generator = torch.Generator().manual_seed(0)
+    heads = {"q": 2, "k": 1, "v": 1, "dout": 2}
+    x = {
+        name: torch.randn(docs.total, count, 4, generator=generator, dtype=torch.float64)
+        for name, count in heads.items()
+    }
+    expected = attention(x, docs, Mask(), 1, "auto", None, "reference")
+    got = attention(x, docs, Mask(), 3, "auto", None, "reference", machine=machine)
+    for name in ("out", "dq", "dk", "dv"):
+        torch.testing.assert_close(got[name], expected[name], rtol=1e-12, atol=1e-12)

@@ -77,11 +77,18 @@ def machine(args: argparse.Namespace) -> Any:
     return Machine.from_json(path.read_text(encoding="utf-8"))
 
 
+def mesh(args: argparse.Namespace, ring: int, ulysses: int) -> Any:
+    """The `MeshShape` of these degrees, with the machine that layouts and plans are made for."""
+    from ringattn import MeshShape
+
+    return MeshShape(1, ring, ulysses, machine=machine(args))
+
+
 def setting(args: argparse.Namespace, layout: Any) -> Any:
-    """The `Setting` of the options for a layout's mesh."""
+    """The `Setting` of the options for a layout that was made for their mesh."""
     from ringattn.parallel.group import group_setting
     from ringattn.parallel.plan import Shape
     from ringattn.parallel.pricing import Setting
 
     shape = Shape(args.heads[0], args.heads[1], args.head_dim, args.head_dim)
-    return group_setting(layout, Setting(machine(args), shape))
+    return group_setting(layout, Setting(layout.mesh.machine, shape))

@@ -47,12 +47,12 @@ def run(args: argparse.Namespace) -> int:
 
 def plan(args: argparse.Namespace) -> dict[str, Any]:
     """The objects that the report and the picture speak of."""
-    from ringattn import Documents, Layout, MeshShape
+    from ringattn import Documents, Layout
     from ringattn.parallel.group import plan_group
 
     documents = Documents(_workload.lengths(args, args.tokens, args.seed))
     mask = _workload.mask(args)
-    layout = Layout(documents, MeshShape(1, args.ring, args.ulysses), args.policy, mask)
+    layout = Layout(documents, _workload.mesh(args, args.ring, args.ulysses), args.policy, mask)
     setting = _workload.setting(args, layout)
     limit = None if args.memory is None else args.memory << 20
     plans = plan_group(layout, mask, setting, args.scheme, args.stages, limit)
@@ -182,7 +182,8 @@ def meshes(planned: dict[str, Any]) -> list[dict[str, Any]]:
     for ulysses in [size for size in range(1, ranks + 1) if ranks % size == 0]:
         if ulysses > setting.shape.query_heads or ulysses > node > 1:
             continue
-        other = Layout(layout.docs, MeshShape(1, ranks // ulysses, ulysses), layout.policy, mask)
+        mesh = MeshShape(1, ranks // ulysses, ulysses, machine=setting.machine)
+        other = Layout(layout.docs, mesh, layout.policy, mask)
         demand = Demand.of(Held.of(other, mask), mask.band)
         options = candidates(other.mesh.ring, "auto", None)
         cost = choose(demand, group_setting(other, setting), options, None).cost

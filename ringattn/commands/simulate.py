@@ -53,7 +53,7 @@ def run(args: argparse.Namespace) -> int:
     if args.draw is not None:
         curves: dict[str, list[tuple[int, float]]] = {}
         for point in report["points"]:
-            label = f"{point['tokens_per_gpu'] // 1024}K tokens per GPU"
+            label = f"{point['tokens_per_gpu']:,} tokens per GPU"
             curves.setdefault(label, []).append((point["gpus"], point["efficiency"]["both"]))
         draw_scaling(curves, f"{report['documents']}, heads {report['heads']}, {report['machine']['name']}", args.draw)
     return 0
@@ -137,14 +137,14 @@ def grouped_point(args: argparse.Namespace, tokens_per_gpu: int) -> dict[str, An
 
 def attention(args: argparse.Namespace, lengths: list[int], gpus: int) -> dict[str, Any]:
     """One attention of one pack: simulated and ideal seconds of both passes."""
-    from ringattn import Documents, Layout, MeshShape
+    from ringattn import Documents, Layout
     from ringattn.commands.plan import schedule_of
     from ringattn.parallel.group import plan_group
     from ringattn.parallel.simulation import simulate
 
     ulysses = largest_divisor(gpus, min(args.ulysses, args.heads[0]))
     mask = _workload.mask(args)
-    layout = Layout(Documents(lengths), MeshShape(1, gpus // ulysses, ulysses), args.policy, mask)
+    layout = Layout(Documents(lengths), _workload.mesh(args, gpus // ulysses, ulysses), args.policy, mask)
     setting = _workload.setting(args, layout)
     plans = plan_group(layout, mask, setting)
     out: dict[str, Any] = {

@@ -6,6 +6,7 @@ import pytest
 
 from ringattn import Documents, Layout, Mask, MeshShape
 from ringattn.cli import main
+from ringattn.parallel.machines import SHIPPED
 from ringattn.parallel.planner import plan_attention
 
 SMALL = ["plan", "--heads", "8/2", "--head-dim", "64", "--machine", "H200"]
@@ -27,7 +28,7 @@ def test_the_table_holds_what_the_plans_say(capsys, tmp_path):
     areas = [rank["area"] for rank in found["ranks"]]
     assert found["balance"] == pytest.approx(max(areas) * 4 / sum(areas))
     for rank in found["ranks"]:
-        layout = Layout(Documents(lengths), MeshShape(1, 4, 1, rank["rank"]))
+        layout = Layout(Documents(lengths), MeshShape(1, 4, 1, rank["rank"], machine=SHIPPED["H200"]))
         plan = plan_attention(layout, Mask(), 8, 2, head_dim=64)
         assert plan.reason == found["reason"]
         row = 2 * (64 + 64) * 2  # bytes: key heads, dims of keys and values, bfloat16

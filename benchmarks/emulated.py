@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ringattn import Documents, Layout, Mask, MeshShape
 from ringattn.kernels.registry import choose
-from ringattn.kernels.selftest import adds, gives_partials
+from ringattn.kernels.selftest import adds
 from ringattn.kernels.spec import CallSpec, Options
 from ringattn.parallel.cost import Machine
 from ringattn.parallel.executor import Job, backward_pass, forward_pass
@@ -74,17 +74,7 @@ def attention(
         transport = ThreadTransport(mail, rank)
         q, k, v, dout = (layout.shard(x[name]) for name in ("q", "k", "v", "dout"))
         job = Job(
-            plan=plan,
-            options=Options(dim**-0.5),
-            dropout=None,
-            backend=chosen,
-            adds=adds(chosen, spec),
-            partials=gives_partials(chosen, spec),
-            ring=transport,
-            ulysses=None,
-            device=q.device,
-            query_heads=heads,
-            key_heads=key_heads,
+            plan, Options(dim**-0.5), None, chosen, adds(chosen, spec), transport, None, q.device, heads, key_heads
         )
         out, _, saved, _ = forward_pass(job, q, k, v, None, keep=False)
         grads = backward_pass(job, dout, saved, None, [])[:3]

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from ringattn.environment import AUTOTUNE, DETERMINISTIC, warn_of_unknown
 from ringattn.kernels.registry import choose
-from ringattn.kernels.selftest import adds, gives_partials
+from ringattn.kernels.selftest import adds
 from ringattn.kernels.spec import Backend, CallSpec, Options
 from ringattn.mask import Mask
 from ringattn.names import accept_aliases
@@ -152,8 +152,7 @@ def prepare(q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None, layout: Layou
         options=Options(scale, spec.softcap, spec.deterministic),
         dropout=(spec.dropout_p, settings.dropout_seed or 0) if spec.dropout_p else None,
         backend=chosen,
-        adds=plan.adds_grads and adds(chosen, spec),
-        partials=plan.shared_q != (0, 0) and gives_partials(chosen, spec),
+        adds=(plan.backward or plan).adds_grads and adds(chosen, spec),
         ring=ring,
         ulysses=ulysses,
         device=q.device,

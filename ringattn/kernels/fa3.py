@@ -2,7 +2,9 @@
 
 No distribution names it: the operators come from a source build (module `flash_attn_interface`), from the xformers
 wheel, or from a shared library that RINGATTN_FA3_LIBRARY names. PyPI's `flash-attn-3` is a placeholder without them.
-Some builds leave features out (xformers' has no softcap): the self-test finds that.
+Some builds leave features out (xformers' has no softcap): the self-test finds that. `num_splits=2` keeps float32
+partial results, which merging could use, but in variable-length calls it is only a bound: most blocks are not split,
+and their partial results are not written (seen on an H200).
 """
 
 import ctypes
@@ -41,7 +43,6 @@ class FlashAttention3:
         softcap=True,
         unequal_head_dims=True,
         deterministic=True,
-        partials=True,
     )
 
     def missing(self) -> str | None:
@@ -51,13 +52,6 @@ class FlashAttention3:
         forward, _ = _kernels()
         arguments = _arguments(call, options, q.device)
         return forward(q, k, v, **_named(forward, {"out": out, "num_splits": 1, **arguments}))[1]
-
-    def partials(self, q: Tensor, k: Tensor, v: Tensor, call: Call, options: Options) -> list[tuple[Tensor, Tensor]]:
-        """The keys in two splits, whose results the kernel keeps in float32 until it combines them."""
-        forward, _ = _kernels()
-        results = forward(q, k, v, **_named(forward, {"num_splits": 2, **_arguments(call, options, q.device)}))
-        wide = {x.dim(): x for x in results if x.dtype == torch.float32}
-        return list(zip(wide[4].transpose(1, 2), wide[3], strict=True))  # (2, H, T, V) and (2, H, T)
 
     def backward(
         self,

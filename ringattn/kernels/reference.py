@@ -14,9 +14,7 @@ SCORE_ELEMENTS = 1 << 24  # scores held at a time: long blocks are walked in run
 
 class Reference:
     name = "reference"
-    capability = Capability(
-        softcap=True, dropout=True, unequal_head_dims=True, deterministic=True, adds=True, partials=True
-    )
+    capability = Capability(softcap=True, dropout=True, unequal_head_dims=True, deterministic=True, adds=True)
 
     def missing(self) -> str | None:
         return None
@@ -31,11 +29,6 @@ class Reference:
         for rows in _keyless(call):
             out[rows] = 0
         return lse
-
-    def partials(self, q: Tensor, k: Tensor, v: Tensor, call: Call, options: Options) -> list[tuple[Tensor, Tensor]]:
-        out = q.new_empty(*q.shape[:2], v.shape[2], dtype=accumulation_dtype(q.dtype))
-        lse = self.forward(q, k, v, call, options, out)
-        return [(out, lse)]
 
     def backward(
         self,

@@ -4,16 +4,14 @@ Versions and lists do not tell: FlashAttention 4 (4.0.0b36) computes gradients a
 wrong, and none of its documents says so.
 """
 
-from collections.abc import Callable
 from dataclasses import replace
-from typing import NamedTuple, cast
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from ringattn.kernels.merge import plain_merge_
 from ringattn.kernels.reference import Reference
-from ringattn.kernels.spec import Backend, Block, Call, CallSpec, Dropout, Grads, Options, PartialBackend, Sum
+from ringattn.kernels.spec import Backend, Block, Call, CallSpec, Dropout, Grads, Options, Sum
 
 # Documents of the case: queries and keys of each block. Unequal lengths, single tokens and several kernel tiles.
 LENGTHS = ((150, 150), (1, 1), (40, 170), (1, 33))
@@ -37,7 +35,7 @@ class Signature(NamedTuple):
 
 
 _results: dict[tuple[str, Signature], str | None] = {}
-_trust: dict[tuple[str, str, Signature], bool] = {}
+_sums: dict[tuple[str, Signature], bool] = {}
 
 
 def _signature(spec: CallSpec) -> Signature:
@@ -68,33 +66,20 @@ def failure(backend: Backend, spec: CallSpec) -> str | None:
 
 def adds(backend: Backend, spec: CallSpec) -> bool:
     """Whether the backend declares that it adds gradients to sums, and does it right for the signature of `spec`."""
-    return backend.capability.adds and _trusted(backend, spec, _added_right)
-
-
-def gives_partials(backend: Backend, spec: CallSpec) -> bool:
-    """Whether the backend declares partial results in float32, and they are right for the signature of `spec`."""
-    return backend.capability.partials and not spec.dropout_p and _trusted(backend, spec, _partials_right)
-
-
-def _trusted(backend: Backend, spec: CallSpec, check: Callable[[Backend, Signature, Call], bool]) -> bool:
-    """Whether what makes results more exact is right. If not, a backend works without."""
-    if backend.name == "reference":
-        return True
+    if not backend.capability.adds or backend.name == "reference":
+        return backend.capability.adds
     signature = _signature(spec)
-    key = backend.name, check.__name__, signature
-    if key not in _trust:
+    key = backend.name, signature
+    if key not in _sums:
         with torch.random.fork_rng(devices=[]), torch.no_grad(), torch.autocast(spec.device, enabled=False):
-            try:
-                _trust[key] = all(check(backend, signature, call) for call in _calls(signature.window))
-            except Exception:  # whatever a kernel or its compiler raises
-                _trust[key] = False
-    return _trust[key]
+            _sums[key] = _adds_right(backend, signature)
+    return _sums[key]
 
 
 def forget() -> None:
     """Test every signature anew, after a backend was installed or repaired."""
     _results.clear()
-    _trust.clear()
+    _sums.clear()
 
 
 def _run(backend: Backend, signature: Signature) -> str | None:
@@ -147,8 +132,15 @@ def _dropout(signature: Signature, call: Call) -> Dropout | None:
     return Dropout(0.3, 7, q_index, k_index, first_head=3)
 
 
+def _adds_right(backend: Backend, signature: Signature) -> bool:
+    """Whether gradients added to sums are those that are written, to the sums' precision or better than rounded."""
+    try:
+        return all(_added_right(backend, signature, call) for call in _calls(signature.window))
+    except Exception:  # whatever a kernel or its compiler raises: rounded parts are right too
+        return False
+
+
 def _added_right(backend: Backend, signature: Signature, call: Call) -> bool:
-    """Whether gradients added to sums are those that are written."""
     q, k, v, dout = _tensors(signature, call)
     options = _options(signature, call)
     out = torch.empty_like(dout)
@@ -165,21 +157,6 @@ def _added_right(backend: Backend, signature: Signature, call: Call) -> bool:
         if not _relative(whole, right.double()) <= TOLERANCE[signature.dtype] / 2:
             return False
     return True
-
-
-def _partials_right(backend: Backend, signature: Signature, call: Call) -> bool:
-    """Whether merged partial results are the result."""
-    q, k, v, dout = _tensors(signature, call)
-    options = _options(signature, call)
-    out = torch.empty_like(dout)
-    lse = backend.forward(q, k, v, call, options, out)
-    merged, merged_lse = torch.zeros_like(out, dtype=torch.float32), torch.full_like(lse, float("-inf"))
-    for part, part_lse in cast(PartialBackend, backend).partials(q, k, v, call, options):
-        if part.dtype != torch.float32:
-            return False
-        plain_merge_(merged, merged_lse, part, part_lse)
-    limit = TOLERANCE[signature.dtype] / 2
-    return _relative(merged, out.double()) <= limit and _relative(merged_lse, lse.double()) <= limit
 
 
 def _tensors(signature: Signature, call: Call) -> list[Tensor]:

@@ -169,7 +169,6 @@ class Capability:
         window, softcap, dropout, unequal_head_dims: forward and backward, with exact mathematics.
         deterministic: gradients can be asked to be bitwise equal from run to run; without it such a request only warns.
         adds: gradients can be added to sums before they are rounded (`Grads.sums`).
-        partials: it is a `PartialBackend`, whose results can be merged before they are rounded.
     """
 
     devices: tuple[str, ...] = ()
@@ -183,7 +182,6 @@ class Capability:
     unequal_head_dims: bool = False
     deterministic: bool = False
     adds: bool = False
-    partials: bool = False
 
     def refusal(self, spec: CallSpec) -> str | None:
         """Why `spec` is outside of what is declared, or None. Looks at the device only for its compute capability."""
@@ -249,15 +247,6 @@ class Backend(Protocol):
         grads: "Grads",
     ) -> None:
         """Gradients of this call's share into `grads`, shaped as q, k, v."""
-
-
-class PartialBackend(Backend, Protocol):
-    """A backend that declares `partials`."""
-
-    def partials(
-        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, call: Call, options: "Options"
-    ) -> list[tuple[torch.Tensor, torch.Tensor]]:
-        """Out (T, H, V) and lse (H, T) of parts of the keys, in accumulation precision: merged they are `forward`'s."""
 
 
 @dataclass(frozen=True)

@@ -7,18 +7,18 @@ the exchange: this rank's), D head dim, V value head dim. `q_tHD`, `lse_Hn`.
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from ringattn.kernels.merge import apply_sinks_, merge_, sinks_grad
-from ringattn.kernels.spec import Backend, Call, Dropout, Grads, Options, PartialBackend, Range, accumulation_dtype
+from ringattn.kernels.spec import Backend, Call, Dropout, Grads, Options, Range, accumulation_dtype
 from ringattn.parallel.plan import AttentionPlan, Stage
 from ringattn.parallel.rows import Accumulator, KeyCast, KeyReduce
 from ringattn.parallel.transport import Transport
-from ringattn.parallel.ulysses import key_grads_to_tokens, keys_to_heads, queries_to_heads, queries_to_tokens
+from ringattn.parallel.ulysses import all_keys, all_queries, joined, to_heads, to_tokens
 
 
 @dataclass(frozen=True)
@@ -30,7 +30,6 @@ class Job:
     dropout: tuple[float, int] | None  # probability and seed
     backend: Backend
     adds: bool  # the backend adds gradients to sums by itself
-    partials: bool  # the backend gives partial results in float32
     ring: Transport | None
     ulysses: Transport | None
     device: torch.device
@@ -98,17 +97,18 @@ def forward_pass(
     q, k, v = q.contiguous(), k.contiguous(), v.contiguous()
     exchange = job.plan.exchange
     if exchange is not None and job.ulysses is not None:
-        k, v = (keys_to_heads(x, exchange, job.ulysses) for x in (k, v))
-        q = queries_to_heads(q, exchange, job.ulysses)
+        q, k, v = to_heads([q], [k, v], exchange, job.ulysses)
     with _without_autocast(q):
         out, lse, kept = _forward(job, q, k, v, keep)
     if sinks is not None:
         apply_sinks_(out, lse, _own_sinks(sinks, job.plan))
     local_out, local_lse = out, lse
     if exchange is not None and job.ulysses is not None:
-        local_out = queries_to_tokens(out, exchange, job.ulysses)
+        (parts,) = to_tokens(out.flatten(1), [("query", out.shape[2])], exchange, job.ulysses)
+        local_out = all_queries(parts)
         if job.return_lse:
-            local_lse = queries_to_tokens(lse.T.unsqueeze(-1), exchange, job.ulysses).squeeze(-1).T
+            (parts,) = to_tokens(lse.T, [("query", 1)], exchange, job.ulysses)
+            local_lse = all_queries(parts).squeeze(-1).T
     return local_out, local_lse, Saved(q, k, v, out, lse), kept
 
 
@@ -119,19 +119,27 @@ def backward_pass(
     dout = dout.contiguous()
     exchange = job.plan.exchange
     if exchange is not None and job.ulysses is not None:
-        dout = queries_to_heads(dout, exchange, job.ulysses)
+        (dout,) = to_heads([dout], [], exchange, job.ulysses)
     dsinks = None
     if sinks is not None:
         dsinks = _all_sinks(sinks_grad(dout, saved.out, saved.lse, _own_sinks(sinks, job.plan)), job)
+    buffer, rows = joined(saved[:3]) if exchange is not None else (None, [torch.empty_like(x) for x in saved[:3]])
     with _without_autocast(dout):
-        dq, dk, dv = _backward(job.backward, dout, saved, kept)
-    if exchange is None or job.ulysses is None:
+        dq, dk, dv = _backward(job.backward, dout, saved, kept, rows)
+    if exchange is None or job.ulysses is None or buffer is None:
         return dq.finish(), dk.finish(), dv.finish(), dsinks
-    wide = exchange.copied_keys and job.plan.wide_reduce
-    dkeys, dvalues = (
-        key_grads_to_tokens(x.sums(wide), exchange, job.ulysses, job.key_heads).to(dout.dtype) for x in (dk, dv)
-    )
-    return queries_to_tokens(dq.finish(), exchange, job.ulysses), dkeys, dvalues, dsinks
+    head_dim, value_dim = saved.k.shape[2], saved.v.shape[2]
+    keys = [("key", head_dim), ("key", value_dim)]
+    if job.plan.sums_copies:
+        (queries,) = to_tokens(dq.finish().flatten(1), [("query", head_dim)], exchange, job.ulysses)
+        wide = torch.cat([dk.sums(True).flatten(1), dv.sums(True).flatten(1)], 1)
+        both = to_tokens(wide, keys, exchange, job.ulysses)
+    else:
+        for grad in (dq, dk, dv):
+            grad.finish()
+        queries, *both = to_tokens(buffer, [("query", head_dim), *keys], exchange, job.ulysses)
+    dkeys, dvalues = (all_keys(parts, exchange, job.key_heads).to(dout.dtype) for parts in both)
+    return all_queries(queries), dkeys, dvalues, dsinks
 
 
 def _own_sinks(sinks: Tensor, plan: AttentionPlan) -> Tensor:
@@ -189,11 +197,6 @@ def _run_calls(job: Job, stage: Stage, q: Tensor, k: Tensor, v: Tensor, acc: Acc
         return
     for call in stage.calls:
         rows, keys = slice(*call.q), slice(*call.k)
-        if job.partials and acc.inside(call.q) == call.q:
-            backend = cast(PartialBackend, job.backend)
-            for part, part_lse in backend.partials(q[rows], k[keys], v[keys], call, _options(job, stage, call)):
-                merge_(acc.wide_rows(*call.q), lse[:, rows], part, part_lse)
-            continue
         part_lse = job.backend.forward(q[rows], k[keys], v[keys], call, _options(job, stage, call), acc.rows[rows])
         a, b = acc.inside(call.q)
         if a < b:
@@ -202,12 +205,16 @@ def _run_calls(job: Job, stage: Stage, q: Tensor, k: Tensor, v: Tensor, acc: Acc
             lse[:, slice(*span)] = part_lse[:, _shifted(span, call.q[0])]
 
 
-def _backward(job: Job, dout: Tensor, saved: Saved, kept: list[Tensor]) -> tuple[Accumulator, Accumulator, Accumulator]:
-    """Gradients of q, k, v of this rank's rows. The local stage comes last, so that it hides the last reduce."""
+def _backward(
+    job: Job, dout: Tensor, saved: Saved, kept: list[Tensor], rows: list[Tensor]
+) -> tuple[Accumulator, Accumulator, Accumulator]:
+    """Gradients of q, k, v of this rank's rows, into `rows`. The local stage comes last and hides the last reduce."""
     plan, (q, k, v, out, lse) = job.plan, saved
     forward = dout, q, out, lse
-    dq = Accumulator(torch.empty_like(q), plan.shared_q, plan.uncovered)
-    dk, dv = (Accumulator(torch.empty_like(x), plan.shared_k, plan.unread) for x in (k, v))
+    # Gradients of a head's copies are added after the exchange: they must not be rounded before.
+    shared_k = (0, plan.rows) if job.adds and plan.sums_copies else plan.shared_k
+    dq = Accumulator(rows[0], plan.shared_q, plan.uncovered)
+    dk, dv = (Accumulator(x, shared_k, plan.unread) for x in rows[1:])
     stages: Iterator[tuple[Stage, Tensor, Tensor]]
     if kept:
         pairs = zip(kept[::2], kept[1::2], strict=True)

@@ -212,7 +212,12 @@ class AttentionPlan:
     @property
     def adds_grads(self) -> bool:
         """Whether gradients have several parts somewhere, to be added up."""
-        return self.shared_q != (0, 0) or self.shared_k != (0, 0) or len(self.stages) > 1
+        return self.shared_q != (0, 0) or self.shared_k != (0, 0) or len(self.stages) > 1 or self.sums_copies
+
+    @property
+    def sums_copies(self) -> bool:
+        """Whether gradients of a key head's copies are added, in float32, after they were exchanged."""
+        return self.exchange is not None and self.exchange.copied_keys and self.wide_reduce
 
     @property
     def received_rows(self) -> int:

@@ -1,16 +1,20 @@
 """The Ulysses exchange (DeepSpeed-Ulysses, arXiv 2309.14509): from a run of tokens with all heads to all tokens of the
 ring position with some heads, and back. Uneven in both directions where heads or tokens do not divide.
 
+All tensors of a pass travel in one message: a row of it holds a token's heads of each, side by side.
+
 Legend: t local tokens, n tokens of the ring position, H query heads, K key heads, h and c this rank's share of them.
 """
 
-from itertools import pairwise
+from collections.abc import Sequence
+from itertools import accumulate, pairwise
 
 import torch
+from torch import Tensor
 
+from ringattn.kernels.pack import Slot, pack_heads
 from ringattn.kernels.spec import Range
 from ringattn.parallel.plan import Exchange, HeadShare
-from ringattn.parallel.ranges import touching
 from ringattn.parallel.transport import Transport
 
 
@@ -32,64 +36,86 @@ def _share(query: Range, group: int) -> HeadShare:
     return HeadShare(query, ())
 
 
-def queries_to_heads(x: torch.Tensor, exchange: Exchange, transport: Transport) -> torch.Tensor:
-    """(t, H, D) of this rank's tokens -> (n, h, D) of this rank's heads. Collective over the ulysses axis."""
-    return _to_heads(x, exchange, transport, [[share.query] for share in exchange.heads])
+def to_heads(
+    queries: Sequence[Tensor], keys: Sequence[Tensor], exchange: Exchange, transport: Transport
+) -> list[Tensor]:
+    """This rank's tokens -> this rank's heads of all tokens, as views of one buffer. Collective over the ulysses axis.
 
-
-def keys_to_heads(x: torch.Tensor, exchange: Exchange, transport: Transport) -> torch.Tensor:
-    """(t, K, D) -> (n, c, D); a key head goes to every rank that reads it. Collective over the ulysses axis."""
-    return _to_heads(x, exchange, transport, [_runs(share) for share in exchange.heads])
-
-
-def queries_to_tokens(x: torch.Tensor, exchange: Exchange, transport: Transport) -> torch.Tensor:
-    """(n, h, D) -> (t, H, D): the way back, for outputs and the gradients of queries."""
-    return torch.cat(_to_tokens(x, exchange, transport, [share.queries for share in exchange.heads]), 1)
-
-
-def key_grads_to_tokens(x: torch.Tensor, exchange: Exchange, transport: Transport, key_heads: int) -> torch.Tensor:
-    """(n, c, D) -> (t, K, D): gradients of keys, those of a head's copies added in the order of ranks.
-
-    `x` must be in the precision in which copies are to be added.
+    Arguments:
+        queries: (t, H, D) each -> (n, h, D).
+        keys: (t, K, D) each -> (n, c, D); a key head goes to every rank that reads it.
     """
-    parts = _to_tokens(x, exchange, transport, [len(share.keys) for share in exchange.heads])
+    tensors = [*queries, *keys]
+    heads = [[range(*share.query)] * len(queries) + [share.keys] * len(keys) for share in exchange.heads]
+    dims = [x.shape[2] for x in tensors]
+    widths = [sum(len(one) * dim for one, dim in zip(per_rank, dims, strict=True)) for per_rank in heads]
+    own, mine = exchange.own_rows, widths[exchange.rank]
+    starts = [0, *accumulate(own * width for width in widths)]
+    send = tensors[0].new_empty(starts[-1])
+    columns = [[0, *accumulate(len(one) * dim for one, dim in zip(part, dims, strict=True))] for part in heads]
+    for number, x in enumerate(tensors):
+        slots = tuple(
+            Slot(head, starts[rank] + columns[rank][number] + local * dims[number], widths[rank])
+            for rank, per_rank in enumerate(heads)
+            for local, head in enumerate(per_rank[number])
+        )
+        pack_heads(x, send, slots)
+    received = send.new_empty(exchange.position_rows, mine)
+    sizes = [(stop - start) * mine for start, stop in exchange.rows]
+    transport.exchange(send, received.view(-1), [own * width for width in widths], sizes).wait()
+    return _columns(received, [len(one) for one in heads[exchange.rank]], dims)
+
+
+def joined(like: Sequence[Tensor]) -> tuple[Tensor, list[Tensor]]:
+    """A buffer of rows for `to_tokens`, (n, all heads' elements), and its columns shaped as `like`, (n, h, D) each."""
+    widths = [x.shape[1] * x.shape[2] for x in like]
+    buffer = like[0].new_empty(like[0].shape[0], sum(widths))
+    return buffer, _columns(buffer, [x.shape[1] for x in like], [x.shape[2] for x in like])
+
+
+def to_tokens(buffer: Tensor, columns: Sequence[tuple[str, int]], exchange: Exchange, transport: Transport) -> list:
+    """The way back: this rank's heads of all tokens -> all heads of this rank's tokens. Collective over the axis.
+
+    Arguments:
+        buffer: (n, elements), rows as `joined` lays them out.
+        columns: what they hold: "query" or "key" heads, and their dim.
+
+    Returns for each a list by rank of what it computed, (t, its heads, D).
+    """
+    counts = [[share.queries if of == "query" else len(share.keys) for of, _ in columns] for share in exchange.heads]
+    dims = [dim for _, dim in columns]
+    widths = [sum(count * dim for count, dim in zip(per_rank, dims, strict=True)) for per_rank in counts]
+    own, mine = exchange.own_rows, widths[exchange.rank]
+    send_sizes = [(stop - start) * mine for start, stop in exchange.rows]
+    receive_sizes = [own * width for width in widths]
+    received = buffer.new_empty(sum(receive_sizes))
+    transport.exchange(buffer.contiguous().view(-1), received, send_sizes, receive_sizes).wait()
+    parts = received.split(receive_sizes)
+    by_rank = [
+        _columns(part.view(own, width), per_rank, dims)
+        for part, width, per_rank in zip(parts, widths, counts, strict=True)
+    ]
+    return [list(one) for one in zip(*by_rank, strict=True)]
+
+
+def all_queries(parts: Sequence[Tensor]) -> Tensor:
+    """(t, H, D) from what each rank computed."""
+    return torch.cat(list(parts), 1)
+
+
+def all_keys(parts: Sequence[Tensor], exchange: Exchange, key_heads: int) -> Tensor:
+    """(t, K, D), gradients of a head's copies added in the order of ranks; they must be in the precision for that."""
     if not exchange.copied_keys:
-        return torch.cat(parts, 1)
-    out = parts[0].new_zeros(parts[0].shape[0], key_heads, x.shape[2])
+        return torch.cat(list(parts), 1)
+    out = parts[0].new_zeros(parts[0].shape[0], key_heads, parts[0].shape[2])
     for part, share in zip(parts, exchange.heads, strict=True):
         for local, head in enumerate(share.keys):
             out[:, head] += part[:, local]
     return out
 
 
-def _to_heads(x: torch.Tensor, exchange: Exchange, transport: Transport, shares: list[list[Range]]) -> torch.Tensor:
-    """Send each rank the heads of its ranges; what arrives lies in the order of tokens already."""
-    own, dim = exchange.own_rows, x.shape[2]
-    counts = [sum(stop - start for start, stop in ranges) for ranges in shares]
-    send = x.new_empty(own * sum(counts) * dim)
-    sizes = [own * count * dim for count in counts]
-    for part, count, ranges in zip(send.split(sizes), counts, shares, strict=True):
-        target, head = part.view(own, count, dim), 0
-        for start, stop in ranges:
-            target[:, head : head + stop - start] = x[:, start:stop]
-            head += stop - start
-    mine = counts[exchange.rank]
-    out = x.new_empty(exchange.position_rows, mine, dim)
-    receive_sizes = [(stop - start) * mine * dim for start, stop in exchange.rows]
-    transport.exchange(send, out.view(-1), sizes, receive_sizes).wait()
-    return out
-
-
-def _to_tokens(x: torch.Tensor, exchange: Exchange, transport: Transport, counts: list[int]) -> list[torch.Tensor]:
-    """Send each rank its tokens, which lie together; return what each rank sent, (t, its heads, D)."""
-    own, (_, mine, dim) = exchange.own_rows, x.shape
-    send_sizes = [(stop - start) * mine * dim for start, stop in exchange.rows]
-    receive_sizes = [own * count * dim for count in counts]
-    received = x.new_empty(sum(receive_sizes))
-    transport.exchange(x.contiguous().view(-1), received, send_sizes, receive_sizes).wait()
-    return [part.view(own, count, dim) for part, count in zip(received.split(receive_sizes), counts, strict=True)]
-
-
-def _runs(share: HeadShare) -> list[Range]:
-    """Key heads as slices: indexing with a list would send it to the device."""
-    return list(touching((head, head + 1) for head in share.keys))
+def _columns(rows: Tensor, counts: Sequence[int], dims: Sequence[int]) -> list[Tensor]:
+    """Views (n, count, dim) of the columns of (n, sum of count * dim)."""
+    widths = [count * dim for count, dim in zip(counts, dims, strict=True)]
+    parts = rows.split(widths, dim=1)
+    return [part.unflatten(1, (count, dim)) for part, count, dim in zip(parts, counts, dims, strict=True)]

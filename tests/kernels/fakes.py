@@ -1,6 +1,5 @@
 """Kernels of packages that are not installed: they take the packages' arguments, and compute with the reference."""
 
-import math
 from collections.abc import Callable, Sequence
 from itertools import pairwise
 from typing import Any
@@ -72,9 +71,7 @@ def fa2(record: Record) -> tuple[Callable[..., Any], Callable[..., Any]]:
     return forward, backward
 
 
-def fa3(
-    record: Record, out_name: str = "out", causal_name: str = "is_causal", softcap: bool = True, splits: bool = False
-) -> Any:
+def fa3(record: Record, out_name: str = "out", causal_name: str = "is_causal", softcap: bool = True) -> Any:
     """Registers real operators, as a build with these argument names does; returns what must stay referenced."""
     common = (
         "Tensor? cu_seqlens_q=None, Tensor? cu_seqlens_k=None, Tensor? seqused_k=None, int? max_seqlen_q=None, "
@@ -84,9 +81,7 @@ def fa3(
     library = torch.library.Library("flash_attn_3", "FRAGMENT")
     tensors = "Tensor dout, Tensor q, Tensor k, Tensor v, Tensor out, Tensor softmax_lse"
     into = ", ".join(f"Tensor({x}!)? {x}=None" for x in ("dq", "dk", "dv"))
-    extra, more = (", int num_splits=1", ", Tensor, Tensor") if splits else ("", "")
-    inputs = f"Tensor q, Tensor k, Tensor v, Tensor(o!)? {out_name}=None, {common}{extra}"
-    library.define(f"fwd({inputs}) -> (Tensor(o!), Tensor{more})")
+    library.define(f"fwd(Tensor q, Tensor k, Tensor v, Tensor(o!)? {out_name}=None, {common}) -> (Tensor(o!), Tensor)")
     library.define(f"bwd({tensors}, {into}, {common}, bool deterministic=False) -> Tensor")
 
     def call(arguments: dict[str, Any], keys: int) -> Call:
@@ -98,16 +93,11 @@ def fa3(
         assert arguments[causal_name] == ((left, right) == (-1, 0))
         return call_of(arguments["cu_seqlens_q"].tolist(), starts.tolist()[:-1], lens, left, right)
 
-    def forward(q: Tensor, k: Tensor, v: Tensor, *positional: Any, **named: Any) -> tuple[Tensor, ...]:
+    def forward(q: Tensor, k: Tensor, v: Tensor, *positional: Any, **named: Any) -> tuple[Tensor, Tensor]:
         named = _filled("fwd", (q, k, v, *positional), named)
         record.append(named)
         out, lse = attend(q, k, v, call(named, len(k)), named["softmax_scale"], named.get("softcap", 0.0))
-        target = torch.empty_like(out) if named[out_name] is None else named[out_name]
-        if not splits:
-            return target.copy_(out), lse
-        # Two splits that hold the same keys, each with half of the weight.
-        halves = out.float().transpose(0, 1).expand(2, -1, -1, -1).contiguous()
-        return target.copy_(out), lse, halves, (lse - math.log(2)).expand(2, -1, -1).contiguous()
+        return named[out_name].copy_(out), lse
 
     def backward(*positional: Any, **named: Any) -> Tensor:
         named = _filled("bwd", positional, named)

@@ -8,10 +8,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from ringattn import Documents, Layout, Mask, MeshShape, parallel_attention
-from ringattn.kernels.merge import merge_
 from ringattn.kernels.reference import Reference
 from ringattn.kernels.registry import backends, explain, refusal
-from ringattn.kernels.selftest import adds, gives_partials
+from ringattn.kernels.selftest import adds
 from ringattn.kernels.spec import Backend, Block, Call, CallSpec, Grads, Options, Sum, accumulation_dtype
 from ringattn.parallel.blocks import Piece, blocks_of, group_calls, join_full
 
@@ -170,30 +169,6 @@ def test_sums_are_of_gradients_that_are_not_rounded(
         narrow = dtype in (torch.bfloat16, torch.float16)
         kernel_rounds = name == "fa4" and index and heads[0] == heads[1]
         assert error <= (rounded * 0.9 if narrow and not kernel_rounds else rounded + 1e-12)
-
-
-@pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: str(dtype).removeprefix("torch."))
-@pytest.mark.parametrize(("name", "device"), present())
-def test_merged_partials_are_not_rounded(name: str, device: str, dtype: torch.dtype) -> None:
-    spec, backend = spec_of(device, dtype, (6, 2)), backends()[name]
-    if not backend.capability.partials or refusal(backend, spec):
-        pytest.skip("gives no partial results")
-    assert gives_partials(backend, spec)
-    call = Call((Block((0, 300), (0, 300)), Block((300, 340), (310, 600))), -1, 0)
-    generator = torch.Generator().manual_seed(1)
-    q, k, v = (
-        torch.randn(*shape, 64, generator=generator).to(device, dtype) for shape in ((340, 6), (600, 2), (600, 2))
-    )
-    options, out = Options(64**-0.5), torch.empty_like(q)
-    lse = backend.forward(q, k, v, call, options, out)
-    exact = torch.empty_like(q, dtype=torch.float64)
-    Reference().forward(q.double(), k.double(), v.double(), call, options, exact)
-    merged = torch.zeros_like(q, dtype=accumulation_dtype(dtype))
-    merged_lse = torch.full_like(lse, float("-inf"))
-    for part, part_lse in backend.partials(q, k, v, call, options):
-        merge_(merged, merged_lse, part, part_lse)
-    error, rounded = (float((x.double() - exact).norm() / exact.norm()) for x in (merged, out))
-    assert error <= (rounded * 0.9 if dtype in (torch.bfloat16, torch.float16) else rounded + 1e-12)
 
 
 @pytest.mark.parametrize(("name", "device"), present())

@@ -8,7 +8,6 @@ import torch
 from torch import Tensor
 
 from ringattn.kernels import fa2, fa3, fa4, npu, torch_flash, xpu
-from ringattn.kernels.merge import merge_
 from ringattn.kernels.spec import Backend, Block, Call, Grads, Options
 from tests.kernels import fakes
 
@@ -151,38 +150,17 @@ def test_fa3(record: fakes.Record, names: tuple[str, str], lengths: str) -> None
             assert record[-1]["deterministic"] is True
 
 
-@pytest.mark.parametrize("lengths", list(LENGTHS)[:3])
-def test_fa3_partials(record: fakes.Record, lengths: str) -> None:
-    """The two splits that the kernel keeps in float32 merge to its result; a build without them is found out."""
-    call = make_call(LENGTHS[lengths], (-1, 0))
-    q, k, v = (torch.randn(rows[1] - rows[0], heads, 8) for rows, heads in ((call.q, 4), (call.k, 2), (call.k, 2)))
-    backend, options, out = fa3.FlashAttention3(), Options(SCALE), torch.empty_like(q)
-    with Operators(record, splits=True):
-        lse = backend.forward(q, k, v, call, options, out)
-        merged, merged_lse = torch.zeros_like(out), torch.full_like(lse, float("-inf"))
-        parts = backend.partials(q, k, v, call, options)
-        assert len(parts) == 2
-        for part, part_lse in parts:
-            merge_(merged, merged_lse, part, part_lse)
-        torch.testing.assert_close(merged, out)
-        torch.testing.assert_close(merged_lse, lse)
-    fa3._kernels.cache_clear()
-    fa3._own_name.cache_clear()
-    with Operators(record), pytest.raises(NotImplementedError, match="num_splits"):
-        backend.partials(q, k, v, call, options)
-
-
 class Operators:
     """`torch.ops.flash_attn_3` for as long as the context lasts."""
 
-    def __init__(self, record: fakes.Record, *names: str, softcap: bool = True, splits: bool = False) -> None:
+    def __init__(self, record: fakes.Record, *names: str, softcap: bool = True) -> None:
         if hasattr(torch.ops.flash_attn_3, "fwd"):
             pytest.skip("FlashAttention-3 is loaded in this process")
         self.arguments = record, *names
-        self.features = {"softcap": softcap, "splits": splits}
+        self.softcap = softcap
 
     def __enter__(self) -> None:
-        self.library = fakes.fa3(*self.arguments, **self.features)
+        self.library = fakes.fa3(*self.arguments, softcap=self.softcap)
 
     def __exit__(self, *error: object) -> None:
         fa3._kernels.cache_clear()

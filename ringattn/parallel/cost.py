@@ -111,12 +111,14 @@ class StageCost:
         cast: seconds on the wire before its keys are there.
         reduce: seconds on the wire to return its key gradients (backward).
         copies: of `compute`, what is not the kernels'.
+        lost: seconds that kernels lose if all of the transfers travel beside them.
     """
 
     compute: Any
     cast: Any = 0.0
     reduce: Any = 0.0
     copies: Any = 0.0
+    lost: Any = 0.0
 
 
 @dataclass(frozen=True)
@@ -188,16 +190,17 @@ def stage_costs(
     for number, stage in enumerate(plan.stages):
         compute = float(calls_seconds(machine, BlockTable.of(stage.calls), own, backward).sum())
         copies = _merges(machine, plan, stage, own, backward)
-        cast = reduce = 0.0
+        cast = reduce = lost = 0.0
         if number:
+            rows = _rows_by_class(machine, plan, stage)
             if not (backward and plan.keep_keys):
                 copies += _cast_copies(machine, stage, own)
-                cast = _messages_seconds(machine, plan, stage, own.key_row_bytes, primitive)
+                cast, lost = _wire(machine, rows, own.key_row_bytes, primitive)
             if backward:
                 row_bytes = own.wide_key_row_bytes if plan.wide_reduce else own.key_row_bytes
-                reduce = _messages_seconds(machine, plan, stage, row_bytes, primitive)
-                copies += _reduce_copies(machine, stage, own)
-        costs.append(StageCost(compute + copies, cast, reduce, copies))
+                reduce, more = _wire(machine, rows, row_bytes, primitive)
+                copies, lost = copies + _reduce_copies(machine, stage, own), lost + more
+        costs.append(StageCost(compute + copies, cast, reduce, copies, lost))
     return tuple(costs)
 
 
@@ -224,14 +227,22 @@ def _reduce_copies(machine: Machine, stage: Stage, own: Shape) -> float:
     return merge_seconds(machine, rows * (own.key_row_bytes + 2 * own.wide_key_row_bytes), 2 * (1 + len(stage.sends)))
 
 
-def _messages_seconds(machine: Machine, plan: AttentionPlan, stage: Stage, row_bytes: float, primitive: str) -> float:
-    """One batch of messages: both directions and both classes of link at the same time."""
-    slowest = 0.0
-    for messages in (stage.sends, stage.receives):
-        for link_class in CLASSES:
-            rows = sum(message.rows for message in messages if _class_of(machine, plan, message) == link_class)
-            slowest = max(slowest, transfer_seconds(machine, rows * row_bytes, link_class, primitive))
-    return slowest
+def _rows_by_class(machine: Machine, plan: AttentionPlan, stage: Stage) -> dict[str, int]:
+    """Key rows that are sent or received, whichever is more, over each class of link."""
+    return {
+        link_class: max(
+            sum(message.rows for message in messages if _class_of(machine, plan, message) == link_class)
+            for messages in (stage.sends, stage.receives)
+        )
+        for link_class in CLASSES
+    }
+
+
+def _wire(machine: Machine, rows: Mapping[str, int], row_bytes: float, primitive: str) -> tuple[float, float]:
+    """One batch of messages, both directions and both classes of link at the same time; and what kernels lose by it."""
+    seconds = max(transfer_seconds(machine, rows[name] * row_bytes, name, primitive) for name in CLASSES)
+    lost = sum(rows[name] * row_bytes * machine.links[name, primitive].disturbance for name in CLASSES)
+    return seconds, lost
 
 
 def _class_of(machine: Machine, plan: AttentionPlan, message: Message) -> str:
@@ -285,7 +296,7 @@ def rank_cost(machine: Machine, plan: AttentionPlan, shape: Shape, primitive: st
         exposed = float((backward_timeline if backward else forward_timeline)(stages))
         directions.append(
             DirectionCost(
-                compute=sum(stage.compute for stage in stages) + exchange_copies,
+                compute=sum(stage.compute for stage in stages) + float(disturbed(stages, exposed)) + exchange_copies,
                 wire=sum(stage.cast + stage.reduce for stage in stages) + exchange_wire,
                 exposed=exposed + exchange_wire,
             )
@@ -301,6 +312,12 @@ def plan_cost(machine: Machine, plans: Sequence[AttentionPlan], shape: Shape, pr
         max((cost.backward for cost in costs), key=lambda cost: cost.seconds),
         max(cost.buffer_bytes for cost in costs),
     )
+
+
+def disturbed(stages: Sequence[StageCost], exposed: Any) -> Any:
+    """Seconds that kernels lose by the transfers beside them: all but those that they wait for."""
+    wire = sum(stage.cast + stage.reduce for stage in stages)
+    return sum(stage.lost for stage in stages) * (1 - np.minimum(exposed / np.maximum(wire, 1e-12), 1.0))
 
 
 def forward_timeline(stages: Sequence[StageCost]) -> Any:

@@ -18,6 +18,7 @@ from ringattn.parallel.cost import (
     StageCost,
     backward_timeline,
     calls_seconds,
+    disturbed,
     exchange_seconds,
     forward_timeline,
 )
@@ -143,34 +144,42 @@ class Pricer:
         """One direction; `received` and `sent` are (stages, class of link, position) rows."""
         setting, machine, own, backward = self.setting, self.setting.machine, self.setting.own, bool(direction)
         local, later = self._gathered[direction] if candidate.schedule == "gather" else self._staged(received, backward)
-        cast = reduce = np.zeros(later.shape)
+        cast = reduce = lost = np.zeros(later.shape)
         if not (backward and setting.keep_keys):
-            cast = self._wire(received, sent, own.key_row_bytes)
+            cast, lost = self._wire(received, sent, own.key_row_bytes)
             later = later + _linear(copied, 2 * machine.copy_seconds, 2 * own.key_row_bytes / machine.copy_bandwidth)
         if backward:
-            reduce = self._wire(received, sent, own.wide_key_row_bytes if setting.wide_reduce else own.key_row_bytes)
+            row_bytes = own.wide_key_row_bytes if setting.wide_reduce else own.key_row_bytes
+            reduce, lost_by_reduce = self._wire(received, sent, row_bytes)
+            lost = lost + lost_by_reduce
             rows = received.sum(1) + sent.sum(1) + 2 * copied
             per_row = (own.key_row_bytes + 2 * own.wide_key_row_bytes) / machine.merge_bandwidth
             later = later + _linear(rows, 4 * machine.copy_seconds, per_row)
-        stages = [StageCost(local), *(StageCost(*parts) for parts in zip(later, cast, reduce, strict=True))]
+        stages = [StageCost(local)]
+        stages += [
+            StageCost(seconds, there, back, lost=more)
+            for seconds, there, back, more in zip(later, cast, reduce, lost, strict=True)
+        ]
+        exposed = (backward_timeline if backward else forward_timeline)(stages) + np.zeros(len(local))
         wire, copies = exchange_seconds(machine, setting.exchange, 0, setting.shape, backward, setting.wide_reduce)
         return Price(
             candidate,
-            compute=local + later.sum(0) + copies,
+            compute=local + later.sum(0) + disturbed(stages, exposed) + copies,
             wire=cast.sum(0) + reduce.sum(0) + wire,
-            exposed=(backward_timeline if backward else forward_timeline)(stages) + wire + np.zeros(len(local)),
+            exposed=exposed + wire,
             bytes=room[0],
             pair_share=room[1],
         )
 
-    def _wire(self, received: Ints, sent: Ints, row_bytes: float) -> Floats:
-        """Seconds of each stage and position: both directions and both classes of link at the same time."""
-        seconds = []
+    def _wire(self, received: Ints, sent: Ints, row_bytes: float) -> tuple[Floats, Floats]:
+        """Seconds of each stage and position, and those that kernels lose: `cost._wire` for all at once."""
+        seconds, lost = [], np.zeros((len(received), self.demand.positions))
         for number, link_class in enumerate(CLASSES):
             link = self.setting.machine.links[link_class, self.setting.primitive]
             rows = np.maximum(received[:, number], sent[:, number])
             seconds.append(_linear(rows, link.latency, row_bytes / link.bandwidth))
-        return np.maximum(*seconds)
+            lost += rows * (row_bytes * link.disturbance)
+        return np.maximum(*seconds), lost
 
     def _rows(self, distances: list[range]) -> tuple[Ints, Ints]:
         """Key rows received and sent by stage, class of link and position."""

@@ -159,8 +159,9 @@ def main() -> None:
         *assumptions(),
         "- A port carries one message at a time, at its full rate; the switches between ports are never the limit. A "
         "message between different rails leaves through the port of the receiver's rail in the sender's node.",
-        "- Transfers of one process group follow one another and begin when both ends have posted them. Transfers do "
-        "not slow kernels down, and nothing varies from step to step.",
+        "- Transfers of one process group follow one another and begin when both ends have posted them. Kernels lose "
+        f"{SHIPPED['H200'].links['node', 'p2p'].disturbance * 1e12:.1f} ps for each byte that travels beside them "
+        "(fitted). Nothing varies from step to step.",
         "- Both passes begin at the same moment on all ranks.",
         "",
         "## Check: plain Ulysses on 8 H200s, TFLOP/s per GPU, f / f+b",

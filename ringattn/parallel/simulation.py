@@ -5,6 +5,8 @@ and ports to the GPUs of its node and to the network, each in and out; a message
 Transfers of one process group follow one another, as its stream does, and begin when both ends have posted them.
 """
 
+from bisect import bisect_right
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -53,15 +55,16 @@ class Pass:
 
     def busy(self, kind: str) -> list[float]:
         """Seconds that each rank spends on one kind."""
-        return [sum(span.end - span.begin for span in spans if span.kind == kind) for spans in self._by_rank]
+        return [sum(span.end - span.begin for span in spans if span.kind == kind) for spans in self.by_rank]
 
     @property
     def ends(self) -> list[float]:
         """When each rank is done."""
-        return [max((span.end for span in spans), default=0.0) for spans in self._by_rank]
+        return [max((span.end for span in spans), default=0.0) for spans in self.by_rank]
 
     @cached_property
-    def _by_rank(self) -> list[list[Span]]:
+    def by_rank(self) -> list[list[Span]]:
+        """The spans of each rank, by their beginning."""
         out: list[list[Span]] = [[] for _ in range(self.ranks)]
         for span in self.spans:
             out[span.rank].append(span)
@@ -113,6 +116,8 @@ class _Program:
         self.work = Work()
         self.batches: dict[tuple[str, int, int], _Batch] = {}  # kind, stage, rank
         self.computing: list[tuple[int, int, int]] = []  # rank, stage, task
+        # What kernels of a rank lose if they run beside a whole batch, by what it sends and by what it receives.
+        self.lost: dict[tuple[str, int, int], list[float]] = defaultdict(lambda: [0.0, 0.0])
         self._costs: dict[tuple[int, Shape], tuple[StageCost, ...]] = {}
 
     def run(self) -> Pass:
@@ -121,6 +126,16 @@ class _Program:
         for (kind, stage, rank), batch in self.batches.items():
             for peer, size in self.traffic.sent(kind, stage, rank):
                 self._message(kind, rank, peer, size, (batch, self.batches[kind, stage, peer]))
+                if kind != "exchange":  # nothing is computed beside an exchange
+                    link = self.machine.links[self.machine.link_class(rank, peer), self.primitive]
+                    self.lost[kind, stage, rank][0] += size * link.disturbance
+                    self.lost[kind, stage, peer][1] += size * link.disturbance
+        done = self._played()
+        if self._disturb(done):
+            done = self._played()
+        return done
+
+    def _played(self) -> Pass:
         begin, end = self.work.run()
         spans = [Span(rank, "compute", stage, begin[task], end[task]) for rank, stage, task in self.computing]
         spans += [
@@ -128,6 +143,27 @@ class _Program:
             for (kind, stage, rank), batch in self.batches.items()
         ]
         return Pass(len(self.plans), tuple(sorted(spans, key=lambda span: (span.rank, span.begin, span.stage))))
+
+    def _disturb(self, done: Pass) -> bool:
+        """Lengthens kernels by what they lose to the transfers beside them in `done`, spread over each batch's time.
+
+        Once: that the longer kernels move later transfers a little is left out.
+        """
+        tasks = {(rank, stage): task for rank, stage, task in self.computing}
+        lost: dict[int, float] = defaultdict(float)
+        for spans in done.by_rank:
+            kernels = [span for span in spans if span.kind == "compute"]
+            ends = [kernel.end for kernel in kernels]
+            for batch in spans:
+                seconds = max(self.lost.get((batch.kind, batch.stage, batch.rank), (0.0,)))
+                for kernel in kernels[bisect_right(ends, batch.begin) :] if seconds else ():
+                    if kernel.begin >= batch.end:
+                        break
+                    beside = min(batch.end, kernel.end) - max(batch.begin, kernel.begin)
+                    lost[tasks[kernel.rank, kernel.stage]] += seconds * beside / (batch.end - batch.begin)
+        for task, seconds in lost.items():
+            self.work.seconds[task] += seconds
+        return bool(lost)
 
     def _enqueue(self, queue: "_Queue") -> None:
         plan, costs = self.plans[queue.rank], self._stage_costs(queue.rank)
@@ -153,9 +189,9 @@ class _Program:
             self._costs[key] = stage_costs(self.machine, plan, self.shape, self.backward, self.primitive)
         return self._costs[key]
 
-    def latency(self, kind: str, stage: int, rank: int) -> float:
+    def latency(self, kind: str, stage: int, rank: int, peers: Sequence[int]) -> float:
         """Seconds of a batch beside its bytes; every tensor of an exchange is an all-to-all of its own."""
-        links, peers = self.machine.links, self.traffic.peers(kind, stage, rank)
+        links = self.machine.links
         far = {self.machine.link_class(rank, peer) for peer in peers}
         primitive = "all_to_all" if kind == "exchange" else self.primitive
         collectives = self.traffic.tensors(stage) if kind == "exchange" else 1
@@ -197,12 +233,13 @@ class _Queue:
     def post(self, kind: str, stage: int) -> int | None:
         """Transfers that begin when the kernels so far are done; their last moment, or None if there are none."""
         program = self.program
-        if not program.traffic.peers(kind, stage, self.rank):
+        peers = program.traffic.peers(kind, stage, self.rank)
+        if not peers:
             return None
         stream = kind == "exchange"
         before = [self._streams[stream]] if stream in self._streams else []
         first = program.work.add(0.0, [*self._after, *before])
-        last = program.work.add(program.latency(kind, stage, self.rank), [first])
+        last = program.work.add(program.latency(kind, stage, self.rank, peers), [first])
         program.batches[kind, stage, self.rank] = _Batch(first, last)
         self._streams[stream] = last
         return last

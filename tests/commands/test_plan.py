@@ -6,7 +6,9 @@ import pytest
 
 from ringattn import Documents, Layout, Mask, MeshShape
 from ringattn.cli import main
+from ringattn.parallel.cost import rank_cost
 from ringattn.parallel.machines import SHIPPED
+from ringattn.parallel.plan import Shape
 from ringattn.parallel.planner import plan_attention
 
 SMALL = ["plan", "--heads", "8/2", "--head-dim", "64", "--machine", "H200"]
@@ -36,8 +38,9 @@ def test_the_table_holds_what_the_plans_say(capsys, tmp_path):
         assert rank["stages"] == len(plan.stages)
         for name in ("forward", "backward"):
             one = rank[name]
-            assert 0 < one["compute"] + one["exposed"] <= found["seconds"][name] + 1e-12
-            assert one["simulated"] <= found["seconds"][name]
+            cost = getattr(rank_cost(SHIPPED["H200"], plan, Shape(8, 2, 64, 64)), name)
+            assert (one["compute"], one["wire"], one["exposed"]) == (cost.compute, cost.wire, cost.exposed)
+            assert 0 < one["simulated"] <= found["seconds"][name]
     chosen = {one["schedule"]: one for one in found["alternatives"]}
     assert found["schedule"]["forward"] in chosen
 

@@ -110,6 +110,22 @@ def test_slow_ranks_and_links_by_hand():
     assert simulate(apart, plans, ONE, False, Scenario(links={(0, "network"): 2.0})).seconds == 17.5
 
 
+def test_kernels_lose_time_to_the_transfers_beside_them():
+    """A byte costs the kernels beside it a quarter of a second: 4 bytes one second, if they run all the while."""
+    links = {key: replace(link, disturbance=0.25) for key, link in SIMPLE.links.items()}
+    disturbed = replace(SIMPLE, links=links)
+    spans = {span[:2]: span[2:] for span in timeline(simulate(disturbed, pair((1, 1)), ONE, False), 0)}
+    assert spans["compute", 0] == pytest.approx((0, 1 + 1 / 4.5))  # one second of the 4.5 was beside it
+    assert spans["compute", 1] == (4.5, 5.5)
+    slow = replace(disturbed, rates=tuple(replace(rate, launch_seconds=10.0) for rate in SIMPLE.rates))
+    assert simulate(slow, pair((1, 1)), ONE, False).seconds == 11 + 10
+    unequal = simulate(slow, pair((1, 3)), ONE, False)  # 12 bytes in 12.5 s, of which 10 are beside the kernel
+    assert timeline(unequal, 1)[0] == ("compute", 0, 0, 10 + 3 * 10 / 12.5)
+    assert unequal.seconds == 12.5 + 10
+    back = simulate(slow, pair((1, 1)), ONE, True)  # the cast before all kernels, the reduce beside the local one
+    assert back.seconds == 4.5 + 10 + 10 + 2
+
+
 def test_a_port_serves_one_message_at_a_time():
     """Ranks 1 and 2 send rank 0 a row each: its port takes them one after the other."""
     send = Stage((CALL,), sends=(Message(0, ((0, 1),)),))

@@ -255,33 +255,35 @@ def exchange_seconds(
 ) -> tuple[float, float]:
     """Wire and copies of the exchange of heads in one pass, seconds.
 
-    Queries, keys and values go there and the output comes back; in the backward pass the output's gradient goes there
-    and those of queries, keys and values come back.
+    Queries, keys and values go there in one message and the output comes back; in the backward pass the output's
+    gradient goes there and those of queries, keys and values come back. Tokens' rows are packed before they leave, or
+    put together when they are back.
     """
     if exchange is None:
         return 0.0, 0.0
     first = ring_rank * len(exchange.rows)
-    far = machine.link_class(first, first + len(exchange.rows) - 1)
-    wide = shape.wide if backward and exchange.copied_keys and wide_reduce else shape.itemsize
-    tensors = [
-        (shape.head_dim, False, shape.itemsize),
-        (shape.value_dim, False, shape.itemsize),
-        (shape.head_dim, True, wide),
-        (shape.value_dim, True, wide),
-    ]
+    link_class = machine.link_class(first, first + len(exchange.rows) - 1)
+    queries, keys = (shape.head_dim * shape.itemsize, 0), (0, (shape.head_dim + shape.value_dim) * shape.itemsize)
+    values = (shape.value_dim * shape.itemsize, 0)  # out and its gradient: as many heads as queries
+    if not backward:
+        messages = [_both(queries, keys), values]
+    elif exchange.copied_keys and wide_reduce:  # the gradients of a head's copies are added after they travelled
+        messages = [values, queries, (0, (shape.head_dim + shape.value_dim) * shape.wide)]
+    else:
+        messages = [values, _both(queries, keys)]
     wire = copies = 0.0
-    for dim, keys, itemsize in tensors:
-        sent, received = _exchanged_rows(exchange, keys)
-        wire += transfer_seconds(machine, max(sent, received) * dim * itemsize, far, "all_to_all")
-        copies += copy_seconds(machine, (sent + received) / 2 * dim * itemsize, 1)
+    for of_queries, of_keys in messages:
+        widths = [share.queries * of_queries + len(share.keys) * of_keys for share in exchange.heads]
+        mine = widths[exchange.rank]
+        sent, received = exchange.own_rows * (sum(widths) - mine), (exchange.position_rows - exchange.own_rows) * mine
+        wire += transfer_seconds(machine, max(sent, received), link_class, "all_to_all")
+        copies += copy_seconds(machine, exchange.own_rows * sum(widths), (of_queries > 0) + 2 * (of_keys > 0))
     return wire, copies
 
 
-def _exchanged_rows(exchange: Exchange, keys: bool) -> tuple[int, int]:
-    """Head rows that a rank sends and receives when tokens become heads."""
-    counts = [len(share.keys) if keys else share.queries for share in exchange.heads]
-    own = counts[exchange.rank]
-    return exchange.own_rows * (sum(counts) - own), (exchange.position_rows - exchange.own_rows) * own
+def _both(a: tuple[int, int], b: tuple[int, int]) -> tuple[int, int]:
+    """Bytes of a query head and of a key head per row, of two tensors in one message."""
+    return a[0] + b[0], a[1] + b[1]
 
 
 def rank_cost(machine: Machine, plan: AttentionPlan, shape: Shape, primitive: str = "p2p") -> PlanCost:

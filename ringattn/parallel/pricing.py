@@ -91,7 +91,7 @@ class Price:
     bytes: Any
     pair_share: float
 
-    @property
+    @cached_property
     def slowest(self) -> DirectionCost:
         """The position that decides."""
         at = int(np.argmax(self.compute + self.exposed))

@@ -23,7 +23,7 @@ from ringattn.parallel.cost import (
     forward_timeline,
 )
 from ringattn.parallel.demand import Demand, per
-from ringattn.parallel.plan import Exchange, Shape, StageRows, largest_pair
+from ringattn.parallel.plan import Exchange, Shape, StageRows, exchange_bytes, largest_pair
 from ringattn.parallel.rates import BlockTable, Floats, Ints
 
 
@@ -132,8 +132,11 @@ class Pricer:
             rows.forward_bytes(own, setting.keep_keys),
             rows.backward_bytes(own, setting.keep_keys, setting.wide_reduce),
         )
+        exchanged = 0
+        if setting.exchange is not None:
+            exchanged = exchange_bytes(setting.shape, own, self.demand.rows, -(-self.demand.rows // setting.ulysses))
         forward, backward = (
-            self._directed(candidate, direction, received, sent, copied, (size, pair_share))
+            self._directed(candidate, direction, received, sent, copied, (size + exchanged, pair_share))
             for direction, size in enumerate(sizes)
         )
         return forward, backward

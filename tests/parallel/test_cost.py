@@ -13,6 +13,7 @@ from ringattn.parallel.cost import (
     Machine,
     StageCost,
     backward_timeline,
+    exchange_seconds,
     forward_timeline,
     plan_cost,
     rank_cost,
@@ -169,3 +170,24 @@ def test_more_stages_need_less_memory() -> None:
     ]
     assert sizes == sorted(sizes, reverse=True)
     assert sizes[-1] < sizes[0] / 2
+
+
+@pytest.mark.parametrize(("ulysses", "messages"), [(4, (2, 2)), (16, (2, 3))])
+def test_the_exchange_is_one_message_a_pass_each_way(ulysses: int, messages: tuple[int, int]) -> None:
+    """With more ranks than key heads their gradients travel apart, in float32."""
+    layout = Layout(Documents([65_536]), MeshShape(1, 1, ulysses, 1))
+    plan = plan_attention(layout, Mask(), 32, 8)
+    heads, keys = 32 // ulysses, max(1, 8 // ulysses)
+    rows, sent = layout.tokens(), ulysses - 1
+    there = rows * sent * (heads + 2 * keys) * 128 * 2
+    back = rows * sent * heads * 128 * 2
+    wide = rows * sent * 2 * keys * 128 * 4
+    for backward, count in zip((False, True), messages, strict=True):
+        machine = replace(H200, gpus_per_node=16)
+        link = machine.links["node", "all_to_all"]
+        size = there + back if count == 2 else 2 * back + wide
+        wire, copies = exchange_seconds(machine, plan.exchange, 0, SHAPE, backward)
+        assert wire == pytest.approx(count * link.latency + size / link.bandwidth)
+        assert copies > 0
+    assert plan.buffer_bytes(SHAPE) > 65_536 * heads * 2 * 128 * 2
+    assert exchange_seconds(H200, None, 0, SHAPE, False) == (0, 0)

@@ -172,8 +172,7 @@ class _Program:
             self.machine, plan.exchange, ring_rank, self.shape, self.backward, plan.wide_reduce
         )
         seconds = [cost.compute for cost in costs]
-        # Most of the exchange's copies are made beside the all-to-all of three tensors.
-        seconds[0] += copies
+        seconds[0] += copies  # of the exchange, which are before and after all stages
         queue.wait(queue.post("exchange", 0))
         if self.backward:
             _backward(queue, seconds, fetch=not plan.keep_keys)
@@ -190,11 +189,11 @@ class _Program:
         return self._costs[key]
 
     def latency(self, kind: str, stage: int, rank: int, peers: Sequence[int]) -> float:
-        """Seconds of a batch beside its bytes; every tensor of an exchange is an all-to-all of its own."""
+        """Seconds of a batch beside its bytes."""
         links = self.machine.links
         far = {self.machine.link_class(rank, peer) for peer in peers}
         primitive = "all_to_all" if kind == "exchange" else self.primitive
-        collectives = self.traffic.tensors(stage) if kind == "exchange" else 1
+        collectives = self.traffic.collectives(stage, rank) if kind == "exchange" else 1
         return collectives * max((links[link_class, primitive].latency for link_class in far), default=0.0)
 
     def _message(self, kind: str, rank: int, peer: int, size: float, ends: tuple[_Batch, _Batch]) -> None:

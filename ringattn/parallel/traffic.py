@@ -42,18 +42,17 @@ class Traffic:
         plan = self.plans[rank]
         if kind == "exchange":
             return self._exchanged(plan.exchange, stage, rank)
-        row_bytes: float = self.shape.share(plan.exchange).key_row_bytes
-        if kind == "reduce":
-            row_bytes *= 4 / self.shape.itemsize if plan.wide_reduce else 1
+        own = self.shape.share(plan.exchange)
+        row_bytes = own.wide_key_row_bytes if kind == "reduce" and plan.wide_reduce else own.key_row_bytes
         rows: dict[int, int] = defaultdict(int)
         for message in plan.stages[stage].sends if kind == "cast" else plan.stages[stage].receives:
             rows[message.peer] += message.rows
         order = sorted(rows, key=lambda peer: (peer - plan.ring_rank) % plan.ring)
         return [(self._rank(rank, peer), rows[peer] * row_bytes) for peer in order]
 
-    def tensors(self, stage: int) -> int:
-        """How many tensors, each a collective of its own, exchange 0 or 1 moves."""
-        return 3 if bool(stage) == self.backward else 1
+    def collectives(self, stage: int, rank: int) -> int:
+        """How many messages exchange 0 or 1 is: two where gradients of keys travel wider than those of queries."""
+        return 2 if stage and self.backward and self.plans[rank].sums_copies else 1
 
     def _exchanged(self, exchange: Exchange | None, stage: int, rank: int) -> list[tuple[int, float]]:
         """Queries, keys and values one way (or their gradients the other), the output or its gradient back."""
@@ -67,10 +66,10 @@ class Traffic:
             rows, heads = (
                 (exchange.rows[own], exchange.heads[peer]) if not stage else (exchange.rows[peer], exchange.heads[own])
             )
-            if self.tensors(stage) == 1:
+            if bool(stage) != self.backward:
                 size: float = heads.queries * shape.value_dim * shape.itemsize
             else:
-                wide = 4 if self.backward and exchange.copied_keys and self.plans[rank].wide_reduce else shape.itemsize
+                wide = shape.wide if self.backward and self.plans[rank].sums_copies else shape.itemsize
                 size = heads.queries * shape.head_dim * shape.itemsize
                 size += len(heads.keys) * (shape.head_dim + shape.value_dim) * wide
             out.append((first + peer, (rows[1] - rows[0]) * size))

@@ -5,8 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from ringattn.commands._call import heads, positive, window
-
-POLICIES = ("auto", "contiguous", "zigzag", "balanced")
+from ringattn.parallel.layout import POLICIES
 
 
 def add_workload_arguments(parser: argparse.ArgumentParser) -> None:

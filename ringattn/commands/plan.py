@@ -12,8 +12,8 @@ from typing import Any
 from ringattn.commands import _workload
 from ringattn.commands._call import positive
 from ringattn.commands._text import row, table
+from ringattn.parallel.planner import SCHEMES
 
-SCHEMES = ("auto", "ring", "ulysses", "hybrid", "gather")
 SHOWN = 64  # ranks in the table; of more the slowest
 
 

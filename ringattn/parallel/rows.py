@@ -150,9 +150,9 @@ class KeyReduce:
 
 
 def _gathered(x: Tensor, ranges: Sequence[Range]) -> Tensor:
-    """The rows of `ranges` end to end; one range is a view."""
+    """The rows of `ranges` end to end; one range is a view, unless x is one of some columns."""
     parts = [x[slice(*span)] for span in ranges]
-    return parts[0] if len(parts) == 1 else torch.cat(parts)
+    return parts[0].contiguous() if len(parts) == 1 else torch.cat(parts)
 
 
 def _split(x: Tensor, ranges: Sequence[Range]) -> Sequence[Tensor]:

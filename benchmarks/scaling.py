@@ -139,7 +139,7 @@ def main() -> None:
         "ring across nodes, `auto` layout and schedule. Histogram packs: lengths of `ringattn.workloads` (`chatqa`), "
         "mean of 3. Efficiency: time of the same kernels on an even share of the pack without communication, over the "
         "simulated time; forward / forward + backward. TFLOP/s per GPU by mask area, backward 2.5 × forward. "
-        "Host: planning and simulating both passes of all packs.",
+        "Host: planning and simulating both passes of all packs, beside other work on the machine.",
         "",
         "| workload | heads | GPUs | ring×ulysses | schedule f / b | ms f / b | TFLOP/s f / f+b | efficiency f / f+b | "
         "host s |",

@@ -5,7 +5,7 @@ on in all families and under both kinds of gradient checkpointing. It is the `La
 wrapper moves to a device, and the only truth about documents. Nothing is inferred from local positions or masks.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -95,13 +95,18 @@ def parallelize(model: nn.Module, mesh: SequenceMesh, **options: Any) -> Handle:
 
 
 def shard_batch(
-    batch: Mapping[str, Tensor], docs: Documents, mesh: SequenceMesh, policy: str = "auto", mask: Mask | None = None
+    batch: Mapping[str, Tensor],
+    docs: Documents,
+    mesh: SequenceMesh,
+    policy: str = "auto",
+    mask: Mask | Sequence[tuple[Mask, float]] | None = None,
 ) -> dict[str, Any]:
     """This rank's part of a packed batch, as keywords of the model. No communication.
 
     Arguments:
         batch: `input_ids` and optionally `labels`, (1, T) or (T,), labels *not* shifted, -100 where there is no target.
         docs: the documents of the T tokens.
+        policy, mask: see `Layout`; for a model with several masks pairs (mask, number of layers).
 
     Returns: input_ids and position_ids (1, t); with labels also labels, shift_labels (1, t) and the number of targets
     in the T tokens; and the layout.

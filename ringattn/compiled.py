@@ -18,6 +18,7 @@ from ringattn.parallel.executor import Job, Saved, backward_pass, forward_pass
 from ringattn.parallel.layout import Layout
 from ringattn.parallel.numbered import by_number
 
+_CALLS = "compiled calls"
 _INPUTS = "Tensor q, Tensor k, Tensor v, Tensor? sinks, Tensor layout"
 _CONSTANTS = (
     "bool causal, int left, int right, int? chunk, float? softmax_scale, float? softcap, float dropout_p, "
@@ -40,6 +41,15 @@ def attend(
     constants += (settings.wide_reduce, settings.memory_limit, settings.return_lse)  # type: ignore[assignment]
     out, lse, *_ = _attend(q, k, v, sinks, layout._number, *constants)
     return out, lse
+
+
+def compiled_calls(layout: Layout) -> int:
+    """Forward calls of the operator on this layout: a graph cannot tell by itself that attention ran."""
+    return layout._plans.get(_CALLS, 0)
+
+
+def reset_compiled_calls(layout: Layout) -> None:
+    layout._plans.pop(_CALLS, None)
 
 
 def _job(q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None, layout: Tensor, *constants: Any) -> Job:
@@ -71,6 +81,8 @@ def _job(q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None, layout: Tensor, 
 def _attend(q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None, layout: Tensor, *constants: Any) -> tuple[Any, ...]:
     """out, lse, and with an exchange what the backward pass needs: q, k, v, out end to end, and lse."""
     job = _job(q, k, v, sinks, layout, *constants)
+    plans = by_number(int(layout))._plans
+    plans[_CALLS] = plans.get(_CALLS, 0) + 1
     out, lse, saved, _ = forward_pass(job, q, k, v, sinks, keep=False)
     if job.plan.exchange is None:
         return out, lse, q.new_empty(0), lse.new_empty(0)

@@ -24,6 +24,16 @@ def pool() -> Iterator[Pools]:
     pools.close()
 
 
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """`@pytest.mark.nightly` tests run only where `-m` asks for them."""
+    if "nightly" in config.option.markexpr:
+        return
+    nightly = [item for item in items if item.get_closest_marker("nightly")]
+    if nightly:
+        config.hook.pytest_deselected(items=nightly)
+        items[:] = [item for item in items if item not in nightly]
+
+
 def pytest_runtest_setup(item: pytest.Item) -> None:
     """Skip `@pytest.mark.gpu` and `@pytest.mark.gpu(n)` where there are fewer than n (default 1) CUDA devices."""
     needed = max((mark.args[0] if mark.args else 1 for mark in item.iter_markers("gpu")), default=0)

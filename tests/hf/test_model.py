@@ -4,8 +4,8 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from ringattn import Documents, Layout, MeshShape, init_mesh
-from ringattn.hf import IGNORE_INDEX, attention_kwargs, parallelize, shard_batch, shifted_labels
+from ringattn import Documents, init_mesh
+from ringattn.hf import parallelize, shard_batch
 from tests.parallel.ranks import mesh_of
 from tests.pool import Pools
 
@@ -83,72 +83,6 @@ def test_logits_loss_and_gradients(pool: Pools, family: str, ring: int, ulysses:
         torch.testing.assert_close(got_loss, loss, rtol=1e-6, atol=1e-6)
         for got, expected in zip(got_gradients, gradients, strict=True):
             assert (got - expected).norm() <= 1e-5 * expected.norm()
-
-
-def test_shifted_labels_stay_in_their_document() -> None:
-    docs = Documents([3, 0, 2, 1], starts=[1, 4, 5, 7], total=9)
-    targets = shifted_labels(torch.arange(9), docs)
-    x = IGNORE_INDEX
-    assert targets.tolist() == [x, 2, 3, x, x, 6, x, x, x]
-
-
-@pytest.mark.parametrize(
-    ("family", "config", "words"),
-    [
-        ("BloomForCausalLM", {"hidden_size": 64, "n_layer": 2, "n_head": 4}, "outside transformers"),
-        ("T5ForConditionalGeneration", {"d_model": 32, "num_layers": 2, "num_heads": 2}, "encoder-decoder"),
-        ("Qwen3NextForCausalLM", {"num_hidden_layers": 4, "hidden_size": 64}, "linear_attention"),
-    ],
-)
-def test_unsupported_models_are_refused_by_name(pool: Pools, family: str, config: dict, words: str) -> None:
-    with pytest.raises(NotImplementedError, match=words):
-        pool(1).run(refused, family, config)
-
-
-def refused(family: str, config: dict) -> None:
-    model_class = getattr(transformers, family)
-    with torch.device("meta"):
-        model = model_class(model_class.config_class(**config))
-    parallelize(model, mesh_of(1, 1))
-
-
-def misused(kind: str) -> None:
-    mesh = mesh_of(1, 1)
-    model = model_of("LlamaForCausalLM", num_hidden_layers=1)
-    parallelize(model, mesh)
-    ids = torch.zeros(1, 8, dtype=torch.int64)
-    keywords = attention_kwargs(Layout(Documents([8]), MeshShape()))
-    if kind == "no layout":
-        model(input_ids=ids, use_cache=False)
-    elif kind == "mask":
-        model(input_ids=ids, attention_mask=torch.tensor([[0] * 2 + [1] * 6]), use_cache=False, **keywords)
-    elif kind == "batch":
-        model(input_ids=ids.repeat(2, 1), use_cache=False, **keywords)
-    elif kind == "keyword":
-        model(input_ids=ids, use_cache=False, sofcap=1.0, **keywords)
-    elif kind == "attentions":
-        model(input_ids=ids, use_cache=False, output_attentions=True, **keywords)
-    elif kind == "option":
-        parallelize(model_of("LlamaForCausalLM", num_hidden_layers=1), mesh, shceme="ring")
-    elif kind == "twice":
-        parallelize(model, mesh)
-
-
-@pytest.mark.parametrize(
-    ("kind", "error", "words"),
-    [
-        ("no layout", ValueError, "shard_batch"),
-        ("mask", ValueError, "attention_mask must be None"),
-        ("batch", ValueError, "batch size 1, got 2"),
-        ("keyword", TypeError, "sofcap"),
-        ("attentions", NotImplementedError, "output_attentions"),
-        ("option", TypeError, "shceme"),
-        ("twice", ValueError, "parallelized already"),
-    ],
-)
-def test_misuse_is_an_error(pool: Pools, kind: str, error: type[Exception], words: str) -> None:
-    with pytest.raises(error, match=words):
-        pool(1).run(misused, kind)
 
 
 def replicas_of_uneven_batches(data: int, ring: int) -> tuple[float, torch.Tensor]:

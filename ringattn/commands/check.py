@@ -1,0 +1,107 @@
+"""Is a Hugging Face model exact here? Documents run alone against packed and sharded ones.
+
+Starts the processes it needs on this machine. By default a tiny random model with the structure
+of the configuration, in float32 on CPUs and bfloat16 on GPUs; --real takes sizes and weights of
+the folder. Logits, loss and gradients are compared, windows, chunks, softcap and sinks of every
+layer are left out in turn to see that they count, and no document may see another. Exit code 0
+if everything is right, 1 if something is not, 2 for wrong arguments.
+"""
+
+import argparse
+import json
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from ringattn.commands._call import positive
+from ringattn.commands._text import row
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--model",
+        required=True,
+        metavar="PATH_OR_CONFIG",
+        help="folder, config.json or a model type such as gpt_oss; of a multimodal one the text decoder",
+    )
+    parser.add_argument("--ring", type=positive, default=1, metavar="N", help="degree of the ring axis, default 1")
+    parser.add_argument("--ulysses", type=positive, default=1, metavar="N", help="of the ulysses axis, default 1")
+    parser.add_argument("--real", action="store_true", help="sizes and weights of the folder, not a tiny model")
+    parser.add_argument("--device", choices=("cpu", "cuda"), help="default cuda if there are enough devices")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help="default by device")
+    parser.add_argument("--policy", choices=("auto", "contiguous", "zigzag", "balanced"), default="contiguous")
+    parser.add_argument("--scheme", choices=("auto", "ring", "gather", "ulysses", "hybrid"), default="auto")
+    parser.add_argument("--backend", default="auto", metavar="NAME", help="kernel backend, default auto")
+    parser.add_argument("--tolerance", type=float, metavar="X", help="largest relative error, default by dtype")
+    parser.add_argument("--json", action="store_true", help="the findings as one JSON list")
+
+
+def run(args: argparse.Namespace) -> int:
+    try:
+        from ringattn.hf.check import Request
+        from ringattn.hf.tiny import read_config
+
+        read_config(args.model)
+    except ImportError as error:
+        args.parser.error(f"this command needs transformers: {error}")
+    except (ValueError, OSError) as error:
+        args.parser.error(f"--model: {error}")
+    if args.real and not Path(args.model).expanduser().is_dir():
+        args.parser.error(f"--real needs a folder with weights, got --model {args.model}")
+    device = args.device or _device(args.ring * args.ulysses)
+    request = Request(
+        model=args.model,
+        ring=args.ring,
+        ulysses=args.ulysses,
+        real=args.real,
+        device=device,
+        dtype=args.dtype or ("bfloat16" if device == "cuda" else "float32"),
+        policy=args.policy,
+        scheme=args.scheme,
+        backend=args.backend,
+        tolerance=args.tolerance,
+    )
+    findings = launched(request)
+    print(json.dumps(findings, indent=2) if args.json else render(request, findings))
+    return 0 if all(finding["ok"] for finding in findings) else 1
+
+
+def launched(request: Any) -> list[dict[str, Any]]:
+    """The findings of `request.ranks` processes on this machine."""
+    import torch.distributed as dist
+    import torch.multiprocessing as multiprocessing
+
+    from ringattn.hf.check import work
+
+    # The store binds a free port itself, so that none is picked that somebody else could take meanwhile.
+    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    with tempfile.TemporaryDirectory(prefix="ringattn-check-") as folder:
+        answer = Path(folder, "findings.json")
+        try:
+            multiprocessing.spawn(work, (request, store.port, str(answer)), nprocs=request.ranks)
+        except (multiprocessing.ProcessRaisedException, multiprocessing.ProcessExitedException) as error:
+            last = str(error).strip().splitlines()[-1]
+            return [{"name": "runs", "ok": False, "detail": last}]
+        return json.loads(answer.read_text())
+
+
+def render(request: Any, findings: list[dict[str, Any]]) -> str:
+    """The table for people."""
+    size = "real" if request.real else "tiny"
+    lines = [
+        f"{request.model} ({size}, {request.dtype} on {request.ranks} × {request.device}), ring {request.ring} × "
+        f"ulysses {request.ulysses}, {request.policy} layout",
+        "",
+    ]
+    for finding in findings:
+        mark = "✓" if finding["ok"] else "✗"
+        lines += row(f"{mark} {finding['name']}", finding["detail"], pad=40)
+    wrong = sum(not finding["ok"] for finding in findings)
+    lines += ["", "This model is exact here." if not wrong else f"NOT exact: {wrong} of {len(findings)} findings."]
+    return "\n".join(lines)
+
+
+def _device(ranks: int) -> str:
+    import torch
+
+    return "cuda" if torch.cuda.device_count() >= ranks else "cpu"

@@ -1,0 +1,25 @@
+"""Hugging Face models on a sequence mesh: `parallelize(model, mesh)`, then `model(**shard_batch(batch, docs, mesh))`.
+
+The layout of a batch travels to every attention layer as the keyword `cu_seq_lens_q`, the one that transformers passes
+on in all families and under both kinds of gradient checkpointing. It is the `Layout` itself: host integers that no
+wrapper moves to a device, and the only truth about documents. Nothing is inferred from local positions or masks.
+
+`support.py` says which models can be exact, `masks.py` and `attention.py` are what transformers calls, `metadata.py`
+reads documents from a batch, `trainer.py` is for `transformers.Trainer`, `conformance.py` compares with documents run
+alone. Nothing here imports transformers before it is used.
+"""
+
+from ringattn.hf.batch import attention_kwargs, shard_batch
+from ringattn.hf.loss import IGNORE_INDEX, shifted_labels
+from ringattn.hf.model import Handle, parallelize
+from ringattn.hf.support import check_model
+
+__all__ = [
+    "IGNORE_INDEX",
+    "Handle",
+    "attention_kwargs",
+    "check_model",
+    "parallelize",
+    "shard_batch",
+    "shifted_labels",
+]

@@ -1,0 +1,121 @@
+"""`shard_batch`: this rank's part of a global batch, in every form in which batches come.
+
+B rows of S tokens, T = B · S tokens of the stream, t tokens of this rank.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ringattn.documents import Documents
+from ringattn.hf.loss import IGNORE_INDEX, shifted_labels
+from ringattn.hf.metadata import METADATA, check_metadata, documents_of
+from ringattn.mask import Mask
+from ringattn.parallel.layout import Layout
+from ringattn.parallel.mesh import SequenceMesh
+
+# Keywords that are no tokens and go through as they are.
+THROUGH = ("use_cache", "return_dict", "output_hidden_states", "logits_to_keep")
+
+
+def shard_batch(
+    batch: Mapping[str, Any],
+    docs: Documents | None,
+    mesh: SequenceMesh,
+    policy: str = "auto",
+    mask: Mask | Sequence[tuple[Mask, float]] | None = None,
+) -> dict[str, Any]:
+    """This rank's part of a batch, as keywords of the model. No communication; the batch is the same on every rank.
+
+    Arguments:
+        batch: input_ids or inputs_embeds, (B, S) or (S,), and (B, S, hidden); optionally
+            labels (B, S), *not* shifted, -100 where there is no target;
+            position_ids (B, S), or (axes, B, S) for M-RoPE; by default positions count from 0 in every document;
+            num_items_in_batch: targets that the loss is divided by, of more than this batch;
+            attention_mask, segment_ids or seq_idx, cu_seq_lens_q and _k, max_length_q and _k: see below;
+            any other tensor with a row for each token, (B, S, ...), is cut alike.
+        docs: the documents of the stream of T tokens, rows end to end. None: they are read from the batch, see
+            `ringattn.hf.metadata.documents_of`. What the batch says besides must agree with them.
+        policy, mask: those of `Layout`; for a model with several masks pairs (mask, number of layers).
+
+    Returns: input_ids, position_ids (1, t), ...; with labels also labels, shift_labels (1, t) and the number of targets
+    in the T tokens; and the layout, as `cu_seq_lens_q`: `layout.unshard(logits[0]).view(B, S, -1)` brings logits back.
+    Raises ValueError naming a key that is malformed, unknown or contradicts another one.
+    """
+    rows, size = _shape(batch)
+    if docs is None:
+        docs = documents_of(batch, rows, size)
+    elif docs.total != rows * size:
+        raise ValueError(f"docs must have the {rows * size} tokens of the batch, got {docs}: input_ids {rows} × {size}")
+    else:
+        check_metadata(batch, docs, rows, size)
+    layout = Layout(docs, mesh, policy, mask=mask)
+    local: dict[str, Any] = {}
+    for name, value in batch.items():
+        if name in METADATA or name == "labels" or value is None:
+            continue
+        if name in THROUGH or name == "num_items_in_batch":
+            local[name] = value
+        elif name == "position_ids":
+            local[name] = _shard_positions(layout, value, rows, size)
+        else:
+            local[name] = layout.shard(_stream(name, value, rows, size))[None]
+    if "position_ids" not in local:
+        device = next(x.device for x in local.values() if isinstance(x, Tensor))
+        local["position_ids"] = layout.position_ids(device)[None]
+    if batch.get("labels") is not None:
+        labels = _stream("labels", batch["labels"], rows, size)
+        targets = shifted_labels(labels, docs)
+        local["labels"] = layout.shard(labels)[None]
+        local["shift_labels"] = layout.shard(targets)[None]
+        local.setdefault("num_items_in_batch", (targets != IGNORE_INDEX).sum())
+    return {"use_cache": False} | local | attention_kwargs(layout)
+
+
+def attention_kwargs(layout: Layout) -> dict[str, Any]:
+    """Keywords of a model's forward that tell its attention layers the layout of the batch."""
+    return {"cu_seq_lens_q": layout}
+
+
+def count_targets(batch: Mapping[str, Any]) -> Tensor:
+    """Number of targets in a global batch whose documents it says itself: what its loss is divided by."""
+    rows, size = _shape(batch)
+    labels = _stream("labels", batch["labels"], rows, size)
+    return (shifted_labels(labels, documents_of(batch, rows, size)) != IGNORE_INDEX).sum()
+
+
+def _shape(batch: Mapping[str, Any]) -> tuple[int, int]:
+    """B and S."""
+    ids, embeddings = batch.get("input_ids"), batch.get("inputs_embeds")
+    if (ids is None) == (embeddings is None):
+        raise ValueError(f"batch must hold either input_ids or inputs_embeds, got the keys {sorted(batch)}")
+    if isinstance(ids, Tensor) and ids.dim() in (1, 2):
+        rows, size = torch.atleast_2d(ids).shape
+    elif isinstance(embeddings, Tensor) and embeddings.dim() in (2, 3):
+        rows, size = (1, *embeddings.shape)[-3:-1]
+    else:
+        came = ids if ids is not None else embeddings
+        shape = tuple(came.shape) if isinstance(came, Tensor) else type(came).__name__
+        raise ValueError(f"input_ids must be (B, S) or (S,), inputs_embeds (B, S, hidden), got {shape}")
+    return rows, size
+
+
+def _stream(name: str, value: Any, rows: int, size: int) -> Tensor:
+    """(B, S, ...) or, of one row, (S, ...) -> (T, ...)"""
+    if isinstance(value, Tensor) and tuple(value.shape[:2]) == (rows, size):
+        return value.flatten(0, 1)
+    if isinstance(value, Tensor) and rows == 1 and value.dim() and len(value) == size:
+        return value
+    shape = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
+    raise ValueError(f"{name} must have a row for each token, ({rows}, {size}, ...), got {shape}: it cannot be cut")
+
+
+def _shard_positions(layout: Layout, positions: Any, rows: int, size: int) -> Tensor:
+    """(B, S) or (S,) -> (1, t); (axes, B, S) -> (axes, 1, t)"""
+    if not isinstance(positions, Tensor) or positions.dim() not in (1, 2, 3) or positions.shape[-1] != size:
+        shape = tuple(positions.shape) if isinstance(positions, Tensor) else type(positions).__name__
+        raise ValueError(f"position_ids must be ({rows}, {size}) or (axes, {rows}, {size}), got {shape}")
+    positions = positions.expand(*positions.shape[:-2], rows, size)
+    return layout.shard(positions.flatten(-2), dim=-1).unsqueeze(-2)

@@ -1,0 +1,202 @@
+"""`parallelize`: a transformers model attends over the ranks of a mesh, until `Handle.undo`."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import nn
+from torch.utils.hooks import RemovableHandle
+
+from ringattn.compiled import compiled_calls, reset_compiled_calls
+from ringattn.hf.attention import attend, features_of
+from ringattn.hf.keywords import check_keywords
+from ringattn.hf.loss import GlobalLoss
+from ringattn.hf.masks import note_mask
+from ringattn.hf.support import LengthLimit, check_model, length_limits, text_model
+from ringattn.parallel.mesh import SequenceMesh
+
+# Only "ringattn" works: transformers treats names that hold "flash" or "/" in ways of its own.
+NAME = "ringattn"
+OPTIONS = frozenset({"scheme", "backend", "stages", "keep_keys", "wide_reduce", "memory_limit", "deterministic"})
+
+
+@dataclass(eq=False)
+class Handle:
+    """What `parallelize` did to a model.
+
+    Arguments:
+        layers: attention layers that the configuration says there are.
+        calls: attention calls of each layer module in the forward pass that is being verified, the first one.
+        asked: for each layer index the features (window, chunk, softcap, sinks) of its calls so far.
+        without: features to leave out, by layer index: to see that they count. For checks only.
+        verified: a forward pass ran in which every attention layer called exactly once.
+    """
+
+    model: Any = field(repr=False)
+    mesh: SequenceMesh
+    options: dict[str, Any]
+    layers: int
+    limits: list[LengthLimit]
+    calls: dict[str, int] = field(default_factory=dict)
+    asked: dict[int, frozenset[str]] = field(default_factory=dict)
+    without: dict[int, tuple[str, ...]] = field(default_factory=dict)
+    verified: bool = False
+    _implementation: str = ""
+    _loss: Callable[..., Any] | None = field(default=None, repr=False)
+    _hooks: list[RemovableHandle] = field(default_factory=list, repr=False)
+
+    @property
+    def layers_seen(self) -> int:
+        """Attention layers that came through ringattn."""
+        return len(self.calls)
+
+    def note(self, module: nn.Module, options: dict[str, Any]) -> None:
+        """An attention layer calls."""
+        if self.verified:
+            return
+        index = getattr(module, "layer_idx", None)
+        key = f"layer {index}" if index is not None else f"{type(module).__name__} {id(module)}"
+        self.calls[key] = self.calls.get(key, 0) + 1
+        if isinstance(index, int):
+            self.asked[index] = self.asked.get(index, frozenset()) | features_of(options)
+
+    def verify(self, compiled: int = 0) -> None:
+        """Raises NotImplementedError if attention did not run here once per layer: some models ignore its name.
+
+        Arguments:
+            compiled: calls from inside of compiled layers, which are counted but not told apart.
+        """
+        name = type(self.model).__name__
+        ran = len(self.calls) + compiled
+        if ran != self.layers:
+            raise NotImplementedError(
+                f"{name} ran {ran} of its {self.layers} attention layers through ringattn: its attention cannot be "
+                "replaced"
+            )
+        if several := {key: count for key, count in self.calls.items() if count != 1}:
+            raise NotImplementedError(f"{name} called attention more than once in a forward pass: {several}")
+        self.verified = True
+
+    def undo(self) -> None:
+        """Give the model its own attention, mask and loss back. Without effect the second time."""
+        model = self.model
+        if model.__dict__.get("_ringattn") is not self:
+            return
+        for hook in self._hooks:
+            hook.remove()
+        if self._loss is not None:
+            model.loss_function = self._loss
+        else:
+            model.__dict__.pop("_loss_function", None)
+        for module in model.modules():
+            module.__dict__.pop("_ringattn", None)
+        _set_attention(model, self._implementation)
+
+
+def parallelize(model: Any, mesh: SequenceMesh, **options: Any) -> Handle:
+    """Make a transformers model attend over the sequence ranks of `mesh`, in place.
+
+    Its `loss` becomes the mean over all targets of the global batch, the same number on every rank. The
+    gradient is scaled so that the *average* of the parameters' gradients over all ranks, which FSDP, DDP and DeepSpeed
+    take, is the gradient of that mean. Of a multimodal model the text decoder alone is changed: give it the embeddings
+    of the global batch (`inputs_embeds`), images included.
+
+    Arguments:
+        model: a decoder from transformers whose attention goes through its AttentionInterface; also inside of PEFT,
+            DistributedDataParallel or torch.compile.
+        options: keywords of `parallel_attention`: scheme, backend, stages, keep_keys, wide_reduce, memory_limit,
+            deterministic.
+
+    Returns: a `Handle`; after the first forward pass it has verified that every attention layer came here once.
+    Raises NotImplementedError naming what the model has that is not supported.
+    """
+    from transformers import AttentionInterface, AttentionMaskInterface
+
+    model = unwrapped(model)
+    before: Any = getattr(model, "_ringattn", None)
+    if before is not None:
+        raise ValueError(f"model was parallelized already, on {before.mesh}; its handle's undo() reverts that")
+    if not isinstance(mesh, SequenceMesh):
+        raise ValueError(f"mesh must come from init_mesh, got {type(mesh).__name__}")
+    if unknown := set(options) - OPTIONS:
+        raise TypeError(f"parallelize got unknown options {sorted(unknown)}; it takes {sorted(OPTIONS)}")
+    layers = check_model(model)
+    handle = Handle(model, mesh, options, layers, length_limits(model.config.get_text_config()))
+    AttentionInterface.register(NAME, attend)
+    AttentionMaskInterface.register(NAME, note_mask)
+    handle._implementation = model.config.get_text_config()._attn_implementation
+    handle._loss = model.__dict__.get("_loss_function")
+    for module in [model, *text_model(model).modules()]:
+        module._ringattn = handle
+    try:
+        _set_attention(model, NAME)
+        if model.config.get_text_config()._attn_implementation != NAME:
+            raise NotImplementedError(f"{type(model).__name__} does not let its attention be replaced")
+        model.loss_function = GlobalLoss(model.loss_function, mesh)
+        handle._hooks.append(model.register_forward_pre_hook(_before_forward, with_kwargs=True))
+        handle._hooks.append(model.register_forward_hook(_after_forward, with_kwargs=True))
+    except BaseException:
+        handle.undo()
+        raise
+    return handle
+
+
+def unwrapped(model: Any) -> Any:
+    """The transformers model inside of PEFT, a data-parallel wrapper or torch.compile."""
+    from transformers import PreTrainedModel
+
+    outer = type(model).__name__
+    while not isinstance(model, PreTrainedModel):
+        if hasattr(model, "get_base_model"):
+            model = model.get_base_model()
+        elif isinstance(inner := getattr(model, "_orig_mod", getattr(model, "module", None)), nn.Module):
+            model = inner
+        else:
+            raise ValueError(f"model must be a transformers PreTrainedModel, got {outer}")
+    return model
+
+
+def _set_attention(model: Any, name: str) -> None:
+    """In the text decoder alone: a vision tower keeps its own."""
+    wanted: Any = name
+    for key in reversed(_path_to(model.config, model.config.get_text_config())):
+        wanted = {key: wanted}
+    model.set_attn_implementation(wanted)
+
+
+def _path_to(config: Any, wanted: Any) -> list[str]:
+    """Keys of sub-configurations that lead from `config` to `wanted`."""
+    if config is wanted:
+        return []
+    for key in config.sub_configs:
+        inner = getattr(config, key, None)
+        if inner is not None and (inner is wanted or _contains(inner, wanted)):
+            return [key, *_path_to(inner, wanted)]
+    raise NotImplementedError(f"{type(config).__name__} does not list its {type(wanted).__name__} as a sub-config")
+
+
+def _contains(config: Any, wanted: Any) -> bool:
+    inner = [getattr(config, key, None) for key in config.sub_configs]
+    return any(part is wanted or (part is not None and _contains(part, wanted)) for part in inner)
+
+
+def _before_forward(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    """Check the keywords. The handle is the model's own, since hooks go along when a model is copied."""
+    handle: Handle = model._ringattn
+    layout = check_keywords(handle, args, kwargs)
+    model.loss_function.called = False
+    if not handle.verified:
+        handle.calls.clear()
+        reset_compiled_calls(layout)
+
+
+def _after_forward(model: Any, args: Any, kwargs: dict[str, Any], output: Any) -> None:
+    """Verify the first forward pass, and that every loss came from here."""
+    handle: Handle = model._ringattn
+    if not handle.verified:
+        handle.verify(compiled_calls(kwargs["cu_seq_lens_q"]))
+    if kwargs.get("labels") is not None and not model.loss_function.called:
+        raise NotImplementedError(
+            f"{type(model).__name__} computes its loss itself, on a rank's tokens alone: leave labels out of its "
+            "keywords and compute the loss from logits and shift_labels"
+        )

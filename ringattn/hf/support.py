@@ -1,0 +1,143 @@
+"""Which models can be exact: what a model's configuration and layers need, checked before anything is installed.
+
+A refusal is a NotImplementedError with the model's name and what it has. A model on the meta device is enough.
+"""
+
+import inspect
+import re
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+
+LAYER_TYPES = frozenset({"full_attention", "sliding_attention", "chunked_attention"})
+# Heads that treat each token alone. Others pool over a sequence, of which a rank sees a part.
+HEADS = ("Model", "ForCausalLM", "LMHeadModel", "ForConditionalGeneration", "ForImageTextToText")
+# Layers that carry something from token to token, by a part of their class's name.
+RECURRENT = re.compile("Mamba|Recurrent|Rwkv|SSM|DeltaNet|LinearAttention|LightningAttention|ShortConv")
+# Attention layers that count positions themselves, and what is done about it.
+COUNTING = {"Llama4TextAttention": "see length_limits"}
+
+
+@dataclass(frozen=True)
+class LengthLimit:
+    """A feature that changes with the length of what one call sees, and so would differ between ranks.
+
+    Arguments:
+        name: the key of the configuration.
+        longest: documents of at most this many tokens do not touch it.
+        local: so does a rank's share of tokens (True), whatever its documents.
+    """
+
+    name: str
+    longest: int
+    local: bool = False
+
+
+def check_model(model: Any) -> int:
+    """The number of attention layers of a transformers model, which may be on the meta device.
+
+    Raises NotImplementedError naming what is not supported.
+    """
+    name = type(model).__name__
+    config = model.config.get_text_config()
+    if model.config.is_encoder_decoder:
+        raise NotImplementedError(f"{name} is an encoder-decoder; only decoders are supported")
+    layer_types = getattr(config, "layer_types", None) or ["full_attention"] * config.num_hidden_layers
+    if other := sorted(set(layer_types) - LAYER_TYPES):
+        raise NotImplementedError(
+            f"{name} has layers of type {', '.join(other)}, which cannot be split over a sequence"
+        )
+    text = text_model(model)
+    for path, layer in text.named_modules():
+        kind = type(layer).__name__
+        if isinstance(layer, nn.Conv1d | nn.RNNBase) or RECURRENT.search(kind):
+            raise NotImplementedError(
+                f"{name} has {kind} at {path}, which carries something from token to token and cannot be split over a "
+                "sequence"
+            )
+    if not text._supports_attention_backend or not model._supports_attention_backend:
+        raise NotImplementedError(f"{name} computes its attention itself, outside transformers' AttentionInterface")
+    if not name.endswith(HEADS):
+        raise NotImplementedError(
+            f"{name} has a head that may look at a whole sequence; supported are heads that treat each token alone: "
+            f"*{', *'.join(HEADS)}"
+        )
+    _check_config(name, config)
+    _check_positions(name, text)
+    return len(layer_types)
+
+
+def text_model(model: Any) -> Any:
+    """The module of a multimodal model that holds the decoder of its text configuration; else the model itself."""
+    config = model.config.get_text_config()
+    if config is model.config:
+        return model
+    from transformers import PreTrainedModel
+
+    found = [part for part in model.modules() if isinstance(part, PreTrainedModel) and part.config is config]
+    if not found:
+        raise NotImplementedError(f"{type(model).__name__} has no module for its {type(config).__name__}")
+    return found[0]
+
+
+def length_limits(config: Any) -> list[LengthLimit]:
+    """The limits of a text model's configuration: within them a rank computes what one process would."""
+    limits = []
+    for parameters in _rope_parameters(config):
+        kind = parameters.get("rope_type", parameters.get("type"))
+        if kind == "longrope" or (isinstance(kind, str) and "dynamic" in kind):
+            key = "original_max_position_embeddings"
+            longest = parameters.get(key) or getattr(config, key, None) or config.max_position_embeddings
+            limits.append(LengthLimit(f"rope_type={kind!r}", int(longest)))
+    if getattr(config, "attn_temperature_tuning", False):
+        # scaled by floor((position + 1) / floor_scale), positions counted in what the call sees
+        limits.append(LengthLimit("attn_temperature_tuning", int(config.floor_scale) - 1, local=True))
+    return limits
+
+
+def _rope_parameters(config: Any) -> list[dict[str, Any]]:
+    """The rotary settings of a configuration: one dictionary, or one for each layer type."""
+    parameters = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {}
+    nested = [value for value in parameters.values() if isinstance(value, dict)]
+    return nested if nested else [parameters]
+
+
+def _check_config(name: str, config: Any) -> None:
+    """Keys that ask for something which depends on more than one token, or on how many there are."""
+    if getattr(config, "add_cross_attention", False) or getattr(config, "cross_attention_layers", None):
+        raise NotImplementedError(f"{name} has cross attention (to an encoder or to images), which is not supported")
+    if getattr(config, "output_router_logits", False):
+        raise NotImplementedError(
+            f"{name} has output_router_logits=True: the auxiliary loss of its router is a product of means over all "
+            "tokens, of which a rank sees a part; set it to False"
+        )
+    if getattr(config, "output_attentions", False):
+        raise NotImplementedError(f"{name} has output_attentions=True: flash attention never forms that matrix")
+    if getattr(config, "alibi", False) or getattr(config, "use_alibi", False):
+        raise NotImplementedError(f"{name} has alibi=True: an additive bias on the scores is not supported")
+
+
+def _check_positions(name: str, text: Any) -> None:
+    """Positions must come from outside: a rank's tokens are anywhere in their documents."""
+    inner = text.base_model if hasattr(text, "base_model") else text
+    if "position_ids" not in inspect.signature(inner.forward).parameters:
+        raise NotImplementedError(f"{name} takes no position_ids: it counts the positions of a rank's tokens from 0")
+    for path, layer in text.named_modules():
+        kind = type(layer).__name__
+        if hasattr(layer, "create_position_ids_from_input_ids"):
+            raise NotImplementedError(
+                f"{name} counts positions in {kind} at {path} from the padding id + 1 (as RoBERTa does), which is not "
+                "supported"
+            )
+        if "Attention" in kind and kind not in COUNTING and "arange(" in _source(type(layer).forward):
+            raise NotImplementedError(
+                f"{name} counts positions in {kind} at {path}, from 0 on every rank; they must come from position_ids"
+            )
+
+
+def _source(function: Any) -> str:
+    try:
+        return inspect.getsource(function)
+    except (OSError, TypeError):
+        return ""

@@ -1,0 +1,57 @@
+"""The families of the conformance matrix, as tiny random models: a model type and what differs from its defaults."""
+
+from functools import cache
+from typing import Any
+
+WINDOW = {"sliding_window": 5}
+GQA = {"num_key_value_heads": 2}  # where the default has as many key heads as query heads
+FAMILIES: dict[str, dict[str, Any]] = {
+    "llama": GQA,
+    "qwen3": GQA,
+    "qwen3_moe": {},
+    "qwen2": GQA | WINDOW | {"use_sliding_window": True, "layer_types": None},
+    "qwen2_moe": GQA | WINDOW | {"use_sliding_window": True, "layer_types": None},
+    "mistral": {},
+    "phi3": GQA | WINDOW,
+    "phimoe": WINDOW,
+    "starcoder2": WINDOW,
+    "mixtral": WINDOW,
+    "gemma2": {},
+    "vaultgemma": {},
+    "gemma3_text": {},
+    "gemma4_text": {},
+    "olmo2": GQA,
+    "olmo3": GQA,
+    "cohere2": GQA,
+    "exaone4": GQA,
+    "modernbert-decoder": {},
+    "gpt_oss": {},
+    "granite_swa": {},
+    "mimo_v2_flash": {},
+    "deepseek_v2": {"num_experts_per_tok": 2, "first_k_dense_replace": 1},
+    "deepseek_v3": {},
+    "llama4_text": {},
+    "smollm3": {},
+    "glm4": {},
+    "granite": GQA,
+    "gpt2": {},
+    "gpt_neox": {},
+    "opt": {},
+}
+# Meshes as (ring, ulysses, policy, scheme).
+MESHES: dict[str, tuple[int, int, str, str]] = {
+    "1 rank": (1, 1, "auto", "auto"),
+    "ring 2": (2, 1, "contiguous", "ring"),
+    "zigzag 2": (2, 1, "zigzag", "auto"),
+    "ulysses 2": (1, 2, "auto", "ulysses"),
+    "hybrid 2×2": (2, 2, "contiguous", "hybrid"),
+    "empty rank": (2, 1, "balanced", "gather"),  # its cuts are rounded to 128 tokens, and there are 32
+}
+
+
+@cache
+def model_of(family: str) -> Any:
+    """The family's tiny model; kept, so who changes it must change it back."""
+    from ringattn.hf.tiny import read_config, tiny_config, tiny_model
+
+    return tiny_model(tiny_config(read_config(family), **FAMILIES[family]))

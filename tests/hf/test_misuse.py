@@ -1,0 +1,199 @@
+"""What a parallelized model refuses, by name and before any communication."""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+
+from ringattn import Documents
+from ringattn.hf import parallelize, shard_batch
+from ringattn.hf.tiny import read_config, tiny_config, tiny_model
+from tests.hf.families import FAMILIES
+from tests.parallel.ranks import mesh_of
+from tests.pool import Pools
+
+transformers = pytest.importorskip("transformers")
+IDS = torch.arange(1, 9)[None]
+
+
+def fresh(family: str = "llama", **changes: Any) -> Any:
+    return tiny_model(tiny_config(read_config(family), **FAMILIES[family], **changes))
+
+
+def good() -> dict[str, Any]:
+    return shard_batch({"input_ids": IDS, "labels": IDS}, Documents([5, 3]), mesh_of(1, 1))
+
+
+def called(**changes: Any) -> Callable[[Any], Any]:
+    """A forward pass with keywords of a good batch changed; None takes one away."""
+
+    def call(model: Any) -> Any:
+        keywords = good() | changes
+        return model(**{name: value for name, value in keywords.items() if value is not None})
+
+    return call
+
+
+CALLS: dict[str, tuple[Callable[[Any], Any], type[Exception], str]] = {
+    "no layout": (called(cu_seq_lens_q=None), ValueError, "shard_batch"),
+    "cu_seqlens": (called(cu_seq_lens_q=torch.tensor([0, 5, 8])), ValueError, "got cu_seq_lens_q=a tensor"),
+    "2-D mask": (called(attention_mask=torch.ones(1, 8)), ValueError, "attention_mask must be None"),
+    "4-D mask": (called(attention_mask=torch.ones(1, 1, 8, 8)), ValueError, r"None, got .*\(1, 1, 8, 8\)"),
+    "cache": (called(use_cache=True), ValueError, "use_cache must be False"),
+    "past": (
+        called(past_key_values=transformers.DynamicCache()),
+        NotImplementedError,
+        r"KV caches .* handle.undo\(\)",
+    ),
+    "generate": (lambda model: model.generate(IDS, max_new_tokens=2), ValueError, r"handle.undo\(\)"),
+    "attentions": (called(output_attentions=True), NotImplementedError, "output_attentions"),
+    "router logits": (called(output_router_logits=True), NotImplementedError, "auxiliary loss of a router"),
+    "keyword": (called(sofcap=1.0), TypeError, "sofcap"),
+    "bias": (called(position_bias=torch.zeros(1)), NotImplementedError, "position_bias: an additive bias"),
+    "batch": (called(input_ids=IDS.repeat(2, 1)), ValueError, "a batch size of 1, got"),
+    "whole ids": (called(input_ids=torch.arange(16)[None]), ValueError, r"8 tokens in one row.*\(1, 16\)"),
+    "no positions": (called(position_ids=None), ValueError, "position_ids are missing"),
+    "positions": (called(position_ids=torch.arange(4)[None]), ValueError, r"position_ids must be \(1, 8\)"),
+    "labels alone": (called(shift_labels=None), ValueError, "labels need shift_labels"),
+    "no count": (called(num_items_in_batch=None), ValueError, "labels need .* num_items_in_batch"),
+    "last logits": (called(logits_to_keep=1), ValueError, "logits_to_keep"),
+    "images": (called(pixel_values=torch.zeros(1, 3, 8, 8)), NotImplementedError, "inputs_embeds"),
+    "twice": (lambda model: parallelize(model, mesh_of(1, 1)), ValueError, "parallelized already"),
+    "inner model": (lambda model: model.model(input_ids=IDS, use_cache=False), ValueError, "shard_batch"),
+}
+
+
+def misused(name: str) -> None:
+    model = fresh()
+    parallelize(model, mesh_of(1, 1))
+    CALLS[name][0](model)
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_calls(pool: Pools, name: str) -> None:
+    _, error, words = CALLS[name]
+    with pytest.raises(error, match=words):
+        pool(1).run(misused, name)
+
+
+MODELS: dict[str, tuple[Callable[[], Any], dict[str, Any], type[Exception], str]] = {
+    "no model": (lambda: torch.nn.Linear(2, 2), {}, ValueError, "got Linear"),
+    "option": (fresh, {"shceme": "ring"}, TypeError, "shceme"),
+    "classifier": (
+        lambda: transformers.LlamaForSequenceClassification(fresh().config),
+        {},
+        NotImplementedError,
+        "LlamaForSequenceClassification has a head that may look at a whole sequence",
+    ),
+    "router loss": (
+        lambda: fresh("mixtral", output_router_logits=True),
+        {},
+        NotImplementedError,
+        "output_router_logits=True",
+    ),
+    "cross attention": (lambda: fresh("gpt2", add_cross_attention=True), {}, NotImplementedError, "cross attention"),
+}
+
+
+def parallelized(name: str) -> None:
+    make, options, *_ = MODELS[name]
+    parallelize(make(), mesh_of(1, 1), **options)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_models(pool: Pools, name: str) -> None:
+    *_, error, words = MODELS[name]
+    with pytest.raises(error, match=words):
+        pool(1).run(parallelized, name)
+
+
+def dropout() -> None:
+    model = fresh(attention_dropout=0.1)
+    parallelize(model, mesh_of(1, 1))
+    model(**good())  # evaluation has no dropout
+    model.train()
+    model(**good())
+
+
+def test_attention_dropout(pool: Pools) -> None:
+    with pytest.raises(NotImplementedError, match=r"LlamaAttention asks for an attention dropout of 0.1"):
+        pool(1).run(dropout)
+
+
+LIMITS: dict[str, tuple[str, dict[str, Any], str]] = {
+    "dynamic": (
+        "llama",
+        {"rope_parameters": {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}, "max_position_embeddings": 8},
+        "rope_type='dynamic' .* exact up to 8 tokens, got 9",
+    ),
+    "longrope": (
+        "phi3",
+        {
+            "rope_parameters": {
+                "rope_type": "longrope",
+                "short_factor": [1.0] * 8,
+                "long_factor": [4.0] * 8,
+                "rope_theta": 1e4,
+                "original_max_position_embeddings": 8,
+            },
+            "original_max_position_embeddings": 8,
+        },
+        "rope_type='longrope' .* exact up to 8 tokens, got 9",
+    ),
+    "temperature": ("llama4_text", {"floor_scale": 9}, "attn_temperature_tuning .* exact up to 8 tokens, got 9"),
+}
+
+
+def limited(name: str, tokens: int) -> None:
+    family, changes, _ = LIMITS[name]
+    model = fresh(family, **changes)
+    parallelize(model, mesh_of(1, 1))
+    model(**shard_batch({"input_ids": torch.arange(3, 3 + tokens)[None]}, None, mesh_of(1, 1)))
+
+
+@pytest.mark.parametrize("name", LIMITS)
+def test_what_depends_on_the_length_of_a_call(pool: Pools, name: str) -> None:
+    pool(1).run(limited, name, 8)
+    with pytest.raises(NotImplementedError, match=LIMITS[name][2]):
+        pool(1).run(limited, name, 9)
+
+
+def contradiction(kind: str) -> None:
+    model = fresh("mistral")
+    parallelize(model, mesh_of(1, 1))
+    for layer in model.model.layers:
+        if kind == "window":
+            layer.self_attn.sliding_window = 4
+            layer.self_attn.config.sliding_window = 4
+        else:
+            layer.self_attn.is_causal = False
+    if kind == "window":  # the keyword is read from the configuration, the mask was too: make it another one
+        model.model.config = type(model.config)(**{**model.config.to_dict(), "sliding_window": 5})
+        model.model.config._attn_implementation = "ringattn"
+    model(**good())
+
+
+@pytest.mark.parametrize("kind", ["window", "causal"])
+def test_mask_and_keywords_that_disagree(pool: Pools, kind: str) -> None:
+    with pytest.raises(NotImplementedError, match="MistralAttention contradicts itself"):
+        pool(1).run(contradiction, kind)
+
+
+def custom_mask(kind: str) -> None:
+    from transformers import masking_utils
+
+    model = fresh()
+    parallelize(model, mesh_of(1, 1))
+    keywords: dict[str, Any] = {
+        "or": {"or_mask_function": lambda b, h, q, k: k < 3},
+        "and": {"and_mask_function": lambda b, h, q, k: k < 3},
+        "blocks": {"block_sequence_ids": torch.zeros(1, 8, dtype=torch.int64)},
+    }[kind]
+    masking_utils.create_causal_mask(model.config, torch.zeros(1, 8, 64), None, None, **keywords)
+
+
+@pytest.mark.parametrize("kind", ["or", "and", "blocks"])
+def test_custom_masks(pool: Pools, kind: str) -> None:
+    with pytest.raises(NotImplementedError, match="asks for a"):
+        pool(1).run(custom_mask, kind)

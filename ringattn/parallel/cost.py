@@ -50,6 +50,8 @@ class Machine:
         copy_bandwidth: bytes read and written per second by copies on the device.
         merge_bandwidth: bytes read and written per second when partial results are merged or added.
         copy_seconds: fixed cost of a small operation between kernels: a copy, a merge.
+        host_pass, host_call, host_message: seconds that the host takes to issue a pass or one of its stages, a kernel
+            call, and a message; `host_seconds` adds them up. 0: never the bottleneck.
         provenance: where the numbers come from: "origin" ("shipped" or "measured"), "hardware", "versions", "date" and
             what else there is to know.
     """
@@ -62,6 +64,9 @@ class Machine:
     merge_bandwidth: float
     copy_seconds: float
     provenance: Mapping[str, Any] = field(default_factory=dict)
+    host_pass: float = 0.0
+    host_call: float = 0.0
+    host_message: float = 0.0
 
     @cached_property
     def digest(self) -> str:
@@ -83,7 +88,7 @@ class Machine:
     def to_json(self) -> str:
         fields = {
             **{name: getattr(self, name) for name in ("name", "gpus_per_node", "copy_bandwidth", "merge_bandwidth")},
-            "copy_seconds": self.copy_seconds,
+            **{name: getattr(self, name) for name in ("copy_seconds", "host_pass", "host_call", "host_message")},
             "links": {"/".join(key): asdict(link) for key, link in sorted(self.links.items())},
             "rates": [rate.as_json() for rate in self.rates],
             "provenance": dict(self.provenance),
@@ -123,7 +128,7 @@ class StageCost:
 
 @dataclass(frozen=True)
 class DirectionCost:
-    """One pass of one rank: seconds of compute, of wire, and of wire that no compute hides."""
+    """One pass of one rank: seconds of compute, of wire, and of waiting for wire that nothing hides or for the host."""
 
     compute: float
     wire: float
@@ -296,13 +301,10 @@ def rank_cost(machine: Machine, plan: AttentionPlan, shape: Shape, primitive: st
             machine, plan.exchange, plan.ring_rank, shape, backward, plan.wide_reduce
         )
         exposed = float((backward_timeline if backward else forward_timeline)(stages))
-        directions.append(
-            DirectionCost(
-                compute=sum(stage.compute for stage in stages) + float(disturbed(stages, exposed)) + exchange_copies,
-                wire=sum(stage.cast + stage.reduce for stage in stages) + exchange_wire,
-                exposed=exposed + exchange_wire,
-            )
-        )
+        compute = sum(stage.compute for stage in stages) + float(disturbed(stages, exposed)) + exchange_copies
+        waiting = max(exposed + exchange_wire, _host(machine, walked, backward) - compute)
+        wire = sum(stage.cast + stage.reduce for stage in stages) + exchange_wire
+        directions.append(DirectionCost(compute, wire, waiting))
     return PlanCost(directions[0], directions[1], plan.buffer_bytes(shape))
 
 
@@ -314,6 +316,26 @@ def plan_cost(machine: Machine, plans: Sequence[AttentionPlan], shape: Shape, pr
         max((cost.backward for cost in costs), key=lambda cost: cost.seconds),
         max(cost.buffer_bytes for cost in costs),
     )
+
+
+def host_seconds(machine: Machine, stages: Any, calls: Any, messages: Any, backward: bool) -> Any:
+    """Seconds that the host takes to issue a pass: one thread launches everything, and no pass is faster than it.
+
+    The backward pass casts again, returns gradients, and its kernels come with small ones around them: three times.
+
+    Arguments:
+        stages: those with transfers; an exchange counts as two.
+        messages: sent and received, of keys and values together.
+    """
+    once = machine.host_pass * (1 + stages) + machine.host_call * calls + machine.host_message * 2 * messages
+    return once * (3 if backward else 1)
+
+
+def _host(machine: Machine, plan: AttentionPlan, backward: bool) -> float:
+    later = len(plan.stages) - 1 + 2 * (plan.exchange is not None)
+    calls = sum(len(stage.calls) for stage in plan.stages)
+    messages = sum(len(stage.sends) + len(stage.receives) for stage in plan.stages)
+    return float(host_seconds(machine, later, calls, messages, backward))
 
 
 def disturbed(stages: Sequence[StageCost], exposed: Any) -> Any:

@@ -92,6 +92,9 @@ def largest_pair(rows: Sequence[Any]) -> Any:
     return reduce(np.maximum, pairs) if pairs else 0
 
 
+DIRECT_SEGMENTS = 4  # up to this many runs between two ranks travel as they lie; more are packed into one message
+
+
 @dataclass(frozen=True)
 class Message:
     """Key rows for (or from) one ring rank: the rows of `ranges`, end to end, as one transfer."""

@@ -21,9 +21,10 @@ from ringattn.parallel.cost import (
     disturbed,
     exchange_seconds,
     forward_timeline,
+    host_seconds,
 )
 from ringattn.parallel.demand import Demand, per
-from ringattn.parallel.plan import Exchange, Shape, StageRows, exchange_bytes, largest_pair
+from ringattn.parallel.plan import DIRECT_SEGMENTS, Exchange, Shape, StageRows, exchange_bytes, largest_pair
 from ringattn.parallel.rates import BlockTable, Floats, Ints
 
 
@@ -165,11 +166,14 @@ class Pricer:
         ]
         exposed = (backward_timeline if backward else forward_timeline)(stages) + np.zeros(len(local))
         wire, copies = exchange_seconds(machine, setting.exchange, 0, setting.shape, backward, setting.wide_reduce)
+        compute = local + later.sum(0) + disturbed(stages, exposed) + copies
+        transfers = len(later) + 2 * (setting.exchange is not None)
+        host = host_seconds(machine, transfers, self._calls + np.sign(len(later)), self._messages, backward)
         return Price(
             candidate,
-            compute=local + later.sum(0) + disturbed(stages, exposed) + copies,
+            compute=compute,
             wire=cast.sum(0) + reduce.sum(0) + wire,
-            exposed=exposed + wire,
+            exposed=np.maximum(exposed + wire, host - compute),
             bytes=room[0],
             pair_share=room[1],
         )
@@ -206,6 +210,22 @@ class Pricer:
         some = reader != holder
         reader, holder, rows = reader[some], holder[some], rows[some]
         return reader, holder, rows, (holder - reader) % positions, (nodes[reader] != nodes[holder]).astype(np.int64)
+
+    @cached_property
+    def _messages(self) -> Ints:
+        """Messages that each position sends and receives, as the planner joins those of a pair."""
+        positions = self.demand.positions
+        reader, holder, *_ = self._remote
+        pairs, counts = np.unique(reader * positions + holder, return_counts=True)
+        counts = np.where(counts > DIRECT_SEGMENTS, 1, counts)
+        return per(pairs // positions, counts, positions) + per(pairs % positions, counts, positions)
+
+    @cached_property
+    def _calls(self) -> Ints:
+        """Kernel calls of each position, about: one for each kind of block."""
+        most = np.zeros(self.demand.positions, dtype=np.int64)
+        np.maximum.at(most, self.demand.position, self.demand.ordinal + 1)
+        return most
 
     @cached_property
     def _copied(self) -> Floats:

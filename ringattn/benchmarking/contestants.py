@@ -72,7 +72,8 @@ class Ours:
     def enter(self, problem: Problem) -> Entry:
         mask = problem.workload.mask
         start = time.perf_counter()
-        layout = Layout(problem.workload.docs, self.mesh, mask=mask)
+        heads = problem.heads.query, problem.heads.key
+        layout = Layout(problem.workload.docs, self.mesh, mask=mask, heads=heads, head_dim=problem.heads.dim)
         plan = plan_attention(layout, mask, problem.heads.query, problem.heads.key, self.scheme)
         planning = (time.perf_counter() - start) * 1e3
         leaves, dout = problem.inputs(layout)
@@ -94,14 +95,16 @@ class Ours:
             job = replace(job, ring=job.ring and Silent(), ulysses=job.ulysses and Silent())
             torch.autograd.grad(run(job, *leaves, None)[0], leaves, dout)
 
-        return Entry(layout, forward, both, silent, planning, [*leaves, dout], _choice(plan))
+        return Entry(layout, forward, both, silent, planning, [*leaves, dout], _choice(plan, layout.mesh))
 
 
-def _choice(plan: AttentionPlan) -> str:
-    parts = ["exchange"] if plan.exchange is not None else []
-    if len(plan.stages) > 1:
-        parts.append(plan.schedule if plan.schedule == "gather" else f"{plan.schedule} of {len(plan.stages)} stages")
-    return ", ".join(parts) or plan.schedule
+def _choice(plan: AttentionPlan, mesh: MeshShape) -> str:
+    """Degrees, and the schedules of the forward and, if another, of the backward pass."""
+    names = dict.fromkeys(
+        one.schedule if one.schedule != "ring" else f"ring of {len(one.stages)} stages"
+        for one in (plan, plan.backward or plan)
+    )
+    return f"{mesh.ring} × {mesh.ulysses} {'/'.join(names)}"
 
 
 class PlainUlysses:
@@ -190,41 +193,45 @@ class _Kernel(torch.autograd.Function):
 
 
 def contestants(names: Sequence[str] | None, peers: bool) -> list[Contestant]:
-    """By name, `<scheme>:<ring>x<ulysses>`, or with None every scheme on every mesh of all ranks. Collective.
+    """By name, or with None every scheme on every mesh of all ranks. Collective.
+
+    A name is `<scheme>:<ring>x<ulysses>`, or `auto:<ranks>` for degrees that every layout chooses.
 
     Raises ValueError for a name that is none, or degrees that do not make up the world.
     """
     ranks = dist.get_world_size()
-    meshes: dict[tuple[int, int], SequenceMesh] = {}
-
-    def mesh(ring: int, ulysses: int) -> SequenceMesh:
-        if (ring, ulysses) not in meshes:
-            meshes[ring, ulysses] = init_mesh(data=1, ring=ring, ulysses=ulysses)
-        return meshes[ring, ulysses]
+    free = init_mesh(data=1, sequence=ranks)
+    meshes = {(mesh.ring, mesh.ulysses): mesh for mesh in free.alternatives if isinstance(mesh, SequenceMesh)}
 
     found: list[Contestant] = []
     for name in names or every_name(ranks):
-        scheme, ring, ulysses = parse(name, ranks)
-        found.append(Ours(name, mesh(ring, ulysses), scheme))
+        scheme, degrees = parse(name, ranks)
+        found.append(Ours(name, free if degrees is None else meshes[degrees], scheme))
     if peers:
-        found.append(PlainUlysses(mesh(1, ranks)))
+        found.append(PlainUlysses(meshes[1, ranks]))
     return found
 
 
 def every_name(ranks: int) -> list[str]:
     """Names of all schemes on all meshes of `ranks` ranks."""
     inner = [u for u in range(2, ranks) if ranks % u == 0]
-    ring = [f"{scheme}:{ranks}x1" for scheme in ("auto", "gather", "ring")] if ranks > 1 else ["auto:1x1"]
-    return [*ring, *(f"hybrid:{ranks // u}x{u}" for u in inner), *([f"ulysses:1x{ranks}"] if ranks > 1 else [])]
+    if ranks == 1:
+        return ["auto:1"]
+    ring = [f"{scheme}:{ranks}x1" for scheme in ("auto", "gather", "ring")]
+    return [f"auto:{ranks}", *ring, *(f"hybrid:{ranks // u}x{u}" for u in inner), f"ulysses:1x{ranks}"]
 
 
-def parse(name: str, ranks: int) -> tuple[str, int, int]:
-    """Scheme, ring and ulysses degree of a name. Raises ValueError."""
+def parse(name: str, ranks: int) -> tuple[str, tuple[int, int] | None]:
+    """Scheme of a name, and its ring and ulysses degree if it has them. Raises ValueError."""
+    if name == f"auto:{ranks}":
+        return "auto", None
     parts = re.fullmatch(r"(\w+):(\d+)x(\d+)", name)
     if parts is None:
-        raise ValueError(f"a contestant is <scheme>:<ring>x<ulysses>, as in gather:{ranks}x1, got {name!r}")
+        raise ValueError(
+            f"a contestant is auto:{ranks}, or <scheme>:<ring>x<ulysses> as in gather:{ranks}x1, got {name!r}"
+        )
     ring, ulysses = int(parts[2]), int(parts[3])
     if ring * ulysses != ranks:
         raise ValueError(f"the degrees of {name!r} must make up the {ranks} ranks, got {ring} × {ulysses}")
     check_scheme(parts[1], MeshShape(1, ring, ulysses))
-    return parts[1], ring, ulysses
+    return parts[1], (ring, ulysses)

@@ -1,6 +1,7 @@
 """Text in columns, for terminals."""
 
 import textwrap
+from collections.abc import Sequence
 
 WIDTH = 96
 
@@ -10,3 +11,16 @@ def row(label: str, text: str, gap: str = "  ", pad: int = 0) -> list[str]:
     head = f"  {label:<{pad}}{gap if label else ''}"
     lines = textwrap.wrap(text, WIDTH, initial_indent=head, subsequent_indent=" " * len(head), break_on_hyphens=False)
     return [line.rstrip() for line in lines] or [head.rstrip()]
+
+
+def table(rows: Sequence[Sequence[str]], left: int = 0) -> list[str]:
+    """Rows in columns, the first `left` aligned to the left and the others to the right."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return [
+        "  "
+        + "  ".join(
+            cell.ljust(width) if number < left else cell.rjust(width)
+            for number, (cell, width) in enumerate(zip(row, widths, strict=True))
+        ).rstrip()
+        for row in rows
+    ]

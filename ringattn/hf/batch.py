@@ -3,7 +3,7 @@
 B rows of S tokens, T = B · S tokens of the stream, t tokens of this rank.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -25,7 +25,7 @@ def shard_batch(
     docs: Documents | None,
     mesh: SequenceMesh,
     policy: str = "auto",
-    mask: Mask | None = None,
+    mask: Mask | Sequence[tuple[Mask, float]] | None = None,
 ) -> dict[str, Any]:
     """This rank's part of a batch, as keywords of the model. No communication; the batch is the same on every rank.
 
@@ -38,7 +38,7 @@ def shard_batch(
             any other tensor with a row for each token, (B, S, ...), is cut alike.
         docs: the documents of the stream of T tokens, rows end to end. None: they are read from the batch, see
             `ringattn.hf.metadata.documents_of`. What the batch says besides must agree with them.
-        policy, mask: those of `Layout`.
+        policy, mask: those of `Layout`; for a model with several masks pairs (mask, number of layers).
 
     Returns: input_ids, position_ids (1, t), ...; with labels also labels, shift_labels (1, t) and the number of targets
     in the T tokens; and the layout, as `cu_seq_lens_q`: `layout.unshard(logits[0]).view(B, S, -1)` brings logits back.

@@ -202,6 +202,7 @@ class Calibration:
         sent = torch.ones(size, dtype=torch.uint8, device=self.device)
         received = torch.empty_like(sent)
         run = transfer(GroupTransport(group), dist.get_rank(group), ranks, sent, received)
+        dist.barrier(group)
         run()  # opens connections
         times = []
         for _ in range(ROUNDS):

@@ -50,6 +50,8 @@ class Machine:
         copy_bandwidth: bytes read and written per second by copies on the device.
         merge_bandwidth: bytes read and written per second when partial results are merged or added.
         copy_seconds: fixed cost of a small operation between kernels: a copy, a merge.
+        host_pass, host_call, host_message: seconds that the host takes to issue a pass or one of its stages, a kernel
+            call, and a message; `host_seconds` adds them up. 0: never the bottleneck.
         provenance: where the numbers come from: "origin" ("shipped" or "measured"), "hardware", "versions", "date" and
             what else there is to know.
     """
@@ -62,6 +64,9 @@ class Machine:
     merge_bandwidth: float
     copy_seconds: float
     provenance: Mapping[str, Any] = field(default_factory=dict)
+    host_pass: float = 0.0
+    host_call: float = 0.0
+    host_message: float = 0.0
 
     @cached_property
     def digest(self) -> str:
@@ -83,7 +88,7 @@ class Machine:
     def to_json(self) -> str:
         fields = {
             **{name: getattr(self, name) for name in ("name", "gpus_per_node", "copy_bandwidth", "merge_bandwidth")},
-            "copy_seconds": self.copy_seconds,
+            **{name: getattr(self, name) for name in ("copy_seconds", "host_pass", "host_call", "host_message")},
             "links": {"/".join(key): asdict(link) for key, link in sorted(self.links.items())},
             "rates": [rate.as_json() for rate in self.rates],
             "provenance": dict(self.provenance),
@@ -111,17 +116,19 @@ class StageCost:
         cast: seconds on the wire before its keys are there.
         reduce: seconds on the wire to return its key gradients (backward).
         copies: of `compute`, what is not the kernels'.
+        lost: seconds that kernels lose if all of the transfers travel beside them.
     """
 
     compute: Any
     cast: Any = 0.0
     reduce: Any = 0.0
     copies: Any = 0.0
+    lost: Any = 0.0
 
 
 @dataclass(frozen=True)
 class DirectionCost:
-    """One pass of one rank: seconds of compute, of wire, and of wire that no compute hides."""
+    """One pass of one rank: seconds of compute, of wire, and of waiting for wire that nothing hides or for the host."""
 
     compute: float
     wire: float
@@ -188,16 +195,17 @@ def stage_costs(
     for number, stage in enumerate(plan.stages):
         compute = float(calls_seconds(machine, BlockTable.of(stage.calls), own, backward).sum())
         copies = _merges(machine, plan, stage, own, backward)
-        cast = reduce = 0.0
+        cast = reduce = lost = 0.0
         if number:
+            rows = _rows_by_class(machine, plan, stage)
             if not (backward and plan.keep_keys):
                 copies += _cast_copies(machine, stage, own)
-                cast = _messages_seconds(machine, plan, stage, own.key_row_bytes, primitive)
+                cast, lost = _wire(machine, rows, own.key_row_bytes, primitive)
             if backward:
                 row_bytes = own.wide_key_row_bytes if plan.wide_reduce else own.key_row_bytes
-                reduce = _messages_seconds(machine, plan, stage, row_bytes, primitive)
-                copies += _reduce_copies(machine, stage, own)
-        costs.append(StageCost(compute + copies, cast, reduce, copies))
+                reduce, more = _wire(machine, rows, row_bytes, primitive)
+                copies, lost = copies + _reduce_copies(machine, stage, own), lost + more
+        costs.append(StageCost(compute + copies, cast, reduce, copies, lost))
     return tuple(costs)
 
 
@@ -224,14 +232,22 @@ def _reduce_copies(machine: Machine, stage: Stage, own: Shape) -> float:
     return merge_seconds(machine, rows * (own.key_row_bytes + 2 * own.wide_key_row_bytes), 2 * (1 + len(stage.sends)))
 
 
-def _messages_seconds(machine: Machine, plan: AttentionPlan, stage: Stage, row_bytes: float, primitive: str) -> float:
-    """One batch of messages: both directions and both classes of link at the same time."""
-    slowest = 0.0
-    for messages in (stage.sends, stage.receives):
-        for link_class in CLASSES:
-            rows = sum(message.rows for message in messages if _class_of(machine, plan, message) == link_class)
-            slowest = max(slowest, transfer_seconds(machine, rows * row_bytes, link_class, primitive))
-    return slowest
+def _rows_by_class(machine: Machine, plan: AttentionPlan, stage: Stage) -> dict[str, int]:
+    """Key rows that are sent or received, whichever is more, over each class of link."""
+    return {
+        link_class: max(
+            sum(message.rows for message in messages if _class_of(machine, plan, message) == link_class)
+            for messages in (stage.sends, stage.receives)
+        )
+        for link_class in CLASSES
+    }
+
+
+def _wire(machine: Machine, rows: Mapping[str, int], row_bytes: float, primitive: str) -> tuple[float, float]:
+    """One batch of messages, both directions and both classes of link at the same time; and what kernels lose by it."""
+    seconds = max(transfer_seconds(machine, rows[name] * row_bytes, name, primitive) for name in CLASSES)
+    lost = sum(rows[name] * row_bytes * machine.links[name, primitive].disturbance for name in CLASSES)
+    return seconds, lost
 
 
 def _class_of(machine: Machine, plan: AttentionPlan, message: Message) -> str:
@@ -244,33 +260,35 @@ def exchange_seconds(
 ) -> tuple[float, float]:
     """Wire and copies of the exchange of heads in one pass, seconds.
 
-    Queries, keys and values go there and the output comes back; in the backward pass the output's gradient goes there
-    and those of queries, keys and values come back.
+    Queries, keys and values go there in one message and the output comes back; in the backward pass the output's
+    gradient goes there and those of queries, keys and values come back. Tokens' rows are packed before they leave, or
+    put together when they are back.
     """
     if exchange is None:
         return 0.0, 0.0
     first = ring_rank * len(exchange.rows)
-    far = machine.link_class(first, first + len(exchange.rows) - 1)
-    wide = shape.wide if backward and exchange.copied_keys and wide_reduce else shape.itemsize
-    tensors = [
-        (shape.head_dim, False, shape.itemsize),
-        (shape.value_dim, False, shape.itemsize),
-        (shape.head_dim, True, wide),
-        (shape.value_dim, True, wide),
-    ]
+    link_class = machine.link_class(first, first + len(exchange.rows) - 1)
+    queries, keys = (shape.head_dim * shape.itemsize, 0), (0, (shape.head_dim + shape.value_dim) * shape.itemsize)
+    values = (shape.value_dim * shape.itemsize, 0)  # out and its gradient: as many heads as queries
+    if not backward:
+        messages = [_both(queries, keys), values]
+    elif exchange.copied_keys and wide_reduce:  # the gradients of a head's copies are added after they travelled
+        messages = [values, queries, (0, (shape.head_dim + shape.value_dim) * shape.wide)]
+    else:
+        messages = [values, _both(queries, keys)]
     wire = copies = 0.0
-    for dim, keys, itemsize in tensors:
-        sent, received = _exchanged_rows(exchange, keys)
-        wire += transfer_seconds(machine, max(sent, received) * dim * itemsize, far, "all_to_all")
-        copies += copy_seconds(machine, (sent + received) / 2 * dim * itemsize, 1)
+    for of_queries, of_keys in messages:
+        widths = [share.queries * of_queries + len(share.keys) * of_keys for share in exchange.heads]
+        mine = widths[exchange.rank]
+        sent, received = exchange.own_rows * (sum(widths) - mine), (exchange.position_rows - exchange.own_rows) * mine
+        wire += transfer_seconds(machine, max(sent, received), link_class, "all_to_all")
+        copies += copy_seconds(machine, exchange.own_rows * sum(widths), (of_queries > 0) + 2 * (of_keys > 0))
     return wire, copies
 
 
-def _exchanged_rows(exchange: Exchange, keys: bool) -> tuple[int, int]:
-    """Head rows that a rank sends and receives when tokens become heads."""
-    counts = [len(share.keys) if keys else share.queries for share in exchange.heads]
-    own = counts[exchange.rank]
-    return exchange.own_rows * (sum(counts) - own), (exchange.position_rows - exchange.own_rows) * own
+def _both(a: tuple[int, int], b: tuple[int, int]) -> tuple[int, int]:
+    """Bytes of a query head and of a key head per row, of two tensors in one message."""
+    return a[0] + b[0], a[1] + b[1]
 
 
 def rank_cost(machine: Machine, plan: AttentionPlan, shape: Shape, primitive: str = "p2p") -> PlanCost:
@@ -283,13 +301,10 @@ def rank_cost(machine: Machine, plan: AttentionPlan, shape: Shape, primitive: st
             machine, plan.exchange, plan.ring_rank, shape, backward, plan.wide_reduce
         )
         exposed = float((backward_timeline if backward else forward_timeline)(stages))
-        directions.append(
-            DirectionCost(
-                compute=sum(stage.compute for stage in stages) + exchange_copies,
-                wire=sum(stage.cast + stage.reduce for stage in stages) + exchange_wire,
-                exposed=exposed + exchange_wire,
-            )
-        )
+        compute = sum(stage.compute for stage in stages) + float(disturbed(stages, exposed)) + exchange_copies
+        waiting = max(exposed + exchange_wire, _host(machine, walked, backward) - compute)
+        wire = sum(stage.cast + stage.reduce for stage in stages) + exchange_wire
+        directions.append(DirectionCost(compute, wire, waiting))
     return PlanCost(directions[0], directions[1], plan.buffer_bytes(shape))
 
 
@@ -301,6 +316,32 @@ def plan_cost(machine: Machine, plans: Sequence[AttentionPlan], shape: Shape, pr
         max((cost.backward for cost in costs), key=lambda cost: cost.seconds),
         max(cost.buffer_bytes for cost in costs),
     )
+
+
+def host_seconds(machine: Machine, stages: Any, calls: Any, messages: Any, backward: bool) -> Any:
+    """Seconds that the host takes to issue a pass: one thread launches everything, and no pass is faster than it.
+
+    The backward pass casts again, returns gradients, and its kernels come with small ones around them: three times.
+
+    Arguments:
+        stages: those with transfers; an exchange counts as two.
+        messages: sent and received, of keys and values together.
+    """
+    once = machine.host_pass * (1 + stages) + machine.host_call * calls + machine.host_message * 2 * messages
+    return once * (3 if backward else 1)
+
+
+def _host(machine: Machine, plan: AttentionPlan, backward: bool) -> float:
+    later = len(plan.stages) - 1 + 2 * (plan.exchange is not None)
+    calls = sum(len(stage.calls) for stage in plan.stages)
+    messages = sum(len(stage.sends) + len(stage.receives) for stage in plan.stages)
+    return float(host_seconds(machine, later, calls, messages, backward))
+
+
+def disturbed(stages: Sequence[StageCost], exposed: Any) -> Any:
+    """Seconds that kernels lose by the transfers beside them: all but those that they wait for."""
+    wire = sum(stage.cast + stage.reduce for stage in stages)
+    return sum(stage.lost for stage in stages) * (1 - np.minimum(exposed / np.maximum(wire, 1e-12), 1.0))
 
 
 def forward_timeline(stages: Sequence[StageCost]) -> Any:

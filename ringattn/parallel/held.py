@@ -10,7 +10,6 @@ from ringattn.kernels.spec import Range
 from ringattn.mask import Band, Mask
 from ringattn.parallel.blocks import Piece
 from ringattn.parallel.layout import Layout
-from ringattn.parallel.ranges import overlap
 
 
 @dataclass(frozen=True)
@@ -35,7 +34,7 @@ class Held:
                 number = max(0, bisect_left(starts, begin) - 1)
                 while number < len(spans) and spans[number][0] < end:
                     start, index = spans[number]
-                    first, last = overlap((begin, end), (start, start + docs.lengths[index]))
+                    first, last = max(begin, start), min(end, start + docs.lengths[index])
                     if first < last:
                         pieces.append(Piece(index, first - start, last - start, row + first - begin))
                     number += 1

@@ -18,9 +18,11 @@ from ringattn.kernels.spec import Range, to_device
 from ringattn.mask import Mask
 from ringattn.parallel import placement
 from ringattn.parallel.cost import Machine
+from ringattn.parallel.machines import SHIPPED
 from ringattn.parallel.mesh import MeshShape, SequenceMesh
 from ringattn.parallel.numbered import number_of
 from ringattn.parallel.placement import Load, Placement
+from ringattn.parallel.plan import Shape
 from ringattn.parallel.ranges import length, overlap
 
 POLICIES = ("contiguous", "zigzag", "balanced", "auto")
@@ -31,7 +33,8 @@ class Layout:
 
     Arguments:
         docs: the documents of the global stream.
-        mesh: a `SequenceMesh`, or a `MeshShape` for planning without processes.
+        mesh: a `SequenceMesh`, or a `MeshShape` for planning without processes. One with `alternatives` leaves the
+            degrees to the layout: its `mesh` is then the one whose attention is predicted to be fastest.
         policy: "contiguous" (equal runs of the stream), "zigzag" (every document cut over all ring positions),
             "balanced" (equal tokens and equal cost with few cuts), or "auto": balanced where there is a ring axis, else
             contiguous.
@@ -40,6 +43,7 @@ class Layout:
         machine: "balanced" evens out kernel time on it instead of the number of allowed pairs, which is not the same
             for short documents; default: none, with "auto" the mesh's.
         head_dim: of the kernels that are timed.
+        heads: query and key heads of the model, by which degrees are chosen.
         speeds: of each ring position, positive, for "balanced" and "auto": tokens and cost are in proportion to them.
 
     Tokens are placed on ring positions; a position's tokens are dealt in equal runs to its ulysses ranks. A layout is
@@ -56,6 +60,7 @@ class Layout:
         *,
         machine: Machine | None = None,
         head_dim: int = 128,
+        heads: tuple[int, int] = (32, 8),
         speeds: Sequence[float] | None = None,
     ) -> None:
         if not isinstance(docs, Documents):
@@ -71,8 +76,24 @@ class Layout:
         timed = machine or (mesh.machine if policy == "auto" else None)
         rates = () if timed is None else (timed.rate(head_dim, False), timed.rate(head_dim, True))
         self.load = Load(masks, rates, 2 * head_dim)
+        self.reason = ""
         self._plans: dict[Hashable, Any] = {}
+        if mesh.alternatives:
+            self._take_degrees(machine or mesh.machine, Shape(*heads, head_dim, head_dim, 2))
         self._number = torch.tensor(number_of(self))
+
+    def _take_degrees(self, machine: Machine | None, shape: Shape) -> None:
+        """Become the layout on that of the mesh's alternatives which is predicted to be fastest."""
+        from ringattn.parallel.degrees import choose_degrees  # it makes layouts
+
+        def on(mesh: MeshShape) -> Layout:
+            return Layout(self.docs, mesh, self.policy, self.load.masks, machine=machine, head_dim=shape.head_dim)
+
+        if self.speeds is not None:
+            raise ValueError("speeds are of the positions of one ring, and this mesh leaves the degrees to the layout")
+        chosen = choose_degrees(self.mesh.alternatives, on, self.load.masks, shape, machine or SHIPPED["H200"])
+        self.mesh, self.reason = chosen.layout.mesh, chosen.reason
+        self.positions = chosen.layout.positions
 
     @property
     def resolved_policy(self) -> str:

@@ -1,7 +1,7 @@
 """The process mesh: data × ring × ulysses, ulysses innermost so that its exchange stays inside a node."""
 
 import os
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 
 import torch
@@ -24,6 +24,8 @@ class MeshShape:
     sequence_rank: int = 0
     # Whose speed plans are made for: not what the mesh is, so it takes no part in comparisons.
     machine: Machine | None = field(default=None, kw_only=True, compare=False, repr=False)
+    # Other ways to part the same ranks, this one among them: a layout takes the one that suits its documents.
+    alternatives: "tuple[MeshShape, ...]" = field(default=(), kw_only=True, compare=False, repr=False)
 
     def __post_init__(self) -> None:
         for name in AXES:
@@ -36,6 +38,11 @@ class MeshShape:
     @property
     def sequence_size(self) -> int:
         return self.ring * self.ulysses
+
+    def parted(self, ranks_per_node: int | None = None) -> "list[tuple[int, int]]":
+        """All (ring, ulysses) of as many sequence ranks whose ulysses groups stay inside a node."""
+        size, node = self.sequence_size, ranks_per_node or self.sequence_size
+        return [(size // u, u) for u in range(1, size + 1) if size % u == 0 and (size <= node or node % u == 0)]
 
     @property
     def ring_rank(self) -> int:
@@ -132,6 +139,7 @@ def init_mesh(
     ulysses: int | None = None,
     device_type: str | None = None,
     ulysses_across_nodes: bool = False,
+    sequence: int | None = None,
 ) -> SequenceMesh:
     """Build the mesh of this job; collective over all ranks, and initialises the default process group if needed.
 
@@ -139,6 +147,8 @@ def init_mesh(
         data, ring, ulysses: degrees; omitted ones are inferred as in `resolve_mesh`.
         device_type: "cuda" or "cpu"; default: cuda where there is one.
         ulysses_across_nodes: allow an ulysses group to span nodes (LOCAL_WORLD_SIZE ranks each).
+        sequence: sequence ranks, instead of ring and ulysses: every layout then chooses its own degrees, by predicted
+            time. The mesh itself is all ring; `alternatives` are those that a layout may take.
 
     The mesh's `machine`, for which plans are made, is this machine's calibration or the shipped one
     (`ringattn.parallel.machines.local_machine`); where ranks would differ all take rank 0's.
@@ -148,22 +158,40 @@ def init_mesh(
     device_type = device_type or ("cuda" if torch.cuda.is_available() else "cpu")
     world_size = dist.get_world_size() if dist.is_initialized() else int(os.environ.get("WORLD_SIZE", "1"))
     local_size = int(os.environ.get("LOCAL_WORLD_SIZE", "0")) or None
-    shape = resolve_mesh(world_size, data, ring, ulysses, local_size, ulysses_across_nodes)
+    if sequence is not None and (ring is not None or ulysses is not None):
+        raise ValueError(f"sequence={sequence} leaves ring and ulysses to the layouts, got {ring} and {ulysses}")
+    shape = resolve_mesh(
+        world_size, data, ring if sequence is None else sequence, ulysses if sequence is None else 1, local_size,
+        ulysses_across_nodes,
+    )  # fmt: skip
     if not dist.is_initialized() and world_size == 1:
         _init_single_process(device_type)
+    machine = _agreed_machine(device_type)
+    mesh = _mesh(shape, device_type, machine)
+    _open_groups(mesh)
+    if sequence is None:
+        return mesh
+    others = [_mesh(MeshShape(shape.data, *degrees), device_type, machine) for degrees in mesh.parted(local_size)[1:]]
+    for other in others:
+        # The same ranks in the same order.
+        other.__dict__.update(sequence_mesh=mesh.sequence_mesh, sequence_group=mesh.sequence_group)
+        _open_groups(other)
+    free = replace(mesh, device_mesh=mesh.device_mesh, alternatives=(mesh, *others))
+    free.__dict__.update(sequence_mesh=mesh.sequence_mesh, sequence_group=mesh.sequence_group)
+    return free
+
+
+def _mesh(shape: MeshShape, device_type: str, machine: Machine) -> SequenceMesh:
     sizes = (shape.data, shape.ring, shape.ulysses)
-    device_mesh = init_device_mesh(device_type, sizes, mesh_dim_names=AXES)
     rank = dist.get_rank()
-    mesh = SequenceMesh(
+    return SequenceMesh(
         *sizes,
         sequence_rank=rank % shape.sequence_size,
-        machine=_agreed_machine(device_type),
+        machine=machine,
         data_rank=rank // shape.sequence_size,
         device_type=device_type,
-        device_mesh=device_mesh,
+        device_mesh=init_device_mesh(device_type, sizes, mesh_dim_names=AXES),
     )
-    _open_groups(mesh)
-    return mesh
 
 
 def _device(device_type: str) -> torch.device:

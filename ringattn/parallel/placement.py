@@ -17,7 +17,7 @@ from ringattn.documents import Documents
 from ringattn.kernels.spec import Range
 from ringattn.mask import Mask
 from ringattn.parallel.ranges import touching
-from ringattn.parallel.rates import BlockTable, Floats, Ints, KernelRate, needs
+from ringattn.parallel.rates import BlockTable, Floats, Ints, KernelRate
 
 Placement = tuple[tuple[Range, ...], ...]
 
@@ -50,15 +50,12 @@ class Load:
         """Cost of whole documents of these lengths."""
         total = np.zeros(len(sizes))
         for mask, layers in self.masks:
-            total += layers * self._chunked(sizes, mask)
+            if mask.chunk is None:
+                total += layers * self._cost(sizes, mask)
+            else:
+                chunk = self._cost(np.array([mask.chunk]), mask)[0]
+                total += layers * (chunk * (sizes // mask.chunk) + self._cost(sizes % mask.chunk, mask))
         return total
-
-    def _chunked(self, sizes: Ints, mask: Mask) -> Floats:
-        """Of whole documents under one mask."""
-        if mask.chunk is None:
-            return self._cost(sizes, mask)
-        chunk = self._cost(np.array([mask.chunk]), mask)[0]
-        return chunk * (sizes // mask.chunk) + self._cost(sizes % mask.chunk, mask)
 
     def _cost(self, sizes: Ints, mask: Mask) -> Floats:
         """Of documents under the band of one mask."""
@@ -67,28 +64,7 @@ class Load:
         table = BlockTable(sizes, sizes, open_side + left, open_side + right, open_side, 1)
         if not self.rates:
             return table.areas.astype(np.float64)
-        return self._seconds(table)
-
-    def _seconds(self, table: BlockTable) -> Floats:
-        return sum((rate.share_seconds(table, self.dims) for rate in self.rates), np.zeros(len(table.n)))
-
-    def surplus(self, pieces: "list[tuple[Span, int, int]]") -> float:
-        """Seconds that pieces of documents take beyond their share of the whole documents' cost.
-
-        A piece has fixed costs of its own: the backward kernel walks over all of its keys, however few its queries.
-        """
-        cut = [(span, first, last) for span, first, last in pieces if last - first < span.size and span.cost]
-        if not cut or not self.rates:
-            return 0.0
-        first, last, size = np.array([(first, last, span.size) for span, first, last in cut], dtype=np.int64).T
-        seconds = -np.array([span.density for span, _, _ in cut]) * (last - first)
-        for mask, layers in self.masks:
-            if mask.chunk in (None, self.chunk):
-                table = BlockTable.cut(first, last, *needs(first, last, size, mask.band), mask.band)
-                seconds += layers * self._seconds(table)
-            else:  # chunks of a longer document are mostly whole
-                seconds += layers * self._chunked(size, mask) / size * (last - first)
-        return float(seconds.sum())
+        return sum((rate.share_seconds(table, self.dims) for rate in self.rates), np.zeros(len(sizes)))
 
     def nested(self, size: int) -> bool:
         """Whether a document is best cut in nested heads and tails.
@@ -163,37 +139,13 @@ def balanced(docs: Documents, load: Load, ring: int, speeds: Sequence[float] | N
     """
     spans = sorted(_spans(docs, load), key=lambda span: (span.density, span.start))
     tiles = _tiles(spans, docs.total, ring)
-    shares = list(speeds or [1.0] * ring)
-
-    def placed(surplus: list[float]) -> list[list[tuple[Span, int, int]]]:
-        return _cut(spans, _window_search(spans, list(accumulate(shares)), tiles, surplus), tiles, ring)
-
-    held = placed([0.0] * ring)
-    if load.rates:
-        # The fixed costs of the pieces are known when the documents are cut: once more with those reckoned in.
-        again = placed([load.surplus(pieces) for pieces in held])
-        held = min(held, again, key=lambda pieces: _slowest(load, pieces, shares))
-    return _ordered(held)
-
-
-def _slowest(load: Load, held: list[list[tuple[Span, int, int]]], speeds: list[float]) -> float:
-    """Cost of the position that takes longest."""
-    costs = [
-        sum(span.density * (last - first) for span, first, last in pieces) + load.surplus(pieces) for pieces in held
-    ]
-    return max(cost / speed for cost, speed in zip(costs, speeds, strict=True))
-
-
-def _cut(
-    spans: list[Span], shares: list[list[tuple[int, int]]], tiles: list[int], ring: int
-) -> list[list[tuple[Span, int, int]]]:
-    """The pieces of every position."""
+    shares = _window_search(spans, list(accumulate(speeds or [1.0] * ring)), tiles)
     held: list[list[tuple[Span, int, int]]] = [[] for _ in range(ring)]
     for span, owners, tile in zip(spans, shares, tiles, strict=True):
         pieces = _nest(span.size, owners, tile) if span.nested else _queue(owners)
         for position, first, last in pieces:
             held[position].append((span, first, last))
-    return held
+    return _ordered(held)
 
 
 def _spans(docs: Documents, load: Load) -> list[Span]:
@@ -216,14 +168,11 @@ def _tiles(spans: list[Span], total: int, ring: int) -> list[int]:
     ]
 
 
-def _window_search(
-    spans: list[Span], bounds: list[float], tiles: list[int], surplus: list[float]
-) -> list[list[tuple[int, int]]]:
+def _window_search(spans: list[Span], bounds: list[float], tiles: list[int]) -> list[list[tuple[int, int]]]:
     """Tokens of every span given to every position: per span, sorted by density, a list of `(position, tokens)`.
 
     Arguments:
         bounds: what all positions up to each shall have, of the last of them.
-        surplus: cost that each position has beside that of its tokens.
     """
     left = np.array([span.size for span in spans], dtype=np.int64)
     density = np.array([span.density for span in spans], dtype=np.float64)
@@ -233,7 +182,7 @@ def _window_search(
     for position, bound in enumerate(bounds):
         # What all positions so far shall have, less what they got: a rounding is made up for by the next position.
         want = int(bound * tokens // bounds[-1]) - given
-        goal = bound * (cost + sum(surplus)) / bounds[-1] - given_cost - sum(surplus[: position + 1])
+        goal = bound * cost / bounds[-1] - given_cost
         taken = left if position == len(bounds) - 1 else _window(left, density, want, goal, tiles)
         for index in np.flatnonzero(taken):
             shares[index].append((position, int(taken[index])))

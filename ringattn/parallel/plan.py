@@ -38,6 +38,11 @@ class Shape:
         return self.key_heads * (self.head_dim + self.value_dim) * self.itemsize
 
     @property
+    def row_bytes(self) -> int:
+        """Bytes of one token's query, key, value and output."""
+        return (self.query_heads + self.key_heads) * (self.head_dim + self.value_dim) * self.itemsize
+
+    @property
     def wide(self) -> int:
         """Bytes per element of sums."""
         return max(4, self.itemsize)
@@ -76,10 +81,18 @@ class StageRows:
         return keys + largest_pair(self.sent) * travels + sums
 
 
+def exchange_bytes(shape: Shape, own: Shape, position_rows: Any, own_rows: Any) -> Any:
+    """q, k, v and out of a rank's heads for all rows of the position, and a message with all heads of its own rows."""
+    return position_rows * own.row_bytes + own_rows * shape.row_bytes
+
+
 def largest_pair(rows: Sequence[Any]) -> Any:
     """The most rows of two stages that follow one another."""
     pairs = [a + b for a, b in itertools.pairwise([*rows, 0])]
     return reduce(np.maximum, pairs) if pairs else 0
+
+
+DIRECT_SEGMENTS = 4  # up to this many runs between two ranks travel as they lie; more are packed into one message
 
 
 @dataclass(frozen=True)
@@ -233,11 +246,13 @@ class AttentionPlan:
         Arguments:
             shape: the model's, before any exchange.
         """
-        last = self.backward or self
-        return max(self._stage_rows.forward_bytes(shape.share(self.exchange), self.keep_keys), last._backward(shape))
-
-    def _backward(self, shape: Shape) -> int:
-        return self._stage_rows.backward_bytes(shape.share(self.exchange), self.keep_keys, self.wide_reduce)
+        own, last = shape.share(self.exchange), self.backward or self
+        forward = self._stage_rows.forward_bytes(own, self.keep_keys)
+        backward = last._stage_rows.backward_bytes(own, self.keep_keys, self.wide_reduce)
+        exchanged = 0
+        if self.exchange is not None:
+            exchanged = exchange_bytes(shape, own, self.exchange.position_rows, self.exchange.own_rows)
+        return max(forward, backward) + exchanged
 
     @property
     def _stage_rows(self) -> "StageRows":

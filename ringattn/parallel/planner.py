@@ -14,13 +14,12 @@ from ringattn.parallel.held import Held
 from ringattn.parallel.layout import Layout
 from ringattn.parallel.machines import SHIPPED
 from ringattn.parallel.mesh import MeshShape
-from ringattn.parallel.plan import AttentionPlan, Message, Shape, Stage
+from ringattn.parallel.plan import DIRECT_SEGMENTS, AttentionPlan, Message, Shape, Stage
 from ringattn.parallel.pricing import Setting
 from ringattn.parallel.ranges import overlap, union
 from ringattn.parallel.ulysses import exchange_plan
 
 SCHEMES = ("auto", "ring", "ulysses", "hybrid", "gather")
-DIRECT_SEGMENTS = 4  # up to this many runs between two ranks travel as they lie; more are packed into one message
 
 
 def plan_attention(

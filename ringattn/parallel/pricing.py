@@ -18,11 +18,13 @@ from ringattn.parallel.cost import (
     StageCost,
     backward_timeline,
     calls_seconds,
+    disturbed,
     exchange_seconds,
     forward_timeline,
+    host_seconds,
 )
 from ringattn.parallel.demand import Demand, per
-from ringattn.parallel.plan import Exchange, Shape, StageRows, largest_pair
+from ringattn.parallel.plan import DIRECT_SEGMENTS, Exchange, Shape, StageRows, exchange_bytes, largest_pair
 from ringattn.parallel.rates import BlockTable, Floats, Ints
 
 
@@ -90,7 +92,7 @@ class Price:
     bytes: Any
     pair_share: float
 
-    @property
+    @cached_property
     def slowest(self) -> DirectionCost:
         """The position that decides."""
         at = int(np.argmax(self.compute + self.exposed))
@@ -131,8 +133,11 @@ class Pricer:
             rows.forward_bytes(own, setting.keep_keys),
             rows.backward_bytes(own, setting.keep_keys, setting.wide_reduce),
         )
+        exchanged = 0
+        if setting.exchange is not None:
+            exchanged = exchange_bytes(setting.shape, own, self.demand.rows, -(-self.demand.rows // setting.ulysses))
         forward, backward = (
-            self._directed(candidate, direction, received, sent, copied, (size, pair_share))
+            self._directed(candidate, direction, received, sent, copied, (size + exchanged, pair_share))
             for direction, size in enumerate(sizes)
         )
         return forward, backward
@@ -143,34 +148,45 @@ class Pricer:
         """One direction; `received` and `sent` are (stages, class of link, position) rows."""
         setting, machine, own, backward = self.setting, self.setting.machine, self.setting.own, bool(direction)
         local, later = self._gathered[direction] if candidate.schedule == "gather" else self._staged(received, backward)
-        cast = reduce = np.zeros(later.shape)
+        cast = reduce = lost = np.zeros(later.shape)
         if not (backward and setting.keep_keys):
-            cast = self._wire(received, sent, own.key_row_bytes)
+            cast, lost = self._wire(received, sent, own.key_row_bytes)
             later = later + _linear(copied, 2 * machine.copy_seconds, 2 * own.key_row_bytes / machine.copy_bandwidth)
         if backward:
-            reduce = self._wire(received, sent, own.wide_key_row_bytes if setting.wide_reduce else own.key_row_bytes)
+            row_bytes = own.wide_key_row_bytes if setting.wide_reduce else own.key_row_bytes
+            reduce, lost_by_reduce = self._wire(received, sent, row_bytes)
+            lost = lost + lost_by_reduce
             rows = received.sum(1) + sent.sum(1) + 2 * copied
             per_row = (own.key_row_bytes + 2 * own.wide_key_row_bytes) / machine.merge_bandwidth
             later = later + _linear(rows, 4 * machine.copy_seconds, per_row)
-        stages = [StageCost(local), *(StageCost(*parts) for parts in zip(later, cast, reduce, strict=True))]
+        stages = [StageCost(local)]
+        stages += [
+            StageCost(seconds, there, back, lost=more)
+            for seconds, there, back, more in zip(later, cast, reduce, lost, strict=True)
+        ]
+        exposed = (backward_timeline if backward else forward_timeline)(stages) + np.zeros(len(local))
         wire, copies = exchange_seconds(machine, setting.exchange, 0, setting.shape, backward, setting.wide_reduce)
+        compute = local + later.sum(0) + disturbed(stages, exposed) + copies
+        transfers = len(later) + 2 * (setting.exchange is not None)
+        host = host_seconds(machine, transfers, self._calls + np.sign(len(later)), self._messages, backward)
         return Price(
             candidate,
-            compute=local + later.sum(0) + copies,
+            compute=compute,
             wire=cast.sum(0) + reduce.sum(0) + wire,
-            exposed=(backward_timeline if backward else forward_timeline)(stages) + wire + np.zeros(len(local)),
+            exposed=np.maximum(exposed + wire, host - compute),
             bytes=room[0],
             pair_share=room[1],
         )
 
-    def _wire(self, received: Ints, sent: Ints, row_bytes: float) -> Floats:
-        """Seconds of each stage and position: both directions and both classes of link at the same time."""
-        seconds = []
+    def _wire(self, received: Ints, sent: Ints, row_bytes: float) -> tuple[Floats, Floats]:
+        """Seconds of each stage and position, and those that kernels lose: `cost._wire` for all at once."""
+        seconds, lost = [], np.zeros((len(received), self.demand.positions))
         for number, link_class in enumerate(CLASSES):
             link = self.setting.machine.links[link_class, self.setting.primitive]
             rows = np.maximum(received[:, number], sent[:, number])
             seconds.append(_linear(rows, link.latency, row_bytes / link.bandwidth))
-        return np.maximum(*seconds)
+            lost += rows * (row_bytes * link.disturbance)
+        return np.maximum(*seconds), lost
 
     def _rows(self, distances: list[range]) -> tuple[Ints, Ints]:
         """Key rows received and sent by stage, class of link and position."""
@@ -194,6 +210,22 @@ class Pricer:
         some = reader != holder
         reader, holder, rows = reader[some], holder[some], rows[some]
         return reader, holder, rows, (holder - reader) % positions, (nodes[reader] != nodes[holder]).astype(np.int64)
+
+    @cached_property
+    def _messages(self) -> Ints:
+        """Messages that each position sends and receives, as the planner joins those of a pair."""
+        positions = self.demand.positions
+        reader, holder, *_ = self._remote
+        pairs, counts = np.unique(reader * positions + holder, return_counts=True)
+        counts = np.where(counts > DIRECT_SEGMENTS, 1, counts)
+        return per(pairs // positions, counts, positions) + per(pairs % positions, counts, positions)
+
+    @cached_property
+    def _calls(self) -> Ints:
+        """Kernel calls of each position, about: one for each kind of block."""
+        most = np.zeros(self.demand.positions, dtype=np.int64)
+        np.maximum.at(most, self.demand.position, self.demand.ordinal + 1)
+        return most
 
     @cached_property
     def _copied(self) -> Floats:

@@ -171,7 +171,9 @@ def _walk(n: Ints, m: Ints, left: Ints, right: Ints, tile: int, other: int) -> t
     upper = np.where(right[index] < 0, m[index], np.minimum(last + shift + right[index], m[index]))
     visited = np.maximum(-(-upper // other) - lower // other, 0)
     longest = np.zeros(len(n), dtype=np.int64)
-    np.maximum.at(longest, index, visited)
+    some = np.flatnonzero(counts)
+    if len(some):
+        longest[some] = np.maximum.reduceat(visited, (np.cumsum(counts) - counts)[some])
     return np.bincount(index, visited, len(n)) * tiles / np.maximum(counts, 1), longest
 
 

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Generic, TypeVar
 
+from ringattn.training.grouping import GroupedPacker, GroupedPosition
 from ringattn.training.packing import Pack, Packer, PackPlan, Position, read_pack
 
 T = TypeVar("T")
@@ -17,13 +18,13 @@ class Batch(Generic[T]):
 
     Arguments:
         micro: this replica's packs, one per micro-step, after `prepare`.
-        plans: the packs of all replicas, in stream order.
+        plans: the packs of all replicas, in the packer's order.
         position: of the stream after this batch: a checkpoint written after this step stores it.
     """
 
     micro: tuple[T, ...]
     plans: tuple[PackPlan, ...]
-    position: Position
+    position: Position | GroupedPosition
 
     @property
     def targets(self) -> int:
@@ -42,7 +43,11 @@ class Batch(Generic[T]):
 
 
 def batches(
-    packer: Packer, packs_per_step: int, replica: int, replicas: int, prepare: Callable[[Pack], T]
+    packer: Packer | GroupedPacker,
+    packs_per_step: int,
+    replica: int,
+    replicas: int,
+    prepare: Callable[[Pack], T],
 ) -> Iterator[Batch[T]]:
     """Endless batches of `packs_per_step` packs; replica d computes pack m * replicas + d in micro-step m.
 
@@ -52,7 +57,7 @@ def batches(
     if packs_per_step % replicas:
         raise ValueError(f"packs_per_step {packs_per_step} is no multiple of the {replicas} data-parallel replicas")
     while True:
-        plans = tuple(packer.next() for _ in range(packs_per_step))
+        plans = packer.step(packs_per_step)
         mine = tuple(prepare(read_pack(plan, packer.corpus)) for plan in plans[replica::replicas])
         yield Batch(mine, plans, packer.position)
 

@@ -26,14 +26,14 @@ class TrainState:
     Arguments:
         step: optimiser steps done; the schedule needs nothing else.
         tokens: tokens seen.
-        position: of the data stream, as `Position.state_dict`.
+        position: of the data stream, as its `state_dict`.
         corpus: fingerprint of the corpus.
         engine, world_size: that wrote it.
     """
 
     step: int
     tokens: int
-    position: dict[str, int]
+    position: dict[str, Any]
     corpus: str
     engine: str
     world_size: int

@@ -29,6 +29,7 @@ INTEGERS: dict[str, int] = {
     "data.seq_len": 1,
     "data.packs_per_step": 1,
     "data.prefetch": 1,
+    "data.delay": 0,
     "parallel.data": 1,
     "parallel.ring": 1,
     "parallel.ulysses": 1,
@@ -38,7 +39,7 @@ INTEGERS: dict[str, int] = {
     "run.keep": 1,
     "run.log_every": 1,
 }
-OPTIONAL = {"data.packs_per_step", "parallel.data", "parallel.ring", "parallel.ulysses"}
+OPTIONAL = {"data.packs_per_step", "data.delay", "parallel.data", "parallel.ring", "parallel.ulysses"}
 # Allowed interval, both ends included.
 NUMBERS: dict[str, tuple[float, float]] = {
     "optim.lr": (0.0, math.inf),
@@ -113,11 +114,11 @@ def check_model(cfg: DictConfig, model_config: Any, corpus: Corpus) -> None:
 
 
 def curve_differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[tuple[str, Any, Any]]:
-    """Keys whose values would change the loss curve: (key, old value, new value)."""
+    """Keys whose values would change the loss curve: (key, old value, new value). Absent and null are the same."""
     before, after = _flat(old), _flat(new)
     missing = "(absent)"
-    pairs = [(key, before.get(key, missing), after.get(key, missing)) for key in sorted(before.keys() | after.keys())]
-    return [(key, a, b) for key, a, b in pairs if a != b and _shapes_curve(key)]
+    keys = sorted(key for key in before.keys() | after.keys() if before.get(key) != after.get(key))
+    return [(key, before.get(key, missing), after.get(key, missing)) for key in keys if _shapes_curve(key)]
 
 
 def _shapes_curve(key: str) -> bool:
@@ -225,6 +226,14 @@ def _check_data(cfg: DictConfig, shape: MeshShape) -> None:
             f"data.packs_per_step={packs} must be a multiple of the {shape.data} data-parallel replicas "
             "(parallel.data): every replica computes the same number of packs"
         )
+    if cfg.data.delay is not None:
+        if cfg.data.pad:
+            raise ValueError(f"data.delay={cfg.data.delay} fills every pack exactly; use data.pad=false")
+        if (packs or shape.data) == 1:
+            raise ValueError(
+                f"data.delay={cfg.data.delay} evens out the packs of a step, and this one has a single pack; use "
+                "data.delay=null, or raise data.packs_per_step or parallel.data"
+            )
     if cfg.data.name != "text":
         return
     if not isinstance(cfg.data.add_eos, bool):

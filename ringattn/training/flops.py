@@ -4,13 +4,15 @@ Counted as the PaLM paper does: 6 per parameter and token, plus the attention; r
 Attention is counted by the pairs that the mask allows in each document, so causal documents count half a square.
 """
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 from torch import nn
 
-from ringattn.mask import Mask
+from ringattn.mask import Band, Mask
 
 # Dense bf16 FLOP/s of a GPU, by a part of its name; the first that matches counts.
 PEAK_FLOPS = (
@@ -64,9 +66,20 @@ class StepFlops:
 
     def __call__(self, tokens: int, lengths: Sequence[int]) -> float:
         """FLOPs of `tokens` tokens in documents of these lengths; the backward pass costs twice the forward pass."""
-        areas = {mask: sum(mask.band.area(0, n, n) for n in lengths) for mask in set(self.masks)}
-        attention = sum(areas[mask] for mask in self.masks) * self.per_pair
-        return 6.0 * self.parameters * tokens + 3.0 * attention
+        return self.per_token * tokens + sum(map(self.attention, lengths))
+
+    @property
+    def per_token(self) -> float:
+        """FLOPs of a token in everything but the attention."""
+        return 6.0 * self.parameters
+
+    def attention(self, length: int) -> float:
+        """FLOPs of one document's attention, all layers."""
+        return 3.0 * self.per_pair * sum(count * band.area(0, length, length) for band, count in self._bands.items())
+
+    @cached_property
+    def _bands(self) -> Counter[Band]:
+        return Counter(mask.band for mask in self.masks)
 
 
 def _masks(config: Any) -> list[Mask]:

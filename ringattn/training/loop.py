@@ -20,6 +20,7 @@ from ringattn.training.checkpoint import TrainState, load_random_states, save_ch
 from ringattn.training.config import compute_dtype
 from ringattn.training.engines import Engine, EngineOptions, build_engine
 from ringattn.training.flops import StepFlops, peak_flops
+from ringattn.training.grouping import DocumentCost, GroupedPacker, GroupedPosition
 from ringattn.training.job import Job, write_config
 from ringattn.training.loss import backward_loss, share, token_loss_sum
 from ringattn.training.metrics import StepMetrics, peak_memory_gib
@@ -90,7 +91,7 @@ class Trainer:
         self.flops = StepFlops.of(empty_model(job.model_config), job.model_config)
         _seed(cfg.run.seed, dist.get_rank())
         self.engine: Engine = build_engine(cfg.engine.name, self.mesh, self._engine_options())
-        self.step, self.tokens, self.position = 0, 0, Position()
+        self.step, self.tokens, self.position = 0, 0, Position().state_dict()
         if job.resume is not None:
             self._resume()
 
@@ -118,7 +119,7 @@ class Trainer:
         folder, state = self.job.resume
         self.engine.load(folder)
         load_random_states(folder)
-        self.step, self.tokens, self.position = state.step, state.tokens, Position.from_state(state.position)
+        self.step, self.tokens, self.position = state.step, state.tokens, state.position
 
     def run(self, report: Report) -> bool:
         """Trains until all steps are done or a signal asks to stop, and saves in both cases. True if all are done."""
@@ -142,7 +143,7 @@ class Trainer:
         state = TrainState(
             self.step,
             self.tokens,
-            self.position.state_dict(),
+            self.position,
             self.job.corpus.fingerprint,
             self.cfg.engine.name,
             self.world_size,
@@ -152,10 +153,16 @@ class Trainer:
     @contextmanager
     def _batches(self) -> Iterator[Prefetcher[Batch[LocalPack]]]:
         data = self.cfg.data
-        packer = Packer(self.job.corpus, data.seq_len, self.cfg.run.seed, data.pad, self.position)
-        source = batches(packer, data.packs_per_step, self.mesh.data_rank, self.mesh.data, self._place)
+        source = batches(self._packer(), data.packs_per_step, self.mesh.data_rank, self.mesh.data, self._place)
         with Prefetcher(source, data.prefetch) as stream:
             yield stream
+
+    def _packer(self) -> Packer | GroupedPacker:
+        data, corpus, seed = self.cfg.data, self.job.corpus, self.cfg.run.seed
+        if data.delay is None:
+            return Packer(corpus, data.seq_len, seed, data.pad, Position.from_state(self.position))
+        cost = DocumentCost(self.flops.attention, self.flops.per_token)
+        return GroupedPacker(corpus, data.seq_len, seed, cost, data.delay, GroupedPosition.from_state(self.position))
 
     def _place(self, pack: Pack) -> LocalPack:
         """Plans the layout of a pack and takes this rank's tokens; runs in the prefetch thread."""
@@ -174,7 +181,7 @@ class Trainer:
         total, stopping = share(loss_sum, stop)
         self.step += 1
         self.tokens += batch.tokens
-        self.position = batch.position
+        self.position = batch.position.state_dict()
         return total / max(batch.targets, 1), norm, stopping
 
     def _forward(self, local: LocalPack) -> torch.Tensor:

@@ -7,6 +7,7 @@ packs of all replicas and reads only its own.
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from functools import cached_property
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -37,8 +38,16 @@ class Position:
         return asdict(self)
 
     @classmethod
-    def from_state(cls, state: Mapping[str, int]) -> "Position":
-        """The inverse of `state_dict`."""
+    def from_state(cls, state: Mapping[str, Any]) -> "Position":
+        """The inverse of `state_dict`.
+
+        Raises ValueError for the state of a grouped stream with documents that wait: they would be dropped.
+        """
+        if waiting := [*state.get("rest", ()), *state.get("unusual", ())]:
+            raise ValueError(
+                f"the checkpoint has {len(waiting)} documents that wait for their pack, and without data.delay they "
+                "would be dropped: set it as it was"
+            )
         return cls(**{key: int(state[key]) for key in ("epoch", "index", "offset")})
 
 
@@ -140,14 +149,18 @@ class Packer:
         segments: list[Segment] = []
         room = self.seq_len
         while room > 0:
-            segment = self._take(room)
+            segment = self.draw(room)
             if segment is None:
                 break
             segments.append(segment)
             room -= segment.stop - segment.start
         return PackPlan(tuple(segments), self.seq_len)
 
-    def _take(self, room: int) -> Segment | None:
+    def step(self, packs: int) -> tuple[PackPlan, ...]:
+        """Plans the packs of one step and moves on."""
+        return tuple(self.next() for _ in range(packs))
+
+    def draw(self, room: int) -> Segment | None:
         """The next segment of at most `room` tokens, or None if its document should open the next pack."""
         epoch, index, offset = self.position.epoch, self.position.index, self.position.offset
         order = self._order(epoch)

@@ -13,6 +13,7 @@ from ringattn.parallel.cost import (
     Machine,
     StageCost,
     backward_timeline,
+    exchange_seconds,
     forward_timeline,
     plan_cost,
     rank_cost,
@@ -136,17 +137,30 @@ def test_closed_forms_are_near_the_prices_of_plans(name: str, mesh: tuple[int, i
 
 def test_what_changes_a_price() -> None:
     """More bytes, a slower network, fewer heads: each moves the price the way it must."""
-    (_, plan), *_ = plans_of(Documents([65_536]), Mask(), (8, 1), "balanced", "gather", None)
+    *_, (_, plan) = plans_of(Documents([65_536]), Mask(), (8, 1), "balanced", "gather", None)
     cost = rank_cost(H200, plan, SHAPE)
     far = rank_cost(replace(H200, gpus_per_node=1), plan, SHAPE)
     assert far.forward.exposed > cost.forward.exposed
-    assert far.forward.compute == cost.forward.compute
+    assert far.forward.compute == pytest.approx(cost.forward.compute, rel=0.02)
     assert rank_cost(H200, replace(plan, wide_reduce=False), SHAPE).backward.wire < cost.backward.wire
     assert rank_cost(H200, replace(plan, keep_keys=True), SHAPE).backward.wire < cost.backward.wire
     half = rank_cost(H200, plan, replace(SHAPE, query_heads=16))
     assert half.forward.compute < 0.6 * cost.forward.compute
     assert half.buffer_bytes == cost.buffer_bytes
     assert np.isclose(cost.total, cost.forward.seconds + cost.backward.seconds)
+
+
+def test_transfers_beside_kernels_slow_them_down() -> None:
+    *_, (_, ring) = plans_of(Documents([262_144]), Mask(), (8, 1), "balanced", "ring", 2)
+    *_, (_, gather) = plans_of(Documents([262_144]), Mask(), (8, 1), "balanced", "gather", None)
+    links = {key: replace(link, disturbance=0.0) for key, link in H200.links.items()}
+    quiet = replace(H200, links=links)
+    bytes_moved = max(ring.received_rows, ring.sent_rows) * SHAPE.key_row_bytes
+    more = rank_cost(H200, ring, SHAPE).forward.compute - rank_cost(quiet, ring, SHAPE).forward.compute
+    assert more == pytest.approx(bytes_moved * H200.links["node", "p2p"].disturbance)
+    # What is waited for disturbs nobody: the innermost position of one document has nothing to compute meanwhile.
+    waiting = rank_cost(H200, gather, SHAPE).forward.compute - rank_cost(quiet, gather, SHAPE).forward.compute
+    assert 0 <= waiting < more / 5
 
 
 def test_more_stages_need_less_memory() -> None:
@@ -156,3 +170,24 @@ def test_more_stages_need_less_memory() -> None:
     ]
     assert sizes == sorted(sizes, reverse=True)
     assert sizes[-1] < sizes[0] / 2
+
+
+@pytest.mark.parametrize(("ulysses", "messages"), [(4, (2, 2)), (16, (2, 3))])
+def test_the_exchange_is_one_message_a_pass_each_way(ulysses: int, messages: tuple[int, int]) -> None:
+    """With more ranks than key heads their gradients travel apart, in float32."""
+    layout = Layout(Documents([65_536]), MeshShape(1, 1, ulysses, 1))
+    plan = plan_attention(layout, Mask(), 32, 8)
+    heads, keys = 32 // ulysses, max(1, 8 // ulysses)
+    rows, sent = layout.tokens(), ulysses - 1
+    there = rows * sent * (heads + 2 * keys) * 128 * 2
+    back = rows * sent * heads * 128 * 2
+    wide = rows * sent * 2 * keys * 128 * 4
+    for backward, count in zip((False, True), messages, strict=True):
+        machine = replace(H200, gpus_per_node=16)
+        link = machine.links["node", "all_to_all"]
+        size = there + back if count == 2 else 2 * back + wide
+        wire, copies = exchange_seconds(machine, plan.exchange, 0, SHAPE, backward)
+        assert wire == pytest.approx(count * link.latency + size / link.bandwidth)
+        assert copies > 0
+    assert plan.buffer_bytes(SHAPE) > 65_536 * heads * 2 * 128 * 2
+    assert exchange_seconds(H200, None, 0, SHAPE, False) == (0, 0)

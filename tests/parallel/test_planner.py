@@ -13,13 +13,20 @@ from ringattn.kernels.reference import allowed_pairs
 from ringattn.parallel.plan import AttentionPlan
 from ringattn.parallel.planner import plan_attention
 from tests.parallel.cases import documents, masks
+from tests.parallel.test_choice import with_links
+
+SLOW = with_links(1e9)  # the choice depends on what must travel
 
 
-def plans_of(docs: Documents, mask: Mask, ring: int, policy: str, scheme: str, stages: int | None) -> list:
+def plans_of(
+    docs: Documents, mask: Mask, ring: int, policy: str, scheme: str, stages: int | None, backward: bool = False
+) -> list:
+    """Of every rank, as the forward or as the backward pass walks it."""
     out = []
     for rank in range(ring):
         layout = Layout(docs, MeshShape(1, ring, 1, rank), policy, mask)
-        out.append((layout, plan_attention(layout, mask, 4, 2, scheme, stages)))
+        plan = plan_attention(layout, mask, 4, 2, scheme, stages, machine=SLOW if scheme == "auto" else None)
+        out.append((layout, plan.backward or plan if backward else plan))
     return out
 
 
@@ -53,15 +60,15 @@ def buffers(plans: list[tuple[Layout, AttentionPlan]], stage: int) -> list[torch
     mask=masks,
     ring=st.integers(1, 6),
     policy=st.sampled_from(["contiguous", "zigzag", "balanced"]),
-    scheme=st.sampled_from(["gather", "ring"]),
+    scheme=st.sampled_from(["gather", "ring", "auto"]),
     stages=st.sampled_from([None, 2, 3, 9]),
+    backward=st.booleans(),
 )
 def test_every_allowed_pair_is_computed_once(
-    docs: Documents, mask: Mask, ring: int, policy: str, scheme: str, stages: int | None
+    docs: Documents, mask: Mask, ring: int, policy: str, scheme: str, stages: int | None, backward: bool
 ) -> None:
-    plans = plans_of(
-        docs, mask, ring, policy, scheme if ring > 1 else "auto", stages if scheme == "ring" and ring > 1 else None
-    )
+    scheme = scheme if ring > 1 else "auto"
+    plans = plans_of(docs, mask, ring, policy, scheme, stages if scheme == "ring" else None, backward)
     count = torch.zeros(docs.total, docs.total, dtype=torch.int64)
     for stage in range(len(plans[0][1].stages)):
         keys = buffers(plans, stage)

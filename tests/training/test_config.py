@@ -73,6 +73,9 @@ def test_left_open_is_filled_in():
         (["data.seq_len=0"], ["data.seq_len", "0"]),
         (["data.seq_len=4096.5"], ["data.seq_len", "4096.5"]),
         (["parallel.data=2", "data.packs_per_step=3"], ["data.packs_per_step=3", "2"]),
+        (["data.delay=-1"], ["data.delay", "-1"]),
+        (["data.delay=2"], ["data.delay=2", "single pack", "data.packs_per_step"]),
+        (["data.delay=2", "data.packs_per_step=4", "data.pad=true"], ["data.delay=2", "data.pad"]),
         (["optim.lr=-1"], ["optim.lr", "-1"]),
         (["optim.lr=.nan"], ["optim.lr", "nan"]),
         (["optim.betas=[0.9]"], ["optim.betas", "0.9"]),
@@ -161,3 +164,5 @@ def test_differences_are_of_what_shapes_the_curve_only():
     old = {"optim": {"lr": 1}, "run": {"seed": 0, "output": "a"}, "parallel": {"ring": 1}, "data": {"prefetch": 1}}
     new = {"optim": {"lr": 1}, "run": {"seed": 1, "output": "b"}, "parallel": {"ring": 2}, "data": {"prefetch": 2}}
     assert curve_differences(old, new) == [("run.seed", 0, 1)]
+    assert curve_differences({"data": {}}, {"data": {"delay": None}}) == []  # a key that is newer than the run
+    assert curve_differences({"data": {}}, {"data": {"delay": 3}}) == [("data.delay", "(absent)", 3)]

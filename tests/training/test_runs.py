@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -179,6 +180,20 @@ def test_sigterm_saves_and_another_number_of_ranks_goes_on(reference, tmp_path):
     text = finish(start(tmp_path, 1, "run.save_every=0"))
     assert f"from step {stopped}" in text
     assert_same_curve(curve(tmp_path), reference)
+
+
+def test_grouped_packs_go_on_where_they_waited_with_other_replicas(tmp_path):
+    """Documents that wait for their pack are part of the checkpoint, and replicas share the packs of a step."""
+    grouped = ("data.delay=4", "run.save_every=16")
+    finish(start(tmp_path, 1, *grouped))
+    whole = curve(tmp_path)
+    checkpoints = tmp_path / "checkpoints"
+    marker = json.loads((checkpoints / "step-00000016" / "complete.json").read_text())
+    assert marker["position"]["unusual"]
+    shutil.rmtree(checkpoints / f"step-{STEPS:08d}")
+    text = finish(start(tmp_path, 2, *grouped, "parallel.data=2"))
+    assert "from step 16" in text
+    assert_same_curve(curve(tmp_path), whole)
 
 
 def test_tasks_of_srun_need_no_torchrun(tmp_path):

@@ -1,0 +1,93 @@
+"""The options that describe documents, ranks and a machine, shared by the commands that plan."""
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+from ringattn.commands._call import heads, positive, window
+from ringattn.parallel.layout import POLICIES
+
+
+def add_workload_arguments(parser: argparse.ArgumentParser) -> None:
+    from ringattn.workloads import HISTOGRAMS
+
+    documents = parser.add_argument_group("the documents")
+    source = documents.add_mutually_exclusive_group()
+    source.add_argument("--lengths", metavar="FILE", help="document lengths: integers in a text file")
+    source.add_argument("--histogram", choices=sorted(HISTOGRAMS), help="draw them from a published histogram")
+    documents.add_argument("--longest", type=positive, metavar="N", help="cut drawn documents to N tokens")
+    documents.add_argument("--seed", type=int, default=0, metavar="N", help="of the draw, default 0")
+    documents.add_argument("--window", type=window, default=(-1, -1), metavar="L,R", help="inclusive, -1 is open")
+    documents.add_argument("--chunk", type=positive, metavar="C", help="attend inside chunks of C tokens only")
+    documents.add_argument("--bidirectional", action="store_true", help="keys after a query are seen too")
+    call = parser.add_argument_group("the attention and the machine")
+    call.add_argument("--heads", type=heads, default=(32, 8), metavar="H/K", help="query/key heads, default 32/8")
+    call.add_argument("--head-dim", type=positive, default=128, metavar="D", help="default 128, in bfloat16")
+    call.add_argument("--policy", choices=POLICIES, default="auto", help="who holds which tokens")
+    call.add_argument(
+        "--machine", metavar="NAME", help="H200, H100, A100, CPU or a calibration file; default this one's, else H200"
+    )
+
+
+def mask(args: argparse.Namespace) -> Any:
+    """The `Mask` of the options."""
+    from ringattn import Mask
+
+    return Mask(causal=not args.bidirectional, window=args.window, chunk=args.chunk)
+
+
+def lengths(args: argparse.Namespace, tokens: int | None, seed: int) -> list[int]:
+    """Lengths of the documents, together `tokens` (None: all of the file); one document if no source was named.
+
+    Raises ValueError for a file that is wrong or too short.
+    """
+    from ringattn.workloads import HISTOGRAMS, cut_to, read_lengths
+
+    if args.lengths is not None:
+        try:
+            found = read_lengths(Path(args.lengths))
+        except OSError as error:
+            raise ValueError(f"--lengths {args.lengths} cannot be read: {error.strerror}") from None
+        return found if tokens is None else cut_to(found, tokens)
+    if tokens is None:
+        raise ValueError("--tokens is needed, unless --lengths names the documents")
+    if args.histogram is not None:
+        return HISTOGRAMS[args.histogram].pack(tokens, seed, args.longest)
+    return [tokens]
+
+
+def machine(args: argparse.Namespace) -> Any:
+    """The `Machine` to plan for. Raises ValueError for a name that is none and no file."""
+    import torch
+
+    from ringattn.environment import MACHINE
+    from ringattn.parallel.cost import Machine
+    from ringattn.parallel.machines import SHIPPED, local_machine
+
+    if args.machine is None:
+        if torch.cuda.is_available():
+            return local_machine("cuda")
+        return SHIPPED["H200"] if MACHINE.read() is None else local_machine("cpu")
+    if args.machine in SHIPPED:
+        return SHIPPED[args.machine]
+    path = Path(args.machine)
+    if not path.is_file():
+        raise ValueError(f"--machine must be {', '.join(SHIPPED)} or a calibration file, got {args.machine!r}")
+    return Machine.from_json(path.read_text(encoding="utf-8"))
+
+
+def mesh(args: argparse.Namespace, ring: int, ulysses: int) -> Any:
+    """The `MeshShape` of these degrees, with the machine that layouts and plans are made for."""
+    from ringattn import MeshShape
+
+    return MeshShape(1, ring, ulysses, machine=machine(args))
+
+
+def setting(args: argparse.Namespace, layout: Any) -> Any:
+    """The `Setting` of the options for a layout that was made for their mesh."""
+    from ringattn.parallel.group import group_setting
+    from ringattn.parallel.plan import Shape
+    from ringattn.parallel.pricing import Setting
+
+    shape = Shape(args.heads[0], args.heads[1], args.head_dim, args.head_dim)
+    return group_setting(layout, Setting(layout.mesh.machine, shape))

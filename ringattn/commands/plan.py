@@ -1,0 +1,283 @@
+"""What every rank would do for a batch of documents, what that costs, and why it is done so.
+
+Without --lengths or --histogram it is one document. Times are predicted for --machine; forward and
+backward are planned apart. --draw writes a picture: the mask with every rank's blocks in its
+colour, and what each rank does when, as the simulator plays it through.
+"""
+
+import argparse
+import json
+from typing import Any
+
+from ringattn.commands import _workload
+from ringattn.commands._call import positive
+from ringattn.commands._text import row, table
+from ringattn.parallel.planner import SCHEMES
+
+SHOWN = 64  # ranks in the table; of more the slowest
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--tokens", type=positive, metavar="T", help="of the packed stream, e.g. 262144")
+    parser.add_argument("--ring", type=positive, default=1, metavar="R", help="ranks that pass keys, default 1")
+    parser.add_argument("--ulysses", type=positive, default=1, metavar="U", help="ranks that exchange heads, default 1")
+    parser.add_argument("--scheme", choices=SCHEMES, default="auto", help="default auto")
+    parser.add_argument("--stages", type=positive, metavar="N", help="of --scheme ring, the local one included")
+    parser.add_argument("--memory", type=positive, metavar="MIB", help="what a rank's buffers may take")
+    _workload.add_workload_arguments(parser)
+    parser.add_argument("--draw", metavar="FILE", help="write a picture: .png or .svg")
+    parser.add_argument("--json", action="store_true", help="the table as one JSON object")
+
+
+def run(args: argparse.Namespace) -> int:
+    from ringattn.drawing import check_drawing
+
+    try:
+        if args.draw is not None:
+            check_drawing(args.draw)
+        planned = plan(args)
+    except ValueError as error:
+        args.parser.error(str(error))
+    report = examine(planned)
+    print(json.dumps(report, indent=2) if args.json else render(report))
+    if args.draw is not None:
+        draw(planned, report, args.draw)
+    return 0
+
+
+def plan(args: argparse.Namespace) -> dict[str, Any]:
+    """The objects that the report and the picture speak of."""
+    from ringattn import Documents, Layout
+    from ringattn.parallel.group import plan_group
+
+    documents = Documents(_workload.lengths(args, args.tokens, args.seed))
+    mask = _workload.mask(args)
+    layout = Layout(documents, _workload.mesh(args, args.ring, args.ulysses), args.policy, mask)
+    setting = _workload.setting(args, layout)
+    limit = None if args.memory is None else args.memory << 20
+    plans = plan_group(layout, mask, setting, args.scheme, args.stages, limit)
+    return {"layout": layout, "mask": mask, "setting": setting, "plans": plans}
+
+
+def examine(planned: dict[str, Any]) -> dict[str, Any]:
+    """Everything that the report says, as plain values; times in seconds."""
+    from ringattn.parallel.simulation import simulate
+
+    layout, setting, plans = planned["layout"], planned["setting"], planned["plans"]
+    mesh, shape, machine = layout.mesh, setting.shape, setting.machine
+    passes = {name: simulate(machine, plans, shape, name == "backward") for name in ("forward", "backward")}
+    planned["passes"] = passes
+    ranks = [rank_report(planned, rank) for rank in range(len(plans))]
+    area = [rank["area"] for rank in ranks]
+    gathered = sum(layout.position_sizes) * (mesh.ring - 1)
+    received = sum(plan.received_rows for plan in plans[:: mesh.ulysses])
+    return {
+        "documents": {
+            "count": len(layout.docs),
+            "tokens": layout.docs.total,
+            "longest": max(layout.docs.lengths, default=0),
+        },
+        "mesh": {"ring": mesh.ring, "ulysses": mesh.ulysses},
+        "heads": [shape.query_heads, shape.key_heads],
+        "head_dim": shape.head_dim,
+        "machine": {"name": machine.name, **machine.provenance},
+        "policy": layout.resolved_policy,
+        "schedule": {name: schedule_of(plans[0], name == "backward") for name in passes},
+        "reason": plans[0].reason,
+        "seconds": {name: one.seconds for name, one in passes.items()},
+        "balance": max(area) * len(area) / sum(area) if sum(area) else 1.0,
+        "received_share": received / gathered if gathered else 0.0,
+        "alternatives": alternatives(planned),
+        "meshes": meshes(planned),
+        "ranks": ranks,
+    }
+
+
+def schedule_of(plan: Any, backward: bool) -> str:
+    walked = plan.backward if backward and plan.backward is not None else plan
+    if walked.schedule == "ring":
+        return f"ring of {len(walked.stages)} stages"
+    return str(walked.schedule)
+
+
+def rank_report(planned: dict[str, Any], rank: int) -> dict[str, Any]:
+    """One rank: what it holds, computes, sends and receives (forward), and its predicted seconds."""
+    from ringattn.parallel.cost import rank_cost
+    from ringattn.parallel.rates import BlockTable
+    from ringattn.parallel.traffic import Traffic
+
+    setting, layout, plan = planned["setting"], planned["layout"], planned["plans"][rank]
+    traffic = planned.setdefault("traffic", received_and_sent(Traffic(planned["plans"], setting.shape, False)))
+    pairs = sum(int(BlockTable.of(stage.calls).areas.sum()) for stage in plan.stages)
+    cost = rank_cost(setting.machine, plan, setting.shape)
+    return {
+        "rank": rank,
+        "tokens": layout.tokens(rank),
+        "area": pairs * setting.shape.share(plan.exchange).query_heads / setting.shape.query_heads,
+        "received_bytes": traffic[0][rank],
+        "sent_bytes": traffic[1][rank],
+        "stages": len(plan.stages),
+        "buffer_bytes": int(cost.buffer_bytes),
+        **{
+            name: {
+                "compute": one.compute,
+                "wire": one.wire,
+                "exposed": one.exposed,
+                "simulated": planned["passes"][name].ends[rank],
+            }
+            for name, one in (("forward", cost.forward), ("backward", cost.backward))
+        },
+    }
+
+
+def received_and_sent(traffic: Any) -> tuple[list[float], list[float]]:
+    """Bytes of each rank over a pass."""
+    ranks = len(traffic.plans)
+    received, sent = [0.0] * ranks, [0.0] * ranks
+    batches = [("exchange", 0), ("exchange", 1)] if traffic.ulysses > 1 else []
+    batches += [("cast", stage) for stage in range(1, len(traffic.plans[0].stages))]
+    for rank in range(ranks):
+        for kind, stage in batches:
+            for peer, size in traffic.sent(kind, stage, rank):
+                sent[rank] += size
+                received[peer] += size
+    return received, sent
+
+
+def alternatives(planned: dict[str, Any]) -> list[dict[str, Any]]:
+    """Every schedule of this mesh with its predicted seconds and memory."""
+    from ringattn.parallel.choice import candidates
+    from ringattn.parallel.demand import Demand
+    from ringattn.parallel.held import Held
+    from ringattn.parallel.pricing import Pricer
+
+    layout, mask, setting = planned["layout"], planned["mask"], planned["setting"]
+    pricer = Pricer(Demand.of(Held.of(layout, mask), mask.band), setting)
+    out = []
+    for candidate in candidates(layout.mesh.ring, "auto", None):
+        forward, backward = pricer.price(candidate)
+        most = max(forward.most_bytes, backward.most_bytes)
+        out.append(
+            {
+                "schedule": candidate.name,
+                "forward": forward.seconds,
+                "backward": backward.seconds,
+                "buffer_bytes": int(most),
+            }
+        )
+    return out
+
+
+def meshes(planned: dict[str, Any]) -> list[dict[str, Any]]:
+    """The best schedules of every ring × ulysses with as many ranks (heads permitting)."""
+    from ringattn import Layout, MeshShape
+    from ringattn.parallel.choice import candidates, choose
+    from ringattn.parallel.demand import Demand
+    from ringattn.parallel.group import group_setting
+    from ringattn.parallel.held import Held
+
+    layout, mask, setting = planned["layout"], planned["mask"], planned["setting"]
+    ranks, node = layout.mesh.sequence_size, setting.machine.gpus_per_node
+    out = []
+    for ulysses in [size for size in range(1, ranks + 1) if ranks % size == 0]:
+        if ulysses > setting.shape.query_heads or ulysses > node > 1:
+            continue
+        mesh = MeshShape(1, ranks // ulysses, ulysses, machine=setting.machine)
+        other = Layout(layout.docs, mesh, layout.policy, mask)
+        demand = Demand.of(Held.of(other, mask), mask.band)
+        options = candidates(other.mesh.ring, "auto", None)
+        cost = choose(demand, group_setting(other, setting), options, None).cost
+        out.append(
+            {
+                "ring": other.mesh.ring,
+                "ulysses": ulysses,
+                "forward": cost.forward.seconds,
+                "backward": cost.backward.seconds,
+            }
+        )
+    return out
+
+
+def render(report: dict[str, Any]) -> str:
+    """The report for people."""
+    documents, mesh, machine = report["documents"], report["mesh"], report["machine"]
+    heads = "/".join(map(str, report["heads"]))
+    lines = [
+        f"{documents['count']} documents, {documents['tokens']} tokens (longest {documents['longest']}); "
+        f"heads {heads}, head dim {report['head_dim']}",
+        f"ring {mesh['ring']} × ulysses {mesh['ulysses']}, {report['policy']} layout; predicted for {machine['name']} "
+        f"({machine.get('origin', 'unknown')})",
+        "",
+    ]
+    lines += rank_table(report)
+    seconds = report["seconds"]
+    together = (
+        f"forward {milliseconds(seconds['forward'])} ms, backward {milliseconds(seconds['backward'])} ms; area "
+        f"max/mean {report['balance']:.3f}; {report['received_share']:.1%} of an all-gather of the keys is received"
+    )
+    lines += [
+        "",
+        "All ranks together, simulated",
+        *row("", together, ""),
+        "",
+        f"Schedule: {report['schedule']['forward']} forward, {report['schedule']['backward']} backward",
+    ]
+    lines += row("why", report["reason"])
+    lines += ["", *alternative_table(report)]
+    return "\n".join(lines)
+
+
+def rank_table(report: dict[str, Any]) -> list[str]:
+    ranks = report["ranks"]
+    shown = ranks
+    if len(ranks) > SHOWN:
+        shown = sorted(ranks, key=lambda rank: -rank["forward"]["simulated"] - rank["backward"]["simulated"])[:SHOWN]
+    head = ["rank", "tokens", "Mpairs", "recv MiB", "sent MiB", "stages"]
+    head += ["compute", "wire", "exposed", "compute", "wire", "exposed"]
+    body = []
+    for rank in shown:
+        times = [rank[name][part] for name in ("forward", "backward") for part in ("compute", "wire", "exposed")]
+        sizes = [f"{rank[name] / 2**20:.1f}" for name in ("received_bytes", "sent_bytes")]
+        body.append(
+            [str(rank["rank"]), str(rank["tokens"]), f"{rank['area'] / 1e6:.1f}", *sizes, str(rank["stages"])]
+            + [milliseconds(time) for time in times]
+        )
+    lines = table([head, *body])
+    first = lines[0].index("compute")
+    second = lines[0].rindex("compute")
+    lines.insert(0, " " * first + "forward ms".ljust(second - first) + "backward ms")
+    if len(ranks) > SHOWN:
+        lines.append(f"  the {SHOWN} slowest of {len(ranks)} ranks; --json has all")
+    return lines
+
+
+def alternative_table(report: dict[str, Any]) -> list[str]:
+    """What else could be done: other schedules on this mesh, other meshes of as many ranks."""
+    rows = [["on this mesh", "forward ms", "backward ms", "buffers MiB"]]
+    for one in report["alternatives"]:
+        marks = [name for name in ("forward", "backward") if report["schedule"][name] == one["schedule"]]
+        times = [milliseconds(one[name]) + ("*" if name in marks else " ") for name in ("forward", "backward")]
+        rows.append([one["schedule"], *times, f"{one['buffer_bytes'] / 2**20:.0f}"])
+    lines = [*table(rows, left=1), "  * chosen"]
+    if len(report["meshes"]) > 1:
+        rows = [["other meshes, best schedules", "forward ms", "backward ms"]]
+        for one in report["meshes"]:
+            times = [milliseconds(one[name]) for name in ("forward", "backward")]
+            rows.append([f"ring {one['ring']} × ulysses {one['ulysses']}", *times])
+        lines += ["", *table(rows, left=1)]
+    return lines
+
+
+def milliseconds(seconds: float) -> str:
+    return f"{seconds * 1e3:.2f}"
+
+
+def draw(planned: dict[str, Any], report: dict[str, Any], path: str) -> None:
+    from ringattn.drawing import draw_plan
+
+    documents, mesh = report["documents"], report["mesh"]
+    title = (
+        f"{documents['count']} document{'s' * (documents['count'] != 1)}, {documents['tokens']:,} tokens on ring "
+        f"{mesh['ring']} × ulysses {mesh['ulysses']}, {report['policy']} layout"
+    )
+    draw_plan(planned["plans"], planned["layout"].docs.total, planned["passes"], report["schedule"], title, path)

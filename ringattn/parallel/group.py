@@ -1,0 +1,58 @@
+"""The plans of all ranks in one process: to print, draw and simulate what every rank of a job will do."""
+
+from dataclasses import replace
+
+from ringattn.mask import Mask
+from ringattn.parallel.choice import candidates, choose
+from ringattn.parallel.demand import Demand
+from ringattn.parallel.held import Held
+from ringattn.parallel.layout import Layout
+from ringattn.parallel.plan import AttentionPlan
+from ringattn.parallel.planner import _RingPlanner, check_scheme
+from ringattn.parallel.pricing import Candidate, Setting
+from ringattn.parallel.ulysses import exchange_plan
+
+
+def plan_group(
+    layout: Layout,
+    mask: Mask,
+    setting: Setting,
+    scheme: str = "auto",
+    stages: int | None = None,
+    memory_limit: int | None = None,
+) -> list[AttentionPlan]:
+    """What `plan_attention` plans on each sequence rank, by rank.
+
+    The pieces are looked up and the schedule is chosen once for all; ulysses ranks of a position share its stages.
+    """
+    mesh = layout.mesh
+    check_scheme(scheme, mesh, stages)
+    held = Held.of(layout, mask)
+    options = candidates(mesh.ring, scheme, stages)
+    choice = choose(Demand.of(held, mask.band), setting, options, memory_limit)
+    asked = f'scheme="{scheme}" was asked for: ' if len(options) == 1 and mesh.ring > 1 else ""
+
+    def planned(position: int, one: Candidate) -> AttentionPlan:
+        plan = _RingPlanner(held, mask.band, position, one.schedule, one.distances(mesh.ring)).plan()
+        return replace(plan, keep_keys=setting.keep_keys, wide_reduce=setting.wide_reduce)
+
+    plans = []
+    for position in range(mesh.ring):
+        forward = planned(position, choice.forward)
+        backward = None if choice.backward == choice.forward else planned(position, choice.backward)
+        for rank in range(mesh.ulysses):
+            exchange = None
+            if setting.exchange is not None:
+                heads = setting.shape.query_heads, setting.shape.key_heads
+                exchange = exchange_plan(layout.deal(position), *heads, rank)
+            last = None if backward is None else replace(backward, exchange=exchange)
+            plans.append(replace(forward, exchange=exchange, backward=last, reason=asked + choice.reason))
+    return plans
+
+
+def group_setting(layout: Layout, setting: Setting) -> Setting:
+    """`setting` with the exchange that the layout's mesh asks for."""
+    if layout.mesh.ulysses == 1:
+        return replace(setting, exchange=None)
+    heads = setting.shape.query_heads, setting.shape.key_heads
+    return replace(setting, exchange=exchange_plan(layout.deal(0), *heads, 0))

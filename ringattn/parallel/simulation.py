@@ -1,0 +1,272 @@
+"""Playing the plans of all ranks through, in the executor's order: who computes and who waits when. Pure.
+
+What `cost.py` prices rank by rank, as if nobody waited for another, is one system here. A rank has a queue of kernels,
+and ports to the GPUs of its node and to the network, each in and out; a message holds its sender's and its receiver's.
+Transfers of one process group follow one another, as its stream does, and begin when both ends have posted them.
+"""
+
+from bisect import bisect_right
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+
+from ringattn.parallel.cost import Machine, StageCost, exchange_seconds, stage_costs
+from ringattn.parallel.events import Work
+from ringattn.parallel.plan import AttentionPlan, Shape
+from ringattn.parallel.traffic import Traffic
+
+
+@dataclass(frozen=True)
+class Scenario:
+    """What is slower than the machine says.
+
+    Arguments:
+        ranks: factor on the compute of a sequence rank.
+        links: factor on what passes a port: (sequence rank, "node" or "network") -> factor, both directions.
+    """
+
+    ranks: Mapping[int, float] = field(default_factory=dict)
+    links: Mapping[tuple[int, str], float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Span:
+    """What a rank does from `begin` to `end`, seconds: "compute", "cast", "reduce" or "exchange", of which stage."""
+
+    rank: int
+    kind: str
+    stage: int
+    begin: float
+    end: float
+
+
+@dataclass(frozen=True)
+class Pass:
+    """One pass of all ranks."""
+
+    ranks: int
+    spans: tuple[Span, ...]
+
+    @property
+    def seconds(self) -> float:
+        """Until the last rank is done."""
+        return max((span.end for span in self.spans), default=0.0)
+
+    def busy(self, kind: str) -> list[float]:
+        """Seconds that each rank spends on one kind."""
+        return [sum(span.end - span.begin for span in spans if span.kind == kind) for spans in self.by_rank]
+
+    @property
+    def ends(self) -> list[float]:
+        """When each rank is done."""
+        return [max((span.end for span in spans), default=0.0) for spans in self.by_rank]
+
+    @cached_property
+    def by_rank(self) -> list[list[Span]]:
+        """The spans of each rank, by their beginning."""
+        out: list[list[Span]] = [[] for _ in range(self.ranks)]
+        for span in self.spans:
+            out[span.rank].append(span)
+        return out
+
+
+def simulate(
+    machine: Machine,
+    plans: Sequence[AttentionPlan],
+    shape: Shape,
+    backward: bool,
+    scenario: Scenario | None = None,
+    primitive: str = "p2p",
+) -> Pass:
+    """One pass of one attention over all ranks.
+
+    Arguments:
+        plans: of every sequence rank, in their order; the group starts at the first GPU of a node.
+        shape: the model's.
+        primitive: what casts and reduces travel by; the exchange is an all-to-all.
+    """
+    walked = [plan.backward if backward and plan.backward is not None else plan for plan in plans]
+    return _Program(machine, walked, shape, backward, scenario or Scenario(), primitive).run()
+
+
+@dataclass(frozen=True)
+class _Batch:
+    """The transfers of one rank that are posted together: their first and their last moment, as tasks."""
+
+    first: int
+    last: int
+
+
+class _Program:
+    """The tasks of one pass of all ranks."""
+
+    def __init__(
+        self,
+        machine: Machine,
+        plans: Sequence[AttentionPlan],
+        shape: Shape,
+        backward: bool,
+        scenario: Scenario,
+        primitive: str,
+    ) -> None:
+        self.machine, self.shape, self.scenario = machine, shape, scenario
+        self.traffic = Traffic(plans, shape, backward)
+        self.plans, self.backward, self.primitive = plans, backward, primitive
+        self.work = Work()
+        self.batches: dict[tuple[str, int, int], _Batch] = {}  # kind, stage, rank
+        self.computing: list[tuple[int, int, int]] = []  # rank, stage, task
+        # What kernels of a rank lose if they run beside a whole batch, by what it sends and by what it receives.
+        self.lost: dict[tuple[str, int, int], list[float]] = defaultdict(lambda: [0.0, 0.0])
+        self._costs: dict[tuple[int, Shape], tuple[StageCost, ...]] = {}
+
+    def run(self) -> Pass:
+        for rank in range(len(self.plans)):
+            self._enqueue(_Queue(self, rank))
+        for (kind, stage, rank), batch in self.batches.items():
+            for peer, size in self.traffic.sent(kind, stage, rank):
+                self._message(kind, rank, peer, size, (batch, self.batches[kind, stage, peer]))
+                if kind != "exchange":  # nothing is computed beside an exchange
+                    link = self.machine.links[self.machine.link_class(rank, peer), self.primitive]
+                    self.lost[kind, stage, rank][0] += size * link.disturbance
+                    self.lost[kind, stage, peer][1] += size * link.disturbance
+        done = self._played()
+        if self._disturb(done):
+            done = self._played()
+        return done
+
+    def _played(self) -> Pass:
+        begin, end = self.work.run()
+        spans = [Span(rank, "compute", stage, begin[task], end[task]) for rank, stage, task in self.computing]
+        spans += [
+            Span(rank, kind, stage, begin[batch.first], end[batch.last])
+            for (kind, stage, rank), batch in self.batches.items()
+        ]
+        return Pass(len(self.plans), tuple(sorted(spans, key=lambda span: (span.rank, span.begin, span.stage))))
+
+    def _disturb(self, done: Pass) -> bool:
+        """Lengthens kernels by what they lose to the transfers beside them in `done`, spread over each batch's time.
+
+        Once: that the longer kernels move later transfers a little is left out.
+        """
+        tasks = {(rank, stage): task for rank, stage, task in self.computing}
+        lost: dict[int, float] = defaultdict(float)
+        for spans in done.by_rank:
+            kernels = [span for span in spans if span.kind == "compute"]
+            ends = [kernel.end for kernel in kernels]
+            for batch in spans:
+                seconds = max(self.lost.get((batch.kind, batch.stage, batch.rank), (0.0,)))
+                for kernel in kernels[bisect_right(ends, batch.begin) :] if seconds else ():
+                    if kernel.begin >= batch.end:
+                        break
+                    beside = min(batch.end, kernel.end) - max(batch.begin, kernel.begin)
+                    lost[tasks[kernel.rank, kernel.stage]] += seconds * beside / (batch.end - batch.begin)
+        for task, seconds in lost.items():
+            self.work.seconds[task] += seconds
+        return bool(lost)
+
+    def _enqueue(self, queue: "_Queue") -> None:
+        plan, costs = self.plans[queue.rank], self._stage_costs(queue.rank)
+        ring_rank = queue.rank // self.traffic.ulysses
+        _, copies = exchange_seconds(
+            self.machine, plan.exchange, ring_rank, self.shape, self.backward, plan.wide_reduce
+        )
+        seconds = [cost.compute for cost in costs]
+        seconds[0] += copies  # of the exchange, which are before and after all stages
+        queue.wait(queue.post("exchange", 0))
+        if self.backward:
+            _backward(queue, seconds, fetch=not plan.keep_keys)
+        else:
+            _forward(queue, seconds)
+        queue.wait(queue.post("exchange", 1))
+
+    def _stage_costs(self, rank: int) -> tuple[StageCost, ...]:
+        """Ranks of one ring position that have as many heads share them."""
+        plan = self.plans[rank]
+        key = id(plan.stages), self.shape.share(plan.exchange)
+        if key not in self._costs:
+            self._costs[key] = stage_costs(self.machine, plan, self.shape, self.backward, self.primitive)
+        return self._costs[key]
+
+    def latency(self, kind: str, stage: int, rank: int, peers: Sequence[int]) -> float:
+        """Seconds of a batch beside its bytes."""
+        links = self.machine.links
+        far = {self.machine.link_class(rank, peer) for peer in peers}
+        primitive = "all_to_all" if kind == "exchange" else self.primitive
+        collectives = self.traffic.collectives(stage, rank) if kind == "exchange" else 1
+        return collectives * max((links[link_class, primitive].latency for link_class in far), default=0.0)
+
+    def _message(self, kind: str, rank: int, peer: int, size: float, ends: tuple[_Batch, _Batch]) -> None:
+        link_class = self.machine.link_class(rank, peer)
+        link = self.machine.links[link_class, "all_to_all" if kind == "exchange" else self.primitive]
+        slow = self.scenario.links
+        factor = max(slow.get((rank, link_class), 1.0), slow.get((peer, link_class), 1.0))
+        task = self.work.add(
+            factor * size / link.bandwidth, [batch.first for batch in ends], self._ports(rank, peer, link_class)
+        )
+        for batch in ends:
+            self.work.link(task, batch.last)
+
+    def _ports(self, rank: int, peer: int, link_class: str) -> tuple[int, int]:
+        """What a message holds. Rail-aligned: it leaves its node through the port that has the receiver's rail."""
+        per_node = self.machine.gpus_per_node
+        if link_class == "network":
+            return 4 * (rank // per_node * per_node + peer % per_node) + 2, 4 * peer + 3
+        return 4 * rank, 4 * peer + 1
+
+
+class _Queue:
+    """What one rank's host enqueues. Kernels follow one another, and so do the transfers of each process group."""
+
+    def __init__(self, program: _Program, rank: int) -> None:
+        self.program, self.rank = program, rank
+        self._after: list[int] = []  # what the next kernel waits for
+        self._streams: dict[bool, int] = {}  # last batch of the ulysses group and of the ring group
+
+    def compute(self, stage: int, seconds: float) -> None:
+        seconds *= self.program.scenario.ranks.get(self.rank, 1.0)
+        task = self.program.work.add(seconds, self._after)
+        self.program.computing.append((self.rank, stage, task))
+        self._after = [task]
+
+    def post(self, kind: str, stage: int) -> int | None:
+        """Transfers that begin when the kernels so far are done; their last moment, or None if there are none."""
+        program = self.program
+        peers = program.traffic.peers(kind, stage, self.rank)
+        if not peers:
+            return None
+        stream = kind == "exchange"
+        before = [self._streams[stream]] if stream in self._streams else []
+        first = program.work.add(0.0, [*self._after, *before])
+        last = program.work.add(program.latency(kind, stage, self.rank, peers), [first])
+        program.batches[kind, stage, self.rank] = _Batch(first, last)
+        self._streams[stream] = last
+        return last
+
+    def wait(self, batch: int | None) -> None:
+        if batch is not None:
+            self._after.append(batch)
+
+
+def _forward(queue: _Queue, seconds: Sequence[float]) -> None:
+    """The executor's forward pass: while a stage is computed the next is on its way."""
+    cast = queue.post("cast", 1) if len(seconds) > 1 else None
+    queue.compute(0, seconds[0])
+    for stage in range(1, len(seconds)):
+        queue.wait(cast)
+        cast = queue.post("cast", stage + 1) if stage + 1 < len(seconds) else None
+        queue.compute(stage, seconds[stage])
+
+
+def _backward(queue: _Queue, seconds: Sequence[float], fetch: bool) -> None:
+    """The executor's backward pass: the local stage comes last and hides the last reduce."""
+    cast = queue.post("cast", 1) if fetch and len(seconds) > 1 else None
+    reduce = None
+    for stage in range(1, len(seconds)):
+        queue.wait(cast)
+        cast = queue.post("cast", stage + 1) if fetch and stage + 1 < len(seconds) else None
+        queue.compute(stage, seconds[stage])
+        queue.wait(reduce)
+        reduce = queue.post("reduce", stage)
+    queue.compute(0, seconds[0])
+    queue.wait(reduce)

@@ -1,0 +1,90 @@
+"""`ringattn plan`: figures that can be checked by hand, for people and for programs."""
+
+import json
+
+import pytest
+
+from ringattn import Documents, Layout, Mask, MeshShape
+from ringattn.cli import main
+from ringattn.parallel.cost import rank_cost
+from ringattn.parallel.machines import SHIPPED
+from ringattn.parallel.plan import Shape
+from ringattn.parallel.planner import plan_attention
+
+SMALL = ["plan", "--heads", "8/2", "--head-dim", "64", "--machine", "H200"]
+
+
+def report(capsys, *argv):
+    assert main([*SMALL, *argv, "--json"]) == 0
+    return json.loads(capsys.readouterr().out)
+
+
+def test_the_table_holds_what_the_plans_say(capsys, tmp_path):
+    lengths = [5000, 300, 0, 900, 1992]
+    path = tmp_path / "lengths"
+    path.write_text(" ".join(map(str, lengths)))
+    found = report(capsys, "--lengths", str(path), "--ring", "4")
+    assert found["documents"] == {"count": 5, "tokens": 8192, "longest": 5000}
+    assert sum(rank["tokens"] for rank in found["ranks"]) == 8192
+    assert sum(rank["area"] for rank in found["ranks"]) == sum(n * (n + 1) // 2 for n in lengths)
+    areas = [rank["area"] for rank in found["ranks"]]
+    assert found["balance"] == pytest.approx(max(areas) * 4 / sum(areas))
+    for rank in found["ranks"]:
+        layout = Layout(Documents(lengths), MeshShape(1, 4, 1, rank["rank"], machine=SHIPPED["H200"]))
+        plan = plan_attention(layout, Mask(), 8, 2, head_dim=64)
+        assert plan.reason == found["reason"]
+        row = 2 * (64 + 64) * 2  # bytes: key heads, dims of keys and values, bfloat16
+        assert (rank["received_bytes"], rank["sent_bytes"]) == (plan.received_rows * row, plan.sent_rows * row)
+        assert rank["stages"] == len(plan.stages)
+        for name in ("forward", "backward"):
+            one = rank[name]
+            cost = getattr(rank_cost(SHIPPED["H200"], plan, Shape(8, 2, 64, 64)), name)
+            assert (one["compute"], one["wire"], one["exposed"]) == (cost.compute, cost.wire, cost.exposed)
+            assert 0 < one["simulated"] <= found["seconds"][name]
+    chosen = {one["schedule"]: one for one in found["alternatives"]}
+    assert found["schedule"]["forward"] in chosen
+
+
+def test_other_meshes_and_heads(capsys):
+    found = report(capsys, "--tokens", "4096", "--ring", "2", "--ulysses", "2")
+    assert [(one["ring"], one["ulysses"]) for one in found["meshes"]] == [(4, 1), (2, 2), (1, 4)]
+    assert sum(rank["area"] for rank in found["ranks"]) == pytest.approx(4096 * 4097 / 2)
+    assert len({rank["area"] for rank in found["ranks"][:2]}) == 1  # a position's ranks share its heads equally
+
+
+def test_people_can_read_it(capsys, tmp_path):
+    pytest.importorskip("matplotlib")
+    picture = tmp_path / "plan.png"
+    argv = ["--histogram", "chatqa", "--tokens", "65536", "--ring", "4", "--ulysses", "2", "--draw", str(picture)]
+    assert main([*SMALL, *argv, "--longest", "9000", "--seed", "3", "--window", "2047,0"]) == 0
+    text = capsys.readouterr().out
+    assert max(len(line) for line in text.splitlines()) <= 120
+    assert "heads 8/2, head dim 64" in text
+    assert "ring 4 × ulysses 2, balanced layout; predicted for H200 (shipped)" in text
+    assert "* chosen" in text
+    assert picture.stat().st_size > 10_000
+    assert main([*SMALL, "--tokens", "6500", "--ring", "65"]) == 0
+    text = capsys.readouterr().out
+    assert "the 64 slowest of 65 ranks; --json has all" in text
+
+
+@pytest.mark.parametrize(
+    ("argv", "words"),
+    [
+        ([], "--tokens is needed"),
+        (["--lengths", "/no/such/file"], "/no/such/file"),
+        (["--tokens", "64", "--machine", "TPU"], "'TPU'"),
+        (["--tokens", "64", "--draw", "x.gif"], "'x.gif'"),
+        (["--tokens", "64", "--scheme", "hybrid", "--ring", "2"], 'scheme="hybrid"'),
+        (["--tokens", "64", "--ring", "2", "--stages", "3"], "stages=3"),
+        (["--tokens", "0"], "'0'"),
+        (["--tokens", "65536", "--ring", "2", "--memory", "1"], "memory_limit"),
+    ],
+)
+def test_one_error_names_the_argument(argv, words, capsys):
+    with pytest.raises(SystemExit) as caught:
+        main(["plan", "--machine", "H200", *argv])
+    assert caught.value.code == 2
+    last = capsys.readouterr().err.splitlines()[-1]
+    assert last.startswith("ringattn plan: error: ")
+    assert words in last

@@ -1,0 +1,88 @@
+"""Degrees chosen for a batch: the least predicted time, the same on every rank, and exact whatever they are."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from ringattn import Documents, Layout, Mask, MeshShape, init_mesh, parallel_attention
+from ringattn.parallel.cost import Link, Machine
+from ringattn.parallel.degrees import RING_AXIS_GAIN, choose_degrees
+from ringattn.parallel.machines import SHIPPED
+from ringattn.parallel.plan import Shape
+from tests.dense import Case, dense_attention, relative_error
+from tests.pool import Pools
+
+SHAPE = Shape(32, 8, 128, 128, 2)
+
+
+def parted(size: int, rank: int = 0) -> MeshShape:
+    """A mesh that leaves its degrees to layouts."""
+    every = tuple(MeshShape(1, *degrees, rank) for degrees in MeshShape(1, size).parted())
+    return replace(every[0], alternatives=every)
+
+
+def machine(slow: str) -> Machine:
+    """On which one primitive is hopeless."""
+    links = {key: Link(1.0, 1e6) if key[1] == slow else link for key, link in SHIPPED["CPU"].links.items()}
+    return replace(SHIPPED["CPU"], links=links)
+
+
+@given(lengths=st.lists(st.integers(0, 30_000), min_size=1, max_size=12).filter(any))
+@settings(max_examples=25)
+def test_the_fastest_degrees_are_chosen_on_every_rank(lengths: list[int]) -> None:
+    docs, masks = Documents(lengths), ((Mask(), 1.0),)
+    chosen = {Layout(docs, parted(8, rank)).mesh.ulysses for rank in range(8)}
+    assert len(chosen) == 1
+    alone = [
+        choose_degrees([mesh], lambda mesh: Layout(docs, mesh), masks, SHAPE, SHIPPED["H200"])
+        for mesh in parted(8).alternatives
+    ]
+    (best,) = [one for one in alone if one.layout.mesh.ulysses in chosen]
+    assert best.seconds <= min(one.seconds for one in alone) / (1 - RING_AXIS_GAIN)
+
+
+@pytest.mark.parametrize(("slow", "ulysses"), [("all_to_all", 1), ("p2p", 8)])
+def test_a_slow_link_is_avoided(slow: str, ulysses: int) -> None:
+    layout = Layout(Documents([60_000]), parted(8), machine=machine(slow))
+    assert layout.mesh.ulysses == ulysses
+    assert f"ring {8 // ulysses} × ulysses {ulysses} of" in layout.reason
+
+
+def test_no_more_ulysses_ranks_than_query_heads() -> None:
+    layout = Layout(Documents([60_000]), parted(8), machine=machine("p2p"), heads=(2, 1))
+    assert layout.mesh.ulysses <= 2
+
+
+def test_one_node_holds_an_ulysses_group() -> None:
+    assert MeshShape(1, 32).parted(8) == [(32, 1), (16, 2), (8, 4), (4, 8)]
+    assert MeshShape(1, 6).parted(8) == [(6, 1), (3, 2), (2, 3), (1, 6)]
+
+
+def attend(case: Case, slow: str) -> tuple[int, dict[str, torch.Tensor]]:
+    mesh = init_mesh(data=1, sequence=4, device_type="cpu")
+    layout = Layout(case.docs, mesh, machine=machine(slow), heads=case.heads)
+    x = case.tensors()
+    local = [layout.shard(x[name]).clone().requires_grad_() for name in ("q", "k", "v")]
+    out = parallel_attention(*local, layout, backend="reference")
+    out.backward(layout.shard(x["dout"]))
+    grads = {f"d{name}": layout.unshard(y.grad) for name, y in zip("qkv", local, strict=True)}
+    return layout.mesh.ulysses, {"out": layout.unshard(out.detach()), **grads}
+
+
+@pytest.mark.parametrize(("slow", "ulysses"), [("all_to_all", 1), ("p2p", 4)])
+def test_attention_is_exact_on_the_chosen_degrees(pool: Pools, slow: str, ulysses: int) -> None:
+    case = Case(Documents([300, 7, 0, 150]), Mask(), (4, 2), (8, 8), torch.float64)
+    expected = dense_attention(case)
+    for taken, got in pool(4, "cpu").run_many(attend, [(case, slow)], timeout=120)[0]:
+        assert taken == ulysses
+        assert all(relative_error(got[name], expected[name]) < 1e-12 for name in got)
+
+
+def test_degrees_are_given_or_left() -> None:
+    with pytest.raises(ValueError, match="sequence=4 leaves ring and ulysses"):
+        init_mesh(sequence=4, ring=2)
+    with pytest.raises(ValueError, match="speeds"):
+        Layout(Documents([100]), parted(2), "balanced", speeds=[1.0, 2.0])

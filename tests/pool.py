@@ -270,6 +270,7 @@ def _serve(place: _Place, connection: Connection) -> None:
     connection.send_bytes(_dumps(None))
     with contextlib.suppress(EOFError, ConnectionError):
         while (job := _loads(connection.recv_bytes())) is not None:
+            torch.set_num_threads(1)  # compilers that a job starts leave other numbers behind
             connection.send_bytes(_answer(place.rank, job))
     with contextlib.suppress(Exception):
         dist.destroy_process_group()
@@ -281,7 +282,6 @@ def _join(place: _Place) -> None:
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(place.port))
     if sys.platform == "linux":  # gloo would look the host's name up, which need not lead anywhere
         os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
-    torch.set_num_threads(1)
     store = dist.TCPStore("127.0.0.1", place.port, is_master=False, timeout=COLLECTIVE_TIMEOUT)
     options: dict[str, Any] = {"rank": place.rank, "world_size": place.world_size, "timeout": COLLECTIVE_TIMEOUT}
     if place.device_type == "cuda":

@@ -2,7 +2,7 @@
 
 import gc
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
@@ -58,23 +58,42 @@ def measure(
         problems: makers of problems, called one at a time so that only one is in memory.
     """
     for make in problems:
-        problem = make()
-        ceiling = _ceiling(problem, timer)
-        yield ceiling
-        for contestant in contestants:
-            yield _measured(problem, contestant, timer, ceiling)
-        del problem
-        _free()
+        yield from _measured(make(), contestants, timer)
+        gc.collect()
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
 
 
-def _ceiling(problem: Problem, timer: Timer) -> Result:
+def _measured(problem: Problem, contestants: Sequence[Contestant], timer: Timer) -> list[Result]:
+    entered = [_entered(problem, contestant) for contestant in contestants]
+    entries = [entry for entry in entered if isinstance(entry, _Checked)]
     share = problem.share
-    forward, both = timer.milliseconds(share.forward), timer.milliseconds(share.both)
-    rates = _rate(problem, 1.0, forward), _rate(problem, 3.5, both)
-    return Result(problem.workload.name, CEILING, forward, both, rates[0], rates[1], 1.0, 1.0)
+    forward = timer.milliseconds([share.forward, *(one.entry.forward for one in entries)])
+    both = timer.milliseconds([share.both, *(one.entry.both for one in entries)])
+    silent = timer.milliseconds([one.entry.silent for one in entries if one.entry.silent is not None])
+    results = [_result(problem, CEILING, (forward[0], both[0]), (forward[0], both[0]))]
+    timed, quiet = iter(zip(forward[1:], both[1:], strict=True)), iter(silent)
+    for one in entered:
+        if isinstance(one, Result):
+            results.append(one)
+            continue
+        result = _result(problem, one.name, next(timed), (forward[0], both[0]))
+        exposed = None if one.entry.silent is None or result.both is None else result.both - next(quiet)
+        result = replace(result, choice=one.entry.choice, planning=one.entry.planning_ms, error=one.error)
+        results.append(replace(result, exposed=exposed, memory=_memory(problem, one.entry)))
+    return results
 
 
-def _measured(problem: Problem, contestant: Contestant, timer: Timer, ceiling: Result) -> Result:
+@dataclass(frozen=True)
+class _Checked:
+    """A contestant whose results are right."""
+
+    name: str
+    entry: Entry
+    error: float
+
+
+def _entered(problem: Problem, contestant: Contestant) -> "_Checked | Result":
     name = problem.workload.name
     reason = contestant.missing(problem)
     if reason is not None:
@@ -85,22 +104,11 @@ def _measured(problem: Problem, contestant: Contestant, timer: Timer, ceiling: R
     if not error <= LIMITS[problem.tensors[0].dtype]:
         told = ", ".join(f"{key} {value:.2g}" for key, value in errors.items())
         return Result(name, contestant.name, failure=f"differs from the kernel alone: {told}", error=error)
-    result = _timed(problem, contestant.name, entry, timer, ceiling, error)
-    del entry
-    _free()
-    return result
+    return _Checked(contestant.name, entry, error)
 
 
-def _timed(problem: Problem, name: str, entry: Entry, timer: Timer, ceiling: Result, error: float) -> Result:
-    forward, both = timer.milliseconds(entry.forward), timer.milliseconds(entry.both)
-    silent = None if entry.silent is None else timer.milliseconds(entry.silent)
-    *inputs, dout = entry.inputs
-    # out and dout, and each of q, k, v with its gradient
-    needed = 2 * sum(x.nbytes for x in inputs) + 2 * dout.nbytes
-    peak = peak_bytes(entry.both, problem.device)
-    given = sum(x.nbytes for x in entry.inputs)
-    assert ceiling.forward is not None
-    assert ceiling.both is not None
+def _result(problem: Problem, name: str, took: tuple[float, float], alone: tuple[float, float]) -> Result:
+    forward, both = took
     return Result(
         problem.workload.name,
         name,
@@ -108,22 +116,19 @@ def _timed(problem: Problem, name: str, entry: Entry, timer: Timer, ceiling: Res
         both,
         _rate(problem, 1.0, forward),
         _rate(problem, 3.5, both),
-        ceiling.forward / forward,
-        ceiling.both / both,
-        exposed=None if silent is None else both - silent,
-        planning=entry.planning_ms,
-        memory=(peak + given) / needed if peak and needed else None,
-        choice=entry.choice,
-        error=error,
+        alone[0] / forward,
+        alone[1] / both,
     )
+
+
+def _memory(problem: Problem, entry: Entry) -> float | None:
+    """Peak of both passes over what they cannot do without: q, k, v, out and the gradient of each."""
+    *inputs, dout = entry.inputs
+    needed = 2 * sum(x.nbytes for x in inputs) + 2 * dout.nbytes
+    peak = peak_bytes(entry.both, problem.device)
+    return (peak + sum(x.nbytes for x in entry.inputs)) / needed if peak and needed else None
 
 
 def _rate(problem: Problem, passes: float, milliseconds: float) -> float:
     """TFLOP/s per GPU."""
     return problem.flops(passes) / dist.get_world_size() / milliseconds * 1e-9
-
-
-def _free() -> None:
-    gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()

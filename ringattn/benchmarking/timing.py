@@ -2,7 +2,7 @@
 
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,16 +22,21 @@ class Timer:
     repeats: int = 5
     warmups: int = 2
 
-    def milliseconds(self, step: Callable[[], Any]) -> float:
-        """Of one step: of every run the slowest rank's, of all runs the median."""
-        found = []
-        for repeat in range(self.warmups + self.repeats):
-            took = self._run(step)
-            if repeat >= self.warmups:
-                found.append(took)
-        slowest = torch.tensor(found, device=self.device)
+    def milliseconds(self, steps: Sequence[Callable[[], Any]]) -> list[float]:
+        """Of one call of each step: of every run the slowest rank's, of all runs the median.
+
+        The steps take turns, so that clocks and temperature are the same for all.
+        """
+        if not steps:
+            return []
+        rounds = []
+        for number in range(self.warmups + self.repeats):
+            took = [self._run(step) for step in steps]
+            if number >= self.warmups:
+                rounds.append(took)
+        slowest = torch.tensor(rounds, device=self.device)
         dist.all_reduce(slowest, op=dist.ReduceOp.MAX)
-        return statistics.median(slowest.tolist())
+        return [statistics.median(found) for found in slowest.T.tolist()]
 
     def _run(self, step: Callable[[], Any]) -> float:
         if self.device.type != "cuda":

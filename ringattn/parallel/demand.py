@@ -1,13 +1,13 @@
 """What all ring positions need of one another, counted at once: columns of numbers instead of a plan per position."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import numpy as np
 import numpy.typing as npt
 
 from ringattn.mask import Band
-from ringattn.parallel.held import Held
+from ringattn.parallel.held import Held, inner_rows
 from ringattn.parallel.rates import BlockTable, Ints, needs
 
 
@@ -23,6 +23,8 @@ class Demand:
     length: Ints  # of the piece's document
     rows: Ints  # of each position
     band: Band
+    held_first: Ints | None = None  # of parts of pieces: the piece's own range
+    held_last: Ints | None = None
 
     @classmethod
     def of(cls, held: Held, band: Band) -> "Demand":
@@ -43,9 +45,36 @@ class Demand:
         return needs(self.first, self.last, self.length, self.band)
 
     @cached_property
+    def parted(self) -> "Demand":
+        """The same with query pieces cut as `Held.parted` cuts them."""
+        if self.band.lo is None and self.band.hi in (0, None):
+            return self  # a piece sees all of its document's start, or nothing outside
+        columns = self.first.tolist(), self.last.tolist(), self.length.tolist()
+        bounds = [inner_rows(first, last, length, self.band) for first, last, length in zip(*columns, strict=True)]
+        inner = np.array(bounds, dtype=np.int64).reshape(-1, 2)
+        edges = np.stack([self.first, inner[:, 0], inner[:, 1], self.last])
+        piece = np.tile(np.arange(len(self.first)), 3)
+        first, last = edges[:-1].ravel(), edges[1:].ravel()
+        some = first < last
+        order = np.flatnonzero(some)[np.lexsort((first[some], piece[some]))]
+        at = piece[order]
+        return replace(
+            self,
+            position=self.position[at],
+            document=self.document[at],
+            first=first[order],
+            last=last[order],
+            length=self.length[at],
+            held_first=self.first[at],
+            held_last=self.last[at],
+        )
+
+    @cached_property
     def local(self) -> npt.NDArray[np.bool_]:
         """Pieces that need no key from elsewhere."""
-        return (self.needs[0] >= self.first) & (self.needs[1] <= self.last)
+        first = self.first if self.held_first is None else self.held_first
+        last = self.last if self.held_last is None else self.held_last
+        return (self.needs[0] >= first) & (self.needs[1] <= last)
 
     @cached_property
     def group(self) -> Ints:

@@ -4,12 +4,28 @@ from bisect import bisect_left
 from collections import defaultdict
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import pairwise
 
 from ringattn.documents import Documents
 from ringattn.kernels.spec import Range
 from ringattn.mask import Band, Mask
 from ringattn.parallel.blocks import Piece
 from ringattn.parallel.layout import Layout
+
+TILE = 128  # inner rows are whole kernel tiles, counted from the piece's start
+
+
+def inner_rows(first: int, last: int, length: int, band: Band) -> Range:
+    """Queries of the piece `[first, last)` of a document that see no key outside of it.
+
+    Whole tiles, but for an end that is the piece's own; `(last, last)` if there are none.
+    """
+    begin, end = first, last
+    if first > 0:
+        begin = last if band.lo is None else first + -(band.lo // TILE) * TILE
+    if last < length and band.hi != 0:
+        end = first if band.hi is None else first + (last - band.hi - first) // TILE * TILE
+    return (begin, end) if begin < end else (last, last)
 
 
 @dataclass(frozen=True)
@@ -79,6 +95,20 @@ class Held:
                 for position in readers:
                     out[position].append(document)
         return out
+
+    def parted(self, piece: Piece, band: Band) -> list[Piece]:
+        """A query piece cut where its inner rows, which see no key outside of it, begin and end.
+
+        With a window these are most of it, and only its edges have to wait for keys from elsewhere.
+        """
+        length = self.docs.lengths[piece.document]
+        begin, end = inner_rows(piece.first, piece.last, length, band)
+        bounds = (piece.first, begin, end, piece.last)
+        return [
+            Piece(piece.document, first, last, piece.row + first - piece.first)
+            for first, last in pairwise(bounds)
+            if first < last
+        ]
 
     def needs(self, piece: Piece, band: Band) -> Range:
         return band.keys_of(piece.first, piece.last, self.docs.lengths[piece.document])

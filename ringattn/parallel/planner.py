@@ -165,20 +165,21 @@ class _RingPlanner:
     def _local_blocks(self) -> list[Block]:
         blocks = []
         for piece in self.held.positions[self.position]:
-            if self.schedule == "gather":
-                run = self.held.local_run(self.position, piece, self.band)
-                runs = [] if run is None else [run]
-            else:
-                runs = self.held.own(self.position, piece.document)
-            blocks += blocks_of(piece, runs, self.band)
+            if self.schedule != "gather":
+                blocks += blocks_of(piece, self.held.own(self.position, piece.document), self.band)
+                continue
+            for part in self.held.parted(piece, self.band):
+                run = self.held.local_run(self.position, part, self.band)
+                blocks += blocks_of(part, [] if run is None else [run], self.band)
         return join_full(blocks)
 
     def _casting(self, position: int, document: int) -> list[Piece]:
         """The pieces of a document at `position` whose keys are cast."""
         own = self.held.own(position, document)
-        if self.schedule == "gather":
-            return [piece for piece in own if self.held.local_run(position, piece, self.band) is None]
-        return own
+        if self.schedule != "gather":
+            return own
+        parts = [part for piece in own for part in self.held.parted(piece, self.band)]
+        return [part for part in parts if self.held.local_run(position, part, self.band) is None]
 
     def _wanted(self, position: int, document: int) -> list[Range]:
         return union(self.held.needs(piece, self.band) for piece in self._casting(position, document))

@@ -230,7 +230,7 @@ class Pricer:
     @cached_property
     def _copied(self) -> Floats:
         """Local key rows that a gather copies beside those that arrive."""
-        reader, holder, rows = self.demand.traffic
+        reader, holder, rows = self.demand.parted.traffic
         return per(reader, rows * (reader == holder), self.demand.positions).astype(np.float64)
 
     def _kernels(self, table: BlockTable, ordinal: Ints, position: Ints, backward: bool) -> Floats:
@@ -244,7 +244,8 @@ class Pricer:
     @cached_property
     def _gathered(self) -> list[tuple[Floats, Floats]]:
         """Kernels of a gather in both directions: of the pieces that are local, of the others over all their keys."""
-        demand, blocks = self.demand, self.demand.gathered_blocks
+        demand = self.demand.parted
+        blocks = demand.gathered_blocks
         here, there = demand.local, ~demand.local
         out = []
         for backward in (False, True):

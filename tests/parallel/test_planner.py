@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from ringattn import Documents, Layout, Mask, MeshShape
 from ringattn.kernels.reference import allowed_pairs
+from ringattn.parallel.held import TILE, inner_rows
 from ringattn.parallel.plan import AttentionPlan
 from ringattn.parallel.planner import plan_attention
 from tests.parallel.cases import documents, masks
@@ -162,3 +163,37 @@ def test_planning_a_thousand_documents_on_64_ranks_is_quick() -> None:
         plan_attention(Layout(Documents(lengths), MeshShape(1, 64, 1, rank)), Mask(), 32, 8)
         best = min(best, time.perf_counter() - begin)
     assert best < 0.5
+
+
+@settings(max_examples=200)
+@given(
+    length=st.integers(1, 2000),
+    ends=st.tuples(st.integers(0, 2000), st.integers(0, 2000)),
+    left=st.one_of(st.just(-1), st.integers(0, 600)),
+    right=st.one_of(st.just(-1), st.integers(0, 600)),
+)
+def test_inner_rows_see_no_key_outside_of_their_piece(
+    length: int, ends: tuple[int, int], left: int, right: int
+) -> None:
+    band = Mask(causal=False, window=(left, right)).band
+    first, last = sorted(min(end, length) for end in ends)
+    begin, end = inner_rows(first, last, length, band)
+    assert first <= begin <= end <= last
+    seen = band.keys_of(begin, end, length)
+    assert begin == end or (first <= seen[0] and seen[1] <= last)
+    # Of the rows before and after, all but a part of a tile see something outside.
+    if begin < end:
+        for row in (begin - TILE, end + TILE - 1):
+            if first <= row < last:
+                lo, hi = band.keys_of(row, row + 1, length)
+                assert lo < first or hi > last
+
+
+def test_a_window_waits_for_its_edges_only() -> None:
+    layout = Layout(Documents([40_000]), MeshShape(1, 4, 1, 1), "contiguous")
+    plan = plan_attention(layout, Mask(window=(1000, 0)), 4, 2, "gather")
+    (local,), (edge,) = plan.stages[0].calls, plan.stages[1].calls
+    assert local.q == (1024, 10_000)
+    assert edge.q == (0, 1024)
+    assert plan.received_rows == 1000
+    assert plan.stages[1].rows == 1000 + 1024

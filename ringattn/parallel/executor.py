@@ -4,7 +4,7 @@ Legend: t local tokens, n tokens of the ring position (n = t without an exchange
 the exchange: this rank's), D head dim, V value head dim. `q_tHD`, `lse_Hn`.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from ringattn.kernels.merge import apply_sinks_, merge_, sinks_grad
-from ringattn.kernels.spec import Backend, Call, Dropout, Grads, Options, Range, accumulation_dtype
+from ringattn.kernels.spec import Backend, Call, Dropout, Grads, Options, Range, accumulation_dtype, to_device
 from ringattn.parallel.plan import AttentionPlan, Stage
 from ringattn.parallel.rows import Accumulator, KeyCast, KeyReduce
 from ringattn.parallel.transport import Transport
@@ -277,16 +277,18 @@ def _options(job: Job, stage: Stage, call: Call) -> Options:
     if job.dropout is None:
         return job.options
     plan, exchange = job.plan, job.plan.exchange
-    key_index = plan.index if stage is plan.stages[0] else stage.index
-    q_index, k_index = (
-        _indices(spans).to(job.device)[slice(*rows)] for spans, rows in ((plan.index, call.q), (key_index, call.k))
-    )
+    keys = plan if stage is plan.stages[0] else stage
+    q_index, k_index = (_indices(of, job.device)[slice(*rows)] for of, rows in ((plan, call.q), (keys, call.k)))
     first_head = 0 if exchange is None else exchange.heads[exchange.rank].query[0]
     return replace(job.options, dropout=Dropout(*job.dropout, q_index, k_index, first_head))
 
 
-def _indices(spans: Sequence[Range]) -> Tensor:
-    return torch.cat([torch.arange(start, stop) for start, stop in spans])
+def _indices(of: AttentionPlan | Stage, device: torch.device) -> Tensor:
+    """Global index of each row, kept with the plan: the layers of a step ask for the same."""
+    kept: dict[torch.device, Tensor] = of.__dict__.setdefault("_indices", {})
+    if device not in kept:
+        kept[device] = to_device(torch.cat([torch.arange(start, stop) for start, stop in of.index]), device)
+    return kept[device]
 
 
 def _key_rows(grad: Accumulator, call: Call) -> Tensor:

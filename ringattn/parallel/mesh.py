@@ -166,12 +166,12 @@ def init_mesh(
     )  # fmt: skip
     if not dist.is_initialized() and world_size == 1:
         _init_single_process(device_type)
-    machine = _agreed_machine(device_type)
-    mesh = _mesh(shape, device_type, machine)
+    mesh = _mesh(shape, device_type)
     _open_groups(mesh)
     if sequence is None:
         return mesh
-    others = [_mesh(MeshShape(shape.data, *degrees), device_type, machine) for degrees in mesh.parted(local_size)[1:]]
+    degrees = mesh.parted(local_size)[1:]
+    others = [_mesh(MeshShape(shape.data, *pair), device_type, mesh.machine) for pair in degrees]
     for other in others:
         # The same ranks in the same order.
         other.__dict__.update(sequence_mesh=mesh.sequence_mesh, sequence_group=mesh.sequence_group)
@@ -181,16 +181,18 @@ def init_mesh(
     return free
 
 
-def _mesh(shape: MeshShape, device_type: str, machine: Machine) -> SequenceMesh:
+def _mesh(shape: MeshShape, device_type: str, machine: Machine | None = None) -> SequenceMesh:
+    """Collective; the first one initialises the default process group, if there is none."""
     sizes = (shape.data, shape.ring, shape.ulysses)
+    device_mesh = init_device_mesh(device_type, sizes, mesh_dim_names=AXES)
     rank = dist.get_rank()
     return SequenceMesh(
         *sizes,
         sequence_rank=rank % shape.sequence_size,
-        machine=machine,
+        machine=machine or _agreed_machine(device_type),
         data_rank=rank // shape.sequence_size,
         device_type=device_type,
-        device_mesh=init_device_mesh(device_type, sizes, mesh_dim_names=AXES),
+        device_mesh=device_mesh,
     )
 
 

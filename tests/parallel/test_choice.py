@@ -26,7 +26,8 @@ def with_links(bandwidth: float, latency: float = 0.0) -> Machine:
     """An H200 whose links are all the same, and whose kernels and copies have no fixed costs."""
     links = dict.fromkeys(H200.links, Link(latency, bandwidth))
     rates = tuple(replace(rate, launch_seconds=0.0, tile_seconds=0.0) for rate in H200.rates)
-    return replace(H200, name="test", links=links, rates=rates, copy_seconds=0.0)
+    fixed = {"copy_seconds": 0.0, "host_pass": 0.0, "host_call": 0.0, "host_message": 0.0}
+    return replace(H200, name="test", links=links, rates=rates, **fixed)
 
 
 @settings(max_examples=25)

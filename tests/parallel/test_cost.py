@@ -191,3 +191,18 @@ def test_the_exchange_is_one_message_a_pass_each_way(ulysses: int, messages: tup
         assert copies > 0
     assert plan.buffer_bytes(SHAPE) > 65_536 * heads * 2 * 128 * 2
     assert exchange_seconds(H200, None, 0, SHAPE, False) == (0, 0)
+
+
+def test_no_pass_is_faster_than_its_launches() -> None:
+    """Many short documents: the kernels wait for the host, however fast they are."""
+    layout = Layout(Documents([40] * 400), MeshShape(1, 8), "zigzag")
+    plan = plan_attention(layout, Mask(), 32, 8, "gather")
+    slow = replace(H200, host_message=1e-3)
+    messages = sum(len(stage.sends) + len(stage.receives) for stage in plan.stages)
+    assert messages > 10
+    for cost, passes in ((rank_cost(slow, plan, SHAPE).forward, 1), (rank_cost(slow, plan, SHAPE).backward, 3)):
+        assert cost.seconds >= passes * 2 * messages * 1e-3
+    quiet = replace(H200, host_pass=0.0, host_call=0.0, host_message=0.0)
+    assert rank_cost(quiet, plan, SHAPE).forward.seconds < rank_cost(H200, plan, SHAPE).forward.seconds
+    long = plan_attention(Layout(Documents([262_144]), MeshShape(1, 8)), Mask(), 32, 8, "gather")
+    assert rank_cost(quiet, long, SHAPE) == rank_cost(H200, long, SHAPE)

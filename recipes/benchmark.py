@@ -20,7 +20,7 @@ from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
 from ringattn.benchmarking.contestants import contestants, every_name, parse
-from ringattn.benchmarking.problem import Heads, Problem
+from ringattn.benchmarking.problem import Heads, Problem, spec_of
 from ringattn.benchmarking.report import header, line, write
 from ringattn.benchmarking.suite import Result, measure
 from ringattn.benchmarking.timing import Timer
@@ -66,9 +66,7 @@ def check(cfg: DictConfig, launch: Launch, device: torch.device) -> tuple[Heads,
         parse(contestant, launch.world_size)
     workloads = [workload(one, cfg.seed) for one in cfg.workloads]
     for one in workloads:
-        choose(
-            Problem(one, heads, cfg.backend, (torch.empty(0, dtype=DTYPES[name], device=device),) * 4).spec, cfg.backend
-        )
+        choose(spec_of(one, heads, device, DTYPES[name]), cfg.backend)
     return heads, workloads, DTYPES[name]
 
 
@@ -85,8 +83,7 @@ def run(
         if first:
             print(line(result), flush=True)
     if first:
-        spec = Problem(workloads[0], heads, cfg.backend, (torch.empty(0, dtype=dtype, device=device),) * 4).spec
-        kernel = choose(spec, cfg.backend).name
+        kernel = choose(spec_of(workloads[0], heads, device, dtype), cfg.backend).name
         for path in write(Path(cfg.output), results, facts(cfg, device, kernel, dtype)):
             print(path)
     return results

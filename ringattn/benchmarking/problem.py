@@ -32,6 +32,12 @@ class Heads:
     dim: int
 
 
+def spec_of(workload: Workload, heads: Heads, device: torch.device, dtype: torch.dtype) -> CallSpec:
+    """What a kernel is asked for."""
+    window = workload.mask.window != (-1, -1)
+    return CallSpec(device.type, dtype, heads.dim, heads.dim, heads.query, heads.key, window=window)
+
+
 @dataclass(frozen=True)
 class Problem:
     """q, k, v and dout of the whole stream, (T, heads, D), the same random numbers on every rank."""
@@ -59,9 +65,7 @@ class Problem:
 
     @property
     def spec(self) -> CallSpec:
-        window = self.workload.mask.window != (-1, -1)
-        q, dim = self.tensors[0], self.heads.dim
-        return CallSpec(q.device.type, q.dtype, dim, dim, self.heads.query, self.heads.key, window=window)
+        return spec_of(self.workload, self.heads, self.device, self.tensors[0].dtype)
 
     def flops(self, passes: float) -> float:
         """Of all ranks, by mask area; passes: 1 forward, 3.5 forward and backward."""
@@ -136,7 +140,9 @@ class Share:
         key_index = torch.tensor(heads.keys, dtype=torch.int64, device=device)
         q, dout = (problem.tensors[i][:, slice(*heads.query)].contiguous() for i in (0, 3))
         k, v = (problem.tensors[i].index_select(1, key_index) for i in (1, 2))
-        plan = plan_attention(Layout(problem.workload.docs, MeshShape()), problem.workload.mask, *problem_heads(heads))
+        plan = plan_attention(
+            Layout(problem.workload.docs, MeshShape()), problem.workload.mask, heads.queries, len(heads.keys)
+        )
         backend, options = choose(problem.spec, problem.backend), Options(problem.heads.dim**-0.5)
         calls = plan.stages[0].calls
         out, grads = torch.zeros_like(q), Grads(torch.zeros_like(q), torch.zeros_like(k), torch.zeros_like(v))
@@ -154,8 +160,3 @@ class Share:
                 backend.backward(dout[rows], q[rows], k[keys], v[keys], out[rows], lse, c, options, target)
 
         return cls(forward, both, out, grads, query_index, key_index)
-
-
-def problem_heads(share: Any) -> tuple[int, int]:
-    """Query and key heads of a share, as a planner is asked for them."""
-    return share.queries, len(share.keys)

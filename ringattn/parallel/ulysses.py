@@ -8,11 +8,12 @@ Legend: t local tokens, n tokens of the ring position, H query heads, K key head
 
 from collections.abc import Sequence
 from itertools import accumulate, pairwise
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from ringattn.kernels.pack import Slot, pack_heads
+from ringattn.kernels.pack import Slot, Slots, pack_heads
 from ringattn.kernels.spec import Range
 from ringattn.parallel.plan import Exchange, HeadShare
 from ringattn.parallel.transport import Transport
@@ -46,24 +47,58 @@ def to_heads(
         keys: (t, K, D) each -> (n, c, D); a key head goes to every rank that reads it.
     """
     tensors = [*queries, *keys]
-    heads = [[range(*share.query)] * len(queries) + [share.keys] * len(keys) for share in exchange.heads]
-    dims = [x.shape[2] for x in tensors]
-    widths = [sum(len(one) * dim for one, dim in zip(per_rank, dims, strict=True)) for per_rank in heads]
+    plan = _sending(exchange, ("query",) * len(queries) + ("key",) * len(keys), tuple(x.shape[2] for x in tensors))
+    send = tensors[0].new_empty(sum(plan.send_sizes))
+    for x, slots in zip(tensors, plan.slots, strict=True):
+        pack_heads(x, send, slots)
+    received = send.new_empty(exchange.position_rows, plan.width)
+    transport.exchange(send, received.view(-1), plan.send_sizes, plan.receive_sizes).wait()
+    return _columns(received, plan.counts, plan.dims)
+
+
+class _Sending(NamedTuple):
+    """How tokens' heads travel: sizes in elements, and where each head of each tensor goes in the message."""
+
+    slots: list[Slots]  # of each tensor
+    send_sizes: list[int]  # to each rank
+    receive_sizes: list[int]
+    width: int  # of a row that arrives
+    counts: list[int]  # heads of each tensor in it
+    dims: tuple[int, ...]
+
+
+def _sending(exchange: Exchange, of: tuple[str, ...], dims: tuple[int, ...]) -> _Sending:
+    """Kept with the exchange: every layer of a step sends alike."""
+    kept: dict[tuple[object, ...], _Sending] = exchange.__dict__.setdefault("_sendings", {})
+    if (of, dims) not in kept:
+        kept[of, dims] = _planned_sending(exchange, of, dims)
+    return kept[of, dims]
+
+
+def _planned_sending(exchange: Exchange, of: tuple[str, ...], dims: tuple[int, ...]) -> _Sending:
+    heads = [[range(*share.query) if one == "query" else share.keys for one in of] for share in exchange.heads]
+    columns = [[0, *accumulate(len(one) * dim for one, dim in zip(part, dims, strict=True))] for part in heads]
+    widths = [ends[-1] for ends in columns]
     own, mine = exchange.own_rows, widths[exchange.rank]
     starts = [0, *accumulate(own * width for width in widths)]
-    send = tensors[0].new_empty(starts[-1])
-    columns = [[0, *accumulate(len(one) * dim for one, dim in zip(part, dims, strict=True))] for part in heads]
-    for number, x in enumerate(tensors):
-        slots = tuple(
-            Slot(head, starts[rank] + columns[rank][number] + local * dims[number], widths[rank])
-            for rank, per_rank in enumerate(heads)
-            for local, head in enumerate(per_rank[number])
+    slots = [
+        Slots(
+            tuple(
+                Slot(head, starts[rank] + columns[rank][number] + local * dim, widths[rank])
+                for rank, per_rank in enumerate(heads)
+                for local, head in enumerate(per_rank[number])
+            )
         )
-        pack_heads(x, send, slots)
-    received = send.new_empty(exchange.position_rows, mine)
-    sizes = [(stop - start) * mine for start, stop in exchange.rows]
-    transport.exchange(send, received.view(-1), [own * width for width in widths], sizes).wait()
-    return _columns(received, [len(one) for one in heads[exchange.rank]], dims)
+        for number, dim in enumerate(dims)
+    ]
+    return _Sending(
+        slots,
+        [own * width for width in widths],
+        [(stop - start) * mine for start, stop in exchange.rows],
+        mine,
+        [len(one) for one in heads[exchange.rank]],
+        dims,
+    )
 
 
 def joined(like: Sequence[Tensor]) -> tuple[Tensor, list[Tensor]]:

@@ -9,13 +9,13 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ringattn.kernels.pack import Slot, _aligned, pack_heads
+from ringattn.kernels.pack import Slot, Slots, pack_heads
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
 
 @st.composite
-def cases(draw: st.DrawFn) -> tuple[torch.Tensor, int, tuple[Slot, ...], torch.Tensor]:
+def cases(draw: st.DrawFn) -> tuple[torch.Tensor, int, Slots, torch.Tensor]:
     """A tensor, the size of the buffer, slots that do not overlap, and the buffer that is right."""
     rows, heads = draw(st.integers(1, 70)), draw(st.integers(1, 3))
     dim = draw(st.sampled_from([1, 8, 12, 64, 128]))
@@ -26,11 +26,11 @@ def cases(draw: st.DrawFn) -> tuple[torch.Tensor, int, tuple[Slot, ...], torch.T
     expected = torch.full((gap + rows * stride,), 7.0)
     for place, head in enumerate(order):
         expected[gap:].view(rows, stride)[:, place * dim : (place + 1) * dim] = x[:, head]
-    return x, len(expected), tuple(Slot(head, gap + i * dim, stride) for i, head in enumerate(order)), expected
+    return x, len(expected), Slots(tuple(Slot(head, gap + i * dim, stride) for i, head in enumerate(order))), expected
 
 
 @given(case=cases())
-def test_heads_are_where_the_slots_say(case: tuple[torch.Tensor, int, tuple[Slot, ...], torch.Tensor]) -> None:
+def test_heads_are_where_the_slots_say(case: tuple[torch.Tensor, int, Slots, torch.Tensor]) -> None:
     x, size, slots, expected = case
     target = torch.full((size,), 7.0)
     pack_heads(x, target, slots)
@@ -39,7 +39,7 @@ def test_heads_are_where_the_slots_say(case: tuple[torch.Tensor, int, tuple[Slot
 
 @pytest.mark.gpu
 @given(case=cases())
-def test_triton_on_a_device(case: tuple[torch.Tensor, int, tuple[Slot, ...], torch.Tensor]) -> None:
+def test_triton_on_a_device(case: tuple[torch.Tensor, int, Slots, torch.Tensor]) -> None:
     x, size, slots, expected = case
     target = torch.full((size,), 7.0, device="cuda")
     pack_heads(x.cuda(), target, slots)
@@ -49,12 +49,12 @@ def test_triton_on_a_device(case: tuple[torch.Tensor, int, tuple[Slot, ...], tor
 @pytest.mark.skipif(not INTERPRETED, reason="run by test_in_the_interpreter")
 @settings(max_examples=30)
 @given(case=cases())
-def test_triton_interpreted(case: tuple[torch.Tensor, int, tuple[Slot, ...], torch.Tensor]) -> None:
+def test_triton_interpreted(case: tuple[torch.Tensor, int, Slots, torch.Tensor]) -> None:
     from ringattn.kernels import pack_triton
 
     x, size, slots, expected = case
     target = torch.full((size,), 7.0)
-    pack_triton.pack_heads(x, target, torch.tensor(slots), _aligned(slots))
+    pack_triton.pack_heads(x, target, slots.on(target.device), slots.aligned)
     assert torch.equal(target, expected)
 
 

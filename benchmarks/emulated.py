@@ -3,7 +3,7 @@
 import queue
 import threading
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -13,40 +13,48 @@ from ringattn.kernels.registry import choose
 from ringattn.kernels.selftest import adds
 from ringattn.kernels.spec import CallSpec, Options
 from ringattn.parallel.cost import Machine
-from ringattn.parallel.executor import Job, backward_pass, forward_pass
+from ringattn.parallel.executor import Job, backward_pass, forward_pass, together
+from ringattn.parallel.plan import Route
 from ringattn.parallel.planner import plan_attention
 from ringattn.parallel.transport import Pending
 
 
 class _Mail:
-    """Copies under way, by sender and receiver, in the order in which they were sent."""
+    """Messages under way, by sender and receiver, in the order in which they were sent."""
 
     def __init__(self) -> None:
         self.boxes: dict[tuple[int, int], queue.Queue[Tensor]] = defaultdict(queue.Queue)
 
 
 class _Arrivals:
-    def __init__(self, mail: _Mail, rank: int, receives: Sequence[tuple[int, Tensor]]) -> None:
-        self._mail, self._rank, self._receives = mail, rank, list(receives)
+    def __init__(self, mail: _Mail, rank: int, receive: Tensor, route: Route) -> None:
+        self._mail, self._rank = mail, rank
+        self._parts = [(peer, part) for peer, part in enumerate(receive.split(route.receives)) if part.numel()]
 
     def wait(self) -> None:
-        for peer, tensor in self._receives:
-            tensor.copy_(self._mail.boxes[peer, self._rank].get(timeout=120))
+        for peer, part in self._parts:
+            part.copy_(self._mail.boxes[peer, self._rank].get(timeout=120))
 
 
 class ThreadTransport:
     """The ring axis of one emulated rank."""
 
+    name, reason = "thread", ""
+
     def __init__(self, mail: _Mail, rank: int) -> None:
         self._mail, self._rank = mail, rank
 
-    def post(self, sends: Sequence[tuple[int, Tensor]], receives: Sequence[tuple[int, Tensor]]) -> Pending:
-        for peer, tensor in sends:
-            self._mail.boxes[self._rank, peer].put(tensor.clone())
-        return _Arrivals(self._mail, self._rank, receives)
+    def buffer(self, route: Route, like: Tensor) -> Tensor:
+        return like.new_empty(route.sent)
 
-    def exchange(self, send: Tensor, receive: Tensor, send_sizes: list[int], receive_sizes: list[int]) -> Pending:
-        raise NotImplementedError("only the ring axis is emulated")
+    def message(self, x: Tensor, route: Route) -> Tensor:
+        return x
+
+    def exchange(self, send: Tensor, receive: Tensor, route: Route) -> Pending:
+        for peer, part in enumerate(send.split(route.sends)):
+            if part.numel():
+                self._mail.boxes[self._rank, peer].put(part.clone())
+        return _Arrivals(self._mail, self._rank, receive, route)
 
 
 def attention(
@@ -76,8 +84,8 @@ def attention(
         job = Job(
             plan, Options(dim**-0.5), None, chosen, adds(chosen, spec), transport, None, q.device, heads, key_heads
         )
-        out, _, saved, _ = forward_pass(job, q, k, v, None, keep=False)
-        grads = backward_pass(job, dout, saved, None, [])[:3]
+        ((out, _, saved, _),) = together([forward_pass(job, q, k, v, None, keep=False)])
+        ((*grads, _),) = together([backward_pass(job, dout, saved, None, [])])
         rows = layout.indices().to(q.device)
         for name, tensor in zip(names, (out, *grads), strict=True):
             results[name].index_copy_(0, rows, tensor)

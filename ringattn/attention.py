@@ -21,7 +21,7 @@ from ringattn.parallel.layout import Layout
 from ringattn.parallel.mesh import SequenceMesh
 from ringattn.parallel.plan_check import check_plan
 from ringattn.parallel.planner import plan_attention
-from ringattn.parallel.transport import GroupTransport, Transport
+from ringattn.parallel.transport import Transport
 
 
 @accept_aliases
@@ -334,5 +334,5 @@ def _transports(layout: Layout) -> tuple[Transport | None, Transport | None]:
     mesh = layout.mesh
     if not isinstance(mesh, SequenceMesh):
         return None, None
-    ring = GroupTransport(mesh.ring_group) if mesh.ring > 1 else None
-    return ring, GroupTransport(mesh.ulysses_group) if mesh.ulysses > 1 else None
+    ring = mesh.ring_transport if mesh.ring > 1 else None
+    return ring, mesh.ulysses_transport if mesh.ulysses > 1 else None

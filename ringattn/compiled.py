@@ -14,7 +14,7 @@ from torch import Tensor
 from ringattn.attention import Settings, prepare
 from ringattn.kernels.spec import accumulation_dtype
 from ringattn.mask import Mask
-from ringattn.parallel.executor import Job, Saved, backward_pass, forward_pass
+from ringattn.parallel.executor import Job, Saved, backward_pass, forward_pass, together, without_autocast
 from ringattn.parallel.layout import Layout
 from ringattn.parallel.numbered import by_number
 
@@ -83,7 +83,8 @@ def _attend(q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None, layout: Tenso
     job = _job(q, k, v, sinks, layout, *constants)
     plans = by_number(int(layout))._plans
     plans[_CALLS] = plans.get(_CALLS, 0) + 1
-    out, lse, saved, _ = forward_pass(job, q, k, v, sinks, keep=False)
+    with without_autocast(q):
+        ((out, lse, saved, _),) = together([forward_pass(job, q, k, v, sinks, keep=False)])
     if job.plan.exchange is None:
         return out, lse, q.new_empty(0), lse.new_empty(0)
     if not job.return_lse:
@@ -115,7 +116,8 @@ def _attend_backward(
     kept = Saved(q.contiguous(), k.contiguous(), v.contiguous(), out, lse)
     if job.plan.exchange is not None:
         kept = _unpacked(job, saved, saved_lse, q.shape[2], v.shape[2])
-    dq, dk, dv, dsinks = backward_pass(job, dout, kept, sinks, [])
+    with without_autocast(q):
+        ((dq, dk, dv, dsinks),) = together([backward_pass(job, dout, kept, sinks, [])])
     return dq, dk, dv, dq.new_empty(0) if dsinks is None else dsinks
 
 

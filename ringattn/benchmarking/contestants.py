@@ -17,7 +17,7 @@ from ringattn.kernels.spec import Call, Grads, Options
 from ringattn.parallel.executor import run
 from ringattn.parallel.layout import Layout
 from ringattn.parallel.mesh import MeshShape, SequenceMesh, init_mesh
-from ringattn.parallel.plan import AttentionPlan
+from ringattn.parallel.plan import AttentionPlan, Route
 from ringattn.parallel.planner import check_scheme, plan_attention
 
 
@@ -49,10 +49,15 @@ class Contestant(Protocol):
 class Silent:
     """A transport that moves nothing."""
 
-    def post(self, sends: Sequence[tuple[int, Tensor]], receives: Sequence[tuple[int, Tensor]]) -> "Silent":
-        return self
+    name, reason = "silent", ""
 
-    def exchange(self, send: Tensor, receive: Tensor, send_sizes: list[int], receive_sizes: list[int]) -> "Silent":
+    def buffer(self, route: Route, like: Tensor) -> Tensor:
+        return like.new_empty(route.sent)
+
+    def message(self, x: Tensor, route: Route) -> Tensor:
+        return x
+
+    def exchange(self, send: Tensor, receive: Tensor, route: Route) -> "Silent":
         return self
 
     def wait(self) -> None: ...

@@ -21,6 +21,7 @@ from ringattn.kernels.spec import Block, Call, CallSpec, Grads, Options
 from ringattn.kernels.tuning import device_name, timed_ms
 from ringattn.parallel.cost import Link, Machine
 from ringattn.parallel.fitting import Sample, fit_link, fit_rate, worst_error
+from ringattn.parallel.plan import Route
 from ringattn.parallel.rates import BlockTable, KernelRate
 from ringattn.parallel.transport import GroupTransport
 
@@ -265,17 +266,16 @@ class Calibration:
 
 def _to_others(transport: GroupTransport, rank: int, ranks: int, sent: Tensor, received: Tensor) -> Callable[[], None]:
     """Every rank sends an equal part to each other one, as keys are cast: one alone does not fill a port."""
-    size = len(sent) // (ranks - 1)
-    peers = [(rank + step) % ranks for step in range(1, ranks)]
-    sends = [(peer, sent[i * size : (i + 1) * size]) for i, peer in enumerate(peers)]
-    receives = [(peer, received[i * size : (i + 1) * size]) for i, peer in enumerate(peers)]
-    return lambda: transport.post(sends, receives).wait()
+    sizes = tuple(len(sent) // (ranks - 1) * (peer != rank) for peer in range(ranks))
+    route = Route(sizes, sizes, most=len(sent))
+    return lambda: transport.exchange(sent, received, route).wait()
 
 
 def _to_all(transport: GroupTransport, rank: int, ranks: int, sent: Tensor, received: Tensor) -> Callable[[], None]:
     """Every rank sends an equal part to each."""
-    sizes = [len(sent) // ranks] * ranks
-    return lambda: transport.exchange(sent, received, sizes, sizes).wait()
+    sizes = (len(sent) // ranks,) * ranks
+    route = Route(sizes, sizes, most=len(sent))
+    return lambda: transport.exchange(sent, received, route).wait()
 
 
 def _devices_here(device: str) -> int | None:

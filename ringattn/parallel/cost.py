@@ -8,7 +8,7 @@ as if nobody waited for another; the slowest decides.
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
@@ -81,6 +81,12 @@ class Machine:
     def link_class(self, a: int, b: int) -> str:
         """The class of link between two sequence ranks, if their group starts at the first device of a node."""
         return "node" if a // self.gpus_per_node == b // self.gpus_per_node else "network"
+
+    def by_copy_engines(self) -> "Machine":
+        """The same where the ranks of a node read each other's memory instead of calling collectives."""
+        copy = self.links["node", "copy"]
+        links = {**self.links, ("node", "p2p"): copy, ("node", "all_to_all"): copy}
+        return replace(self, name=f"{self.name}, copy engines", links=links)
 
     def __str__(self) -> str:
         return f"{self.name} ({self.provenance.get('origin', 'of unknown origin')})"
@@ -218,18 +224,14 @@ def _merges(machine: Machine, plan: AttentionPlan, stage: Stage, own: Shape, bac
 
 
 def _cast_copies(machine: Machine, stage: Stage, own: Shape) -> float:
-    """Local rows into the buffer, and messages of several ranges, which are packed and unpacked."""
-    rows = sum(stop - start for _, (start, stop) in stage.copies)
-    packed = [message for message in (*stage.sends, *stage.receives) if len(message.ranges) > 1]
-    rows += sum(message.rows for message in packed)
-    return copy_seconds(machine, rows * own.key_row_bytes, 2 * (bool(stage.copies) + len(packed)))
+    """Rows packed into messages, and what arrived and local rows put in their places in the buffer."""
+    return copy_seconds(machine, (stage.cast.sent + stage.rows) * own.key_row_bytes, 2)
 
 
 def _reduce_copies(machine: Machine, stage: Stage, own: Shape) -> float:
-    """Gradients of the buffer made wide, and what came back added to the rows' own."""
-    rows = stage.rows + sum(message.rows for message in stage.sends)
-    rows += sum(stop - start for _, (start, stop) in stage.copies)
-    return merge_seconds(machine, rows * (own.key_row_bytes + 2 * own.wide_key_row_bytes), 2 * (1 + len(stage.sends)))
+    """Gradients of the buffer's rows packed, and what came back added to the rows' own."""
+    rows = 2 * stage.back.sent + 3 * stage.back.received + 3 * sum(stop - start for _, (start, stop) in stage.copies)
+    return merge_seconds(machine, rows * own.wide_key_row_bytes, 2)
 
 
 def _rows_by_class(machine: Machine, plan: AttentionPlan, stage: Stage) -> dict[str, int]:
@@ -325,7 +327,7 @@ def host_seconds(machine: Machine, stages: Any, calls: Any, messages: Any, backw
 
     Arguments:
         stages: those with transfers; an exchange counts as two.
-        messages: sent and received, of keys and values together.
+        messages: sent and received, one a peer.
     """
     once = machine.host_pass * (1 + stages) + machine.host_call * calls + machine.host_message * 2 * messages
     return once * (3 if backward else 1)

@@ -8,6 +8,7 @@ import numpy.typing as npt
 
 from ringattn.mask import Band
 from ringattn.parallel.held import Held, inner_rows
+from ringattn.parallel.plan import Route
 from ringattn.parallel.rates import BlockTable, Ints, needs
 
 
@@ -107,6 +108,15 @@ class Demand:
         pairs = np.flatnonzero(total)
         return pairs // self.positions, pairs % self.positions, total[pairs]
 
+    def routes(self, position: int, distances: range) -> tuple[Route, Route]:
+        """The cast of the rows that come from so far away on the ring, as a position sees it, and the way back."""
+        reader, holder, rows = self.traffic
+        far = (holder - reader) % self.positions
+        some = (far >= max(1, distances.start)) & (far < distances.stop)
+        reader, holder, rows = reader[some], holder[some], rows[some]
+        cast = _route(holder, reader, rows, position, self.positions)
+        return cast, _route(reader, holder, rows, position, self.positions)
+
     @cached_property
     def received_rows(self) -> Ints:
         reader, holder, rows = self.traffic
@@ -132,6 +142,17 @@ class Demand:
 def per(key: Ints, values: npt.NDArray, size: int) -> npt.NDArray:
     """Sum of the values of each key in `[0, size)`; integers stay integers (exact up to 2^53)."""
     return np.bincount(key, values, size).astype(values.dtype)
+
+
+def _route(sender: Ints, receiver: Ints, rows: Ints, rank: int, ranks: int) -> Route:
+    """One rank's view of messages that are given as columns."""
+    mine, arriving, before = sender == rank, receiver == rank, receiver < rank
+    return Route(
+        sends=tuple(per(receiver[mine], rows[mine], ranks).tolist()),
+        receives=tuple(per(sender[arriving], rows[arriving], ranks).tolist()),
+        there=tuple(per(sender[before], rows[before], ranks).tolist()),
+        most=int(per(sender, rows, ranks).max(initial=0)),
+    )
 
 
 def _union(group: Ints, lo: Ints, hi: Ints) -> tuple[Ints, Ints]:

@@ -4,10 +4,10 @@ Legend: t local tokens, n tokens of the ring position (n = t without an exchange
 the exchange: this rank's), D head dim, V value head dim. `q_tHD`, `lse_Hn`.
 """
 
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -18,7 +18,24 @@ from ringattn.kernels.spec import Backend, Call, Dropout, Grads, Options, Range,
 from ringattn.parallel.plan import AttentionPlan, Stage
 from ringattn.parallel.rows import Accumulator, KeyCast, KeyReduce
 from ringattn.parallel.transport import Transport
-from ringattn.parallel.ulysses import all_keys, all_queries, joined, to_heads, to_tokens
+from ringattn.parallel.ulysses import Columns, all_keys, all_queries, joined, to_heads, to_tokens
+
+T = TypeVar("T")
+# A pass of a job: it stops before it would wait for a transfer, so that others can issue what they have meanwhile.
+Steps = Generator[None, None, T]
+
+
+def together(passes: Sequence[Steps[T]]) -> list[T]:
+    """The results of several passes that take turns at their transfers."""
+    results: dict[int, T] = {}
+    while len(results) < len(passes):
+        for number, steps in enumerate(passes):
+            if number not in results:
+                try:
+                    next(steps)
+                except StopIteration as stop:
+                    results[number] = stop.value
+    return [results[number] for number in range(len(passes))]
 
 
 @dataclass(frozen=True)
@@ -53,7 +70,7 @@ def run(job: Job, q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None) -> tupl
     return _Attention.apply(q, k, v, sinks, job)
 
 
-def _without_autocast(x: Tensor) -> AbstractContextManager[object]:
+def without_autocast(x: Tensor) -> AbstractContextManager[object]:
     """The reference backend's sums are matrix products too, and must stay as wide as they are."""
     if not torch.is_autocast_enabled(x.device.type):
         return nullcontext()
@@ -64,7 +81,8 @@ class _Attention(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None, job: Job) -> tuple[Tensor, Tensor]:
         keep = job.plan.keep_keys and any(ctx.needs_input_grad[:3])
-        out, lse, saved, kept = forward_pass(job, q, k, v, sinks, keep)
+        with without_autocast(q):
+            ((out, lse, saved, kept),) = together([forward_pass(job, q, k, v, sinks, keep)])
         ctx.job = job
         ctx.save_for_backward(*saved, sinks, *kept)
         ctx.mark_non_differentiable(lse)
@@ -77,7 +95,9 @@ class _Attention(torch.autograd.Function):
         if grads[0] is None:  # out was not used; see `run`
             return None, None, None, None, None
         q, k, v, out, lse, sinks, *kept = ctx.saved_tensors
-        return *backward_pass(ctx.job, grads[0], Saved(q, k, v, out, lse), sinks, kept), None
+        with without_autocast(out):
+            (found,) = together([backward_pass(ctx.job, grads[0], Saved(q, k, v, out, lse), sinks, kept)])
+        return *found, None
 
 
 class Saved(NamedTuple):
@@ -92,54 +112,63 @@ class Saved(NamedTuple):
 
 def forward_pass(
     job: Job, q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None, keep: bool
-) -> tuple[Tensor, Tensor, Saved, list[Tensor]]:
+) -> Steps[tuple[Tensor, Tensor, Saved, list[Tensor]]]:
     """Local out (t, H, V) and lse (H, t), what the backward pass needs, and the cast keys if they are to be kept."""
     q, k, v = q.contiguous(), k.contiguous(), v.contiguous()
-    exchange = job.plan.exchange
-    if exchange is not None and job.ulysses is not None:
-        q, k, v = to_heads([q], [k, v], exchange, job.ulysses)
-    with _without_autocast(q):
-        out, lse, kept = _forward(job, q, k, v, keep)
+    exchange, ulysses = job.plan.exchange, job.ulysses
+    if exchange is not None and ulysses is not None:
+        arriving = to_heads([q], [k, v], exchange, ulysses)
+        yield
+        q, k, v = arriving.wait()
+    out, lse, kept = yield from _forward(job, q, k, v, keep)
     if sinks is not None:
         apply_sinks_(out, lse, _own_sinks(sinks, job.plan))
-    local_out, local_lse = out, lse
-    if exchange is not None and job.ulysses is not None:
-        (parts,) = to_tokens(out.flatten(1), [("query", out.shape[2])], exchange, job.ulysses)
-        local_out = all_queries(parts)
-        if job.return_lse:
-            (parts,) = to_tokens(lse.T, [("query", 1)], exchange, job.ulysses)
-            local_lse = all_queries(parts).squeeze(-1).T
-    return local_out, local_lse, Saved(q, k, v, out, lse), kept
+    saved = Saved(q, k, v, out, lse)
+    if exchange is None or ulysses is None:
+        return out, lse, saved, kept
+    returning = [to_tokens(out.flatten(1), [Columns("query", out.shape[2])], exchange, ulysses)]
+    if job.return_lse:
+        returning.append(to_tokens(lse.T, [Columns("query", 1)], exchange, ulysses))
+    yield
+    local_out, *local_lse = (all_queries(one.wait()[0]) for one in returning)
+    return local_out, local_lse[0].squeeze(-1).T if local_lse else lse, saved, kept
 
 
 def backward_pass(
     job: Job, dout: Tensor, saved: Saved, sinks: Tensor | None, kept: list[Tensor]
-) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+) -> Steps[tuple[Tensor, Tensor, Tensor, Tensor | None]]:
     """dq (t, H, D), dk (t, K, D), dv (t, K, V) of the local tokens and the gradient of the sinks (H,)."""
     dout = dout.contiguous()
-    exchange = job.plan.exchange
-    if exchange is not None and job.ulysses is not None:
-        (dout,) = to_heads([dout], [], exchange, job.ulysses)
+    exchange, ulysses = job.plan.exchange, job.ulysses
+    if exchange is None or ulysses is None:
+        dsinks = None if sinks is None else sinks_grad(dout, saved.out, saved.lse, sinks)
+        grads = yield from _backward(job.backward, dout, saved, kept, [torch.empty_like(x) for x in saved[:3]])
+        dq, dk, dv = (grad.finish() for grad in grads)
+        return dq, dk, dv, dsinks
+    arriving = to_heads([dout], [], exchange, ulysses)
+    yield
+    (dout,) = arriving.wait()
     dsinks = None
     if sinks is not None:
         dsinks = _all_sinks(sinks_grad(dout, saved.out, saved.lse, _own_sinks(sinks, job.plan)), job)
-    buffer, rows = joined(saved[:3]) if exchange is not None else (None, [torch.empty_like(x) for x in saved[:3]])
-    with _without_autocast(dout):
-        dq, dk, dv = _backward(job.backward, dout, saved, kept, rows)
-    if exchange is None or job.ulysses is None or buffer is None:
-        return dq.finish(), dk.finish(), dv.finish(), dsinks
     head_dim, value_dim = saved.k.shape[2], saved.v.shape[2]
-    keys = [("key", head_dim), ("key", value_dim)]
+    queries, keys = [Columns("query", head_dim)], [Columns("key", head_dim), Columns("key", value_dim)]
     if job.plan.sums_copies:
-        (queries,) = to_tokens(dq.finish().flatten(1), [("query", head_dim)], exchange, job.ulysses)
-        wide = torch.cat([dk.sums(True).flatten(1), dv.sums(True).flatten(1)], 1)
-        both = to_tokens(wide, keys, exchange, job.ulysses)
+        message, rows = joined(queries, dout, exchange, ulysses)
+        rows += [torch.empty_like(x) for x in saved[1:3]]
+        of_q, of_k, of_v = yield from _backward(job.backward, dout, saved, kept, rows)
+        of_q.finish()
+        wide = torch.cat([of_k.sums(True).flatten(1), of_v.sums(True).flatten(1)], 1)
+        returning = [to_tokens(message, queries, exchange, ulysses), to_tokens(wide, keys, exchange, ulysses)]
     else:
-        for grad in (dq, dk, dv):
+        message, rows = joined(queries + keys, dout, exchange, ulysses)
+        for grad in (yield from _backward(job.backward, dout, saved, kept, rows)):
             grad.finish()
-        queries, *both = to_tokens(buffer, [("query", head_dim), *keys], exchange, job.ulysses)
-    dkeys, dvalues = (all_keys(parts, exchange, job.key_heads).to(dout.dtype) for parts in both)
-    return all_queries(queries), dkeys, dvalues, dsinks
+        returning = [to_tokens(message, queries + keys, exchange, ulysses)]
+    yield
+    of_queries, *of_keys = (parts for one in returning for parts in one.wait())
+    dkeys, dvalues = (all_keys(parts, exchange, job.key_heads).to(dout.dtype) for parts in of_keys)
+    return all_queries(of_queries), dkeys, dvalues, dsinks
 
 
 def _own_sinks(sinks: Tensor, plan: AttentionPlan) -> Tensor:
@@ -157,38 +186,40 @@ def _all_sinks(grad: Tensor, job: Job) -> Tensor:
     return full
 
 
-def _cast_stages(job: Job, k: Tensor, v: Tensor) -> Iterator[tuple[Stage, Tensor, Tensor]]:
-    """The later stages with their keys and values. While one is being computed the next is on its way.
+def _forward(job: Job, q: Tensor, k: Tensor, v: Tensor, keep: bool) -> Steps[tuple[Tensor, Tensor, list[Tensor]]]:
+    """Out (n, H, V), lse (H, n), and the cast keys and values if they are to be kept.
 
-    The first is posted when the iterator is asked for the first time, so whoever wants to compute meanwhile primes it.
+    While a stage is being computed the keys of the next are on their way.
     """
-    stages = job.plan.stages[1:]
-    cast = KeyCast.post(stages[0], job.ring, k, v) if stages else None
-    yield job.plan.stages[0], k, v
-    for number, stage in enumerate(stages):
-        assert cast is not None
-        keys, values = cast.wait()
-        cast = KeyCast.post(stages[number + 1], job.ring, k, v) if number + 1 < len(stages) else None
-        yield stage, keys, values
-        del keys, values
-
-
-def _forward(job: Job, q: Tensor, k: Tensor, v: Tensor, keep: bool) -> tuple[Tensor, Tensor, list[Tensor]]:
-    """Out (n, H, V), lse (H, n), and the cast keys and values if they are to be kept."""
     plan = job.plan
+    local, *later = plan.stages
     acc = Accumulator(q.new_empty(q.shape[0], q.shape[1], v.shape[2]), plan.shared_q, plan.uncovered)
-    if plan.only_call is not None and len(plan.stages) == 1 and q.shape[1]:
+    if plan.only_call is not None and not later and q.shape[1]:
         call = plan.only_call
         read = slice(*call.k)
-        options = _options(job, plan.stages[0], call)
-        return acc.rows, job.backend.forward(q, k[read], v[read], call, options, acc.rows), []
+        return acc.rows, job.backend.forward(q, k[read], v[read], call, _options(job, local, call), acc.rows), []
     lse = q.new_full((q.shape[1], q.shape[0]), float("-inf"), dtype=accumulation_dtype(q.dtype))
     kept: list[Tensor] = []
-    for stage, keys, values in _cast_stages(job, k, v):
+    casts = _casts(job, k, v)
+    cast = next(casts)
+    _run_calls(job, local, q, k, v, acc, lse)
+    for stage in later:
+        assert cast is not None
+        yield
+        keys, values = cast.wait()
+        cast = next(casts)
         _run_calls(job, stage, q, keys, values, acc, lse)
-        if keep and stage is not plan.stages[0]:
+        if keep:
             kept += [keys, values]
+        del keys, values
     return acc.finish(), lse, kept
+
+
+def _casts(job: Job, k: Tensor, v: Tensor) -> Iterator[KeyCast | None]:
+    """The casts of the later stages, each posted when it is asked for; then None."""
+    for stage in job.plan.stages[1:]:
+        yield KeyCast.post(stage, job.ring, k, v)
+    yield None
 
 
 def _run_calls(job: Job, stage: Stage, q: Tensor, k: Tensor, v: Tensor, acc: Accumulator, lse: Tensor) -> None:
@@ -207,34 +238,38 @@ def _run_calls(job: Job, stage: Stage, q: Tensor, k: Tensor, v: Tensor, acc: Acc
 
 def _backward(
     job: Job, dout: Tensor, saved: Saved, kept: list[Tensor], rows: list[Tensor]
-) -> tuple[Accumulator, Accumulator, Accumulator]:
+) -> Steps[tuple[Accumulator, Accumulator, Accumulator]]:
     """Gradients of q, k, v of this rank's rows, into `rows`. The local stage comes last and hides the last reduce."""
     plan, (q, k, v, out, lse) = job.plan, saved
     forward = dout, q, out, lse
+    local, *later = plan.stages
     # Gradients of a head's copies are added after the exchange: they must not be rounded before.
     shared_k = (0, plan.rows) if job.adds and plan.sums_copies else plan.shared_k
     dq = Accumulator(rows[0], plan.shared_q, plan.uncovered)
     dk, dv = (Accumulator(x, shared_k, plan.unread) for x in rows[1:])
-    stages: Iterator[tuple[Stage, Tensor, Tensor]]
-    if kept:
-        pairs = zip(kept[::2], kept[1::2], strict=True)
-        stages = iter([(stage, *pair) for stage, pair in zip(plan.stages[1:], pairs, strict=True)])
-    else:
-        stages = _cast_stages(job, k, v)
-        next(stages)
+    pairs, casts = iter(zip(kept[::2], kept[1::2], strict=True)), _casts(job, k, v)
+    cast = None if kept else next(casts)
     reduce: KeyReduce | None = None
-    for stage, keys, values in stages:
+    for stage in later:
+        if cast is None:
+            keys, values = next(pairs)
+        else:
+            yield
+            keys, values = cast.wait()
+            cast = next(casts)
         # What travels in float32 is not rounded before.
         summed = stage.overlapping_keys or (job.adds and plan.wide_reduce)
         shared = (0, stage.rows) if summed else (0, 0)
         dkeys, dvalues = (Accumulator(torch.empty_like(x), shared, stage.unread) for x in (keys, values))
         _run_backward_calls(job, stage, forward, keys, values, dq, dkeys, dvalues)
         if reduce is not None:
+            yield
             reduce.wait(dk, dv)  # the gradients of two stages at most are alive
         reduce = KeyReduce.post(stage, job.ring, dkeys, dvalues, plan.wide_reduce)
         del keys, values, dkeys, dvalues
-    _run_backward_calls(job, plan.stages[0], forward, k, v, dq, dk, dv)
+    _run_backward_calls(job, local, forward, k, v, dq, dk, dv)
     if reduce is not None:
+        yield
         reduce.wait(dk, dv)
     return dq, dk, dv
 

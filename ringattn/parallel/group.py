@@ -8,7 +8,7 @@ from ringattn.parallel.demand import Demand
 from ringattn.parallel.held import Held
 from ringattn.parallel.layout import Layout
 from ringattn.parallel.plan import AttentionPlan
-from ringattn.parallel.planner import _RingPlanner, check_scheme
+from ringattn.parallel.planner import check_scheme, plan_ring
 from ringattn.parallel.pricing import Candidate, Setting
 from ringattn.parallel.ulysses import exchange_plan
 
@@ -29,11 +29,12 @@ def plan_group(
     check_scheme(scheme, mesh, stages)
     held = Held.of(layout, mask)
     options = candidates(mesh.ring, scheme, stages)
-    choice = choose(Demand.of(held, mask.band), setting, options, memory_limit)
+    demand = Demand.of(held, mask.band)
+    choice = choose(demand, setting, options, memory_limit)
     asked = f'scheme="{scheme}" was asked for: ' if len(options) == 1 and mesh.ring > 1 else ""
 
     def planned(position: int, one: Candidate) -> AttentionPlan:
-        plan = _RingPlanner(held, mask.band, position, one.schedule, one.distances(mesh.ring)).plan()
+        plan = plan_ring(held, demand, position, one)
         return replace(plan, keep_keys=setting.keep_keys, wide_reduce=setting.wide_reduce)
 
     plans = []

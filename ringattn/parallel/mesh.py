@@ -10,8 +10,11 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from ringattn.parallel.cost import Machine
 from ringattn.parallel.machines import local_machine
+from ringattn.parallel.symmetric import open_transport, why_not
+from ringattn.parallel.transport import Transport
 
 AXES = ("data", "ring", "ulysses")
+TRANSPORTS = ("auto", "collective", "copy")
 
 
 @dataclass(frozen=True)
@@ -64,6 +67,9 @@ class SequenceMesh(MeshShape):
     data_rank: int = 0
     device_type: str = "cpu"
     device_mesh: DeviceMesh = field(kw_only=True, repr=False, compare=False)
+    # Why the ranks of an axis do not read each other's memory by copy engines; "" where they do.
+    ring_reason: str = field(default="not asked for", kw_only=True, repr=False, compare=False)
+    ulysses_reason: str = field(default="not asked for", kw_only=True, repr=False, compare=False)
 
     def __deepcopy__(self, memo: object) -> "SequenceMesh":
         return self  # process groups cannot be copied, and a copied model attends over the same ranks
@@ -79,6 +85,15 @@ class SequenceMesh(MeshShape):
     @cached_property
     def ulysses_group(self) -> dist.ProcessGroup:
         return self.device_mesh.get_group("ulysses")
+
+    @cached_property
+    def ring_transport(self) -> Transport:
+        """What moves keys; one for all attentions, since it may own message buffers."""
+        return open_transport(self.ring_group, self.ring_reason)
+
+    @cached_property
+    def ulysses_transport(self) -> Transport:
+        return open_transport(self.ulysses_group, self.ulysses_reason)
 
     @cached_property
     def sequence_mesh(self) -> DeviceMesh:
@@ -140,6 +155,7 @@ def init_mesh(
     device_type: str | None = None,
     ulysses_across_nodes: bool = False,
     sequence: int | None = None,
+    transport: str = "auto",
 ) -> SequenceMesh:
     """Build the mesh of this job; collective over all ranks, and initialises the default process group if needed.
 
@@ -149,12 +165,18 @@ def init_mesh(
         ulysses_across_nodes: allow an ulysses group to span nodes (LOCAL_WORLD_SIZE ranks each).
         sequence: sequence ranks, instead of ring and ulysses: every layout then chooses its own degrees, by predicted
             time. The mesh itself is all ring; `alternatives` are those that a layout may take.
+        transport: "collective" moves everything by NCCL's or gloo's all-to-all; "copy" lets copy engines read the
+            memory of peers, on CUDA devices of one host; "auto" does that on every axis where it works. The mesh's
+            `ring_reason` and `ulysses_reason` say why not.
 
     The mesh's `machine`, for which plans are made, is this machine's calibration or the shipped one
     (`ringattn.parallel.machines.local_machine`); where ranks would differ all take rank 0's.
 
-    Raises ValueError, before any communication, when the degrees do not fit the world size.
+    Raises ValueError, before any communication, when the degrees do not fit the world size; NotImplementedError on
+    every rank where transport="copy" cannot be had.
     """
+    if transport not in TRANSPORTS:
+        raise ValueError(f"transport must be one of {', '.join(TRANSPORTS)}, got {transport!r}")
     device_type = device_type or ("cuda" if torch.cuda.is_available() else "cpu")
     world_size = dist.get_world_size() if dist.is_initialized() else int(os.environ.get("WORLD_SIZE", "1"))
     local_size = int(os.environ.get("LOCAL_WORLD_SIZE", "0")) or None
@@ -168,14 +190,17 @@ def init_mesh(
         _init_single_process(device_type)
     mesh = _mesh(shape, device_type)
     _open_groups(mesh)
+    machine = mesh.machine
+    mesh = _with_transport(mesh, transport)
     if sequence is None:
         return mesh
     degrees = mesh.parted(local_size)[1:]
-    others = [_mesh(MeshShape(shape.data, *pair), device_type, mesh.machine) for pair in degrees]
+    others = [_mesh(MeshShape(shape.data, *pair), device_type, machine) for pair in degrees]
     for other in others:
         # The same ranks in the same order.
         other.__dict__.update(sequence_mesh=mesh.sequence_mesh, sequence_group=mesh.sequence_group)
         _open_groups(other)
+    others = [_with_transport(other, transport) for other in others]
     free = replace(mesh, device_mesh=mesh.device_mesh, alternatives=(mesh, *others))
     free.__dict__.update(sequence_mesh=mesh.sequence_mesh, sequence_group=mesh.sequence_group)
     return free
@@ -223,6 +248,31 @@ def _agreed_machine(device_type: str) -> Machine:
     box = [mine.to_json()]
     dist.broadcast_object_list(box, src=0, device=digests.device)
     return Machine.from_json(box[0])
+
+
+def _with_transport(mesh: SequenceMesh, transport: str) -> SequenceMesh:
+    """The same with what its axes move data by. Collective."""
+    if mesh.sequence_size == 1:
+        return mesh
+    if transport == "collective" or mesh.device_type != "cuda":
+        told = "not asked for" if transport == "collective" else f"{mesh.device_type} devices have no copy engine"
+        ring = ulysses = told
+    else:
+        # Where all ranks reach each other's memory those of an axis do.
+        ring = ulysses = why_not(mesh.sequence_group)
+        if ulysses and 1 < mesh.ulysses < mesh.sequence_size:
+            ulysses = why_not(mesh.ulysses_group)
+    if transport == "copy" and (ring or ulysses):
+        raise NotImplementedError(f'transport="copy" cannot be had: {ring or ulysses}')
+    kept: dict[str, object] = {
+        name: mesh.__dict__[name] for name in ("sequence_mesh", "sequence_group") if name in mesh.__dict__
+    }
+    machine = mesh.machine
+    if machine is not None and not ulysses:
+        machine = machine.by_copy_engines()
+    mesh = replace(mesh, device_mesh=mesh.device_mesh, machine=machine, ring_reason=ring, ulysses_reason=ulysses)
+    mesh.__dict__.update(kept)
+    return mesh
 
 
 def _open_groups(mesh: SequenceMesh) -> None:

@@ -92,12 +92,48 @@ def largest_pair(rows: Sequence[Any]) -> Any:
     return reduce(np.maximum, pairs) if pairs else 0
 
 
-DIRECT_SEGMENTS = 4  # up to this many runs between two ranks travel as they lie; more are packed into one message
+@dataclass(frozen=True)
+class Route:
+    """One all-to-all over an axis as one rank sees it: messages end to end, in the order of ranks; in rows or elements.
+
+    Arguments:
+        sends, receives: the size of the message for, and from, every rank.
+        there: where this rank's message begins in what each rank sends.
+        most: what the rank sends that sends most: 0 if nobody does.
+    """
+
+    sends: tuple[int, ...] = ()
+    receives: tuple[int, ...] = ()
+    there: tuple[int, ...] = ()
+    most: int = 0
+
+    @cached_property
+    def sent(self) -> int:
+        return sum(self.sends)
+
+    @cached_property
+    def received(self) -> int:
+        return sum(self.receives)
+
+    @cached_property
+    def begins(self) -> tuple[int, ...]:
+        """Where the message from every rank begins in what is received."""
+        return tuple(itertools.accumulate(self.receives, initial=0))[:-1]
+
+    def times(self, width: int) -> "Route":
+        """The same with rows of `width` elements; made once."""
+        kept: dict[int, Route] = self.__dict__.setdefault("_times", {})
+        if width not in kept:
+            sends, receives, there = (
+                tuple(width * size for size in part) for part in (self.sends, self.receives, self.there)
+            )
+            kept[width] = Route(sends, receives, there, width * self.most)
+        return kept[width]
 
 
 @dataclass(frozen=True)
 class Message:
-    """Key rows for (or from) one ring rank: the rows of `ranges`, end to end, as one transfer."""
+    """Key rows for (or from) one ring rank: the rows of `ranges`, end to end."""
 
     peer: int
     ranges: tuple[Range, ...]
@@ -113,7 +149,8 @@ class Stage:
 
     Stage 0 reads the local keys and needs no transfer. A later stage reads a buffer of `rows` key rows filled by
     `copies` (local rows → buffer rows) and `receives`; its `sends` are what this rank gives others for the same stage.
-    `index` are the global indices of the buffer's rows, as ranges in their order.
+    Messages are in the order of ranks, one each; `cast` is the all-to-all of all ranks' messages, and `back` the one
+    that returns the gradients of their rows. `index` are the global indices of the buffer's rows, as ranges in order.
     """
 
     calls: tuple[Call, ...]
@@ -122,6 +159,8 @@ class Stage:
     copies: tuple[tuple[Range, Range], ...] = ()
     sends: tuple[Message, ...] = ()
     receives: tuple[Message, ...] = ()
+    cast: Route = Route()
+    back: Route = Route()
 
     @cached_property
     def overlapping_keys(self) -> bool:

@@ -14,8 +14,8 @@ from ringattn.parallel.held import Held
 from ringattn.parallel.layout import Layout
 from ringattn.parallel.machines import SHIPPED
 from ringattn.parallel.mesh import MeshShape
-from ringattn.parallel.plan import DIRECT_SEGMENTS, AttentionPlan, Message, Shape, Stage
-from ringattn.parallel.pricing import Setting
+from ringattn.parallel.plan import AttentionPlan, Message, Route, Shape, Stage
+from ringattn.parallel.pricing import Candidate, Setting
 from ringattn.parallel.ranges import overlap, union
 from ringattn.parallel.ulysses import exchange_plan
 
@@ -79,12 +79,10 @@ def _plan(
         layout._plans[held_key] = Held.of(layout, mask)
     held: Held = layout._plans[held_key]
     options = candidates(mesh.ring, scheme, stages)
-    choice = choose(Demand.of(held, mask.band), setting, options, memory_limit)
+    demand = Demand.of(held, mask.band)
+    choice = choose(demand, setting, options, memory_limit)
     asked = f'scheme="{scheme}" was asked for: ' if len(options) == 1 and mesh.ring > 1 else ""
-    plans = [
-        _RingPlanner(held, mask.band, mesh.ring_rank, one.schedule, one.distances(mesh.ring)).plan()
-        for one in dict.fromkeys((choice.forward, choice.backward))
-    ]
+    plans = [plan_ring(held, demand, mesh.ring_rank, one) for one in dict.fromkeys((choice.forward, choice.backward))]
     exchange = None
     if setting.exchange is not None:
         exchange = exchange_plan(layout.deal(mesh.ring_rank), shape.query_heads, shape.key_heads, mesh.ulysses_rank)
@@ -113,6 +111,11 @@ def check_scheme(scheme: str, mesh: MeshShape, stages: int | None = None) -> Non
             raise ValueError(f'stages belongs to scheme="ring", got stages={stages} with scheme="{scheme}"')
 
 
+def plan_ring(held: Held, demand: Demand, position: int, candidate: Candidate) -> AttentionPlan:
+    """The stages of a ring position, without an exchange; `demand` is that of `held`."""
+    return _RingPlanner(held, demand, position, candidate.schedule, candidate.distances(len(held.positions))).plan()
+
+
 @dataclass
 class _Cast:
     """One later stage under construction: a buffer's rows, where they come from, and what this position sends."""
@@ -129,10 +132,12 @@ class _Cast:
         self.rows += rows
         return self.rows - rows, self.rows
 
-    def stage(self, shared_q: Range) -> Stage:
+    def stage(self, shared_q: Range, cast: Route, back: Route) -> Stage:
         calls = group_calls(self.blocks, shared_q)
         sends, receives = _messages(self.leaving), _messages(self.arriving)
-        return Stage(calls, self.rows, tuple(self.index), tuple(self.copies), sends, receives)
+        assert [message.rows for message in sends] == [rows for rows in cast.sends if rows]
+        assert [message.rows for message in receives] == [rows for rows in cast.receives if rows]
+        return Stage(calls, self.rows, tuple(self.index), tuple(self.copies), sends, receives, cast, back)
 
 
 @dataclass(frozen=True)
@@ -140,10 +145,14 @@ class _RingPlanner:
     """Stages of one position. "gather" computes each query row once over all its keys, "ring" once per stage."""
 
     held: Held
-    band: Band
+    demand: Demand
     position: int
     schedule: str
     distances: list[range]
+
+    @property
+    def band(self) -> Band:
+        return self.demand.band
 
     def plan(self) -> AttentionPlan:
         local = self._local_blocks()
@@ -151,13 +160,16 @@ class _RingPlanner:
         shared_q = shared_rows([block.q for blocks in [local, *(cast.blocks for cast in casts)] for block in blocks])
         returned = [rows for cast in casts for rows, _ in cast.copies]
         returned += [rows for cast in casts for ranges in cast.leaving.values() for rows in ranges]
+        demand = self.demand.parted if self.schedule == "gather" else self.demand
+        routes = [demand.routes(self.position, span) for span in self.distances]
+        later = [cast.stage(shared_q, *pair) for cast, pair in zip(casts, routes, strict=True)]
         return AttentionPlan(
             schedule=self.schedule,
             ring=len(self.held.positions),
             ring_rank=self.position,
             rows=self.held.rows[self.position],
             index=self.held.index[self.position],
-            stages=(Stage(group_calls(local, shared_q)), *(cast.stage(shared_q) for cast in casts)),
+            stages=(Stage(group_calls(local, shared_q)), *later),
             shared_q=shared_q,
             shared_k=shared_rows([block.k for block in local], returned),
         )
@@ -240,13 +252,4 @@ class _RingPlanner:
 
 
 def _messages(segments: dict[int, list[Range]]) -> tuple[Message, ...]:
-    """One message per segment where they are few, so that both ends send and receive in place; else one per peer."""
-    messages: list[Message] = []
-    for peer, parts in sorted(segments.items()):
-        if not parts:
-            continue
-        if len(parts) <= DIRECT_SEGMENTS:
-            messages += [Message(peer, (part,)) for part in parts]
-        else:
-            messages.append(Message(peer, tuple(parts)))
-    return tuple(messages)
+    return tuple(Message(peer, tuple(parts)) for peer, parts in sorted(segments.items()) if parts)

@@ -24,7 +24,7 @@ from ringattn.parallel.cost import (
     host_seconds,
 )
 from ringattn.parallel.demand import Demand, per
-from ringattn.parallel.plan import DIRECT_SEGMENTS, Exchange, Shape, StageRows, exchange_bytes, largest_pair
+from ringattn.parallel.plan import Exchange, Shape, StageRows, exchange_bytes, largest_pair
 from ringattn.parallel.rates import BlockTable, Floats, Ints
 
 
@@ -151,14 +151,14 @@ class Pricer:
         cast = reduce = lost = np.zeros(later.shape)
         if not (backward and setting.keep_keys):
             cast, lost = self._wire(received, sent, own.key_row_bytes)
-            later = later + _linear(copied, 2 * machine.copy_seconds, 2 * own.key_row_bytes / machine.copy_bandwidth)
+            rows = received.sum(1) + sent.sum(1) + copied
+            later = later + _linear(rows, 2 * machine.copy_seconds, 2 * own.key_row_bytes / machine.copy_bandwidth)
         if backward:
             row_bytes = own.wide_key_row_bytes if setting.wide_reduce else own.key_row_bytes
             reduce, lost_by_reduce = self._wire(received, sent, row_bytes)
             lost = lost + lost_by_reduce
-            rows = received.sum(1) + sent.sum(1) + 2 * copied
-            per_row = (own.key_row_bytes + 2 * own.wide_key_row_bytes) / machine.merge_bandwidth
-            later = later + _linear(rows, 4 * machine.copy_seconds, per_row)
+            rows = 2 * received.sum(1) + 3 * sent.sum(1) + 3 * copied
+            later = later + _linear(rows, 2 * machine.copy_seconds, own.wide_key_row_bytes / machine.merge_bandwidth)
         stages = [StageCost(local)]
         stages += [
             StageCost(seconds, there, back, lost=more)
@@ -213,12 +213,10 @@ class Pricer:
 
     @cached_property
     def _messages(self) -> Ints:
-        """Messages that each position sends and receives, as the planner joins those of a pair."""
-        positions = self.demand.positions
+        """Messages that each position sends and receives."""
         reader, holder, *_ = self._remote
-        pairs, counts = np.unique(reader * positions + holder, return_counts=True)
-        counts = np.where(counts > DIRECT_SEGMENTS, 1, counts)
-        return per(pairs // positions, counts, positions) + per(pairs % positions, counts, positions)
+        one = np.ones_like(reader)
+        return per(reader, one, self.demand.positions) + per(holder, one, self.demand.positions)
 
     @cached_property
     def _calls(self) -> Ints:

@@ -2,12 +2,14 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from ringattn.kernels.spec import Range, Sum, accumulation_dtype
-from ringattn.parallel.plan import Message, Stage
+from ringattn.kernels.rows import Addition, Additions, add_rows, flat_pair, row_index, take_rows
+from ringattn.kernels.spec import Range, Sum, accumulation_dtype, to_device
+from ringattn.parallel.plan import Stage
 from ringattn.parallel.ranges import overlap
 from ringattn.parallel.transport import Pending, Transport
 
@@ -51,11 +53,6 @@ class Accumulator:
         if a < b:
             self.wide_rows(a, b).add_(self.rows[a:b])
 
-    def add(self, spans: Sequence[Range], parts: Sequence[Tensor]) -> None:
-        """Add parts of shared rows that came from elsewhere; the ranges do not overlap."""
-        if spans:
-            torch._foreach_add_([self.wide_rows(*span) for span in spans], [part.to(self.dtype) for part in parts])
-
     @property
     def dtype(self) -> torch.dtype:
         """In what parts are added."""
@@ -71,105 +68,132 @@ class Accumulator:
         out[slice(*self.shared)] = self.wide
         return out
 
+    @property
+    def total(self) -> Tensor:
+        """All rows as they were added up; only where all of them are shared, or none."""
+        assert self.wide is None or self.shared == (0, len(self.rows))
+        return self.rows if self.wide is None else self.wide
+
     def finish(self) -> Tensor:
         if self.wide is not None:
             self.rows[slice(*self.shared)] = self.wide
         return self.rows
 
 
+class _Moves:
+    """Which rows of a stage go where: index tables for `take_rows` and `add_rows`. Kept with the stage."""
+
+    def __init__(self, stage: Stage) -> None:
+        arrived, sources = 0, [(target, start + stage.cast.received) for (start, _), target in stage.copies]
+        for message in stage.receives:
+            for target in message.ranges:
+                sources.append((target, arrived))
+                arrived += target[1] - target[0]
+        self._sources = [(start, start + target[1] - target[0]) for target, start in sorted(sources)]
+        self._sent = [span for message in stage.sends for span in message.ranges]
+        self._returned = [span for message in stage.receives for span in message.ranges]
+        self._parts = [Addition(source, target[0], False) for source, target in stage.copies]
+        arrived = 0
+        for span in self._sent:
+            self._parts.append(Addition(span, arrived, True))
+            arrived += span[1] - span[0]
+        self._kept: dict[Any, Any] = {}
+
+    @classmethod
+    def of(cls, stage: Stage) -> "_Moves":
+        kept: _Moves | None = stage.__dict__.get("_moves")
+        if kept is None:
+            kept = stage.__dict__["_moves"] = cls(stage)
+        return kept
+
+    def sent(self, device: torch.device) -> Tensor:
+        """Local rows in the order of the cast's messages."""
+        return self._index("sent", self._sent, device)
+
+    def buffer(self, device: torch.device) -> Tensor:
+        """Where every row of the buffer comes from: rows that arrive, then local rows."""
+        return self._index("buffer", self._sources, device)
+
+    def returned(self, device: torch.device) -> Tensor:
+        """Rows of the buffer in the order in which their gradients go back."""
+        return self._index("returned", self._returned, device)
+
+    def additions(self, base: int) -> Additions:
+        """To which local rows, counted from `base`, gradients are added: first those of copies, then by rank."""
+        if base not in self._kept:
+            moved = [part._replace(target=(part.target[0] - base, part.target[1] - base)) for part in self._parts]
+            self._kept[base] = Additions(tuple(moved))
+        return self._kept[base]
+
+    def _index(self, name: str, ranges: list[Range], device: torch.device) -> Tensor:
+        if (name, device) not in self._kept:
+            self._kept[name, device] = to_device(torch.from_numpy(row_index(ranges)), device)
+        return self._kept[name, device]
+
+
 @dataclass
 class KeyCast:
-    """The keys and values of a stage under way into its buffers."""
+    """The keys and values of a stage under way into its buffer."""
 
+    stage: Stage
+    local: tuple[Tensor, Tensor]  # (n, K, D), (n, K, V)
+    receive: Tensor  # (rows that arrive, K * (D + V))
     pending: Pending | None
-    buffers: tuple[Tensor, Tensor]
-    packed: list[tuple[Message, Tensor, Tensor]]  # messages of several ranges: buffer, what arrived for it
 
     @classmethod
     def post(cls, stage: Stage, transport: Transport | None, k: Tensor, v: Tensor) -> "KeyCast":
-        buffers = tuple(x.new_empty(stage.rows, *x.shape[1:]) for x in (k, v))
-        sends, receives, packed = [], [], []
-        for local, buffer in zip((k, v), buffers, strict=True):
-            sends += [(message.peer, _gathered(local, message.ranges)) for message in stage.sends]
-            for message in stage.receives:
-                if len(message.ranges) == 1:
-                    receives.append((message.peer, buffer[slice(*message.ranges[0])]))
-                else:
-                    staging = buffer.new_empty(message.rows, *buffer.shape[1:])
-                    receives.append((message.peer, staging))
-                    packed.append((message, buffer, staging))
-        pending = _post(transport, sends, receives)
-        for local, buffer in zip((k, v), buffers, strict=True):
-            _copy(buffer, [target for _, target in stage.copies], [local[slice(*source)] for source, _ in stage.copies])
-        return cls(pending, (buffers[0], buffers[1]), packed)
+        width = k.shape[1] * (k.shape[2] + v.shape[2])
+        route = stage.cast.times(width)
+        receive = k.new_empty(stage.cast.received, width)
+        pending = None
+        if route.most and width:
+            assert transport is not None, "a plan that communicates needs the processes of a SequenceMesh"
+            send = transport.buffer(route, k)
+            take_rows(_Moves.of(stage).sent(k.device), send.view(-1, width), None, flat_pair(k, v))
+            pending = transport.exchange(send, receive.view(-1), route)
+        return cls(stage, (k, v), receive, pending)
 
     def wait(self) -> tuple[Tensor, Tensor]:
-        """Keys (rows, K, D) and values (rows, K, V), complete."""
+        """Keys (rows, K, D) and values (rows, K, V), complete: columns of one buffer."""
         if self.pending is not None:
             self.pending.wait()
-        for message, buffer, staging in self.packed:
-            _copy(buffer, message.ranges, _split(staging, message.ranges))
-        return self.buffers
+        k, v = self.local
+        buffer = k.new_empty(self.stage.rows, self.receive.shape[1])
+        take_rows(_Moves.of(self.stage).buffer(k.device), buffer, self.receive, flat_pair(k, v))
+        keys, values = buffer.split([k.shape[1] * k.shape[2], v.shape[1] * v.shape[2]], 1)
+        return keys.unflatten(1, k.shape[1:]), values.unflatten(1, v.shape[1:])
 
 
 @dataclass
 class KeyReduce:
     """The gradients of a stage's buffer rows under way to the owners of the rows."""
 
-    pending: Pending | None
     stage: Stage
-    buffers: tuple[Tensor, Tensor]
-    received: list[tuple[Message, Tensor, Tensor]]
+    grads: tuple[Tensor, Tensor]
+    receive: Tensor  # (rows that come back, K * (D + V))
+    pending: Pending | None
 
     @classmethod
     def post(
         cls, stage: Stage, transport: Transport | None, dkeys: Accumulator, dvalues: Accumulator, wide: bool
     ) -> "KeyReduce":
         """Send the rows back the way they came, in float32 if `wide`, else in the dtype of the keys."""
-        buffers = dkeys.sums(wide), dvalues.sums(wide)
-        sends, receives, received = [], [], []
-        for buffer in buffers:
-            sends += [(message.peer, _gathered(buffer, message.ranges)) for message in stage.receives]
-        for message in stage.sends:
-            dk, dv = (buffer.new_empty(message.rows, *buffer.shape[1:]) for buffer in buffers)
-            received.append((message, dk, dv))
-        receives += [(message.peer, dk) for message, dk, _ in received]
-        receives += [(message.peer, dv) for message, _, dv in received]
-        return cls(_post(transport, sends, receives), stage, buffers, received)
+        grads = flat_pair(dkeys.total, dvalues.total)
+        width = grads[0].shape[1] + grads[1].shape[1]
+        route = stage.back.times(width)
+        receive = grads[0].new_empty(stage.back.received, width, dtype=dkeys.dtype if wide else dkeys.rows.dtype)
+        pending = None
+        if route.most and width:
+            assert transport is not None, "a plan that communicates needs the processes of a SequenceMesh"
+            send = transport.buffer(route, receive)
+            take_rows(_Moves.of(stage).returned(send.device), send.view(-1, width), None, grads)
+            pending = transport.exchange(send, receive.view(-1), route)
+        return cls(stage, grads, receive, pending)
 
     def wait(self, dk: Accumulator, dv: Accumulator) -> None:
         """Add what belongs to the local rows, in the order of the plan: the same in every run."""
-        sources = [source for source, _ in self.stage.copies]
-        for grad, buffer in zip((dk, dv), self.buffers, strict=True):
-            grad.add(sources, [buffer[slice(*target)] for _, target in self.stage.copies])
         if self.pending is not None:
             self.pending.wait()
-        for message, *parts in self.received:
-            for grad, part in zip((dk, dv), parts, strict=True):
-                grad.add(message.ranges, _split(part, message.ranges))
-
-
-def _gathered(x: Tensor, ranges: Sequence[Range]) -> Tensor:
-    """The rows of `ranges` end to end; one range is a view, unless x is one of some columns."""
-    parts = [x[slice(*span)] for span in ranges]
-    return parts[0].contiguous() if len(parts) == 1 else torch.cat(parts)
-
-
-def _split(x: Tensor, ranges: Sequence[Range]) -> Sequence[Tensor]:
-    """The inverse of `_gathered`."""
-    return x.split([stop - start for start, stop in ranges])
-
-
-def _copy(buffer: Tensor, targets: Sequence[Range], parts: Sequence[Tensor]) -> None:
-    """Many small copies in one launch."""
-    if targets:
-        torch._foreach_copy_([buffer[slice(*span)] for span in targets], list(parts))
-
-
-def _post(
-    transport: Transport | None, sends: list[tuple[int, Tensor]], receives: list[tuple[int, Tensor]]
-) -> Pending | None:
-    if not sends and not receives:
-        return None
-    assert transport is not None, "a plan that communicates needs the processes of a SequenceMesh"
-    return transport.post(sends, receives)
+        additions = _Moves.of(self.stage).additions(dk.shared[0])
+        if additions.parts:
+            add_rows(additions, self.receive, self.grads, flat_pair(dk.wide_rows(*dk.shared), dv.wide_rows(*dv.shared)))

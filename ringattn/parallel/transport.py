@@ -1,13 +1,16 @@
-"""Moving tensors between the ranks of one mesh axis: post, then wait once. Buffers belong to the caller.
+"""Moving messages between the ranks of one mesh axis: fill a buffer, exchange, wait once.
 
-`x[list]` style staging, message order and sizes are the plan's business; a transport only moves what it is given.
+There is one primitive, the uneven all-to-all: casts and reduces of keys and the exchange of heads are all messages laid
+end to end, one for each rank. What is in them is the plan's business; a transport only moves what it is given.
 """
 
-from collections.abc import Callable, Sequence
-from typing import Any, Protocol
+from collections.abc import Sequence
+from typing import Protocol
 
-import torch
 import torch.distributed as dist
+from torch import Tensor
+
+from ringattn.parallel.plan import Route
 
 
 class Pending(Protocol):
@@ -17,53 +20,61 @@ class Pending(Protocol):
 
 
 class Transport(Protocol):
-    """What the executor asks of a transport. Peers are ranks of the axis; tensors are contiguous.
+    """What the executor asks of a transport. Both calls are collective over the axis, in the same order on every rank.
 
-    `post` pairs up by order: the i-th tensor sent to a peer fills the i-th that the peer receives from here.
+    `name` and `reason` tell what moves the data, and why it is not something faster.
     """
 
-    def post(
-        self, sends: Sequence[tuple[int, torch.Tensor]], receives: Sequence[tuple[int, torch.Tensor]]
-    ) -> Pending: ...
+    name: str
+    reason: str
 
-    def exchange(
-        self, send: torch.Tensor, receive: torch.Tensor, send_sizes: list[int], receive_sizes: list[int]
-    ) -> Pending: ...
+    def buffer(self, route: Route, like: Tensor) -> Tensor:
+        """A flat tensor of `route.sent` elements, of dtype and device of `like`, for the next `exchange`."""
+
+    def message(self, x: Tensor, route: Route) -> Tensor:
+        """A flat tensor as a message buffer: itself, if it is one or if none is needed, else a copy."""
+
+    def exchange(self, send: Tensor, receive: Tensor, route: Route) -> Pending:
+        """Move the messages of `send`, which came from `buffer` or `message`, to all ranks, and theirs to `receive`.
+
+        Arguments:
+            send, receive: flat, contiguous: a message for (or from) each rank, end to end in the order of ranks.
+            route: sizes in elements.
+        """
 
 
-class _Works:
-    """Owns the works of one post and the tensors they read, until the wait."""
+class _Work:
+    """Owns the work of an exchange and the tensors that it uses, until the wait."""
 
-    def __init__(self, works: Sequence[dist.Work | None], tensors: Sequence[torch.Tensor]) -> None:
-        self._works: list[dist.Work] | None = [work for work in works if work is not None]
+    def __init__(self, work: dist.Work, tensors: Sequence[Tensor]) -> None:
+        self._work: dist.Work | None = work
         self._tensors = list(tensors)
 
     def wait(self) -> None:
-        # gloo hangs when a point-to-point work is waited for twice.
-        assert self._works is not None, "a transfer is waited for once"
-        for work in self._works:
-            work.wait()
-        self._works = None
+        # gloo hangs when a work is waited for twice.
+        assert self._work is not None, "a transfer is waited for once"
+        self._work.wait()
+        self._work = None
         self._tensors.clear()
 
 
 class GroupTransport:
-    """torch.distributed collectives and point-to-point of one process group: gloo and NCCL."""
+    """The all-to-all of one process group, on any device: gloo and NCCL."""
 
-    def __init__(self, group: dist.ProcessGroup) -> None:
+    name = "collective"
+
+    def __init__(self, group: dist.ProcessGroup, reason: str = "") -> None:
         self.group = group
+        self.reason = reason
 
-    def post(self, sends: Sequence[tuple[int, torch.Tensor]], receives: Sequence[tuple[int, torch.Tensor]]) -> Pending:
-        ops = [self._op(dist.isend, tensor, peer) for peer, tensor in sends if tensor.numel()]
-        ops += [self._op(dist.irecv, tensor, peer) for peer, tensor in receives if tensor.numel()]
-        works = dist.batch_isend_irecv(ops) if ops else []
-        return _Works(works, [tensor for _, tensor in [*sends, *receives]])
+    def buffer(self, route: Route, like: Tensor) -> Tensor:
+        return like.new_empty(route.sent)
 
-    def _op(self, op: Callable[..., Any], tensor: torch.Tensor, peer: int) -> dist.P2POp:
-        return dist.P2POp(op, tensor, group=self.group, group_peer=peer)
+    def message(self, x: Tensor, route: Route) -> Tensor:
+        return x
 
-    def exchange(
-        self, send: torch.Tensor, receive: torch.Tensor, send_sizes: list[int], receive_sizes: list[int]
-    ) -> Pending:
-        work = dist.all_to_all_single(receive, send, receive_sizes, send_sizes, group=self.group, async_op=True)
-        return _Works([work], [send, receive])
+    def exchange(self, send: Tensor, receive: Tensor, route: Route) -> Pending:
+        # A mismatch between two ranks aborts every process; one between a rank's own numbers can be told here.
+        assert (send.numel(), receive.numel()) == (route.sent, route.received), (send.shape, receive.shape, route)
+        sizes = list(route.receives), list(route.sends)
+        return _Work(dist.all_to_all_single(receive, send, *sizes, group=self.group, async_op=True), [send, receive])

@@ -7,16 +7,17 @@ Legend: t local tokens, n tokens of the ring position, H query heads, K key head
 """
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from itertools import accumulate, pairwise
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from ringattn.kernels.pack import Slot, Slots, pack_heads
 from ringattn.kernels.spec import Range
-from ringattn.parallel.plan import Exchange, HeadShare
-from ringattn.parallel.transport import Transport
+from ringattn.parallel.plan import Exchange, HeadShare, Route
+from ringattn.parallel.transport import Pending, Transport
 
 
 def exchange_plan(rows: tuple[Range, ...], query_heads: int, key_heads: int, rank: int) -> Exchange:
@@ -37,10 +38,23 @@ def _share(query: Range, group: int) -> HeadShare:
     return HeadShare(query, ())
 
 
-def to_heads(
-    queries: Sequence[Tensor], keys: Sequence[Tensor], exchange: Exchange, transport: Transport
-) -> list[Tensor]:
-    """This rank's tokens -> this rank's heads of all tokens, as views of one buffer. Collective over the ulysses axis.
+@dataclass(frozen=True)
+class Arriving:
+    """Heads under way to the ranks that compute them."""
+
+    pending: Pending
+    rows: Tensor  # (n, elements)
+    counts: list[int]
+    dims: tuple[int, ...]
+
+    def wait(self) -> list[Tensor]:
+        """The tensors, (n, this rank's heads, D) each, as views of one buffer."""
+        self.pending.wait()
+        return _columns(self.rows, self.counts, self.dims)
+
+
+def to_heads(queries: Sequence[Tensor], keys: Sequence[Tensor], exchange: Exchange, transport: Transport) -> Arriving:
+    """This rank's tokens on their way to the heads of all tokens. Collective over the ulysses axis.
 
     Arguments:
         queries: (t, H, D) each -> (n, h, D).
@@ -48,20 +62,18 @@ def to_heads(
     """
     tensors = [*queries, *keys]
     plan = _sending(exchange, ("query",) * len(queries) + ("key",) * len(keys), tuple(x.shape[2] for x in tensors))
-    send = tensors[0].new_empty(sum(plan.send_sizes))
+    send = transport.buffer(plan.route, tensors[0])
     for x, slots in zip(tensors, plan.slots, strict=True):
         pack_heads(x, send, slots)
-    received = send.new_empty(exchange.position_rows, plan.width)
-    transport.exchange(send, received.view(-1), plan.send_sizes, plan.receive_sizes).wait()
-    return _columns(received, plan.counts, plan.dims)
+    rows = send.new_empty(exchange.position_rows, plan.width)
+    return Arriving(transport.exchange(send, rows.view(-1), plan.route), rows, plan.counts, plan.dims)
 
 
 class _Sending(NamedTuple):
-    """How tokens' heads travel: sizes in elements, and where each head of each tensor goes in the message."""
+    """How tokens' heads travel: the route in elements, and where each head of each tensor goes in the message."""
 
     slots: list[Slots]  # of each tensor
-    send_sizes: list[int]  # to each rank
-    receive_sizes: list[int]
+    route: Route
     width: int  # of a row that arrives
     counts: list[int]  # heads of each tensor in it
     dims: tuple[int, ...]
@@ -91,46 +103,85 @@ def _planned_sending(exchange: Exchange, of: tuple[str, ...], dims: tuple[int, .
         )
         for number, dim in enumerate(dims)
     ]
-    return _Sending(
-        slots,
-        [own * width for width in widths],
-        [(stop - start) * mine for start, stop in exchange.rows],
-        mine,
-        [len(one) for one in heads[exchange.rank]],
-        dims,
+    counts = [stop - start for start, stop in exchange.rows]
+    before = sum(widths[: exchange.rank])
+    route = Route(
+        sends=tuple(own * width for width in widths),
+        receives=tuple(rows * mine for rows in counts),
+        there=tuple(rows * before for rows in counts),
+        most=max(counts) * sum(widths),
     )
+    return _Sending(slots, route, mine, [len(one) for one in heads[exchange.rank]], dims)
 
 
-def joined(like: Sequence[Tensor]) -> tuple[Tensor, list[Tensor]]:
-    """A buffer of rows for `to_tokens`, (n, all heads' elements), and its columns shaped as `like`, (n, h, D) each."""
-    widths = [x.shape[1] * x.shape[2] for x in like]
-    buffer = like[0].new_empty(like[0].shape[0], sum(widths))
-    return buffer, _columns(buffer, [x.shape[1] for x in like], [x.shape[2] for x in like])
+class Columns(NamedTuple):
+    """What a row for `to_tokens` holds of each tensor: "query" or "key" heads, and their dim."""
+
+    of: str
+    dim: int
 
 
-def to_tokens(buffer: Tensor, columns: Sequence[tuple[str, int]], exchange: Exchange, transport: Transport) -> list:
-    """The way back: this rank's heads of all tokens -> all heads of this rank's tokens. Collective over the axis.
+def joined(
+    columns: Sequence[Columns], like: Tensor, exchange: Exchange, transport: Transport
+) -> tuple[Tensor, list[Tensor]]:
+    """A message buffer (n, elements) for the next `to_tokens`, and its columns (n, this rank's heads, dim) each."""
+    route, widths, counts = _returning(exchange, tuple(columns))
+    rows = transport.buffer(route, like).view(exchange.position_rows, widths[exchange.rank])
+    return rows, _columns(rows, counts[exchange.rank], [dim for _, dim in columns])
+
+
+@dataclass(frozen=True)
+class Returning:
+    """Results of heads under way to the ranks that hold the tokens."""
+
+    pending: Pending
+    received: Tensor
+    route: Route
+    own_rows: int
+    widths: list[int]
+    counts: list[list[int]]
+    dims: list[int]
+
+    def wait(self) -> list[list[Tensor]]:
+        """For each tensor a list by rank of what it computed, (t, its heads, dim)."""
+        self.pending.wait()
+        by_rank = [
+            _columns(
+                part.view(self.own_rows, sum(c * d for c, d in zip(counts, self.dims, strict=True))), counts, self.dims
+            )
+            for part, counts in zip(self.received.split(self.route.receives), self.counts, strict=True)
+        ]
+        return [list(one) for one in zip(*by_rank, strict=True)]
+
+
+def to_tokens(rows: Tensor, columns: Sequence[Columns], exchange: Exchange, transport: Transport) -> Returning:
+    """The way back: this rank's heads of all tokens to all heads of this rank's tokens. Collective over the axis.
 
     Arguments:
-        buffer: (n, elements), rows as `joined` lays them out.
-        columns: what they hold: "query" or "key" heads, and their dim.
-
-    Returns for each a list by rank of what it computed, (t, its heads, D).
+        rows: (n, elements): a message buffer that `joined` gave, or any other tensor, which may have to be copied.
+        columns: what they hold.
     """
-    counts = [[share.queries if of == "query" else len(share.keys) for of, _ in columns] for share in exchange.heads]
-    dims = [dim for _, dim in columns]
-    widths = [sum(count * dim for count, dim in zip(per_rank, dims, strict=True)) for per_rank in counts]
-    own, mine = exchange.own_rows, widths[exchange.rank]
-    send_sizes = [(stop - start) * mine for start, stop in exchange.rows]
-    receive_sizes = [own * width for width in widths]
-    received = buffer.new_empty(sum(receive_sizes))
-    transport.exchange(buffer.contiguous().view(-1), received, send_sizes, receive_sizes).wait()
-    parts = received.split(receive_sizes)
-    by_rank = [
-        _columns(part.view(own, width), per_rank, dims)
-        for part, width, per_rank in zip(parts, widths, counts, strict=True)
-    ]
-    return [list(one) for one in zip(*by_rank, strict=True)]
+    route, widths, counts = _returning(exchange, tuple(columns))
+    received = rows.new_empty(route.received)
+    pending = transport.exchange(transport.message(rows.contiguous().view(-1), route), received, route)
+    return Returning(pending, received, route, exchange.own_rows, widths, counts, [dim for _, dim in columns])
+
+
+def _returning(exchange: Exchange, columns: tuple[Columns, ...]) -> tuple[Route, list[int], list[list[int]]]:
+    """The route in elements; by rank the width of its rows, and the heads of each tensor in them. Kept as above."""
+    kept: dict[object, Any] = exchange.__dict__.setdefault("_returnings", {})
+    if columns not in kept:
+        counts = [[s.queries if of == "query" else len(s.keys) for of, _ in columns] for s in exchange.heads]
+        widths = [sum(count * dim for count, (_, dim) in zip(one, columns, strict=True)) for one in counts]
+        own, mine = exchange.own_rows, widths[exchange.rank]
+        route = Route(
+            sends=tuple((stop - start) * mine for start, stop in exchange.rows),
+            receives=tuple(own * width for width in widths),
+            there=tuple(exchange.rows[exchange.rank][0] * width for width in widths),
+            most=exchange.position_rows * max(widths),
+        )
+        kept[columns] = route, widths, counts
+    return kept[columns]
 
 
 def all_queries(parts: Sequence[Tensor]) -> Tensor:

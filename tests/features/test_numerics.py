@@ -57,21 +57,21 @@ def layer(keywords: dict[str, Any]) -> Tensor:
 def on_the_wire(dtypes: tuple[torch.dtype, ...], autocast: bool, dims: tuple[int, int] = (8, 8)) -> dict[str, Any]:
     """Dtypes and bytes that a ring of two sends of its keys in the forward pass, and what comes back."""
     sent: list[Tensor] = []
-    post = GroupTransport.post
+    exchange = GroupTransport.exchange
 
-    def watched(self: GroupTransport, sends: Any, receives: Any) -> Any:
-        sent.extend(x for _, x in sends)
-        return post(self, sends, receives)
+    def watched(self: GroupTransport, send: Tensor, receive: Tensor, route: Any) -> Any:
+        sent.append(send)
+        return exchange(self, send, receive, route)
 
     layout = Layout(Documents([20]), mesh_of(2, 1), "contiguous")
     local = [layout.shard(x).to(dtype) for x, dtype in zip(tensors(*dims), dtypes, strict=True)]
-    GroupTransport.post = watched  # type: ignore[method-assign]
+    GroupTransport.exchange = watched  # type: ignore[method-assign]
     try:
         with torch.autocast("cpu", torch.bfloat16, enabled=autocast), warnings.catch_warnings():
             warnings.simplefilter("error")
             out = parallel_attention(*local, layout, scheme="gather")
     finally:
-        GroupTransport.post = post  # type: ignore[method-assign]
+        GroupTransport.exchange = exchange  # type: ignore[method-assign]
     return {
         "dtypes": {x.dtype for x in sent},
         "bytes": sum(x.numel() * x.element_size() for x in sent),

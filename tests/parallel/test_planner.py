@@ -108,12 +108,39 @@ def test_gather_computes_each_query_row_in_one_call(docs: Documents, mask: Mask,
         assert all(times == 1 for times in rows.values())
 
 
+@settings(max_examples=60)
+@given(
+    docs=documents(longest=60, most=7),
+    mask=masks,
+    ring=st.integers(2, 6),
+    policy=st.sampled_from(["contiguous", "zigzag", "balanced"]),
+    scheme=st.sampled_from(["gather", "ring"]),
+    stages=st.sampled_from([None, 2, 3, 9]),
+)
+def test_routes_of_all_ranks_fit_together(
+    docs: Documents, mask: Mask, ring: int, policy: str, scheme: str, stages: int | None
+) -> None:
+    """What a rank expects where in a peer's message buffer is what the peer sends there, and all know the largest."""
+    plans = plans_of(docs, mask, ring, policy, scheme, stages if scheme == "ring" else None)
+    for number in range(1, len(plans[0][1].stages)):
+        stages_here = [plan.stages[number] for _, plan in plans]
+        for routes in ([stage.cast for stage in stages_here], [stage.back for stage in stages_here]):
+            assert {route.most for route in routes} == {max(route.sent for route in routes)}
+            for rank, route in enumerate(routes):
+                for peer, other in enumerate(routes):
+                    assert route.receives[peer] == other.sends[rank]
+                    assert route.there[peer] == sum(other.sends[:rank])
+        for stage in stages_here:
+            assert stage.cast.received == sum(message.rows for message in stage.receives) == stage.back.sent
+
+
 def test_packed_documents_need_few_calls_and_messages() -> None:
     docs = Documents([4096] * 8 + [1024] * 32 + [70_000, 333])
     for _layout, plan in plans_of(docs, Mask(), 8, "balanced", "gather", None):
         assert sum(len(stage.calls) for stage in plan.stages) <= 3
         assert plan.received_rows <= 70_000  # only the cut document travels
-        assert all(len(message.ranges) == 1 for stage in plan.stages for message in stage.sends)
+        for messages in (plan.stages[-1].sends, plan.stages[-1].receives):
+            assert len({message.peer for message in messages}) == len(messages)
 
 
 def test_a_plan_prints_what_it_does() -> None:

@@ -1,0 +1,138 @@
+"""Rows of two tensors, say keys and values, on their way in and out of messages: one fused kernel each on GPUs with
+Triton, else plain torch.
+
+A message row holds a row of the first tensor and one of the second, side by side. All tensors here have two dimensions
+and the elements of a row side by side: (rows, A) and (rows, B) of a pair, (rows, A + B) of a message.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cache, cached_property
+from itertools import pairwise
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ringattn.kernels.spec import Range, to_device
+
+Pair = tuple[Tensor, Tensor]
+TILE = 16  # rows that one program adds up
+
+
+def flat_pair(first: Tensor, second: Tensor) -> Pair:
+    """(n, K, D) and (n, K, V) as (n, K * D) and (n, K * V): views."""
+    return first.flatten(1), second.flatten(1)
+
+
+def row_index(ranges: Sequence[Range]) -> "np.ndarray[Any, np.dtype[np.int32]]":
+    """The numbers of the ranges, one after another."""
+    starts = np.array([start for start, _ in ranges], dtype=np.int64)
+    sizes = np.array([stop - start for start, stop in ranges], dtype=np.int64)
+    before = np.cumsum(sizes) - sizes
+    return (np.repeat(starts - before, sizes) + np.arange(sizes.sum())).astype(np.int32)
+
+
+class Addition(NamedTuple):
+    """Rows `target` of a sum get the rows from `source` on: of the message if `remote`, else of the local pair."""
+
+    target: Range
+    source: int
+    remote: bool
+
+
+@dataclass(frozen=True)
+class Additions:
+    """What is added to which rows, in an order that never changes; the targets may overlap."""
+
+    parts: tuple[Addition, ...]
+
+    @cached_property
+    def segments(self) -> list[tuple[Range, list[Addition]]]:
+        """The target rows cut where the parts that meet there change, and those parts, in order."""
+        bounds = sorted({bound for part in self.parts for bound in part.target})
+        place = {bound: number for number, bound in enumerate(bounds)}
+        meeting: list[list[Addition]] = [[] for _ in bounds]
+        for part in self.parts:
+            for number in range(place[part.target[0]], place[part.target[1]]):
+                meeting[number].append(part)
+        spans = zip(pairwise(bounds), meeting, strict=False)
+        return [(span, parts) for span, parts in spans if parts]
+
+    def tables(self, device: torch.device) -> tuple[Tensor, Tensor]:
+        """For the fused kernel, int32 on `device`, made once.
+
+        Returns tiles (n, 5): first row, rows, offset in the segment, first and last source; sources (m, 2): the row
+        that belongs to the segment's first, and whether it is remote.
+        """
+        kept: dict[torch.device, tuple[Tensor, Tensor]] = self.__dict__.setdefault("_tables", {})
+        if device not in kept:
+            kept[device] = tuple(to_device(torch.from_numpy(table), device) for table in self._host_tables())  # type: ignore[assignment]
+        return kept[device]
+
+    def _host_tables(self) -> tuple[Any, Any]:
+        tiles: list[Any] = []
+        sources: list[tuple[int, int]] = []
+        for (start, stop), parts in self.segments:
+            begin = len(sources)
+            sources += [(part.source + start - part.target[0], int(part.remote)) for part in parts]
+            offsets = np.arange(0, stop - start, TILE)
+            table = np.empty((len(offsets), 5), dtype=np.int32)
+            table[:, 0], table[:, 1] = start + offsets, np.minimum(stop - start - offsets, TILE)
+            table[:, 2], table[:, 3], table[:, 4] = offsets, begin, len(sources)
+            tiles.append(table)
+        empty = np.empty((0, 5), dtype=np.int32)
+        return np.concatenate([empty, *tiles]), np.array(sources, dtype=np.int32).reshape(-1, 2)
+
+
+def take_rows(index: Tensor, target: Tensor, message: Tensor | None, pair: Pair) -> None:
+    """Fill `target` (n, A + B), in its dtype, with rows of a message (m, A + B) and of a pair.
+
+    Arguments:
+        index: (n,) int32: j < m is row j of the message, m + i row i of the pair. m is 0 without a message.
+    """
+    if not target.numel():
+        return
+    fused = _fused()
+    if fused is not None and target.is_cuda:
+        fused.take_rows(index, target, message, pair)
+        return
+    arrived = 0 if message is None else len(message)
+    remote = index < arrived
+    if message is not None:
+        target[remote] = message[index[remote].long()].to(target.dtype)
+    local, width = index[~remote].long() - arrived, pair[0].shape[1]
+    target[~remote] = torch.cat([x[local].to(target.dtype) for x in pair], 1)
+    assert target.shape[1] == width + pair[1].shape[1]
+
+
+def add_rows(additions: Additions, message: Tensor, pair: Pair, sums: Pair) -> None:
+    """Add rows of a message and of a pair to `sums`, a pair of as many columns in the precision for that.
+
+    Each row is added up in the order of `additions`.
+    """
+    if not additions.parts:
+        return
+    fused = _fused()
+    if fused is not None and message.is_cuda:
+        fused.add_rows(*additions.tables(message.device), message, pair, sums)
+        return
+    width = sums[0].shape[1]
+    for (start, stop), source, remote in additions.parts:
+        rows = slice(source, source + stop - start)
+        parts = (message[rows, :width], message[rows, width:]) if remote else (pair[0][rows], pair[1][rows])
+        for total, part in zip(sums, parts, strict=True):
+            total[start:stop] += part.to(total.dtype)
+
+
+@cache
+def _fused() -> Any:
+    """The Triton kernels, or None without Triton, which is imported only when it is needed."""
+    if not torch.cuda.is_available():
+        return None
+    try:
+        from ringattn.kernels import rows_triton
+    except ImportError:
+        return None
+    return rows_triton

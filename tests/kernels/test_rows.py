@@ -39,7 +39,7 @@ def takes(draw: st.DrawFn) -> Taken:
     rows = draw(st.lists(st.integers(0, arrived + own - 1), max_size=50))
     both = torch.cat([*([] if message is None else [message]), torch.cat(pair, 1)])
     narrow = draw(st.booleans())
-    expected = both[torch.tensor(rows, dtype=torch.int64)].to(torch.bfloat16 if narrow else torch.float32)
+    expected = both[torch.tensor(rows, dtype=torch.int64)].to(torch.float16 if narrow else torch.float32)
     target = torch.full((len(rows), a + b + 2), 7.0, dtype=expected.dtype)
     return Taken(torch.tensor(rows, dtype=torch.int32), message, pair, target, expected)
 
@@ -57,7 +57,7 @@ def adds(draw: st.DrawFn) -> Added:
     rows, seed = draw(st.integers(1, 70)), draw(st.integers(0, 9))
     a, b = draw(st.sampled_from([1, 24, 512])), draw(st.sampled_from([3, 24, 256]))
     narrow = draw(st.booleans())
-    dtype = torch.bfloat16 if narrow else torch.float32
+    dtype = torch.float16 if narrow else torch.float32
     message, pair = columns(50, a + b, seed, dtype), (columns(50, a, seed + 1, dtype), columns(50, b, seed + 2, dtype))
     sums = columns(rows, a, seed + 3), columns(rows, b, seed + 4)
     expected = sums[0].clone(), sums[1].clone()

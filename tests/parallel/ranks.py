@@ -10,15 +10,15 @@ from tests.dense import Case
 
 
 @cache
-def mesh_of(ring: int, ulysses: int, device_type: str = "cpu") -> SequenceMesh:
-    return init_mesh(ring=ring, ulysses=ulysses, device_type=device_type)
+def mesh_of(ring: int, ulysses: int, device_type: str = "cpu", transport: str = "auto") -> SequenceMesh:
+    return init_mesh(ring=ring, ulysses=ulysses, device_type=device_type, transport=transport)
 
 
 def attend(
-    case: Case, ring: int, ulysses: int, policy: str, scheme: str, device_type: str = "cpu"
+    case: Case, ring: int, ulysses: int, policy: str, scheme: str, device_type: str = "cpu", transport: str = "auto"
 ) -> dict[str, torch.Tensor]:
     """out, lse, dq, dk, dv (and dsinks) of the whole stream, as every rank sees them after gathering."""
-    mesh = mesh_of(ring, ulysses, device_type)
+    mesh = mesh_of(ring, ulysses, device_type, transport)
     layout = Layout(case.docs, mesh, policy, mask=case.mask)
     x = {name: tensor.to(mesh.device) for name, tensor in case.tensors().items()}
     local = {name: layout.shard(x[name]).clone().requires_grad_() for name in ("q", "k", "v")}

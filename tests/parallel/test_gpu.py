@@ -37,7 +37,13 @@ def test_bfloat16_against_float64(pool: Pools, ring: int, ulysses: int, scheme: 
     options: dict[str, object] = {"backend": backend}
     cases = [Case(DOCS, mask, (6, 2), (64, 64), torch.bfloat16, options=options) for mask in MASKS]
     cases.append(Case(DOCS, Mask(), (8, 1), (128, 128), torch.bfloat16, sinks=True, options=options))
-    jobs = [(case, ring, ulysses, policy, scheme) for case in cases for policy in ("zigzag", "balanced")]
+    transports = ("collective", "copy") if ring * ulysses > 1 else ("auto",)
+    jobs = [
+        (case, ring, ulysses, policy, scheme, transport)
+        for transport in transports
+        for case in cases
+        for policy in ("zigzag", "balanced")
+    ]
     results = pool(ring * ulysses, "cuda").run_many(errors_of, jobs, timeout=300)
     for (case, *_), ranks in zip(jobs, results, strict=True):
         for got, single in ranks:
@@ -47,11 +53,11 @@ def test_bfloat16_against_float64(pool: Pools, ring: int, ulysses: int, scheme: 
 
 
 def errors_of(
-    case: Case, ring: int, ulysses: int, policy: str, scheme: str
+    case: Case, ring: int, ulysses: int, policy: str, scheme: str, transport: str
 ) -> tuple[dict[str, float], dict[str, float]]:
     """Errors against float64 of this mesh, and of one kernel call."""
     expected = dense_attention(case, "cuda")
-    got = attend(case, ring, ulysses, policy, scheme, "cuda")
+    got = attend(case, ring, ulysses, policy, scheme, "cuda", transport)
     assert (got["out"][~case.docs.dense().any(0)] == 0).all()
     single = alone(case)
     return (

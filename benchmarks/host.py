@@ -173,12 +173,13 @@ def no_packages() -> Iterator[None]:
     arguments = (
         "cu_seqlens_q cu_seqlens_k seqused_k max_seqlen_q max_seqlen_k softmax_scale is_causal softcap out dq dk"
     )
+    operators = (lambda *_, **__: (None, None)), (lambda *_, **__: None)
     names = frozenset(f"{arguments} dv window_size_left window_size_right deterministic num_splits".split())
     with ExitStack() as stack:
         stack.enter_context(mock.patch.dict(sys.modules, null_fa4=interface))
         for target, value in (
             ("ringattn.kernels.fa4._kernels", lambda: (interface._flash_attn_fwd, interface._flash_attn_bwd)),
-            ("ringattn.kernels.fa3._kernels", lambda: (lambda *_, **__: (None, None), lambda *_, **__: None)),
+            ("ringattn.kernels.fa3._kernels", lambda: operators),
             ("ringattn.kernels.fa3.parameters", lambda _: names),
             ("ringattn.kernels.unpack_triton.unpack_into", lambda *_: None),
         ):

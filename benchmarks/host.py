@@ -38,8 +38,8 @@ from ringattn.kernels.spec import Backend, Block, Call, Capability, Grads, Optio
 from ringattn.parallel.mesh import SequenceMesh
 
 CALLS = 40  # layer calls of one run, as many as a model has layers
-RUNS = 25  # of each process
-ROUNDS = 3  # processes of each checkout
+RUNS = 10  # of each process
+ROUNDS = 6  # processes of each checkout
 WARM_UP = 20
 
 

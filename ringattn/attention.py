@@ -3,14 +3,15 @@
 Shapes: t tokens of this rank, H query heads, K key/value heads, D head dim, V value head dim.
 """
 
-from dataclasses import dataclass
+from collections.abc import Hashable
+from dataclasses import replace
 from inspect import signature
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from ringattn.environment import AUTOTUNE, DETERMINISTIC, warn_of_unknown
+from ringattn.environment import AUTOTUNE, DETERMINISTIC, of_a_call, warn_of_unknown
 from ringattn.kernels.registry import choose
 from ringattn.kernels.selftest import adds
 from ringattn.kernels.spec import Backend, CallSpec, Options
@@ -22,6 +23,8 @@ from ringattn.parallel.mesh import SequenceMesh
 from ringattn.parallel.plan_check import check_plan
 from ringattn.parallel.planner import plan_attention
 from ringattn.parallel.transport import Transport
+
+_CAUSAL = Mask()
 
 
 @accept_aliases
@@ -82,7 +85,7 @@ def parallel_attention(
     communication.
     """
     settings = Settings(
-        mask=Mask() if mask is None else mask,
+        mask=_CAUSAL if mask is None else mask,
         softmax_scale=softmax_scale,
         softcap=softcap,
         dropout_p=dropout_p,
@@ -106,8 +109,7 @@ def parallel_attention(
     return (out, lse) if return_lse else out
 
 
-@dataclass(frozen=True)
-class Settings:
+class Settings(NamedTuple):
     """The keywords of `parallel_attention`, but for the tensors."""
 
     mask: Mask = Mask()
@@ -126,9 +128,43 @@ class Settings:
 
 
 def prepare(q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None, layout: Layout, settings: Settings) -> Job:
-    """Check the arguments of `parallel_attention` and settle plan, backend and transports. No communication."""
-    spec = _check(q, k, v, sinks, layout, settings)
+    """Check the arguments of `parallel_attention` and settle plan, backend and transports. No communication.
+
+    The answer is kept with the layout: every layer of a step asks with tensors of the same kind. It was checked for
+    that kind, so only what is not part of it is checked again.
+    """
     warn_of_unknown()
+    try:
+        key = _kind(q, k, v, sinks, settings)
+        job = layout._plans.get(key)
+    except (AttributeError, TypeError):  # something is not what it should be: the check tells
+        key = job = None
+    if job is None:
+        job = _settle(q, k, v, sinks, layout, settings)
+        if key is not None:
+            layout._plans[key] = job
+    return job if job.dropout is None else replace(job, dropout=(job.dropout[0], _seed(settings)))
+
+
+def _kind(q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None, settings: Settings) -> Hashable:
+    """All that `_check` and `_settle` depend on beside the layout; equal for the calls that one answer suits."""
+    if settings.dropout_seed is not None:  # another one at every call
+        settings = settings._replace(dropout_seed=None)
+    if isinstance(settings.softmax_scale, Tensor):  # it may be changed in place
+        settings = settings._replace(softmax_scale=float(settings.softmax_scale))
+    return (
+        (q.shape, q.dtype, q.device),
+        (k.shape, k.dtype, k.device),
+        (v.shape, v.dtype, v.device),
+        None if sinks is None else (sinks.shape, sinks.device),
+        settings,
+        of_a_call(),
+    )
+
+
+def _settle(q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None, layout: Layout, settings: Settings) -> Job:
+    """What `prepare` keeps; its dropout has no seed yet."""
+    spec = _check(q, k, v, sinks, layout, settings)
     chosen = _backend(spec, layout, settings.backend)
     plan = plan_attention(
         layout,
@@ -150,7 +186,7 @@ def prepare(q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None, layout: Layou
     return Job(
         plan=plan,
         options=Options(scale, spec.softcap, spec.deterministic),
-        dropout=(spec.dropout_p, settings.dropout_seed or 0) if spec.dropout_p else None,
+        dropout=(spec.dropout_p, 0) if spec.dropout_p else None,
         backend=chosen,
         adds=(plan.backward or plan).adds_grads and adds(chosen, spec),
         ring=ring,
@@ -194,7 +230,7 @@ class ParallelAttention(nn.Module):
             self.register_buffer("sinks", sinks)
         self.dropout_p = dropout_p
         self.options: dict[str, Any] = {
-            "mask": Mask() if mask is None else mask,
+            "mask": _CAUSAL if mask is None else mask,
             "softmax_scale": softmax_scale,
             "softcap": softcap,
             "deterministic": deterministic,
@@ -291,11 +327,8 @@ def _check(q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None, layout: Layout
         raise ValueError(f"the query heads must be a multiple of the key heads, got {q.shape[1]} and {k.shape[1]}")
     if not 0.0 <= dropout_p < 1.0:
         raise ValueError(f"dropout_p must be in [0, 1), got {dropout_p}")
-    if dropout_p and (not isinstance(settings.dropout_seed, int) or settings.dropout_seed < 0):
-        raise ValueError(
-            f"dropout_seed must be an integer >= 0 with dropout_p={dropout_p}, the same on every rank, got "
-            f"{settings.dropout_seed!r}"
-        )
+    if dropout_p:
+        _seed(settings)
     if softcap is not None and not softcap >= 0.0:
         raise ValueError(f"softcap must be >= 0 (0 or None is off), got {softcap}")
     if sinks is not None and not isinstance(sinks, Tensor):
@@ -318,6 +351,17 @@ def _check(q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None, layout: Layout
         dropout_p=dropout_p,
         deterministic=settings.deterministic or DETERMINISTIC.read() == "on",
     )
+
+
+def _seed(settings: Settings) -> int:
+    """The dropout seed, which is no part of what is kept. Raises ValueError if it is none."""
+    seed = settings.dropout_seed
+    if not isinstance(seed, int) or seed < 0:
+        raise ValueError(
+            f"dropout_seed must be an integer >= 0 with dropout_p={settings.dropout_p}, the same on every rank, got "
+            f"{seed!r}"
+        )
+    return seed
 
 
 def _check_mesh(layout: Layout, q: Tensor) -> None:

@@ -71,6 +71,12 @@ _ALL = (BACKEND, AUTOTUNE, CACHE_DIR, SHARED_MEMORY_KIB, FA3_LIBRARY, DETERMINIS
 VARIABLES = {variable.name: variable for variable in _ALL}
 
 
+def of_a_call() -> tuple[str | None, ...]:
+    """The variables that decide how an attention is computed, as they are set now: a call after a change heeds it."""
+    get = os.environ.get
+    return get(BACKEND.name), get(AUTOTUNE.name), get(DETERMINISTIC.name)
+
+
 def complaint() -> str | None:
     """What is wrong with the names of the variables that are set, or None: a misspelling, or one of another version."""
     unknown = sorted(name for name in os.environ if name.startswith(PREFIX) and name not in VARIABLES)

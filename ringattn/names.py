@@ -65,10 +65,12 @@ def canonical(kwargs: Mapping[str, Any], names: Collection[str]) -> dict[str, An
 
 def accept_aliases(function: Callable[P, R]) -> Callable[P, R]:
     """A function that also takes the other names of its arguments; its signature shows the canonical ones only."""
-    names = tuple(inspect.signature(function).parameters)
+    names = frozenset(inspect.signature(function).parameters)
 
     @wraps(function)
     def wrapper(*args: P.args, **kwargs: P.kwargs) -> R:
+        if names.issuperset(kwargs):
+            return function(*args, **kwargs)
         return function(*args, **canonical(kwargs, names))
 
     return wrapper

@@ -68,15 +68,20 @@ class FlashAttention2:
         k, v = pack_keys(call, k, v)
         dk, dv = (grads.dk, grads.dv) if call.dense_keys else (torch.empty_like(k), torch.empty_like(v))
         _kernels()[1](
-            dout.contiguous(), q, k, v, out, keyless_weightless(lse), dq=grads.dq, dk=dk, dv=dv,
+            dout.contiguous(), q, k, v, out, keyless_weightless(lse, call), dq=grads.dq, dk=dk, dv=dv,
             deterministic=options.deterministic, **_arguments(call, options, q.device),
         )  # fmt: skip
         if not call.dense_keys:
             unpack_keys(call, grads, dk, dv)
 
 
-def keyless_weightless(lse: Tensor) -> Tensor:
-    """lse for a backward kernel: +inf for rows without keys, so that exp(score - lse) is 0 and not NaN."""
+def keyless_weightless(lse: Tensor, call: Call) -> Tensor:
+    """lse for a backward kernel: +inf for rows without keys, so that exp(score - lse) is 0 and not NaN.
+
+    Rows that have keys in this call have a finite one already, and two launches are saved.
+    """
+    if not call.keyless_rows:
+        return lse.contiguous()
     return lse.masked_fill(lse == float("-inf"), float("inf")).contiguous()
 
 

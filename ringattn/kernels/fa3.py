@@ -69,7 +69,7 @@ class FlashAttention3:
         arguments = _arguments(call, options, q.device)
         gradients = {"dq": grads.dq, "dk": grads.dk, "dv": grads.dv}
         wanted = {**gradients, "deterministic": options.deterministic, **arguments}
-        backward(dout.contiguous(), q, k, v, out, keyless_weightless(lse), **_named(backward, wanted))
+        backward(dout.contiguous(), q, k, v, out, keyless_weightless(lse, call), **_named(backward, wanted))
 
 
 def _arguments(call: Call, options: Options, device: torch.device) -> dict[str, Any]:

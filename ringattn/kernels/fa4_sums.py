@@ -38,10 +38,10 @@ def backward_into(interface: ModuleType, grads: Grads, arguments: tuple[Tensor, 
             later[name], sums[name] = total, None
             targets[name] = torch.zeros_like(targets[name])  # rows that no block reads add nothing
     waiting = {id(targets[name]): (targets[name], total) for name, total in sums.items() if total is not None}
-    original = interface._flash_attn_bwd
-    names = {**vars(interface), _LAST_STEP: _last_step(getattr(interface, _LAST_STEP), waiting)}
-    function = FunctionType(original.__code__, names, "backward", original.__defaults__, original.__closure__)
-    function.__kwdefaults__ = original.__kwdefaults__
+    function = interface._flash_attn_bwd
+    if waiting:
+        names = {**vars(interface), _LAST_STEP: _last_step(getattr(interface, _LAST_STEP), waiting)}
+        function = _looking_up(names, function)
     function(*arguments, **targets, **keywords)
     if waiting:
         raise RuntimeError(f"flash-attn-4 has no step {_LAST_STEP} of the expected form")
@@ -49,8 +49,20 @@ def backward_into(interface: ModuleType, grads: Grads, arguments: tuple[Tensor, 
         total.add(targets[name], (0, len(targets[name])), getattr(grads, name))
 
 
+def _looking_up(names: dict[str, Any], original: FunctionType) -> FunctionType:
+    """The same function with other globals."""
+    function = FunctionType(original.__code__, names, "backward", original.__defaults__, original.__closure__)
+    function.__kwdefaults__ = original.__kwdefaults__
+    return function
+
+
+# Arguments of the last step that are of a call: an accumulator's order does not depend on them.
+_OF_A_CALL = ("cu_total_m_blocks", "sink_tensors")
+
+
 def _last_step(original: Callable[..., None], waiting: dict[int, tuple[Tensor, Sum]]) -> Callable[..., None]:
     """The package's last step, but for outputs in `waiting`: they are added to their sums, and taken out."""
+    from ringattn.kernels.unpack_triton import Lengths, Tiles, unpack_into
 
     def convert(
         accum: Tensor,
@@ -70,22 +82,22 @@ def _last_step(original: Callable[..., None], waiting: dict[int, tuple[Tensor, S
                 accum, output, scale, cu_seqlens, seqused, arch, dtype, hdim, block_size, *variant, **options
             )  # fmt: skip
             return
-        from ringattn.kernels.unpack_triton import Lengths, Tiles, unpack_into
-
         target, total = waiting.pop(id(output))
         cluster = options.get("cluster_size", 1)
         multiple = options.get("hdim_multiple_of", 32)
         padded = -(-hdim // multiple) * multiple
-        kept = {name: value for name, value in options.items() if name not in ("cu_total_m_blocks", "sink_tensors")}
-        key = (output.device, arch, output.dtype, hdim, block_size, variant, tuple(sorted(kept.items(), key=str)))
-        if key not in _orders:
+        for name in _OF_A_CALL:
+            options.pop(name, None)
+        key = (output.device, arch, output.dtype, hdim, block_size, variant, *options.items())
+        order = _orders.get(key)
+        if order is None:
 
             def sample(numbers: Tensor, rows: Tensor) -> None:
                 lengths = torch.tensor([0, block_size], dtype=torch.int32, device=rows.device)
-                original(numbers, rows, 1.0, lengths, None, arch, dtype, hdim, block_size, *variant, **kept)
+                original(numbers, rows, 1.0, lengths, None, arch, dtype, hdim, block_size, *variant, **options)
 
-            _orders[key] = _order(sample, block_size, padded, cluster, output)
-        tiles = Tiles(_orders[key], padded, cluster)
+            order = _orders[key] = _order(sample, block_size, padded, cluster, output)
+        tiles = Tiles(order, padded, cluster)
         unpack_into(accum, tiles, Lengths(cu_seqlens, seqused), scale, target, total.wide, total.rows)
 
     return convert

@@ -74,6 +74,12 @@ class Call:
         return self.k_starts == (0, *accumulate(self.k_lens))[:-1]
 
     @cached_property
+    def keyless_rows(self) -> bool:
+        """Whether the band leaves some query row without a key: the first of a block, if any of it."""
+        pairs = [(n, m) for n, m in zip(self.q_lens, self.k_lens, strict=True) if n]
+        return any(m == 0 or (self.right >= 0 and m - n + self.right < 0) for n, m in pairs)
+
+    @cached_property
     def key_runs(self) -> tuple[Range, ...]:
         """The keys that blocks read, as few ranges as there are."""
         runs: list[Range] = []

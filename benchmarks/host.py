@@ -18,7 +18,7 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from datetime import date
@@ -36,6 +36,7 @@ from ringattn.kernels.fa3 import FlashAttention3
 from ringattn.kernels.fa4 import FlashAttention4
 from ringattn.kernels.spec import Backend, Block, Call, Capability, Grads, Options, Sum
 from ringattn.parallel.mesh import SequenceMesh
+from ringattn.parallel.plan import Route
 
 CALLS = 40  # layer calls of one run, as many as a model has layers
 RUNS = 10  # of each process
@@ -65,14 +66,17 @@ class Null:
 
 
 class NoTransfer:
-    """A transport that moves nothing; also what it posted."""
+    """A transport that moves nothing; also what is under way."""
 
-    def __init__(self, *_: Any) -> None: ...
+    name, reason = "none", ""
 
-    def post(self, sends: Sequence[tuple[int, Tensor]], receives: Sequence[tuple[int, Tensor]]) -> "NoTransfer":
-        return self
+    def buffer(self, route: Route, like: Tensor) -> Tensor:
+        return like.new_empty(route.sent)
 
-    def exchange(self, send: Tensor, receive: Tensor, send_sizes: list[int], receive_sizes: list[int]) -> "NoTransfer":
+    def message(self, x: Tensor, route: Route) -> Tensor:
+        return x
+
+    def exchange(self, send: Tensor, receive: Tensor, route: Route) -> "NoTransfer":
         return self
 
     def wait(self) -> None: ...
@@ -118,7 +122,7 @@ class Layer:
     @classmethod
     def of(cls, case: Case) -> "Layer":
         mesh = SequenceMesh(1, case.ring, case.ulysses, 3 % (case.ring * case.ulysses), device_mesh=None)  # type: ignore[arg-type]
-        mesh.__dict__.update(ring_group=None, ulysses_group=None, sequence_group=None)
+        mesh.__dict__.update(ring_transport=NoTransfer(), ulysses_transport=NoTransfer(), sequence_group=None)
         layout = Layout(documents(case.tokens), mesh)
         shapes = [(layout.tokens(), heads, DIM) for heads in (*case.heads, case.heads[1], case.heads[0])]
         *leaves, dout = (torch.zeros(shape, dtype=torch.bfloat16) for shape in shapes)
@@ -137,14 +141,16 @@ class Layer:
 
 @contextmanager
 def nothing_computed() -> Iterator[None]:
-    """The null backend among the known ones, trusted, and no transport that needs processes."""
+    """The null backend among the known ones, trusted; rows are not packed, as that is one launch each on a GPU."""
     with ExitStack() as stack:
         known = {**registry.backends(), "null": Null()}
         for target, value in (
             ("ringattn.kernels.registry.backends", lambda: known),
             ("ringattn.kernels.selftest._run", lambda *_: None),
             ("ringattn.kernels.selftest._adds_right", lambda *_: True),
-            ("ringattn.attention.GroupTransport", NoTransfer),
+            ("ringattn.parallel.rows.take_rows", lambda *_: None),
+            ("ringattn.parallel.rows.add_rows", lambda *_: None),
+            ("ringattn.parallel.ulysses.pack_heads", lambda *_: None),
         ):
             stack.enter_context(mock.patch(target, value))
         yield

@@ -1,19 +1,23 @@
-"""Heads of a tensor laid out for an exchange: one fused kernel on GPUs with Triton, else a copy per head."""
+"""Heads of several tensors in and out of the messages of an exchange: one fused kernel each on GPUs with Triton, else a
+copy per head."""
 
-from collections.abc import Callable
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache, cached_property
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from ringattn.kernels.spec import to_device
+from ringattn.kernels.spec import accumulation_dtype, to_device
+
+MOST = 3  # tensors that a fused kernel takes
 
 
 class Slot(NamedTuple):
-    """Where one head goes: row i of head `head` to the elements `start + i * stride` and on of a flat buffer."""
+    """Where one head is in a message: its row i are the elements `start + i * stride` and on."""
 
+    tensor: int
     head: int
     start: int
     stride: int
@@ -21,41 +25,86 @@ class Slot(NamedTuple):
 
 @dataclass(frozen=True)
 class Slots:
-    """The slots of one tensor. They differ from batch to batch: whoever plans an exchange keeps them with it."""
+    """The slots of the tensors of a message. They differ from batch to batch: who plans an exchange keeps them with it.
+
+    A head that has several slots is sent to each, and is the sum of what comes back in them, in their order.
+    """
 
     slots: tuple[Slot, ...]
 
     @cached_property
     def aligned(self) -> bool:
-        """Whether every row of every slot starts at a multiple of 8 elements, so that it can be stored in vectors."""
+        """Whether every row of every slot starts at a multiple of 8 elements, so that it moves in vectors."""
         return all(slot.start % 8 == 0 and slot.stride % 8 == 0 for slot in self.slots)
 
-    def on(self, device: torch.device) -> Tensor:
-        """(n, 3) int64: head, start, stride. Made once: the layers of a model ask for the same."""
-        kept: dict[torch.device, Tensor] = self.__dict__.setdefault("_kept", {})
+    @cached_property
+    def by_head(self) -> dict[tuple[int, int], list[Slot]]:
+        """The slots of each head of each tensor."""
+        found: dict[tuple[int, int], list[Slot]] = {}
+        for slot in self.slots:
+            found.setdefault((slot.tensor, slot.head), []).append(slot)
+        return found
+
+    def tables(self, device: torch.device) -> tuple[Tensor, Tensor]:
+        """For the fused kernels, int64, made once: slots (n, 4) ordered by head, and heads (m, 4): tensor, head, first
+        and last slot."""
+        kept: dict[torch.device, tuple[Tensor, Tensor]] = self.__dict__.setdefault("_kept", {})
         if device not in kept:
-            kept[device] = to_device(torch.tensor(self.slots, dtype=torch.int64), device)
+            slots: list[Slot] = []
+            heads: list[tuple[int, int, int, int]] = []
+            for (tensor, head), some in self.by_head.items():
+                heads.append((tensor, head, len(slots), len(slots) + len(some)))
+                slots += some
+            rows, groups = (torch.tensor(table, dtype=torch.int64).view(-1, 4) for table in (slots, heads))
+            kept[device] = to_device(rows, device), to_device(groups, device)
         return kept[device]
 
 
-def pack_heads(x: Tensor, target: Tensor, slots: Slots) -> None:
-    """Copy heads of x (t, H, D) into the flat `target`; a head may go to several slots."""
-    if not x.numel() or not slots.slots:
+def pack_heads(tensors: Sequence[Tensor], message: Tensor, slots: Slots) -> None:
+    """Copy heads of tensors (t, H, D) into the flat `message`."""
+    if not len(tensors[0]) or not slots.slots:
         return
-    fused = _fused() if x.is_cuda and x.stride(2) == 1 else None
-    if fused is not None:
-        fused(x, target, slots.on(x.device), slots.aligned)
+    if (fused := _fused(tensors)) is not None:
+        fused.pack_heads(tensors, message, slots.tables(message.device)[0], slots.aligned)
         return
     for slot in slots.slots:
-        target.as_strided((x.shape[0], x.shape[2]), (slot.stride, 1), target.storage_offset() + slot.start).copy_(
-            x[:, slot.head]
-        )
+        x = tensors[slot.tensor]
+        _rows(message, slot, x).copy_(x[:, slot.head])
+
+
+def unpack_heads(message: Tensor, tensors: Sequence[Tensor], slots: Slots) -> None:
+    """Fill heads of tensors (t, H, D) that have slots from the flat `message`; sums are rounded once."""
+    if not len(tensors[0]) or not slots.slots:
+        return
+    if (fused := _fused(tensors)) is not None:
+        fused.unpack_heads(message, tensors, *slots.tables(message.device), slots.aligned)
+        return
+    for (number, head), some in slots.by_head.items():
+        x = tensors[number]
+        if len(some) == 1:
+            x[:, head] = _rows(message, some[0], x)
+            continue
+        total = _rows(message, some[0], x).to(accumulation_dtype(x.dtype))
+        for slot in some[1:]:
+            total = total + _rows(message, slot, x)
+        x[:, head] = total
+
+
+def _rows(message: Tensor, slot: Slot, x: Tensor) -> Tensor:
+    """(t, D) of the message."""
+    return message.as_strided((x.shape[0], x.shape[2]), (slot.stride, 1), message.storage_offset() + slot.start)
+
+
+def _fused(tensors: Sequence[Tensor]) -> Any:
+    """The Triton kernels if they fit, else None."""
+    fits = tensors[0].is_cuda and len(tensors) <= MOST and all(x.stride(2) == 1 for x in tensors)
+    return _kernels() if fits else None
 
 
 @cache
-def _fused() -> Callable[[Tensor, Tensor, Tensor, bool], None] | None:
+def _kernels() -> Any:
     try:
         from ringattn.kernels import pack_triton
     except ImportError:
         return None
-    return pack_triton.pack_heads
+    return pack_triton

@@ -1,49 +1,112 @@
-"""The packing of `pack.py` as one Triton kernel. Imported only where triton is."""
+"""The packing and unpacking of `pack.py` as Triton kernels. Imported only where triton is."""
+
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from ringattn.kernels.pack import MOST
+
 TILE = 4096  # elements of one program
 
 
-def pack_heads(x: Tensor, target: Tensor, slots: Tensor, aligned: bool) -> None:
-    """Heads of x (t, H, D), the elements of a head side by side, to the flat `target`.
+def pack_heads(tensors: Sequence[Tensor], message: Tensor, slots: Tensor, aligned: bool) -> None:
+    """Heads of tensors (t, H, D) to the flat `message`.
 
     Arguments:
-        slots: (n, 3) int64: head, start and stride of each.
+        slots: (n, 4) int64: tensor, head, start and stride of each.
         aligned: starts and strides are multiples of 8.
     """
-    rows, _, dim = x.shape
-    width = triton.next_power_of_2(dim)
-    step = max(1, TILE // width)
-    with torch.cuda.device_of(x):
-        _pack[(triton.cdiv(rows, step), len(slots))](
-            x,
-            target,
-            slots,
-            rows,
-            x.stride(0),
-            x.stride(1),
-            DIM=dim,
-            WIDTH=width,
-            ROWS=step,
-            ALIGN=8 if aligned else 1,
+    width, step, align, arguments = _described(tensors, aligned)
+    with torch.cuda.device_of(message):
+        _pack[(triton.cdiv(len(tensors[0]), step), len(slots))](
+            message, slots, len(tensors[0]), *arguments, WIDTH=width, ROWS=step, ALIGN=align
         )
+
+
+def unpack_heads(message: Tensor, tensors: Sequence[Tensor], slots: Tensor, heads: Tensor, aligned: bool) -> None:
+    """The way back; heads: (m, 4) int64: tensor, head, first and last of the slots that are added up."""
+    width, step, align, arguments = _described(tensors, aligned)
+    with torch.cuda.device_of(message):
+        _unpack[(triton.cdiv(len(tensors[0]), step), len(heads))](
+            message, slots, heads, len(tensors[0]), *arguments, WIDTH=width, ROWS=step, ALIGN=align
+        )
+
+
+def _described(tensors: Sequence[Tensor], aligned: bool) -> tuple[int, int, int, list[Any]]:
+    """Columns and rows of a program, what all addresses are multiples of, in elements; and pointer, dim and strides of
+    as many tensors as the kernels take."""
+    width = triton.next_power_of_2(max(x.shape[2] for x in tensors))
+    vectors = aligned and all(x.data_ptr() % 16 + x.stride(0) % 8 + x.stride(1) % 8 == 0 for x in tensors)
+    given = [*tensors, *[tensors[0]] * (MOST - len(tensors))]
+    arguments: list[Any] = [argument for x in given for argument in (x, x.shape[2], x.stride(0), x.stride(1))]
+    return width, max(1, TILE // width), 8 if vectors else 1, arguments
+
+
+@triton.jit
+def _chosen(
+    which, head,
+    a, a_dim, a_row, a_head, b, b_dim, b_row, b_head, c, c_dim, c_row, c_head, ALIGN: tl.constexpr,
+):  # fmt: skip
+    """Pointer to a head, the stride of its rows, and its dim. What a branch decides, the compiler knows nothing about:
+    that addresses are multiples has to be said again."""
+    none = tl.full((), 0, tl.int64)  # numbers that are 1 come as constants
+    base = a + head * a_head
+    row = none + a_row
+    dim = none + a_dim
+    if which == 1:
+        base = b + head * b_head
+        row = none + b_row
+        dim = none + b_dim
+    elif which == 2:
+        base = c + head * c_head
+        row = none + c_row
+        dim = none + c_dim
+    if ALIGN > 1:
+        base = tl.multiple_of(base, 16)
+        row = tl.multiple_of(row, ALIGN)
+    return base, row, dim
 
 
 @triton.jit(do_not_specialize=["rows"])
 def _pack(
-    x, target, slots, rows, x_row, x_head,
-    DIM: tl.constexpr, WIDTH: tl.constexpr, ROWS: tl.constexpr, ALIGN: tl.constexpr,
+    message, slots, rows,
+    a, a_dim, a_row, a_head, b, b_dim, b_row, b_head, c, c_dim, c_row, c_head,
+    WIDTH: tl.constexpr, ROWS: tl.constexpr, ALIGN: tl.constexpr,
 ):  # fmt: skip
-    slot = slots + tl.program_id(1) * 3
-    head = tl.load(slot)
-    start = tl.multiple_of(tl.load(slot + 1), ALIGN)
-    stride = tl.multiple_of(tl.load(slot + 2), ALIGN)
-    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
-    col = tl.arange(0, WIDTH)
-    inside = (row < rows)[:, None] & (col < DIM)[None, :]
-    part = tl.load(x + (row * x_row + head * x_head)[:, None] + col[None, :], mask=inside)
-    tl.store(target + (start + row * stride)[:, None] + col[None, :], part, mask=inside)
+    slot = slots + tl.program_id(1) * 4
+    base, stride, dim = _chosen(
+        tl.load(slot), tl.load(slot + 1), a, a_dim, a_row, a_head, b, b_dim, b_row, b_head, c, c_dim, c_row, c_head,
+        ALIGN,
+    )  # fmt: skip
+    row = (tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS))[:, None]
+    col = tl.arange(0, WIDTH)[None, :]
+    inside = (row < rows) & (col < dim)
+    part = tl.load(base + row * stride + col, mask=inside)
+    start, step = tl.multiple_of(tl.load(slot + 2), ALIGN), tl.multiple_of(tl.load(slot + 3), ALIGN)
+    tl.store(message + start + row * step + col, part.to(message.dtype.element_ty), mask=inside)
+
+
+@triton.jit(do_not_specialize=["rows"])
+def _unpack(
+    message, slots, heads, rows,
+    a, a_dim, a_row, a_head, b, b_dim, b_row, b_head, c, c_dim, c_row, c_head,
+    WIDTH: tl.constexpr, ROWS: tl.constexpr, ALIGN: tl.constexpr,
+):  # fmt: skip
+    group = heads + tl.program_id(1) * 4
+    base, stride, dim = _chosen(
+        tl.load(group), tl.load(group + 1), a, a_dim, a_row, a_head, b, b_dim, b_row, b_head, c, c_dim, c_row, c_head,
+        ALIGN,
+    )  # fmt: skip
+    row = (tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS))[:, None]
+    col = tl.arange(0, WIDTH)[None, :]
+    inside = (row < rows) & (col < dim)
+    total = tl.zeros([ROWS, WIDTH], dtype=tl.float32)
+    for number in range(tl.load(group + 2), tl.load(group + 3)):
+        slot = slots + number * 4
+        start, step = tl.multiple_of(tl.load(slot + 2), ALIGN), tl.multiple_of(tl.load(slot + 3), ALIGN)
+        total += tl.load(message + start + row * step + col, mask=inside, other=0.0).to(tl.float32)
+    tl.store(base + row * stride + col, total.to(base.dtype.element_ty), mask=inside)

@@ -15,10 +15,10 @@ from torch.autograd.function import once_differentiable
 
 from ringattn.kernels.merge import apply_sinks_, merge_, sinks_grad
 from ringattn.kernels.spec import Backend, Call, Dropout, Grads, Options, Range, accumulation_dtype, to_device
-from ringattn.parallel.plan import AttentionPlan, Stage
+from ringattn.parallel.plan import AttentionPlan, Exchange, Stage
 from ringattn.parallel.rows import Accumulator, KeyCast, KeyReduce
 from ringattn.parallel.transport import Transport
-from ringattn.parallel.ulysses import Columns, all_keys, all_queries, joined, to_heads, to_tokens
+from ringattn.parallel.ulysses import Columns, joined, to_heads, to_tokens
 
 T = TypeVar("T")
 # A pass of a job: it stops before it would wait for a transfer, so that others can issue what they have meanwhile.
@@ -126,12 +126,17 @@ def forward_pass(
     saved = Saved(q, k, v, out, lse)
     if exchange is None or ulysses is None:
         return out, lse, saved, kept
-    returning = [to_tokens(out.flatten(1), [Columns("query", out.shape[2])], exchange, ulysses)]
-    if job.return_lse:
-        returning.append(to_tokens(lse.T, [Columns("query", 1)], exchange, ulysses))
+    tokens, heads, local_lse = exchange.own_rows, job.query_heads, lse
+    returning = to_tokens(out.flatten(1), [Columns("query", out.shape[2])], exchange, ulysses)
+    with_lse = to_tokens(lse.T, [Columns("query", 1)], exchange, ulysses) if job.return_lse else None
     yield
-    local_out, *local_lse = (all_queries(one.wait()[0]) for one in returning)
-    return local_out, local_lse[0].squeeze(-1).T if local_lse else lse, saved, kept
+    local_out = out.new_empty(tokens, heads, out.shape[2])
+    returning.wait([local_out])
+    if with_lse is not None:
+        rows = lse.new_empty(tokens, heads, 1)
+        with_lse.wait([rows])
+        local_lse = rows.squeeze(-1).T
+    return local_out, local_lse, saved, kept
 
 
 def backward_pass(
@@ -142,8 +147,8 @@ def backward_pass(
     exchange, ulysses = job.plan.exchange, job.ulysses
     if exchange is None or ulysses is None:
         dsinks = None if sinks is None else sinks_grad(dout, saved.out, saved.lse, sinks)
-        grads = yield from _backward(job.backward, dout, saved, kept, [torch.empty_like(x) for x in saved[:3]])
-        dq, dk, dv = (grad.finish() for grad in grads)
+        found = yield from _backward(job.backward, dout, saved, kept, [torch.empty_like(x) for x in saved[:3]])
+        dq, dk, dv = (grad.finish() for grad in found)
         return dq, dk, dv, dsinks
     arriving = to_heads([dout], [], exchange, ulysses)
     yield
@@ -151,24 +156,36 @@ def backward_pass(
     dsinks = None
     if sinks is not None:
         dsinks = _all_sinks(sinks_grad(dout, saved.out, saved.lse, _own_sinks(sinks, job.plan)), job)
+    dq, dk, dv = yield from _exchanged_backward(job, exchange, ulysses, dout, saved, kept)
+    return dq, dk, dv, dsinks
+
+
+def _exchanged_backward(
+    job: Job, exchange: Exchange, ulysses: Transport, dout: Tensor, saved: Saved, kept: list[Tensor]
+) -> Steps[list[Tensor]]:
+    """Gradients of this rank's heads, (n, H, V) of out given, brought back to its tokens."""
     head_dim, value_dim = saved.k.shape[2], saved.v.shape[2]
     queries, keys = [Columns("query", head_dim)], [Columns("key", head_dim), Columns("key", value_dim)]
+    shapes = (job.query_heads, head_dim), (job.key_heads, head_dim), (job.key_heads, value_dim)
+    grads = [dout.new_empty(exchange.own_rows, *shape) for shape in shapes]
     if job.plan.sums_copies:
         message, rows = joined(queries, dout, exchange, ulysses)
         rows += [torch.empty_like(x) for x in saved[1:3]]
-        of_q, of_k, of_v = yield from _backward(job.backward, dout, saved, kept, rows)
-        of_q.finish()
-        wide = torch.cat([of_k.sums(True).flatten(1), of_v.sums(True).flatten(1)], 1)
+        dq, dk, dv = yield from _backward(job.backward, dout, saved, kept, rows)
+        dq.finish()
+        wide = torch.cat([dk.sums(True).flatten(1), dv.sums(True).flatten(1)], 1)
         returning = [to_tokens(message, queries, exchange, ulysses), to_tokens(wide, keys, exchange, ulysses)]
+        targets = [grads[:1], grads[1:]]
     else:
         message, rows = joined(queries + keys, dout, exchange, ulysses)
-        for grad in (yield from _backward(job.backward, dout, saved, kept, rows)):
+        found = yield from _backward(job.backward, dout, saved, kept, rows)
+        for grad in found:
             grad.finish()
-        returning = [to_tokens(message, queries + keys, exchange, ulysses)]
+        returning, targets = [to_tokens(message, queries + keys, exchange, ulysses)], [grads]
     yield
-    of_queries, *of_keys = (parts for one in returning for parts in one.wait())
-    dkeys, dvalues = (all_keys(parts, exchange, job.key_heads).to(dout.dtype) for parts in of_keys)
-    return all_queries(of_queries), dkeys, dvalues, dsinks
+    for one, some in zip(returning, targets, strict=True):
+        one.wait(some)
+    return grads
 
 
 def _own_sinks(sinks: Tensor, plan: AttentionPlan) -> Tensor:

@@ -9,12 +9,11 @@ Legend: t local tokens, n tokens of the ring position, H query heads, K key head
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import accumulate, pairwise
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
-import torch
 from torch import Tensor
 
-from ringattn.kernels.pack import Slot, Slots, pack_heads
+from ringattn.kernels.pack import Slot, Slots, pack_heads, unpack_heads
 from ringattn.kernels.spec import Range
 from ringattn.parallel.plan import Exchange, HeadShare, Route
 from ringattn.parallel.transport import Pending, Transport
@@ -63,8 +62,7 @@ def to_heads(queries: Sequence[Tensor], keys: Sequence[Tensor], exchange: Exchan
     tensors = [*queries, *keys]
     plan = _sending(exchange, ("query",) * len(queries) + ("key",) * len(keys), tuple(x.shape[2] for x in tensors))
     send = transport.buffer(plan.route, tensors[0])
-    for x, slots in zip(tensors, plan.slots, strict=True):
-        pack_heads(x, send, slots)
+    pack_heads(tensors, send, plan.slots)
     rows = send.new_empty(exchange.position_rows, plan.width)
     return Arriving(transport.exchange(send, rows.view(-1), plan.route), rows, plan.counts, plan.dims)
 
@@ -72,7 +70,7 @@ def to_heads(queries: Sequence[Tensor], keys: Sequence[Tensor], exchange: Exchan
 class _Sending(NamedTuple):
     """How tokens' heads travel: the route in elements, and where each head of each tensor goes in the message."""
 
-    slots: list[Slots]  # of each tensor
+    slots: Slots
     route: Route
     width: int  # of a row that arrives
     counts: list[int]  # heads of each tensor in it
@@ -93,16 +91,12 @@ def _planned_sending(exchange: Exchange, of: tuple[str, ...], dims: tuple[int, .
     widths = [ends[-1] for ends in columns]
     own, mine = exchange.own_rows, widths[exchange.rank]
     starts = [0, *accumulate(own * width for width in widths)]
-    slots = [
-        Slots(
-            tuple(
-                Slot(head, starts[rank] + columns[rank][number] + local * dim, widths[rank])
-                for rank, per_rank in enumerate(heads)
-                for local, head in enumerate(per_rank[number])
-            )
-        )
+    slots = tuple(
+        Slot(number, head, starts[rank] + columns[rank][number] + local * dim, widths[rank])
+        for rank, per_rank in enumerate(heads)
         for number, dim in enumerate(dims)
-    ]
+        for local, head in enumerate(per_rank[number])
+    )
     counts = [stop - start for start, stop in exchange.rows]
     before = sum(widths[: exchange.rank])
     route = Route(
@@ -111,7 +105,7 @@ def _planned_sending(exchange: Exchange, of: tuple[str, ...], dims: tuple[int, .
         there=tuple(rows * before for rows in counts),
         most=max(counts) * sum(widths),
     )
-    return _Sending(slots, route, mine, [len(one) for one in heads[exchange.rank]], dims)
+    return _Sending(Slots(slots), route, mine, [len(one) for one in heads[exchange.rank]], dims)
 
 
 class Columns(NamedTuple):
@@ -125,9 +119,9 @@ def joined(
     columns: Sequence[Columns], like: Tensor, exchange: Exchange, transport: Transport
 ) -> tuple[Tensor, list[Tensor]]:
     """A message buffer (n, elements) for the next `to_tokens`, and its columns (n, this rank's heads, dim) each."""
-    route, widths, counts = _returning(exchange, tuple(columns))
-    rows = transport.buffer(route, like).view(exchange.position_rows, widths[exchange.rank])
-    return rows, _columns(rows, counts[exchange.rank], [dim for _, dim in columns])
+    plan = _returning(exchange, tuple(columns))
+    rows = transport.buffer(plan.route, like).view(exchange.position_rows, plan.width)
+    return rows, _columns(rows, plan.counts, [dim for _, dim in columns])
 
 
 @dataclass(frozen=True)
@@ -136,22 +130,12 @@ class Returning:
 
     pending: Pending
     received: Tensor
-    route: Route
-    own_rows: int
-    widths: list[int]
-    counts: list[list[int]]
-    dims: list[int]
+    slots: Slots
 
-    def wait(self) -> list[list[Tensor]]:
-        """For each tensor a list by rank of what it computed, (t, its heads, dim)."""
+    def wait(self, targets: Sequence[Tensor]) -> None:
+        """Fill (t, all heads, dim) of each tensor; gradients of a head's copies are added in the order of ranks."""
         self.pending.wait()
-        by_rank = [
-            _columns(
-                part.view(self.own_rows, sum(c * d for c, d in zip(counts, self.dims, strict=True))), counts, self.dims
-            )
-            for part, counts in zip(self.received.split(self.route.receives), self.counts, strict=True)
-        ]
-        return [list(one) for one in zip(*by_rank, strict=True)]
+        unpack_heads(self.received, targets, self.slots)
 
 
 def to_tokens(rows: Tensor, columns: Sequence[Columns], exchange: Exchange, transport: Transport) -> Returning:
@@ -161,43 +145,47 @@ def to_tokens(rows: Tensor, columns: Sequence[Columns], exchange: Exchange, tran
         rows: (n, elements): a message buffer that `joined` gave, or any other tensor, which may have to be copied.
         columns: what they hold.
     """
-    route, widths, counts = _returning(exchange, tuple(columns))
-    received = rows.new_empty(route.received)
-    pending = transport.exchange(transport.message(rows.contiguous().view(-1), route), received, route)
-    return Returning(pending, received, route, exchange.own_rows, widths, counts, [dim for _, dim in columns])
+    plan = _returning(exchange, tuple(columns))
+    received = rows.new_empty(plan.route.received)
+    message = transport.message(rows.contiguous().view(-1), plan.route)
+    return Returning(transport.exchange(message, received, plan.route), received, plan.slots)
 
 
-def _returning(exchange: Exchange, columns: tuple[Columns, ...]) -> tuple[Route, list[int], list[list[int]]]:
-    """The route in elements; by rank the width of its rows, and the heads of each tensor in them. Kept as above."""
-    kept: dict[object, Any] = exchange.__dict__.setdefault("_returnings", {})
+class _Returning(NamedTuple):
+    """The route in elements, where every head of every tensor arrives, and of this rank's rows the widths."""
+
+    route: Route
+    slots: Slots
+    width: int
+    counts: list[int]  # heads of each tensor
+
+
+def _returning(exchange: Exchange, columns: tuple[Columns, ...]) -> _Returning:
+    """Kept with the exchange, as `_sending`."""
+    kept: dict[object, _Returning] = exchange.__dict__.setdefault("_returnings", {})
     if columns not in kept:
-        counts = [[s.queries if of == "query" else len(s.keys) for of, _ in columns] for s in exchange.heads]
-        widths = [sum(count * dim for count, (_, dim) in zip(one, columns, strict=True)) for one in counts]
-        own, mine = exchange.own_rows, widths[exchange.rank]
-        route = Route(
-            sends=tuple((stop - start) * mine for start, stop in exchange.rows),
-            receives=tuple(own * width for width in widths),
-            there=tuple(exchange.rows[exchange.rank][0] * width for width in widths),
-            most=exchange.position_rows * max(widths),
-        )
-        kept[columns] = route, widths, counts
+        kept[columns] = _planned_returning(exchange, columns)
     return kept[columns]
 
 
-def all_queries(parts: Sequence[Tensor]) -> Tensor:
-    """(t, H, D) from what each rank computed."""
-    return torch.cat(list(parts), 1)
-
-
-def all_keys(parts: Sequence[Tensor], exchange: Exchange, key_heads: int) -> Tensor:
-    """(t, K, D), gradients of a head's copies added in the order of ranks; they must be in the precision for that."""
-    if not exchange.copied_keys:
-        return torch.cat(list(parts), 1)
-    out = parts[0].new_zeros(parts[0].shape[0], key_heads, parts[0].shape[2])
-    for part, share in zip(parts, exchange.heads, strict=True):
-        for local, head in enumerate(share.keys):
-            out[:, head] += part[:, local]
-    return out
+def _planned_returning(exchange: Exchange, columns: tuple[Columns, ...]) -> _Returning:
+    heads = [[range(*share.query) if of == "query" else share.keys for of, _ in columns] for share in exchange.heads]
+    starts = [[0, *accumulate(len(one) * dim for one, (_, dim) in zip(part, columns, strict=True))] for part in heads]
+    widths = [ends[-1] for ends in starts]
+    own, mine = exchange.own_rows, widths[exchange.rank]
+    route = Route(
+        sends=tuple((stop - start) * mine for start, stop in exchange.rows),
+        receives=tuple(own * width for width in widths),
+        there=tuple(exchange.rows[exchange.rank][0] * width for width in widths),
+        most=exchange.position_rows * max(widths),
+    )
+    slots = tuple(
+        Slot(number, head, route.begins[rank] + starts[rank][number] + local * dim, widths[rank])
+        for rank, per_rank in enumerate(heads)
+        for number, (_, dim) in enumerate(columns)
+        for local, head in enumerate(per_rank[number])
+    )
+    return _Returning(route, Slots(slots), mine, [len(one) for one in heads[exchange.rank]])
 
 
 def _columns(rows: Tensor, counts: Sequence[int], dims: Sequence[int]) -> list[Tensor]:

@@ -1,61 +1,102 @@
-"""Packing heads for an exchange: plain copies and the Triton kernel against indexing."""
+"""Packing heads for an exchange and back: plain copies and the Triton kernels against indexing."""
 
 import os
 import subprocess
 import sys
+from typing import NamedTuple
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ringattn.kernels.pack import Slot, Slots, pack_heads
+from ringattn.kernels.pack import Slot, Slots, pack_heads, unpack_heads
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
 
+class Packed(NamedTuple):
+    tensors: list[torch.Tensor]  # views of larger ones
+    slots: Slots
+    message: torch.Tensor  # as it is right; 7 where nothing is
+
+
 @st.composite
-def cases(draw: st.DrawFn) -> tuple[torch.Tensor, int, Slots, torch.Tensor]:
-    """A tensor, the size of the buffer, slots that do not overlap, and the buffer that is right."""
-    rows, heads = draw(st.integers(1, 70)), draw(st.integers(1, 3))
-    dim = draw(st.sampled_from([1, 8, 12, 64, 128]))
-    wide = torch.randn(rows, heads + 1, dim + 8, generator=torch.Generator().manual_seed(draw(st.integers(0, 9))))
-    x = wide[:, 1:, :dim]  # a view of a larger tensor
-    order = draw(st.lists(st.integers(0, heads - 1), min_size=1, max_size=4))
-    stride, gap = len(order) * dim + draw(st.sampled_from([0, 3, 8])), draw(st.sampled_from([0, 5, 16]))
-    expected = torch.full((gap + rows * stride,), 7.0)
-    for place, head in enumerate(order):
-        expected[gap:].view(rows, stride)[:, place * dim : (place + 1) * dim] = x[:, head]
-    return x, len(expected), Slots(tuple(Slot(head, gap + i * dim, stride) for i, head in enumerate(order))), expected
+def cases(draw: st.DrawFn) -> Packed:
+    """Heads of up to three tensors in rows of some messages, end to end; a head may be in several."""
+    rows, seed = draw(st.integers(1, 70)), draw(st.integers(0, 9))
+    generator = torch.Generator().manual_seed(seed)
+    tensors = []
+    for _ in range(draw(st.integers(1, 3))):
+        heads, dim = draw(st.integers(1, 3)), draw(st.sampled_from([1, 8, 12, 64, 128]))
+        tensors.append(torch.randn(rows, heads + 1, dim + 8, generator=generator)[:, 1:, :dim])
+    all_heads = [(number, head) for number, x in enumerate(tensors) for head in range(x.shape[1])]
+    more = draw(st.lists(st.sampled_from(all_heads), max_size=3))
+    begin = draw(st.sampled_from([0, 5, 16]))
+    slots, parts = [], [torch.full((begin,), 7.0)]
+    for held in (all_heads, more):
+        stride = sum(tensors[number].shape[2] for number, _ in held) + draw(st.sampled_from([0, 3, 8]))
+        message, column = torch.full((rows, stride), 7.0), 0
+        for number, head in held:
+            dim = tensors[number].shape[2]
+            message[:, column : column + dim] = tensors[number][:, head]
+            slots.append(Slot(number, head, begin + column, stride))
+            column += dim
+        parts.append(message.flatten())
+        begin += message.numel()
+    return Packed(tensors, Slots(tuple(slots)), torch.cat(parts))
+
+
+def check_unpacked(case: Packed, targets: list[torch.Tensor]) -> None:
+    for number, (x, target) in enumerate(zip(case.tensors, targets, strict=True)):
+        for head in range(x.shape[1]):
+            total = torch.zeros_like(x[:, head])
+            for _ in case.slots.by_head[number, head]:
+                total += x[:, head]
+            assert torch.equal(target[:, head].cpu(), total)
 
 
 @given(case=cases())
-def test_heads_are_where_the_slots_say(case: tuple[torch.Tensor, int, Slots, torch.Tensor]) -> None:
-    x, size, slots, expected = case
-    target = torch.full((size,), 7.0)
-    pack_heads(x, target, slots)
-    assert torch.equal(target, expected)
+def test_heads_are_where_the_slots_say(case: Packed) -> None:
+    message = torch.full_like(case.message, 7.0)
+    pack_heads(case.tensors, message, case.slots)
+    assert torch.equal(message, case.message)
+    targets = [torch.full_like(x, 5.0) for x in case.tensors]
+    unpack_heads(message, targets, case.slots)
+    check_unpacked(case, targets)
+
+
+def test_sums_of_a_head_are_rounded_once() -> None:
+    slots = Slots((Slot(0, 0, 0, 1), Slot(0, 0, 1, 1), Slot(0, 0, 2, 1)))
+    target = torch.zeros(1, 1, 1, dtype=torch.bfloat16)
+    unpack_heads(torch.tensor([1.0, 2.0**-8, 2.0**-8]), [target], slots)
+    assert target.item() == 1.0 + 2.0**-7
 
 
 @pytest.mark.gpu
 @given(case=cases())
-def test_triton_on_a_device(case: tuple[torch.Tensor, int, Slots, torch.Tensor]) -> None:
-    x, size, slots, expected = case
-    target = torch.full((size,), 7.0, device="cuda")
-    pack_heads(x.cuda(), target, slots)
-    assert torch.equal(target.cpu(), expected)
+def test_triton_on_a_device(case: Packed) -> None:
+    message = torch.full_like(case.message, 7.0, device="cuda")
+    pack_heads([x.cuda() for x in case.tensors], message, case.slots)
+    assert torch.equal(message.cpu(), case.message)
+    targets = [torch.full_like(x, 5.0, device="cuda") for x in case.tensors]
+    unpack_heads(message, targets, case.slots)
+    check_unpacked(case, targets)
 
 
 @pytest.mark.skipif(not INTERPRETED, reason="run by test_in_the_interpreter")
-@settings(max_examples=30)
+@settings(max_examples=25)
 @given(case=cases())
-def test_triton_interpreted(case: tuple[torch.Tensor, int, Slots, torch.Tensor]) -> None:
+def test_triton_interpreted(case: Packed) -> None:
     from ringattn.kernels import pack_triton
 
-    x, size, slots, expected = case
-    target = torch.full((size,), 7.0)
-    pack_triton.pack_heads(x, target, slots.on(target.device), slots.aligned)
-    assert torch.equal(target, expected)
+    message = torch.full_like(case.message, 7.0)
+    slots, heads = case.slots.tables(message.device)
+    pack_triton.pack_heads(case.tensors, message, slots, case.slots.aligned)
+    assert torch.equal(message, case.message)
+    targets = [torch.full_like(x, 5.0) for x in case.tensors]
+    pack_triton.unpack_heads(message, targets, slots, heads, case.slots.aligned)
+    check_unpacked(case, targets)
 
 
 @pytest.mark.skipif(INTERPRETED, reason="starts the interpreter")

@@ -1,0 +1,196 @@
+"""One rank of many on one GPU: all that a rank does but the transfers, beside the bare kernel on an even share of heads.
+
+    python benchmarks/one_rank.py --ranks 8 --workloads hist64k,short256k --out benchmarks/results/one-rank.md
+
+Every rank's part of a plan runs alone, one after another, with a transport that moves nothing. So the share of the
+kernel that is left is what a schedule would reach if everything that travels were hidden: it shows what copies, cut
+documents, imbalance and launches cost, on a machine with a single GPU. Times are of forward and backward, the slowest
+rank. `busy` is the time in which a kernel ran, `launches` their number, `host` the time that the host takes to issue
+them; where host exceeds busy the GPU waits for it.
+"""
+
+import argparse
+import statistics
+import time
+from collections.abc import Callable
+from datetime import date
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from ringattn import Layout, parallel_attention
+from ringattn.benchmarking.problem import Heads, spec_of
+from ringattn.benchmarking.workloads import Workload, workload
+from ringattn.kernels.registry import choose
+from ringattn.kernels.spec import Grads, Options
+from ringattn.parallel.machines import local_machine
+from ringattn.parallel.mesh import MeshShape, SequenceMesh
+from ringattn.parallel.plan import Route
+from ringattn.parallel.planner import plan_attention
+from ringattn.parallel.ulysses import exchange_plan
+
+CALLS, REPEATS = 4, 3
+
+
+class Empty:
+    """A transport that moves nothing. While it is `filling` what arrives is random numbers, as kernels meet them."""
+
+    name, reason, filling = "none", "", True
+
+    def buffer(self, route: Route, like: Tensor) -> Tensor:
+        return like.new_empty(route.sent)
+
+    def message(self, x: Tensor, route: Route) -> Tensor:
+        return x
+
+    def exchange(self, send: Tensor, receive: Tensor, route: Route) -> "Empty":
+        if self.filling:
+            receive.normal_()
+        return self
+
+    def wait(self) -> None: ...
+
+
+class Measured(NamedTuple):
+    """Milliseconds of a step, and of the host; those in which a kernel ran, and the number of launches."""
+
+    step: float
+    host: float
+    busy: float
+    launches: int
+
+
+def measured(step: Callable[[], Any]) -> Measured:
+    """`step` is called as a model's layers follow one another."""
+    steps, hosts = [], []
+    for _ in range(REPEATS):
+        begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        torch.cuda.synchronize()
+        began = time.perf_counter()
+        begin.record()
+        for _ in range(CALLS):
+            step()
+        end.record()
+        hosts.append((time.perf_counter() - began) * 1e3 / CALLS)
+        torch.cuda.synchronize()
+        steps.append(begin.elapsed_time(end) / CALLS)
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+        step()
+        torch.cuda.synchronize()
+    events = [one for one in profile.events() if one.device_type == torch.autograd.DeviceType.CUDA]
+    busy = sum(one.device_time for one in events) / 1e3
+    return Measured(statistics.median(steps), min(hosts), busy, len(events))
+
+
+def random(*shape: int) -> Tensor:
+    return torch.randn(shape, device="cuda", dtype=torch.bfloat16)
+
+
+def alone(work: Workload, heads: Heads, ranks: int, backend: str) -> Measured:
+    """The bare kernel on the first rank's even share of the heads."""
+    total = work.docs.total
+    share = exchange_plan(((0, total),) * ranks, heads.query, heads.key, 0).heads[0]
+    own = Heads(share.queries, len(share.keys), heads.dim)
+    kernel, options = (
+        choose(spec_of(work, own, torch.device("cuda"), torch.bfloat16), backend),
+        Options(heads.dim**-0.5),
+    )
+    calls = plan_attention(Layout(work.docs, MeshShape()), work.mask, own.query, own.key).stages[0].calls
+    q, out, dout, dq = (random(total, own.query, heads.dim) for _ in range(4))
+    k, v, dk, dv = (random(total, own.key, heads.dim) for _ in range(4))
+
+    def step() -> None:
+        for call in calls:
+            rows, keys = slice(*call.q), slice(*call.k)
+            lse = kernel.forward(q[rows], k[keys], v[keys], call, options, out[rows])
+            target = Grads(dq[rows], dk[keys], dv[keys])
+            kernel.backward(dout[rows], q[rows], k[keys], v[keys], out[rows], lse, call, options, target)
+
+    for _ in range(3):
+        step()
+    return measured(step)
+
+
+def one_rank(work: Workload, heads: Heads, mesh: MeshShape, rank: int, scheme: str, backend: str) -> Measured:
+    """What a rank of a mesh does, without transfers."""
+    axes = mesh.ring, mesh.ulysses
+    transport = Empty()
+    machine = local_machine("cuda").by_copy_engines()
+    running = SequenceMesh(1, *axes, rank, machine=machine, device_type="cuda", device_mesh=None)  # type: ignore[arg-type]
+    running.__dict__.update(ring_transport=transport, ulysses_transport=transport)
+    layout = Layout(work.docs, running, mask=work.mask, heads=(heads.query, heads.key), head_dim=heads.dim)
+    leaves = [
+        random(layout.tokens(), count, heads.dim).requires_grad_() for count in (heads.query, heads.key, heads.key)
+    ]
+    dout = random(layout.tokens(), heads.query, heads.dim)
+
+    def step() -> None:
+        out = parallel_attention(*leaves, layout, mask=work.mask, scheme=scheme, backend=backend)
+        torch.autograd.grad(out, leaves, dout)
+
+    for _ in range(3):
+        step()
+    transport.filling = False
+    step()
+    return measured(step)
+
+
+def rows_of(name: str, arguments: argparse.Namespace) -> list[str]:
+    """The lines of one workload."""
+    query, key = map(int, arguments.heads.split("/"))
+    heads, work, ranks = Heads(query, key, arguments.head_dim), workload(name, arguments.seed), arguments.ranks
+    ceiling = alone(work, heads, ranks, arguments.backend)
+    lines = [_line(name, "kernel alone", [ceiling], ceiling)]
+    for one in arguments.contestants.split(","):
+        scheme, degrees = one.split(":")
+        ring, ulysses = map(int, degrees.split("x"))
+        shape = MeshShape(1, ring, ulysses)
+        chosen = range(ranks) if ring > 1 else range(1)
+        found = [one_rank(work, heads, shape, rank, scheme, arguments.backend) for rank in chosen]
+        lines.append(_line(name, one, found, ceiling))
+    return lines
+
+
+def _line(name: str, contestant: str, found: list[Measured], ceiling: Measured) -> str:
+    slowest = max(found)
+    mean = statistics.mean(one.step for one in found)
+    numbers = f"{slowest.step:.3f} | {mean:.3f} | {slowest.busy:.3f} | {slowest.host:.3f} | {slowest.launches}"
+    return f"| {name} | {contestant} | {numbers} | {ceiling.step / slowest.step:.3f} |"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--ranks", type=int, default=8)
+    parser.add_argument("--workloads", default="hist64k,short256k,hist256k,packed256k,dense64k")
+    parser.add_argument("--contestants", default="gather:8x1,ulysses:1x8", help="<scheme>:<ring>x<ulysses>, ...")
+    parser.add_argument("--heads", default="32/8")
+    parser.add_argument("--head-dim", type=int, default=128)
+    parser.add_argument("--backend", default="auto")
+    parser.add_argument("--seed", type=int, default=3)
+    parser.add_argument("--out", help="also write the table to this file")
+    arguments = parser.parse_args()
+    torch.manual_seed(0)
+    lines = [
+        f"# One of {arguments.ranks} ranks without transfers, {torch.cuda.get_device_name()}",
+        "",
+        f"{date.today()}; torch {torch.__version__}; bfloat16, {arguments.heads} heads of {arguments.head_dim}, backend "
+        f"{arguments.backend}, seed {arguments.seed}. `python benchmarks/one_rank.py --ranks {arguments.ranks} "
+        f"--workloads {arguments.workloads} --contestants {arguments.contestants}`",
+        "",
+        "Forward and backward of the slowest rank (mean: of all ranks), milliseconds.",
+        "",
+        "| workload | contestant | step | mean | busy | host | launches | share of the kernel alone |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    print("\n".join(lines), flush=True)
+    for name in arguments.workloads.split(","):
+        lines += rows_of(name, arguments)
+        print("\n".join(lines[-1 - len(arguments.contestants.split(",")) :]), flush=True)
+    if arguments.out:
+        with open(arguments.out, "w") as file:
+            file.write("\n".join(lines) + "\n")
+
+
+if __name__ == "__main__":
+    main()

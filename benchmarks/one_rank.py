@@ -1,4 +1,4 @@
-"""One rank of many on one GPU: all that a rank does but the transfers, beside the bare kernel on an even share of heads.
+"""One rank of many on one GPU: all that a rank does but the transfers, beside the bare kernel on its share of heads.
 
     python benchmarks/one_rank.py --ranks 8 --workloads hist64k,short256k --out benchmarks/results/one-rank.md
 
@@ -126,7 +126,8 @@ def one_rank(work: Workload, heads: Heads, mesh: MeshShape, rank: int, scheme: s
     dout = random(layout.tokens(), heads.query, heads.dim)
 
     def step() -> None:
-        out = parallel_attention(*leaves, layout, mask=work.mask, scheme=scheme, backend=backend)
+        q, k, v = leaves
+        out = parallel_attention(q, k, v, layout, mask=work.mask, scheme=scheme, backend=backend)
         torch.autograd.grad(out, leaves, dout)
 
     for _ in range(3):
@@ -174,8 +175,8 @@ def main() -> None:
     lines = [
         f"# One of {arguments.ranks} ranks without transfers, {torch.cuda.get_device_name()}",
         "",
-        f"{date.today()}; torch {torch.__version__}; bfloat16, {arguments.heads} heads of {arguments.head_dim}, backend "
-        f"{arguments.backend}, seed {arguments.seed}. `python benchmarks/one_rank.py --ranks {arguments.ranks} "
+        f"{date.today()}; torch {torch.__version__}; bfloat16, {arguments.heads} heads of {arguments.head_dim}, "
+        f"backend {arguments.backend}, seed {arguments.seed}. `python benchmarks/one_rank.py --ranks {arguments.ranks} "
         f"--workloads {arguments.workloads} --contestants {arguments.contestants}`",
         "",
         "Forward and backward of the slowest rank (mean: of all ranks), milliseconds.",

@@ -7,6 +7,7 @@ the exchange: this rank's), D head dim, V value head dim. `q_tHD`, `lse_Hn`.
 from collections.abc import Generator, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any, NamedTuple, TypeVar
 
 import torch
@@ -16,7 +17,7 @@ from torch.autograd.function import once_differentiable
 from ringattn.kernels.merge import apply_sinks_, merge_, sinks_grad
 from ringattn.kernels.spec import Backend, Call, Dropout, Grads, Options, Range, accumulation_dtype, to_device
 from ringattn.parallel.plan import AttentionPlan, Exchange, Stage
-from ringattn.parallel.rows import Accumulator, KeyCast, KeyReduce
+from ringattn.parallel.rows import Accumulator, KeyCast, KeyReduce, part
 from ringattn.parallel.transport import Transport
 from ringattn.parallel.ulysses import Columns, joined, to_heads, to_tokens
 
@@ -54,7 +55,7 @@ class Job:
     key_heads: int
     return_lse: bool = False
 
-    @property
+    @cached_property
     def backward(self) -> "Job":
         """The same with the plan that the backward pass walks."""
         return self if self.plan.backward is None else replace(self, plan=self.plan.backward)
@@ -244,8 +245,9 @@ def _run_calls(job: Job, stage: Stage, q: Tensor, k: Tensor, v: Tensor, acc: Acc
     if not q.shape[1]:
         return
     for call in stage.calls:
-        rows, keys = slice(*call.q), slice(*call.k)
-        part_lse = job.backend.forward(q[rows], k[keys], v[keys], call, _options(job, stage, call), acc.rows[rows])
+        q_rows, out = part(q, call.q), part(acc.rows, call.q)
+        k_rows, v_rows = part(k, call.k), part(v, call.k)
+        part_lse = job.backend.forward(q_rows, k_rows, v_rows, call, _options(job, stage, call), out)
         a, b = acc.inside(call.q)
         if a < b:
             merge_(acc.wide_rows(a, b), lse[:, a:b], acc.rows[a:b], part_lse[:, _shifted((a, b), call.q[0])])
@@ -307,14 +309,15 @@ def _run_backward_calls(
     if not q.shape[1]:  # this rank has no head
         return
     for call in stage.calls:
-        rows, keys = slice(*call.q), slice(*call.k)
-        tensors = dout[rows], q[rows], k[keys], v[keys], out[rows], lse[:, rows]
+        lse_rows = lse if call.q == (0, lse.shape[1]) else lse[:, slice(*call.q)]
+        keys, rows = (part(k, call.k), part(v, call.k)), (part(dout, call.q), part(q, call.q), part(out, call.q))
+        tensors = rows[0], rows[1], *keys, rows[2], lse_rows
         if job.adds:
             sums = dq.sum(call.q), dk.sum(call.k), dv.sum(call.k)
-            target = Grads(dq.rows[rows], dk.rows[keys], dv.rows[keys], sums)
+            target = Grads(part(dq.rows, call.q), part(dk.rows, call.k), part(dv.rows, call.k), sums)
             job.backend.backward(*tensors, call, _options(job, stage, call), target)
             continue
-        target = Grads(dq.rows[rows], _key_rows(dk, call), _key_rows(dv, call))
+        target = Grads(part(dq.rows, call.q), _key_rows(dk, call), _key_rows(dv, call))
         job.backend.backward(*tensors, call, _options(job, stage, call), target)
         dq.collect(call.q)
         for grad, written in ((dk, target.dk), (dv, target.dv)):
@@ -345,7 +348,7 @@ def _indices(of: AttentionPlan | Stage, device: torch.device) -> Tensor:
 
 def _key_rows(grad: Accumulator, call: Call) -> Tensor:
     """Where a kernel writes the gradient of a call's keys: in place, unless it would also write rows between them."""
-    rows = grad.rows[slice(*call.k)]
+    rows = part(grad.rows, call.k)
     return rows if call.dense_keys else torch.empty_like(rows)
 
 

@@ -14,6 +14,11 @@ from ringattn.parallel.ranges import overlap
 from ringattn.parallel.transport import Pending, Transport
 
 
+def part(x: Tensor, rows: Range) -> Tensor:
+    """A range of the rows of x: x itself where it is all, since a view costs the host as much as a launch."""
+    return x if rows == (0, len(x)) else x[rows[0] : rows[1]]
+
+
 class Accumulator:
     """A result of n rows of which those in `shared` have several parts, added in float32.
 
@@ -40,7 +45,7 @@ class Accumulator:
 
     def wide_rows(self, start: int, stop: int) -> Tensor:
         assert self.wide is not None
-        return self.wide[start - self.shared[0] : stop - self.shared[0]]
+        return part(self.wide, (start - self.shared[0], stop - self.shared[0]))
 
     def sum(self, span: Range) -> Sum | None:
         """Where a kernel that adds leaves its part of the rows `span`, or None if none of them is shared."""

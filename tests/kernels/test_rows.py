@@ -33,7 +33,7 @@ def columns(rows: int, width: int, seed: int, dtype: torch.dtype = torch.float32
 @st.composite
 def takes(draw: st.DrawFn) -> Taken:
     arrived, own, seed = draw(st.integers(0, 40)), draw(st.integers(1, 40)), draw(st.integers(0, 9))
-    a, b = draw(st.sampled_from([1, 24, 512])), draw(st.sampled_from([3, 24, 256]))
+    a, b = draw(st.sampled_from([(1, 3), (24, 24), (512, 256), (64, 32), (24, 8), (32, 64)]))
     pair = columns(own, a, seed), columns(own, b, seed + 1)
     message = columns(arrived, a + b, seed + 2) if arrived else None
     rows = draw(st.lists(st.integers(0, arrived + own - 1), max_size=50))
@@ -55,7 +55,7 @@ class Added(NamedTuple):
 @st.composite
 def adds(draw: st.DrawFn) -> Added:
     rows, seed = draw(st.integers(1, 70)), draw(st.integers(0, 9))
-    a, b = draw(st.sampled_from([1, 24, 512])), draw(st.sampled_from([3, 24, 256]))
+    a, b = draw(st.sampled_from([(1, 3), (24, 24), (512, 256), (64, 32), (24, 8), (32, 64)]))
     narrow = draw(st.booleans())
     dtype = torch.float16 if narrow else torch.float32
     message, pair = columns(50, a + b, seed, dtype), (columns(50, a, seed + 1, dtype), columns(50, b, seed + 2, dtype))

@@ -13,9 +13,10 @@ from ringattn.kernels.registry import choose
 from ringattn.kernels.selftest import adds
 from ringattn.kernels.spec import CallSpec, Options
 from ringattn.parallel.cost import Machine
-from ringattn.parallel.executor import Job, backward_pass, forward_pass, together
+from ringattn.parallel.executor import backward_pass, forward_pass, together
 from ringattn.parallel.plan import Route
 from ringattn.parallel.planner import plan_attention
+from ringattn.parallel.stages import Job
 from ringattn.parallel.transport import Pending
 
 

@@ -17,11 +17,12 @@ from ringattn.kernels.selftest import adds
 from ringattn.kernels.spec import Backend, CallSpec, Options
 from ringattn.mask import Mask
 from ringattn.names import accept_aliases
-from ringattn.parallel.executor import Job, run
+from ringattn.parallel.executor import run
 from ringattn.parallel.layout import Layout
 from ringattn.parallel.mesh import SequenceMesh
 from ringattn.parallel.plan_check import check_plan
 from ringattn.parallel.planner import plan_attention
+from ringattn.parallel.stages import Job
 from ringattn.parallel.transport import Transport
 
 _CAUSAL = Mask()

@@ -14,9 +14,10 @@ from torch import Tensor
 from ringattn.attention import Settings, prepare
 from ringattn.kernels.spec import accumulation_dtype
 from ringattn.mask import Mask
-from ringattn.parallel.executor import Job, Saved, backward_pass, forward_pass, together, without_autocast
+from ringattn.parallel.executor import backward_pass, forward_pass, together, without_autocast
 from ringattn.parallel.layout import Layout
 from ringattn.parallel.numbered import by_number
+from ringattn.parallel.stages import Job, Saved
 
 _CALLS = "compiled calls"
 _INPUTS = "Tensor q, Tensor k, Tensor v, Tensor? sinks, Tensor layout"

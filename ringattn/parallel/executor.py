@@ -1,29 +1,22 @@
-"""Running a plan: one autograd function for every scheme. It walks stages of transfers and kernel calls, nothing else.
+"""Running a plan: one autograd function for every scheme, and the exchange of heads around the stages.
 
 Legend: t local tokens, n tokens of the ring position (n = t without an exchange), H and K query and key heads (after
 the exchange: this rank's), D head dim, V value head dim. `q_tHD`, `lse_Hn`.
 """
 
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, replace
-from functools import cached_property
-from typing import Any, NamedTuple, TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from ringattn.kernels.merge import apply_sinks_, merge_, sinks_grad
-from ringattn.kernels.spec import Backend, Call, Dropout, Grads, Options, Range, accumulation_dtype, to_device
-from ringattn.parallel.plan import AttentionPlan, Exchange, Stage
-from ringattn.parallel.rows import Accumulator, KeyCast, KeyReduce, part
+from ringattn.kernels.merge import apply_sinks_, sinks_grad
+from ringattn.parallel.plan import AttentionPlan, Exchange
+from ringattn.parallel.stages import Job, Saved, Steps, T, backward_stages, forward_stages
 from ringattn.parallel.transport import Transport
 from ringattn.parallel.ulysses import Columns, joined, to_heads, to_tokens
-
-T = TypeVar("T")
-# A pass of a job: it stops before it would wait for a transfer, so that others can issue what they have meanwhile.
-Steps = Generator[None, None, T]
 
 
 def together(passes: Sequence[Steps[T]]) -> list[T]:
@@ -37,28 +30,6 @@ def together(passes: Sequence[Steps[T]]) -> list[T]:
                 except StopIteration as stop:
                     results[number] = stop.value
     return [results[number] for number in range(len(passes))]
-
-
-@dataclass(frozen=True)
-class Job:
-    """All that an attention needs beside its tensors."""
-
-    plan: AttentionPlan
-    options: Options
-    dropout: tuple[float, int] | None  # probability and seed
-    backend: Backend
-    adds: bool  # the backend adds gradients to sums by itself
-    ring: Transport | None
-    ulysses: Transport | None
-    device: torch.device
-    query_heads: int
-    key_heads: int
-    return_lse: bool = False
-
-    @cached_property
-    def backward(self) -> "Job":
-        """The same with the plan that the backward pass walks."""
-        return self if self.plan.backward is None else replace(self, plan=self.plan.backward)
 
 
 def run(job: Job, q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -101,16 +72,6 @@ class _Attention(torch.autograd.Function):
         return *found, None
 
 
-class Saved(NamedTuple):
-    """What the backward pass needs of the forward pass; after the exchange, if there is one."""
-
-    q: Tensor  # (n, H, D)
-    k: Tensor  # (n, K, D)
-    v: Tensor  # (n, K, V)
-    out: Tensor  # (n, H, V)
-    lse: Tensor  # (H, n)
-
-
 def forward_pass(
     job: Job, q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None, keep: bool
 ) -> Steps[tuple[Tensor, Tensor, Saved, list[Tensor]]]:
@@ -121,7 +82,7 @@ def forward_pass(
         arriving = to_heads([q], [k, v], exchange, ulysses)
         yield
         q, k, v = arriving.wait()
-    out, lse, kept = yield from _forward(job, q, k, v, keep)
+    out, lse, kept = yield from forward_stages(job, q, k, v, keep)
     if sinks is not None:
         apply_sinks_(out, lse, _own_sinks(sinks, job.plan))
     saved = Saved(q, k, v, out, lse)
@@ -148,7 +109,7 @@ def backward_pass(
     exchange, ulysses = job.plan.exchange, job.ulysses
     if exchange is None or ulysses is None:
         dsinks = None if sinks is None else sinks_grad(dout, saved.out, saved.lse, sinks)
-        found = yield from _backward(job.backward, dout, saved, kept, [torch.empty_like(x) for x in saved[:3]])
+        found = yield from backward_stages(job.backward, dout, saved, kept, [torch.empty_like(x) for x in saved[:3]])
         dq, dk, dv = (grad.finish() for grad in found)
         return dq, dk, dv, dsinks
     arriving = to_heads([dout], [], exchange, ulysses)
@@ -172,14 +133,14 @@ def _exchanged_backward(
     if job.plan.sums_copies:
         message, rows = joined(queries, dout, exchange, ulysses)
         rows += [torch.empty_like(x) for x in saved[1:3]]
-        dq, dk, dv = yield from _backward(job.backward, dout, saved, kept, rows)
+        dq, dk, dv = yield from backward_stages(job.backward, dout, saved, kept, rows)
         dq.finish()
         wide = torch.cat([dk.sums(True).flatten(1), dv.sums(True).flatten(1)], 1)
         returning = [to_tokens(message, queries, exchange, ulysses), to_tokens(wide, keys, exchange, ulysses)]
         targets = [grads[:1], grads[1:]]
     else:
         message, rows = joined(queries + keys, dout, exchange, ulysses)
-        found = yield from _backward(job.backward, dout, saved, kept, rows)
+        found = yield from backward_stages(job.backward, dout, saved, kept, rows)
         for grad in found:
             grad.finish()
         returning, targets = [to_tokens(message, queries + keys, exchange, ulysses)], [grads]
@@ -202,155 +163,3 @@ def _all_sinks(grad: Tensor, job: Job) -> Tensor:
     full = grad.new_zeros(job.query_heads)
     full[slice(*job.plan.exchange.heads[job.plan.exchange.rank].query)] = grad
     return full
-
-
-def _forward(job: Job, q: Tensor, k: Tensor, v: Tensor, keep: bool) -> Steps[tuple[Tensor, Tensor, list[Tensor]]]:
-    """Out (n, H, V), lse (H, n), and the cast keys and values if they are to be kept.
-
-    While a stage is being computed the keys of the next are on their way.
-    """
-    plan = job.plan
-    local, *later = plan.stages
-    acc = Accumulator(q.new_empty(q.shape[0], q.shape[1], v.shape[2]), plan.shared_q, plan.uncovered)
-    if plan.only_call is not None and not later and q.shape[1]:
-        call = plan.only_call
-        read = slice(*call.k)
-        return acc.rows, job.backend.forward(q, k[read], v[read], call, _options(job, local, call), acc.rows), []
-    lse = q.new_full((q.shape[1], q.shape[0]), float("-inf"), dtype=accumulation_dtype(q.dtype))
-    kept: list[Tensor] = []
-    casts = _casts(job, k, v)
-    cast = next(casts)
-    _run_calls(job, local, q, k, v, acc, lse)
-    for stage in later:
-        assert cast is not None
-        yield
-        keys, values = cast.wait()
-        cast = next(casts)
-        _run_calls(job, stage, q, keys, values, acc, lse)
-        if keep:
-            kept += [keys, values]
-        del keys, values
-    return acc.finish(), lse, kept
-
-
-def _casts(job: Job, k: Tensor, v: Tensor) -> Iterator[KeyCast | None]:
-    """The casts of the later stages, each posted when it is asked for; then None."""
-    for stage in job.plan.stages[1:]:
-        yield KeyCast.post(stage, job.ring, k, v)
-    yield None
-
-
-def _run_calls(job: Job, stage: Stage, q: Tensor, k: Tensor, v: Tensor, acc: Accumulator, lse: Tensor) -> None:
-    """Run a stage's calls. Every call writes its rows of `out` in place; rows that are shared are then merged."""
-    if not q.shape[1]:
-        return
-    for call in stage.calls:
-        q_rows, out = part(q, call.q), part(acc.rows, call.q)
-        k_rows, v_rows = part(k, call.k), part(v, call.k)
-        part_lse = job.backend.forward(q_rows, k_rows, v_rows, call, _options(job, stage, call), out)
-        a, b = acc.inside(call.q)
-        if a < b:
-            merge_(acc.wide_rows(a, b), lse[:, a:b], acc.rows[a:b], part_lse[:, _shifted((a, b), call.q[0])])
-        for span in acc.outside(call.q):
-            lse[:, slice(*span)] = part_lse[:, _shifted(span, call.q[0])]
-
-
-def _backward(
-    job: Job, dout: Tensor, saved: Saved, kept: list[Tensor], rows: list[Tensor]
-) -> Steps[tuple[Accumulator, Accumulator, Accumulator]]:
-    """Gradients of q, k, v of this rank's rows, into `rows`. The local stage comes last and hides the last reduce."""
-    plan, (q, k, v, out, lse) = job.plan, saved
-    forward = dout, q, out, lse
-    local, *later = plan.stages
-    # Gradients of a head's copies are added after the exchange: they must not be rounded before.
-    shared_k = (0, plan.rows) if job.adds and plan.sums_copies else plan.shared_k
-    dq = Accumulator(rows[0], plan.shared_q, plan.uncovered)
-    dk, dv = (Accumulator(x, shared_k, plan.unread) for x in rows[1:])
-    pairs, casts = iter(zip(kept[::2], kept[1::2], strict=True)), _casts(job, k, v)
-    cast = None if kept else next(casts)
-    reduce: KeyReduce | None = None
-    for stage in later:
-        if cast is None:
-            keys, values = next(pairs)
-        else:
-            yield
-            keys, values = cast.wait()
-            cast = next(casts)
-        # What travels in float32 is not rounded before.
-        summed = stage.overlapping_keys or (job.adds and plan.wide_reduce)
-        shared = (0, stage.rows) if summed else (0, 0)
-        dkeys, dvalues = (Accumulator(torch.empty_like(x), shared, stage.unread) for x in (keys, values))
-        _run_backward_calls(job, stage, forward, keys, values, dq, dkeys, dvalues)
-        if reduce is not None:
-            yield
-            reduce.wait(dk, dv)  # the gradients of two stages at most are alive
-        reduce = KeyReduce.post(stage, job.ring, dkeys, dvalues, plan.wide_reduce)
-        del keys, values, dkeys, dvalues
-    _run_backward_calls(job, local, forward, k, v, dq, dk, dv)
-    if reduce is not None:
-        yield
-        reduce.wait(dk, dv)
-    return dq, dk, dv
-
-
-def _run_backward_calls(
-    job: Job,
-    stage: Stage,
-    forward: tuple[Tensor, Tensor, Tensor, Tensor],
-    k: Tensor,
-    v: Tensor,
-    dq: Accumulator,
-    dk: Accumulator,
-    dv: Accumulator,
-) -> None:
-    """Run a stage's calls backward. Kernels write gradient rows in place, and add those that are shared: the kernel
-    itself if it can, else here, from rounded parts."""
-    dout, q, out, lse = forward
-    if not q.shape[1]:  # this rank has no head
-        return
-    for call in stage.calls:
-        lse_rows = lse if call.q == (0, lse.shape[1]) else lse[:, slice(*call.q)]
-        keys, rows = (part(k, call.k), part(v, call.k)), (part(dout, call.q), part(q, call.q), part(out, call.q))
-        tensors = rows[0], rows[1], *keys, rows[2], lse_rows
-        if job.adds:
-            sums = dq.sum(call.q), dk.sum(call.k), dv.sum(call.k)
-            target = Grads(part(dq.rows, call.q), part(dk.rows, call.k), part(dv.rows, call.k), sums)
-            job.backend.backward(*tensors, call, _options(job, stage, call), target)
-            continue
-        target = Grads(part(dq.rows, call.q), _key_rows(dk, call), _key_rows(dv, call))
-        job.backend.backward(*tensors, call, _options(job, stage, call), target)
-        dq.collect(call.q)
-        for grad, written in ((dk, target.dk), (dv, target.dv)):
-            for run in call.key_runs:
-                if not call.dense_keys:
-                    grad.rows[slice(*run)] = written[_shifted(run, call.k[0])]
-                grad.collect(run)
-
-
-def _options(job: Job, stage: Stage, call: Call) -> Options:
-    """The options of one call: with dropout also where its rows are in the global stream."""
-    if job.dropout is None:
-        return job.options
-    plan, exchange = job.plan, job.plan.exchange
-    keys = plan if stage is plan.stages[0] else stage
-    q_index, k_index = (_indices(of, job.device)[slice(*rows)] for of, rows in ((plan, call.q), (keys, call.k)))
-    first_head = 0 if exchange is None else exchange.heads[exchange.rank].query[0]
-    return replace(job.options, dropout=Dropout(*job.dropout, q_index, k_index, first_head))
-
-
-def _indices(of: AttentionPlan | Stage, device: torch.device) -> Tensor:
-    """Global index of each row, kept with the plan: the layers of a step ask for the same."""
-    kept: dict[torch.device, Tensor] = of.__dict__.setdefault("_indices", {})
-    if device not in kept:
-        kept[device] = to_device(torch.cat([torch.arange(start, stop) for start, stop in of.index]), device)
-    return kept[device]
-
-
-def _key_rows(grad: Accumulator, call: Call) -> Tensor:
-    """Where a kernel writes the gradient of a call's keys: in place, unless it would also write rows between them."""
-    rows = part(grad.rows, call.k)
-    return rows if call.dense_keys else torch.empty_like(rows)
-
-
-def _shifted(span: Range, base: int) -> slice:
-    return slice(span[0] - base, span[1] - base)

@@ -6,8 +6,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ringattn.parallel.executor import Job
 from ringattn.parallel.plan import Route
+from ringattn.parallel.stages import Job
 from ringattn.parallel.transport import Pending, Transport
 
 CYCLES = 5_000_000  # of a GPU: some milliseconds, longer than any kernel of these tests

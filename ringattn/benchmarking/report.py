@@ -9,7 +9,7 @@ from ringattn.benchmarking.suite import CEILING, Result
 
 COLUMNS = (
     "workload", "contestant", "f ms", "f+b ms", "f TFLOP/s", "f+b TFLOP/s", "f share", "f+b share", "exposed ms",
-    "plan ms", "memory", "schedule",
+    "plan ms", "slowed", "memory", "error", "schedule",
 )  # fmt: skip
 
 
@@ -28,7 +28,9 @@ def line(result: Result) -> str:
         _shown(result.share_both, 3),
         _shown(result.exposed, 3),
         _shown(result.planning, 1),
+        _shown(result.slowed, 3),
         _shown(result.memory, 2),
+        "" if result.error is None else f"{result.error:.1e}",
         result.choice,
     ]
     return "| " + " | ".join(cells) + " |"
@@ -49,7 +51,8 @@ def markdown(results: Sequence[Result], facts: dict[str, Any]) -> str:
         "",
         "Slowest rank, median. TFLOP/s per GPU by mask area, backward 2.5 × forward. Share: of the kernel alone on an "
         "even share of the heads, in the same run. Exposed: what is gone without transfers. Memory: peak of both "
-        "passes over inputs, output and gradients. Every result was compared with the kernel's before it was timed.",
+        "passes over inputs, output and gradients. Error: the largest of out, dq, dk and dv relative to the kernel "
+        "alone, compared before it was timed." + _slowed(facts),
         "",
         *header(),
         *map(line, results),
@@ -57,6 +60,13 @@ def markdown(results: Sequence[Result], facts: dict[str, Any]) -> str:
         *totals(results),
     ]
     return "\n".join(text) + "\n"
+
+
+def _slowed(facts: dict[str, Any]) -> str:
+    share, ranks = facts.get("slow"), facts.get("slow_ranks")
+    if not share:
+        return ""
+    return f" Slowed: f+b with ranks {ranks} taking {share:.0%} longer on purpose, over f+b without."
 
 
 def totals(results: Sequence[Result]) -> list[str]:

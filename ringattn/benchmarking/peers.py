@@ -205,7 +205,7 @@ class RingFlashAttnLlama3:
         def attend() -> Tensor:
             return package.llama3_flash_attn_varlen_func(*leaves, *prepared[:-1], **keywords)
 
-        return entry_of(placed, attend, leaves, dout, f"{keywords['heads_k_stride']} key heads at a time")
+        return entry_of(placed, attend, leaves, dout, f"heads_k_stride {keywords['heads_k_stride']}")
 
 
 class Usp:

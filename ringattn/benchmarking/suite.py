@@ -2,7 +2,7 @@
 
 import gc
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import torch
@@ -29,7 +29,8 @@ class Result:
         planning: milliseconds of layout and plan, once a batch.
         slowed: `both` with ranks that are slowed on purpose, over `both` without, measured beside each other.
         memory: peak of forward and backward, over the bytes of inputs, output and gradients.
-        choice: what the planner made of it. error: the largest difference to the kernel alone.
+        choice: what the planner made of it.
+        errors: relative differences of out, dq, dk and dv to the kernel alone. error: the largest.
         failure: why there are no numbers.
     """
 
@@ -47,6 +48,7 @@ class Result:
     memory: float | None = None
     choice: str = ""
     error: float | None = None
+    errors: dict[str, float] = field(default_factory=dict)
     failure: str = ""
 
     def as_dict(self) -> dict[str, Any]:
@@ -93,9 +95,10 @@ def _measured(problem: Problem, contestants: Sequence[Contestant], timer: Timer,
         *took, cost = next(timed)
         result = _result(problem, one.name, (took[0], took[1]), (forward[0], both[0]))
         exposed = None if one.entry.silent is None or result.both is None else result.both - next(quiet)
-        result = replace(result, choice=one.entry.choice, planning=one.entry.planning_ms, error=one.error)
+        result = replace(result, choice=one.entry.choice, planning=one.entry.planning_ms)
         memory = _memory(problem, one.entry.both, one.entry.inputs)
-        results.append(replace(result, exposed=exposed, slowed=cost, memory=memory))
+        result = replace(result, exposed=exposed, slowed=cost, memory=memory)
+        results.append(replace(result, error=max(one.errors.values()), errors=one.errors))
         one.entry.close()
     return results
 
@@ -106,7 +109,7 @@ class _Checked:
 
     name: str
     entry: Entry
-    error: float
+    errors: dict[str, float]
 
 
 def _entered(problem: Problem, contestant: Contestant) -> "_Checked | Result":
@@ -127,8 +130,10 @@ def _entered(problem: Problem, contestant: Contestant) -> "_Checked | Result":
     if not error <= LIMITS[problem.tensors[0].dtype]:
         entry.close()
         told = ", ".join(f"{key} {value:.2g}" for key, value in errors.items())
-        return Result(name, contestant.name, failure=f"differs from the kernel alone: {told}", error=error)
-    return _Checked(contestant.name, entry, error)
+        return Result(
+            name, contestant.name, failure=f"differs from the kernel alone: {told}", error=error, errors=errors
+        )
+    return _Checked(contestant.name, entry, errors)
 
 
 def _line(error: Exception) -> str:

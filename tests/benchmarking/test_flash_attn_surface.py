@@ -8,8 +8,9 @@ import pytest
 import torch
 
 from ringattn import Documents, Mask
-from ringattn.benchmarking.flash_attn_surface import INTERFACE, PACKAGE, Surface, offered
+from ringattn.benchmarking.flash_attn_surface import INTERFACE, PACKAGE, PackedCall, Surface, offered
 from ringattn.kernels.registry import backends
+from ringattn.kernels.spec import Block
 from tests.dense import Case, dense_attention, relative_error
 
 SCALE = 8**-0.5
@@ -54,6 +55,17 @@ def test_a_batch_of_equal_lengths_in_slices_of_larger_tensors(backend: str) -> N
         assert relative_error(result.flatten(0, 1), expected[name]) < 1e-12, name
     assert relative_error(lse.transpose(0, 1).flatten(1), expected["lse"]) < 1e-12
     assert all(t[:, 12:].isnan().all() for t in wide)
+
+
+def test_lengths_on_a_device_are_not_read() -> None:
+    """What kernels of GPUs ask of a call: to read a tensor on the host would stop the stream."""
+    cu = torch.tensor([0, 3, 7], dtype=torch.int32)
+    call = PackedCall(cu, cu, (4, 4), (5, 0))
+    assert call.tensors(cu.device)[:2] == (cu, cu)
+    assert (call.max_q, call.max_k, call.dense_keys, call.left, call.right) == (4, 4, True, 5, 0)
+    assert "blocks" not in vars(call)
+    assert call.blocks == (Block((0, 3), (0, 3), 5, 0), Block((3, 7), (3, 7), 5, 0))
+    assert (call.q, call.k, call.q_lens) == ((0, 7), (0, 7), (3, 4))
 
 
 def test_what_the_surface_cannot_do_is_refused() -> None:

@@ -25,8 +25,8 @@ def priced() -> list[float]:
 
 def test_the_cost_is_what_all_ranks_wait(pool: Pools) -> None:
     for waiting, hidden in pool(2, "cpu").run(priced):
-        assert 1.6 < waiting < 2.6  # 20 ms more on top of 20
-        assert hidden < 1.3  # the slow rank has time to spare
+        assert 1.5 < waiting < 3.0  # 20 ms more on top of 20
+        assert hidden < 1.4  # the slow rank has time to spare
 
 
 @pytest.mark.parametrize(("share", "ranks", "why"), [(0.0, (0,), "slow must be > 0"), (0.1, (), "slow_ranks")])

@@ -7,6 +7,7 @@ Reads what `recipes/benchmark.py` wrote. Prices need no device; by default they 
 
 import argparse
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,9 @@ from ringattn.parallel.plan import Shape
 from ringattn.parallel.pricing import Setting
 from ringattn.parallel.ulysses import exchange_plan
 
+# Schemes on a mesh: of degrees that a layout chooses, and of other systems, nothing is predicted.
+PREDICTED = re.compile(r"(?!usp)\w+:\d+x\d+")
+
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -32,7 +36,7 @@ def main() -> None:
     content = json.loads(arguments.results.read_text())
     rows, worst = [], 0.0
     for result in content["results"]:
-        if ":" in result["contestant"] and "x" in result["contestant"] and result["both"]:
+        if PREDICTED.fullmatch(result["contestant"]) and result["both"]:
             row, error = compared(result, content["facts"], machine)
             rows.append(row)
             worst = max(worst, abs(error))

@@ -1,8 +1,8 @@
 """Times attention beside the bare kernel: `torchrun --nproc-per-node 8 recipes/benchmark.py [key=value]`.
 
-Every scheme on every mesh of the ranks, the kernel alone on an even share of the heads, and what other systems do, in
-one run on the same kernel. Keys and their meaning: configs/benchmark.yaml. Exit codes: 0 done, 1 if a result differed
-from the kernel's, 2 for a configuration that cannot run.
+Every scheme on every mesh of the ranks, the kernel alone on an even share of the heads, and other systems, in one run
+on the same kernel. Keys and their meaning: configs/benchmark.yaml. Exit codes: 0 done, 1 if a result differed from the
+kernel's, 2 for a configuration that cannot run.
 """
 
 import os
@@ -19,9 +19,11 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
-from ringattn.benchmarking.contestants import contestants, every_name, parse
+from ringattn.benchmarking.peers import versions
 from ringattn.benchmarking.problem import Heads, Problem, spec_of
 from ringattn.benchmarking.report import header, line, write
+from ringattn.benchmarking.roster import contestants, every_name, parse
+from ringattn.benchmarking.slow import Slow
 from ringattn.benchmarking.suite import Result, measure
 from ringattn.benchmarking.timing import Timer
 from ringattn.benchmarking.workloads import Workload, workload
@@ -38,12 +40,13 @@ def main(cfg: DictConfig) -> None:
         launch = current()
         device = pick_device(launch)
         heads, workloads, dtype = check(cfg, launch, device)
+        slow = slowed(cfg, launch)
     except (ValueError, NotImplementedError, OmegaConfBaseException) as error:
         refuse(error)
     export(launch, os.environ)
     backend = "nccl" if device.type == "cuda" else "gloo"
     dist.init_process_group(backend, device_id=device if device.type == "cuda" else None)
-    results = run(cfg, heads, workloads, dtype, device, launch.rank == 0)
+    results = run(cfg, heads, workloads, dtype, device, slow, launch.rank == 0)
     dist.destroy_process_group()
     sys.exit(1 if any(result.error and result.failure for result in results) else 0)
 
@@ -70,15 +73,33 @@ def check(cfg: DictConfig, launch: Launch, device: torch.device) -> tuple[Heads,
     return heads, workloads, DTYPES[name]
 
 
+def slowed(cfg: DictConfig, launch: Launch) -> Slow | None:
+    """The ranks to be slowed. Raises ValueError."""
+    if not isinstance(cfg.slow, int | float) or isinstance(cfg.slow, bool) or cfg.slow < 0:
+        raise ValueError(f"slow must be a share >= 0 of a step's time, as in 0.1, got {cfg.slow}")
+    if not cfg.slow:
+        return None
+    ranks = tuple(cfg.slow_ranks)
+    if not all(isinstance(rank, int) and 0 <= rank < launch.world_size for rank in ranks):
+        raise ValueError(f"slow_ranks must be ranks of 0 to {launch.world_size - 1}, got {list(ranks)}")
+    return Slow(float(cfg.slow), ranks)
+
+
 def run(
-    cfg: DictConfig, heads: Heads, workloads: list[Workload], dtype: torch.dtype, device: torch.device, first: bool
+    cfg: DictConfig,
+    heads: Heads,
+    workloads: list[Workload],
+    dtype: torch.dtype,
+    device: torch.device,
+    slow: Slow | None,
+    first: bool,
 ) -> list[Result]:
     entered = contestants(cfg.contestants, cfg.peers)
     makers = [partial(Problem.draw, one, heads, cfg.backend, device, dtype, cfg.seed) for one in workloads]
     results: list[Result] = []
     if first:
         print("\n".join(header()), flush=True)
-    for result in measure(makers, entered, Timer(device, cfg.calls, cfg.repeats)):
+    for result in measure(makers, entered, Timer(device, cfg.calls, cfg.repeats), slow):
         results.append(result)
         if first:
             print(line(result), flush=True)
@@ -97,12 +118,14 @@ def facts(cfg: DictConfig, device: torch.device, kernel: str, dtype: torch.dtype
         "date": str(date.today()),
         "device": torch.cuda.get_device_name() if device.type == "cuda" else "CPU rank",
         "ranks": ranks,
-        "versions": f"torch {torch.__version__}",
+        "versions": ", ".join([f"torch {torch.__version__}", *versions()]),
         "dtype": str(dtype).removeprefix("torch."),
         "heads": str(cfg.heads),
         "head_dim": cfg.head_dim,
         "kernel": kernel,
         "seed": cfg.seed,
+        "slow": float(cfg.slow),
+        "slow_ranks": list(cfg.slow_ranks),
         "command": f"torchrun --nproc-per-node {ranks} recipes/benchmark.py {overrides}".strip(),
     }
 

@@ -6,7 +6,7 @@ Legend: T tokens of the stream, t of this rank, H query heads, K key heads, D he
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 import torch.distributed as dist
@@ -36,6 +36,18 @@ def spec_of(workload: Workload, heads: Heads, device: torch.device, dtype: torch
     """What a kernel is asked for."""
     window = workload.mask.window != (-1, -1)
     return CallSpec(device.type, dtype, heads.dim, heads.dim, heads.query, heads.key, window=window)
+
+
+class Placed(Protocol):
+    """Which tokens this rank holds: a `Layout`, or another system's own placement."""
+
+    def shard(self, x: Tensor) -> Tensor:
+        """This rank's rows of a tensor of the stream, (T, ...) -> (t, ...)."""
+
+    def indices(self) -> Tensor:
+        """Their places in the stream, (t,) int64 on the host."""
+
+    def tokens(self) -> int: ...
 
 
 @dataclass(frozen=True)
@@ -71,7 +83,7 @@ class Problem:
         """Of all ranks, by mask area; passes: 1 forward, 3.5 forward and backward."""
         return 4.0 * self.workload.pairs() * self.heads.query * self.heads.dim * passes
 
-    def inputs(self, layout: Layout) -> tuple[tuple[Tensor, Tensor, Tensor], Tensor]:
+    def inputs(self, layout: Placed) -> tuple[tuple[Tensor, Tensor, Tensor], Tensor]:
         """This rank's q, k, v as leaves, and dout."""
         q, k, v, dout = (layout.shard(x).contiguous() for x in self.tensors)
         return (q.requires_grad_(), k.requires_grad_(), v.requires_grad_()), dout
@@ -104,7 +116,7 @@ class Problem:
             whole.append(rows)
         return whole[0], whole[1], whole[2], whole[3]
 
-    def errors(self, layout: Layout, results: list[Tensor]) -> dict[str, float]:
+    def errors(self, layout: Placed, results: list[Tensor]) -> dict[str, float]:
         """Relative differences of this layout's local out, dq, dk, dv to `expected`, over all ranks. Collective."""
         place = torch.full((self.workload.docs.total,), -1, dtype=torch.int64)
         place[layout.indices()] = torch.arange(layout.tokens())
@@ -125,6 +137,7 @@ class Share:
 
     forward: Callable[[], Any]
     both: Callable[[], Any]
+    inputs: list[Tensor]  # q, k, v, dout
     out: Tensor
     grads: Grads
     query_index: Tensor
@@ -159,4 +172,4 @@ class Share:
                 target = Grads(grads.dq[rows], grads.dk[keys], grads.dv[keys])
                 backend.backward(dout[rows], q[rows], k[keys], v[keys], out[rows], lse, c, options, target)
 
-        return cls(forward, both, out, grads, query_index, key_index)
+        return cls(forward, both, [q, k, v, dout], out, grads, query_index, key_index)

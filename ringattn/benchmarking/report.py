@@ -9,7 +9,7 @@ from ringattn.benchmarking.suite import CEILING, Result
 
 COLUMNS = (
     "workload", "contestant", "f ms", "f+b ms", "f TFLOP/s", "f+b TFLOP/s", "f share", "f+b share", "exposed ms",
-    "plan ms", "memory", "schedule",
+    "plan ms", "slowed", "memory", "error out, dq, dk, dv", "schedule",
 )  # fmt: skip
 
 
@@ -28,7 +28,9 @@ def line(result: Result) -> str:
         _shown(result.share_both, 3),
         _shown(result.exposed, 3),
         _shown(result.planning, 1),
+        _shown(result.slowed, 3),
         _shown(result.memory, 2),
+        ", ".join(f"{error:.1e}" for error in result.errors.values()),
         result.choice,
     ]
     return "| " + " | ".join(cells) + " |"
@@ -49,7 +51,8 @@ def markdown(results: Sequence[Result], facts: dict[str, Any]) -> str:
         "",
         "Slowest rank, median. TFLOP/s per GPU by mask area, backward 2.5 × forward. Share: of the kernel alone on an "
         "even share of the heads, in the same run. Exposed: what is gone without transfers. Memory: peak of both "
-        "passes over inputs, output and gradients. Every result was compared with the kernel's before it was timed.",
+        "passes over inputs, output and gradients. Error: relative to the kernel alone, compared before "
+        "it was timed." + _slowed(facts),
         "",
         *header(),
         *map(line, results),
@@ -57,6 +60,13 @@ def markdown(results: Sequence[Result], facts: dict[str, Any]) -> str:
         *totals(results),
     ]
     return "\n".join(text) + "\n"
+
+
+def _slowed(facts: dict[str, Any]) -> str:
+    share, ranks = facts.get("slow"), facts.get("slow_ranks")
+    if not share:
+        return ""
+    return f" Slowed: f+b with ranks {ranks} taking {share:.0%} longer on purpose, over f+b without."
 
 
 def totals(results: Sequence[Result]) -> list[str]:
@@ -98,11 +108,11 @@ def plot(path: Path, results: Sequence[Result], facts: dict[str, Any]) -> Path:
     workloads = list(dict.fromkeys(result.workload for result in done))
     names = list(dict.fromkeys(result.contestant for result in done))
     figure, axes = pyplot.subplots(figsize=(2.5 + 1.7 * len(workloads), 4.5), layout="constrained")
-    width = 0.85 / max(1, len(names))
+    width, colors = 0.85 / max(1, len(names)), pyplot.get_cmap("tab20")
     for number, name in enumerate(names):
         bars = [(workloads.index(r.workload), r.share_both) for r in done if r.contestant == name]
         places = [place + (number - (len(names) - 1) / 2) * width for place, _ in bars]
-        axes.bar(places, [share or 0.0 for _, share in bars], width * 0.92, label=name)
+        axes.bar(places, [share or 0.0 for _, share in bars], width * 0.92, label=name, color=colors(number % 20))
     axes.axhline(1.0, color="black", linewidth=0.8)
     axes.set_xticks(range(len(workloads)), workloads)
     axes.set_ylabel("share of the kernel alone, forward + backward")

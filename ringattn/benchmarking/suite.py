@@ -2,14 +2,16 @@
 
 import gc
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
 
 from ringattn.benchmarking.contestants import Contestant, Entry
 from ringattn.benchmarking.problem import LIMITS, Problem
+from ringattn.benchmarking.slow import Slow
 from ringattn.benchmarking.timing import Timer, peak_bytes
 
 CEILING = "kernel alone"
@@ -25,8 +27,10 @@ class Result:
         share_forward, share_both: of the kernel alone on an even share of the heads, in the same run.
         exposed: milliseconds of `both` that are gone without transfers.
         planning: milliseconds of layout and plan, once a batch.
+        slowed: `both` with ranks that are slowed on purpose, over `both` without, measured beside each other.
         memory: peak of forward and backward, over the bytes of inputs, output and gradients.
-        choice: what the planner made of it. error: the largest difference to the kernel alone.
+        choice: what the planner made of it.
+        errors: relative differences of out, dq, dk and dv to the kernel alone. error: the largest.
         failure: why there are no numbers.
     """
 
@@ -40,9 +44,11 @@ class Result:
     share_both: float | None = None
     exposed: float | None = None
     planning: float | None = None
+    slowed: float | None = None
     memory: float | None = None
     choice: str = ""
     error: float | None = None
+    errors: dict[str, float] = field(default_factory=dict)
     failure: str = ""
 
     def as_dict(self) -> dict[str, Any]:
@@ -50,37 +56,50 @@ class Result:
 
 
 def measure(
-    problems: Sequence[Callable[[], Problem]], contestants: Sequence[Contestant], timer: Timer
+    problems: Sequence[Callable[[], Problem]],
+    contestants: Sequence[Contestant],
+    timer: Timer,
+    slow: Slow | None = None,
 ) -> Iterator[Result]:
     """Results one after another, the kernel alone first in every workload.
 
     Arguments:
         problems: makers of problems, called one at a time so that only one is in memory.
+        slow: ranks whose slowness is to be priced as well.
     """
     for make in problems:
-        yield from _measured(make(), contestants, timer)
+        yield from _measured(make(), contestants, timer, slow)
         gc.collect()
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
 
 
-def _measured(problem: Problem, contestants: Sequence[Contestant], timer: Timer) -> list[Result]:
+def _measured(problem: Problem, contestants: Sequence[Contestant], timer: Timer, slow: Slow | None) -> list[Result]:
     entered = [_entered(problem, contestant) for contestant in contestants]
     entries = [entry for entry in entered if isinstance(entry, _Checked)]
     share = problem.share
     forward = timer.milliseconds([share.forward, *(one.entry.forward for one in entries)])
-    both = timer.milliseconds([share.both, *(one.entry.both for one in entries)])
+    steps = [share.both, *(one.entry.both for one in entries)]
+    both = timer.milliseconds(steps)
     silent = timer.milliseconds([one.entry.silent for one in entries if one.entry.silent is not None])
-    results = [_result(problem, CEILING, (forward[0], both[0]), (forward[0], both[0]))]
-    timed, quiet = iter(zip(forward[1:], both[1:], strict=True)), iter(silent)
+    slowed: list[float | None] = [None] * len(steps)
+    if slow is not None:
+        slowed = [*slow.costs(steps, both, share.both, timer)]
+    alone = _result(problem, CEILING, (forward[0], both[0]), (forward[0], both[0]))
+    results = [replace(alone, slowed=slowed[0], memory=_memory_alone(problem))]
+    timed, quiet = iter(zip(forward[1:], both[1:], slowed[1:], strict=True)), iter(silent)
     for one in entered:
         if isinstance(one, Result):
             results.append(one)
             continue
-        result = _result(problem, one.name, next(timed), (forward[0], both[0]))
+        *took, cost = next(timed)
+        result = _result(problem, one.name, (took[0], took[1]), (forward[0], both[0]))
         exposed = None if one.entry.silent is None or result.both is None else result.both - next(quiet)
-        result = replace(result, choice=one.entry.choice, planning=one.entry.planning_ms, error=one.error)
-        results.append(replace(result, exposed=exposed, memory=_memory(problem, one.entry)))
+        result = replace(result, choice=one.entry.choice, planning=one.entry.planning_ms)
+        memory = _memory(problem, one.entry.both, one.entry.inputs)
+        result = replace(result, exposed=exposed, slowed=cost, memory=memory)
+        results.append(replace(result, error=max(one.errors.values()), errors=one.errors))
+        one.entry.close()
     return results
 
 
@@ -90,7 +109,7 @@ class _Checked:
 
     name: str
     entry: Entry
-    error: float
+    errors: dict[str, float]
 
 
 def _entered(problem: Problem, contestant: Contestant) -> "_Checked | Result":
@@ -98,13 +117,28 @@ def _entered(problem: Problem, contestant: Contestant) -> "_Checked | Result":
     reason = contestant.missing(problem)
     if reason is not None:
         return Result(name, contestant.name, failure=reason)
-    entry = contestant.enter(problem)
-    errors = problem.errors(entry.layout, entry.both())
+    try:
+        entry = contestant.enter(problem)
+        results = entry.both()
+    except Exception as raised:
+        # Raised on every rank alike, or the others wait for this one until their time is up.
+        if not contestant.peer:
+            raise
+        return Result(name, contestant.name, failure=f"{type(raised).__name__}: {_line(raised)}")
+    errors = problem.errors(entry.layout, results)
     error = max(errors.values())
     if not error <= LIMITS[problem.tensors[0].dtype]:
+        entry.close()
         told = ", ".join(f"{key} {value:.2g}" for key, value in errors.items())
-        return Result(name, contestant.name, failure=f"differs from the kernel alone: {told}", error=error)
-    return _Checked(contestant.name, entry, error)
+        return Result(
+            name, contestant.name, failure=f"differs from the kernel alone: {told}", error=error, errors=errors
+        )
+    return _Checked(contestant.name, entry, errors)
+
+
+def _line(error: Exception) -> str:
+    """The start of a message, fit for a cell of a table."""
+    return " ".join(str(error).split()).replace("|", "/")[:200]
 
 
 def _result(problem: Problem, name: str, took: tuple[float, float], alone: tuple[float, float]) -> Result:
@@ -121,12 +155,23 @@ def _result(problem: Problem, name: str, took: tuple[float, float], alone: tuple
     )
 
 
-def _memory(problem: Problem, entry: Entry) -> float | None:
-    """Peak of both passes over what they cannot do without: q, k, v, out and the gradient of each."""
-    *inputs, dout = entry.inputs
-    needed = 2 * sum(x.nbytes for x in inputs) + 2 * dout.nbytes
-    peak = peak_bytes(entry.both, problem.device)
-    return (peak + sum(x.nbytes for x in entry.inputs)) / needed if peak and needed else None
+def _memory(problem: Problem, step: Callable[[], Any], inputs: Sequence[Tensor], held: int = 0) -> float | None:
+    """Peak of both passes over what they cannot do without: q, k, v, out and the gradient of each.
+
+    Arguments:
+        inputs: q, k, v and dout.
+        held: bytes of results that were allocated before the step.
+    """
+    needed = 2 * sum(x.nbytes for x in inputs)  # dq, dk and dv are as large as q, k and v, and out as dout
+    peak = peak_bytes(step, problem.device)
+    return (peak + needed // 2 + held) / needed if peak and needed else None
+
+
+def _memory_alone(problem: Problem) -> float | None:
+    """Of the kernel alone: what is more than its inputs and results, the kernel itself takes."""
+    share = problem.share
+    held = sum(x.nbytes for x in (share.out, *share.grads))
+    return _memory(problem, share.both, share.inputs, held)
 
 
 def _rate(problem: Problem, passes: float, milliseconds: float) -> float:

@@ -10,9 +10,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ringattn import Documents, Mask
-from ringattn.benchmarking.contestants import Ours, contestants, every_name, parse
-from ringattn.benchmarking.problem import Heads, Problem
+from ringattn.benchmarking.contestants import Ours
+from ringattn.benchmarking.problem import LIMITS, Heads, Problem
 from ringattn.benchmarking.report import write
+from ringattn.benchmarking.roster import contestants, every_name, parse, peer_names
+from ringattn.benchmarking.slow import Slow
 from ringattn.benchmarking.suite import CEILING, Result, measure
 from ringattn.benchmarking.timing import Timer
 from ringattn.benchmarking.workloads import Workload, workload
@@ -56,15 +58,34 @@ class Broken(Ours):
 
 def test_every_scheme_and_the_peer_are_right(pool: Pools, tmp_path: Path) -> None:
     for results in pool(2, "cpu").run_many(measured, [(False,)], timeout=200)[0]:
-        names = [CEILING, *every_name(2), "plain Ulysses"]
+        names = [CEILING, *every_name(2), *peer_names(2)]
         assert [result.contestant for result in results] == names * 2
-        assert not [result.failure for result in results if result.failure]
-        assert all(result.share_both and result.rate_forward for result in results)
-        assert all(result.error < 1e-5 for result in results if result.contestant != CEILING)
+        ours = [result for result in results if result.contestant not in peer_names(2) or result.both]
+        assert not [result.failure for result in ours if result.failure]
+        assert all(result.share_both and result.rate_forward for result in ours)
+        assert all(result.error < 1e-5 for result in ours if result.contestant != CEILING)
     paths = write(tmp_path, results, FACTS)
     text = paths[0].read_text()
     assert "ulysses:1x2" in text
     assert "sum over workloads" in text
+
+
+def narrow() -> list[Result]:
+    cpu = torch.device("cpu")
+    problem = Problem.draw(workload("dense600", 0), HEADS, "reference", cpu, torch.bfloat16, 0)
+    entered = contestants(["gather:2x1", "gather:2x1+narrow"], peers=False)
+    return list(measure([lambda: problem], entered, Timer(cpu, 1, 1, 0), Slow(0.1, (0,))))
+
+
+def test_a_narrow_wire_shows_in_the_error_and_slow_ranks_in_their_column(pool: Pools, tmp_path: Path) -> None:
+    for results in pool(2, "cpu").run(narrow):
+        alone, wide, narrowed = results
+        assert narrowed.contestant == "gather:2x1+narrow"
+        assert 2 * wide.errors["dk"] < narrowed.errors["dk"] < LIMITS[torch.bfloat16]
+        assert all(result.slowed for result in (alone, wide, narrowed))
+    text = write(tmp_path, results, FACTS | {"slow": 0.1, "slow_ranks": [0]})[0].read_text()
+    assert "ranks [0] taking 10% longer on purpose" in text
+    assert ", ".join(f"{error:.1e}" for error in narrowed.errors.values()) in text
 
 
 def test_a_wrong_result_is_not_timed(pool: Pools) -> None:

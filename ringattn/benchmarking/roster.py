@@ -1,0 +1,112 @@
+"""Names of contestants, and the contestants that they name."""
+
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+
+import torch.distributed as dist
+
+from ringattn.benchmarking.contestants import Contestant, Ours
+from ringattn.benchmarking.peers import RingFlashAttnLlama3, RingFlashAttnZigzag, TorchContextParallel, Usp
+from ringattn.benchmarking.plain_ulysses import PlainUlysses
+from ringattn.parallel.mesh import MeshShape, SequenceMesh, init_mesh
+from ringattn.parallel.planner import check_scheme
+
+NARROW = "+narrow"
+
+
+@dataclass(frozen=True)
+class Meshes:
+    """All ways to part the ranks."""
+
+    free: SequenceMesh
+    parted: Mapping[tuple[int, int], SequenceMesh]  # by ring and ulysses degree
+
+
+Maker = Callable[[Meshes], Contestant]
+
+
+def contestants(names: Sequence[str] | None, peers: bool) -> list[Contestant]:
+    """By name, or with None every scheme on every mesh of all ranks; `peers` adds every other system. Collective.
+
+    Raises ValueError for a name that is none, or degrees that do not make up the world.
+    """
+    ranks = dist.get_world_size()
+    asked = list(dict.fromkeys([*(names or every_name(ranks)), *(peer_names(ranks) if peers else [])]))
+    makers = [parse(name, ranks) for name in asked]
+    free = init_mesh(data=1, sequence=ranks)
+    parted = {(mesh.ring, mesh.ulysses): mesh for mesh in free.alternatives if isinstance(mesh, SequenceMesh)}
+    return [make(Meshes(free, parted)) for make in makers]
+
+
+def every_name(ranks: int) -> list[str]:
+    """Names of all schemes on all meshes of `ranks` ranks."""
+    inner = [u for u in range(2, ranks) if ranks % u == 0]
+    if ranks == 1:
+        return ["auto:1"]
+    ring = [f"{scheme}:{ranks}x1" for scheme in ("auto", "gather", "ring")]
+    return [f"auto:{ranks}", *ring, *(f"hybrid:{ranks // u}x{u}" for u in inner), f"ulysses:1x{ranks}"]
+
+
+def peer_names(ranks: int) -> list[str]:
+    """Names of other systems, in every degree that they have."""
+    usp = [f"usp:{ranks // u}x{u}" for u in range(1, ranks + 1) if ranks % u == 0]
+    fixed = ["plain-ulysses", "rfa-zigzag", "rfa-llama3", "rfa-llama3:1"]
+    return [*fixed, *usp, "torch-cp", "torch-cp:alltoall"]
+
+
+def parse(name: str, ranks: int) -> Maker:
+    """What makes the contestant of a name, which is one of
+
+    - `auto:<ranks>` for degrees that every layout chooses, or `<scheme>:<ring>x<ulysses>`; with `+narrow` the
+      gradients of keys travel in the dtype of the keys (`wide_reduce=False`);
+    - `plain-ulysses`, `rfa-zigzag`, `rfa-llama3[:<key heads at a time>]`, `usp:<ring>x<ulysses>`,
+      `torch-cp[:alltoall]`.
+
+    Needs no process group. Raises ValueError.
+    """
+    return _peer(name, ranks) or _ours(name, ranks)
+
+
+def _peer(name: str, ranks: int) -> Maker | None:
+    fixed: dict[str, Maker] = {
+        "plain-ulysses": lambda meshes: PlainUlysses(meshes.free.sequence_group),
+        "rfa-zigzag": lambda _: RingFlashAttnZigzag(),
+        "rfa-llama3": lambda _: RingFlashAttnLlama3(),
+        "torch-cp": lambda meshes: TorchContextParallel(meshes.free.sequence_mesh),
+        "torch-cp:alltoall": lambda meshes: TorchContextParallel(meshes.free.sequence_mesh, "alltoall"),
+    }
+    if name in fixed:
+        return fixed[name]
+    if stride := re.fullmatch(r"rfa-llama3:([1-9]\d*)", name):
+        return lambda _: RingFlashAttnLlama3(int(stride[1]))
+    if parts := re.fullmatch(r"usp:(\d+)x(\d+)", name):
+        degrees = _degrees(name, parts[1], parts[2], ranks)
+        return lambda _: Usp(*degrees)
+    return None
+
+
+def _ours(name: str, ranks: int) -> Maker:
+    plain, narrow = name.removesuffix(NARROW), name.endswith(NARROW)
+    if plain == f"auto:{ranks}":
+        return lambda meshes: Ours(name, meshes.free, "auto", not narrow)
+    parts = re.fullmatch(r"(\w+):(\d+)x(\d+)", plain)
+    if parts is None:
+        raise ValueError(
+            f"a contestant is auto:{ranks}, or <scheme>:<ring>x<ulysses> as in gather:{ranks}x1, also with {NARROW}, "
+            f"or one of {', '.join(peer_names(ranks))}, got {name!r}"
+        )
+    degrees = _degrees(name, parts[2], parts[3], ranks)
+    check_scheme(parts[1], MeshShape(1, *degrees))
+    return partial(_on_mesh, name, parts[1], degrees, not narrow)
+
+
+def _on_mesh(name: str, scheme: str, degrees: tuple[int, int], wide: bool, meshes: Meshes) -> Contestant:
+    return Ours(name, meshes.parted[degrees], scheme, wide)
+
+
+def _degrees(name: str, ring: str, ulysses: str, ranks: int) -> tuple[int, int]:
+    if int(ring) * int(ulysses) != ranks:
+        raise ValueError(f"the degrees of {name!r} must make up the {ranks} ranks, got {ring} × {ulysses}")
+    return int(ring), int(ulysses)

@@ -48,6 +48,7 @@ def parallel_attention(
     keep_keys: bool = False,
     wide_reduce: bool = True,
     memory_limit: int | None = None,
+    head_groups: int | None = None,
     return_lse: bool = False,
 ) -> Any:
     """What one device would compute on the whole packed stream, for this rank's tokens. Collective, differentiable.
@@ -78,6 +79,8 @@ def parallel_attention(
         wide_reduce: return key gradients to their owners in float32; False: in the dtype of the keys, half the bytes.
         memory_limit: bytes that the buffers of one attention may take on a rank, beside its inputs and results;
             default: keys of up to 8 times a rank's own are held at once.
+        head_groups: groups of heads that the ulysses exchange moves one after another, each while another is computed
+            (with ring = 1; fewer where heads do not part equally). Default: what is predicted to be fastest.
         return_lse: also return the log-sum-exp (H, t), float32, sinks included; of padding it is -inf, or the sink. It
             has no gradient.
 
@@ -98,6 +101,7 @@ def parallel_attention(
         keep_keys=keep_keys,
         wide_reduce=wide_reduce,
         memory_limit=memory_limit,
+        head_groups=head_groups,
         return_lse=return_lse,
     )
     if torch.compiler.is_compiling():
@@ -125,6 +129,7 @@ class Settings(NamedTuple):
     keep_keys: bool = False
     wide_reduce: bool = True
     memory_limit: int | None = None
+    head_groups: int | None = None
     return_lse: bool = False
 
 
@@ -180,6 +185,7 @@ def _settle(q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None, layout: Layou
         value_dim=spec.value_dim,
         itemsize=spec.dtype.itemsize,
         memory_limit=settings.memory_limit,
+        head_groups=settings.head_groups,
     )
     check_plan(plan, layout)
     scale = spec.head_dim**-0.5 if settings.softmax_scale is None else float(settings.softmax_scale)
@@ -221,6 +227,7 @@ class ParallelAttention(nn.Module):
         keep_keys: bool = False,
         wide_reduce: bool = True,
         memory_limit: int | None = None,
+        head_groups: int | None = None,
     ) -> None:
         super().__init__()
         self.mesh = mesh
@@ -241,6 +248,7 @@ class ParallelAttention(nn.Module):
             "keep_keys": keep_keys,
             "wide_reduce": wide_reduce,
             "memory_limit": memory_limit,
+            "head_groups": head_groups,
         }
 
     def forward(

@@ -23,7 +23,8 @@ _CALLS = "compiled calls"
 _INPUTS = "Tensor q, Tensor k, Tensor v, Tensor? sinks, Tensor layout"
 _CONSTANTS = (
     "bool causal, int left, int right, int? chunk, float? softmax_scale, float? softcap, float dropout_p, "
-    "bool deterministic, str backend, str scheme, int? stages, bool wide_reduce, int? memory_limit, bool return_lse"
+    "bool deterministic, str backend, str scheme, int? stages, bool wide_reduce, int? memory_limit, "
+    "int? head_groups, bool return_lse"
 )
 
 
@@ -39,7 +40,7 @@ def attend(
     mask, (left, right) = settings.mask, settings.mask.window
     constants = (mask.causal, left, right, mask.chunk, settings.softmax_scale, settings.softcap, settings.dropout_p)
     constants += (settings.deterministic, settings.backend, settings.scheme, settings.stages)  # type: ignore[assignment]
-    constants += (settings.wide_reduce, settings.memory_limit, settings.return_lse)  # type: ignore[assignment]
+    constants += (settings.wide_reduce, settings.memory_limit, settings.head_groups, settings.return_lse)  # type: ignore[assignment]
     out, lse, *_ = _attend(q, k, v, sinks, layout._number, *constants)
     return out, lse
 
@@ -55,7 +56,7 @@ def reset_compiled_calls(layout: Layout) -> None:
 
 def _job(q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None, layout: Tensor, *constants: Any) -> Job:
     causal, left, right, chunk, scale, softcap, dropout_p, *rest = constants
-    deterministic, backend, scheme, stages, wide, memory_limit, lse = rest
+    deterministic, backend, scheme, stages, wide, memory_limit, head_groups, lse = rest
     settings = Settings(
         mask=Mask(causal, (left, right), chunk),
         softmax_scale=scale,
@@ -69,6 +70,7 @@ def _job(q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None, layout: Tensor, 
         keep_keys=False,
         wide_reduce=wide,
         memory_limit=memory_limit,
+        head_groups=head_groups,
         return_lse=lse,
     )
     return prepare(q, k, v, sinks, by_number(int(layout)), settings)
@@ -90,7 +92,8 @@ def _attend(q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None, layout: Tenso
         return out, lse, q.new_empty(0), lse.new_empty(0)
     if not job.return_lse:
         lse = lse.new_empty(q.shape[1], q.shape[0])
-    return out, lse, torch.cat([x.reshape(-1) for x in saved[:4]]), saved.lse.reshape(-1).clone()
+    flat = torch.cat([x.reshape(-1) for of in saved for x in of[:4]])
+    return out, lse, flat, torch.cat([of.lse.reshape(-1) for of in saved])
 
 
 @_attend.register_fake
@@ -114,7 +117,7 @@ def _attend_backward(
     """dq, dk, dv and the gradient of the sinks (of no element without them)."""
     q, k, v, sinks, *_ = inputs
     job = _job(*inputs)
-    kept = Saved(q.contiguous(), k.contiguous(), v.contiguous(), out, lse)
+    kept = [Saved(q.contiguous(), k.contiguous(), v.contiguous(), out, lse)]
     if job.plan.exchange is not None:
         kept = _unpacked(job, saved, saved_lse, q.shape[2], v.shape[2])
     with without_autocast(q):
@@ -122,16 +125,21 @@ def _attend_backward(
     return dq, dk, dv, dq.new_empty(0) if dsinks is None else dsinks
 
 
-def _unpacked(job: Job, saved: Tensor, saved_lse: Tensor, head_dim: int, value_dim: int) -> Saved:
+def _unpacked(job: Job, saved: Tensor, saved_lse: Tensor, head_dim: int, value_dim: int) -> list[Saved]:
+    """What was saved of each group of heads."""
     exchange = job.plan.exchange
     assert exchange is not None
-    share = exchange.heads[exchange.rank]
-    rows, queries, keys = exchange.position_rows, share.queries, len(share.keys)
-    heads = (queries, head_dim), (keys, head_dim), (keys, value_dim), (queries, value_dim)
-    shapes = [(rows, *pair) for pair in heads]
-    parts = saved.split([math.prod(shape) for shape in shapes])
-    q, k, v, out = (part.view(shape) for part, shape in zip(parts, shapes, strict=True))
-    return Saved(q, k, v, out, saved_lse.view(queries, rows))
+    rows, found = exchange.position_rows, []
+    for group in job.groups:
+        (first, last), (first_key, last_key) = exchange.share.group(group.group, exchange.groups)
+        queries, keys = last - first, last_key - first_key
+        heads = (queries, head_dim), (keys, head_dim), (keys, value_dim), (queries, value_dim)
+        shapes = [(rows, *pair) for pair in heads]
+        sizes = [math.prod(shape) for shape in shapes]
+        q, k, v, out = (x.view(shape) for x, shape in zip(saved[: sum(sizes)].split(sizes), shapes, strict=True))
+        found.append(Saved(q, k, v, out, saved_lse[: queries * rows].view(queries, rows)))
+        saved, saved_lse = saved[sum(sizes) :], saved_lse[queries * rows :]
+    return found
 
 
 @_attend_backward.register_fake

@@ -6,12 +6,15 @@ Every rank prices all ring positions from the same integers, so that all come to
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from ringattn.parallel.cost import PlanCost
+from ringattn.kernels.spec import Call
+from ringattn.parallel.cost import PlanCost, group_seconds
 from ringattn.parallel.demand import Demand
 from ringattn.parallel.pricing import Candidate, Price, Pricer, Setting
 
 RING_STAGES = 4  # of a ring that was asked for without a number
 PAIR_SHARE = 8  # without a limit: key rows in two buffers at a time, as a multiple of a rank's own
+HEAD_GROUPS = (1, 2, 4)
+GROUPS_GAIN = 0.01  # more groups are more launches, which the host may not have the time for
 # A ring rounds each query row several times, a gather once: it must be faster by this much to be taken instead.
 RING_GAIN = 0.02
 
@@ -58,6 +61,34 @@ def choose(demand: Demand, setting: Setting, options: Sequence[Candidate], memor
         reason = f"{why_first}; {why_last}"
     cost = PlanCost(first.slowest, last.slowest, max(first.most_bytes, last.most_bytes))
     return Choice(first.candidate, last.candidate, cost, f"{reason}; predicted for {setting.machine}")
+
+
+def choose_groups(setting: Setting, calls: Sequence[Call], asked: int | None) -> tuple[int, str]:
+    """In how many groups the heads of an exchange travel, and why; the same on all ranks of a position.
+
+    Arguments:
+        calls: of the position, all local.
+        asked: take so many instead of the fastest, or the next lower number into which heads part on every rank.
+    """
+    exchange = setting.exchange
+    assert exchange is not None
+
+    def fits(groups: int) -> bool:
+        return groups == 1 or all(share.parts_in(groups) for share in exchange.heads)
+
+    if asked is not None:
+        groups = next(count for count in range(asked, 0, -1) if fits(count))
+        return groups, f"heads in {groups} groups, as asked for"
+    priced = {
+        groups: group_seconds(setting.machine, exchange, calls, setting.shape, groups, setting.wide_reduce)
+        for groups in HEAD_GROUPS
+        if fits(groups)
+    }
+    best = min(priced, key=lambda groups: (priced[groups], groups))
+    if priced[best] > (1 - GROUPS_GAIN) * priced[1]:
+        best = 1
+    told = ", ".join(f"{groups}: {seconds * 1e3:.3f} ms" for groups, seconds in priced.items())
+    return best, f"heads in {best} groups ({told})" if len(priced) > 1 else f"heads in {best} group"
 
 
 def _pick(what: str, options: list[tuple[Price, ...]], memory_limit: int | None) -> tuple[tuple[Price, ...], str]:

@@ -263,34 +263,75 @@ def exchange_seconds(
     """Wire and copies of the exchange of heads in one pass, seconds.
 
     Queries, keys and values go there in one message and the output comes back; in the backward pass the output's
-    gradient goes there and those of queries, keys and values come back. Tokens' rows are packed before they leave, or
-    put together when they are back.
+    gradient goes there and those of queries, keys and values come back. Tokens' rows are packed before they leave, and
+    unpacked when they are back.
     """
     if exchange is None:
         return 0.0, 0.0
-    first = ring_rank * len(exchange.rows)
-    link_class = machine.link_class(first, first + len(exchange.rows) - 1)
-    queries, keys = (shape.head_dim * shape.itemsize, 0), (0, (shape.head_dim + shape.value_dim) * shape.itemsize)
-    values = (shape.value_dim * shape.itemsize, 0)  # out and its gradient: as many heads as queries
+    there, back = _messages(exchange, shape, backward, wide_reduce)
+    wire = sum(_message_seconds(machine, exchange, ring_rank, widths) for widths in (*there, *back))
+    copied = sum(exchange.own_rows * sum(_rank_widths(exchange, widths)) for widths in (*there, *back))
+    return wire, copy_seconds(machine, copied, len(there) + len(back))
+
+
+def group_seconds(
+    machine: Machine, exchange: Exchange, calls: Sequence[Call], shape: Shape, groups: int, wide_reduce: bool = True
+) -> float:
+    """Both passes of a plan without casts whose heads travel in groups: the first group's way there and the last one's
+    way back are waited for, the others' travel beside the kernels if those take long enough.
+
+    Arguments:
+        calls: of the whole pass.
+    """
+    own, total = shape.share(exchange), 0.0
+    part = replace(own, query_heads=own.query_heads // groups, key_heads=max(1, own.key_heads // groups))
+    table = BlockTable.of(calls)
+    for backward in (False, True):
+        kernels = groups * float(calls_seconds(machine, table, part, backward).sum())
+        there, back = _messages(exchange, shape, backward, wide_reduce, groups)
+        seconds = [_message_seconds(machine, exchange, 0, widths) for widths in (*there, *back)]
+        first, last = seconds[0], sum(seconds[len(there) + groups - 1 :])
+        beside = sum(seconds) - first - last
+        link = machine.links[machine.link_class(0, len(exchange.rows) - 1), "all_to_all"]
+        lost = max(0.0, beside - len(seconds) * link.latency) * link.bandwidth * link.disturbance
+        hidden = kernels * (groups - 1) / groups
+        summed = 0.0
+        if backward and groups > own.key_heads:
+            summed = merge_seconds(machine, groups * 3 * exchange.position_rows * own.wide_key_row_bytes, 3 * groups)
+        total += kernels + lost + first + last + max(0.0, beside - hidden) + summed
+    return total
+
+
+Widths = tuple[float, float]  # bytes of a query head and of a key head in a row of a message
+
+
+def _messages(
+    exchange: Exchange, shape: Shape, backward: bool, wide_reduce: bool, groups: int = 1
+) -> tuple[list[Widths], list[Widths]]:
+    """The messages of a pass there and back: keys come with the first group of heads, and their gradients go with the
+    last, or after it where gradients of a head's copies are added once they travelled."""
+    query, value = shape.head_dim * shape.itemsize / groups, shape.value_dim * shape.itemsize / groups
+    keys = (shape.head_dim + shape.value_dim) * shape.itemsize
     if not backward:
-        messages = [_both(queries, keys), values]
-    elif exchange.copied_keys and wide_reduce:  # the gradients of a head's copies are added after they travelled
-        messages = [values, queries, (0, (shape.head_dim + shape.value_dim) * shape.wide)]
-    else:
-        messages = [values, _both(queries, keys)]
-    wire = copies = 0.0
-    for of_queries, of_keys in messages:
-        widths = [share.queries * of_queries + len(share.keys) * of_keys for share in exchange.heads]
-        mine = widths[exchange.rank]
-        sent, received = exchange.own_rows * (sum(widths) - mine), (exchange.position_rows - exchange.own_rows) * mine
-        wire += transfer_seconds(machine, max(sent, received), link_class, "all_to_all")
-        copies += copy_seconds(machine, exchange.own_rows * sum(widths), (of_queries > 0) + 2 * (of_keys > 0))
-    return wire, copies
+        return [(query, keys), *[(query, 0.0)] * (groups - 1)], [(value, 0.0)] * groups
+    there: list[Widths] = [(value, 0.0)] * groups
+    if exchange.copied_keys and wide_reduce:
+        return there, [*[(query, 0.0)] * groups, (0.0, float((shape.head_dim + shape.value_dim) * shape.wide))]
+    return there, [*[(query, 0.0)] * (groups - 1), (query, keys)]
 
 
-def _both(a: tuple[int, int], b: tuple[int, int]) -> tuple[int, int]:
-    """Bytes of a query head and of a key head per row, of two tensors in one message."""
-    return a[0] + b[0], a[1] + b[1]
+def _rank_widths(exchange: Exchange, widths: Widths) -> list[float]:
+    """Bytes of a row of each rank's heads."""
+    return [share.queries * widths[0] + len(share.keys) * widths[1] for share in exchange.heads]
+
+
+def _message_seconds(machine: Machine, exchange: Exchange, ring_rank: int, widths: Widths) -> float:
+    first = ring_rank * len(exchange.rows)
+    by_rank = _rank_widths(exchange, widths)
+    mine = by_rank[exchange.rank]
+    sent, received = exchange.own_rows * (sum(by_rank) - mine), (exchange.position_rows - exchange.own_rows) * mine
+    link_class = machine.link_class(first, first + len(exchange.rows) - 1)
+    return transfer_seconds(machine, max(sent, received), link_class, "all_to_all")
 
 
 def rank_cost(machine: Machine, plan: AttentionPlan, shape: Shape, primitive: str = "p2p") -> PlanCost:

@@ -13,10 +13,11 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from ringattn.kernels.merge import apply_sinks_, sinks_grad
-from ringattn.parallel.plan import AttentionPlan, Exchange
+from ringattn.parallel.plan import Exchange
+from ringattn.parallel.rows import Accumulator
 from ringattn.parallel.stages import Job, Saved, Steps, T, backward_stages, forward_stages
 from ringattn.parallel.transport import Transport
-from ringattn.parallel.ulysses import Columns, joined, to_heads, to_tokens
+from ringattn.parallel.ulysses import Columns, Returning, joined, to_heads, to_tokens
 
 
 def together(passes: Sequence[Steps[T]]) -> list[T]:
@@ -56,7 +57,7 @@ class _Attention(torch.autograd.Function):
         with without_autocast(q):
             ((out, lse, saved, kept),) = together([forward_pass(job, q, k, v, sinks, keep)])
         ctx.job = job
-        ctx.save_for_backward(*saved, sinks, *kept)
+        ctx.save_for_backward(sinks, *(x for of in saved for x in of), *kept)
         ctx.mark_non_differentiable(lse)
         ctx.set_materialize_grads(False)
         return out, lse
@@ -66,100 +67,142 @@ class _Attention(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         if grads[0] is None:  # out was not used; see `run`
             return None, None, None, None, None
-        q, k, v, out, lse, sinks, *kept = ctx.saved_tensors
-        with without_autocast(out):
-            (found,) = together([backward_pass(ctx.job, grads[0], Saved(q, k, v, out, lse), sinks, kept)])
+        sinks, *tensors = ctx.saved_tensors
+        saved = [Saved(*tensors[5 * number : 5 * number + 5]) for number in range(len(ctx.job.groups))]
+        with without_autocast(grads[0]):
+            (found,) = together([backward_pass(ctx.job, grads[0], saved, sinks, tensors[5 * len(saved) :])])
         return *found, None
 
 
 def forward_pass(
     job: Job, q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None, keep: bool
-) -> Steps[tuple[Tensor, Tensor, Saved, list[Tensor]]]:
-    """Local out (t, H, V) and lse (H, t), what the backward pass needs, and the cast keys if they are to be kept."""
+) -> Steps[tuple[Tensor, Tensor, list[Saved], list[Tensor]]]:
+    """Local out (t, H, V) and lse (H, t), what the backward pass needs of each group of heads, and the cast keys if
+    they are to be kept."""
     q, k, v = q.contiguous(), k.contiguous(), v.contiguous()
-    exchange, ulysses = job.plan.exchange, job.ulysses
-    if exchange is not None and ulysses is not None:
-        arriving = to_heads([q], [k, v], exchange, ulysses)
-        yield
-        q, k, v = arriving.wait()
+    if job.plan.exchange is not None and job.ulysses is not None:
+        return (yield from _exchanged_forward(job, job.plan.exchange, job.ulysses, (q, k, v), sinks, keep))
     out, lse, kept = yield from forward_stages(job, q, k, v, keep)
     if sinks is not None:
-        apply_sinks_(out, lse, _own_sinks(sinks, job.plan))
-    saved = Saved(q, k, v, out, lse)
-    if exchange is None or ulysses is None:
-        return out, lse, saved, kept
-    tokens, heads, local_lse = exchange.own_rows, job.query_heads, lse
-    returning = to_tokens(out.flatten(1), [Columns("query", out.shape[2])], exchange, ulysses)
-    with_lse = to_tokens(lse.T, [Columns("query", 1)], exchange, ulysses) if job.return_lse else None
+        apply_sinks_(out, lse, sinks)
+    return out, lse, [Saved(q, k, v, out, lse)], kept
+
+
+def _exchanged_forward(
+    job: Job,
+    exchange: Exchange,
+    ulysses: Transport,
+    tensors: tuple[Tensor, Tensor, Tensor],
+    sinks: Tensor | None,
+    keep: bool,
+) -> Steps[tuple[Tensor, Tensor, list[Saved], list[Tensor]]]:
+    """While a group of heads is computed the queries of the next arrive and the output of the last leaves."""
+    q, k, v = tensors
+    arriving = to_heads([q], [k, v], exchange, ulysses)
+    saved, returning = [], []
+    keys: list[Tensor] = []
+    kept: list[Tensor] = []
+    for group in job.groups:
+        yield
+        queries, *first = arriving.wait()
+        keys = first or keys
+        if group.group + 1 < exchange.groups:
+            arriving = to_heads([q], [], exchange, ulysses, group.group + 1)
+        own = [x[:, slice(*exchange.share.group(group.group, exchange.groups)[1])] for x in keys]
+        out, lse, kept = yield from forward_stages(group, queries, own[0], own[1], keep)
+        if sinks is not None:
+            apply_sinks_(out, lse, sinks[slice(*group.heads)])
+        saved.append(Saved(queries, own[0], own[1], out, lse))
+        back = [to_tokens(out.flatten(1), [Columns("query", out.shape[2])], exchange, ulysses, group.group)]
+        if job.return_lse:
+            back.append(to_tokens(lse.T, [Columns("query", 1)], exchange, ulysses, group.group))
+        returning.append(back)
     yield
-    local_out = out.new_empty(tokens, heads, out.shape[2])
-    returning.wait([local_out])
-    if with_lse is not None:
-        rows = lse.new_empty(tokens, heads, 1)
-        with_lse.wait([rows])
-        local_lse = rows.squeeze(-1).T
-    return local_out, local_lse, saved, kept
+    local_out = q.new_empty(exchange.own_rows, job.query_heads, v.shape[2])
+    local_lse = lse.new_empty(exchange.own_rows, job.query_heads, 1) if job.return_lse else None
+    for back in returning:
+        for one, target in zip(back, (local_out, local_lse), strict=False):
+            assert target is not None
+            one.wait([target])
+    return local_out, lse if local_lse is None else local_lse.squeeze(-1).T, saved, kept
 
 
 def backward_pass(
-    job: Job, dout: Tensor, saved: Saved, sinks: Tensor | None, kept: list[Tensor]
+    job: Job, dout: Tensor, saved: Sequence[Saved], sinks: Tensor | None, kept: list[Tensor]
 ) -> Steps[tuple[Tensor, Tensor, Tensor, Tensor | None]]:
     """dq (t, H, D), dk (t, K, D), dv (t, K, V) of the local tokens and the gradient of the sinks (H,)."""
     dout = dout.contiguous()
-    exchange, ulysses = job.plan.exchange, job.ulysses
-    if exchange is None or ulysses is None:
-        dsinks = None if sinks is None else sinks_grad(dout, saved.out, saved.lse, sinks)
-        found = yield from backward_stages(job.backward, dout, saved, kept, [torch.empty_like(x) for x in saved[:3]])
-        dq, dk, dv = (grad.finish() for grad in found)
-        return dq, dk, dv, dsinks
-    arriving = to_heads([dout], [], exchange, ulysses)
-    yield
-    (dout,) = arriving.wait()
-    dsinks = None
-    if sinks is not None:
-        dsinks = _all_sinks(sinks_grad(dout, saved.out, saved.lse, _own_sinks(sinks, job.plan)), job)
-    dq, dk, dv = yield from _exchanged_backward(job, exchange, ulysses, dout, saved, kept)
+    if job.plan.exchange is not None and job.ulysses is not None:
+        return (yield from _exchanged_backward(job, job.plan.exchange, job.ulysses, dout, saved, sinks, kept))
+    (of,) = saved
+    dsinks = None if sinks is None else sinks_grad(dout, of.out, of.lse, sinks)
+    found = yield from backward_stages(job.backward, dout, of, kept, [torch.empty_like(x) for x in of[:3]])
+    dq, dk, dv = (grad.finish() for grad in found)
     return dq, dk, dv, dsinks
 
 
 def _exchanged_backward(
-    job: Job, exchange: Exchange, ulysses: Transport, dout: Tensor, saved: Saved, kept: list[Tensor]
-) -> Steps[list[Tensor]]:
-    """Gradients of this rank's heads, (n, H, V) of out given, brought back to its tokens."""
-    head_dim, value_dim = saved.k.shape[2], saved.v.shape[2]
+    job: Job,
+    exchange: Exchange,
+    ulysses: Transport,
+    dout: Tensor,
+    saved: Sequence[Saved],
+    sinks: Tensor | None,
+    kept: list[Tensor],
+) -> Steps[tuple[Tensor, Tensor, Tensor, Tensor | None]]:
+    """While a group of heads is computed the output's gradient of the next arrives and that of the last's queries
+    leaves. Gradients of keys leave with the last, or after it if they are wider."""
+    head_dim, value_dim = saved[0].k.shape[2], saved[0].v.shape[2]
     queries, keys = [Columns("query", head_dim)], [Columns("key", head_dim), Columns("key", value_dim)]
-    shapes = (job.query_heads, head_dim), (job.key_heads, head_dim), (job.key_heads, value_dim)
-    grads = [dout.new_empty(exchange.own_rows, *shape) for shape in shapes]
-    if job.plan.sums_copies:
-        message, rows = joined(queries, dout, exchange, ulysses)
-        rows += [torch.empty_like(x) for x in saved[1:3]]
-        dq, dk, dv = yield from backward_stages(job.backward, dout, saved, kept, rows)
+    dsinks = None if sinks is None else torch.zeros_like(sinks)  # of other ranks' heads; it is summed over the ranks
+    arriving = to_heads([dout], [], exchange, ulysses)
+    returning: list[tuple[Returning, int, int]] = []  # what travels, and which of the gradients it fills
+    totals: list[Tensor] = []
+    for group, of in zip(job.groups, saved, strict=True):
+        yield
+        (own_dout,) = arriving.wait()
+        number = group.group
+        if number + 1 < exchange.groups:
+            arriving = to_heads([dout], [], exchange, ulysses, number + 1)
+        if sinks is not None and dsinks is not None:
+            heads = slice(*group.heads)
+            dsinks[heads] = sinks_grad(own_dout, of.out, of.lse, sinks[heads])
+        with_keys = number + 1 == exchange.groups and not job.plan.sums_copies
+        columns = queries + keys if with_keys else queries
+        message, rows = joined(columns, dout, exchange, ulysses, number)
+        direct = with_keys and exchange.groups == 1  # kernels write where the gradients leave from
+        targets = rows if direct else [rows[0], *(torch.empty_like(x) for x in of[1:3])]
+        dq, *grads = yield from backward_stages(group.backward, own_dout, of, kept, targets)
         dq.finish()
-        wide = torch.cat([dk.sums(True).flatten(1), dv.sums(True).flatten(1)], 1)
-        returning = [to_tokens(message, queries, exchange, ulysses), to_tokens(wide, keys, exchange, ulysses)]
-        targets = [grads[:1], grads[1:]]
-    else:
-        message, rows = joined(queries + keys, dout, exchange, ulysses)
-        found = yield from backward_stages(job.backward, dout, saved, kept, rows)
-        for grad in found:
-            grad.finish()
-        returning, targets = [to_tokens(message, queries + keys, exchange, ulysses)], [grads]
+        if direct:
+            for grad in grads:
+                grad.finish()
+        else:
+            totals = _added(totals, group, grads)
+            for target, total in zip(rows[1:], totals, strict=False):
+                target.copy_(total)
+        returning.append((to_tokens(message, columns, exchange, ulysses, number), 0, len(columns)))
+    if job.plan.sums_copies:
+        wide = torch.cat([total.flatten(1) for total in totals], 1)
+        returning.append((to_tokens(wide, keys, exchange, ulysses), 1, 3))
     yield
-    for one, some in zip(returning, targets, strict=True):
-        one.wait(some)
-    return grads
+    shapes = (job.query_heads, head_dim), (job.key_heads, head_dim), (job.key_heads, value_dim)
+    found = [dout.new_empty(exchange.own_rows, *shape) for shape in shapes]
+    for one, first, last in returning:
+        one.wait(found[first:last])
+    return found[0], found[1], found[2], dsinks
 
 
-def _own_sinks(sinks: Tensor, plan: AttentionPlan) -> Tensor:
-    if plan.exchange is None:
-        return sinks
-    return sinks[slice(*plan.exchange.heads[plan.exchange.rank].query)]
-
-
-def _all_sinks(grad: Tensor, job: Job) -> Tensor:
-    """Gradient of all heads' sinks, 0 for the heads of other ranks: like a weight's, it is summed over the ranks."""
-    if job.plan.exchange is None:
-        return grad
-    full = grad.new_zeros(job.query_heads)
-    full[slice(*job.plan.exchange.heads[job.plan.exchange.rank].query)] = grad
-    return full
+def _added(totals: list[Tensor], group: Job, grads: Sequence[Accumulator]) -> list[Tensor]:
+    """Gradients of all the rank's key heads, in the precision of sums, with those of a group of query heads added."""
+    exchange = group.plan.exchange
+    assert exchange is not None
+    if exchange.groups == 1:
+        return [grad.sums(True) for grad in grads]
+    if not totals:
+        shapes = [(len(grad.rows), len(exchange.share.keys), grad.rows.shape[2]) for grad in grads]
+        totals = [grad.rows.new_zeros(shape, dtype=grad.dtype) for grad, shape in zip(grads, shapes, strict=True)]
+    first, last = exchange.share.group(group.group, exchange.groups)[1]
+    for total, grad in zip(totals, grads, strict=True):
+        total[:, first:last] += grad.sums(True)
+    return totals

@@ -29,7 +29,7 @@ class Shape:
         """What one rank computes: after the exchange its own heads."""
         if exchange is None:
             return self
-        heads = exchange.heads[exchange.rank]
+        heads = exchange.share
         return replace(self, query_heads=heads.queries, key_heads=len(heads.keys))
 
     @property
@@ -189,14 +189,40 @@ class HeadShare:
     def queries(self) -> int:
         return self.query[1] - self.query[0]
 
+    def group(self, number: int, groups: int) -> tuple[Range, Range]:
+        """Local query heads of one of several equal groups, and the local key heads that they read."""
+        queries, keys = self.queries, len(self.keys)
+        first, last = number * queries // groups, (number + 1) * queries // groups
+        return (first, last), (first * keys // max(queries, 1), -(-last * keys // max(queries, 1)))
+
+    def parts_in(self, groups: int) -> bool:
+        """Whether equal groups are calls of a kernel: whole key heads, or equal parts of one each."""
+        keys = len(self.keys)
+        return self.queries % groups == 0 and keys > 0 and (keys % groups == 0 or groups % keys == 0)
+
 
 @dataclass(frozen=True)
 class Exchange:
-    """The Ulysses all-to-all: each rank's run of a position's rows against each rank's share of the heads."""
+    """The Ulysses all-to-all: each rank's run of a position's rows against each rank's share of the heads.
+
+    The heads of a rank come and go in `groups`, so that one group travels while another is computed; all keys come with
+    the first, and their gradients go with the last.
+    """
 
     rows: tuple[Range, ...]
     heads: tuple[HeadShare, ...]
     rank: int
+    groups: int = 1
+
+    @property
+    def share(self) -> HeadShare:
+        """This rank's."""
+        return self.heads[self.rank]
+
+    @cached_property
+    def split_keys(self) -> bool:
+        """Whether a key head is read by several groups, so that its gradient is a sum."""
+        return any(self.groups > len(share.keys) for share in self.heads)
 
     @cached_property
     def copied_keys(self) -> bool:
@@ -264,12 +290,23 @@ class AttentionPlan:
     @property
     def adds_grads(self) -> bool:
         """Whether gradients have several parts somewhere, to be added up."""
-        return self.shared_q != (0, 0) or self.shared_k != (0, 0) or len(self.stages) > 1 or self.sums_copies
+        return (
+            self.shared_q != (0, 0)
+            or self.shared_k != (0, 0)
+            or len(self.stages) > 1
+            or self.sums_copies
+            or self.sums_groups
+        )
 
     @property
     def sums_copies(self) -> bool:
         """Whether gradients of a key head's copies are added, in float32, after they were exchanged."""
         return self.exchange is not None and self.exchange.copied_keys and self.wide_reduce
+
+    @property
+    def sums_groups(self) -> bool:
+        """Whether gradients of a key head are added over groups of heads."""
+        return self.exchange is not None and self.exchange.groups > 1 and self.exchange.split_keys
 
     @property
     def received_rows(self) -> int:

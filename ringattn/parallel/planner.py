@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, replace
 from ringattn.kernels.spec import Block, Range
 from ringattn.mask import Band, Mask
 from ringattn.parallel.blocks import Piece, blocks_of, group_calls, join_full, shared_rows
-from ringattn.parallel.choice import candidates, choose
+from ringattn.parallel.choice import candidates, choose, choose_groups
 from ringattn.parallel.cost import Machine
 from ringattn.parallel.demand import Demand
 from ringattn.parallel.held import Held
@@ -37,6 +37,7 @@ def plan_attention(
     itemsize: int = 2,
     memory_limit: int | None = None,
     machine: Machine | None = None,
+    head_groups: int | None = None,
 ) -> AttentionPlan:
     """The plan of this rank for one attention; kept with the layout, since every layer asks for the same.
 
@@ -49,15 +50,19 @@ def plan_attention(
         head_dim, value_dim, itemsize: of queries and keys, of values (default: the same), bytes per element.
         memory_limit: bytes that the buffers of a rank may take, by the estimate for all ranks.
         machine: whose speed is predicted, the same on all ranks; default: the mesh's, else the shipped H200.
+        head_groups: in how many groups heads are exchanged (with ring = 1), so that one travels while another is
+            computed; fewer where heads do not part equally. Default: what is predicted to be fastest.
 
     Raises ValueError naming the argument, with the numbers; on every rank or on none.
     """
     check_scheme(scheme, layout.mesh, stages)
     if memory_limit is not None and (not isinstance(memory_limit, int) or memory_limit < 0):
         raise ValueError(f"memory_limit must be None or a number of bytes >= 0, got {memory_limit!r}")
+    if head_groups is not None and (not isinstance(head_groups, int) or head_groups < 1):
+        raise ValueError(f"head_groups must be None or an integer >= 1, got {head_groups!r}")
     shape = Shape(query_heads, key_heads, head_dim, value_dim or head_dim, itemsize)
     machine = machine or layout.mesh.machine or SHIPPED["H200"]
-    key = (mask, shape, scheme, stages, keep_keys, wide_reduce, memory_limit, machine.digest)
+    key = (mask, shape, scheme, stages, keep_keys, wide_reduce, memory_limit, machine.digest, head_groups)
     if key not in layout._plans:
         setting = Setting(
             machine=machine,
@@ -66,12 +71,18 @@ def plan_attention(
             keep_keys=keep_keys,
             wide_reduce=wide_reduce,
         )
-        layout._plans[key] = _plan(layout, mask, setting, scheme, stages, memory_limit)
+        layout._plans[key] = _plan(layout, mask, setting, scheme, stages, memory_limit, head_groups)
     return layout._plans[key]
 
 
 def _plan(
-    layout: Layout, mask: Mask, setting: Setting, scheme: str, stages: int | None, memory_limit: int | None
+    layout: Layout,
+    mask: Mask,
+    setting: Setting,
+    scheme: str,
+    stages: int | None,
+    memory_limit: int | None,
+    head_groups: int | None,
 ) -> AttentionPlan:
     mesh, shape = layout.mesh, setting.shape
     held_key = ("held", mask.chunk)
@@ -84,12 +95,18 @@ def _plan(
     asked = f'scheme="{scheme}" was asked for: ' if len(options) == 1 and mesh.ring > 1 else ""
     plans = [plan_ring(held, demand, mesh.ring_rank, one) for one in dict.fromkeys((choice.forward, choice.backward))]
     exchange = None
+    reason = asked + choice.reason
     if setting.exchange is not None:
-        exchange = exchange_plan(layout.deal(mesh.ring_rank), shape.query_heads, shape.key_heads, mesh.ulysses_rank)
+        heads = shape.query_heads, shape.key_heads
+        exchange = exchange_plan(layout.deal(mesh.ring_rank), *heads, mesh.ulysses_rank)
+        if mesh.ring == 1:
+            groups, why = choose_groups(setting, plans[0].stages[0].calls, head_groups)
+            exchange = exchange_plan(layout.deal(0), *heads, mesh.ulysses_rank, groups)
+            reason = f"{reason}; {why}"
     plans = [
         replace(plan, exchange=exchange, keep_keys=setting.keep_keys, wide_reduce=setting.wide_reduce) for plan in plans
     ]
-    return replace(plans[0], backward=plans[1] if len(plans) > 1 else None, reason=asked + choice.reason)
+    return replace(plans[0], backward=plans[1] if len(plans) > 1 else None, reason=reason)
 
 
 def check_scheme(scheme: str, mesh: MeshShape, stages: int | None = None) -> None:

@@ -38,6 +38,22 @@ class Job:
     query_heads: int
     key_heads: int
     return_lse: bool = False
+    group: int = 0  # of the heads of an exchange
+
+    @property
+    def heads(self) -> Range:
+        """The query heads that are computed here, of the model's."""
+        exchange = self.plan.exchange
+        if exchange is None:
+            return 0, self.query_heads
+        first, last = exchange.share.group(self.group, exchange.groups)[0]
+        return exchange.share.query[0] + first, exchange.share.query[0] + last
+
+    @cached_property
+    def groups(self) -> "tuple[Job, ...]":
+        """The same for each group of heads."""
+        count = 1 if self.plan.exchange is None else self.plan.exchange.groups
+        return tuple(replace(self, group=group) for group in range(count))
 
     @cached_property
     def backward(self) -> "Job":
@@ -113,8 +129,8 @@ def backward_stages(
     plan, (q, k, v, out, lse) = job.plan, saved
     forward = dout, q, out, lse
     local, *later = plan.stages
-    # Gradients of a head's copies are added after the exchange: they must not be rounded before.
-    shared_k = (0, plan.rows) if job.adds and plan.sums_copies else plan.shared_k
+    # Gradients of a head's copies are added after the exchange, or after all groups: they must not be rounded before.
+    shared_k = (0, plan.rows) if job.adds and (plan.sums_copies or plan.sums_groups) else plan.shared_k
     dq = Accumulator(rows[0], plan.shared_q, plan.uncovered)
     dk, dv = (Accumulator(x, shared_k, plan.unread) for x in rows[1:])
     pairs, casts = iter(zip(kept[::2], kept[1::2], strict=True)), _casts(job, k, v)
@@ -182,11 +198,10 @@ def _options(job: Job, stage: Stage, call: Call) -> Options:
     """The options of one call: with dropout also where its rows are in the global stream."""
     if job.dropout is None:
         return job.options
-    plan, exchange = job.plan, job.plan.exchange
+    plan = job.plan
     keys = plan if stage is plan.stages[0] else stage
     q_index, k_index = (_indices(of, job.device)[slice(*rows)] for of, rows in ((plan, call.q), (keys, call.k)))
-    first_head = 0 if exchange is None else exchange.heads[exchange.rank].query[0]
-    return replace(job.options, dropout=Dropout(*job.dropout, q_index, k_index, first_head))
+    return replace(job.options, dropout=Dropout(*job.dropout, q_index, k_index, job.heads[0]))
 
 
 def _indices(of: AttentionPlan | Stage, device: torch.device) -> Tensor:

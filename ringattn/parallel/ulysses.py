@@ -8,6 +8,7 @@ Legend: t local tokens, n tokens of the ring position, H query heads, K key head
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import accumulate, pairwise
 from typing import NamedTuple
 
@@ -19,12 +20,17 @@ from ringattn.parallel.plan import Exchange, HeadShare, Route
 from ringattn.parallel.transport import Pending, Transport
 
 
-def exchange_plan(rows: tuple[Range, ...], query_heads: int, key_heads: int, rank: int) -> Exchange:
-    """Deal `query_heads` over the ranks as evenly as whole heads allow, each with the key heads that they read."""
+def exchange_plan(rows: tuple[Range, ...], query_heads: int, key_heads: int, rank: int, groups: int = 1) -> Exchange:
+    """Deal `query_heads` over the ranks as evenly as whole heads allow, each with the key heads that they read.
+
+    Arguments:
+        groups: at most so many groups of heads travel apart; fewer where heads do not part equally on every rank.
+    """
     ranks = len(rows)
     bounds = [-(-index * query_heads // ranks) for index in range(ranks + 1)]
     heads = tuple(_share(bounds, query_heads // key_heads) for bounds in pairwise(bounds))
-    return Exchange(rows, heads, rank)
+    fitting = (count for count in range(groups, 1, -1) if all(share.parts_in(count) for share in heads))
+    return Exchange(rows, heads, rank, next(fitting, 1))
 
 
 def _share(query: Range, group: int) -> HeadShare:
@@ -44,7 +50,7 @@ class Arriving:
     pending: Pending
     rows: Tensor  # (n, elements)
     counts: list[int]
-    dims: tuple[int, ...]
+    dims: list[int]
 
     def wait(self) -> list[Tensor]:
         """The tensors, (n, this rank's heads, D) each, as views of one buffer."""
@@ -52,76 +58,120 @@ class Arriving:
         return _columns(self.rows, self.counts, self.dims)
 
 
-def to_heads(queries: Sequence[Tensor], keys: Sequence[Tensor], exchange: Exchange, transport: Transport) -> Arriving:
-    """This rank's tokens on their way to the heads of all tokens. Collective over the ulysses axis.
+def to_heads(
+    queries: Sequence[Tensor], keys: Sequence[Tensor], exchange: Exchange, transport: Transport, group: int = 0
+) -> Arriving:
+    """This rank's tokens on their way to a group of the heads of all tokens. Collective over the ulysses axis.
 
     Arguments:
-        queries: (t, H, D) each -> (n, h, D).
-        keys: (t, K, D) each -> (n, c, D); a key head goes to every rank that reads it.
+        queries: (t, H, D) each -> (n, heads of the group, D).
+        keys: (t, K, D) each -> (n, c, D), all key heads of a rank; one goes to every rank that reads it.
     """
     tensors = [*queries, *keys]
-    plan = _sending(exchange, ("query",) * len(queries) + ("key",) * len(keys), tuple(x.shape[2] for x in tensors))
+    columns = [Columns("query", x.shape[2]) for x in queries] + [Columns("key", x.shape[2]) for x in keys]
+    plan = _message(exchange, tuple(columns), group).sending
     send = transport.buffer(plan.route, tensors[0])
     pack_heads(tensors, send, plan.slots)
     rows = send.new_empty(exchange.position_rows, plan.width)
-    return Arriving(transport.exchange(send, rows.view(-1), plan.route), rows, plan.counts, plan.dims)
-
-
-class _Sending(NamedTuple):
-    """How tokens' heads travel: the route in elements, and where each head of each tensor goes in the message."""
-
-    slots: Slots
-    route: Route
-    width: int  # of a row that arrives
-    counts: list[int]  # heads of each tensor in it
-    dims: tuple[int, ...]
-
-
-def _sending(exchange: Exchange, of: tuple[str, ...], dims: tuple[int, ...]) -> _Sending:
-    """Kept with the exchange: every layer of a step sends alike."""
-    kept: dict[tuple[object, ...], _Sending] = exchange.__dict__.setdefault("_sendings", {})
-    if (of, dims) not in kept:
-        kept[of, dims] = _planned_sending(exchange, of, dims)
-    return kept[of, dims]
-
-
-def _planned_sending(exchange: Exchange, of: tuple[str, ...], dims: tuple[int, ...]) -> _Sending:
-    heads = [[range(*share.query) if one == "query" else share.keys for one in of] for share in exchange.heads]
-    columns = [[0, *accumulate(len(one) * dim for one, dim in zip(part, dims, strict=True))] for part in heads]
-    widths = [ends[-1] for ends in columns]
-    own, mine = exchange.own_rows, widths[exchange.rank]
-    starts = [0, *accumulate(own * width for width in widths)]
-    slots = tuple(
-        Slot(number, head, starts[rank] + columns[rank][number] + local * dim, widths[rank])
-        for rank, per_rank in enumerate(heads)
-        for number, dim in enumerate(dims)
-        for local, head in enumerate(per_rank[number])
-    )
-    counts = [stop - start for start, stop in exchange.rows]
-    before = sum(widths[: exchange.rank])
-    route = Route(
-        sends=tuple(own * width for width in widths),
-        receives=tuple(rows * mine for rows in counts),
-        there=tuple(rows * before for rows in counts),
-        most=max(counts) * sum(widths),
-    )
-    return _Sending(Slots(slots), route, mine, [len(one) for one in heads[exchange.rank]], dims)
+    return Arriving(transport.exchange(send, rows.view(-1), plan.route), rows, plan.counts, [d for _, d in columns])
 
 
 class Columns(NamedTuple):
-    """What a row for `to_tokens` holds of each tensor: "query" or "key" heads, and their dim."""
+    """What a row of a message holds of each tensor: "query" heads (of a group) or "key" heads, and their dim."""
 
     of: str
     dim: int
 
 
+class _Way(NamedTuple):
+    """One direction of a message: the route in elements, where each head of each tensor is in what a rank packs or
+    unpacks, the width of a row of this rank's heads, and how many heads of each tensor are in it."""
+
+    route: Route
+    slots: Slots
+    width: int
+    counts: list[int]
+
+
+@dataclass(frozen=True)
+class _Message:
+    """How some heads travel. Kept with the exchange: every layer of a step sends alike."""
+
+    exchange: Exchange
+    heads: list[list[Sequence[int]]]  # of each rank, of each tensor
+    dims: tuple[int, ...]
+
+    @cached_property
+    def starts(self) -> list[list[int]]:
+        """Of each rank: where each tensor begins in a row of its heads; the last number is the row's width."""
+        return [
+            [0, *accumulate(len(one) * dim for one, dim in zip(per_rank, self.dims, strict=True))]
+            for per_rank in self.heads
+        ]
+
+    @cached_property
+    def widths(self) -> list[int]:
+        return [starts[-1] for starts in self.starts]
+
+    @cached_property
+    def sending(self) -> _Way:
+        """From a rank's tokens to all ranks' heads."""
+        exchange = self.exchange
+        rows, before = [stop - start for start, stop in exchange.rows], sum(self.widths[: exchange.rank])
+        return self._way(
+            Route(
+                sends=tuple(exchange.own_rows * width for width in self.widths),
+                receives=tuple(count * self.widths[exchange.rank] for count in rows),
+                there=tuple(count * before for count in rows),
+                most=max(rows) * sum(self.widths),
+            )
+        )
+
+    @cached_property
+    def returning(self) -> _Way:
+        """From a rank's heads to all ranks' tokens."""
+        exchange, mine = self.exchange, self.widths[self.exchange.rank]
+        return self._way(
+            Route(
+                sends=tuple((stop - start) * mine for start, stop in exchange.rows),
+                receives=tuple(exchange.own_rows * width for width in self.widths),
+                there=tuple(exchange.rows[exchange.rank][0] * width for width in self.widths),
+                most=exchange.position_rows * max(self.widths),
+            )
+        )
+
+    def _way(self, route: Route) -> _Way:
+        """Both ways a rank's own tokens lie by rank, each with the rank's heads side by side."""
+        begins = [0, *accumulate(self.exchange.own_rows * width for width in self.widths)]
+        slots = tuple(
+            Slot(number, head, begins[rank] + self.starts[rank][number] + local * dim, self.widths[rank])
+            for rank, per_rank in enumerate(self.heads)
+            for number, dim in enumerate(self.dims)
+            for local, head in enumerate(per_rank[number])
+        )
+        mine = self.exchange.rank
+        return _Way(route, Slots(slots), self.widths[mine], [len(one) for one in self.heads[mine]])
+
+
+def _message(exchange: Exchange, columns: tuple[Columns, ...], group: int) -> _Message:
+    kept: dict[object, _Message] = exchange.__dict__.setdefault("_messages", {})
+    if (columns, group) not in kept:
+        heads: list[list[Sequence[int]]] = []
+        for share in exchange.heads:
+            first, last = share.group(group, exchange.groups)[0]
+            queries = range(share.query[0] + first, share.query[0] + last)
+            heads.append([queries if of == "query" else share.keys for of, _ in columns])
+        kept[columns, group] = _Message(exchange, heads, tuple(dim for _, dim in columns))
+    return kept[columns, group]
+
+
 def joined(
-    columns: Sequence[Columns], like: Tensor, exchange: Exchange, transport: Transport
+    columns: Sequence[Columns], like: Tensor, exchange: Exchange, transport: Transport, group: int = 0
 ) -> tuple[Tensor, list[Tensor]]:
     """A message buffer (n, elements) for the next `to_tokens`, and its columns (n, this rank's heads, dim) each."""
-    plan = _returning(exchange, tuple(columns))
-    rows = transport.buffer(plan.route, like).view(exchange.position_rows, plan.width)
-    return rows, _columns(rows, plan.counts, [dim for _, dim in columns])
+    way = _message(exchange, tuple(columns), group).returning
+    rows = transport.buffer(way.route, like).view(exchange.position_rows, way.width)
+    return rows, _columns(rows, way.counts, [dim for _, dim in columns])
 
 
 @dataclass(frozen=True)
@@ -133,59 +183,25 @@ class Returning:
     slots: Slots
 
     def wait(self, targets: Sequence[Tensor]) -> None:
-        """Fill (t, all heads, dim) of each tensor; gradients of a head's copies are added in the order of ranks."""
+        """Fill the heads that travelled of each tensor (t, all heads, dim); gradients of a head's copies are added in
+        the order of ranks."""
         self.pending.wait()
         unpack_heads(self.received, targets, self.slots)
 
 
-def to_tokens(rows: Tensor, columns: Sequence[Columns], exchange: Exchange, transport: Transport) -> Returning:
-    """The way back: this rank's heads of all tokens to all heads of this rank's tokens. Collective over the axis.
+def to_tokens(
+    rows: Tensor, columns: Sequence[Columns], exchange: Exchange, transport: Transport, group: int = 0
+) -> Returning:
+    """The way back: this rank's heads of all tokens to all ranks' heads of its tokens. Collective over the axis.
 
     Arguments:
         rows: (n, elements): a message buffer that `joined` gave, or any other tensor, which may have to be copied.
         columns: what they hold.
     """
-    plan = _returning(exchange, tuple(columns))
-    received = rows.new_empty(plan.route.received)
-    message = transport.message(rows.contiguous().view(-1), plan.route)
-    return Returning(transport.exchange(message, received, plan.route), received, plan.slots)
-
-
-class _Returning(NamedTuple):
-    """The route in elements, where every head of every tensor arrives, and of this rank's rows the widths."""
-
-    route: Route
-    slots: Slots
-    width: int
-    counts: list[int]  # heads of each tensor
-
-
-def _returning(exchange: Exchange, columns: tuple[Columns, ...]) -> _Returning:
-    """Kept with the exchange, as `_sending`."""
-    kept: dict[object, _Returning] = exchange.__dict__.setdefault("_returnings", {})
-    if columns not in kept:
-        kept[columns] = _planned_returning(exchange, columns)
-    return kept[columns]
-
-
-def _planned_returning(exchange: Exchange, columns: tuple[Columns, ...]) -> _Returning:
-    heads = [[range(*share.query) if of == "query" else share.keys for of, _ in columns] for share in exchange.heads]
-    starts = [[0, *accumulate(len(one) * dim for one, (_, dim) in zip(part, columns, strict=True))] for part in heads]
-    widths = [ends[-1] for ends in starts]
-    own, mine = exchange.own_rows, widths[exchange.rank]
-    route = Route(
-        sends=tuple((stop - start) * mine for start, stop in exchange.rows),
-        receives=tuple(own * width for width in widths),
-        there=tuple(exchange.rows[exchange.rank][0] * width for width in widths),
-        most=exchange.position_rows * max(widths),
-    )
-    slots = tuple(
-        Slot(number, head, route.begins[rank] + starts[rank][number] + local * dim, widths[rank])
-        for rank, per_rank in enumerate(heads)
-        for number, (_, dim) in enumerate(columns)
-        for local, head in enumerate(per_rank[number])
-    )
-    return _Returning(route, Slots(slots), mine, [len(one) for one in heads[exchange.rank]])
+    way = _message(exchange, tuple(columns), group).returning
+    received = rows.new_empty(way.route.received)
+    message = transport.message(rows.contiguous().view(-1), way.route)
+    return Returning(transport.exchange(message, received, way.route), received, way.slots)
 
 
 def _columns(rows: Tensor, counts: Sequence[int], dims: Sequence[int]) -> list[Tensor]:

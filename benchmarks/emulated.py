@@ -74,7 +74,17 @@ def attention(
         transport = ThreadTransport(mail, rank)
         q, k, v, dout = (layout.shard(x[name]) for name in ("q", "k", "v", "dout"))
         job = Job(
-            plan, Options(dim**-0.5), None, chosen, adds(chosen, spec), transport, None, q.device, heads, key_heads
+            plan,
+            Options(dim**-0.5),
+            None,
+            chosen,
+            adds(chosen, spec),
+            transport,
+            None,
+            q.device,
+            heads,
+            key_heads,
+            rows=(0, len(q)),
         )
         out, _, saved, _ = forward_pass(job, q, k, v, None, keep=False)
         grads = backward_pass(job, dout, saved, None, [])[:3]

@@ -20,7 +20,7 @@ from ringattn.parallel.executor import Job, run
 from ringattn.parallel.layout import Layout
 from ringattn.parallel.mesh import SequenceMesh
 from ringattn.parallel.plan_check import check_plan
-from ringattn.parallel.planner import plan_attention
+from ringattn.parallel.planner import plan_parts
 from ringattn.parallel.transport import GroupTransport, Transport
 
 
@@ -125,12 +125,17 @@ class Settings:
     return_lse: bool = False
 
 
-def prepare(q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None, layout: Layout, settings: Settings) -> Job:
-    """Check the arguments of `parallel_attention` and settle plan, backend and transports. No communication."""
+def prepare(
+    q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None, layout: Layout, settings: Settings
+) -> tuple[Job, ...]:
+    """Check the arguments of `parallel_attention` and settle plans, backend and transports. No communication.
+
+    Returns the job of each part of the layout.
+    """
     spec = _check(q, k, v, sinks, layout, settings)
     warn_of_unknown()
     chosen = _backend(spec, layout, settings.backend)
-    plan = plan_attention(
+    plans = plan_parts(
         layout,
         settings.mask,
         spec.query_heads,
@@ -144,22 +149,28 @@ def prepare(q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None, layout: Layou
         itemsize=spec.dtype.itemsize,
         memory_limit=settings.memory_limit,
     )
-    check_plan(plan, layout)
+    check_plan(plans, layout)
     scale = spec.head_dim**-0.5 if settings.softmax_scale is None else float(settings.softmax_scale)
-    ring, ulysses = _transports(layout)
-    return Job(
-        plan=plan,
-        options=Options(scale, spec.softcap, spec.deterministic),
-        dropout=(spec.dropout_p, settings.dropout_seed or 0) if spec.dropout_p else None,
-        backend=chosen,
-        adds=(plan.backward or plan).adds_grads and adds(chosen, spec),
-        ring=ring,
-        ulysses=ulysses,
-        device=q.device,
-        query_heads=spec.query_heads,
-        key_heads=spec.key_heads,
-        return_lse=settings.return_lse,
-    )
+    jobs = []
+    for part, (rows, plan) in zip(layout.parts or (layout,), plans.parts, strict=True):
+        ring, ulysses = _transports(part)
+        jobs.append(
+            Job(
+                plan=plan,
+                rows=rows,
+                options=Options(scale, spec.softcap, spec.deterministic),
+                dropout=(spec.dropout_p, settings.dropout_seed or 0) if spec.dropout_p else None,
+                backend=chosen,
+                adds=(plan.backward or plan).adds_grads and adds(chosen, spec),
+                ring=ring,
+                ulysses=ulysses,
+                device=q.device,
+                query_heads=spec.query_heads,
+                key_heads=spec.key_heads,
+                return_lse=settings.return_lse,
+            )
+        )
+    return tuple(jobs)
 
 
 class ParallelAttention(nn.Module):

@@ -2,7 +2,8 @@
 
 The operators do what `parallel_attention` does outside of a graph. What differs from batch to batch, the layout, comes
 as a tensor with its number, so that a graph is not compiled again for other documents. With an exchange the tensors for
-the backward pass have shapes that only the layout knows: they travel as flat tensors of unknown length.
+the backward pass have shapes that only the layout knows: they travel as flat tensors of unknown length, those of all
+parts of the layout that have one end to end.
 """
 
 import math
@@ -14,7 +15,15 @@ from torch import Tensor
 from ringattn.attention import Settings, prepare
 from ringattn.kernels.spec import accumulation_dtype
 from ringattn.mask import Mask
-from ringattn.parallel.executor import Job, Saved, backward_pass, forward_pass
+from ringattn.parallel.executor import (
+    Job,
+    Saved,
+    backward_pass,
+    forward_part,
+    joined_grads,
+    joined_parts,
+    part_rows,
+)
 from ringattn.parallel.layout import Layout
 from ringattn.parallel.numbered import by_number
 
@@ -52,7 +61,7 @@ def reset_compiled_calls(layout: Layout) -> None:
     layout._plans.pop(_CALLS, None)
 
 
-def _job(q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None, layout: Tensor, *constants: Any) -> Job:
+def _jobs(q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None, layout: Tensor, *constants: Any) -> tuple[Job, ...]:
     causal, left, right, chunk, scale, softcap, dropout_p, *rest = constants
     deterministic, backend, scheme, stages, wide, memory_limit, lse = rest
     settings = Settings(
@@ -79,16 +88,20 @@ def _job(q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None, layout: Tensor, 
     schema=f"({_INPUTS}, {_CONSTANTS}) -> (Tensor, Tensor, Tensor, Tensor)",
 )
 def _attend(q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None, layout: Tensor, *constants: Any) -> tuple[Any, ...]:
-    """out, lse, and with an exchange what the backward pass needs: q, k, v, out end to end, and lse."""
-    job = _job(q, k, v, sinks, layout, *constants)
+    """out, lse, and what the backward pass needs of parts with an exchange: q, k, v, out end to end; and lse."""
+    jobs = _jobs(q, k, v, sinks, layout, *constants)
     plans = by_number(int(layout))._plans
     plans[_CALLS] = plans.get(_CALLS, 0) + 1
-    out, lse, saved, _ = forward_pass(job, q, k, v, sinks, keep=False)
-    if job.plan.exchange is None:
-        return out, lse, q.new_empty(0), lse.new_empty(0)
-    if not job.return_lse:
-        lse = lse.new_empty(q.shape[1], q.shape[0])
-    return out, lse, torch.cat([x.reshape(-1) for x in saved[:4]]), saved.lse.reshape(-1).clone()
+    done = [forward_part(job, q, k, v, sinks, keep=False) for job in jobs]
+    lses = [
+        lse if job.return_lse or job.plan.exchange is None else saved.lse.new_empty(q.shape[1], len(out))
+        for job, (out, lse, saved, _) in zip(jobs, done, strict=True)
+    ]
+    out, lse = joined_parts([out for out, *_ in done]), joined_parts(lses, 1)
+    exchanged = [saved for job, (_, _, saved, _) in zip(jobs, done, strict=True) if job.plan.exchange is not None]
+    flat = [x.reshape(-1) for saved in exchanged for x in saved[:4]]
+    flat_lse = [saved.lse.reshape(-1) for saved in exchanged]
+    return out, lse, torch.cat([q.new_empty(0), *flat]), torch.cat([lse.new_empty(0), *flat_lse])
 
 
 @_attend.register_fake
@@ -111,24 +124,31 @@ def _attend_backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """dq, dk, dv and the gradient of the sinks (of no element without them)."""
     q, k, v, sinks, *_ = inputs
-    job = _job(*inputs)
-    kept = Saved(q.contiguous(), k.contiguous(), v.contiguous(), out, lse)
-    if job.plan.exchange is not None:
-        kept = _unpacked(job, saved, saved_lse, q.shape[2], v.shape[2])
-    dq, dk, dv, dsinks = backward_pass(job, dout, kept, sinks, [])
-    return dq, dk, dv, dq.new_empty(0) if dsinks is None else dsinks
+    done = []
+    for job in _jobs(*inputs):
+        if job.plan.exchange is None:
+            own = [part_rows(x, job).contiguous() for x in (q, k, v, out)]
+            kept = Saved(own[0], own[1], own[2], own[3], lse[:, slice(*job.rows)])
+        else:
+            kept = _unpacked(job, saved, saved_lse, q.shape[2], v.shape[2])
+            saved, saved_lse = saved[sum(x.numel() for x in kept[:4]) :], saved_lse[kept.lse.numel() :]
+        done.append(backward_pass(job, part_rows(dout, job), kept, sinks, []))
+    dq, dk, dv, dsinks = joined_grads(done)
+    return dq, dk, dv, q.new_empty(0) if dsinks is None else dsinks
 
 
 def _unpacked(job: Job, saved: Tensor, saved_lse: Tensor, head_dim: int, value_dim: int) -> Saved:
+    """What was saved of a part with an exchange, from the beginning of the flat tensors."""
     exchange = job.plan.exchange
     assert exchange is not None
     share = exchange.heads[exchange.rank]
     rows, queries, keys = exchange.position_rows, share.queries, len(share.keys)
     heads = (queries, head_dim), (keys, head_dim), (keys, value_dim), (queries, value_dim)
     shapes = [(rows, *pair) for pair in heads]
-    parts = saved.split([math.prod(shape) for shape in shapes])
+    sizes = [math.prod(shape) for shape in shapes]
+    parts = saved[: sum(sizes)].split(sizes)
     q, k, v, out = (part.view(shape) for part, shape in zip(parts, shapes, strict=True))
-    return Saved(q, k, v, out, saved_lse.view(queries, rows))
+    return Saved(q, k, v, out, saved_lse[: queries * rows].view(queries, rows))
 
 
 @_attend_backward.register_fake

@@ -17,8 +17,8 @@ from ringattn.kernels.spec import Call, Grads, Options
 from ringattn.parallel.executor import run
 from ringattn.parallel.layout import Layout
 from ringattn.parallel.mesh import MeshShape, SequenceMesh, init_mesh
-from ringattn.parallel.plan import AttentionPlan
-from ringattn.parallel.planner import check_scheme, plan_attention
+from ringattn.parallel.plan import PartedPlan
+from ringattn.parallel.planner import check_scheme, plan_attention, plan_parts
 
 
 @dataclass
@@ -74,7 +74,7 @@ class Ours:
         start = time.perf_counter()
         heads = problem.heads.query, problem.heads.key
         layout = Layout(problem.workload.docs, self.mesh, mask=mask, heads=heads, head_dim=problem.heads.dim)
-        plan = plan_attention(layout, mask, problem.heads.query, problem.heads.key, self.scheme)
+        plans = plan_parts(layout, mask, problem.heads.query, problem.heads.key, self.scheme)
         planning = (time.perf_counter() - start) * 1e3
         leaves, dout = problem.inputs(layout)
         settings = Settings(mask=mask, backend=problem.backend, scheme=self.scheme)
@@ -91,20 +91,26 @@ class Ours:
             return [out, *torch.autograd.grad(out, leaves, dout)]
 
         def silent() -> None:
-            job = prepare(*leaves, None, layout, settings)
-            job = replace(job, ring=job.ring and Silent(), ulysses=job.ulysses and Silent())
-            torch.autograd.grad(run(job, *leaves, None)[0], leaves, dout)
+            jobs = [
+                replace(job, ring=job.ring and Silent(), ulysses=job.ulysses and Silent())
+                for job in prepare(*leaves, None, layout, settings)
+            ]
+            torch.autograd.grad(run(jobs, *leaves, None)[0], leaves, dout)
 
-        return Entry(layout, forward, both, silent, planning, [*leaves, dout], _choice(plan, layout.mesh))
+        return Entry(layout, forward, both, silent, planning, [*leaves, dout], _choice(plans, layout))
 
 
-def _choice(plan: AttentionPlan, mesh: MeshShape) -> str:
-    """Degrees, and the schedules of the forward and, if another, of the backward pass."""
-    names = dict.fromkeys(
-        one.schedule if one.schedule != "ring" else f"ring of {len(one.stages)} stages"
-        for one in (plan, plan.backward or plan)
-    )
-    return f"{mesh.ring} × {mesh.ulysses} {'/'.join(names)}"
+def _choice(plans: PartedPlan, layout: Layout) -> str:
+    """Of each part degrees, and the schedules of the forward and, if another, of the backward pass."""
+    out = []
+    for part, (_, plan) in zip(layout.parts or (layout,), plans.parts, strict=True):
+        names = dict.fromkeys(
+            one.schedule if one.schedule != "ring" else f"ring of {len(one.stages)} stages"
+            for one in (plan, plan.backward or plan)
+        )
+        documents = f"{len(part.docs)} on " if layout.parts else ""
+        out.append(f"{documents}{part.mesh.ring} × {part.mesh.ulysses} {'/'.join(names)}")
+    return ", ".join(out)
 
 
 class PlainUlysses:

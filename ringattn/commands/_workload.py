@@ -85,9 +85,8 @@ def mesh(args: argparse.Namespace, ring: int, ulysses: int) -> Any:
 
 def setting(args: argparse.Namespace, layout: Any) -> Any:
     """The `Setting` of the options for a layout that was made for their mesh."""
-    from ringattn.parallel.group import group_setting
     from ringattn.parallel.plan import Shape
     from ringattn.parallel.pricing import Setting
 
     shape = Shape(args.heads[0], args.heads[1], args.head_dim, args.head_dim)
-    return group_setting(layout, Setting(layout.mesh.machine, shape))
+    return Setting(layout.mesh.machine, shape).on(layout)

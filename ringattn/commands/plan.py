@@ -173,7 +173,6 @@ def meshes(planned: dict[str, Any]) -> list[dict[str, Any]]:
     from ringattn import Layout, MeshShape
     from ringattn.parallel.choice import candidates, choose
     from ringattn.parallel.demand import Demand
-    from ringattn.parallel.group import group_setting
     from ringattn.parallel.held import Held
 
     layout, mask, setting = planned["layout"], planned["mask"], planned["setting"]
@@ -186,7 +185,7 @@ def meshes(planned: dict[str, Any]) -> list[dict[str, Any]]:
         other = Layout(layout.docs, mesh, layout.policy, mask)
         demand = Demand.of(Held.of(other, mask), mask.band)
         options = candidates(other.mesh.ring, "auto", None)
-        cost = choose(demand, group_setting(other, setting), options, None).cost
+        cost = choose(demand, setting.on(other), options, None).cost
         out.append(
             {
                 "ring": other.mesh.ring,

@@ -4,9 +4,9 @@ Legend: t local tokens, n tokens of the ring position (n = t without an exchange
 the exchange: this rank's), D head dim, V value head dim. `q_tHD`, `lse_Hn`.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
 import torch
@@ -23,9 +23,10 @@ from ringattn.parallel.ulysses import all_keys, all_queries, joined, to_heads, t
 
 @dataclass(frozen=True)
 class Job:
-    """All that an attention needs beside its tensors."""
+    """All that an attention needs beside its tensors, or one of its parts."""
 
     plan: AttentionPlan
+    rows: Range = field(kw_only=True)  # of the rank's tensors
     options: Options
     dropout: tuple[float, int] | None  # probability and seed
     backend: Backend
@@ -43,14 +44,17 @@ class Job:
         return self if self.plan.backward is None else replace(self, plan=self.plan.backward)
 
 
-def run(job: Job, q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None) -> tuple[Tensor, Tensor]:
+def run(jobs: Sequence[Job], q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None) -> tuple[Tensor, Tensor]:
     """Attention of the local tokens: q (t, H, D), k (t, K, D), v (t, K, V) -> out (t, H, V), lse (H, t).
+
+    Arguments:
+        jobs: of the parts, whose rows are those of the tensors one after another.
 
     Collective over the sequence ranks, and so is its backward pass: the loss of every rank must depend on its `out`,
     and several calls may be in flight as long as all ranks go through them in the same order. The lse has no gradient,
-    and is of this rank's tokens only if the job asks for it.
+    and is of this rank's tokens only if the jobs ask for it.
     """
-    return _Attention.apply(q, k, v, sinks, job)
+    return _Attention.apply(q, k, v, sinks, jobs)
 
 
 def _without_autocast(x: Tensor) -> AbstractContextManager[object]:
@@ -62,11 +66,14 @@ def _without_autocast(x: Tensor) -> AbstractContextManager[object]:
 
 class _Attention(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None, job: Job) -> tuple[Tensor, Tensor]:
-        keep = job.plan.keep_keys and any(ctx.needs_input_grad[:3])
-        out, lse, saved, kept = forward_pass(job, q, k, v, sinks, keep)
-        ctx.job = job
-        ctx.save_for_backward(*saved, sinks, *kept)
+    def forward(
+        ctx: Any, q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None, jobs: Sequence[Job]
+    ) -> tuple[Tensor, Tensor]:
+        keep = any(ctx.needs_input_grad[:3])
+        done = [forward_part(job, q, k, v, sinks, keep and job.plan.keep_keys) for job in jobs]
+        ctx.jobs, ctx.kept = jobs, [len(kept) for *_, kept in done]
+        ctx.save_for_backward(sinks, *(x for *_, saved, kept in done for x in (*saved, *kept)))
+        out, lse = joined_parts([out for out, *_ in done]), joined_lse(jobs, [lse for _, lse, *_ in done])
         ctx.mark_non_differentiable(lse)
         ctx.set_materialize_grads(False)
         return out, lse
@@ -74,10 +81,47 @@ class _Attention(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-        if grads[0] is None:  # out was not used; see `run`
+        dout = grads[0]
+        if dout is None:  # out was not used; see `run`
             return None, None, None, None, None
-        q, k, v, out, lse, sinks, *kept = ctx.saved_tensors
-        return *backward_pass(ctx.job, grads[0], Saved(q, k, v, out, lse), sinks, kept), None
+        sinks, *tensors = ctx.saved_tensors
+        done = []
+        for job, kept in zip(ctx.jobs, ctx.kept, strict=True):
+            saved, tensors = Saved(*tensors[:5]), tensors[5:]
+            done.append(backward_pass(job, part_rows(dout, job), saved, sinks, tensors[:kept]))
+            tensors = tensors[kept:]
+        return *joined_grads(done), None
+
+
+def part_rows(x: Tensor, job: Job) -> Tensor:
+    """A part's rows of the rank's tensor, as a view."""
+    return x if job.rows == (0, len(x)) else x[slice(*job.rows)]
+
+
+def forward_part(
+    job: Job, q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None, keep: bool
+) -> tuple[Tensor, Tensor, "Saved", list[Tensor]]:
+    """`forward_pass` of a part's rows of the rank's tensors."""
+    return forward_pass(job, part_rows(q, job), part_rows(k, job), part_rows(v, job), sinks, keep)
+
+
+def joined_parts(parts: Sequence[Tensor], dim: int = 0) -> Tensor:
+    """The rank's tensor of its parts' ones."""
+    return parts[0] if len(parts) == 1 else torch.cat(list(parts), dim)
+
+
+def joined_lse(jobs: Sequence[Job], parts: Sequence[Tensor]) -> Tensor:
+    """(H, t), but what any part has if the jobs do not ask for it."""
+    return joined_parts(parts, 1) if jobs[0].return_lse else parts[0]
+
+
+def joined_grads(
+    done: Sequence[tuple[Tensor, Tensor, Tensor, Tensor | None]],
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    """Gradients of q, k, v and the sinks from those of the parts, which have the same sinks."""
+    dq, dk, dv, dsinks = zip(*done, strict=True)
+    total = None if dsinks[0] is None else sum(dsinks[1:], dsinks[0])
+    return joined_parts(dq), joined_parts(dk), joined_parts(dv), total
 
 
 class Saved(NamedTuple):

@@ -79,7 +79,7 @@ class Layout:
             raise ValueError(f"policy must be one of {', '.join(POLICIES)}, got {policy!r}")
         self.docs, self.mesh, self.policy = docs, mesh, policy
         self.parts: tuple[Layout, ...] = ()
-        self._placed = None if tokens is None else tuple(tokens)
+        self.placed = None if tokens is None else tuple(tokens)
         masks = _masks(mask)
         self.mask = masks[0][0]
         self.speeds = None if speeds is None else _speeds(speeds, mesh, self.resolved_policy)
@@ -133,13 +133,13 @@ class Layout:
     @cached_property
     def positions(self) -> Placement:
         """Ordered global ranges `(start, stop)` of every ring position."""
-        docs = self.docs if self._placed is None else compact(self.docs, self._placed)
+        docs = self.docs if self.placed is None else compact(self.docs, self.placed)
         if self.resolved_policy == "balanced":
             placed = placement.balanced(docs, self.load, self.mesh.ring, self.speeds)
         else:
             place = {"contiguous": placement.contiguous, "zigzag": placement.zigzag}[self.resolved_policy]
             placed = place(docs, self.load, self.mesh.ring)
-        return placed if self._placed is None else spread(placed, self._placed)
+        return placed if self.placed is None else spread(placed, self.placed)
 
     @cached_property
     def position_sizes(self) -> tuple[int, ...]:
@@ -209,7 +209,7 @@ class Layout:
                 f"x must have the {self.tokens()} tokens of sequence rank {self.mesh.sequence_rank} in dim {dim}, got "
                 f"shape {tuple(x.shape)}"
             )
-        if self._placed is not None:
+        if self.placed is not None:
             raise ValueError("x must be of a layout of the whole stream, and this is one of its parts")
         if grad not in ("same", "partial"):
             raise ValueError(f'grad must be "same" or "partial", got {grad!r}')
@@ -240,7 +240,7 @@ class Layout:
         if self.parts:
             head = f"{self.docs} on {self.mesh.sequence_size} ranks in {len(self.parts)} parts"
             return "\n".join([head, *(f"  {line}" for part in self.parts for line in str(part).splitlines())])
-        docs = self.docs if self._placed is None else compact(self.docs, self._placed)
+        docs = self.docs if self.placed is None else compact(self.docs, self.placed)
         head = f"{docs} on ring {self.mesh.ring} × ulysses {self.mesh.ulysses}, {self.resolved_policy}"
         rows = [
             f"  position {index}: {size} tokens in {len(ranges)} ranges"

@@ -111,10 +111,9 @@ def _plans(
     """The plan of each part with its rows."""
     row, left = 0, memory_limit
     for part in layout.parts or (layout,):
-        # What a part waits for travels under the kernels of the others, and a gather is the most accurate.
-        named = "gather" if layout.parts and part.mesh.ring > 1 and memory_limit is None else scheme
+        options = candidates(part.mesh.ring, part_scheme(layout, part, scheme, left), stages)
         try:
-            plan, taken = _plan(part, mask, setting.on(part), candidates(part.mesh.ring, named, stages), left)
+            plan, taken = _plan(part, mask, setting.on(part), options, left)
         except ValueError as error:
             raise (ValueError(f"memory_limit={memory_limit} for all parts: {error}") if row else error) from None
         left = None if left is None else left - taken
@@ -145,6 +144,15 @@ def _plan(
     backward = plans[1] if len(plans) > 1 else None
     plan = replace(plans[0], backward=backward, reason=only(mesh, options) + choice.reason)
     return plan, choice.cost.buffer_bytes
+
+
+def part_scheme(layout: Layout, part: Layout, scheme: str, memory_limit: int | None) -> str:
+    """What is left of `scheme` to a part of `layout`, or to the whole of it.
+
+    What a part waits for travels under the kernels of the others, so that nothing is faster than a gather, and it is
+    the most accurate; but it may need too much memory.
+    """
+    return "gather" if layout.parts and part.mesh.ring > 1 and memory_limit is None else scheme
 
 
 def only(mesh: MeshShape, options: Sequence[Candidate]) -> str:

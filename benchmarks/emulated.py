@@ -13,7 +13,7 @@ from ringattn.kernels.registry import choose
 from ringattn.kernels.selftest import adds
 from ringattn.kernels.spec import CallSpec, Options
 from ringattn.parallel.cost import Machine
-from ringattn.parallel.executor import backward_pass, forward_pass, together
+from ringattn.parallel.executor import backward_parts, forward_parts
 from ringattn.parallel.plan import Route
 from ringattn.parallel.planner import plan_attention
 from ringattn.parallel.stages import Job
@@ -83,12 +83,22 @@ def attention(
         transport = ThreadTransport(mail, rank)
         q, k, v, dout = (layout.shard(x[name]) for name in ("q", "k", "v", "dout"))
         job = Job(
-            plan, Options(dim**-0.5), None, chosen, adds(chosen, spec), transport, None, q.device, heads, key_heads
+            plan=plan,
+            rows=(0, len(q)),
+            options=Options(dim**-0.5),
+            dropout=None,
+            backend=chosen,
+            adds=adds(chosen, spec),
+            ring=transport,
+            ulysses=None,
+            device=q.device,
+            query_heads=heads,
+            key_heads=key_heads,
         )
-        ((out, _, saved, _),) = together([forward_pass(job, q, k, v, None, keep=False)])
-        ((*grads, _),) = together([backward_pass(job, dout, saved, None, [])])
+        (done,) = forward_parts([job], q, k, v, None, keep=False)
+        grads = backward_parts([job], dout, [done.saved], None, [[]])[:3]
         rows = layout.indices().to(q.device)
-        for name, tensor in zip(names, (out, *grads), strict=True):
+        for name, tensor in zip(names, (done.out, *grads), strict=True):
             results[name].index_copy_(0, rows, tensor)
 
     _in_threads(rank_of, ring)

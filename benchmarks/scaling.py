@@ -15,7 +15,7 @@ from ringattn import Documents, Layout, Mask, MeshShape
 from ringattn.cli import make_parser
 from ringattn.commands.simulate import examine
 from ringattn.drawing import draw_scaling
-from ringattn.parallel.group import group_setting, plan_group
+from ringattn.parallel.group import plan_group
 from ringattn.parallel.machines import SHIPPED
 from ringattn.parallel.plan import Shape
 from ringattn.parallel.pricing import Setting
@@ -89,7 +89,7 @@ def check_rows() -> list[str]:
         flops, times = 0.0, [0.0, 0.0]
         for pack in packs:
             layout = Layout(Documents(pack), MeshShape(1, 1, 8, machine=machine))
-            plans = plan_group(layout, Mask(), group_setting(layout, Setting(machine, shape)))
+            plans = plan_group(layout, Mask(), Setting(machine, shape).on(layout))
             flops += 4 * 32 * 128 * sum(n * (n + 1) // 2 for n in pack) / 8
             times = [t + simulate(machine, plans, shape, bool(n)).seconds for n, t in enumerate(times)]
         found = flops / times[0] / 1e12, 3.5 * flops / sum(times) / 1e12

@@ -21,7 +21,7 @@ from ringattn.parallel.executor import run
 from ringattn.parallel.layout import Layout
 from ringattn.parallel.mesh import SequenceMesh
 from ringattn.parallel.plan_check import check_plan
-from ringattn.parallel.planner import plan_attention
+from ringattn.parallel.planner import plan_parts
 from ringattn.parallel.stages import Job
 from ringattn.parallel.transport import Transport
 
@@ -133,23 +133,28 @@ class Settings(NamedTuple):
     return_lse: bool = False
 
 
-def prepare(q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None, layout: Layout, settings: Settings) -> Job:
-    """Check the arguments of `parallel_attention` and settle plan, backend and transports. No communication.
+def prepare(
+    q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None, layout: Layout, settings: Settings
+) -> tuple[Job, ...]:
+    """Check the arguments of `parallel_attention` and settle plans, backend and transports. No communication.
 
-    The answer is kept with the layout: every layer of a step asks with tensors of the same kind. It was checked for
-    that kind, so only what is not part of it is checked again.
+    The answer, a job for each part of the layout, is kept with it: every layer of a step asks with tensors of the same
+    kind. It was checked for that kind, so only what is not part of it is checked again.
     """
     warn_of_unknown()
     try:
         key = _kind(q, k, v, sinks, settings)
-        job = layout._plans.get(key)
+        jobs = layout._plans.get(key)
     except (AttributeError, TypeError):  # something is not what it should be: the check tells
-        key = job = None
-    if job is None:
-        job = _settle(q, k, v, sinks, layout, settings)
+        key = jobs = None
+    if jobs is None:
+        jobs = _settle(q, k, v, sinks, layout, settings)
         if key is not None:
-            layout._plans[key] = job
-    return job if job.dropout is None else replace(job, dropout=(job.dropout[0], _seed(settings)))
+            layout._plans[key] = jobs
+    if not settings.dropout_p:
+        return jobs
+    dropout = settings.dropout_p, _seed(settings)
+    return tuple(replace(job, dropout=dropout) for job in jobs)
 
 
 def _kind(q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None, settings: Settings) -> Hashable:
@@ -168,11 +173,13 @@ def _kind(q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None, settings: Setti
     )
 
 
-def _settle(q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None, layout: Layout, settings: Settings) -> Job:
+def _settle(
+    q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None, layout: Layout, settings: Settings
+) -> tuple[Job, ...]:
     """What `prepare` keeps; its dropout has no seed yet."""
     spec = _check(q, k, v, sinks, layout, settings)
     chosen = _backend(spec, layout, settings.backend)
-    plan = plan_attention(
+    plans = plan_parts(
         layout,
         settings.mask,
         spec.query_heads,
@@ -187,22 +194,28 @@ def _settle(q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None, layout: Layou
         memory_limit=settings.memory_limit,
         head_groups=settings.head_groups,
     )
-    check_plan(plan, layout)
+    check_plan(plans, layout)
     scale = spec.head_dim**-0.5 if settings.softmax_scale is None else float(settings.softmax_scale)
-    ring, ulysses = _transports(layout)
-    return Job(
-        plan=plan,
-        options=Options(scale, spec.softcap, spec.deterministic),
-        dropout=(spec.dropout_p, 0) if spec.dropout_p else None,
-        backend=chosen,
-        adds=(plan.backward or plan).adds_grads and adds(chosen, spec),
-        ring=ring,
-        ulysses=ulysses,
-        device=q.device,
-        query_heads=spec.query_heads,
-        key_heads=spec.key_heads,
-        return_lse=settings.return_lse,
-    )
+    jobs = []
+    for part, (rows, plan) in zip(layout.parts or (layout,), plans.parts, strict=True):
+        ring, ulysses = _transports(part)
+        jobs.append(
+            Job(
+                plan=plan,
+                rows=rows,
+                options=Options(scale, spec.softcap, spec.deterministic),
+                dropout=(spec.dropout_p, 0) if spec.dropout_p else None,
+                backend=chosen,
+                adds=(plan.backward or plan).adds_grads and adds(chosen, spec),
+                ring=ring,
+                ulysses=ulysses,
+                device=q.device,
+                query_heads=spec.query_heads,
+                key_heads=spec.key_heads,
+                return_lse=settings.return_lse,
+            )
+        )
+    return tuple(jobs)
 
 
 class ParallelAttention(nn.Module):

@@ -2,7 +2,8 @@
 
 The operators do what `parallel_attention` does outside of a graph. What differs from batch to batch, the layout, comes
 as a tensor with its number, so that a graph is not compiled again for other documents. With an exchange the tensors for
-the backward pass have shapes that only the layout knows: they travel as flat tensors of unknown length.
+the backward pass have shapes that only the layout knows: they travel as flat tensors of unknown length, those of all
+parts of the layout that have one end to end.
 """
 
 import math
@@ -14,9 +15,10 @@ from torch import Tensor
 from ringattn.attention import Settings, prepare
 from ringattn.kernels.spec import accumulation_dtype
 from ringattn.mask import Mask
-from ringattn.parallel.executor import backward_pass, forward_pass, together, without_autocast
+from ringattn.parallel.executor import backward_parts, forward_parts, joined_parts
 from ringattn.parallel.layout import Layout
 from ringattn.parallel.numbered import by_number
+from ringattn.parallel.rows import part
 from ringattn.parallel.stages import Job, Saved
 
 _CALLS = "compiled calls"
@@ -54,7 +56,7 @@ def reset_compiled_calls(layout: Layout) -> None:
     layout._plans.pop(_CALLS, None)
 
 
-def _job(q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None, layout: Tensor, *constants: Any) -> Job:
+def _jobs(q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None, layout: Tensor, *constants: Any) -> tuple[Job, ...]:
     causal, left, right, chunk, scale, softcap, dropout_p, *rest = constants
     deterministic, backend, scheme, stages, wide, memory_limit, head_groups, lse = rest
     settings = Settings(
@@ -82,18 +84,20 @@ def _job(q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None, layout: Tensor, 
     schema=f"({_INPUTS}, {_CONSTANTS}) -> (Tensor, Tensor, Tensor, Tensor)",
 )
 def _attend(q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None, layout: Tensor, *constants: Any) -> tuple[Any, ...]:
-    """out, lse, and with an exchange what the backward pass needs: q, k, v, out end to end, and lse."""
-    job = _job(q, k, v, sinks, layout, *constants)
+    """out, lse, and what the backward pass needs of parts with an exchange: q, k, v, out end to end; and lse."""
+    jobs = _jobs(q, k, v, sinks, layout, *constants)
     plans = by_number(int(layout))._plans
     plans[_CALLS] = plans.get(_CALLS, 0) + 1
-    with without_autocast(q):
-        ((out, lse, saved, _),) = together([forward_pass(job, q, k, v, sinks, keep=False)])
-    if job.plan.exchange is None:
-        return out, lse, q.new_empty(0), lse.new_empty(0)
-    if not job.return_lse:
-        lse = lse.new_empty(q.shape[1], q.shape[0])
-    flat = torch.cat([x.reshape(-1) for of in saved for x in of[:4]])
-    return out, lse, flat, torch.cat([of.lse.reshape(-1) for of in saved])
+    done = forward_parts(jobs, q, k, v, sinks, keep=False)
+    lses = [
+        one.lse if job.return_lse or job.plan.exchange is None else one.lse.new_empty(q.shape[1], len(one.out))
+        for job, one in zip(jobs, done, strict=True)
+    ]
+    out, lse = joined_parts([one.out for one in done]), joined_parts(lses, 1)
+    exchanged = [of for job, one in zip(jobs, done, strict=True) if job.plan.exchange is not None for of in one.saved]
+    flat = [x.reshape(-1) for of in exchanged for x in of[:4]]
+    flat_lse = [of.lse.reshape(-1) for of in exchanged]
+    return out, lse, torch.cat([q.new_empty(0), *flat]), torch.cat([lse.new_empty(0), *flat_lse])
 
 
 @_attend.register_fake
@@ -116,17 +120,22 @@ def _attend_backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """dq, dk, dv and the gradient of the sinks (of no element without them)."""
     q, k, v, sinks, *_ = inputs
-    job = _job(*inputs)
-    kept = [Saved(q.contiguous(), k.contiguous(), v.contiguous(), out, lse)]
-    if job.plan.exchange is not None:
-        kept = _unpacked(job, saved, saved_lse, q.shape[2], v.shape[2])
-    with without_autocast(q):
-        ((dq, dk, dv, dsinks),) = together([backward_pass(job, dout, kept, sinks, [])])
-    return dq, dk, dv, dq.new_empty(0) if dsinks is None else dsinks
+    jobs, kept = _jobs(*inputs), []
+    for job in jobs:
+        if job.plan.exchange is None:
+            own = [part(x, job.rows).contiguous() for x in (q, k, v, out)]
+            kept.append([Saved(own[0], own[1], own[2], own[3], lse[:, slice(*job.rows)])])
+            continue
+        found = _unpacked(job, saved, saved_lse, q.shape[2], v.shape[2])
+        saved = saved[sum(x.numel() for of in found for x in of[:4]) :]
+        saved_lse = saved_lse[sum(of.lse.numel() for of in found) :]
+        kept.append(found)
+    dq, dk, dv, dsinks = backward_parts(jobs, dout, kept, sinks, [[] for _ in jobs])
+    return dq, dk, dv, q.new_empty(0) if dsinks is None else dsinks
 
 
 def _unpacked(job: Job, saved: Tensor, saved_lse: Tensor, head_dim: int, value_dim: int) -> list[Saved]:
-    """What was saved of each group of heads."""
+    """What was saved of each group of heads of a part with an exchange, from the beginning of the flat tensors."""
     exchange = job.plan.exchange
     assert exchange is not None
     rows, found = exchange.position_rows, []

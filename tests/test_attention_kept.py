@@ -9,7 +9,7 @@ import torch
 
 from ringattn import Documents, Layout, Mask, MeshShape, attention, parallel_attention
 from ringattn.attention import Settings, prepare
-from ringattn.parallel.executor import Job
+from ringattn.parallel.stages import Job
 
 
 def tensors(tokens: int = 20, heads: int = 4, key_heads: int = 2, dim: int = 8) -> list[torch.Tensor]:
@@ -29,7 +29,8 @@ def layout(monkeypatch: pytest.MonkeyPatch) -> Layout:
 
 def settled(layout: Layout, x: list[torch.Tensor] | None = None, **keywords: Any) -> Job:
     q, k, v = tensors() if x is None else x
-    return prepare(q, k, v, None, layout, Settings(**keywords))
+    (job,) = prepare(q, k, v, None, layout, Settings(**keywords))
+    return job
 
 
 def test_equal_calls_are_settled_once(monkeypatch: pytest.MonkeyPatch, layout: Layout) -> None:

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from ringattn import Documents, Layout, Mask, MeshShape
 from ringattn.drawing import check_drawing, draw_plan, lightened, mask_image, rank_colours, shown_ranks
-from ringattn.parallel.group import group_setting, plan_group
+from ringattn.parallel.group import plan_group
 from ringattn.parallel.machines import SHIPPED
 from ringattn.parallel.plan import Shape
 from ringattn.parallel.pricing import Setting
@@ -20,7 +20,7 @@ MASKS = [Mask(), Mask(causal=False), Mask(window=(7, 0)), Mask(causal=False, win
 
 def planned(lengths, ring, ulysses=1, mask=Mask(), scheme="auto"):
     layout = Layout(Documents(lengths), MeshShape(1, ring, ulysses), mask=mask)
-    setting = group_setting(layout, Setting(SHIPPED["H200"], Shape(4, 2, 64, 64)))
+    setting = Setting(SHIPPED["H200"], Shape(4, 2, 64, 64)).on(layout)
     return layout, plan_group(layout, mask, setting, scheme if ring > 1 else "auto")
 
 

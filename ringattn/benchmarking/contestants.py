@@ -12,9 +12,9 @@ from ringattn.attention import Settings, parallel_attention, prepare
 from ringattn.benchmarking.problem import Placed, Problem
 from ringattn.parallel.executor import run
 from ringattn.parallel.layout import Layout
-from ringattn.parallel.mesh import MeshShape, SequenceMesh
-from ringattn.parallel.plan import AttentionPlan, Route
-from ringattn.parallel.planner import plan_attention
+from ringattn.parallel.mesh import SequenceMesh
+from ringattn.parallel.plan import PartedPlan, Route
+from ringattn.parallel.planner import plan_parts
 
 
 @dataclass
@@ -100,7 +100,7 @@ class Ours:
         start = time.perf_counter()
         heads = problem.heads.query, problem.heads.key
         layout = Layout(problem.workload.docs, self.mesh, mask=mask, heads=heads, head_dim=problem.heads.dim)
-        plan = plan_attention(layout, mask, *heads, self.scheme, wide_reduce=self.wide_reduce)
+        plans = plan_parts(layout, mask, *heads, self.scheme, wide_reduce=self.wide_reduce)
         planning = (time.perf_counter() - start) * 1e3
         leaves, dout = problem.inputs(layout)
         keywords: dict[str, Any] = {
@@ -111,18 +111,25 @@ class Ours:
             return parallel_attention(*leaves, layout, **keywords)
 
         def silent() -> None:
-            job = prepare(*leaves, None, layout, Settings(**keywords))
-            job = replace(job, ring=job.ring and Silent(), ulysses=job.ulysses and Silent())
-            torch.autograd.grad(run(job, *leaves, None)[0], leaves, dout)
+            jobs = [
+                replace(job, ring=job.ring and Silent(), ulysses=job.ulysses and Silent())
+                for job in prepare(*leaves, None, layout, Settings(**keywords))
+            ]
+            torch.autograd.grad(run(jobs, *leaves, None)[0], leaves, dout)
 
-        entry = entry_of(layout, attend, leaves, dout, _choice(plan, layout.mesh))
+        entry = entry_of(layout, attend, leaves, dout, _choice(plans, layout))
         return replace(entry, silent=silent, planning_ms=planning)
 
 
-def _choice(plan: AttentionPlan, mesh: MeshShape) -> str:
-    """Degrees, and the schedules of the forward and, if another, of the backward pass."""
-    names = dict.fromkeys(
-        one.schedule if one.schedule != "ring" else f"ring of {len(one.stages)} stages"
-        for one in (plan, plan.backward or plan)
-    )
-    return f"{mesh.ring} × {mesh.ulysses} {'/'.join(names)}"
+def _choice(plans: PartedPlan, layout: Layout) -> str:
+    """Of each part degrees, and the schedules of the forward and, if another, of the backward pass."""
+    out = []
+    for part, (_, plan) in zip(layout.parts or (layout,), plans.parts, strict=True):
+        names = dict.fromkeys(
+            one.schedule if one.schedule != "ring" else f"ring of {len(one.stages)} stages"
+            for one in (plan, plan.backward or plan)
+        )
+        documents = f"{len(part.docs)} on " if layout.parts else ""
+        groups = f", {plan.exchange.groups} head groups" if plan.exchange and plan.exchange.groups > 1 else ""
+        out.append(f"{documents}{part.mesh.ring} × {part.mesh.ulysses} {'/'.join(names)}{groups}")
+    return ", ".join(out)

@@ -83,11 +83,22 @@ def mesh(args: argparse.Namespace, ring: int, ulysses: int) -> Any:
     return MeshShape(1, ring, ulysses, machine=machine(args))
 
 
+def free_mesh(args: argparse.Namespace, ranks: int) -> Any:
+    """The `MeshShape` of so many sequence ranks that leaves their degrees to layouts."""
+    from dataclasses import replace
+
+    from ringattn import MeshShape
+
+    found = machine(args)
+    degrees = MeshShape(1, ranks).parted(found.gpus_per_node)
+    every = tuple(MeshShape(1, *pair, machine=found) for pair in degrees)
+    return replace(every[0], alternatives=every)
+
+
 def setting(args: argparse.Namespace, layout: Any) -> Any:
     """The `Setting` of the options for a layout that was made for their mesh."""
-    from ringattn.parallel.group import group_setting
     from ringattn.parallel.plan import Shape
     from ringattn.parallel.pricing import Setting
 
     shape = Shape(args.heads[0], args.heads[1], args.head_dim, args.head_dim)
-    return group_setting(layout, Setting(layout.mesh.machine, shape))
+    return Setting(layout.mesh.machine, shape).on(layout)

@@ -7,6 +7,7 @@ colour, and what each rank does when, as the simulator plays it through.
 
 import argparse
 import json
+from pathlib import Path
 from typing import Any
 
 from ringattn.commands import _workload
@@ -21,6 +22,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--tokens", type=positive, metavar="T", help="of the packed stream, e.g. 262144")
     parser.add_argument("--ring", type=positive, default=1, metavar="R", help="ranks that pass keys, default 1")
     parser.add_argument("--ulysses", type=positive, default=1, metavar="U", help="ranks that exchange heads, default 1")
+    parser.add_argument("--sequence", type=positive, metavar="N", help="ranks, in place of the two: degrees are chosen")
     parser.add_argument("--scheme", choices=SCHEMES, default="auto", help="default auto")
     parser.add_argument("--stages", type=positive, metavar="N", help="of --scheme ring, the local one included")
     parser.add_argument("--memory", type=positive, metavar="MIB", help="what a rank's buffers may take")
@@ -35,28 +37,56 @@ def run(args: argparse.Namespace) -> int:
     try:
         if args.draw is not None:
             check_drawing(args.draw)
-        planned = plan(args)
+        layout, parts = plan(args)
     except ValueError as error:
         args.parser.error(str(error))
-    report = examine(planned)
-    print(json.dumps(report, indent=2) if args.json else render(report))
-    if args.draw is not None:
-        draw(planned, report, args.draw)
+    reports = [examine(planned) for planned in parts]
+    if args.json:
+        whole = {"reason": layout.reason, "parts": reports} if layout.parts else reports[0]
+        print(json.dumps(whole, indent=2))
+    else:
+        print("\n\n".join([*chosen_degrees(layout), *map(render, reports)]))
+    for number, (planned, report) in enumerate(zip(parts, reports, strict=True), 1):
+        if args.draw is not None:
+            path = Path(args.draw)
+            draw(planned, report, str(path.with_stem(f"{path.stem}-{number}") if layout.parts else path))
     return 0
 
 
-def plan(args: argparse.Namespace) -> dict[str, Any]:
-    """The objects that the report and the picture speak of."""
+def plan(args: argparse.Namespace) -> tuple[Any, list[dict[str, Any]]]:
+    """The layout, and the objects that the report and the picture speak of: of each part, or of the whole."""
     from ringattn import Documents, Layout
     from ringattn.parallel.group import plan_group
+    from ringattn.parallel.planner import check_scheme, part_scheme
 
     documents = Documents(_workload.lengths(args, args.tokens, args.seed))
     mask = _workload.mask(args)
-    layout = Layout(documents, _workload.mesh(args, args.ring, args.ulysses), args.policy, mask)
-    setting = _workload.setting(args, layout)
-    limit = None if args.memory is None else args.memory << 20
-    plans = plan_group(layout, mask, setting, args.scheme, args.stages, limit)
-    return {"layout": layout, "mask": mask, "setting": setting, "plans": plans}
+    if args.sequence is not None and (args.ring, args.ulysses) != (1, 1):
+        raise ValueError(f"--sequence {args.sequence} leaves --ring and --ulysses to the documents")
+    if args.sequence is None:
+        layout = Layout(documents, _workload.mesh(args, args.ring, args.ulysses), args.policy, mask)
+    else:
+        shape = {"heads": args.heads, "head_dim": args.head_dim}
+        layout = Layout(documents, _workload.free_mesh(args, args.sequence), args.policy, mask, **shape)
+    check_scheme(args.scheme, layout.mesh, args.stages, len(layout.parts))
+    left = None if args.memory is None else args.memory << 20
+    planned = []
+    for part in layout.parts or (layout,):
+        setting = _workload.setting(args, part)
+        plans = plan_group(part, mask, setting, part_scheme(layout, part, args.scheme, left), args.stages, left)
+        planned.append({"layout": part, "mask": mask, "setting": setting, "plans": plans})
+        left = None if left is None else left - max(plan.buffer_bytes(setting.shape) for plan in plans)
+    return layout, planned
+
+
+def chosen_degrees(layout: Any) -> list[str]:
+    """Why these degrees, where the layout chose them."""
+    if not layout.reason:
+        return []
+    lines = row("degrees", layout.reason)
+    if layout.parts:
+        lines += row("parts", "each is described by itself; what one waits for travels while another computes")
+    return ["\n".join(lines)]
 
 
 def examine(planned: dict[str, Any]) -> dict[str, Any]:
@@ -74,7 +104,7 @@ def examine(planned: dict[str, Any]) -> dict[str, Any]:
     return {
         "documents": {
             "count": len(layout.docs),
-            "tokens": layout.docs.total,
+            "tokens": sum(layout.position_sizes),
             "longest": max(layout.docs.lengths, default=0),
         },
         "mesh": {"ring": mesh.ring, "ulysses": mesh.ulysses},
@@ -173,7 +203,6 @@ def meshes(planned: dict[str, Any]) -> list[dict[str, Any]]:
     from ringattn import Layout, MeshShape
     from ringattn.parallel.choice import candidates, choose
     from ringattn.parallel.demand import Demand
-    from ringattn.parallel.group import group_setting
     from ringattn.parallel.held import Held
 
     layout, mask, setting = planned["layout"], planned["mask"], planned["setting"]
@@ -183,10 +212,10 @@ def meshes(planned: dict[str, Any]) -> list[dict[str, Any]]:
         if ulysses > setting.shape.query_heads or ulysses > node > 1:
             continue
         mesh = MeshShape(1, ranks // ulysses, ulysses, machine=setting.machine)
-        other = Layout(layout.docs, mesh, layout.policy, mask)
+        other = Layout(layout.docs, mesh, layout.policy, mask, tokens=layout.placed)
         demand = Demand.of(Held.of(other, mask), mask.band)
         options = candidates(other.mesh.ring, "auto", None)
-        cost = choose(demand, group_setting(other, setting), options, None).cost
+        cost = choose(demand, setting.on(other), options, None).cost
         out.append(
             {
                 "ring": other.mesh.ring,

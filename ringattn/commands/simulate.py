@@ -163,10 +163,10 @@ def ideal_seconds(setting: Any, documents: Any, mask: Any, backward: bool) -> fl
     """The kernels of the whole pack on one GPU: what no number of GPUs can share better than evenly."""
     from ringattn import Layout, MeshShape
     from ringattn.parallel.cost import call_seconds
-    from ringattn.parallel.group import group_setting, plan_group
+    from ringattn.parallel.group import plan_group
 
     layout = Layout(documents, MeshShape(), mask=mask)
-    (plan,) = plan_group(layout, mask, group_setting(layout, setting))
+    (plan,) = plan_group(layout, mask, setting.on(layout))
     return sum(call_seconds(setting.machine, call, setting.shape, backward) for call in plan.stages[0].calls)
 
 

@@ -1,4 +1,4 @@
-"""Ring × ulysses for a batch: the degrees whose attention is predicted to take the least time.
+"""Ring × ulysses for a batch, or for each of its documents: what is predicted to take the least time.
 
 Every rank prices all degrees from the same integers, so that all come to the same choice without communication.
 """
@@ -13,12 +13,15 @@ from ringattn.parallel.demand import Demand
 from ringattn.parallel.held import Held
 from ringattn.parallel.layout import Layout
 from ringattn.parallel.mesh import MeshShape
+from ringattn.parallel.mixture import Mixer
+from ringattn.parallel.parts import Parts
 from ringattn.parallel.plan import Shape
 from ringattn.parallel.pricing import Setting
-from ringattn.parallel.ulysses import exchange_plan
 
 # Higher ulysses degrees need less memory and cut no documents: fewer must be faster by this much to be taken.
 RING_AXIS_GAIN = 0.01
+# Two attentions in one are predicted less surely than one.
+MIXTURE_GAIN = 0.01
 
 
 @dataclass(frozen=True)
@@ -36,12 +39,14 @@ def choose_degrees(
     masks: Sequence[tuple[Mask, float]],
     shape: Shape,
     machine: Machine,
+    parted: Callable[[Parts], Layout] | None = None,
 ) -> Degrees:
-    """The best of `meshes`, which are ways to part the same ranks.
+    """The best of `meshes`, which are ways to part the same ranks, or a mixture of two of them.
 
     Arguments:
         layout_on: the layout of the batch on a mesh.
         masks: with the number of layers that each has.
+        parted: the layout of the batch in parts; without, all documents are on one mesh.
     """
     priced = []
     for mesh in sorted(meshes, key=lambda mesh: -mesh.ulysses):
@@ -52,23 +57,38 @@ def choose_degrees(
     for seconds, layout in priced[1:]:
         if seconds < (1 - RING_AXIS_GAIN) * best[0]:
             best = seconds, layout
-    told = ", ".join(
+    told = [
         f"{layout.mesh.ring} × {layout.mesh.ulysses} {seconds * 1e3:.3f} ms"
         for seconds, layout in sorted(priced, key=lambda pair: pair[0])
+    ]
+    chosen = f"ring {best[1].mesh.ring} × ulysses {best[1].mesh.ulysses}"
+    if parted is not None and len(priced) > 1:
+        inner, outer = priced[0][1].mesh, priced[-1][1].mesh
+        mixer = Mixer(best[1].docs, inner, outer, parted, masks, shape, machine)
+        mixture = mixer.best((1 - MIXTURE_GAIN) * min(seconds for seconds, _ in priced))
+        if mixture is not None:
+            best = mixture.seconds, mixture.layout
+            chosen = _described(mixture.layout)
+            told.insert(0, f"both {mixture.seconds * 1e3:.3f} ms")
+    reason = f"{chosen} of {', '.join(told)}, forward and backward of all masks; predicted for {machine}"
+    return Degrees(best[1], best[0], reason)
+
+
+def _described(layout: Layout) -> str:
+    exchanged, others = layout.parts
+    longest = len(exchanged.docs)
+    return (
+        f"the longest {f'{longest} documents' if longest > 1 else 'document'} (of {min(exchanged.docs.lengths)} tokens "
+        f"and more) on ring {exchanged.mesh.ring} × ulysses {exchanged.mesh.ulysses}, the other {len(others.docs)} on "
+        f"ring {others.mesh.ring} × ulysses {others.mesh.ulysses}:"
     )
-    chosen = best[1].mesh
-    reason = f"ring {chosen.ring} × ulysses {chosen.ulysses} of {told}, forward and backward of all masks"
-    return Degrees(best[1], best[0], f"{reason}; predicted for {machine}")
 
 
 def _seconds(layout: Layout, masks: Sequence[tuple[Mask, float]], shape: Shape, machine: Machine) -> float:
-    mesh = layout.mesh
-    exchange = None
-    if mesh.ulysses > 1:
-        exchange = exchange_plan(layout.deal(0), shape.query_heads, shape.key_heads, 0)
-    setting = Setting(machine=machine, shape=shape, exchange=exchange)
+    setting = Setting(machine, shape).on(layout)
+    options = candidates(layout.mesh.ring, "auto", None)
     total = 0.0
     for mask, layers in masks:
         demand = Demand.of(Held.of(layout, mask), mask.band)
-        total += layers * choose(demand, setting, candidates(mesh.ring, "auto", None), None).cost.total
+        total += layers * choose(demand, setting, options, None).cost.total
     return total

@@ -6,7 +6,7 @@ the exchange: this rank's), D head dim, V value head dim. `q_tHD`, `lse_Hn`.
 
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -14,7 +14,7 @@ from torch.autograd.function import once_differentiable
 
 from ringattn.kernels.merge import apply_sinks_, sinks_grad
 from ringattn.parallel.plan import Exchange
-from ringattn.parallel.rows import Accumulator
+from ringattn.parallel.rows import Accumulator, part
 from ringattn.parallel.stages import Job, Saved, Steps, T, backward_stages, forward_stages
 from ringattn.parallel.transport import Transport
 from ringattn.parallel.ulysses import Columns, Returning, joined, to_heads, to_tokens
@@ -33,14 +33,17 @@ def together(passes: Sequence[Steps[T]]) -> list[T]:
     return [results[number] for number in range(len(passes))]
 
 
-def run(job: Job, q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None) -> tuple[Tensor, Tensor]:
+def run(jobs: Sequence[Job], q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None) -> tuple[Tensor, Tensor]:
     """Attention of the local tokens: q (t, H, D), k (t, K, D), v (t, K, V) -> out (t, H, V), lse (H, t).
+
+    Arguments:
+        jobs: of the parts, whose rows are those of the tensors one after another.
 
     Collective over the sequence ranks, and so is its backward pass: the loss of every rank must depend on its `out`,
     and several calls may be in flight as long as all ranks go through them in the same order. The lse has no gradient,
-    and is of this rank's tokens only if the job asks for it.
+    and is of this rank's tokens only if the jobs ask for it.
     """
-    return _Attention.apply(q, k, v, sinks, job)
+    return _Attention.apply(q, k, v, sinks, jobs)
 
 
 def without_autocast(x: Tensor) -> AbstractContextManager[object]:
@@ -52,12 +55,15 @@ def without_autocast(x: Tensor) -> AbstractContextManager[object]:
 
 class _Attention(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None, job: Job) -> tuple[Tensor, Tensor]:
-        keep = job.plan.keep_keys and any(ctx.needs_input_grad[:3])
-        with without_autocast(q):
-            ((out, lse, saved, kept),) = together([forward_pass(job, q, k, v, sinks, keep)])
-        ctx.job = job
-        ctx.save_for_backward(sinks, *(x for of in saved for x in of), *kept)
+    def forward(
+        ctx: Any, q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None, jobs: Sequence[Job]
+    ) -> tuple[Tensor, Tensor]:
+        done = forward_parts(jobs, q, k, v, sinks, keep=any(ctx.needs_input_grad[:3]))
+        ctx.jobs, ctx.kept = jobs, [len(one.kept) for one in done]
+        ctx.save_for_backward(sinks, *(x for one in done for of in (*one.saved, one.kept) for x in of))
+        out, lse = joined_parts([one.out for one in done]), done[0].lse
+        if jobs[0].return_lse:
+            lse = joined_parts([one.lse for one in done], 1)
         ctx.mark_non_differentiable(lse)
         ctx.set_materialize_grads(False)
         return out, lse
@@ -65,27 +71,75 @@ class _Attention(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-        if grads[0] is None:  # out was not used; see `run`
+        dout = grads[0]
+        if dout is None:  # out was not used; see `run`
             return None, None, None, None, None
         sinks, *tensors = ctx.saved_tensors
-        saved = [Saved(*tensors[5 * number : 5 * number + 5]) for number in range(len(ctx.job.groups))]
-        with without_autocast(grads[0]):
-            (found,) = together([backward_pass(ctx.job, grads[0], saved, sinks, tensors[5 * len(saved) :])])
-        return *found, None
+        saved, kept = [], []
+        for job, count in zip(ctx.jobs, ctx.kept, strict=True):
+            saved.append([Saved(*tensors[5 * number : 5 * number + 5]) for number in range(len(job.groups))])
+            tensors = tensors[5 * len(job.groups) :]
+            kept.append(tensors[:count])
+            tensors = tensors[count:]
+        return *backward_parts(ctx.jobs, dout, saved, sinks, kept), None
 
 
-def forward_pass(
-    job: Job, q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None, keep: bool
-) -> Steps[tuple[Tensor, Tensor, list[Saved], list[Tensor]]]:
-    """Local out (t, H, V) and lse (H, t), what the backward pass needs of each group of heads, and the cast keys if
-    they are to be kept."""
+class Forward(NamedTuple):
+    """The forward pass of a job."""
+
+    out: Tensor  # (t, H, V)
+    lse: Tensor  # (H, t), but of this rank's tokens only if the job asks for it
+    saved: list[Saved]  # what the backward pass needs of each group of heads
+    kept: list[Tensor]  # cast keys and values
+
+
+def forward_parts(
+    jobs: Sequence[Job], q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None, keep: bool
+) -> list[Forward]:
+    """The forward pass of each part, on its rows of the rank's tensors. What one waits for travels while another is
+    computed. `keep`: those whose plans say so keep their cast keys."""
+    with without_autocast(q):
+        passes = []
+        for job in jobs:
+            own_q, own_k, own_v = (part(x, job.rows) for x in (q, k, v))
+            passes.append(forward_pass(job, own_q, own_k, own_v, sinks, keep and job.plan.keep_keys))
+        return together(passes)
+
+
+def backward_parts(
+    jobs: Sequence[Job],
+    dout: Tensor,
+    saved: Sequence[Sequence[Saved]],
+    sinks: Tensor | None,
+    kept: Sequence[list[Tensor]],
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    """dq (t, H, D), dk (t, K, D), dv (t, K, V) of the rank's tokens and the gradient of the sinks (H,)."""
+    with without_autocast(dout):
+        done = together(
+            [
+                backward_pass(job, part(dout, job.rows), of, sinks, keys)
+                for job, of, keys in zip(jobs, saved, kept, strict=True)
+            ]
+        )
+    dq, dk, dv, dsinks = zip(*done, strict=True)
+    total = None if sinks is None else sum(dsinks[1:], dsinks[0])
+    return joined_parts(dq), joined_parts(dk), joined_parts(dv), total
+
+
+def joined_parts(parts: Sequence[Tensor], dim: int = 0) -> Tensor:
+    """The rank's tensor of its parts' ones."""
+    return parts[0] if len(parts) == 1 else torch.cat(list(parts), dim)
+
+
+def forward_pass(job: Job, q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None, keep: bool) -> Steps[Forward]:
+    """The forward pass of q (t, H, D), k (t, K, D), v (t, K, V)."""
     q, k, v = q.contiguous(), k.contiguous(), v.contiguous()
     if job.plan.exchange is not None and job.ulysses is not None:
         return (yield from _exchanged_forward(job, job.plan.exchange, job.ulysses, (q, k, v), sinks, keep))
     out, lse, kept = yield from forward_stages(job, q, k, v, keep)
     if sinks is not None:
         apply_sinks_(out, lse, sinks)
-    return out, lse, [Saved(q, k, v, out, lse)], kept
+    return Forward(out, lse, [Saved(q, k, v, out, lse)], kept)
 
 
 def _exchanged_forward(
@@ -95,7 +149,7 @@ def _exchanged_forward(
     tensors: tuple[Tensor, Tensor, Tensor],
     sinks: Tensor | None,
     keep: bool,
-) -> Steps[tuple[Tensor, Tensor, list[Saved], list[Tensor]]]:
+) -> Steps[Forward]:
     """While a group of heads is computed the queries of the next arrive and the output of the last leaves."""
     q, k, v = tensors
     arriving = to_heads([q], [k, v], exchange, ulysses)
@@ -124,7 +178,7 @@ def _exchanged_forward(
         for one, target in zip(back, (local_out, local_lse), strict=False):
             assert target is not None
             one.wait([target])
-    return local_out, lse if local_lse is None else local_lse.squeeze(-1).T, saved, kept
+    return Forward(local_out, lse if local_lse is None else local_lse.squeeze(-1).T, saved, kept)
 
 
 def backward_pass(

@@ -8,7 +8,7 @@ from ringattn.parallel.demand import Demand
 from ringattn.parallel.held import Held
 from ringattn.parallel.layout import Layout
 from ringattn.parallel.plan import AttentionPlan
-from ringattn.parallel.planner import check_scheme, plan_ring
+from ringattn.parallel.planner import check_scheme, only, plan_ring
 from ringattn.parallel.pricing import Candidate, Setting
 from ringattn.parallel.ulysses import exchange_plan
 
@@ -21,7 +21,7 @@ def plan_group(
     stages: int | None = None,
     memory_limit: int | None = None,
 ) -> list[AttentionPlan]:
-    """What `plan_attention` plans on each sequence rank, by rank.
+    """What `plan_attention` plans on each sequence rank of a layout that is not parted, by rank.
 
     The pieces are looked up and the schedule is chosen once for all; ulysses ranks of a position share its stages.
     """
@@ -31,7 +31,6 @@ def plan_group(
     options = candidates(mesh.ring, scheme, stages)
     demand = Demand.of(held, mask.band)
     choice = choose(demand, setting, options, memory_limit)
-    asked = f'scheme="{scheme}" was asked for: ' if len(options) == 1 and mesh.ring > 1 else ""
 
     def planned(position: int, one: Candidate) -> AttentionPlan:
         plan = plan_ring(held, demand, position, one)
@@ -47,13 +46,5 @@ def plan_group(
                 heads = setting.shape.query_heads, setting.shape.key_heads
                 exchange = exchange_plan(layout.deal(position), *heads, rank)
             last = None if backward is None else replace(backward, exchange=exchange)
-            plans.append(replace(forward, exchange=exchange, backward=last, reason=asked + choice.reason))
+            plans.append(replace(forward, exchange=exchange, backward=last, reason=only(mesh, options) + choice.reason))
     return plans
-
-
-def group_setting(layout: Layout, setting: Setting) -> Setting:
-    """`setting` with the exchange that the layout's mesh asks for."""
-    if layout.mesh.ulysses == 1:
-        return replace(setting, exchange=None)
-    heads = setting.shape.query_heads, setting.shape.key_heads
-    return replace(setting, exchange=exchange_plan(layout.deal(0), *heads, 0))

@@ -6,7 +6,7 @@ T tokens of the stream, t tokens of this rank.
 import math
 from bisect import bisect_right
 from collections.abc import Hashable, Sequence
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any
 
 import torch
@@ -21,9 +21,10 @@ from ringattn.parallel.cost import Machine
 from ringattn.parallel.machines import SHIPPED
 from ringattn.parallel.mesh import MeshShape, SequenceMesh
 from ringattn.parallel.numbered import number_of
+from ringattn.parallel.parts import Parts, compact, resolve_parts, spread
 from ringattn.parallel.placement import Load, Placement
 from ringattn.parallel.plan import Shape
-from ringattn.parallel.ranges import length, overlap
+from ringattn.parallel.ranges import length, overlap, touching
 
 POLICIES = ("contiguous", "zigzag", "balanced", "auto")
 
@@ -45,7 +46,12 @@ class Layout:
         head_dim: of the kernels that are timed.
         heads: query and key heads of the model, by which degrees are chosen.
         speeds: of each ring position, positive, for "balanced" and "auto": tokens and cost are in proportion to them.
+        parts: on a mesh with `alternatives`, which degrees each document gets, in place of the layout's own choice:
+            pairs ((ring, ulysses), numbers of documents), every document in one of them.
+        tokens: ascending ranges of the stream that are placed, with all of `docs` in them; default: the whole stream.
 
+    A layout of several `parts` is *parted*: each of them is a layout of some of the documents, over all ranks, and a
+    rank holds the tokens of one after those of another. Its mesh is the one with alternatives. Else `parts` is empty.
     Tokens are placed on ring positions; a position's tokens are dealt in equal runs to its ulysses ranks. A layout is
     not to be changed. It is no dataclass because FSDP takes those in a model's keywords apart, and copies them.
     Raises ValueError for a wrong argument.
@@ -62,6 +68,8 @@ class Layout:
         head_dim: int = 128,
         heads: tuple[int, int] = (32, 8),
         speeds: Sequence[float] | None = None,
+        parts: Parts | None = None,
+        tokens: Sequence[Range] | None = None,
     ) -> None:
         if not isinstance(docs, Documents):
             raise ValueError(f"docs must be Documents, got {type(docs).__name__}; build one with Documents(lengths)")
@@ -70,6 +78,8 @@ class Layout:
         if policy not in POLICIES:
             raise ValueError(f"policy must be one of {', '.join(POLICIES)}, got {policy!r}")
         self.docs, self.mesh, self.policy = docs, mesh, policy
+        self.parts: tuple[Layout, ...] = ()
+        self.placed = None if tokens is None else tuple(tokens)
         masks = _masks(mask)
         self.mask = masks[0][0]
         self.speeds = None if speeds is None else _speeds(speeds, mesh, self.resolved_policy)
@@ -78,22 +88,41 @@ class Layout:
         self.load = Load(masks, rates, 2 * head_dim)
         self.reason = ""
         self._plans: dict[Hashable, Any] = {}
-        if mesh.alternatives:
-            self._take_degrees(machine or mesh.machine, Shape(*heads, head_dim, head_dim, 2))
+        shape = Shape(*heads, head_dim, head_dim, 2)
+        if parts is not None:
+            self._take_parts(parts, machine, shape)
+        elif mesh.alternatives:
+            self._take_degrees(machine or mesh.machine, shape)
         self._number = torch.tensor(number_of(self))
 
     def _take_degrees(self, machine: Machine | None, shape: Shape) -> None:
-        """Become the layout on that of the mesh's alternatives which is predicted to be fastest."""
+        """Become the layout on those of the mesh's alternatives which are predicted to be fastest."""
         from ringattn.parallel.degrees import choose_degrees  # it makes layouts
 
-        def on(mesh: MeshShape) -> Layout:
-            return Layout(self.docs, mesh, self.policy, self.load.masks, machine=machine, head_dim=shape.head_dim)
+        options: dict[str, Any] = {"machine": machine, "head_dim": shape.head_dim}
+
+        def on(mesh: MeshShape, parts: Parts | None = None) -> Layout:
+            return Layout(self.docs, mesh, self.policy, self.load.masks, parts=parts, **options)
 
         if self.speeds is not None:
             raise ValueError("speeds are of the positions of one ring, and this mesh leaves the degrees to the layout")
-        chosen = choose_degrees(self.mesh.alternatives, on, self.load.masks, shape, machine or SHIPPED["H200"])
+        # The other policies say themselves where each token is.
+        parted = partial(on, self.mesh) if self.policy in ("auto", "balanced") else None
+        machine = machine or SHIPPED["H200"]
+        chosen = choose_degrees(self.mesh.alternatives, on, self.load.masks, shape, machine, parted)
         self.mesh, self.reason = chosen.layout.mesh, chosen.reason
-        self.positions = chosen.layout.positions
+        self.positions, self.parts = chosen.layout.positions, chosen.layout.parts
+
+    def _take_parts(self, parts: Parts, machine: Machine | None, shape: Shape) -> None:
+        if self.speeds is not None:
+            raise ValueError("speeds are of the positions of one ring, and parts have several rings")
+        options: dict[str, Any] = {"machine": machine, "head_dim": shape.head_dim}
+        self.parts = tuple(
+            Layout(part.docs, part.mesh, self.policy, self.load.masks, tokens=part.tokens, **options)
+            for part in resolve_parts(self.docs, self.mesh, parts)
+        )
+        ranks = range(self.mesh.sequence_size)
+        self.positions = tuple(touching(span for part in self.parts for span in part.ranges(rank)) for rank in ranks)
 
     @property
     def resolved_policy(self) -> str:
@@ -104,10 +133,13 @@ class Layout:
     @cached_property
     def positions(self) -> Placement:
         """Ordered global ranges `(start, stop)` of every ring position."""
+        docs = self.docs if self.placed is None else compact(self.docs, self.placed)
         if self.resolved_policy == "balanced":
-            return placement.balanced(self.docs, self.load, self.mesh.ring, self.speeds)
-        place = {"contiguous": placement.contiguous, "zigzag": placement.zigzag}[self.resolved_policy]
-        return place(self.docs, self.load, self.mesh.ring)
+            placed = placement.balanced(docs, self.load, self.mesh.ring, self.speeds)
+        else:
+            place = {"contiguous": placement.contiguous, "zigzag": placement.zigzag}[self.resolved_policy]
+            placed = place(docs, self.load, self.mesh.ring)
+        return placed if self.placed is None else spread(placed, self.placed)
 
     @cached_property
     def position_sizes(self) -> tuple[int, ...]:
@@ -177,6 +209,8 @@ class Layout:
                 f"x must have the {self.tokens()} tokens of sequence rank {self.mesh.sequence_rank} in dim {dim}, got "
                 f"shape {tuple(x.shape)}"
             )
+        if self.placed is not None:
+            raise ValueError("x must be of a layout of the whole stream, and this is one of its parts")
         if grad not in ("same", "partial"):
             raise ValueError(f'grad must be "same" or "partial", got {grad!r}')
         return _Unshard.apply(x.movedim(dim, 0), self, grad).movedim(0, dim)
@@ -203,7 +237,11 @@ class Layout:
         return rank
 
     def __str__(self) -> str:
-        head = f"{self.docs} on ring {self.mesh.ring} × ulysses {self.mesh.ulysses}, {self.resolved_policy}"
+        if self.parts:
+            head = f"{self.docs} on {self.mesh.sequence_size} ranks in {len(self.parts)} parts"
+            return "\n".join([head, *(f"  {line}" for part in self.parts for line in str(part).splitlines())])
+        docs = self.docs if self.placed is None else compact(self.docs, self.placed)
+        head = f"{docs} on ring {self.mesh.ring} × ulysses {self.mesh.ulysses}, {self.resolved_policy}"
         rows = [
             f"  position {index}: {size} tokens in {len(ranges)} ranges"
             for index, (size, ranges) in enumerate(zip(self.position_sizes, self.positions, strict=True))

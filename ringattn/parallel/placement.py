@@ -5,9 +5,11 @@ documents come first, then head pieces (a head that opens its document before th
 key), then tail pieces, then padding: so every kernel call reads and writes one contiguous run of rows.
 """
 
+import math
 from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import accumulate, pairwise
 from operator import itemgetter
 
@@ -71,11 +73,16 @@ class Load:
 
         A window or chunk shorter than half the document makes cost per token flat: then few cuts matter more.
         """
-        for mask, _ in self.masks:
-            reach = [size, *([] if mask.band.lo is None else [-mask.band.lo]), *([mask.chunk] if mask.chunk else [])]
-            if mask.band.hi == 0 and 2 * min(reach) >= size:
-                return True
-        return False
+        return any(2 * min(size, reach) >= size for reach in self._reaches)
+
+    @cached_property
+    def _reaches(self) -> list[float]:
+        """Of each causal mask, how far back its queries see at most."""
+        return [
+            min(math.inf if mask.band.lo is None else -mask.band.lo, mask.chunk or math.inf)
+            for mask, _ in self.masks
+            if mask.band.hi == 0
+        ]
 
 
 @dataclass(frozen=True)

@@ -359,6 +359,18 @@ class AttentionPlan:
         return "\n".join(lines)
 
 
+@dataclass(frozen=True)
+class PartedPlan:
+    """The plans of this rank for the parts of a layout: each with the rows of the rank's tensors that are its own."""
+
+    parts: tuple[tuple[Range, AttentionPlan], ...]
+
+    def __str__(self) -> str:
+        if len(self.parts) == 1:
+            return str(self.parts[0][1])
+        return "\n".join(f"rows {start}-{stop}: {plan}" for (start, stop), plan in self.parts)
+
+
 def _describe(number: int, stage: Stage) -> list[str]:
     wire = ", ".join(f"{message.rows} from {message.peer}" for message in stage.receives)
     lines = [

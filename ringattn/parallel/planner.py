@@ -1,7 +1,7 @@
 """From layout and mask to plan. Every rank computes its part from the same integers, without communication."""
 
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 
 from ringattn.kernels.spec import Block, Range
@@ -14,7 +14,7 @@ from ringattn.parallel.held import Held
 from ringattn.parallel.layout import Layout
 from ringattn.parallel.machines import SHIPPED
 from ringattn.parallel.mesh import MeshShape
-from ringattn.parallel.plan import AttentionPlan, Message, Route, Shape, Stage
+from ringattn.parallel.plan import AttentionPlan, Message, PartedPlan, Route, Shape, Stage
 from ringattn.parallel.pricing import Candidate, Setting
 from ringattn.parallel.ranges import overlap, union
 from ringattn.parallel.ulysses import exchange_plan
@@ -39,43 +39,81 @@ def plan_attention(
     machine: Machine | None = None,
     head_groups: int | None = None,
 ) -> AttentionPlan:
-    """The plan of this rank for one attention; kept with the layout, since every layer asks for the same.
+    """The plan of this rank for one attention on a layout that is not parted; the arguments are those of `plan_parts`.
+
+    Raises ValueError naming the argument, with the numbers; on every rank or on none.
+    """
+    if layout.parts:
+        raise ValueError(f"layout must not be parted: plan_parts plans each of its {len(layout.parts)} parts")
+    plans = plan_parts(
+        layout,
+        mask,
+        query_heads,
+        key_heads,
+        scheme,
+        stages,
+        keep_keys,
+        wide_reduce,
+        head_dim=head_dim,
+        value_dim=value_dim,
+        itemsize=itemsize,
+        memory_limit=memory_limit,
+        machine=machine,
+        head_groups=head_groups,
+    )
+    return plans.parts[0][1]
+
+
+def plan_parts(
+    layout: Layout,
+    mask: Mask,
+    query_heads: int,
+    key_heads: int,
+    scheme: str = "auto",
+    stages: int | None = None,
+    keep_keys: bool = False,
+    wide_reduce: bool = True,
+    *,
+    head_dim: int = 128,
+    value_dim: int | None = None,
+    itemsize: int = 2,
+    memory_limit: int | None = None,
+    machine: Machine | None = None,
+    head_groups: int | None = None,
+) -> PartedPlan:
+    """What this rank does for one attention; kept with the layout, since every layer asks for the same.
 
     Arguments:
+        layout: with several parts or, as one, without.
         scheme: "gather" or "ring" name how keys move on the ring axis; "auto" takes what is predicted to be fastest,
             forward and backward apart; "ulysses" and "hybrid" check that the mesh has those axes and leave the ring
-            axis to "auto".
+            axis to "auto". A parted layout has only "auto".
         stages: number of stages of the ring schedule, the local one included.
         keep_keys, wide_reduce: see `AttentionPlan`.
         head_dim, value_dim, itemsize: of queries and keys, of values (default: the same), bytes per element.
-        memory_limit: bytes that the buffers of a rank may take, by the estimate for all ranks.
+        memory_limit: bytes that the buffers of a rank may take, by the estimate for all ranks; of all parts together.
         machine: whose speed is predicted, the same on all ranks; default: the mesh's, else the shipped H200.
         head_groups: in how many groups heads are exchanged (with ring = 1), so that one travels while another is
             computed; fewer where heads do not part equally. Default: what is predicted to be fastest.
 
     Raises ValueError naming the argument, with the numbers; on every rank or on none.
     """
-    check_scheme(scheme, layout.mesh, stages)
+    check_scheme(scheme, layout.mesh, stages, len(layout.parts))
     if memory_limit is not None and (not isinstance(memory_limit, int) or memory_limit < 0):
         raise ValueError(f"memory_limit must be None or a number of bytes >= 0, got {memory_limit!r}")
     if head_groups is not None and (not isinstance(head_groups, int) or head_groups < 1):
         raise ValueError(f"head_groups must be None or an integer >= 1, got {head_groups!r}")
-    shape = Shape(query_heads, key_heads, head_dim, value_dim or head_dim, itemsize)
     machine = machine or layout.mesh.machine or SHIPPED["H200"]
+    shape = Shape(query_heads, key_heads, head_dim, value_dim or head_dim, itemsize)
     key = (mask, shape, scheme, stages, keep_keys, wide_reduce, memory_limit, machine.digest, head_groups)
     if key not in layout._plans:
-        setting = Setting(
-            machine=machine,
-            shape=shape,
-            exchange=exchange_plan(layout.deal(0), query_heads, key_heads, 0) if layout.mesh.ulysses > 1 else None,
-            keep_keys=keep_keys,
-            wide_reduce=wide_reduce,
-        )
-        layout._plans[key] = _plan(layout, mask, setting, scheme, stages, memory_limit, head_groups)
+        setting = Setting(machine=machine, shape=shape, keep_keys=keep_keys, wide_reduce=wide_reduce)
+        plans = _plans(layout, mask, setting, scheme, stages, memory_limit, head_groups)
+        layout._plans[key] = PartedPlan(tuple(plans))
     return layout._plans[key]
 
 
-def _plan(
+def _plans(
     layout: Layout,
     mask: Mask,
     setting: Setting,
@@ -83,19 +121,41 @@ def _plan(
     stages: int | None,
     memory_limit: int | None,
     head_groups: int | None,
-) -> AttentionPlan:
+) -> Iterator[tuple[Range, AttentionPlan]]:
+    """The plan of each part with its rows."""
+    row, left = 0, memory_limit
+    if layout.parts and head_groups is None:
+        head_groups = 1  # an exchange already travels under the kernels of the other parts
+    for part in layout.parts or (layout,):
+        options = candidates(part.mesh.ring, part_scheme(layout, part, scheme, left), stages)
+        try:
+            plan, taken = _plan(part, mask, setting.on(part), options, left, head_groups)
+        except ValueError as error:
+            raise (ValueError(f"memory_limit={memory_limit} for all parts: {error}") if row else error) from None
+        left = None if left is None else left - taken
+        yield (row, row + part.tokens()), plan
+        row += part.tokens()
+
+
+def _plan(
+    layout: Layout,
+    mask: Mask,
+    setting: Setting,
+    options: Sequence[Candidate],
+    memory_limit: int | None,
+    head_groups: int | None,
+) -> tuple[AttentionPlan, int]:
+    """The plan of this rank, and the bytes that the buffers of any rank take at most."""
     mesh, shape = layout.mesh, setting.shape
     held_key = ("held", mask.chunk)
     if held_key not in layout._plans:
         layout._plans[held_key] = Held.of(layout, mask)
     held: Held = layout._plans[held_key]
-    options = candidates(mesh.ring, scheme, stages)
     demand = Demand.of(held, mask.band)
     choice = choose(demand, setting, options, memory_limit)
-    asked = f'scheme="{scheme}" was asked for: ' if len(options) == 1 and mesh.ring > 1 else ""
     plans = [plan_ring(held, demand, mesh.ring_rank, one) for one in dict.fromkeys((choice.forward, choice.backward))]
     exchange = None
-    reason = asked + choice.reason
+    reason = only(mesh, options) + choice.reason
     if setting.exchange is not None:
         heads = shape.query_heads, shape.key_heads
         exchange = exchange_plan(layout.deal(mesh.ring_rank), *heads, mesh.ulysses_rank)
@@ -106,13 +166,30 @@ def _plan(
     plans = [
         replace(plan, exchange=exchange, keep_keys=setting.keep_keys, wide_reduce=setting.wide_reduce) for plan in plans
     ]
-    return replace(plans[0], backward=plans[1] if len(plans) > 1 else None, reason=reason)
+    backward = plans[1] if len(plans) > 1 else None
+    return replace(plans[0], backward=backward, reason=reason), choice.cost.buffer_bytes
 
 
-def check_scheme(scheme: str, mesh: MeshShape, stages: int | None = None) -> None:
-    """Raises ValueError, with the degrees, if `scheme` cannot run on the axes of `mesh`."""
+def part_scheme(layout: Layout, part: Layout, scheme: str, memory_limit: int | None) -> str:
+    """What is left of `scheme` to a part of `layout`, or to the whole of it.
+
+    What a part waits for travels under the kernels of the others, so that nothing is faster than a gather, and it is
+    the most accurate; but it may need too much memory.
+    """
+    return "gather" if layout.parts and part.mesh.ring > 1 and memory_limit is None else scheme
+
+
+def only(mesh: MeshShape, options: Sequence[Candidate]) -> str:
+    """What a plan's reason begins with if there was nothing to choose."""
+    return f"only {options[0].name} was considered: " if len(options) == 1 and mesh.ring > 1 else ""
+
+
+def check_scheme(scheme: str, mesh: MeshShape, stages: int | None = None, parts: int = 0) -> None:
+    """Raises ValueError, with the degrees, if `scheme` cannot run on the axes of `mesh`, or in several parts."""
     if scheme not in SCHEMES:
         raise ValueError(f"scheme must be one of {', '.join(SCHEMES)}, got {scheme!r}")
+    if parts and scheme != "auto":
+        raise ValueError(f'scheme must be "auto" where documents are on several meshes ({parts} parts), got "{scheme}"')
     degrees = f"the mesh has ring={mesh.ring} and ulysses={mesh.ulysses}"
     if mesh.sequence_size > 1:
         if scheme in ("ring", "gather") and mesh.ring == 1:

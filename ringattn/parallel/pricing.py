@@ -5,6 +5,7 @@ spread in proportion to the rows that arrive.
 """
 
 import itertools
+import math
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
@@ -24,8 +25,10 @@ from ringattn.parallel.cost import (
     host_seconds,
 )
 from ringattn.parallel.demand import Demand, per
+from ringattn.parallel.layout import Layout
 from ringattn.parallel.plan import Exchange, Shape, StageRows, exchange_bytes, largest_pair
 from ringattn.parallel.rates import BlockTable, Floats, Ints
+from ringattn.parallel.ulysses import exchange_plan
 
 
 @dataclass(frozen=True)
@@ -64,6 +67,12 @@ class Setting:
     wide_reduce: bool = True
     primitive: str = "p2p"
 
+    def on(self, layout: Layout) -> "Setting":
+        """The same with the exchange that the mesh of a layout (not parted) asks for."""
+        if layout.mesh.ulysses == 1:
+            return replace(self, exchange=None)
+        return replace(self, exchange=exchange_plan(layout.deal(0), self.shape.query_heads, self.shape.key_heads, 0))
+
     @property
     def ulysses(self) -> int:
         return 1 if self.exchange is None else len(self.exchange.rows)
@@ -82,21 +91,24 @@ class Setting:
 class Price:
     """A candidate in one direction, for every position as arrays: seconds of compute, wire and waiting, and bytes.
 
-    `pair_share` are the key rows of two buffers at a time over the position's own rows, the largest of all positions.
+    Arguments:
+        waiting: of kernels, for transfers.
+        host: that it takes to issue everything.
+        pair_share: key rows of two buffers at a time over the position's own rows, the largest of all positions.
     """
 
     candidate: Candidate
     compute: Floats
     wire: Floats
-    exposed: Floats
+    waiting: Floats
+    host: Floats
     bytes: Any
     pair_share: float
 
     @cached_property
     def slowest(self) -> DirectionCost:
         """The position that decides."""
-        at = int(np.argmax(self.compute + self.exposed))
-        return DirectionCost(float(self.compute[at]), float(self.wire[at]), float(self.exposed[at]))
+        return _slowest(self.compute, self.wire, self.waiting, self.host)
 
     @property
     def seconds(self) -> float:
@@ -105,6 +117,28 @@ class Price:
     @property
     def most_bytes(self) -> int:
         return int(np.max(self.bytes, initial=0))
+
+
+def together(a: Price, b: Price) -> DirectionCost:
+    """Two attentions of the same ranks in one direction, run so that each computes while the other's keys travel.
+
+    What one waits for is hidden as far as the other's kernels last: an exchange of heads, both ways, under the kernels
+    on the ring axis, and their cast under the kernels between the two ways. The host issues one after the other.
+    Neighbouring ranks share a position, of as many as each ring has.
+    """
+    ranks = math.lcm(len(a.compute), len(b.compute))
+    compute, wire, waiting, host = (
+        [np.repeat(x, ranks // len(x)) for x in pair]
+        for pair in ((a.compute, b.compute), (a.wire, b.wire), (a.waiting, b.waiting), (a.host, b.host))
+    )
+    exposed = np.maximum(waiting[0] - compute[1], 0) + np.maximum(waiting[1] - compute[0], 0)
+    return _slowest(compute[0] + compute[1], wire[0] + wire[1], exposed, host[0] + host[1])
+
+
+def _slowest(compute: Floats, wire: Floats, waiting: Floats, host: Floats) -> DirectionCost:
+    exposed = np.maximum(waiting, host - compute)
+    at = int(np.argmax(compute + exposed))
+    return DirectionCost(float(compute[at]), float(wire[at]), float(exposed[at]))
 
 
 @dataclass(frozen=True)
@@ -173,7 +207,8 @@ class Pricer:
             candidate,
             compute=compute,
             wire=cast.sum(0) + reduce.sum(0) + wire,
-            exposed=np.maximum(exposed + wire, host - compute),
+            waiting=exposed + wire,
+            host=host,
             bytes=room[0],
             pair_share=room[1],
         )

@@ -25,9 +25,10 @@ Steps = Generator[None, None, T]
 
 @dataclass(frozen=True)
 class Job:
-    """All that an attention needs beside its tensors."""
+    """All that an attention needs beside its tensors, or one of its parts."""
 
     plan: AttentionPlan
+    rows: Range  # of the rank's tensors
     options: Options
     dropout: tuple[float, int] | None  # probability and seed
     backend: Backend

@@ -1,6 +1,7 @@
 """`ringattn plan`: figures that can be checked by hand, for people and for programs."""
 
 import json
+from dataclasses import replace
 
 import pytest
 
@@ -9,7 +10,7 @@ from ringattn.cli import main
 from ringattn.parallel.cost import rank_cost
 from ringattn.parallel.machines import SHIPPED
 from ringattn.parallel.plan import Shape
-from ringattn.parallel.planner import plan_attention
+from ringattn.parallel.planner import plan_attention, plan_parts
 
 SMALL = ["plan", "--heads", "8/2", "--head-dim", "64", "--machine", "H200"]
 
@@ -78,6 +79,7 @@ def test_people_can_read_it(capsys, tmp_path):
         (["--tokens", "64", "--scheme", "hybrid", "--ring", "2"], 'scheme="hybrid"'),
         (["--tokens", "64", "--ring", "2", "--stages", "3"], "stages=3"),
         (["--tokens", "0"], "'0'"),
+        (["--tokens", "64", "--ring", "2", "--sequence", "2"], "--sequence 2"),
         (["--tokens", "65536", "--ring", "2", "--memory", "1"], "memory_limit"),
     ],
 )
@@ -88,3 +90,38 @@ def test_one_error_names_the_argument(argv, words, capsys):
     last = capsys.readouterr().err.splitlines()[-1]
     assert last.startswith("ringattn plan: error: ")
     assert words in last
+
+
+def test_degrees_that_the_documents_choose(capsys, tmp_path):
+    pytest.importorskip("matplotlib")
+    lengths = [65536, 30000, *[700] * 150]
+    path = tmp_path / "lengths"
+    path.write_text(" ".join(map(str, lengths)))
+    argv = ["--lengths", str(path), "--sequence", "8", "--heads", "32/8", "--head-dim", "128"]
+    found = report(capsys, *argv)
+    assert [part["mesh"] for part in found["parts"]] == [{"ring": 1, "ulysses": 8}, {"ring": 8, "ulysses": 1}]
+    assert [part["documents"]["count"] for part in found["parts"]] == [2, 150]
+    assert [part["documents"]["tokens"] for part in found["parts"]] == [95536, 105000]
+    assert sum(rank["area"] for part in found["parts"] for rank in part["ranks"]) == pytest.approx(
+        sum(n * (n + 1) / 2 for n in lengths)
+    )
+    layout = Layout(Documents(lengths), layout_mesh())
+    assert found["reason"] == layout.reason
+    plans = plan_parts(layout, Mask(), 32, 8)
+    assert [part["reason"] for part in found["parts"]] == [plan.reason for _, plan in plans.parts]
+    assert main([*SMALL, *argv, "--draw", str(tmp_path / "plan.svg")]) == 0
+    text = capsys.readouterr().out
+    assert "degrees" in text
+    assert max(len(line) for line in text.splitlines()) <= 120
+    assert (tmp_path / "plan-1.svg").exists()
+    assert (tmp_path / "plan-2.svg").exists()
+
+
+def layout_mesh():
+    every = tuple(MeshShape(1, *pair, machine=SHIPPED["H200"]) for pair in MeshShape(1, 8).parted())
+    return replace(every[0], alternatives=every)
+
+
+def test_one_kind_of_documents_has_no_parts(capsys):
+    found = report(capsys, "--tokens", "65536", "--sequence", "4")
+    assert found["mesh"]["ring"] * found["mesh"]["ulysses"] == 4

@@ -24,11 +24,16 @@ class Layer(nn.Module):
         return x + self.after(self.attention(q, k, v, layout).flatten(1))
 
 
-def compiled_and_not(ring: int, ulysses: int, sinks: bool, window: tuple[int, int]) -> tuple[list, int]:
-    """Results of a layer with and without compilation over several documents, and how many graphs were compiled."""
+def on_mesh(ring: int, ulysses: int, sinks: bool, window: tuple[int, int]) -> tuple[list, int]:
     mesh = mesh_of(ring, ulysses)
     logits = nn.Parameter(torch.randn(4, dtype=torch.float64)) if sinks else None
-    layer = Layer(ParallelAttention(mesh, mask=Mask(window=window), sinks=logits))
+    layouts = [Layout(Documents(lengths), mesh) for lengths in ([40, 3, 21], [64], [13, 80, 7], [90, 10])]
+    return compiled_and_not(layouts, ParallelAttention(mesh, mask=Mask(window=window), sinks=logits))
+
+
+def compiled_and_not(layouts: list[Layout], attention: ParallelAttention) -> tuple[list, int]:
+    """Results of a layer with and without compilation over several layouts, and how many graphs were compiled."""
+    layer = Layer(attention)
     graphs = 0
 
     def count(graph: torch.fx.GraphModule, inputs: list) -> object:
@@ -41,9 +46,9 @@ def compiled_and_not(ring: int, ulysses: int, sinks: bool, window: tuple[int, in
     torch._dynamo.reset()
     fast = torch.compile(layer, fullgraph=True, backend=count)
     pairs = []
-    for lengths in ([40, 3, 21], [64], [13, 80, 7], [90, 10]):
-        layout = Layout(Documents(lengths), mesh)
-        x = layout.shard(torch.randn(sum(lengths), 32, dtype=torch.float64, generator=torch.Generator().manual_seed(0)))
+    for layout in layouts:
+        generator = torch.Generator().manual_seed(0)
+        x = layout.shard(torch.randn(layout.docs.total, 32, dtype=torch.float64, generator=generator))
         results = []
         for run in (layer, fast):
             layer.zero_grad()
@@ -60,7 +65,7 @@ def compiled_and_not(ring: int, ulysses: int, sinks: bool, window: tuple[int, in
 def test_row_55_a_layer_is_one_graph_for_all_lengths(
     pool: Pools, ring: int, ulysses: int, sinks: bool, window: tuple[int, int]
 ) -> None:
-    for pairs, graphs in pool(ring * ulysses).run(compiled_and_not, ring, ulysses, sinks, window):
+    for pairs, graphs in pool(ring * ulysses).run(on_mesh, ring, ulysses, sinks, window):
         assert graphs <= 2  # the first, and one for any number of tokens
         for eager, compiled in pairs:
             for a, b in zip(eager, compiled, strict=True):

@@ -1,5 +1,6 @@
 """A transport whose data is late: who reads it before the wait, or writes what is being sent, gets wrong results."""
 
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -48,6 +49,6 @@ class _AtTheWait:
         pending.wait()
 
 
-def late(job: Job) -> Job:
-    """The same job with late transports."""
-    return replace(job, ring=job.ring and Late(job.ring), ulysses=job.ulysses and Late(job.ulysses))
+def late(jobs: Sequence[Job]) -> list[Job]:
+    """The same jobs with late transports."""
+    return [replace(job, ring=job.ring and Late(job.ring), ulysses=job.ulysses and Late(job.ulysses)) for job in jobs]

@@ -15,7 +15,7 @@ from ringattn.parallel.cost import Link, Machine
 from ringattn.parallel.machines import SHIPPED
 from ringattn.parallel.plan import Shape
 from ringattn.parallel.plan_check import common_digest
-from ringattn.parallel.planner import plan_attention
+from ringattn.parallel.planner import plan_attention, plan_parts
 from tests.parallel.cases import documents, masks
 from tests.parallel.test_cost import pricer
 
@@ -55,15 +55,15 @@ def test_all_ranks_choose_alike(
         options = {"keep_keys": keep_keys, "memory_limit": limit, "machine": with_links(speed)}
         plan = None
         with contextlib.suppress(ValueError):
-            plan = plan_attention(layout, mask, 8, 2, **options)
+            plan = plan_parts(layout, mask, 8, 2, **options)
         plans.append(plan)
     if None in plans:  # the limit is too small
         assert limit is not None
         assert not any(plans)
         return
     assert len({common_digest(plan, layout) for plan, layout in zip(plans, layouts, strict=True)}) == 1
-    assert len({plan.reason for plan in plans}) == 1
-    for plan in plans:
+    assert len({plan.parts[0][1].reason for plan in plans}) == 1
+    for plan in (plan.parts[0][1] for plan in plans):
         size = plan.buffer_bytes(Shape(8, 2, 128, 128))
         assert limit is None or size <= limit
         assert plan.backward is None or not keep_keys

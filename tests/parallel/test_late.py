@@ -3,12 +3,12 @@
 import pytest
 import torch
 
-from ringattn import Documents, Layout, Mask
+from ringattn import Documents, Layout, Mask, SequenceMesh
 from ringattn.attention import Settings, prepare
 from ringattn.parallel.executor import run
 from tests.dense import Case, dense_attention, relative_error
 from tests.parallel.late import Late, late
-from tests.parallel.ranks import mesh_of
+from tests.parallel.ranks import free_mesh, mesh_of
 from tests.pool import Pools
 
 DOCS = Documents([700, 33, 1, 0, 500, 120, 64])
@@ -19,22 +19,35 @@ LAYERS = 3  # attentions in flight, one after another, before anybody waits for 
 
 def errors(case: Case, ring: int, ulysses: int, scheme: str, device: str, transport: str) -> dict[str, float]:
     """Of several attentions, forward and then backward in reverse order, as the layers of a model go."""
-    mesh = mesh_of(ring, ulysses, device, transport)
-    layout = Layout(case.docs, mesh, "zigzag")
+    return errors_on(Layout(case.docs, mesh_of(ring, ulysses, device, transport), "zigzag"), case, scheme, device)
+
+
+def parted_errors(case: Case, ranks: int, device: str, transport: str) -> dict[str, float]:
+    """Of a layout that exchanges the longest documents and leaves the others on the ring axis, all cut."""
+    order = sorted(range(len(case.docs)), key=lambda number: -case.docs.lengths[number])
+    mesh = free_mesh(ranks, device, transport)
+    parts = [((1, ranks), order[:1]), ((ranks, 1), order[1:])]
+    return errors_on(Layout(case.docs, mesh, "zigzag", parts=parts), case, "auto", device)
+
+
+def errors_on(layout: Layout, case: Case, scheme: str, device: str) -> dict[str, float]:
+    mesh = layout.mesh
+    assert isinstance(mesh, SequenceMesh)
     x = {name: tensor.to(mesh.device) for name, tensor in case.tensors().items()}
     settings = Settings(mask=case.mask, scheme=scheme, return_lse=True, **case.options)
     layers = []
     for _ in range(LAYERS):
         local = [layout.shard(x[name]).clone().requires_grad_() for name in ("q", "k", "v")]
-        job = late(prepare(*local, None, layout, settings))
-        out, lse = run(job, *local, None)
-        layers.append((job, local, out, lse))
+        jobs = late(prepare(*local, None, layout, settings))
+        out, lse = run(jobs, *local, None)
+        layers.append((jobs, local, out, lse))
     for _, local, out, _ in reversed(layers):
         for leaf, grad in zip(local, torch.autograd.grad(out, local, layout.shard(x["dout"])), strict=True):
             leaf.grad = grad
     worst: dict[str, float] = {}
-    for job, local, out, lse in layers:
-        assert sum(axis.exchanges for axis in (job.ring, job.ulysses) if isinstance(axis, Late)) >= 2
+    for jobs, local, out, lse in layers:
+        for job in jobs:
+            assert sum(axis.exchanges for axis in (job.ring, job.ulysses) if isinstance(axis, Late)) >= 2
         found = {"out": layout.unshard(out.detach()), "lse": layout.unshard(lse, dim=1)}
         found |= {f"d{name}": layout.unshard(leaf.grad) for name, leaf in zip("qkv", local, strict=True)}
         for name, expected in dense_attention(case, device).items():
@@ -57,3 +70,18 @@ def test_late_transfers_on_devices(pool: Pools, ring: int, ulysses: int, scheme:
     case = Case(DOCS, Mask(), (4, 2), (64, 64), torch.bfloat16)
     for found in pool(2, "cuda").run(errors, case, ring, ulysses, scheme, "cuda", transport, timeout=300):
         assert max(found.values()) <= 5e-3, found  # no NaN either
+
+
+@pytest.mark.parametrize("ranks", [2, 4])
+def test_late_transfers_of_parts(pool: Pools, ranks: int) -> None:
+    case = Case(SMALL, Mask(), (4, 2), (8, 8), torch.float64)
+    for found in pool(ranks).run(parted_errors, case, ranks, "cpu", "auto"):
+        assert max(found.values()) <= 1e-12, found
+
+
+@pytest.mark.gpu(2)
+@pytest.mark.parametrize("transport", ["collective", "copy"])
+def test_late_transfers_of_parts_on_devices(pool: Pools, transport: str) -> None:
+    case = Case(DOCS, Mask(), (4, 2), (64, 64), torch.bfloat16)
+    for found in pool(2, "cuda").run(parted_errors, case, 2, "cuda", transport, timeout=300):
+        assert max(found.values()) <= 5e-3, found

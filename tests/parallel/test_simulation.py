@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from ringattn import Documents, Layout, Mask, MeshShape
 from ringattn.kernels.spec import Block, Call
 from ringattn.parallel.cost import Link, Machine, plan_cost
-from ringattn.parallel.group import group_setting, plan_group
+from ringattn.parallel.group import plan_group
 from ringattn.parallel.plan import AttentionPlan, Message, Shape, Stage
 from ringattn.parallel.planner import plan_attention
 from ringattn.parallel.pricing import Setting
@@ -148,7 +148,7 @@ SCHEMES = st.sampled_from(["auto", "gather", "ring"])
 def group(lengths, mesh, scheme="auto", mask=Mask(), machine=SIMPLE):
     ring, ulysses = mesh
     layout = Layout(Documents(lengths), MeshShape(1, ring, ulysses), mask=mask)
-    setting = group_setting(layout, Setting(machine, SHAPE))
+    setting = Setting(machine, SHAPE).on(layout)
     return plan_group(layout, mask, setting, scheme if ring > 1 else "auto")
 
 

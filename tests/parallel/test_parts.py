@@ -1,0 +1,246 @@
+"""Parted layouts: some documents exchanged, the others on the ring axis, all of it exact."""
+
+from dataclasses import replace
+from functools import cache
+from random import Random
+
+import pytest
+import torch
+import torch.distributed as dist
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from ringattn import Documents, Layout, Mask, MeshShape, ParallelAttention
+from ringattn.benchmarking.workloads import workload
+from ringattn.parallel.degrees import MIXTURE_GAIN, choose_degrees
+from ringattn.parallel.machines import SHIPPED
+from ringattn.parallel.parts import Parts
+from ringattn.parallel.plan import Shape
+from ringattn.parallel.plan_check import common_digest
+from ringattn.parallel.planner import plan_attention, plan_parts
+from tests.dense import Case
+from tests.features.test_compiled import compiled_and_not
+from tests.parallel.cases import HEADS, MASKS, documents, masks
+from tests.parallel.ranks import attend_on, free_mesh
+from tests.parallel.test_attention import assert_close
+from tests.parallel.test_placement import area, assert_every_token_once
+from tests.pool import Pools
+
+H200 = SHIPPED["H200"]
+reuse_pool = settings(suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow], deadline=None)
+
+
+@cache
+def free_shape(size: int, rank: int = 0) -> MeshShape:
+    """A mesh that leaves its degrees to layouts."""
+    every = tuple(MeshShape(1, *degrees, rank, machine=H200) for degrees in MeshShape(1, size).parted())
+    return replace(every[0], alternatives=every)
+
+
+@st.composite
+def parts_of(draw: st.DrawFn, docs: Documents, size: int) -> Parts:
+    """Documents dealt over two or three pairs of degrees of `size` ranks."""
+    degrees = draw(st.permutations(MeshShape(1, size).parted()))[: draw(st.integers(1, 3))]
+    owner = draw(st.lists(st.integers(0, len(degrees) - 1), min_size=len(docs), max_size=len(docs)))
+    return [(pair, [n for n in range(len(docs)) if owner[n] == number]) for number, pair in enumerate(degrees)]
+
+
+@settings(max_examples=150, deadline=None)
+@given(data=st.data(), docs=documents(longest=400, most=12), size=st.sampled_from([2, 4, 6, 8]), mask=masks)
+def test_every_token_has_one_place(data: st.DataObject, docs: Documents, size: int, mask: Mask) -> None:
+    parts = data.draw(parts_of(docs, size))
+    layout = Layout(docs, free_shape(size), mask=mask, parts=parts)
+    assert len(layout.parts) == len(parts)
+    assert_every_token_once(layout)
+    assert layout.mesh is free_shape(size)
+    x = torch.arange(docs.total)
+    whole = Layout(docs, MeshShape())
+    positions = torch.empty_like(x)
+    positions[whole.indices()] = whole.position_ids()
+    for rank in range(size):
+        local = Layout(docs, free_shape(size, rank), mask=mask, parts=parts)
+        assert local.ranges() == layout.ranges(rank)
+        assert local.tokens() == len(local.indices()) == layout.tokens(rank)
+        assert torch.equal(local.shard(x), local.indices())
+        assert torch.equal(local.indices(), torch.cat([part.indices() for part in local.parts]))
+        assert torch.equal(local.position_ids(), positions[local.indices()])
+
+
+@settings(max_examples=25, deadline=None)
+@given(seed=st.integers(0, 10**6), share=st.floats(0.1, 0.9), padding=st.sampled_from([0, 5000]))
+def test_parts_are_balanced_and_so_is_their_sum(seed: int, share: float, padding: int) -> None:
+    random, size, lengths = Random(seed), 8, []
+    while sum(lengths) < 2**18:
+        lengths.append(int(2 ** random.uniform(5, 15)))
+    docs = Documents(lengths, total=sum(lengths) + padding)
+    exchanged = [number for number, length in enumerate(lengths) if random.random() < share]
+    others = sorted({*range(len(lengths))} - {*exchanged})
+    layout = Layout(docs, free_shape(size), "balanced", parts=[((1, 8), exchanged), ((8, 1), others)])
+    tokens = [layout.tokens(rank) for rank in range(size)]
+    assert max(tokens) - min(tokens) <= 4 * 128 + 1
+    costs = [area(layout.parts[1], rank) for rank in range(size)]  # what is exchanged is dealt by heads
+    everything = area(Layout(docs, MeshShape()), 0)
+    assert max(costs) - sum(costs) / size <= 0.03 * everything / size
+
+
+def test_a_mixture_beats_gather_and_ulysses_where_a_pack_mixes_both() -> None:
+    for name in ("hist256k", "packed256k", "short256k"):
+        docs = workload(name, 3).docs
+        layout = Layout(docs, free_shape(8))
+        assert [(part.mesh.ring, part.mesh.ulysses) for part in layout.parts] == [(1, 8), (8, 1)]
+        assert min(layout.parts[0].docs.lengths) >= max(layout.parts[1].docs.lengths)
+        assert "documents (of" in layout.reason
+        alone = seconds_of(docs, (8, 1)), seconds_of(docs, (1, 8))
+        both = choose_degrees(
+            layout.mesh.alternatives,
+            lambda mesh, docs=docs: Layout(docs, mesh),
+            ((Mask(), 1.0),),
+            Shape(32, 8, 128, 128),
+            H200,
+            lambda parts, docs=docs: Layout(docs, free_shape(8), parts=parts),
+        )
+        assert both.seconds < (1 - MIXTURE_GAIN) * min(alone)
+        assert [part.docs for part in both.layout.parts] == [part.docs for part in layout.parts]
+
+
+def test_several_nodes_exchange_inside_each() -> None:
+    every = tuple(MeshShape(1, *degrees, machine=H200) for degrees in MeshShape(1, 32).parted(8))
+    layout = Layout(workload("hist1024k", 3).docs, replace(every[0], alternatives=every))
+    assert [(part.mesh.ring, part.mesh.ulysses) for part in layout.parts] == [(4, 8), (32, 1)]
+    assert_every_token_once(layout)
+
+
+def seconds_of(docs: Documents, degrees: tuple[int, int]) -> float:
+    (mesh,) = [mesh for mesh in free_shape(8).alternatives if (mesh.ring, mesh.ulysses) == degrees]
+    return choose_degrees(
+        [mesh], lambda mesh: Layout(docs, mesh), ((Mask(), 1.0),), Shape(32, 8, 128, 128), H200
+    ).seconds
+
+
+@pytest.mark.parametrize("lengths", [[262_144], [300] * 40, [0, 0], []])
+def test_one_kind_of_documents_stays_on_one_mesh(lengths: list[int]) -> None:
+    assert Layout(Documents(lengths), free_shape(8)).parts == ()
+
+
+def test_a_policy_that_was_asked_for_is_kept() -> None:
+    docs = workload("hist256k", 3).docs
+    assert Layout(docs, free_shape(8), "zigzag").parts == ()
+    assert Layout(docs, free_shape(8), "balanced").parts
+
+
+def test_every_rank_plans_the_same() -> None:
+    docs = workload("hist256k", 3).docs
+    layouts = [Layout(docs, free_shape(8, rank)) for rank in range(8)]
+    plans = [plan_parts(layout, Mask(), 32, 8) for layout in layouts]
+    assert len({layout.reason for layout in layouts}) == 1
+    assert len({common_digest(plan, layout) for plan, layout in zip(plans, layouts, strict=True)}) == 1
+    for layout, plan in zip(layouts, plans, strict=True):
+        assert plan is plan_parts(layout, Mask(), 32, 8)
+        assert [rows for rows, _ in plan.parts] == [
+            (0, layout.parts[0].tokens()),
+            (layout.parts[0].tokens(), layout.tokens()),
+        ]
+        assert "rows 0-" in str(plan)
+        assert "in 2 parts" in str(layout)
+
+
+def test_the_memory_of_all_parts_is_limited() -> None:
+    layout = Layout(workload("hist256k", 3).docs, free_shape(8))
+    shape = Shape(32, 8, 128, 128)
+    needed = [plan.buffer_bytes(shape) for _, plan in plan_parts(layout, Mask(), 32, 8).parts]
+    plan_parts(layout, Mask(), 32, 8, memory_limit=2 * sum(needed))
+    with pytest.raises(ValueError, match=r"memory_limit=\d+ for all parts"):
+        plan_parts(layout, Mask(), 32, 8, memory_limit=needed[0] + 2**16)
+
+
+def test_wrong_parts_are_named() -> None:
+    docs = Documents([100, 50, 20])
+    with pytest.raises(ValueError, match="parts needs a mesh that leaves its degrees"):
+        Layout(docs, MeshShape(1, 2), parts=[((2, 1), [0, 1, 2])])
+    with pytest.raises(ValueError, match=r"parts must name \(ring, ulysses\) of the mesh.*\(4, 1\)"):
+        Layout(docs, free_shape(2), parts=[((4, 1), [0, 1, 2])])
+    with pytest.raises(ValueError, match=r"each of the 3 documents exactly once, got 3 entries; wrong are \[1, 2\]"):
+        Layout(docs, free_shape(2), parts=[((2, 1), [0, 1]), ((1, 2), [1])])
+    with pytest.raises(ValueError, match="speeds"):
+        Layout(docs, free_shape(2), parts=[((2, 1), [0, 1, 2])], speeds=[1.0, 2.0])
+    layout = Layout(docs, free_shape(2), parts=[((2, 1), [1, 2]), ((1, 2), [0])])
+    with pytest.raises(ValueError, match='scheme must be "auto"'):
+        plan_parts(layout, Mask(), 4, 2, "ring")
+    with pytest.raises(ValueError, match="plan_parts plans each of its 2 parts"):
+        plan_attention(layout, Mask(), 4, 2)
+    with pytest.raises(ValueError, match="one of its parts"):
+        layout.parts[0].unshard(torch.zeros(layout.parts[0].tokens()))
+
+
+def attend(case: Case, size: int, parts: Parts) -> dict[str, torch.Tensor]:
+    return attend_on(Layout(case.docs, free_mesh(size), mask=case.mask, parts=parts), case, "auto")
+
+
+@pytest.mark.parametrize("size", [2, 4])
+@settings(reuse_pool, max_examples=3)
+@given(data=st.data(), docs=documents(), heads=st.permutations(HEADS), seed=st.integers(0, 1000))
+def test_every_mask_is_exact(
+    pool: Pools, size: int, data: st.DataObject, docs: Documents, heads: list, seed: int
+) -> None:
+    cases = [Case(docs, mask, heads[index % 3], seed=seed) for index, mask in enumerate(MASKS)]
+    jobs = [(case, size, data.draw(parts_of(docs, size))) for case in cases]
+    for case, results in zip(cases, pool(size).run_many(attend, jobs), strict=True):
+        for got in results:
+            assert_close(got, case)
+
+
+@pytest.mark.parametrize("size", [2, 4])
+@settings(reuse_pool, max_examples=40)
+@given(data=st.data())
+def test_random_combinations_are_exact(pool: Pools, size: int, data: st.DataObject) -> None:
+    case = Case(
+        docs=data.draw(documents()),
+        mask=data.draw(masks),
+        heads=data.draw(st.sampled_from([*HEADS, (5, 5), (7, 1), (6, 3)])),
+        dims=data.draw(st.sampled_from([(8, 8), (8, 4), (3, 5)])),
+        softcap=data.draw(st.sampled_from([0.0, 2.0])),
+        sinks=data.draw(st.booleans()),
+        dropout=data.draw(st.sampled_from([None, (0.3, 5)])),
+        seed=data.draw(st.integers(0, 1000)),
+        options={"keep_keys": data.draw(st.booleans()), "return_lse": data.draw(st.booleans())},
+    )
+    for got in pool(size).run(attend, case, size, data.draw(parts_of(case.docs, size))):
+        assert_close(got, case)
+
+
+def compiled(size: int, sinks: bool) -> tuple[list, int]:
+    """As in FEATURES row 55, over layouts with parts and without."""
+    mesh = free_mesh(size)
+    layouts = [
+        Layout(Documents([40, 3, 21]), mesh, parts=[((1, size), [0]), ((size, 1), [1, 2])]),
+        Layout(Documents([64]), mesh.alternatives[0]),
+        Layout(Documents([13, 80, 7], total=105), mesh, parts=[((size, 1), [0, 2]), ((1, size), [1])]),
+        Layout(Documents([90, 10, 30]), mesh, parts=[((1, size), [0, 1]), ((2, size // 2), [2])]),
+    ]
+    logits = torch.nn.Parameter(torch.randn(4, dtype=torch.float64)) if sinks else None
+    return compiled_and_not(layouts, ParallelAttention(mesh, sinks=logits))
+
+
+@pytest.mark.parametrize("sinks", [False, True])
+def test_a_compiled_layer_is_exact(pool: Pools, sinks: bool) -> None:
+    for pairs, graphs in pool(4).run(compiled, 4, sinks):
+        assert graphs <= 2
+        for eager, fast in pairs:
+            for a, b in zip(eager, fast, strict=True):
+                torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
+
+
+def unsharded(size: int) -> None:
+    docs = Documents([40, 3, 21], total=70)
+    layout = Layout(docs, free_mesh(size), parts=[((1, size), [0, 1]), ((size, 1), [2])])
+    x = torch.randn(70, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(0), requires_grad=True)
+    whole = layout.unshard(layout.shard(x))
+    assert torch.equal(whole, x)
+    whole.square().sum().backward()
+    grad = x.grad.clone()
+    dist.all_reduce(grad)
+    assert torch.equal(grad, 2 * x.detach())
+
+
+def test_shards_come_back(pool: Pools) -> None:
+    pool(4).run(unsharded, 4)

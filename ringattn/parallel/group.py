@@ -33,7 +33,7 @@ def plan_group(
 
     def planned(position: int, one: Candidate) -> AttentionPlan:
         plan = _RingPlanner(held, mask.band, position, one.schedule, one.distances(mesh.ring)).plan()
-        return replace(plan, keep_keys=setting.keep_keys, wide_reduce=setting.wide_reduce)
+        return replace(plan, keep_keys=choice.keep_keys, wide_reduce=setting.wide_reduce)
 
     plans = []
     for position in range(mesh.ring):

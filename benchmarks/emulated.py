@@ -79,7 +79,8 @@ def attention(
 
     def rank_of(rank: int) -> None:
         layout = layouts[rank]
-        plan = plan_attention(layout, mask, heads, key_heads, scheme if ring > 1 else "auto", stages, machine=machine)
+        named = scheme if ring > 1 else "auto"
+        plan = plan_attention(layout, mask, heads, key_heads, named, stages, keep_keys=False, machine=machine)
         transport = ThreadTransport(mail, rank)
         q, k, v, dout = (layout.shard(x[name]) for name in ("q", "k", "v", "dout"))
         job = Job(

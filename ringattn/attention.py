@@ -45,7 +45,7 @@ def parallel_attention(
     backend: str = "auto",
     scheme: str = "auto",
     stages: int | None = None,
-    keep_keys: bool = False,
+    keep_keys: bool | None = None,
     wide_reduce: bool = True,
     memory_limit: int | None = None,
     head_groups: int | None = None,
@@ -75,7 +75,9 @@ def parallel_attention(
             takes what is predicted to be fastest on the mesh's machine, forward and backward apart, and says why in the
             plan's `reason`.
         stages: stages of the ring scheme, the local one included; default: up to 4.
-        keep_keys: keep cast keys for the backward pass (more memory, one transfer less).
+        keep_keys: keep cast keys for the backward pass (more memory, one transfer less), or cast them again; default:
+            keep them where that is predicted to be faster and they fit, in `memory_limit` or else in a quarter of the
+            q, k, v and out that are kept anyway. Under torch.compile they are always cast again.
         wide_reduce: return key gradients to their owners in float32; False: in the dtype of the keys, half the bytes.
         memory_limit: bytes that the buffers of one attention may take on a rank, beside its inputs and results;
             default: keys of up to 8 times a rank's own are held at once.
@@ -126,7 +128,7 @@ class Settings(NamedTuple):
     backend: str = "auto"
     scheme: str = "auto"
     stages: int | None = None
-    keep_keys: bool = False
+    keep_keys: bool | None = None
     wide_reduce: bool = True
     memory_limit: int | None = None
     head_groups: int | None = None
@@ -237,7 +239,7 @@ class ParallelAttention(nn.Module):
         backend: str = "auto",
         scheme: str = "auto",
         stages: int | None = None,
-        keep_keys: bool = False,
+        keep_keys: bool | None = None,
         wide_reduce: bool = True,
         memory_limit: int | None = None,
         head_groups: int | None = None,

@@ -4,7 +4,7 @@ Every rank prices all ring positions from the same integers, so that all come to
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from ringattn.kernels.spec import Call
 from ringattn.parallel.cost import PlanCost, group_seconds
@@ -31,18 +31,26 @@ def candidates(ring: int, scheme: str, stages: int | None) -> list[Candidate]:
     return [Candidate("gather", 2), *(Candidate("ring", count) for count in sorted(counts) if count <= ring)]
 
 
+# Without a limit: what kept keys may take, as a share of the q, k, v and out that are kept anyway.
+KEPT_SHARE = 0.25
+
+
 @dataclass(frozen=True)
 class Choice:
-    """The schedules of both passes, what they cost, and why."""
+    """The schedules of both passes, what they cost, and why; with kept keys both are one."""
 
     forward: Candidate
     backward: Candidate
     cost: PlanCost
     reason: str
+    keep_keys: bool = False
 
 
 def choose(demand: Demand, setting: Setting, options: Sequence[Candidate], memory_limit: int | None) -> Choice:
     """The best of `options` in each direction; one for both if the forward pass keeps its keys.
+
+    Where the setting leaves that open, keys are kept if it is predicted to be faster and they fit: in the limit, or
+    without one in `KEPT_SHARE`.
 
     Arguments:
         memory_limit: bytes that a rank may have for buffers (`AttentionPlan.buffer_bytes`); None: `PAIR_SHARE` decides.
@@ -51,16 +59,49 @@ def choose(demand: Demand, setting: Setting, options: Sequence[Candidate], memor
     least memory is taken then.
     """
     pricer = Pricer(demand, setting)
-    forward, backward = zip(*(pricer.price(option) for option in options), strict=True)
     if setting.keep_keys:
-        picked, reason = _pick("both passes", list(zip(forward, backward, strict=True)), memory_limit)
-        first, last = picked
+        found = _keeping(pricer, options, memory_limit)
     else:
-        (first,), why_first = _pick("forward", [(one,) for one in forward], memory_limit)
-        (last,), why_last = _pick("backward", [(one,) for one in backward], memory_limit)
-        reason = f"{why_first}; {why_last}"
+        found = _casting(pricer, options, memory_limit)
+        if setting.keep_keys is None:
+            found = _kept_if_better(pricer, found, memory_limit)
+    return replace(found, reason=f"{found.reason}; predicted for {setting.machine}")
+
+
+def _casting(pricer: Pricer, options: Sequence[Candidate], memory_limit: int | None) -> Choice:
+    """Each pass by itself: keys are cast in both."""
+    forward, backward = zip(*(pricer.price(option, False) for option in options), strict=True)
+    (first,), why_first = _pick("forward", [(one,) for one in forward], memory_limit)
+    (last,), why_last = _pick("backward", [(one,) for one in backward], memory_limit)
+    return _choice(first, last, f"{why_first}; {why_last}", False)
+
+
+def _keeping(pricer: Pricer, options: Sequence[Candidate], memory_limit: int | None) -> Choice:
+    (first, last), reason = _pick("both passes", [pricer.price(option, True) for option in options], memory_limit)
+    return _choice(first, last, reason, True)
+
+
+def _kept_if_better(pricer: Pricer, casting: Choice, memory_limit: int | None) -> Choice:
+    """One of the schedules of `casting` for both passes with the keys kept, if it is faster and there is room."""
+    options = [one for one in dict.fromkeys((casting.forward, casting.backward)) if one.schedule != "local"]
+    prices = {option: pricer.price(option, True) for option in options}
+    if not any(price.kept for pair in prices.values() for price in pair):
+        return casting
+    best = min(options, key=lambda option: _seconds(prices[option]))
+    first, last = prices[best]
+    gain = 1 - _seconds(prices[best]) / casting.cost.total if casting.cost.total else 0.0
+    room = first.kept_share <= KEPT_SHARE if memory_limit is None else _bytes(prices[best]) <= memory_limit
+    kept = f"{first.kept / 2**20:,.1f} MiB"
+    if gain > 0 and room and all(_fits(price, memory_limit) for price in (first, last)):
+        reason = f"both passes {best.name} with {kept} of keys kept, {gain:.1%} faster than casting them again"
+        return _choice(first, last, f"{reason} ({casting.reason})", True)
+    why = f"they would take {kept}" if not room else "that would be no faster"
+    return replace(casting, reason=f"{casting.reason}; keys are not kept, {why}")
+
+
+def _choice(first: Price, last: Price, reason: str, keep_keys: bool) -> Choice:
     cost = PlanCost(first.slowest, last.slowest, max(first.most_bytes, last.most_bytes))
-    return Choice(first.candidate, last.candidate, cost, f"{reason}; predicted for {setting.machine}")
+    return Choice(first.candidate, last.candidate, cost, reason, keep_keys)
 
 
 def choose_groups(setting: Setting, calls: Sequence[Call], asked: int | None) -> tuple[int, str]:

@@ -34,7 +34,7 @@ def plan_group(
 
     def planned(position: int, one: Candidate) -> AttentionPlan:
         plan = plan_ring(held, demand, position, one)
-        return replace(plan, keep_keys=setting.keep_keys, wide_reduce=setting.wide_reduce)
+        return replace(plan, keep_keys=choice.keep_keys, wide_reduce=setting.wide_reduce)
 
     plans = []
     for position in range(mesh.ring):

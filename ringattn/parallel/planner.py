@@ -29,7 +29,7 @@ def plan_attention(
     key_heads: int,
     scheme: str = "auto",
     stages: int | None = None,
-    keep_keys: bool = False,
+    keep_keys: bool | None = None,
     wide_reduce: bool = True,
     *,
     head_dim: int = 128,
@@ -71,7 +71,7 @@ def plan_parts(
     key_heads: int,
     scheme: str = "auto",
     stages: int | None = None,
-    keep_keys: bool = False,
+    keep_keys: bool | None = None,
     wide_reduce: bool = True,
     *,
     head_dim: int = 128,
@@ -89,7 +89,8 @@ def plan_parts(
             forward and backward apart; "ulysses" and "hybrid" check that the mesh has those axes and leave the ring
             axis to "auto". A parted layout has only "auto".
         stages: number of stages of the ring schedule, the local one included.
-        keep_keys, wide_reduce: see `AttentionPlan`.
+        keep_keys, wide_reduce: see `AttentionPlan`; by default keys are kept where that is predicted to be faster and
+            they fit: in the memory limit, or without one in a quarter of the q, k, v and out that are kept anyway.
         head_dim, value_dim, itemsize: of queries and keys, of values (default: the same), bytes per element.
         memory_limit: bytes that the buffers of a rank may take, by the estimate for all ranks; of all parts together.
         machine: whose speed is predicted, the same on all ranks; default: the mesh's, else the shipped H200.
@@ -164,7 +165,7 @@ def _plan(
             exchange = exchange_plan(layout.deal(0), *heads, mesh.ulysses_rank, groups)
             reason = f"{reason}; {why}"
     plans = [
-        replace(plan, exchange=exchange, keep_keys=setting.keep_keys, wide_reduce=setting.wide_reduce) for plan in plans
+        replace(plan, exchange=exchange, keep_keys=choice.keep_keys, wide_reduce=setting.wide_reduce) for plan in plans
     ]
     backward = plans[1] if len(plans) > 1 else None
     return replace(plans[0], backward=backward, reason=reason), choice.cost.buffer_bytes

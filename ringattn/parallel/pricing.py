@@ -58,12 +58,13 @@ class Setting:
     Arguments:
         shape: the model's.
         exchange: of one rank of the sequence group, the same one whoever asks.
+        keep_keys: keep cast keys for the backward pass; None: if that is predicted to be faster and there is room.
     """
 
     machine: Machine
     shape: Shape
     exchange: Exchange | None = None
-    keep_keys: bool = False
+    keep_keys: bool | None = None
     wide_reduce: bool = True
     primitive: str = "p2p"
 
@@ -95,6 +96,8 @@ class Price:
         waiting: of kernels, for transfers.
         host: that it takes to issue everything.
         pair_share: key rows of two buffers at a time over the position's own rows, the largest of all positions.
+        kept: bytes of all cast keys, the most of all positions.
+        kept_share: the same over q, k, v and out of the position, of which each rank saves its share.
     """
 
     candidate: Candidate
@@ -104,6 +107,8 @@ class Price:
     host: Floats
     bytes: Any
     pair_share: float
+    kept: int
+    kept_share: float
 
     @cached_property
     def slowest(self) -> DirectionCost:
@@ -148,8 +153,9 @@ class Pricer:
     demand: Demand
     setting: Setting
 
-    def price(self, candidate: Candidate) -> tuple[Price, Price]:
-        """Of the forward and of the backward pass."""
+    def price(self, candidate: Candidate, keep_keys: bool | None = None) -> tuple[Price, Price]:
+        """Of the forward and of the backward pass; with keys kept if the setting says so, or what is said here."""
+        keep = bool(self.setting.keep_keys if keep_keys is None else keep_keys)
         distances = candidate.distances(self.demand.positions)
         received, sent = self._rows(distances)
         gather = candidate.schedule == "gather"
@@ -163,27 +169,36 @@ class Pricer:
         )
         pair_share = float(np.max(largest_pair(rows.buffers) / np.maximum(self.demand.rows, 1), initial=0.0))
         setting, own = self.setting, self.setting.own
-        sizes = (
-            rows.forward_bytes(own, setting.keep_keys),
-            rows.backward_bytes(own, setting.keep_keys, setting.wide_reduce),
-        )
+        sizes = rows.forward_bytes(own, keep), rows.backward_bytes(own, keep, setting.wide_reduce)
+        kept = sum(rows.buffers) * own.key_row_bytes + np.zeros(self.demand.positions)
+        kept_share = float(np.max(kept / np.maximum(self.demand.rows * own.row_bytes, 1), initial=0.0))
+        kept_keys = int(np.max(kept, initial=0)), kept_share
         exchanged = 0
         if setting.exchange is not None:
             exchanged = exchange_bytes(setting.shape, own, self.demand.rows, -(-self.demand.rows // setting.ulysses))
         forward, backward = (
-            self._directed(candidate, direction, received, sent, copied, (size + exchanged, pair_share))
+            self._directed(
+                candidate, direction, received, sent, copied, keep, (size + exchanged, pair_share, *kept_keys)
+            )
             for direction, size in enumerate(sizes)
         )
         return forward, backward
 
     def _directed(
-        self, candidate: Candidate, direction: int, received: Ints, sent: Ints, copied: Floats, room: tuple[Any, float]
+        self,
+        candidate: Candidate,
+        direction: int,
+        received: Ints,
+        sent: Ints,
+        copied: Floats,
+        keep: bool,
+        room: tuple[Any, float, int, float],
     ) -> Price:
         """One direction; `received` and `sent` are (stages, class of link, position) rows."""
         setting, machine, own, backward = self.setting, self.setting.machine, self.setting.own, bool(direction)
         local, later = self._gathered[direction] if candidate.schedule == "gather" else self._staged(received, backward)
         cast = reduce = lost = np.zeros(later.shape)
-        if not (backward and setting.keep_keys):
+        if not (backward and keep):
             cast, lost = self._wire(received, sent, own.key_row_bytes)
             rows = received.sum(1) + sent.sum(1) + copied
             later = later + _linear(rows, 2 * machine.copy_seconds, 2 * own.key_row_bytes / machine.copy_bandwidth)
@@ -211,6 +226,8 @@ class Pricer:
             host=host,
             bytes=room[0],
             pair_share=room[1],
+            kept=room[2],
+            kept_share=room[3],
         )
 
     def _wire(self, received: Ints, sent: Ints, row_bytes: float) -> tuple[Floats, Floats]:

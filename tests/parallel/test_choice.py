@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from benchmarks.emulated import attention
 from ringattn import Documents, Layout, Mask, MeshShape
 from ringattn.parallel.choice import RING_GAIN, candidates
-from ringattn.parallel.cost import Link, Machine
+from ringattn.parallel.cost import Link, Machine, plan_cost
 from ringattn.parallel.machines import SHIPPED
 from ringattn.parallel.plan import Shape
 from ringattn.parallel.plan_check import common_digest
@@ -37,7 +37,7 @@ def with_links(bandwidth: float, latency: float = 0.0) -> Machine:
     mesh=st.sampled_from([(2, 1), (3, 2), (7, 1), (12, 1)]),
     policy=st.sampled_from(["contiguous", "zigzag", "balanced"]),
     limit=st.sampled_from([None, 10**6, 10**9]),
-    keep_keys=st.booleans(),
+    keep_keys=st.sampled_from([None, False, True]),
     speed=st.sampled_from([1e6, 1e9, 1e13]),
 )
 def test_all_ranks_choose_alike(
@@ -46,7 +46,7 @@ def test_all_ranks_choose_alike(
     mesh: tuple[int, int],
     policy: str,
     limit: int | None,
-    keep_keys: bool,
+    keep_keys: bool | None,
     speed: float,
 ) -> None:
     layouts = [Layout(docs, MeshShape(1, *mesh, rank), policy, mask) for rank in range(mesh[0] * mesh[1])]
@@ -66,7 +66,30 @@ def test_all_ranks_choose_alike(
     for plan in (plan.parts[0][1] for plan in plans):
         size = plan.buffer_bytes(Shape(8, 2, 128, 128))
         assert limit is None or size <= limit
-        assert plan.backward is None or not keep_keys
+        assert plan.backward is None or not plan.keep_keys
+        assert keep_keys in (None, plan.keep_keys)
+
+
+def test_keys_are_kept_where_they_are_small_and_that_is_faster() -> None:
+    packed = [Layout(Documents([30_000] + [1700] * 200), MeshShape(1, 8, 1, rank)) for rank in range(8)]
+    plans = {
+        keep: [plan_attention(layout, Mask(), 32, 8, keep_keys=keep) for layout in packed] for keep in (None, False)
+    }
+    assert all(plan.keep_keys and "of keys kept" in plan.reason for plan in plans[None])
+    assert not any(plan.keep_keys for plan in plans[False])
+    shape = Shape(32, 8, 128, 128)
+    kept, again = (plan_cost(SHIPPED["H200"], plans[keep], shape).total for keep in (None, False))
+    assert kept < again
+
+    long = Layout(Documents([262_144]), MeshShape(1, 8))
+    again = plan_attention(long, Mask(), 32, 8)
+    assert not again.keep_keys
+    assert "keys are not kept, they would take" in again.reason
+    assert plan_attention(long, Mask(), 32, 8, memory_limit=2**34).keep_keys  # there it is said what there is room for
+
+    whole = plan_attention(Layout(Documents([700] * 8), MeshShape(1, 1)), Mask(), 32, 8)
+    assert not whole.keep_keys
+    assert "kept" not in whole.reason
 
 
 @pytest.mark.parametrize("lengths", [[262_144], [65_536], [4096] * 32 + [8192] * 8 + [16_384] * 4, [300] * 400])
@@ -135,7 +158,8 @@ def mixed_case() -> tuple[Documents, Machine]:
 
 def test_passes_are_decided_apart_and_stay_exact() -> None:
     docs, machine = mixed_case()
-    plans = [plan_attention(Layout(docs, MeshShape(1, 3, 1, rank)), Mask(), 2, 1, machine=machine) for rank in range(3)]
+    layouts = [Layout(docs, MeshShape(1, 3, 1, rank)) for rank in range(3)]
+    plans = [plan_attention(layout, Mask(), 2, 1, keep_keys=False, machine=machine) for layout in layouts]
     assert all(plan.schedule == "gather" and plan.backward.schedule == "ring" for plan in plans)
     assert "backward:" in str(plans[0])
     generator = torch.Generator().manual_seed(0)

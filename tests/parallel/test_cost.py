@@ -111,7 +111,7 @@ def test_counted_rows_are_those_of_the_plans(
                 near = sum(message.rows for message in messages if message.peer // 8 == rank // 8)
                 assert counted[number, :, rank].tolist() == [near, sum(m.rows for m in messages) - near]
     # The memory that all ranks reckon with is enough for each of them.
-    forward, backward = prices.price(candidate)
+    forward, backward = prices.price(candidate, plans[0][1].keep_keys)
     for rank, (_, plan) in enumerate(plans):
         assert plan.buffer_bytes(SHAPE) <= max(forward.bytes[rank], backward.bytes[rank])
 
@@ -130,7 +130,7 @@ def test_closed_forms_are_near_the_prices_of_plans(name: str, mesh: tuple[int, i
     for scheme, tolerance in ((("gather", None), 0.02), (("ring", 2), 0.03), (("ring", 4), 0.06)):
         plans = plans_of(docs, Mask(), mesh, "balanced", *scheme)
         exact = plan_cost(H200, [plan for _, plan in plans], SHAPE)
-        closed = pricer(plans[0][0], Mask()).price(candidates(mesh[0], *scheme)[0])
+        closed = pricer(plans[0][0], Mask()).price(candidates(mesh[0], *scheme)[0], plans[0][1].keep_keys)
         assert closed[0].seconds == pytest.approx(exact.forward.seconds, rel=tolerance)
         assert closed[1].seconds == pytest.approx(exact.backward.seconds, rel=tolerance)
 

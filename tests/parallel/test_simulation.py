@@ -187,7 +187,7 @@ def port_seconds(machine: Machine, plans: list[AttentionPlan], backward: bool) -
     """Seconds that the bytes of all batches need through each receiving port."""
     traffic, total = Traffic(plans, SHAPE, backward), {}
     batches = [("exchange", 0), ("exchange", 1)] if traffic.ulysses > 1 else []
-    kinds = ("cast", "reduce") if backward else ("cast",)
+    kinds = (*(("cast",) if not (backward and plans[0].keep_keys) else ()), *(("reduce",) if backward else ()))
     batches += [(kind, stage) for kind in kinds for stage in range(1, len(plans[0].stages))]
     for rank in range(len(plans)):
         for kind, stage in batches:

@@ -28,6 +28,7 @@ from ringattn.benchmarking.suite import Result, measure
 from ringattn.benchmarking.timing import Timer
 from ringattn.benchmarking.workloads import Workload, workload
 from ringattn.kernels.registry import choose
+from ringattn.parallel.mesh import TRANSPORTS
 from ringattn.training.launched import Launch, current, export, pick_device
 from ringattn.training.refusal import refuse
 
@@ -65,6 +66,8 @@ def check(cfg: DictConfig, launch: Launch, device: torch.device) -> tuple[Heads,
     for key in ("calls", "repeats"):
         if not isinstance(cfg[key], int) or cfg[key] < 1:
             raise ValueError(f"{key} must be an integer >= 1, got {cfg[key]}")
+    if cfg.transport not in TRANSPORTS:
+        raise ValueError(f"transport must be one of {', '.join(TRANSPORTS)}, got {cfg.transport}")
     for contestant in cfg.contestants or every_name(launch.world_size):
         parse(contestant, launch.world_size)
     workloads = [workload(one, cfg.seed) for one in cfg.workloads]
@@ -94,7 +97,7 @@ def run(
     slow: Slow | None,
     first: bool,
 ) -> list[Result]:
-    entered = contestants(cfg.contestants, cfg.peers)
+    entered = contestants(cfg.contestants, cfg.peers, cfg.transport)
     makers = [partial(Problem.draw, one, heads, cfg.backend, device, dtype, cfg.seed) for one in workloads]
     results: list[Result] = []
     if first:

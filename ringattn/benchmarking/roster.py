@@ -4,6 +4,7 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import torch.distributed as dist
 
@@ -12,8 +13,6 @@ from ringattn.benchmarking.peers import RingFlashAttnLlama3, RingFlashAttnZigzag
 from ringattn.benchmarking.plain_ulysses import PlainUlysses
 from ringattn.parallel.mesh import MeshShape, SequenceMesh, init_mesh
 from ringattn.parallel.planner import check_scheme
-
-NARROW = "+narrow"
 
 
 @dataclass(frozen=True)
@@ -27,15 +26,18 @@ class Meshes:
 Maker = Callable[[Meshes], Contestant]
 
 
-def contestants(names: Sequence[str] | None, peers: bool) -> list[Contestant]:
+def contestants(names: Sequence[str] | None, peers: bool, transport: str = "auto") -> list[Contestant]:
     """By name, or with None every scheme on every mesh of all ranks; `peers` adds every other system. Collective.
+
+    Arguments:
+        transport: what moves our data, as in `init_mesh`.
 
     Raises ValueError for a name that is none, or degrees that do not make up the world.
     """
     ranks = dist.get_world_size()
     asked = list(dict.fromkeys([*(names or every_name(ranks)), *(peer_names(ranks) if peers else [])]))
     makers = [parse(name, ranks) for name in asked]
-    free = init_mesh(data=1, sequence=ranks)
+    free = init_mesh(data=1, sequence=ranks, transport=transport)
     parted = {(mesh.ring, mesh.ulysses): mesh for mesh in free.alternatives if isinstance(mesh, SequenceMesh)}
     return [make(Meshes(free, parted)) for make in makers]
 
@@ -60,7 +62,8 @@ def parse(name: str, ranks: int) -> Maker:
     """What makes the contestant of a name, which is one of
 
     - `auto:<ranks>` for degrees that every layout chooses, or `<scheme>:<ring>x<ulysses>`; with `+narrow` the
-      gradients of keys travel in the dtype of the keys (`wide_reduce=False`);
+      gradients of keys travel in the dtype of the keys (`wide_reduce=False`), with `+2groups` heads are exchanged in
+      two groups;
     - `plain-ulysses`, `rfa-zigzag`, `rfa-llama3[:<key heads at a time>]`, `usp:<ring>x<ulysses>`,
       `torch-cp[:alltoall]`.
 
@@ -88,22 +91,38 @@ def _peer(name: str, ranks: int) -> Maker | None:
 
 
 def _ours(name: str, ranks: int) -> Maker:
-    plain, narrow = name.removesuffix(NARROW), name.endswith(NARROW)
+    plain, *variants = name.split("+")
+    options = _options(name, variants)
     if plain == f"auto:{ranks}":
-        return lambda meshes: Ours(name, meshes.free, "auto", not narrow)
+        return lambda meshes: Ours(name, meshes.free, "auto", options)
     parts = re.fullmatch(r"(\w+):(\d+)x(\d+)", plain)
     if parts is None:
         raise ValueError(
-            f"a contestant is auto:{ranks}, or <scheme>:<ring>x<ulysses> as in gather:{ranks}x1, also with {NARROW}, "
-            f"or one of {', '.join(peer_names(ranks))}, got {name!r}"
+            f"a contestant is auto:{ranks}, or <scheme>:<ring>x<ulysses> as in gather:{ranks}x1, also with +narrow or "
+            f"+2groups, or one of {', '.join(peer_names(ranks))}, got {name!r}"
         )
     degrees = _degrees(name, parts[2], parts[3], ranks)
     check_scheme(parts[1], MeshShape(1, *degrees))
-    return partial(_on_mesh, name, parts[1], degrees, not narrow)
+    return partial(_on_mesh, name, parts[1], degrees, options)
 
 
-def _on_mesh(name: str, scheme: str, degrees: tuple[int, int], wide: bool, meshes: Meshes) -> Contestant:
-    return Ours(name, meshes.parted[degrees], scheme, wide)
+def _options(name: str, variants: Sequence[str]) -> dict[str, Any]:
+    """Keywords of `parallel_attention`."""
+    options: dict[str, Any] = {}
+    for variant in variants:
+        if variant == "narrow":
+            options["wide_reduce"] = False
+        elif groups := re.fullmatch(r"([1-9]\d*)groups", variant):
+            options["head_groups"] = int(groups[1])
+        else:
+            raise ValueError(f"a variant is +narrow or +<n>groups, got +{variant} in {name!r}")
+    return options
+
+
+def _on_mesh(
+    name: str, scheme: str, degrees: tuple[int, int], options: Mapping[str, Any], meshes: Meshes
+) -> Contestant:
+    return Ours(name, meshes.parted[degrees], scheme, options)
 
 
 def _degrees(name: str, ring: str, ulysses: str, ranks: int) -> tuple[int, int]:

@@ -57,7 +57,7 @@ def plan(args: argparse.Namespace) -> tuple[Any, list[dict[str, Any]]]:
     """The layout, and the objects that the report and the picture speak of: of each part, or of the whole."""
     from ringattn import Documents, Layout
     from ringattn.parallel.group import plan_group
-    from ringattn.parallel.planner import check_scheme, part_scheme
+    from ringattn.parallel.planner import check_scheme, part_groups, part_scheme
 
     documents = Documents(_workload.lengths(args, args.tokens, args.seed))
     mask = _workload.mask(args)
@@ -73,7 +73,9 @@ def plan(args: argparse.Namespace) -> tuple[Any, list[dict[str, Any]]]:
     planned = []
     for part in layout.parts or (layout,):
         setting = _workload.setting(args, part)
-        plans = plan_group(part, mask, setting, part_scheme(layout, part, args.scheme, left), args.stages, left)
+        plans = plan_group(
+            part, mask, setting, part_scheme(layout, part, args.scheme, left), args.stages, left, part_groups(layout)
+        )
         planned.append({"layout": part, "mask": mask, "setting": setting, "plans": plans})
         left = None if left is None else left - max(plan.buffer_bytes(setting.shape) for plan in plans)
     return layout, planned

@@ -119,7 +119,7 @@ def choose_groups(setting: Setting, calls: Sequence[Call], asked: int | None) ->
 
     if asked is not None:
         groups = next(count for count in range(asked, 0, -1) if fits(count))
-        return groups, f"heads in {groups} groups, as asked for"
+        return groups, f"heads in {groups} groups" if groups > 1 else "heads in one group"
     priced = {
         groups: group_seconds(setting.machine, exchange, calls, setting.shape, groups, setting.wide_reduce)
         for groups in HEAD_GROUPS
@@ -129,7 +129,7 @@ def choose_groups(setting: Setting, calls: Sequence[Call], asked: int | None) ->
     if priced[best] > (1 - GROUPS_GAIN) * priced[1]:
         best = 1
     told = ", ".join(f"{groups}: {seconds * 1e3:.3f} ms" for groups, seconds in priced.items())
-    return best, f"heads in {best} groups ({told})" if len(priced) > 1 else f"heads in {best} group"
+    return best, (f"heads in {best} groups" if best > 1 else "heads in one group") + f" of {told}" * (len(priced) > 1)
 
 
 def _pick(what: str, options: list[tuple[Price, ...]], memory_limit: int | None) -> tuple[tuple[Price, ...], str]:

@@ -8,9 +8,8 @@ from ringattn.parallel.demand import Demand
 from ringattn.parallel.held import Held
 from ringattn.parallel.layout import Layout
 from ringattn.parallel.plan import AttentionPlan
-from ringattn.parallel.planner import check_scheme, only, plan_ring
+from ringattn.parallel.planner import check_scheme, only, plan_exchange, plan_ring
 from ringattn.parallel.pricing import Candidate, Setting
-from ringattn.parallel.ulysses import exchange_plan
 
 
 def plan_group(
@@ -20,6 +19,7 @@ def plan_group(
     scheme: str = "auto",
     stages: int | None = None,
     memory_limit: int | None = None,
+    head_groups: int | None = None,
 ) -> list[AttentionPlan]:
     """What `plan_attention` plans on each sequence rank of a layout that is not parted, by rank.
 
@@ -41,10 +41,8 @@ def plan_group(
         forward = planned(position, choice.forward)
         backward = None if choice.backward == choice.forward else planned(position, choice.backward)
         for rank in range(mesh.ulysses):
-            exchange = None
-            if setting.exchange is not None:
-                heads = setting.shape.query_heads, setting.shape.key_heads
-                exchange = exchange_plan(layout.deal(position), *heads, rank)
+            exchange, why = plan_exchange(layout, setting, position, rank, forward, head_groups)
             last = None if backward is None else replace(backward, exchange=exchange)
-            plans.append(replace(forward, exchange=exchange, backward=last, reason=only(mesh, options) + choice.reason))
+            reason = only(mesh, options) + choice.reason + why
+            plans.append(replace(forward, exchange=exchange, backward=last, reason=reason))
     return plans

@@ -14,7 +14,7 @@ from ringattn.parallel.held import Held
 from ringattn.parallel.layout import Layout
 from ringattn.parallel.machines import SHIPPED
 from ringattn.parallel.mesh import MeshShape
-from ringattn.parallel.plan import AttentionPlan, Message, PartedPlan, Route, Shape, Stage
+from ringattn.parallel.plan import AttentionPlan, Exchange, Message, PartedPlan, Route, Shape, Stage
 from ringattn.parallel.pricing import Candidate, Setting
 from ringattn.parallel.ranges import overlap, union
 from ringattn.parallel.ulysses import exchange_plan
@@ -125,8 +125,7 @@ def _plans(
 ) -> Iterator[tuple[Range, AttentionPlan]]:
     """The plan of each part with its rows."""
     row, left = 0, memory_limit
-    if layout.parts and head_groups is None:
-        head_groups = 1  # an exchange already travels under the kernels of the other parts
+    head_groups = head_groups or part_groups(layout)
     for part in layout.parts or (layout,):
         options = candidates(part.mesh.ring, part_scheme(layout, part, scheme, left), stages)
         try:
@@ -147,7 +146,7 @@ def _plan(
     head_groups: int | None,
 ) -> tuple[AttentionPlan, int]:
     """The plan of this rank, and the bytes that the buffers of any rank take at most."""
-    mesh, shape = layout.mesh, setting.shape
+    mesh = layout.mesh
     held_key = ("held", mask.chunk)
     if held_key not in layout._plans:
         layout._plans[held_key] = Held.of(layout, mask)
@@ -155,20 +154,26 @@ def _plan(
     demand = Demand.of(held, mask.band)
     choice = choose(demand, setting, options, memory_limit)
     plans = [plan_ring(held, demand, mesh.ring_rank, one) for one in dict.fromkeys((choice.forward, choice.backward))]
-    exchange = None
-    reason = only(mesh, options) + choice.reason
-    if setting.exchange is not None:
-        heads = shape.query_heads, shape.key_heads
-        exchange = exchange_plan(layout.deal(mesh.ring_rank), *heads, mesh.ulysses_rank)
-        if mesh.ring == 1:
-            groups, why = choose_groups(setting, plans[0].stages[0].calls, head_groups)
-            exchange = exchange_plan(layout.deal(0), *heads, mesh.ulysses_rank, groups)
-            reason = f"{reason}; {why}"
+    exchange, why = plan_exchange(layout, setting, mesh.ring_rank, mesh.ulysses_rank, plans[0], head_groups)
+    reason = only(mesh, options) + choice.reason + why
     plans = [
         replace(plan, exchange=exchange, keep_keys=choice.keep_keys, wide_reduce=setting.wide_reduce) for plan in plans
     ]
     backward = plans[1] if len(plans) > 1 else None
     return replace(plans[0], backward=backward, reason=reason), choice.cost.buffer_bytes
+
+
+def plan_exchange(
+    layout: Layout, setting: Setting, position: int, rank: int, plan: AttentionPlan, head_groups: int | None
+) -> tuple[Exchange | None, str]:
+    """The exchange of an ulysses rank of a position with the stages of `plan`, and why in so many groups."""
+    if setting.exchange is None:
+        return None, ""
+    heads = setting.shape.query_heads, setting.shape.key_heads
+    if layout.mesh.ring > 1:  # every group would cast its keys anew
+        return exchange_plan(layout.deal(position), *heads, rank), ""
+    groups, why = choose_groups(setting, plan.stages[0].calls, head_groups)
+    return exchange_plan(layout.deal(position), *heads, rank, groups), f"; {why}"
 
 
 def part_scheme(layout: Layout, part: Layout, scheme: str, memory_limit: int | None) -> str:
@@ -178,6 +183,11 @@ def part_scheme(layout: Layout, part: Layout, scheme: str, memory_limit: int | N
     the most accurate; but it may need too much memory.
     """
     return "gather" if layout.parts and part.mesh.ring > 1 and memory_limit is None else scheme
+
+
+def part_groups(layout: Layout) -> int | None:
+    """Groups of heads where the caller asks for no number: an exchange already travels under other parts' kernels."""
+    return 1 if layout.parts else None
 
 
 def only(mesh: MeshShape, options: Sequence[Candidate]) -> str:

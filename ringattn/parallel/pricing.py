@@ -163,6 +163,7 @@ class Pricer:
         buffers = received.sum(1) + copied
         rows = StageRows(
             buffers=list(buffers),
+            received=list(received.sum(1)),
             sent=list(sent.sum(1)),
             shared_q=0 if gather else self.demand.cut_rows * bool(distances),
             shared_k=self.demand.cut_rows if distances else 0,

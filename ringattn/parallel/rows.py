@@ -165,6 +165,7 @@ class KeyCast:
         k, v = self.local
         buffer = k.new_empty(self.stage.rows, self.receive.shape[1])
         take_rows(_Moves.of(self.stage).buffer(k.device), buffer, self.receive, flat_pair(k, v))
+        self.receive = buffer  # what arrived is not needed any more
         keys, values = buffer.split([k.shape[1] * k.shape[2], v.shape[1] * v.shape[2]], 1)
         return keys.unflatten(1, k.shape[1:]), values.unflatten(1, v.shape[1:])
 

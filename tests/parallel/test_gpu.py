@@ -6,8 +6,10 @@ import torch
 from ringattn import Documents, Layout, Mask, MeshShape, parallel_attention
 from ringattn.kernels.registry import explain
 from ringattn.kernels.spec import CallSpec
+from ringattn.parallel.plan import Shape
+from ringattn.parallel.planner import plan_attention
 from tests.dense import Case, dense_attention, relative_error
-from tests.parallel.ranks import attend
+from tests.parallel.ranks import attend, mesh_of
 from tests.pool import Pools
 
 DOCS = Documents([400, 1, 129, 0, 700, 64, 100], [0, 400, 401, 530, 540, 1240, 1310], 1450)
@@ -81,3 +83,29 @@ def alone(case: Case) -> dict[str, torch.Tensor]:
 
 def _finite(x: torch.Tensor) -> torch.Tensor:
     return x.masked_fill(x == float("-inf"), 0.0)
+
+
+def extra_bytes(ring: int, scheme: str) -> tuple[int, int]:
+    """What a forward pass takes beside its result, measured, and by the plan."""
+    mesh = mesh_of(ring, 1, "cuda", "collective")
+    layout = Layout(Documents([16384]), mesh, "zigzag")
+    q, k, v = (torch.randn(layout.tokens(), 8, 128, dtype=torch.bfloat16, device="cuda") for _ in range(3))
+    plan = plan_attention(layout, Mask(), 8, 8, scheme, keep_keys=False)
+    for _ in range(2):
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        with torch.no_grad():
+            out = parallel_attention(q, k, v, layout, scheme=scheme, keep_keys=False)
+        torch.cuda.synchronize()
+        extra = torch.cuda.max_memory_allocated() - before - out.nbytes
+        del out
+    return extra, int(plan._stage_rows.forward_bytes(Shape(8, 8, 128, 128), False))
+
+
+@pytest.mark.gpu(2)
+@pytest.mark.parametrize("scheme", ["gather", "ring"])
+def test_the_plan_states_the_memory_that_is_measured(pool: Pools, scheme: str) -> None:
+    for measured, stated in pool(2, "cuda").run(extra_bytes, 2, scheme, timeout=300):
+        print(f"{scheme}: {measured} bytes beside the result, {stated} by the plan")
+        assert stated * 0.95 <= measured <= stated * 1.05 + 2**21  # the lse and the allocator's rounding

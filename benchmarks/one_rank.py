@@ -13,6 +13,7 @@ import argparse
 import statistics
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from datetime import date
 from typing import Any, NamedTuple
 
@@ -112,14 +113,29 @@ def alone(work: Workload, heads: Heads, ranks: int, backend: str) -> Measured:
     return measured(step)
 
 
-def one_rank(work: Workload, heads: Heads, mesh: MeshShape, rank: int, scheme: str, backend: str) -> Measured:
-    """What a rank of a mesh does, without transfers."""
-    axes = mesh.ring, mesh.ulysses
-    transport = Empty()
+def mesh_of(degrees: tuple[int, int], rank: int, transport: Empty) -> SequenceMesh:
+    """One rank's mesh without processes."""
     machine = local_machine("cuda").by_copy_engines()
-    running = SequenceMesh(1, *axes, rank, machine=machine, device_type="cuda", device_mesh=None)  # type: ignore[arg-type]
-    running.__dict__.update(ring_transport=transport, ulysses_transport=transport)
-    layout = Layout(work.docs, running, mask=work.mask, heads=(heads.query, heads.key), head_dim=heads.dim)
+    mesh = SequenceMesh(1, *degrees, rank, machine=machine, device_type="cuda", device_mesh=None)  # type: ignore[arg-type]
+    mesh.__dict__.update(ring_transport=transport, ulysses_transport=transport)
+    return mesh
+
+
+def one_rank(work: Workload, heads: Heads, contestant: str, rank: int, backend: str) -> tuple[Measured, str]:
+    """What a rank does, without transfers, and on which degrees its documents are.
+
+    Arguments:
+        contestant: `<scheme>:<ring>x<ulysses>`, or `auto:<ranks>` for degrees that the documents choose.
+    """
+    scheme, degrees = contestant.split(":")
+    transport = Empty()
+    if "x" in degrees:
+        ring, ulysses = map(int, degrees.split("x"))
+        mesh = mesh_of((ring, ulysses), rank, transport)
+    else:
+        every = tuple(mesh_of(pair, rank, transport) for pair in MeshShape(1, int(degrees)).parted())
+        mesh = replace(every[0], device_mesh=None, alternatives=every)  # type: ignore[arg-type]
+    layout = Layout(work.docs, mesh, mask=work.mask, heads=(heads.query, heads.key), head_dim=heads.dim)
     leaves = [
         random(layout.tokens(), count, heads.dim).requires_grad_() for count in (heads.query, heads.key, heads.key)
     ]
@@ -134,7 +150,8 @@ def one_rank(work: Workload, heads: Heads, mesh: MeshShape, rank: int, scheme: s
         step()
     transport.filling = False
     step()
-    return measured(step)
+    parts = [f"{len(part.docs)} on {part.mesh.ring} × {part.mesh.ulysses}" for part in layout.parts or (layout,)]
+    return measured(step), ", ".join(parts)
 
 
 def rows_of(name: str, arguments: argparse.Namespace) -> list[str]:
@@ -144,27 +161,24 @@ def rows_of(name: str, arguments: argparse.Namespace) -> list[str]:
     ceiling = alone(work, heads, ranks, arguments.backend)
     lines = [_line(name, "kernel alone", [ceiling], ceiling)]
     for one in arguments.contestants.split(","):
-        scheme, degrees = one.split(":")
-        ring, ulysses = map(int, degrees.split("x"))
-        shape = MeshShape(1, ring, ulysses)
-        chosen = range(ranks) if ring > 1 else range(1)
-        found = [one_rank(work, heads, shape, rank, scheme, arguments.backend) for rank in chosen]
-        lines.append(_line(name, one, found, ceiling))
+        found = [one_rank(work, heads, one, rank, arguments.backend) for rank in range(0, ranks, arguments.every)]
+        lines.append(_line(name, one, [measured for measured, _ in found], ceiling, found[0][1]))
     return lines
 
 
-def _line(name: str, contestant: str, found: list[Measured], ceiling: Measured) -> str:
+def _line(name: str, contestant: str, found: list[Measured], ceiling: Measured, parts: str = "") -> str:
     slowest = max(found)
     mean = statistics.mean(one.step for one in found)
     numbers = f"{slowest.step:.3f} | {mean:.3f} | {slowest.busy:.3f} | {slowest.host:.3f} | {slowest.launches}"
-    return f"| {name} | {contestant} | {numbers} | {ceiling.step / slowest.step:.3f} |"
+    return f"| {name} | {contestant} | {numbers} | {ceiling.step / slowest.step:.3f} | {parts} |"
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--ranks", type=int, default=8)
     parser.add_argument("--workloads", default="hist64k,short256k,hist256k,packed256k,dense64k")
-    parser.add_argument("--contestants", default="gather:8x1,ulysses:1x8", help="<scheme>:<ring>x<ulysses>, ...")
+    parser.add_argument("--contestants", default="auto:8,gather:8x1,ulysses:1x8", help="<scheme>:<ring>x<ulysses>, ...")
+    parser.add_argument("--every", type=int, default=1, help="measure only every n-th rank")
     parser.add_argument("--heads", default="32/8")
     parser.add_argument("--head-dim", type=int, default=128)
     parser.add_argument("--backend", default="auto")
@@ -181,8 +195,8 @@ def main() -> None:
         "",
         "Forward and backward of the slowest rank (mean: of all ranks), milliseconds.",
         "",
-        "| workload | contestant | step | mean | busy | host | launches | share of the kernel alone |",
-        "|---|---|---|---|---|---|---|---|",
+        "| workload | contestant | step | mean | busy | host | launches | share of the kernel alone | documents |",
+        "|---|---|---|---|---|---|---|---|---|",
     ]
     print("\n".join(lines), flush=True)
     for name in arguments.workloads.split(","):

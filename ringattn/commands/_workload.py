@@ -7,6 +7,8 @@ from typing import Any
 from ringattn.commands._call import heads, positive, window
 from ringattn.parallel.layout import POLICIES
 
+COPY = "+copy"  # after the name of a machine
+
 
 def add_workload_arguments(parser: argparse.ArgumentParser) -> None:
     from ringattn.workloads import HISTOGRAMS
@@ -25,7 +27,10 @@ def add_workload_arguments(parser: argparse.ArgumentParser) -> None:
     call.add_argument("--head-dim", type=positive, default=128, metavar="D", help="default 128, in bfloat16")
     call.add_argument("--policy", choices=POLICIES, default="auto", help="who holds which tokens")
     call.add_argument(
-        "--machine", metavar="NAME", help="H200, H100, A100, CPU or a calibration file; default this one's, else H200"
+        "--machine",
+        metavar="NAME",
+        help="H200, H100, A100, CPU or a calibration file; default this one's, else H200; with +copy, as in H200+copy, "
+        "ranks of a node read each other's memory by copy engines, as they do where that works",
     )
 
 
@@ -68,6 +73,9 @@ def machine(args: argparse.Namespace) -> Any:
         if torch.cuda.is_available():
             return local_machine("cuda")
         return SHIPPED["H200"] if MACHINE.read() is None else local_machine("cpu")
+    name = args.machine.removesuffix(COPY)
+    if name != args.machine:
+        return machine(argparse.Namespace(machine=name)).by_copy_engines()
     if args.machine in SHIPPED:
         return SHIPPED[args.machine]
     path = Path(args.machine)

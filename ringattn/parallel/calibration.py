@@ -23,7 +23,8 @@ from ringattn.parallel.cost import Link, Machine
 from ringattn.parallel.fitting import Sample, fit_link, fit_rate, worst_error
 from ringattn.parallel.plan import Route
 from ringattn.parallel.rates import BlockTable, KernelRate
-from ringattn.parallel.transport import GroupTransport
+from ringattn.parallel.symmetric import SymmetricTransport, why_not
+from ringattn.parallel.transport import GroupTransport, Transport
 
 # (number of documents, tokens of each): long and short, many and few
 GRIDS = {
@@ -218,28 +219,39 @@ class Calibration:
             group = mesh.get_group(link_class)
             if dist.get_world_size(group) == 1:
                 continue
-            for primitive, transfer in (("p2p", _to_others), ("all_to_all", _to_all)):
-                samples = [self._message(group, size, transfer) for size in self.messages]
+            transports: dict[str, Transport] = {name: GroupTransport(group) for name in ("p2p", "all_to_all")}
+            if self.device == "cuda" and link_class == "node" and not why_not(group):
+                transports["copy"] = SymmetricTransport(group)
+            for primitive, transport in transports.items():
+                samples = [self._message(group, size, primitive, transport) for size in self.messages]
                 found[link_class, primitive] = fit_link(samples, base.links[link_class, primitive].disturbance)
         return found
 
     def _message(
-        self, group: dist.ProcessGroup, size: int, transfer: Callable[..., Callable[[], None]]
+        self, group: dist.ProcessGroup, size: int, primitive: str, transport: Transport
     ) -> tuple[float, float]:
-        """Bytes that a rank sends to others, and the median time of the slowest rank."""
-        ranks = dist.get_world_size(group)
-        size = -(-size // (ranks * (ranks - 1))) * ranks * (ranks - 1)
-        sent = torch.ones(size, dtype=torch.uint8, device=self.device)
-        received = torch.empty_like(sent)
-        run = transfer(GroupTransport(group), dist.get_rank(group), ranks, sent, received)
+        """Bytes that a rank sends to others, and the median time of the slowest rank.
+
+        "all_to_all" sends an equal part to every rank, this one too; the others to each other one, as keys are cast.
+        """
+        ranks, rank = dist.get_world_size(group), dist.get_rank(group)
+        peers = [peer for peer in range(ranks) if peer != rank or primitive == "all_to_all"]
+        part = -(-size // (ranks * (ranks - 1))) * (ranks - 1 if primitive == "all_to_all" else ranks)
+        sizes = tuple(part * (peer in peers) for peer in range(ranks))
+        before = [rank if primitive == "all_to_all" else rank - (rank > peer) for peer in range(ranks)]
+        route = Route(sizes, sizes, tuple(part * count for count in before), sum(sizes))
+        received = torch.ones(route.received, dtype=torch.uint8, device=self.device)
+
+        def run() -> None:
+            transport.exchange(transport.buffer(route, received), received, route).wait()
+
         dist.barrier(group)
         run()  # opens connections
         times = []
         for _ in range(ROUNDS):
             dist.barrier(group)
             times.append(self._once(run))
-        moved = size if transfer is _to_others else size * (ranks - 1) // ranks
-        return float(moved), self._slowest(median(times))
+        return float(part * (ranks - 1)), self._slowest(median(times))
 
     def _once(self, run: Callable[[], None]) -> float:
         """Seconds of one transfer on an idle device."""
@@ -262,20 +274,6 @@ class Calibration:
         box = torch.tensor([seconds], dtype=torch.float64, device=self.device)
         dist.all_reduce(box, dist.ReduceOp.MAX)
         return float(box)
-
-
-def _to_others(transport: GroupTransport, rank: int, ranks: int, sent: Tensor, received: Tensor) -> Callable[[], None]:
-    """Every rank sends an equal part to each other one, as keys are cast: one alone does not fill a port."""
-    sizes = tuple(len(sent) // (ranks - 1) * (peer != rank) for peer in range(ranks))
-    route = Route(sizes, sizes, most=len(sent))
-    return lambda: transport.exchange(sent, received, route).wait()
-
-
-def _to_all(transport: GroupTransport, rank: int, ranks: int, sent: Tensor, received: Tensor) -> Callable[[], None]:
-    """Every rank sends an equal part to each."""
-    sizes = (len(sent) // ranks,) * ranks
-    route = Route(sizes, sizes, most=len(sent))
-    return lambda: transport.exchange(sent, received, route).wait()
 
 
 def _devices_here(device: str) -> int | None:

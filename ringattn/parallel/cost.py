@@ -187,14 +187,11 @@ def merge_seconds(machine: Machine, size: float, operations: int = 1) -> float:
     return operations * machine.copy_seconds + size / machine.merge_bandwidth if size else 0.0
 
 
-def stage_costs(
-    machine: Machine, plan: AttentionPlan, shape: Shape, backward: bool, primitive: str = "p2p"
-) -> tuple[StageCost, ...]:
+def stage_costs(machine: Machine, plan: AttentionPlan, shape: Shape, backward: bool) -> tuple[StageCost, ...]:
     """The stages of a rank's plan, in the order of the plan, without the exchange.
 
     Arguments:
         shape: the model's; the rank's share of the heads is taken from the plan.
-        primitive: what casts and reduces travel by.
     """
     own = shape.share(plan.exchange)
     costs = []
@@ -206,10 +203,10 @@ def stage_costs(
             rows = _rows_by_class(machine, plan, stage)
             if not (backward and plan.keep_keys):
                 copies += _cast_copies(machine, stage, own)
-                cast, lost = _wire(machine, rows, own.key_row_bytes, primitive)
+                cast, lost = _wire(machine, rows, own.key_row_bytes)
             if backward:
                 row_bytes = own.wide_key_row_bytes if plan.wide_reduce else own.key_row_bytes
-                reduce, more = _wire(machine, rows, row_bytes, primitive)
+                reduce, more = _wire(machine, rows, row_bytes)
                 copies, lost = copies + _reduce_copies(machine, stage, own), lost + more
         costs.append(StageCost(compute + copies, cast, reduce, copies, lost))
     return tuple(costs)
@@ -245,10 +242,10 @@ def _rows_by_class(machine: Machine, plan: AttentionPlan, stage: Stage) -> dict[
     }
 
 
-def _wire(machine: Machine, rows: Mapping[str, int], row_bytes: float, primitive: str) -> tuple[float, float]:
+def _wire(machine: Machine, rows: Mapping[str, int], row_bytes: float) -> tuple[float, float]:
     """One batch of messages, both directions and both classes of link at the same time; and what kernels lose by it."""
-    seconds = max(transfer_seconds(machine, rows[name] * row_bytes, name, primitive) for name in CLASSES)
-    lost = sum(rows[name] * row_bytes * machine.links[name, primitive].disturbance for name in CLASSES)
+    seconds = max(transfer_seconds(machine, rows[name] * row_bytes, name, "p2p") for name in CLASSES)
+    lost = sum(rows[name] * row_bytes * machine.links[name, "p2p"].disturbance for name in CLASSES)
     return seconds, lost
 
 
@@ -334,12 +331,12 @@ def _message_seconds(machine: Machine, exchange: Exchange, ring_rank: int, width
     return transfer_seconds(machine, max(sent, received), link_class, "all_to_all")
 
 
-def rank_cost(machine: Machine, plan: AttentionPlan, shape: Shape, primitive: str = "p2p") -> PlanCost:
+def rank_cost(machine: Machine, plan: AttentionPlan, shape: Shape) -> PlanCost:
     """What one rank's plan costs if nobody keeps it waiting."""
     directions = []
     for backward in (False, True):
         walked = plan.backward if backward and plan.backward is not None else plan
-        stages = stage_costs(machine, walked, shape, backward, primitive)
+        stages = stage_costs(machine, walked, shape, backward)
         exchange_wire, exchange_copies = exchange_seconds(
             machine, plan.exchange, plan.ring_rank, shape, backward, plan.wide_reduce
         )
@@ -351,9 +348,9 @@ def rank_cost(machine: Machine, plan: AttentionPlan, shape: Shape, primitive: st
     return PlanCost(directions[0], directions[1], plan.buffer_bytes(shape))
 
 
-def plan_cost(machine: Machine, plans: Sequence[AttentionPlan], shape: Shape, primitive: str = "p2p") -> PlanCost:
+def plan_cost(machine: Machine, plans: Sequence[AttentionPlan], shape: Shape) -> PlanCost:
     """What an attention costs over all its ranks: of each direction the slowest rank, and the most memory."""
-    costs = [rank_cost(machine, plan, shape, primitive) for plan in plans]
+    costs = [rank_cost(machine, plan, shape) for plan in plans]
     return PlanCost(
         max((cost.forward for cost in costs), key=lambda cost: cost.seconds),
         max((cost.backward for cost in costs), key=lambda cost: cost.seconds),

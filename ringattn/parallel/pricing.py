@@ -66,7 +66,6 @@ class Setting:
     exchange: Exchange | None = None
     keep_keys: bool | None = None
     wide_reduce: bool = True
-    primitive: str = "p2p"
 
     def on(self, layout: Layout) -> "Setting":
         """The same with the exchange that the mesh of a layout (not parted) asks for."""
@@ -235,7 +234,7 @@ class Pricer:
         """Seconds of each stage and position, and those that kernels lose: `cost._wire` for all at once."""
         seconds, lost = [], np.zeros((len(received), self.demand.positions))
         for number, link_class in enumerate(CLASSES):
-            link = self.setting.machine.links[link_class, self.setting.primitive]
+            link = self.setting.machine.links[link_class, "p2p"]
             rows = np.maximum(received[:, number], sent[:, number])
             seconds.append(_linear(rows, link.latency, row_bytes / link.bandwidth))
             lost += rows * (row_bytes * link.disturbance)

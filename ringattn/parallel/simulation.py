@@ -77,17 +77,15 @@ def simulate(
     shape: Shape,
     backward: bool,
     scenario: Scenario | None = None,
-    primitive: str = "p2p",
 ) -> Pass:
     """One pass of one attention over all ranks.
 
     Arguments:
         plans: of every sequence rank, in their order; the group starts at the first GPU of a node.
         shape: the model's.
-        primitive: what casts and reduces travel by; the exchange is an all-to-all.
     """
     walked = [plan.backward if backward and plan.backward is not None else plan for plan in plans]
-    return _Program(machine, walked, shape, backward, scenario or Scenario(), primitive).run()
+    return _Program(machine, walked, shape, backward, scenario or Scenario()).run()
 
 
 @dataclass(frozen=True)
@@ -108,11 +106,10 @@ class _Program:
         shape: Shape,
         backward: bool,
         scenario: Scenario,
-        primitive: str,
     ) -> None:
         self.machine, self.shape, self.scenario = machine, shape, scenario
         self.traffic = Traffic(plans, shape, backward)
-        self.plans, self.backward, self.primitive = plans, backward, primitive
+        self.plans, self.backward = plans, backward
         self.work = Work()
         self.batches: dict[tuple[str, int, int], _Batch] = {}  # kind, stage, rank
         self.computing: list[tuple[int, int, int]] = []  # rank, stage, task
@@ -127,7 +124,7 @@ class _Program:
             for peer, size in self.traffic.sent(kind, stage, rank):
                 self._message(kind, rank, peer, size, (batch, self.batches[kind, stage, peer]))
                 if kind != "exchange":  # nothing is computed beside an exchange
-                    link = self.machine.links[self.machine.link_class(rank, peer), self.primitive]
+                    link = self.machine.links[self.machine.link_class(rank, peer), "p2p"]
                     self.lost[kind, stage, rank][0] += size * link.disturbance
                     self.lost[kind, stage, peer][1] += size * link.disturbance
         done = self._played()
@@ -185,20 +182,20 @@ class _Program:
         plan = self.plans[rank]
         key = id(plan.stages), self.shape.share(plan.exchange)
         if key not in self._costs:
-            self._costs[key] = stage_costs(self.machine, plan, self.shape, self.backward, self.primitive)
+            self._costs[key] = stage_costs(self.machine, plan, self.shape, self.backward)
         return self._costs[key]
 
     def latency(self, kind: str, stage: int, rank: int, peers: Sequence[int]) -> float:
         """Seconds of a batch beside its bytes."""
         links = self.machine.links
         far = {self.machine.link_class(rank, peer) for peer in peers}
-        primitive = "all_to_all" if kind == "exchange" else self.primitive
+        primitive = "all_to_all" if kind == "exchange" else "p2p"
         collectives = self.traffic.collectives(stage, rank) if kind == "exchange" else 1
         return collectives * max((links[link_class, primitive].latency for link_class in far), default=0.0)
 
     def _message(self, kind: str, rank: int, peer: int, size: float, ends: tuple[_Batch, _Batch]) -> None:
         link_class = self.machine.link_class(rank, peer)
-        link = self.machine.links[link_class, "all_to_all" if kind == "exchange" else self.primitive]
+        link = self.machine.links[link_class, "all_to_all" if kind == "exchange" else "p2p"]
         slow = self.scenario.links
         factor = max(slow.get((rank, link_class), 1.0), slow.get((peer, link_class), 1.0))
         task = self.work.add(

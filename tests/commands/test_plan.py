@@ -125,3 +125,11 @@ def layout_mesh():
 def test_one_kind_of_documents_has_no_parts(capsys):
     found = report(capsys, "--tokens", "65536", "--sequence", "4")
     assert found["mesh"]["ring"] * found["mesh"]["ulysses"] == 4
+
+
+def test_copy_engines_are_another_machine(capsys):
+    argv = ["--tokens", "65536", "--ring", "4", "--ulysses", "2"]
+    slow, fast = (report(capsys, *argv, "--machine", machine) for machine in ("H200", "H200+copy"))
+    assert "H200, copy engines" in fast["reason"]
+    waiting = [sum(rank["forward"]["wire"] for rank in found["ranks"]) for found in (slow, fast)]
+    assert waiting[1] < waiting[0]

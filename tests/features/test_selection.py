@@ -343,7 +343,8 @@ def test_row_09_fp32_on_a_half_precision_kernel_is_refused_with_a_hint(name: str
 def test_row_10_the_lse_is_natural_wide_and_heads_first(name: str, device: str) -> None:
     """Of scores that are all 0 it is the natural logarithm of the number of keys; of no keys it is -inf."""
     backend = FlexAttention(eager=True) if name == "flex, eager" else registry.backends()[name]
-    dtype = (backend.capability.dtypes or (torch.bfloat16,))[-1]
+    # float32 where it can be: in half precision torch's CPU kernel approximates exp on some processors (lse 5e-5 off).
+    dtype = (backend.capability.dtypes or (torch.float32,))[-1]
     heads, keys, rows = 4, [1, 3, 10, 0], [2, 2, 2, 1]
     blocks = [Block((sum(rows[:i]), sum(rows[: i + 1])), (sum(keys[:i]), sum(keys[: i + 1]))) for i in range(len(keys))]
     q = torch.zeros(sum(rows), heads, 64, device=device, dtype=dtype)
@@ -355,7 +356,7 @@ def test_row_10_the_lse_is_natural_wide_and_heads_first(name: str, device: str) 
     expected = torch.tensor([float(n) for n, r in zip(keys, rows, strict=True) for _ in range(r)], device=device).log()
     torch.testing.assert_close(lse, expected.expand(heads, -1), rtol=1e-5, atol=1e-5)
     assert (out[-1] == 0).all()
-    assert (out[:-1] == 1).all()
+    torch.testing.assert_close(out[:-1], torch.ones_like(out[:-1]), rtol=1e-6, atol=0.0)
 
 
 class TokensFirst(Fake):

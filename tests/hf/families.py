@@ -38,6 +38,8 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "gpt_neox": {},
     "opt": {},
 }
+# Refused where transformers does not call their attention through its AttentionInterface: GPT-J before 5.24.
+LATER: dict[str, dict[str, Any]] = {"gptj": {"rotary_dim": 8}}
 # Meshes as (ring, ulysses, policy, scheme).
 MESHES: dict[str, tuple[int, int, str, str]] = {
     "1 rank": (1, 1, "auto", "auto"),
@@ -54,4 +56,4 @@ def model_of(family: str) -> Any:
     """The family's tiny model; kept, so who changes it must change it back."""
     from ringattn.hf.tiny import read_config, tiny_config, tiny_model
 
-    return tiny_model(tiny_config(read_config(family), **FAMILIES[family]))
+    return tiny_model(tiny_config(read_config(family), **(FAMILIES | LATER)[family]))

@@ -11,7 +11,7 @@ pytest.importorskip("transformers")
 from ringattn.hf.conformance import FORMS, Errors, Form
 from ringattn.hf.model import parallelize
 from ringattn.hf.tiny import read_config, tiny_config
-from tests.hf.families import FAMILIES, MESHES
+from tests.hf.families import FAMILIES, LATER, MESHES
 from tests.hf.matrix import TOLERANCE, Row, feature_words, run
 from tests.hf.refusals import REFUSALS
 from tests.parallel.ranks import mesh_of
@@ -100,8 +100,19 @@ def refused(family: str) -> None:
         handle.undo()
 
 
+def has_interface(family: str) -> bool:
+    """Whether this transformers calls the attention of a family through its AttentionInterface."""
+    from transformers import AutoModelForCausalLM
+
+    with torch.device("meta"):
+        return bool(AutoModelForCausalLM.from_config(read_config(family))._supports_attention_backend)
+
+
 @pytest.mark.parametrize("family", REFUSALS)
 def test_refused_by_name(pool: Pools, family: str) -> None:
+    if family in LATER and has_interface(family):  # then it must be exact
+        assert not failures(run(pool, [family], ["1 rank", "zigzag 2", "ulysses 2"]))
+        return
     with pytest.raises(NotImplementedError, match=REFUSALS[family]):
         pool(1).run(refused, family)
 

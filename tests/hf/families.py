@@ -40,6 +40,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
 }
 # Refused where transformers does not call their attention through its AttentionInterface: GPT-J before 5.24.
 LATER: dict[str, dict[str, Any]] = {"gptj": {"rotary_dim": 8}}
+SINCE = {"gptj": " (before transformers 5.24; since then it is exact)"}
 # Meshes as (ring, ulysses, policy, scheme).
 MESHES: dict[str, tuple[int, int, str, str]] = {
     "1 rank": (1, 1, "auto", "auto"),

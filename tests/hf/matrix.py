@@ -19,7 +19,7 @@ import torch
 from ringattn.hf import conformance
 from ringattn.hf.conformance import FORMS, Errors, Form, Outcome
 from ringattn.hf.model import parallelize
-from tests.hf.families import FAMILIES, MESHES, model_of
+from tests.hf.families import FAMILIES, MESHES, SINCE, model_of
 from tests.hf.refusals import REFUSALS
 from tests.parallel.ranks import mesh_of
 from tests.pool import Pools
@@ -134,7 +134,7 @@ def document(rows: list[Row], seconds: float) -> str:
         "",
         "| family | words |",
         "| --- | --- |",
-        *(f"| `{family}` | {words} |" for family, words in REFUSALS.items()),
+        *(f"| `{family}` | {words}{SINCE.get(family, '')} |" for family, words in REFUSALS.items()),
     ]
     return "\n".join(lines) + "\n"
 

@@ -7,6 +7,7 @@ maps the message buffers of all ranks into each other and has the barrier that s
 import importlib.util
 import socket
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -113,7 +114,7 @@ def open_transport(group: dist.ProcessGroup, reason: str) -> Transport:
 def why_not(group: dist.ProcessGroup) -> str:
     """Why this group cannot exchange by copy engines; "" if it can. Collective: the same answer on every rank."""
     found: list[Any] = [None] * dist.get_world_size(group)
-    dist.all_gather_object(found, (socket.gethostname(), _missing()), group=group)
+    dist.all_gather_object(found, (_host(), _missing()), group=group)
     if len({host for host, _ in found}) > 1:
         return f"its ranks are on {len({host for host, _ in found})} hosts"
     reason = next((f"rank {rank} {told}" for rank, (_, told) in enumerate(found) if told), "")
@@ -121,6 +122,15 @@ def why_not(group: dist.ProcessGroup) -> str:
         return reason
     dist.all_gather_object(found, _failure(lambda: _probe(group)), group=group)
     return next((f"rank {rank}: {told}" for rank, told in enumerate(found) if told), "")
+
+
+def _host() -> str:
+    """Which machine this is: names alone may be the same on several."""
+    try:
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
+    except OSError:
+        boot = ""
+    return f"{socket.gethostname()} {boot}"
 
 
 def _missing() -> str:

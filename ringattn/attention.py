@@ -106,12 +106,12 @@ def parallel_attention(
         head_groups=head_groups,
         return_lse=return_lse,
     )
+    q, k, v = (_autocast(x) for x in (q, k, v))
     if torch.compiler.is_compiling():
         from ringattn.compiled import attend
 
         out, lse = attend(q, k, v, sinks, layout, settings)
     else:
-        q, k, v = (_autocast(x) for x in (q, k, v))
         out, lse = run(prepare(q, k, v, sinks, layout, settings), q, k, v, sinks)
     return (out, lse) if return_lse else out
 

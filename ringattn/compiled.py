@@ -93,7 +93,7 @@ def _attend(q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None, layout: Tenso
         one.lse if job.return_lse or job.plan.exchange is None else one.lse.new_empty(q.shape[1], len(one.out))
         for job, one in zip(jobs, done, strict=True)
     ]
-    out, lse = joined_parts([one.out for one in done]), joined_parts(lses, 1)
+    out, lse = joined_parts([one.out for one in done]), joined_parts(lses, 1).contiguous()
     exchanged = [of for job, one in zip(jobs, done, strict=True) if job.plan.exchange is not None for of in one.saved]
     flat = [x.reshape(-1) for of in exchanged for x in of[:4]]
     flat_lse = [of.lse.reshape(-1) for of in exchanged]

@@ -115,7 +115,7 @@ def add_rows(additions: Additions, message: Tensor, pair: Pair, sums: Pair) -> N
     if not additions.parts:
         return
     fused = _fused()
-    if fused is not None and message.is_cuda:
+    if fused is not None and message.is_cuda and sums[0].dtype == torch.float32:
         fused.add_rows(*additions.tables(message.device), message, pair, sums)
         return
     width = sums[0].shape[1]

@@ -220,7 +220,8 @@ class Calibration:
             if dist.get_world_size(group) == 1:
                 continue
             transports: dict[str, Transport] = {name: GroupTransport(group) for name in ("p2p", "all_to_all")}
-            if self.device == "cuda" and link_class == "node" and not why_not(group):
+            # Every measurement ends in a collective of all ranks: nodes must measure the same primitives.
+            if self.device == "cuda" and link_class == "node" and not self._slowest(float(bool(why_not(group)))):
                 transports["copy"] = SymmetricTransport(group)
             for primitive, transport in transports.items():
                 samples = [self._message(group, size, primitive, transport) for size in self.messages]

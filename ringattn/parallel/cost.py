@@ -19,7 +19,6 @@ from ringattn.parallel.plan import AttentionPlan, Exchange, Message, Shape, Stag
 from ringattn.parallel.rates import BlockTable, KernelRate
 
 CLASSES = ("node", "network")
-PRIMITIVES = ("p2p", "all_to_all", "copy")
 
 
 @dataclass(frozen=True)

@@ -252,11 +252,11 @@ def _added(totals: list[Tensor], group: Job, grads: Sequence[Accumulator]) -> li
     exchange = group.plan.exchange
     assert exchange is not None
     if exchange.groups == 1:
-        return [grad.sums(True) for grad in grads]
+        return [grad.sums() for grad in grads]
     if not totals:
         shapes = [(len(grad.rows), len(exchange.share.keys), grad.rows.shape[2]) for grad in grads]
         totals = [grad.rows.new_zeros(shape, dtype=grad.dtype) for grad, shape in zip(grads, shapes, strict=True)]
     first, last = exchange.share.group(group.group, exchange.groups)[1]
     for total, grad in zip(totals, grads, strict=True):
-        total[:, first:last] += grad.sums(True)
+        total[:, first:last] += grad.sums()
     return totals

@@ -261,9 +261,10 @@ def _with_transport(mesh: SequenceMesh, transport: str) -> SequenceMesh:
         # Where all ranks reach each other's memory those of an axis do.
         ring = ulysses = why_not(mesh.sequence_group)
         if ulysses and 1 < mesh.ulysses < mesh.sequence_size:
-            ulysses = why_not(mesh.ulysses_group)
-    if transport == "copy" and (ring or ulysses):
-        raise NotImplementedError(f'transport="copy" cannot be had: {ring or ulysses}')
+            # Plans are made for one machine: all groups do it, or none.
+            ulysses = _first_of_all(why_not(mesh.ulysses_group), mesh.sequence_group)
+    if transport == "copy" and (told := _first_of_all(ring or ulysses, None)):
+        raise NotImplementedError(f'transport="copy" cannot be had: {told}')
     kept: dict[str, object] = {
         name: mesh.__dict__[name] for name in ("sequence_mesh", "sequence_group") if name in mesh.__dict__
     }
@@ -273,6 +274,13 @@ def _with_transport(mesh: SequenceMesh, transport: str) -> SequenceMesh:
     mesh = replace(mesh, device_mesh=mesh.device_mesh, machine=machine, ring_reason=ring, ulysses_reason=ulysses)
     mesh.__dict__.update(kept)
     return mesh
+
+
+def _first_of_all(reason: str, group: dist.ProcessGroup | None) -> str:
+    """The first reason that a rank of the group (None: of the world) has, the same on all of them. Collective."""
+    found: list[str] = [""] * dist.get_world_size(group)
+    dist.all_gather_object(found, reason, group=group)
+    return next((told for told in found if told), "")
 
 
 def _open_groups(mesh: SequenceMesh) -> None:

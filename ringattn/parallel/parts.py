@@ -43,6 +43,9 @@ def resolve_parts(docs: Documents, mesh: MeshShape, parts: Parts) -> list[Part]:
     for degrees, _ in parts:
         if tuple(degrees) not in meshes:
             raise ValueError(f"parts must name (ring, ulysses) of the mesh, {sorted(meshes)}, got {degrees!r}")
+    if len({tuple(degrees) for degrees, _ in parts}) < len(parts):
+        # They would share the message buffers of an axis, and be one part anyway.
+        raise ValueError(f"parts must name each (ring, ulysses) once, got {[tuple(degrees) for degrees, _ in parts]}")
     named = sorted(number for _, numbers in parts for number in numbers)
     if named != list(range(len(docs))):
         wrong = {number for number in named if not 0 <= number < len(docs) or named.count(number) > 1}

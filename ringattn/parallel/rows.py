@@ -63,10 +63,10 @@ class Accumulator:
         """In what parts are added."""
         return accumulation_dtype(self.rows.dtype)
 
-    def sums(self, wide: bool) -> Tensor:
-        """All rows, in the dtype of the sums before they are rounded if `wide`, else as the result will be."""
-        if self.wide is None or not wide:
-            return self.finish().to(self.dtype if wide else self.rows.dtype)
+    def sums(self) -> Tensor:
+        """All rows in the dtype of the sums, those that are sums before they are rounded."""
+        if self.wide is None:
+            return self.rows.to(self.dtype)
         if self.shared == (0, len(self.rows)):
             return self.wide
         out = self.rows.to(self.dtype)

@@ -17,7 +17,6 @@ from torch import Tensor
 from ringattn.parallel.plan import Route
 from ringattn.parallel.transport import GroupTransport, Transport
 
-ALIGN = 512  # bytes: where a half of the buffer starts
 SMALLEST = 1 << 20  # bytes of a half
 
 

@@ -161,6 +161,8 @@ def test_wrong_parts_are_named() -> None:
         Layout(docs, free_shape(2), parts=[((4, 1), [0, 1, 2])])
     with pytest.raises(ValueError, match=r"each of the 3 documents exactly once, got 3 entries; wrong are \[1, 2\]"):
         Layout(docs, free_shape(2), parts=[((2, 1), [0, 1]), ((1, 2), [1])])
+    with pytest.raises(ValueError, match=r"each \(ring, ulysses\) once, got \[\(2, 1\), \(2, 1\)\]"):
+        Layout(docs, free_shape(2), parts=[((2, 1), [0, 1]), ((2, 1), [2])])
     with pytest.raises(ValueError, match="speeds"):
         Layout(docs, free_shape(2), parts=[((2, 1), [0, 1, 2])], speeds=[1.0, 2.0])
     layout = Layout(docs, free_shape(2), parts=[((2, 1), [1, 2]), ((1, 2), [0])])

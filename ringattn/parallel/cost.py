@@ -289,10 +289,11 @@ def group_seconds(
         first, last = seconds[0], sum(seconds[len(there) + groups - 1 :])
         beside = sum(seconds) - first - last
         link = machine.links[machine.link_class(0, len(exchange.rows) - 1), "all_to_all"]
-        lost = max(0.0, beside - len(seconds) * link.latency) * link.bandwidth * link.disturbance
+        counted = len(seconds) - 1 - len(seconds[len(there) + groups - 1 :])
+        lost = max(0.0, beside - counted * link.latency) * link.bandwidth * link.disturbance
         hidden = kernels * (groups - 1) / groups
         summed = 0.0
-        if backward and groups > own.key_heads:
+        if backward and groups > 1:  # the gradients of all keys are added up beside the message
             summed = merge_seconds(machine, groups * 3 * exchange.position_rows * own.wide_key_row_bytes, 3 * groups)
         total += kernels + lost + first + last + max(0.0, beside - hidden) + summed
     return total

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from ringattn import Documents, Layout, Mask, ParallelAttention
+from ringattn import Documents, Layout, Mask, MeshShape, ParallelAttention, parallel_attention
 from tests.parallel.ranks import mesh_of
 from tests.pool import Pools
 
@@ -70,3 +70,20 @@ def test_row_55_a_layer_is_one_graph_for_all_lengths(
         for eager, compiled in pairs:
             for a, b in zip(eager, compiled, strict=True):
                 torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("mixed", [False, True])
+def test_row_55_a_compiled_layer_follows_autocast(mixed: bool) -> None:
+    """Also where rotated queries and keys are wide and values narrow."""
+    layout = Layout(Documents([20, 5]), MeshShape())
+    q, k, v = (torch.randn(25, 2, 8, generator=torch.Generator().manual_seed(0)) for _ in range(3))
+    v = v.bfloat16() if mixed else v
+
+    def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return parallel_attention(q, k, v, layout)
+
+    torch._dynamo.reset()
+    with torch.autocast("cpu", torch.bfloat16):
+        eager, fast = attend(q, k, v), torch.compile(attend, fullgraph=True, backend="aot_eager")(q, k, v)
+    assert eager.dtype == fast.dtype == torch.bfloat16
+    assert torch.equal(eager, fast)

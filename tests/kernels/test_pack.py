@@ -108,3 +108,11 @@ def test_in_the_interpreter() -> None:
     )
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-2000:]
     assert "1 passed" in done.stdout
+
+
+@pytest.mark.gpu
+def test_float64_is_added_in_float64_on_a_device() -> None:
+    slots = Slots((Slot(0, 0, 0, 1), Slot(0, 0, 1, 1)))
+    target = torch.zeros(1, 1, 1, dtype=torch.float64, device="cuda")
+    unpack_heads(torch.tensor([1.0, 1e-12], dtype=torch.float64, device="cuda"), [target], slots)
+    assert target.item() == 1.0 + 1e-12

@@ -4,12 +4,12 @@ import pytest
 import torch
 
 from ringattn import Documents, Layout, Mask, MeshShape
-from ringattn.benchmarking.workloads import workload
 from ringattn.parallel.machines import SHIPPED
 from ringattn.parallel.planner import plan_attention
 from ringattn.parallel.ulysses import exchange_plan
 from tests.dense import Case, dense_attention
 from tests.parallel.ranks import attend, mesh_of
+from tests.parallel.test_choice import with_links
 from tests.parallel.test_late import errors
 from tests.pool import Pools
 
@@ -78,16 +78,15 @@ def test_late_transfers_of_groups_on_devices(pool: Pools, heads: tuple[int, int]
 
 
 def test_heads_are_parted_where_that_is_predicted_to_be_faster() -> None:
-    """Long exchanges beside short kernels; where kernels are long, those of fewer heads end less evenly."""
-    machine = SHIPPED["H200"].by_copy_engines()
+    """Not inside a node, where kernels of fewer heads end less evenly and key gradients are added; over slow links."""
     groups = {}
-    for name in ("dense64k", "short64k"):
-        layout = Layout(workload(name, 3).docs, MeshShape(1, 1, 2))
+    for name, machine in (("fast", SHIPPED["H200"].by_copy_engines()), ("slow", with_links(20e9))):
+        layout = Layout(Documents([65536]), MeshShape(1, 1, 8))
         plan = plan_attention(layout, Mask(), 64, 16, machine=machine)
         assert plan.exchange is not None
         assert "heads in" in plan.reason
         groups[name] = plan.exchange.groups
-    assert groups == {"dense64k": 1, "short64k": 2}
+    assert groups["fast"] == 1 < groups["slow"]
 
 
 def test_a_wrong_number_of_groups_is_refused() -> None:

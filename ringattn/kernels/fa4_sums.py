@@ -36,7 +36,8 @@ def backward_into(interface: ModuleType, grads: Grads, arguments: tuple[Tensor, 
         total = sums[name]
         if query_heads == key_heads and total is not None:  # the kernel writes these itself, rounded
             later[name], sums[name] = total, None
-            targets[name] = torch.zeros_like(targets[name])  # rows that no block reads add nothing
+            make = torch.empty_like if total.fresh else torch.zeros_like  # rows that no block reads add nothing
+            targets[name] = make(targets[name])
     waiting = {id(targets[name]): (targets[name], total) for name, total in sums.items() if total is not None}
     function = interface._flash_attn_bwd
     if waiting:
@@ -98,7 +99,7 @@ def _last_step(original: Callable[..., None], waiting: dict[int, tuple[Tensor, S
 
             order = _orders[key] = _order(sample, block_size, padded, cluster, output)
         tiles = Tiles(order, padded, cluster)
-        unpack_into(accum, tiles, Lengths(cu_seqlens, seqused), scale, target, total.wide, total.rows)
+        unpack_into(accum, tiles, Lengths(cu_seqlens, seqused), scale, target, total)
 
     return convert
 

@@ -4,10 +4,11 @@ Legend: n rows, H heads, V value head dim. A program takes a run of rows of one 
 read of V elements and the log-sum-exps of its rows lie side by side.
 """
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+
+from ringattn.kernels.launch import launch, power_of_two
 
 TILE = 2048  # elements of one program: with 4 warps every thread moves 16, as whole vectors
 
@@ -24,15 +25,17 @@ def merge_into(acc: Tensor, acc_lse: Tensor, out: Tensor, lse: Tensor, target: T
     n, heads, dim = acc.shape
     if not acc.numel():
         return
-    width = triton.next_power_of_2(dim)
+    width = power_of_two(dim)
     rows = max(1, tile // width)
-    with torch.cuda.device_of(acc):
-        _merge[(triton.cdiv(n, rows) * heads,)](
-            acc, out, target, acc_lse, lse, n,
-            acc_lse.stride(0), acc_lse.stride(1), lse.stride(0), lse.stride(1), HEADS=heads,
-            ACC_ROW=acc.stride(0), ACC_HEAD=acc.stride(1), OUT_ROW=out.stride(0), OUT_HEAD=out.stride(1),
-            TARGET_ROW=target.stride(0), TARGET_HEAD=target.stride(1), DIM=dim, WIDTH=width, ROWS=rows,
-        )  # fmt: skip
+    strides = (*acc.stride()[:2], *out.stride()[:2], *target.stride()[:2])
+    launch(
+        _merge,
+        (-(-n // rows) * heads, 1),
+        (acc, out, target, acc_lse, lse),
+        (n, *acc_lse.stride(), *lse.stride()),
+        (),
+        (heads, *strides, dim, width, rows),
+    )
 
 
 # Lengths and log-sum-exp views differ from call to call: they must not choose between compiled variants. The strides
@@ -42,8 +45,9 @@ def merge_into(acc: Tensor, acc_lse: Tensor, out: Tensor, lse: Tensor, target: T
     do_not_specialize_on_alignment=["acc_lse", "lse"],
 )
 def _merge(
-    acc, out, target, acc_lse, lse, n,
-    acc_lse_head, acc_lse_row, lse_head, lse_row, HEADS: tl.constexpr,
+    acc, out, target, acc_lse, lse,
+    n, acc_lse_head, acc_lse_row, lse_head, lse_row,
+    HEADS: tl.constexpr,
     ACC_ROW: tl.constexpr, ACC_HEAD: tl.constexpr, OUT_ROW: tl.constexpr, OUT_HEAD: tl.constexpr,
     TARGET_ROW: tl.constexpr, TARGET_HEAD: tl.constexpr, DIM: tl.constexpr, WIDTH: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip

@@ -1,13 +1,12 @@
 """The packing and unpacking of `pack.py` as Triton kernels. Imported only where triton is."""
 
 from collections.abc import Sequence
-from typing import Any
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from ringattn.kernels.launch import launch, power_of_two
 from ringattn.kernels.pack import MOST
 
 TILE = 4096  # elements of one program
@@ -20,36 +19,34 @@ def pack_heads(tensors: Sequence[Tensor], message: Tensor, slots: Tensor, aligne
         slots: (n, 4) int64: tensor, head, start and stride of each.
         aligned: starts and strides are multiples of 8.
     """
-    width, step, align, arguments = _described(tensors, aligned)
-    with torch.cuda.device_of(message):
-        _pack[(triton.cdiv(len(tensors[0]), step), len(slots))](
-            message, slots, len(tensors[0]), *arguments, WIDTH=width, ROWS=step, ALIGN=align
-        )
+    given, numbers, constants = _described(tensors, aligned)
+    rows = tensors[0].shape[0]
+    launch(_pack, (-(-rows // constants[1]), slots.shape[0]), (message, slots, *given), (rows,), numbers, constants)
 
 
 def unpack_heads(message: Tensor, tensors: Sequence[Tensor], slots: Tensor, heads: Tensor, aligned: bool) -> None:
     """The way back; heads: (m, 4) int64: tensor, head, first and last of the slots that are added up."""
-    width, step, align, arguments = _described(tensors, aligned)
-    with torch.cuda.device_of(message):
-        _unpack[(triton.cdiv(len(tensors[0]), step), len(heads))](
-            message, slots, heads, len(tensors[0]), *arguments, WIDTH=width, ROWS=step, ALIGN=align
-        )
+    given, numbers, constants = _described(tensors, aligned)
+    rows = tensors[0].shape[0]
+    grid = -(-rows // constants[1]), heads.shape[0]
+    launch(_unpack, grid, (message, slots, heads, *given), (rows,), numbers, constants)
 
 
-def _described(tensors: Sequence[Tensor], aligned: bool) -> tuple[int, int, int, list[Any]]:
-    """Columns and rows of a program, what all addresses are multiples of, in elements; and pointer, dim and strides of
-    as many tensors as the kernels take."""
-    width = triton.next_power_of_2(max(x.shape[2] for x in tensors))
-    vectors = aligned and all(x.data_ptr() % 16 + x.stride(0) % 8 + x.stride(1) % 8 == 0 for x in tensors)
+def _described(tensors: Sequence[Tensor], aligned: bool) -> tuple[list[Tensor], tuple[int, ...], tuple[int, int, int]]:
+    """As many tensors as the kernels take; dim and strides of each; columns and rows of a program, and what all
+    addresses are multiples of, in elements."""
     given = [*tensors, *[tensors[0]] * (MOST - len(tensors))]
-    arguments: list[Any] = [argument for x in given for argument in (x, x.shape[2], x.stride(0), x.stride(1))]
-    return width, max(1, TILE // width), 8 if vectors else 1, arguments
+    numbers = tuple(number for x in given for number in (x.shape[2], x.stride(0), x.stride(1)))
+    width = power_of_two(max(numbers[::3]))
+    vectors = aligned and not any(number % 8 for number in numbers[1::3] + numbers[2::3])
+    vectors = vectors and not any(x.data_ptr() % 16 for x in tensors)
+    return given, numbers, (width, max(1, TILE // width), 8 if vectors else 1)
 
 
 @triton.jit
 def _chosen(
     which, head,
-    a, a_dim, a_row, a_head, b, b_dim, b_row, b_head, c, c_dim, c_row, c_head, ALIGN: tl.constexpr,
+    a, b, c, a_dim, a_row, a_head, b_dim, b_row, b_head, c_dim, c_row, c_head, ALIGN: tl.constexpr,
 ):  # fmt: skip
     """Pointer to a head, the stride of its rows, and its dim. What a branch decides, the compiler knows nothing about:
     that addresses are multiples has to be said again."""
@@ -73,13 +70,14 @@ def _chosen(
 
 @triton.jit(do_not_specialize=["rows"])
 def _pack(
-    message, slots, rows,
-    a, a_dim, a_row, a_head, b, b_dim, b_row, b_head, c, c_dim, c_row, c_head,
+    message, slots, a, b, c,
+    rows,
+    a_dim, a_row, a_head, b_dim, b_row, b_head, c_dim, c_row, c_head,
     WIDTH: tl.constexpr, ROWS: tl.constexpr, ALIGN: tl.constexpr,
 ):  # fmt: skip
     slot = slots + tl.program_id(1) * 4
     base, stride, dim = _chosen(
-        tl.load(slot), tl.load(slot + 1), a, a_dim, a_row, a_head, b, b_dim, b_row, b_head, c, c_dim, c_row, c_head,
+        tl.load(slot), tl.load(slot + 1), a, b, c, a_dim, a_row, a_head, b_dim, b_row, b_head, c_dim, c_row, c_head,
         ALIGN,
     )  # fmt: skip
     row = (tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS))[:, None]
@@ -92,13 +90,14 @@ def _pack(
 
 @triton.jit(do_not_specialize=["rows"])
 def _unpack(
-    message, slots, heads, rows,
-    a, a_dim, a_row, a_head, b, b_dim, b_row, b_head, c, c_dim, c_row, c_head,
+    message, slots, heads, a, b, c,
+    rows,
+    a_dim, a_row, a_head, b_dim, b_row, b_head, c_dim, c_row, c_head,
     WIDTH: tl.constexpr, ROWS: tl.constexpr, ALIGN: tl.constexpr,
 ):  # fmt: skip
     group = heads + tl.program_id(1) * 4
     base, stride, dim = _chosen(
-        tl.load(group), tl.load(group + 1), a, a_dim, a_row, a_head, b, b_dim, b_row, b_head, c, c_dim, c_row, c_head,
+        tl.load(group), tl.load(group + 1), a, b, c, a_dim, a_row, a_head, b_dim, b_row, b_head, c_dim, c_row, c_head,
         ALIGN,
     )  # fmt: skip
     row = (tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS))[:, None]

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ringattn.kernels.spec import Range, to_device
+from ringattn.kernels.spec import Range, accumulation_dtype, to_device
 
 Pair = tuple[Tensor, Tensor]
 TILE = 16  # rows that one program adds up
@@ -107,23 +107,31 @@ def take_rows(index: Tensor, target: Tensor, message: Tensor | None, pair: Pair)
     assert target.shape[1] == width + pair[1].shape[1]
 
 
-def add_rows(additions: Additions, message: Tensor, pair: Pair, sums: Pair) -> None:
+def add_rows(additions: Additions, message: Tensor, pair: Pair, sums: Pair, fresh: bool = False) -> None:
     """Add rows of a message and of a pair to `sums`, a pair of as many columns in the precision for that.
 
     Each row is added up in the order of `additions`.
+
+    Arguments:
+        fresh: the rows that additions name hold nothing yet and get what is added, rounded once to the dtype of `sums`,
+            which may then be any. Others are left alone.
     """
     if not additions.parts:
         return
     fused = _fused()
-    if fused is not None and message.is_cuda and sums[0].dtype == torch.float32:
-        fused.add_rows(*additions.tables(message.device), message, pair, sums)
+    if fused is not None and message.is_cuda and accumulation_dtype(message.dtype) == torch.float32:
+        fused.add_rows(*additions.tables(message.device), message, pair, sums, fresh)
         return
     width = sums[0].shape[1]
-    for (start, stop), source, remote in additions.parts:
-        rows = slice(source, source + stop - start)
-        parts = (message[rows, :width], message[rows, width:]) if remote else (pair[0][rows], pair[1][rows])
-        for total, part in zip(sums, parts, strict=True):
-            total[start:stop] += part.to(total.dtype)
+    for (start, stop), parts in additions.segments:
+        for number, total in enumerate(sums):
+            columns = slice(0, width) if number == 0 else slice(width, None)
+            terms = [
+                (message[rows, columns] if part.remote else pair[number][rows]).to(accumulation_dtype(message.dtype))
+                for part in parts
+                for rows in [slice(part.source + start - part.target[0], part.source + stop - part.target[0])]
+            ]
+            total[start:stop] = sum(terms[1:], terms[0]) if fresh else sum(terms, total[start:stop])
 
 
 @cache

@@ -4,25 +4,27 @@ A program moves some columns of some rows. Where the columns of the pair's two t
 program's are of one tensor, and it loads from one place; else it loads from both under masks.
 """
 
+from functools import cache
 from math import gcd
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from ringattn.kernels.launch import launch, power_of_two
 from ringattn.kernels.rows import TILE, Pair
 
 WIDTH = 512  # most columns of a program
 NARROW = 32  # with fewer it is better to load from both tensors
 
 
+@cache
 def _width(first: int, both: int) -> tuple[int, bool]:
     """Columns of a program, and whether they are of one tensor."""
     common = gcd(first, both) & -gcd(first, both)  # the largest power of two that divides both
     if common >= NARROW:
         return min(WIDTH, common), True
-    return min(WIDTH, triton.next_power_of_2(both)), False
+    return min(WIDTH, power_of_two(both)), False
 
 
 def take_rows(index: Tensor, target: Tensor, message: Tensor | None, pair: Pair) -> None:
@@ -30,19 +32,23 @@ def take_rows(index: Tensor, target: Tensor, message: Tensor | None, pair: Pair)
     first, second = pair
     source = first if message is None else message
     assert source.dtype == first.dtype == second.dtype
-    columns = first.shape[1], target.shape[1]
-    width, split = _width(*columns)
-    with torch.cuda.device_of(target):
-        _take[(triton.cdiv(len(index), TILE), triton.cdiv(columns[1], width))](
-            index, target, source, first, second, len(index), 0 if message is None else len(message),
-            target.stride(0), source.stride(0), first.stride(0), second.stride(0),
-            FIRST=columns[0], BOTH=columns[1], WIDTH=width, ROWS=TILE, REMOTE=message is not None, SPLIT=split,
-        )  # fmt: skip
+    rows, columns, both = index.shape[0], first.shape[1], target.shape[1]
+    width, split = _width(columns, both)
+    launch(
+        _take,
+        (-(-rows // TILE), -(-both // width)),
+        (index, target, source, first, second),
+        (rows, 0 if message is None else message.shape[0]),
+        (target.stride(0), source.stride(0), first.stride(0), second.stride(0)),
+        (columns, both, width, TILE, message is not None, split),
+    )
 
 
 @triton.jit(do_not_specialize=["rows", "arrived"])
 def _take(
-    index, target, message, first, second, rows, arrived, target_row, message_row, first_row, second_row,
+    index, target, message, first, second,
+    rows, arrived,
+    target_row, message_row, first_row, second_row,
     FIRST: tl.constexpr, BOTH: tl.constexpr, WIDTH: tl.constexpr, ROWS: tl.constexpr, REMOTE: tl.constexpr,
     SPLIT: tl.constexpr,
 ):  # fmt: skip
@@ -70,16 +76,18 @@ def _take(
     tl.store(place, value.to(target.dtype.element_ty), mask=inside)
 
 
-def add_rows(tiles: Tensor, sources: Tensor, message: Tensor, pair: Pair, sums: Pair) -> None:
+def add_rows(tiles: Tensor, sources: Tensor, message: Tensor, pair: Pair, sums: Pair, fresh: bool) -> None:
     """See `rows.add_rows`; the tables are those of `Additions.tables`."""
-    columns = sums[0].shape[1], sums[0].shape[1] + sums[1].shape[1]
-    width, split = _width(*columns)
-    with torch.cuda.device_of(message):
-        _add[(len(tiles), triton.cdiv(columns[1], width))](
-            tiles, sources, message, *pair, *sums,
-            message.stride(0), pair[0].stride(0), pair[1].stride(0), sums[0].stride(0), sums[1].stride(0),
-            FIRST=columns[0], BOTH=columns[1], WIDTH=width, ROWS=TILE, SPLIT=split,
-        )  # fmt: skip
+    columns, both = sums[0].shape[1], sums[0].shape[1] + sums[1].shape[1]
+    width, split = _width(columns, both)
+    launch(
+        _add,
+        (tiles.shape[0], -(-both // width)),
+        (tiles, sources, message, *pair, *sums),
+        (),
+        (message.stride(0), pair[0].stride(0), pair[1].stride(0), sums[0].stride(0), sums[1].stride(0)),
+        (columns, both, width, TILE, split, fresh),
+    )
 
 
 @triton.jit
@@ -87,6 +95,7 @@ def _add(
     tiles, sources, message, first, second, first_sum, second_sum,
     message_row, first_row, second_row, first_sum_row, second_sum_row,
     FIRST: tl.constexpr, BOTH: tl.constexpr, WIDTH: tl.constexpr, ROWS: tl.constexpr, SPLIT: tl.constexpr,
+    FRESH: tl.constexpr,
 ):  # fmt: skip
     tile = tiles + tl.program_id(0) * 5
     offset = tl.load(tile + 2)
@@ -103,19 +112,23 @@ def _add(
         stride_of_sum = tl.where(begin < FIRST, first_sum_row, second_sum_row)
         place = tl.where(begin < FIRST, first_sum, second_sum) + row * stride_of_sum + (col - shift)
         inside = rows & (col < BOTH)
-        total = tl.load(place, mask=inside, other=0.0)
+        total = tl.zeros([ROWS, WIDTH], dtype=tl.float32)
+        if not FRESH:
+            total += tl.load(place, mask=inside, other=0.0)
         for number in range(tl.load(tile + 3), last):
             source = (tl.load(sources + number * 2) + offset + step).to(tl.int64)[:, None]
             if tl.load(sources + number * 2 + 1) != 0:
                 total += tl.load(message + source * message_row + col, mask=inside, other=0.0).to(tl.float32)
             else:
                 total += tl.load(base + source * stride + (col - shift), mask=inside, other=0.0).to(tl.float32)
-        tl.store(place, total, mask=inside)
+        tl.store(place, total.to(first_sum.dtype.element_ty), mask=inside)
     else:
         left, right = rows & (col < FIRST), rows & (col >= FIRST) & (col < BOTH)
         first_at = first_sum + row * first_sum_row + col
         second_at = second_sum + row * second_sum_row + (col - FIRST)
-        total = tl.load(first_at, mask=left, other=0.0) + tl.load(second_at, mask=right, other=0.0)
+        total = tl.zeros([ROWS, WIDTH], dtype=tl.float32)
+        if not FRESH:
+            total += tl.load(first_at, mask=left, other=0.0) + tl.load(second_at, mask=right, other=0.0)
         for number in range(tl.load(tile + 3), last):
             source = (tl.load(sources + number * 2) + offset + step).to(tl.int64)[:, None]
             if tl.load(sources + number * 2 + 1) != 0:
@@ -123,5 +136,5 @@ def _add(
             else:
                 total += tl.load(first + source * first_row + col, mask=left, other=0.0).to(tl.float32)
                 total += tl.load(second + source * second_row + (col - FIRST), mask=right, other=0.0).to(tl.float32)
-        tl.store(first_at, total, mask=left)
-        tl.store(second_at, total, mask=right)
+        tl.store(first_at, total.to(first_sum.dtype.element_ty), mask=left)
+        tl.store(second_at, total.to(first_sum.dtype.element_ty), mask=right)

@@ -5,6 +5,7 @@ wrong, and none of its documents says so.
 """
 
 from dataclasses import replace
+from math import nan
 from typing import NamedTuple
 
 import torch
@@ -114,9 +115,10 @@ def _errors(backend: Backend, signature: Signature, call: Call) -> dict[str, flo
     return {name: _relative(got[name], x) for name, x in expected.items()}
 
 
-def _ones(x: Tensor) -> Sum:
+def _sum(x: Tensor, fresh: bool) -> Sum:
+    """Of all rows but the first and last: ones, or what must not be read."""
     rows = 5, len(x) - 3
-    return Sum(rows, torch.ones_like(x[slice(*rows)], dtype=torch.float32))
+    return Sum(rows, torch.full_like(x[slice(*rows)], nan if fresh else 1.0, dtype=torch.float32), fresh)
 
 
 def _options(signature: Signature, call: Call) -> Options:
@@ -147,15 +149,15 @@ def _added_right(backend: Backend, signature: Signature, call: Call) -> bool:
     lse = backend.forward(q, k, v, call, options, out)
     written = Grads(torch.zeros_like(q), torch.zeros_like(k), torch.zeros_like(v))
     backend.backward(dout, q, k, v, out, lse, call, options, written)
-    # The first and last rows are written, what lies between is added to sums that hold something already.
-    sums = _ones(q), _ones(k), _ones(v)
-    got = Grads(torch.zeros_like(q), torch.zeros_like(k), torch.zeros_like(v), sums)
-    backend.backward(dout, q, k, v, out, lse, call, options, got)
-    for target, total, right in zip(got.tensors, sums, written.tensors, strict=True):
-        whole = target.float()
-        whole[slice(*total.rows)] = total.wide - 1.0
-        if not _relative(whole, right.double()) <= TOLERANCE[signature.dtype] / 2:
-            return False
+    for fresh in (False, True):
+        sums = _sum(q, fresh), _sum(k, fresh), _sum(v, fresh)
+        got = Grads(torch.zeros_like(q), torch.zeros_like(k), torch.zeros_like(v), sums)
+        backend.backward(dout, q, k, v, out, lse, call, options, got)
+        for target, total, right in zip(got.tensors, sums, written.tensors, strict=True):
+            whole = target.float()
+            whole[slice(*total.rows)] = total.wide if fresh else total.wide - 1.0
+            if not _relative(whole, right.double()) <= TOLERANCE[signature.dtype] / 2:
+                return False
     return True
 
 

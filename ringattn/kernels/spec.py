@@ -287,10 +287,12 @@ class Sum(NamedTuple):
     """Rows of a gradient that have parts from several calls: the call's is added to `wide` and not written.
 
     Parts that are rounded before they are added make a sum of many of them 1.2 times as wrong as one call's result.
+    A fresh sum holds nothing yet: the call's part, which has all of its rows, is written.
     """
 
     rows: Range  # of the call's gradient
     wide: torch.Tensor  # (rows, heads, dim) in accumulation precision
+    fresh: bool = False
 
     def add(self, part: torch.Tensor, span: Range, target: torch.Tensor) -> None:
         """Bring `part`, rows `span` of the gradient, home: to the sum, and what lies outside of it to `target`."""
@@ -298,7 +300,11 @@ class Sum(NamedTuple):
         if first >= last:
             target[slice(*span)] = part
             return
-        self.wide[first - self.rows[0] : last - self.rows[0]] += part[first - span[0] : last - span[0]]
+        total, own = self.wide[first - self.rows[0] : last - self.rows[0]], part[first - span[0] : last - span[0]]
+        if self.fresh:
+            total.copy_(own)
+        else:
+            total += own
         target[span[0] : first] = part[: first - span[0]]
         target[last : span[1]] = part[last - span[0] :]
 

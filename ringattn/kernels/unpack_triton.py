@@ -7,10 +7,12 @@ Legend: n rows, H heads, D head dim.
 
 from typing import NamedTuple
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+
+from ringattn.kernels.launch import launch, power_of_two
+from ringattn.kernels.spec import Sum
 
 ROWS = 16  # of a program: with 128 numbers a row and 4 warps every thread moves 16
 
@@ -28,36 +30,33 @@ class Lengths(NamedTuple):
     used: Tensor | None = None  # (B,) int32: rows of each that there are; None: all to the next
 
 
-def unpack_into(
-    accum: Tensor, tiles: Tiles, lengths: Lengths, scale: float, target: Tensor, wide: Tensor, shared: tuple[int, int]
-) -> None:
-    """Add the rows `shared` of `accum * scale` to `wide`, and write the others to `target`, rounded.
+def unpack_into(accum: Tensor, tiles: Tiles, lengths: Lengths, scale: float, target: Tensor, total: Sum) -> None:
+    """Bring the rows of `accum * scale` that `total` has home to it, and write the others to `target`, rounded.
 
     Arguments:
         accum: (H, tiles * tile * padded) float32.
         target: (n, H, D) of any precision; rows of no sequence are left alone.
-        wide: (shared[1] - shared[0], H, D) float32.
+        total: (rows, H, D) float32; fresh, they are written, else added to.
     """
     tile, dim = tiles.order.shape
-    heads = target.shape[1]
-    size = tile * tiles.padded
-    grid = (accum.shape[1] // size * triton.cdiv(tile, ROWS), heads)
-    with torch.cuda.device_of(accum):
-        _unpack[grid](
-            accum, tiles.order, target, wide, lengths.cu, lengths.cu if lengths.used is None else lengths.used,
-            scale, len(lengths.cu) - 1, shared[0], shared[1], accum.stride(0),
-            target.stride(0), target.stride(1), wide.stride(0), wide.stride(1),
-            TILE=tile, PADDED=tiles.padded, START=tile * tiles.cluster, DIM=dim, WIDTH=triton.next_power_of_2(dim),
-            ROWS=ROWS, USED=lengths.used is not None,
-        )  # fmt: skip
+    size, wide = tile * tiles.padded, total.wide
+    launch(
+        _unpack,
+        (accum.shape[1] // size * -(-tile // ROWS), target.shape[1]),
+        (accum, tiles.order, target, wide, lengths.cu, lengths.cu if lengths.used is None else lengths.used),
+        (lengths.cu.shape[0] - 1, *total.rows, accum.stride(0)),
+        (scale, target.stride(0), target.stride(1), wide.stride(0), wide.stride(1)),
+        (tile, tiles.padded, tile * tiles.cluster, dim, power_of_two(dim), ROWS, lengths.used is not None, total.fresh),
+    )
 
 
 @triton.jit(do_not_specialize=["sequences", "first", "last", "accum_head"])
 def _unpack(
-    accum, order, target, wide, cu, used, scale, sequences, first, last, accum_head,
-    target_row, target_head, wide_row, wide_head,
+    accum, order, target, wide, cu, used,
+    sequences, first, last, accum_head,
+    scale, target_row, target_head, wide_row, wide_head,
     TILE: tl.constexpr, PADDED: tl.constexpr, START: tl.constexpr, DIM: tl.constexpr, WIDTH: tl.constexpr,
-    ROWS: tl.constexpr, USED: tl.constexpr,
+    ROWS: tl.constexpr, USED: tl.constexpr, FRESH: tl.constexpr,
 ):  # fmt: skip
     PARTS: tl.constexpr = (TILE + ROWS - 1) // ROWS
     tile = tl.program_id(0) // PARTS
@@ -85,7 +84,10 @@ def _unpack(
     summed = (out >= first) & (out < last)
     wide_at = wide + (out - first)[:, None] * wide_row + head * wide_head + cols[None, :]
     added = elements & summed[:, None]
-    tl.store(wide_at, tl.load(wide_at, mask=added, other=0.0) + part, mask=added)
+    if FRESH:
+        tl.store(wide_at, part, mask=added)
+    else:
+        tl.store(wide_at, tl.load(wide_at, mask=added, other=0.0) + part, mask=added)
     target_at = target + out[:, None] * target_row + head * target_head + cols[None, :]
     tl.store(target_at, part, mask=elements & (out < first)[:, None])
     tl.store(target_at, part, mask=elements & (out >= last)[:, None])

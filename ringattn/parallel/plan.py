@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from ringattn.kernels.spec import Call, Range
-from ringattn.parallel.ranges import gaps, length
+from ringattn.parallel.ranges import gaps, length, union
 
 
 @dataclass(frozen=True)
@@ -198,6 +198,11 @@ class Stage:
         return any(after[0] < before[1] for before, after in itertools.pairwise(spans))
 
     @cached_property
+    def single_parts(self) -> bool:
+        """Whether a key row that a call spans is in one block, so that the call writes all of its gradient."""
+        return not self.overlapping_keys and all(call.dense_keys for call in self.calls)
+
+    @cached_property
     def unread(self) -> tuple[Range, ...]:
         """Buffer rows that no call reads: they have no gradient."""
         return gaps([block.k for call in self.calls for block in call.blocks], self.rows)
@@ -308,7 +313,32 @@ class AttentionPlan:
     @cached_property
     def unread(self) -> tuple[Range, ...]:
         """Local key rows that no local call reads."""
-        return gaps([block.k for call in self.stages[0].calls for block in call.blocks], self.rows)
+        return gaps(self._read, self.rows)
+
+    @cached_property
+    def without_grads(self) -> tuple[Range, ...]:
+        """Local key rows that nobody reads."""
+        return gaps([*self._read, *self._returned], self.rows)
+
+    @cached_property
+    def single_parts(self) -> bool:
+        """Whether the gradient of a local key row is either written by a local call or comes back from one later stage:
+        so it needs no sum beside the one that adds up what came back."""
+        if len(self.stages) > 2 or not self.stages[0].single_parts:
+            return False
+        read, returned = union(self._read), union(self._returned)
+        return length(union(read + returned)) == length(read) + length(returned)
+
+    @property
+    def _read(self) -> list[Range]:
+        """Local key rows that local calls read."""
+        return [block.k for call in self.stages[0].calls for block in call.blocks]
+
+    @property
+    def _returned(self) -> list[Range]:
+        """Local key rows whose gradients come back from later stages."""
+        copied = [rows for stage in self.stages for rows, _ in stage.copies]
+        return copied + [rows for stage in self.stages for message in stage.sends for rows in message.ranges]
 
     @cached_property
     def only_call(self) -> Call | None:
@@ -366,7 +396,7 @@ class AttentionPlan:
             received=[stage.cast.received for stage in self.stages[1:]],
             sent=[stage.cast.sent for stage in self.stages[1:]],
             shared_q=self.shared_q[1] - self.shared_q[0],
-            shared_k=self.shared_k[1] - self.shared_k[0],
+            shared_k=0 if self.single_parts else self.shared_k[1] - self.shared_k[0],
         )
 
     def __str__(self) -> str:

@@ -16,7 +16,7 @@ from ringattn.parallel.transport import Pending, Transport
 
 def part(x: Tensor, rows: Range) -> Tensor:
     """A range of the rows of x: x itself where it is all, since a view costs the host as much as a launch."""
-    return x if rows == (0, len(x)) else x[rows[0] : rows[1]]
+    return x if rows == (0, x.shape[0]) else x[rows[0] : rows[1]]
 
 
 class Accumulator:
@@ -24,15 +24,22 @@ class Accumulator:
 
     Kernels write every part to `rows` in place. Rows outside `shared` have one part and are final then; `collect` adds
     a part of the others to the wide copy, and `finish` rounds them once. Rows in `untouched` get no part: they are 0.
+    A `fresh` one has one part of every row, also of those in `shared`: it is written, and nothing was 0 before.
     """
 
-    def __init__(self, rows: Tensor, shared: Range, untouched: Sequence[Range]) -> None:
+    def __init__(self, rows: Tensor, shared: Range, untouched: Sequence[Range], fresh: bool = False) -> None:
         self.rows = rows
         self.shared = shared
+        self.fresh = fresh
+        self.wide: Tensor | None = None
+        if shared[0] < shared[1]:
+            size = shared[1] - shared[0], *rows.shape[1:]
+            self.wide = (rows.new_empty if fresh else rows.new_zeros)(size, dtype=accumulation_dtype(rows.dtype))
         for start, stop in untouched:
             rows[start:stop] = 0
-        size = shared[1] - shared[0]
-        self.wide = rows.new_zeros(size, *rows.shape[1:], dtype=accumulation_dtype(rows.dtype)) if size else None
+            a, b = self.inside((start, stop))
+            if fresh and a < b:
+                self.wide_rows(a, b).zero_()
 
     def inside(self, span: Range) -> Range:
         """The shared part of a range (empty: start >= stop)."""
@@ -50,13 +57,20 @@ class Accumulator:
     def sum(self, span: Range) -> Sum | None:
         """Where a kernel that adds leaves its part of the rows `span`, or None if none of them is shared."""
         a, b = self.inside(span)
-        return Sum((a - span[0], b - span[0]), self.wide_rows(a, b)) if a < b else None
+        return Sum((a - span[0], b - span[0]), self.wide_rows(a, b), self.fresh) if a < b else None
 
     def collect(self, span: Range) -> None:
         """Add the part that lies in `rows[span]`."""
         a, b = self.inside(span)
-        if a < b:
+        if a < b and self.fresh:
+            self.wide_rows(a, b).copy_(self.rows[a:b])
+        elif a < b:
             self.wide_rows(a, b).add_(self.rows[a:b])
+
+    @property
+    def home(self) -> tuple[Tensor, int]:
+        """Where rows are added that come back from elsewhere, and which row is its first."""
+        return (self.rows, 0) if self.wide is None else (self.wide, self.shared[0])
 
     @property
     def dtype(self) -> torch.dtype:
@@ -200,6 +214,5 @@ class KeyReduce:
         """Add what belongs to the local rows, in the order of the plan: the same in every run."""
         if self.pending is not None:
             self.pending.wait()
-        additions = _Moves.of(self.stage).additions(dk.shared[0])
-        if additions.parts:
-            add_rows(additions, self.receive, self.grads, flat_pair(dk.wide_rows(*dk.shared), dv.wide_rows(*dv.shared)))
+        (keys, first), (values, _) = dk.home, dv.home
+        add_rows(_Moves.of(self.stage).additions(first), self.receive, self.grads, flat_pair(keys, values), dk.fresh)

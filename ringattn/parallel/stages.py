@@ -131,9 +131,12 @@ def backward_stages(
     forward = dout, q, out, lse
     local, *later = plan.stages
     # Gradients of a head's copies are added after the exchange, or after all groups: they must not be rounded before.
-    shared_k = (0, plan.rows) if job.adds and (plan.sums_copies or plan.sums_groups) else plan.shared_k
+    single = plan.single_parts
+    shared_k = (0, 0) if single else plan.shared_k
+    if job.adds and (plan.sums_copies or plan.sums_groups):
+        shared_k = 0, plan.rows
     dq = Accumulator(rows[0], plan.shared_q, plan.uncovered)
-    dk, dv = (Accumulator(x, shared_k, plan.unread) for x in rows[1:])
+    dk, dv = (Accumulator(x, shared_k, plan.without_grads if single else plan.unread, single) for x in rows[1:])
     pairs, casts = iter(zip(kept[::2], kept[1::2], strict=True)), _casts(job, k, v)
     cast = None if kept else next(casts)
     reduce: KeyReduce | None = None
@@ -147,7 +150,9 @@ def backward_stages(
         # What travels in float32 is not rounded before.
         summed = stage.overlapping_keys or (job.adds and plan.wide_reduce)
         shared = (0, stage.rows) if summed else (0, 0)
-        dkeys, dvalues = (Accumulator(torch.empty_like(x), shared, stage.unread) for x in (keys, values))
+        dkeys, dvalues = (
+            Accumulator(torch.empty_like(x), shared, stage.unread, stage.single_parts) for x in (keys, values)
+        )
         _run_backward_calls(job, stage, forward, keys, values, dq, dkeys, dvalues)
         if reduce is not None:
             yield

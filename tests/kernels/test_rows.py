@@ -49,6 +49,7 @@ class Added(NamedTuple):
     message: Tensor
     pair: tuple[Tensor, Tensor]
     sums: tuple[Tensor, Tensor]
+    fresh: bool
     expected: tuple[Tensor, Tensor]
 
 
@@ -60,8 +61,9 @@ def adds(draw: st.DrawFn) -> Added:
     dtype = torch.float16 if narrow else torch.float32
     message, pair = columns(50, a + b, seed, dtype), (columns(50, a, seed + 1, dtype), columns(50, b, seed + 2, dtype))
     sums = columns(rows, a, seed + 3), columns(rows, b, seed + 4)
+    fresh = draw(st.booleans())
     expected = sums[0].clone(), sums[1].clone()
-    parts = []
+    parts, reached = [], torch.zeros(rows, dtype=torch.bool)
     for _ in range(draw(st.integers(0, 5))):
         start = draw(st.integers(0, rows - 1))
         size = draw(st.integers(1, min(rows - start, 50)))
@@ -69,8 +71,13 @@ def adds(draw: st.DrawFn) -> Added:
         parts.append(Addition((start, start + size), source, remote))
         taken = (message[:, :a], message[:, a:]) if remote else pair
         for total, part in zip(expected, taken, strict=True):
+            if fresh:
+                total[start : start + size][~reached[start : start + size]] = 0.0
             total[start : start + size] += part[source : source + size].float()
-    return Added(Additions(tuple(parts)), message, pair, sums, expected)
+        reached[start : start + size] = True
+    if fresh:  # rounded once
+        sums, expected = tuple(x.to(dtype) for x in sums), tuple(x.to(dtype) for x in expected)
+    return Added(Additions(tuple(parts)), message, pair, sums, fresh, expected)
 
 
 @given(case=takes())
@@ -83,7 +90,7 @@ def test_rows_are_taken(case: Taken) -> None:
 
 @given(case=adds())
 def test_rows_are_added_in_order(case: Added) -> None:
-    add_rows(case.additions, case.message, case.pair, case.sums)
+    add_rows(case.additions, case.message, case.pair, case.sums, case.fresh)
     for total, expected in zip(case.sums, case.expected, strict=True):
         assert torch.equal(total, expected)
 
@@ -108,8 +115,8 @@ def test_triton_on_a_device(taken: Taken, added: Added) -> None:
     target = target[:, : expected.shape[1]]
     take_rows(index, target, message, pair)
     assert torch.equal(target, expected)
-    additions, message, pair, sums, expected = on_device(added)
-    add_rows(additions, message, pair, sums)
+    additions, message, pair, sums, fresh, expected = on_device(added)
+    add_rows(additions, message, pair, sums, fresh)
     for total, right in zip(sums, expected, strict=True):
         assert torch.equal(total, right)
 
@@ -127,7 +134,7 @@ def test_triton_interpreted(taken: Taken, added: Added) -> None:
     assert (taken.target[:, taken.expected.shape[1] :] == 7).all()
     if added.additions.parts:
         tables = added.additions.tables(added.message.device)
-        rows_triton.add_rows(*tables, added.message, added.pair, added.sums)
+        rows_triton.add_rows(*tables, added.message, added.pair, added.sums, added.fresh)
     for total, expected in zip(added.sums, added.expected, strict=True):
         assert torch.equal(total, expected)
 

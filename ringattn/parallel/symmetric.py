@@ -4,15 +4,18 @@ No kernel moves data, so no SM is taken from the attention that runs meanwhile. 
 maps the message buffers of all ranks into each other and has the barrier that says when they are filled.
 """
 
+import ctypes
 import importlib.util
 import socket
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.cuda import Event
 
 from ringattn.parallel.plan import Route
 from ringattn.parallel.transport import GroupTransport, Transport
@@ -26,6 +29,9 @@ class SymmetricTransport:
     Constraints: one host, CUDA devices that reach each other's memory, and exchanges of one axis in one order on all
     ranks. Copies run on a stream of their own. There are two message buffers in turn: the second exchange after this
     one may write where this one's peers have read, which their barrier in between says that they have.
+
+    In a step that is captured in a CUDA graph, and ever after, the host does not know whose turn it was: a barrier
+    before each message is written says that all have read what was there.
     """
 
     name = "copy"
@@ -38,71 +44,126 @@ class SymmetricTransport:
         self._half = 0  # bytes
         self._turn = 0
         self._handle: Any = None
-        self._peers: list[Tensor] = []  # all of each rank's memory, as bytes
-        self._free: list[torch.cuda.Event | None] = [None, None]  # when each half may be written
+        self._memory = torch.empty(0)
+        self._addresses: list[int] = []  # of each rank's memory
+        self._given = False  # a buffer that was not sent yet
+        self._captured = False
+        self._of_graphs: list[tuple[Tensor, Any]] = []  # smaller buffers, whose addresses are in graphs
+        self._filled, self._read = Event(), Event()
+        self._free, self._done = (Event(), Event()), (Event(), Event())  # of each half: may be written; was received
 
     def buffer(self, route: Route, like: Tensor) -> Tensor:
-        most = route.most * like.element_size()
-        if most > self._half or self._handle is None:
-            self._grow(most)
-        free = self._free[self._turn]
-        if free is not None:
-            free.wait()
-        start = self._turn * self._half
+        assert not self._given, "a message is sent before the next one is written"
         size = route.sent * like.element_size()
-        return self._peers[self.rank][start : start + size].view(like.dtype)
+        self._ensure(route.most * like.element_size())
+        if self._captured or torch.cuda.is_current_stream_capturing():
+            self._captured = True
+            self._all_have_read()
+        else:
+            self._free[self._turn].wait()
+        self._given = True
+        start = self._turn * self._half
+        return self._memory[start : start + size].view(like.dtype)
 
     def message(self, x: Tensor, route: Route) -> Tensor:
-        start = self._turn * self._half
-        if self._peers and x.data_ptr() == self._peers[self.rank].data_ptr() + start:
+        if self._given and x.data_ptr() == self._memory.data_ptr() + self._turn * self._half:
             return x
         return self.buffer(route, x).copy_(x)
 
     def exchange(self, send: Tensor, receive: Tensor, route: Route) -> "_Copies":
         assert (send.numel(), receive.numel()) == (route.sent, route.received), (send.shape, receive.shape, route)
-        base, item = self._turn * self._half, send.element_size()
-        self._turn = 1 - self._turn
-        stream = self._stream
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):
+        item, half = send.element_size(), self._turn
+        self._turn, self._given = 1 - half, False
+        self._barrier(self._filled)
+        # From here on all peers have read what they were sent before this exchange: the other half is free.
+        self._free[self._turn].record(self._stream)
+        copy, stream = _memcpy(), self._stream.cuda_stream
+        start, target = half * self._half, receive.data_ptr()
+        for step in range(self.ranks):  # every rank begins with another peer, so that no port serves two
+            peer = (self.rank + step) % self.ranks
+            size = route.receives[peer] * item
+            if size:
+                source = self._addresses[peer] + start + route.there[peer] * item
+                copy(target + route.begins[peer] * item, source, size, stream)
+        self._done[half].record(self._stream)
+        return _Copies(self._done[half], receive)
+
+    def _barrier(self, reached: Event) -> None:
+        """All ranks have come to this point of the current stream before anything more runs on the stream of copies."""
+        current = torch.cuda.current_stream()
+        reached.record(current)
+        reached.wait(self._stream)
+        torch.cuda.set_stream(self._stream)
+        try:
             self._handle.barrier(channel=0)
-            # From here on all peers have read what they were sent before this exchange: the other half is free.
-            self._free[self._turn] = stream.record_event()
-            for step in range(self.ranks):  # every rank begins with another peer, so that no port serves two
-                peer = (self.rank + step) % self.ranks
-                count = route.receives[peer]
-                if count:
-                    first = base + route.there[peer] * item
-                    message = self._peers[peer][first : first + count * item].view(send.dtype)
-                    receive[route.begins[peer] : route.begins[peer] + count].copy_(message, non_blocking=True)
-            return _Copies(stream.record_event(), receive)
+        finally:
+            torch.cuda.set_stream(current)
 
-    def _grow(self, most: int) -> None:
-        """Larger buffers on all ranks: rare, sizes are powers of two. Collective, waits for the device."""
-        import torch.distributed._symmetric_memory as symmetric
+    def _all_have_read(self) -> None:
+        """The current stream goes on when all ranks have made their copies up to here."""
+        self._barrier(self._filled)
+        self._read.record(self._stream)
+        self._read.wait()
 
+    def _ensure(self, most: int) -> None:
+        """Buffers for messages of so many bytes on all ranks. Growing is rare, as sizes are powers of two; it is
+        collective and waits for the device."""
+        if self._handle is not None and most <= self._half:
+            return
+        if torch.cuda.is_current_stream_capturing():
+            raise RuntimeError(
+                f"message buffers of {self._half} bytes cannot grow to {most} while a CUDA graph is captured: run the "
+                "step before with the same layout"
+            )
         torch.cuda.synchronize()
         dist.barrier(self.group)  # nobody reads the old buffers any more
+        if self._captured:  # but graphs will
+            self._of_graphs.append((self._memory, self._handle))
+        self._allocate(most)
+        self._open()
+
+    def _allocate(self, most: int) -> None:
+        import torch.distributed._symmetric_memory as symmetric
+
         self._half = max(SMALLEST, 1 << (most - 1).bit_length())
-        self._peers, self._handle, self._free = [], None, [None, None]
+        self._handle, self._addresses = None, []
         device = torch.device("cuda", torch.cuda.current_device())
-        memory = symmetric.empty(2 * self._half, dtype=torch.uint8, device=device)
-        self._handle = symmetric.rendezvous(memory, self.group)
-        shape = (2 * self._half,)
-        self._peers = [
-            memory if peer == self.rank else self._handle.get_buffer(peer, shape, torch.uint8)
-            for peer in range(self.ranks)
-        ]
+        self._memory = symmetric.empty(2 * self._half, dtype=torch.uint8, device=device)
+
+    def _open(self) -> None:
+        """Map the memory of all ranks. Collective."""
+        import torch.distributed._symmetric_memory as symmetric
+
+        self._handle = symmetric.rendezvous(self._memory, self.group)
+        pointers = self._handle.buffer_ptrs
+        inside = self._memory.data_ptr() - pointers[self.rank]  # of an allocation, the same on all ranks
+        self._addresses = [pointer + inside for pointer in pointers]
 
 
 class _Copies:
     """Copies under way into a tensor that is kept until they are done."""
 
-    def __init__(self, done: torch.cuda.Event, receive: Tensor) -> None:
+    def __init__(self, done: Event, receive: Tensor) -> None:
         self._done, self._receive = done, receive
 
     def wait(self) -> None:
         self._done.wait()
+
+
+@cache
+def _memcpy() -> Callable[[int, int, int, int], None]:
+    """The driver's asynchronous copy of bytes: target, source, size, stream. The host time of one is a tenth of that of
+    `Tensor.copy_`, and an exchange has one for every peer."""
+    function = ctypes.CDLL("libcuda.so.1").cuMemcpyAsync
+    function.argtypes = [ctypes.c_uint64, ctypes.c_uint64, ctypes.c_size_t, ctypes.c_void_p]
+    function.restype = ctypes.c_int
+
+    def copy(target: int, source: int, size: int, stream: int) -> None:
+        error = function(target, source, size, stream)
+        if error:
+            raise RuntimeError(f"cuMemcpyAsync of {size} bytes failed with CUDA error {error}")
+
+    return copy
 
 
 def open_transport(group: dist.ProcessGroup, reason: str) -> Transport:
@@ -119,8 +180,14 @@ def why_not(group: dist.ProcessGroup) -> str:
     reason = next((f"rank {rank} {told}" for rank, (_, told) in enumerate(found) if told), "")
     if reason:
         return reason
-    dist.all_gather_object(found, _failure(lambda: _probe(group)), group=group)
-    return next((f"rank {rank}: {told}" for rank, told in enumerate(found) if told), "")
+    transport = SymmetricTransport(group)
+    # Each step is agreed upon before the next: a rank that failed would leave the others waiting in it.
+    for step in (lambda: transport._allocate(SMALLEST), transport._open, lambda: _probe(transport)):
+        dist.all_gather_object(found, _failure(step), group=group)
+        reason = next((f"rank {rank}: {told}" for rank, told in enumerate(found) if told), "")
+        if reason:
+            return reason
+    return ""
 
 
 def _host() -> str:
@@ -145,10 +212,9 @@ def _missing() -> str:
     return ""
 
 
-def _probe(group: dist.ProcessGroup) -> None:
+def _probe(transport: SymmetricTransport) -> None:
     """One small exchange, whose result is looked at."""
-    ranks, rank = dist.get_world_size(group), dist.get_rank(group)
-    transport = SymmetricTransport(group)
+    ranks, rank = transport.ranks, transport.rank
     route = Route((1,) * ranks, (1,) * ranks, (rank,) * ranks, ranks)
     send = transport.buffer(route, torch.empty(0, device="cuda"))
     send.copy_(torch.arange(ranks, device="cuda") + 100.0 * rank)

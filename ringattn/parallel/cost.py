@@ -19,6 +19,7 @@ from ringattn.parallel.plan import AttentionPlan, Exchange, Message, Shape, Stag
 from ringattn.parallel.rates import BlockTable, KernelRate
 
 CLASSES = ("node", "network")
+BACKWARD_HOST = 1.7  # a backward pass and its calls, in those of a forward pass
 
 
 @dataclass(frozen=True)
@@ -49,8 +50,8 @@ class Machine:
         copy_bandwidth: bytes read and written per second by copies on the device.
         merge_bandwidth: bytes read and written per second when partial results are merged or added.
         copy_seconds: fixed cost of a small operation between kernels: a copy, a merge.
-        host_pass, host_call, host_message: seconds that the host takes to issue a pass or one of its stages, a kernel
-            call, and a message; `host_seconds` adds them up. 0: never the bottleneck.
+        host_pass, host_call, host_message: seconds that the host takes to issue a pass or one of its transfers, a
+            kernel call, and a message; `host_seconds` adds them up. 0: never the bottleneck.
         provenance: where the numbers come from: "origin" ("shipped" or "measured"), "hardware", "versions", "date" and
             what else there is to know.
     """
@@ -358,24 +359,36 @@ def plan_cost(machine: Machine, plans: Sequence[AttentionPlan], shape: Shape) ->
     )
 
 
-def host_seconds(machine: Machine, stages: Any, calls: Any, messages: Any, backward: bool) -> Any:
+def host_seconds(
+    machine: Machine, *, calls: Any, casts: int, reduces: int, exchanged: bool, messages: Any, backward: bool
+) -> Any:
     """Seconds that the host takes to issue a pass: one thread launches everything, and no pass is faster than it.
 
-    The backward pass casts again, returns gradients, and its kernels come with small ones around them: three times.
-
     Arguments:
-        stages: those with transfers; an exchange counts as two.
-        messages: sent and received, one a peer.
+        calls: of the kernel; backward each comes with smaller kernels.
+        casts, reduces: transfers on the ring axis.
+        exchanged: heads travel there and back.
+        messages: all that are sent and received in the casts, one a peer; those of the reduces are as many.
     """
-    once = machine.host_pass * (1 + stages) + machine.host_call * calls + machine.host_message * 2 * messages
-    return once * (3 if backward else 1)
+    transfers = casts + reduces + 2 * exchanged
+    peers = messages * ((casts > 0) + (reduces > 0))
+    own = machine.host_pass + machine.host_call * calls
+    return own * (BACKWARD_HOST if backward else 1) + machine.host_pass * transfers + machine.host_message * peers
 
 
 def _host(machine: Machine, plan: AttentionPlan, backward: bool) -> float:
-    later = len(plan.stages) - 1 + 2 * (plan.exchange is not None)
-    calls = sum(len(stage.calls) for stage in plan.stages)
-    messages = sum(len(stage.sends) + len(stage.receives) for stage in plan.stages)
-    return float(host_seconds(machine, later, calls, messages, backward))
+    later = len(plan.stages) - 1
+    return float(
+        host_seconds(
+            machine,
+            calls=sum(len(stage.calls) for stage in plan.stages),
+            casts=0 if backward and plan.keep_keys else later,
+            reduces=later if backward else 0,
+            exchanged=plan.exchange is not None,
+            messages=sum(len(stage.sends) + len(stage.receives) for stage in plan.stages),
+            backward=backward,
+        )
+    )
 
 
 def disturbed(stages: Sequence[StageCost], exposed: Any) -> Any:

@@ -127,7 +127,10 @@ def _counts(lengths: Sequence[int]) -> list[int]:
 
 def _least_host(machine: Machine, backward: bool) -> float:
     """An exchange around one call, and one call."""
-    return host_seconds(machine, 2, 1, 0, backward) + host_seconds(machine, 0, 1, 0, backward)
+    return sum(
+        host_seconds(machine, calls=1, casts=0, reduces=0, exchanged=exchanged, messages=0, backward=backward)
+        for exchanged in (True, False)
+    )
 
 
 def _degrees(mesh: MeshShape) -> tuple[int, int]:

@@ -80,24 +80,23 @@ def forward_stages(job: Job, q: Tensor, k: Tensor, v: Tensor, keep: bool) -> Ste
     plan = job.plan
     local, *later = plan.stages
     acc = Accumulator(q.new_empty(q.shape[0], q.shape[1], v.shape[2]), plan.shared_q, plan.uncovered)
-    if plan.only_call is not None and not later and q.shape[1]:
-        call = plan.only_call
-        read = slice(*call.k)
-        return acc.rows, job.backend.forward(q, k[read], v[read], call, _options(job, local, call), acc.rows), []
-    lse = q.new_full((q.shape[1], q.shape[0]), float("-inf"), dtype=accumulation_dtype(q.dtype))
+    lse: Tensor | None = None
+    if plan.only_call is None or not q.shape[1]:
+        lse = q.new_full((q.shape[1], q.shape[0]), float("-inf"), dtype=accumulation_dtype(q.dtype))
     kept: list[Tensor] = []
     casts = _casts(job, k, v)
     cast = next(casts)
-    _run_calls(job, local, q, k, v, acc, lse)
+    lse = _run_calls(job, local, q, k, v, acc, lse)
     for stage in later:
         assert cast is not None
         yield
         keys, values = cast.wait()
         cast = next(casts)
-        _run_calls(job, stage, q, keys, values, acc, lse)
+        lse = _run_calls(job, stage, q, keys, values, acc, lse)
         if keep:
             kept += [keys, values]
         del keys, values
+    assert lse is not None
     return acc.finish(), lse, kept
 
 
@@ -108,19 +107,27 @@ def _casts(job: Job, k: Tensor, v: Tensor) -> Iterator[KeyCast | None]:
     yield None
 
 
-def _run_calls(job: Job, stage: Stage, q: Tensor, k: Tensor, v: Tensor, acc: Accumulator, lse: Tensor) -> None:
-    """Run a stage's calls. Every call writes its rows of `out` in place; rows that are shared are then merged."""
+def _run_calls(
+    job: Job, stage: Stage, q: Tensor, k: Tensor, v: Tensor, acc: Accumulator, lse: Tensor | None
+) -> Tensor | None:
+    """Run a stage's calls. Every call writes its rows of `out` in place; rows that are shared are then merged.
+
+    Returns the lse (H, n): the given one, or that of the plan's only call.
+    """
     if not q.shape[1]:
-        return
+        return lse
     for call in stage.calls:
         q_rows, out = part(q, call.q), part(acc.rows, call.q)
         k_rows, v_rows = part(k, call.k), part(v, call.k)
         part_lse = job.backend.forward(q_rows, k_rows, v_rows, call, _options(job, stage, call), out)
+        if lse is None:
+            return part_lse
         a, b = acc.inside(call.q)
         if a < b:
             merge_(acc.wide_rows(a, b), lse[:, a:b], acc.rows[a:b], part_lse[:, _shifted((a, b), call.q[0])])
         for span in acc.outside(call.q):
             lse[:, slice(*span)] = part_lse[:, _shifted(span, call.q[0])]
+    return lse
 
 
 def backward_stages(

@@ -47,6 +47,7 @@ class SymmetricTransport:
         self._memory = torch.empty(0)
         self._addresses: list[int] = []  # of each rank's memory
         self._given = False  # a buffer that was not sent yet
+        self._waited: int | None = None  # the stream that waited for the last exchange
         self._captured = False
         self._of_graphs: list[tuple[Tensor, Any]] = []  # smaller buffers, whose addresses are in graphs
         self._filled, self._read = Event(), Event()
@@ -56,14 +57,19 @@ class SymmetricTransport:
         assert not self._given, "a message is sent before the next one is written"
         size = route.sent * like.element_size()
         self._ensure(route.most * like.element_size())
-        if self._captured or torch.cuda.is_current_stream_capturing():
-            self._captured = True
-            self._all_have_read()
-        else:
-            self._free[self._turn].wait()
         self._given = True
+        self._clear()
         start = self._turn * self._half
         return self._memory[start : start + size].view(like.dtype)
+
+    def _clear(self) -> None:
+        """The current stream goes on when this turn's half may be written."""
+        stream = _raw_stream()
+        if self._captured or _capturing(stream):
+            self._captured = True
+            self._all_have_read()
+        elif stream != self._waited:  # else the wait for the last copies was one for the barrier before them
+            self._free[self._turn].wait()
 
     def message(self, x: Tensor, route: Route) -> Tensor:
         if self._given and x.data_ptr() == self._memory.data_ptr() + self._turn * self._half:
@@ -73,7 +79,7 @@ class SymmetricTransport:
     def exchange(self, send: Tensor, receive: Tensor, route: Route) -> "_Copies":
         assert (send.numel(), receive.numel()) == (route.sent, route.received), (send.shape, receive.shape, route)
         item, half = send.element_size(), self._turn
-        self._turn, self._given = 1 - half, False
+        self._turn, self._given, self._waited = 1 - half, False, None
         self._barrier(self._filled)
         # From here on all peers have read what they were sent before this exchange: the other half is free.
         self._free[self._turn].record(self._stream)
@@ -86,7 +92,13 @@ class SymmetricTransport:
                 source = self._addresses[peer] + start + route.there[peer] * item
                 copy(target + route.begins[peer] * item, source, size, stream)
         self._done[half].record(self._stream)
-        return _Copies(self._done[half], receive)
+        return _Copies(self, half, receive)
+
+    def wait(self, half: int) -> None:
+        """The current stream goes on when the copies out of a half are done."""
+        self._done[half].wait()
+        if half != self._turn:  # they were the last
+            self._waited = _raw_stream()
 
     def _barrier(self, reached: Event) -> None:
         """All ranks have come to this point of the current stream before anything more runs on the stream of copies."""
@@ -143,11 +155,22 @@ class SymmetricTransport:
 class _Copies:
     """Copies under way into a tensor that is kept until they are done."""
 
-    def __init__(self, done: Event, receive: Tensor) -> None:
-        self._done, self._receive = done, receive
+    def __init__(self, transport: SymmetricTransport, half: int, receive: Tensor) -> None:
+        self._transport, self._half, self._receive = transport, half, receive
 
     def wait(self) -> None:
-        self._done.wait()
+        self._transport.wait(self._half)
+
+
+def _raw_stream() -> int:
+    """The current stream's handle; asking for it costs a tenth of making a `torch.cuda.Stream`."""
+    stream: int = torch._C._cuda_getCurrentRawStream(torch.cuda.current_device())
+    return stream
+
+
+def _capturing(stream: int) -> bool:
+    """Whether a graph is being captured; never on the default stream."""
+    return stream != 0 and torch.cuda.is_current_stream_capturing()
 
 
 @cache

@@ -96,7 +96,7 @@ def pricer(layout: Layout, mask: Mask) -> Pricer:
     mask=masks,
     ring=st.integers(2, 12),
     policy=st.sampled_from(["contiguous", "zigzag", "balanced"]),
-    scheme=st.sampled_from([("gather", None), ("ring", 2), ("ring", 3), ("ring", 12)]),
+    scheme=st.sampled_from([("gather", None), ("joint", None), ("ring", 2), ("ring", 3), ("ring", 12)]),
 )
 def test_counted_rows_are_those_of_the_plans(
     docs: Documents, mask: Mask, ring: int, policy: str, scheme: tuple[str, int | None]
@@ -127,7 +127,12 @@ PACKS = {
 @pytest.mark.parametrize("mesh", [(8, 1), (2, 4)])
 def test_closed_forms_are_near_the_prices_of_plans(name: str, mesh: tuple[int, int]) -> None:
     docs = Documents(PACKS[name])
-    for scheme, tolerance in ((("gather", None), 0.02), (("ring", 2), 0.03), (("ring", 4), 0.06)):
+    for scheme, tolerance in (
+        (("gather", None), 0.02),
+        (("joint", None), 0.02),
+        (("ring", 2), 0.03),
+        (("ring", 4), 0.06),
+    ):
         plans = plans_of(docs, Mask(), mesh, "balanced", *scheme)
         exact = plan_cost(H200, [plan for _, plan in plans], SHAPE)
         closed = pricer(plans[0][0], Mask()).price(candidates(mesh[0], *scheme)[0], plans[0][1].keep_keys)
@@ -200,8 +205,8 @@ def test_no_pass_is_faster_than_its_launches() -> None:
     slow = replace(H200, host_message=1e-3)
     messages = sum(len(stage.sends) + len(stage.receives) for stage in plan.stages)
     assert messages > 10
-    for cost, passes in ((rank_cost(slow, plan, SHAPE).forward, 1), (rank_cost(slow, plan, SHAPE).backward, 3)):
-        assert cost.seconds >= passes * 2 * messages * 1e-3
+    for cost, passes in ((rank_cost(slow, plan, SHAPE).forward, 1), (rank_cost(slow, plan, SHAPE).backward, 2)):
+        assert cost.seconds >= passes * messages * 1e-3
     quiet = replace(H200, host_pass=0.0, host_call=0.0, host_message=0.0)
     assert rank_cost(quiet, plan, SHAPE).forward.seconds < rank_cost(H200, plan, SHAPE).forward.seconds
     long = plan_attention(Layout(Documents([262_144]), MeshShape(1, 8)), Mask(), 32, 8, "gather")

@@ -8,6 +8,7 @@ variant: it is found by sending numbers through the package's own last step. The
 is used.
 """
 
+import threading
 from collections.abc import Callable
 from types import FunctionType, ModuleType
 from typing import Any
@@ -39,21 +40,30 @@ def backward_into(interface: ModuleType, grads: Grads, arguments: tuple[Tensor, 
             make = torch.empty_like if total.fresh else torch.zeros_like  # rows that no block reads add nothing
             targets[name] = make(targets[name])
     waiting = {id(targets[name]): (targets[name], total) for name, total in sums.items() if total is not None}
-    function = interface._flash_attn_bwd
-    if waiting:
-        names = {**vars(interface), _LAST_STEP: _last_step(getattr(interface, _LAST_STEP), waiting)}
-        function = _looking_up(names, function)
-    function(*arguments, **targets, **keywords)
+    if not waiting:
+        interface._flash_attn_bwd(*arguments, **targets, **keywords)
+    else:
+        _of_thread.waiting = waiting
+        _with_our_last_step(interface)(*arguments, **targets, **keywords)
     if waiting:
         raise RuntimeError(f"flash-attn-4 has no step {_LAST_STEP} of the expected form")
     for name, total in later.items():
         total.add(targets[name], (0, len(targets[name])), getattr(grads, name))
 
 
-def _looking_up(names: dict[str, Any], original: FunctionType) -> FunctionType:
-    """The same function with other globals."""
-    function = FunctionType(original.__code__, names, "backward", original.__defaults__, original.__closure__)
-    function.__kwdefaults__ = original.__kwdefaults__
+_of_thread = threading.local()  # `waiting`: what is added to, by the address of its output
+_functions: dict[tuple[Any, Any], FunctionType] = {}
+
+
+def _with_our_last_step(interface: ModuleType) -> FunctionType:
+    """The package's function with other globals; made once, as they are many."""
+    original, last_step = interface._flash_attn_bwd, getattr(interface, _LAST_STEP)
+    function = _functions.get((original, last_step))
+    if function is None:
+        names = {**vars(interface), _LAST_STEP: _last_step(last_step)}
+        function = FunctionType(original.__code__, names, "backward", original.__defaults__, original.__closure__)
+        function.__kwdefaults__ = original.__kwdefaults__
+        _functions[original, last_step] = function
     return function
 
 
@@ -61,8 +71,8 @@ def _looking_up(names: dict[str, Any], original: FunctionType) -> FunctionType:
 _OF_A_CALL = ("cu_total_m_blocks", "sink_tensors")
 
 
-def _last_step(original: Callable[..., None], waiting: dict[int, tuple[Tensor, Sum]]) -> Callable[..., None]:
-    """The package's last step, but for outputs in `waiting`: they are added to their sums, and taken out."""
+def _last_step(original: Callable[..., None]) -> Callable[..., None]:
+    """The package's last step, but for outputs that wait: they are added to their sums, and taken out."""
     from ringattn.kernels.unpack_triton import Lengths, Tiles, unpack_into
 
     def convert(
@@ -78,6 +88,7 @@ def _last_step(original: Callable[..., None], waiting: dict[int, tuple[Tensor, S
         *variant: Any,
         **options: Any,
     ) -> None:
+        waiting: dict[int, tuple[Tensor, Sum]] = _of_thread.waiting
         if id(output) not in waiting:
             original(
                 accum, output, scale, cu_seqlens, seqused, arch, dtype, hdim, block_size, *variant, **options

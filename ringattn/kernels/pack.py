@@ -90,6 +90,15 @@ def unpack_heads(message: Tensor, tensors: Sequence[Tensor], slots: Slots) -> No
         x[:, head] = total
 
 
+def head_columns(rows: Tensor, counts: Sequence[int], dims: Sequence[int]) -> list[Tensor]:
+    """The columns of rows (n, sum of count * dim) as heads of several tensors: views (n, count, dim), one call each."""
+    views, start = [], rows.storage_offset()
+    for count, dim in zip(counts, dims, strict=True):
+        views.append(rows.as_strided((rows.shape[0], count, dim), (rows.stride(0), dim, 1), start))
+        start += count * dim
+    return views
+
+
 def _rows(message: Tensor, slot: Slot, x: Tensor) -> Tensor:
     """(t, D) of the message."""
     return message.as_strided((x.shape[0], x.shape[2]), (slot.stride, 1), message.storage_offset() + slot.start)

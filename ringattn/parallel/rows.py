@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ringattn.kernels.pack import head_columns
 from ringattn.kernels.rows import Addition, Additions, add_rows, flat_pair, row_index, take_rows
 from ringattn.kernels.spec import Range, Sum, accumulation_dtype, to_device
 from ringattn.parallel.plan import Stage
@@ -180,8 +181,8 @@ class KeyCast:
         buffer = k.new_empty(self.stage.rows, self.receive.shape[1])
         take_rows(_Moves.of(self.stage).buffer(k.device), buffer, self.receive, flat_pair(k, v))
         self.receive = buffer  # what arrived is not needed any more
-        keys, values = buffer.split([k.shape[1] * k.shape[2], v.shape[1] * v.shape[2]], 1)
-        return keys.unflatten(1, k.shape[1:]), values.unflatten(1, v.shape[1:])
+        keys, values = head_columns(buffer, (k.shape[1], v.shape[1]), (k.shape[2], v.shape[2]))
+        return keys, values
 
 
 @dataclass

@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from ringattn.kernels.pack import Slot, Slots, pack_heads, unpack_heads
+from ringattn.kernels.pack import Slot, Slots, head_columns, pack_heads, unpack_heads
 from ringattn.kernels.spec import Range
 from ringattn.parallel.plan import Exchange, HeadShare, Route
 from ringattn.parallel.transport import Pending, Transport
@@ -55,7 +55,7 @@ class Arriving:
     def wait(self) -> list[Tensor]:
         """The tensors, (n, this rank's heads, D) each, as views of one buffer."""
         self.pending.wait()
-        return _columns(self.rows, self.counts, self.dims)
+        return head_columns(self.rows, self.counts, self.dims)
 
 
 def to_heads(
@@ -171,7 +171,7 @@ def joined(
     """A message buffer (n, elements) for the next `to_tokens`, and its columns (n, this rank's heads, dim) each."""
     way = _message(exchange, tuple(columns), group).returning
     rows = transport.buffer(way.route, like).view(exchange.position_rows, way.width)
-    return rows, _columns(rows, way.counts, [dim for _, dim in columns])
+    return rows, head_columns(rows, way.counts, [dim for _, dim in columns])
 
 
 @dataclass(frozen=True)
@@ -202,10 +202,3 @@ def to_tokens(
     received = rows.new_empty(way.route.received)
     message = transport.message(rows.contiguous().view(-1), way.route)
     return Returning(transport.exchange(message, received, way.route), received, way.slots)
-
-
-def _columns(rows: Tensor, counts: Sequence[int], dims: Sequence[int]) -> list[Tensor]:
-    """Views (n, count, dim) of the columns of (n, sum of count * dim)."""
-    widths = [count * dim for count, dim in zip(counts, dims, strict=True)]
-    parts = rows.split(widths, dim=1)
-    return [part.unflatten(1, (count, dim)) for part, count, dim in zip(parts, counts, dims, strict=True)]

@@ -71,10 +71,9 @@ def parallel_attention(
         deterministic: ask the kernel for bitwise equal gradients from run to run; transfers are always in fixed order.
             RINGATTN_DETERMINISTIC=on asks for it everywhere.
         backend: "auto" or a name of `ringattn.kernels.registry.backends()`.
-        scheme: "auto", "gather", "joint", "ring", "ulysses" or "hybrid"; the degrees are those of the layout's mesh.
-            "gather" computes what needs only local keys while the others arrive, "joint" everything in one call once
-            they are there, which short packs are too short for the host to launch twice. "auto" takes what is predicted
-            to be fastest on the mesh's machine, forward and backward apart, and says why in the plan's `reason`.
+        scheme: "auto", "gather", "ring", "ulysses" or "hybrid"; the degrees are those of the layout's mesh. "auto"
+            takes what is predicted to be fastest on the mesh's machine, forward and backward apart, and says why in the
+            plan's `reason`.
         stages: stages of the ring scheme, the local one included; default: up to 4.
         keep_keys: keep cast keys for the backward pass (more memory, one transfer less), or cast them again; default:
             keep them where that is predicted to be faster and they fit, in `memory_limit` or else in a quarter of the

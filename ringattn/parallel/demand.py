@@ -26,7 +26,6 @@ class Demand:
     band: Band
     held_first: Ints | None = None  # of parts of pieces: the piece's own range
     held_last: Ints | None = None
-    joined: bool = False  # pieces that need no key from elsewhere are computed with the others, from one buffer
 
     @classmethod
     def of(cls, held: Held, band: Band) -> "Demand":
@@ -49,7 +48,7 @@ class Demand:
     @cached_property
     def parted(self) -> "Demand":
         """The same with query pieces cut as `Held.parted` cuts them."""
-        if self.joined or (self.band.lo is None and self.band.hi in (0, None)):
+        if self.band.lo is None and self.band.hi in (0, None):
             return self  # a piece sees all of its document's start, or nothing outside
         columns = self.first.tolist(), self.last.tolist(), self.length.tolist()
         bounds = [inner_rows(first, last, length, self.band) for first, last, length in zip(*columns, strict=True)]
@@ -72,15 +71,8 @@ class Demand:
         )
 
     @cached_property
-    def joint(self) -> "Demand":
-        """The same where every piece waits for the keys from elsewhere."""
-        return replace(self, joined=True)
-
-    @cached_property
     def local(self) -> npt.NDArray[np.bool_]:
-        """Pieces that are computed from local rows, since they need no key from elsewhere."""
-        if self.joined:
-            return np.zeros(len(self.first), dtype=np.bool_)
+        """Pieces that need no key from elsewhere."""
         first = self.first if self.held_first is None else self.held_first
         last = self.last if self.held_last is None else self.held_last
         return (self.needs[0] >= first) & (self.needs[1] <= last)

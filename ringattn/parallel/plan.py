@@ -278,7 +278,7 @@ class AttentionPlan:
     """What this rank does for one attention, forward and backward.
 
     Arguments:
-        schedule: "local", "gather", "joint" or "ring": how keys move on the ring axis.
+        schedule: "local", "gather" or "ring": how keys move on the ring axis.
         rows: query and key rows of this rank's ring position.
         index: their global indices, as ranges in the order of the rows.
         stages: stage 0, then those that need transfers.

@@ -3,7 +3,6 @@
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from operator import itemgetter
 
 from ringattn.kernels.spec import Block, Range
 from ringattn.mask import Band, Mask
@@ -20,7 +19,7 @@ from ringattn.parallel.pricing import Candidate, Setting
 from ringattn.parallel.ranges import overlap, union
 from ringattn.parallel.ulysses import exchange_plan
 
-SCHEMES = ("auto", "ring", "ulysses", "hybrid", "gather", "joint")
+SCHEMES = ("auto", "ring", "ulysses", "hybrid", "gather")
 
 
 def plan_attention(
@@ -86,9 +85,9 @@ def plan_parts(
 
     Arguments:
         layout: with several parts or, as one, without.
-        scheme: "gather", "joint" or "ring" name how keys move on the ring axis; "auto" takes what is predicted to be
-            fastest, forward and backward apart; "ulysses" and "hybrid" check that the mesh has those axes and leave the
-            ring axis to "auto". A parted layout has only "auto".
+        scheme: "gather" or "ring" name how keys move on the ring axis; "auto" takes what is predicted to be fastest,
+            forward and backward apart; "ulysses" and "hybrid" check that the mesh has those axes and leave the ring
+            axis to "auto". A parted layout has only "auto".
         stages: number of stages of the ring schedule, the local one included.
         keep_keys, wide_reduce: see `AttentionPlan`; by default keys are kept where that is predicted to be faster and
             they fit: in the memory limit, or without one in a quarter of the q, k, v and out that are kept anyway.
@@ -204,7 +203,7 @@ def check_scheme(scheme: str, mesh: MeshShape, stages: int | None = None, parts:
         raise ValueError(f'scheme must be "auto" where documents are on several meshes ({parts} parts), got "{scheme}"')
     degrees = f"the mesh has ring={mesh.ring} and ulysses={mesh.ulysses}"
     if mesh.sequence_size > 1:
-        if scheme in ("ring", "gather", "joint") and mesh.ring == 1:
+        if scheme in ("ring", "gather") and mesh.ring == 1:
             raise ValueError(f'scheme="{scheme}" moves keys on the ring axis and needs ring > 1; {degrees}')
         if scheme == "ulysses" and mesh.ring > 1:
             raise ValueError(f'scheme="ulysses" needs ring = 1; {degrees}: use "hybrid"')
@@ -230,9 +229,8 @@ class _Cast:
     index: list[Range] = field(default_factory=list)  # global
     copies: list[tuple[Range, Range]] = field(default_factory=list)
     blocks: list[Block] = field(default_factory=list)
-    # By peer, with their documents: messages are in the order of documents, on both sides.
-    arriving: dict[int, list[tuple[int, Range]]] = field(default_factory=lambda: defaultdict(list))
-    leaving: dict[int, list[tuple[int, Range]]] = field(default_factory=lambda: defaultdict(list))
+    arriving: dict[int, list[Range]] = field(default_factory=lambda: defaultdict(list))  # by peer
+    leaving: dict[int, list[Range]] = field(default_factory=lambda: defaultdict(list))
 
     def room(self, rows: int) -> Range:
         """So many new rows of the buffer."""
@@ -249,8 +247,7 @@ class _Cast:
 
 @dataclass(frozen=True)
 class _RingPlanner:
-    """Stages of one position. "ring" computes a query row once per stage, the others once over all its keys: "gather"
-    those that need only local keys while the others' arrive, "joint" all of them in the later stage."""
+    """Stages of one position. "gather" computes each query row once over all its keys, "ring" once per stage."""
 
     held: Held
     demand: Demand
@@ -267,10 +264,8 @@ class _RingPlanner:
         casts = self._casts()
         shared_q = shared_rows([block.q for blocks in [local, *(cast.blocks for cast in casts)] for block in blocks])
         returned = [rows for cast in casts for rows, _ in cast.copies]
-        returned += [rows for cast in casts for ranges in cast.leaving.values() for _, rows in ranges]
-        demand = self.demand
-        if self.schedule != "ring":
-            demand = demand.joint if self.schedule == "joint" else demand.parted
+        returned += [rows for cast in casts for ranges in cast.leaving.values() for rows in ranges]
+        demand = self.demand.parted if self.schedule == "gather" else self.demand
         routes = [demand.routes(self.position, span) for span in self.distances]
         later = [cast.stage(shared_q, *pair) for cast, pair in zip(casts, routes, strict=True)]
         return AttentionPlan(
@@ -286,7 +281,7 @@ class _RingPlanner:
 
     def _local_blocks(self) -> list[Block]:
         blocks = []
-        for piece in () if self.schedule == "joint" else self.held.positions[self.position]:
+        for piece in self.held.positions[self.position]:
             if self.schedule != "gather":
                 blocks += blocks_of(piece, self.held.own(self.position, piece.document), self.band)
                 continue
@@ -310,15 +305,11 @@ class _RingPlanner:
         """The later stages, all in one pass over what travels."""
         casts = [_Cast() for _ in self.distances]
         stage_of = {distance: cast for cast, span in zip(casts, self.distances, strict=True) for distance in span}
-        if self.schedule in ("gather", "joint"):
+        if self.schedule == "gather":
             stage_of[0] = casts[0]  # the local rows among the keys are copied
-        documents = self.held.cut_documents[self.position]
-        for document in documents:
-            self._leave(document, stage_of)
-        if self.schedule == "joint":  # in the order of the queries, so that all may be one call
-            documents = list(dict.fromkeys(piece.document for piece in self.held.positions[self.position]))
-        for document in documents:
+        for document in self.held.cut_documents[self.position]:
             self._arrive(document, stage_of)
+            self._leave(document, stage_of)
         for cast in casts:
             cast.blocks = join_full(cast.blocks)
         return casts
@@ -335,7 +326,7 @@ class _RingPlanner:
             if holder == self.position:
                 cast.copies.append(((piece.row, piece.stop_row), target))
             else:
-                cast.arriving[holder].append((document, target))
+                cast.arriving[holder].append(target)
             cast.index.append((start + piece.first, start + piece.last))
             runs.setdefault(id(cast), (cast, []))[1].append(piece._replace(row=target[0]))
         for query in self._casting(self.position, document):
@@ -354,7 +345,7 @@ class _RingPlanner:
                     first, last = overlap(want, (piece.first, piece.last))
                     if first < last:
                         shift = piece.row - piece.first
-                        leaving.append((document, (first + shift, last + shift)))
+                        leaving.append((first + shift, last + shift))
 
     def _runs(self, reader: int, document: int) -> Iterator[tuple[Piece, int]]:
         """What `reader` wants of a document, in ascending order: the parts of the holders' pieces, and the holder."""
@@ -365,9 +356,5 @@ class _RingPlanner:
                     yield Piece(document, begin, end, piece.row + begin - piece.first), holder
 
 
-def _messages(segments: dict[int, list[tuple[int, Range]]]) -> tuple[Message, ...]:
-    return tuple(
-        Message(peer, tuple(rows for _, rows in sorted(parts, key=itemgetter(0))))
-        for peer, parts in sorted(segments.items())
-        if parts
-    )
+def _messages(segments: dict[int, list[Range]]) -> tuple[Message, ...]:
+    return tuple(Message(peer, tuple(parts)) for peer, parts in sorted(segments.items()) if parts)

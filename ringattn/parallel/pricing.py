@@ -33,8 +33,7 @@ from ringattn.parallel.ulysses import exchange_plan
 
 @dataclass(frozen=True)
 class Candidate:
-    """A way to move keys on the ring axis: "local", "gather" (one later stage), "joint" (the same with all work in it),
-    or "ring" with `stages` in all."""
+    """A way to move keys on the ring axis: "local", "gather" (one later stage), or "ring" with `stages` in all."""
 
     schedule: str
     stages: int
@@ -120,11 +119,6 @@ class Price:
         return self.slowest.seconds
 
     @property
-    def host_bound(self) -> bool:
-        """Whether the host of some position takes longer than its device."""
-        return bool(np.any(self.host > self.compute + self.waiting))
-
-    @property
     def most_bytes(self) -> int:
         return int(np.max(self.bytes, initial=0))
 
@@ -160,12 +154,10 @@ class Pricer:
 
     def price(self, candidate: Candidate, keep_keys: bool | None = None) -> tuple[Price, Price]:
         """Of the forward and of the backward pass; with keys kept if the setting says so, or what is said here."""
-        if candidate.schedule == "joint" and not self.demand.joined:
-            return self._joint.price(candidate, keep_keys)
         keep = bool(self.setting.keep_keys if keep_keys is None else keep_keys)
         distances = candidate.distances(self.demand.positions)
         received, sent = self._rows(distances)
-        gather = candidate.schedule in ("gather", "joint")
+        gather = candidate.schedule == "gather"
         copied = self._copied if gather else np.zeros(self.demand.positions)
         buffers = received.sum(1) + copied
         rows = StageRows(
@@ -204,8 +196,7 @@ class Pricer:
     ) -> Price:
         """One direction; `received` and `sent` are (stages, class of link, position) rows."""
         setting, machine, own, backward = self.setting, self.setting.machine, self.setting.own, bool(direction)
-        gathers = candidate.schedule in ("gather", "joint")
-        local, later = self._gathered[direction] if gathers else self._staged(received, backward)
+        local, later = self._gathered[direction] if candidate.schedule == "gather" else self._staged(received, backward)
         cast = reduce = lost = np.zeros(later.shape)
         if not (backward and keep):
             cast, lost = self._wire(received, sent, own.key_row_bytes)
@@ -227,7 +218,7 @@ class Pricer:
         compute = local + later.sum(0) + disturbed(stages, exposed) + copies
         host = host_seconds(
             machine,
-            calls=self._calls + (len(later) > 0 and not self.demand.joined),
+            calls=self._calls + (len(later) > 0),
             casts=0 if backward and keep else len(later),
             reduces=len(later) if backward else 0,
             exchanged=setting.exchange is not None,
@@ -268,10 +259,6 @@ class Pricer:
         received, sent = (per(room + position, rows, size) for position in (reader, holder))
         shape = len(distances), classes, positions
         return received.reshape(shape), sent.reshape(shape)
-
-    @cached_property
-    def _joint(self) -> "Pricer":
-        return Pricer(self.demand.joint, self.setting)
 
     @cached_property
     def _remote(self) -> tuple[Ints, Ints, Ints, Ints, Ints]:

@@ -61,7 +61,7 @@ def buffers(plans: list[tuple[Layout, AttentionPlan]], stage: int) -> list[torch
     mask=masks,
     ring=st.integers(1, 6),
     policy=st.sampled_from(["contiguous", "zigzag", "balanced"]),
-    scheme=st.sampled_from(["gather", "joint", "ring", "auto"]),
+    scheme=st.sampled_from(["gather", "ring", "auto"]),
     stages=st.sampled_from([None, 2, 3, 9]),
     backward=st.booleans(),
 )
@@ -114,7 +114,7 @@ def test_gather_computes_each_query_row_in_one_call(docs: Documents, mask: Mask,
     mask=masks,
     ring=st.integers(2, 6),
     policy=st.sampled_from(["contiguous", "zigzag", "balanced"]),
-    scheme=st.sampled_from(["gather", "joint", "ring"]),
+    scheme=st.sampled_from(["gather", "ring"]),
     stages=st.sampled_from([None, 2, 3, 9]),
 )
 def test_routes_of_all_ranks_fit_together(

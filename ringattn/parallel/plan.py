@@ -4,6 +4,7 @@ Rows are local: of this rank's query and key tensors after the exchange (if ther
 """
 
 import itertools
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, reduce
@@ -148,6 +149,11 @@ class Route:
     def begins(self) -> tuple[int, ...]:
         """Where the message from every rank begins in what is received."""
         return tuple(itertools.accumulate(self.receives, initial=0))[:-1]
+
+    @cached_property
+    def grain(self) -> int:
+        """What all sizes and places are multiples of."""
+        return math.gcd(*self.sends, *self.receives, *self.there)
 
     def times(self, width: int) -> "Route":
         """The same with rows of `width` elements; made once."""

@@ -1,7 +1,8 @@
-"""Exchanges inside one NVLink domain by copy engines: every rank reads its messages out of the memory of its peers.
+"""Exchanges inside one NVLink domain without collectives: every rank reads its messages out of the memory of its peers.
 
-No kernel moves data, so no SM is taken from the attention that runs meanwhile. `torch.distributed._symmetric_memory`
-maps the message buffers of all ranks into each other and has the barrier that says when they are filled.
+Copy engines do it beside the kernels, so that no SM is taken from the attention that runs meanwhile; short messages are
+pulled by one kernel, which costs the host a fifth of the time. `torch.distributed._symmetric_memory` maps the message
+buffers of all ranks into each other and has the barrier that says when they are filled.
 """
 
 import ctypes
@@ -17,18 +18,22 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.cuda import Event
 
+from ringattn.kernels.spec import to_device
 from ringattn.parallel.plan import Route
 from ringattn.parallel.transport import GroupTransport, Transport
 
 SMALLEST = 1 << 20  # bytes of a half
+UNIT = 16  # bytes that a pull moves at once
+PULLED = 8 << 20  # bytes that a rank sends at most, below which messages are pulled: 30 µs on the wire
 
 
 class SymmetricTransport:
-    """The all-to-all by copy engines. Buffers are made at the first exchange that needs larger ones, collectively.
+    """The all-to-all by reads. Buffers are made at the first exchange that needs larger ones, collectively.
 
     Constraints: one host, CUDA devices that reach each other's memory, and exchanges of one axis in one order on all
-    ranks. Copies run on a stream of their own. There are two message buffers in turn: the second exchange after this
-    one may write where this one's peers have read, which their barrier in between says that they have.
+    ranks. Copies run on a stream of their own, pulls on the current one. There are two message buffers in turn: the
+    second exchange after this one may write where this one's peers have read, which their barrier in between says that
+    they have.
 
     In a step that is captured in a CUDA graph, and ever after, the host does not know whose turn it was: a barrier
     before each message is written says that all have read what was there.
@@ -46,8 +51,12 @@ class SymmetricTransport:
         self._handle: Any = None
         self._memory = torch.empty(0)
         self._addresses: list[int] = []  # of each rank's memory
+        self._table = torch.empty(0)  # the same on the device
         self._given = False  # a buffer that was not sent yet
-        self._waited: int | None = None  # the stream that waited for the last exchange
+        self._pull: _Pull | None = None  # that has not begun
+        self._copying: set[int] = set()  # halves whose copies nobody has waited for
+        self._clear_on: int | None = None  # a stream behind the last barrier
+        self.pulled = PULLED
         self._captured = False
         self._of_graphs: list[tuple[Tensor, Any]] = []  # smaller buffers, whose addresses are in graphs
         self._filled, self._read = Event(), Event()
@@ -55,36 +64,48 @@ class SymmetricTransport:
 
     def buffer(self, route: Route, like: Tensor) -> Tensor:
         assert not self._given, "a message is sent before the next one is written"
+        if self._pull is not None:
+            self._pull.begin()
         size = route.sent * like.element_size()
         self._ensure(route.most * like.element_size())
         self._given = True
-        self._clear()
+        self._clear(self._pulls(route, like.element_size()))
         start = self._turn * self._half
         return self._memory[start : start + size].view(like.dtype)
 
-    def _clear(self) -> None:
+    def _clear(self, pulled: bool) -> None:
         """The current stream goes on when this turn's half may be written."""
         stream = _raw_stream()
         if self._captured or _capturing(stream):
             self._captured = True
-            self._all_have_read()
-        elif stream != self._waited:  # else the wait for the last copies was one for the barrier before them
+            if pulled and not self._copying:
+                self._handle.barrier(channel=0)
+            else:
+                self._barrier()
+                self._read.record(self._stream)
+                self._read.wait()
+        elif self._clear_on is None:
             self._free[self._turn].wait()
+        elif stream != self._clear_on:
+            torch.cuda.current_stream().wait_stream(torch.cuda.ExternalStream(self._clear_on))
 
     def message(self, x: Tensor, route: Route) -> Tensor:
         if self._given and x.data_ptr() == self._memory.data_ptr() + self._turn * self._half:
             return x
         return self.buffer(route, x).copy_(x)
 
-    def exchange(self, send: Tensor, receive: Tensor, route: Route) -> "_Copies":
+    def exchange(self, send: Tensor, receive: Tensor, route: Route) -> "_Copies | _Pull":
         assert (send.numel(), receive.numel()) == (route.sent, route.received), (send.shape, receive.shape, route)
-        item, half = send.element_size(), self._turn
-        self._turn, self._given, self._waited = 1 - half, False, None
-        self._barrier(self._filled)
+        half, self._turn = self._turn, 1 - self._turn
+        self._given, self._clear_on = False, None
+        if self._pulls(route, send.element_size()):
+            self._pull = _Pull(self, half, receive, route)
+            return self._pull
+        self._barrier()
         # From here on all peers have read what they were sent before this exchange: the other half is free.
         self._free[self._turn].record(self._stream)
         copy, stream = _memcpy(), self._stream.cuda_stream
-        start, target = half * self._half, receive.data_ptr()
+        item, start, target = send.element_size(), half * self._half, receive.data_ptr()
         for step in range(self.ranks):  # every rank begins with another peer, so that no port serves two
             peer = (self.rank + step) % self.ranks
             size = route.receives[peer] * item
@@ -92,30 +113,39 @@ class SymmetricTransport:
                 source = self._addresses[peer] + start + route.there[peer] * item
                 copy(target + route.begins[peer] * item, source, size, stream)
         self._done[half].record(self._stream)
+        self._copying.add(half)
         return _Copies(self, half, receive)
+
+    def _pulls(self, route: Route, item: int) -> bool:
+        """Whether the messages of a route, of elements of so many bytes, are pulled."""
+        return route.most * item <= self.pulled and route.grain * item % UNIT == 0 and _puller() is not None
 
     def wait(self, half: int) -> None:
         """The current stream goes on when the copies out of a half are done."""
         self._done[half].wait()
-        if half != self._turn:  # they were the last
-            self._waited = _raw_stream()
+        self._copying.discard(half)
+        if half != self._turn and self._pull is None:  # they were the last, and behind their barrier
+            self._clear_on = _raw_stream()
 
-    def _barrier(self, reached: Event) -> None:
+    def pull(self, half: int, receive: Tensor, route: Route) -> None:
+        """On the current stream, behind what was copied before."""
+        for copying in self._copying:
+            self._done[copying].wait()
+        self._handle.barrier(channel=0)
+        self._clear_on = _raw_stream()
+        table, longest = _units(route, receive)
+        _puller()(self._table, table, receive, half * self._half // UNIT, self.rank, longest)
+
+    def _barrier(self) -> None:
         """All ranks have come to this point of the current stream before anything more runs on the stream of copies."""
         current = torch.cuda.current_stream()
-        reached.record(current)
-        reached.wait(self._stream)
+        self._filled.record(current)
+        self._filled.wait(self._stream)
         torch.cuda.set_stream(self._stream)
         try:
             self._handle.barrier(channel=0)
         finally:
             torch.cuda.set_stream(current)
-
-    def _all_have_read(self) -> None:
-        """The current stream goes on when all ranks have made their copies up to here."""
-        self._barrier(self._filled)
-        self._read.record(self._stream)
-        self._read.wait()
 
     def _ensure(self, most: int) -> None:
         """Buffers for messages of so many bytes on all ranks. Growing is rare, as sizes are powers of two; it is
@@ -150,6 +180,7 @@ class SymmetricTransport:
         pointers = self._handle.buffer_ptrs
         inside = self._memory.data_ptr() - pointers[self.rank]  # of an allocation, the same on all ranks
         self._addresses = [pointer + inside for pointer in pointers]
+        self._table = torch.tensor(self._addresses, device=self._memory.device)
 
 
 class _Copies:
@@ -160,6 +191,42 @@ class _Copies:
 
     def wait(self) -> None:
         self._transport.wait(self._half)
+
+
+class _Pull:
+    """Messages that are pulled when they are waited for, or before the next ones are written."""
+
+    def __init__(self, transport: SymmetricTransport, half: int, receive: Tensor, route: Route) -> None:
+        self._transport, self._half, self._receive, self._route = transport, half, receive, route
+
+    def begin(self) -> None:
+        self._transport._pull = None
+        self._transport.pull(self._half, self._receive, self._route)
+
+    def wait(self) -> None:
+        if self._transport._pull is self:
+            self.begin()
+
+
+def _units(route: Route, like: Tensor) -> tuple[Tensor, int]:
+    """Where messages begin in what peers send and in what is received, and their sizes: (peers, 3) in units, on the
+    device; and the largest size. Made once, before a graph is captured."""
+    kept: dict[Any, tuple[Tensor, int]] = route.__dict__.setdefault("_units", {})
+    key = like.element_size(), like.device
+    if key not in kept:
+        rows = torch.tensor([route.there, route.begins, route.receives]).T.contiguous() * like.element_size() // UNIT
+        kept[key] = to_device(rows, like.device), int(rows[:, 2].max())
+    return kept[key]
+
+
+@cache
+def _puller() -> Any:
+    """The kernel, or None without Triton."""
+    try:
+        from ringattn.kernels.pull_triton import pull
+    except ImportError:
+        return None
+    return pull
 
 
 def _raw_stream() -> int:

@@ -1,6 +1,7 @@
 """A transport whose data is late: who reads it before the wait, or writes what is being sent, gets wrong results."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
@@ -9,25 +10,33 @@ from torch import Tensor
 
 from ringattn.parallel.plan import Route
 from ringattn.parallel.stages import Job
+from ringattn.parallel.symmetric import SymmetricTransport
 from ringattn.parallel.transport import Pending, Transport
 
 CYCLES = 5_000_000  # of a GPU: some milliseconds, longer than any kernel of these tests
 
 
 class Late:
-    """On GPUs transfers start some milliseconds after they were posted, on CPUs at the wait."""
+    """On GPUs transfers start some milliseconds after they were posted, on CPUs at the wait. None is pulled: that would
+    be at the wait too."""
 
     def __init__(self, inner: Transport) -> None:
         self.inner, self.name, self.reason = inner, inner.name, inner.reason
         self.exchanges = 0
 
     def buffer(self, route: Route, like: Tensor) -> Tensor:
-        return self.inner.buffer(route, like)
+        with copied(self.inner):
+            return self.inner.buffer(route, like)
 
     def message(self, x: Tensor, route: Route) -> Tensor:
-        return self.inner.message(x, route)
+        with copied(self.inner):
+            return self.inner.message(x, route)
 
     def exchange(self, send: Tensor, receive: Tensor, route: Route) -> Any:
+        with copied(self.inner):
+            return self._exchange(send, receive, route)
+
+    def _exchange(self, send: Tensor, receive: Tensor, route: Route) -> Any:
         self.exchanges += 1
         receive.fill_(float("nan"))
         if not send.is_cuda:
@@ -37,6 +46,19 @@ class Late:
         with torch.cuda.stream(side):
             torch.cuda._sleep(CYCLES)
             return self.inner.exchange(send, receive, route)
+
+
+@contextmanager
+def copied(transport: Transport) -> Iterator[None]:
+    """Nothing is so short that it is pulled."""
+    if not isinstance(transport, SymmetricTransport):
+        yield
+        return
+    before, transport.pulled = transport.pulled, -1
+    try:
+        yield
+    finally:
+        transport.pulled = before
 
 
 class _AtTheWait:

@@ -1,7 +1,8 @@
 """Times attention beside the bare kernel: `torchrun --nproc-per-node 8 recipes/benchmark.py [key=value]`.
 
 Every scheme on every mesh of the ranks, the kernel alone on an even share of the heads, and other systems, in one run
-on the same kernel. Keys and their meaning: configs/benchmark.yaml. Exit codes: 0 done, 1 if a result differed from the
+on the same kernel. `graphs=true` measures each a second time as replays of captured CUDA graphs, and `+graph` after a
+name that one only. Keys and their meaning: configs/benchmark.yaml. Exit codes: 0 done, 1 if a result differed from the
 kernel's, 2 for a configuration that cannot run.
 """
 
@@ -66,6 +67,8 @@ def check(cfg: DictConfig, launch: Launch, device: torch.device) -> tuple[Heads,
     for key in ("calls", "repeats"):
         if not isinstance(cfg[key], int) or cfg[key] < 1:
             raise ValueError(f"{key} must be an integer >= 1, got {cfg[key]}")
+    if not isinstance(cfg.graphs, bool):
+        raise ValueError(f"graphs must be true or false, got {cfg.graphs}")
     if cfg.transport not in TRANSPORTS:
         raise ValueError(f"transport must be one of {', '.join(TRANSPORTS)}, got {cfg.transport}")
     for contestant in cfg.contestants or every_name(launch.world_size):
@@ -97,7 +100,7 @@ def run(
     slow: Slow | None,
     first: bool,
 ) -> list[Result]:
-    entered = contestants(cfg.contestants, cfg.peers, cfg.transport)
+    entered = contestants(cfg.contestants, cfg.peers, cfg.transport, cfg.graphs)
     makers = [partial(Problem.draw, one, heads, cfg.backend, device, dtype, cfg.seed) for one in workloads]
     results: list[Result] = []
     if first:

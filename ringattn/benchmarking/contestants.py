@@ -22,20 +22,29 @@ FILLING = 4  # calls that are filled with random numbers: the first, which are n
 
 @dataclass
 class Entry:
-    """A contestant on one problem: steps to be timed. `both` returns local out, dq, dk, dv, (t, heads, D) each.
+    """A contestant on one problem: steps to be timed. Their inputs stay where they are from call to call.
 
+    `forward` returns local out, and `both` local out, dq, dk, dv, (t, heads, D) each.
     `silent` is `both` without any transfer, if it can be had: what it is faster is communication that nothing hid.
+    `arrived`: where it wrote nothing while it was captured, though something would have arrived there.
     `close` undoes what entering changed in the process.
     """
 
     layout: Placed
-    forward: Callable[[], Any]
+    forward: Callable[[], Tensor]
     both: Callable[[], list[Tensor]]
     inputs: list[Tensor]
     silent: Callable[[], Any] | None = None
+    arrived: list[Tensor] = field(default_factory=list)
     planning_ms: float | None = None
     choice: str = ""
     close: Callable[[], None] = lambda: None
+
+
+def told(error: Exception) -> str:
+    """The start of an error, fit for a cell of a table."""
+    line = " ".join(str(error).split()).replace("|", "/")
+    return f"{type(error).__name__}: {line[:200]}"
 
 
 class Contestant(Protocol):
@@ -57,9 +66,9 @@ def entry_of(
 ) -> Entry:
     """The steps of an attention of `leaves`, q, k and v, whose gradient is `dout`."""
 
-    def forward() -> None:
+    def forward() -> Tensor:
         with torch.no_grad():
-            attend()
+            return attend()
 
     def both() -> list[Tensor]:
         out = attend()
@@ -70,12 +79,15 @@ def entry_of(
 
 class Silent:
     """A transport that moves nothing. While it is `filling`, what arrives is random: of zeros kernels are faster, and
-    later calls find in their memory what was there before."""
+    later calls find in their memory what was there before.
+
+    A captured step finds in its own memory what nobody wrote there, so all of it is kept in `arrived` to be filled."""
 
     name, reason = "silent", ""
 
-    def __init__(self, filling: bool) -> None:
+    def __init__(self, filling: bool, arrived: list[Tensor]) -> None:
         self.filling = filling
+        self.arrived = arrived
 
     def buffer(self, route: Route, like: Tensor) -> Tensor:
         return like.new_empty(route.sent)
@@ -86,6 +98,8 @@ class Silent:
     def exchange(self, send: Tensor, receive: Tensor, route: Route) -> "Silent":
         if self.filling:
             receive.normal_()
+        elif receive.is_cuda and torch.cuda.is_current_stream_capturing():
+            self.arrived.append(receive)
         return self
 
     def wait(self) -> None: ...
@@ -113,13 +127,13 @@ class Ours:
         planning = (time.perf_counter() - start) * 1e3
         leaves, dout = problem.inputs(layout)
         keywords = {"mask": mask, "backend": problem.backend, "scheme": self.scheme, **self.options}
-        calls = count()
+        calls, arrived = count(), list[Tensor]()
 
         def attend() -> Tensor:
             return parallel_attention(*leaves, layout, **keywords)
 
         def silent() -> None:
-            nothing = Silent(next(calls) < FILLING)
+            nothing = Silent(next(calls) < FILLING, arrived)
             jobs = [
                 replace(job, ring=job.ring and nothing, ulysses=job.ulysses and nothing)
                 for job in prepare(*leaves, None, layout, Settings(**keywords))
@@ -127,7 +141,7 @@ class Ours:
             torch.autograd.grad(run(jobs, *leaves, None)[0], leaves, dout)
 
         entry = entry_of(layout, attend, leaves, dout, _choice(plans, layout))
-        return replace(entry, silent=silent, planning_ms=planning)
+        return replace(entry, silent=silent, arrived=arrived, planning_ms=planning)
 
 
 def _choice(plans: PartedPlan, layout: Layout) -> str:

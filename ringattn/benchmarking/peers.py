@@ -294,7 +294,10 @@ class TorchContextParallel:
 
         entry = entry_of(placed, attend, leaves, dout, "its own kernel, cuDNN")
 
+        def forward() -> Tensor:
+            return entry.forward()[0].transpose(0, 1)
+
         def both() -> list[Tensor]:
             return [x[0].transpose(0, 1) for x in entry.both()]
 
-        return replace(entry, both=both, close=context.close)
+        return replace(entry, forward=forward, both=both, close=context.close)

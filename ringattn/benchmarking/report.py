@@ -5,7 +5,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from ringattn.benchmarking.suite import CEILING, Result
+from ringattn.benchmarking.captured import SUFFIX
+from ringattn.benchmarking.suite import CAPTURED_CEILING, CEILING, Result
 
 COLUMNS = (
     "workload", "contestant", "f ms", "f+b ms", "f TFLOP/s", "f+b TFLOP/s", "f share", "f+b share", "exposed ms",
@@ -52,7 +53,7 @@ def markdown(results: Sequence[Result], facts: dict[str, Any]) -> str:
         "Slowest rank, median. TFLOP/s per GPU by mask area, backward 2.5 × forward. Share: of the kernel alone on an "
         "even share of the heads, in the same run. Exposed: what is gone without transfers. Memory: peak of both "
         "passes over inputs, output and gradients. Error: relative to the kernel alone, compared before "
-        "it was timed." + _slowed(facts),
+        "it was timed." + _slowed(facts) + _captured(results),
         "",
         *header(),
         *map(line, results),
@@ -67,6 +68,16 @@ def _slowed(facts: dict[str, Any]) -> str:
     if not share:
         return ""
     return f" Slowed: f+b with ranks {ranks} taking {share:.0%} longer on purpose, over f+b without."
+
+
+def _captured(results: Sequence[Result]) -> str:
+    if not any(result.captured for result in results):
+        return ""
+    return (
+        f" {SUFFIX}: replays of captured CUDA graphs, whose results were compared. Their share is of the kernel alone "
+        "captured as well, exposed is measured with a capture without transfers, and memory counts what the graph of "
+        "both passes holds."
+    )
 
 
 def totals(results: Sequence[Result]) -> list[str]:
@@ -98,13 +109,15 @@ def write(folder: Path, results: Sequence[Result], facts: dict[str, Any]) -> lis
 
 
 def plot(path: Path, results: Sequence[Result], facts: dict[str, Any]) -> Path:
-    """Bars: the share of the kernel alone, forward and backward, of every contestant on every workload."""
+    """Bars: the share of the kernel alone, forward and backward, of every contestant on every workload. Of captured
+    contestants it is the share of the kernel captured."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    done = [result for result in results if result.share_both is not None and result.contestant != CEILING]
+    ceilings = CEILING, CAPTURED_CEILING
+    done = [result for result in results if result.share_both is not None and result.contestant not in ceilings]
     workloads = list(dict.fromkeys(result.workload for result in done))
     names = list(dict.fromkeys(result.contestant for result in done))
     figure, axes = pyplot.subplots(figsize=(2.5 + 1.7 * len(workloads), 4.5), layout="constrained")

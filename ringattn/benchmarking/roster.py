@@ -8,6 +8,7 @@ from typing import Any
 
 import torch.distributed as dist
 
+from ringattn.benchmarking.captured import SUFFIX, Captured
 from ringattn.benchmarking.contestants import Contestant, Ours
 from ringattn.benchmarking.peers import RingFlashAttnLlama3, RingFlashAttnZigzag, TorchContextParallel, Usp
 from ringattn.benchmarking.plain_ulysses import PlainUlysses
@@ -26,16 +27,21 @@ class Meshes:
 Maker = Callable[[Meshes], Contestant]
 
 
-def contestants(names: Sequence[str] | None, peers: bool, transport: str = "auto") -> list[Contestant]:
+def contestants(
+    names: Sequence[str] | None, peers: bool, transport: str = "auto", graphs: bool = False
+) -> list[Contestant]:
     """By name, or with None every scheme on every mesh of all ranks; `peers` adds every other system. Collective.
 
     Arguments:
         transport: what moves our data, as in `init_mesh`.
+        graphs: add each of them captured.
 
     Raises ValueError for a name that is none, or degrees that do not make up the world.
     """
     ranks = dist.get_world_size()
     asked = list(dict.fromkeys([*(names or every_name(ranks)), *(peer_names(ranks) if peers else [])]))
+    if graphs:
+        asked = list(dict.fromkeys(one for name in asked for one in (name, name.removesuffix(SUFFIX) + SUFFIX)))
     makers = [parse(name, ranks) for name in asked]
     free = init_mesh(data=1, sequence=ranks, transport=transport)
     parted = {(mesh.ring, mesh.ulysses): mesh for mesh in free.alternatives if isinstance(mesh, SequenceMesh)}
@@ -65,11 +71,14 @@ def parse(name: str, ranks: int) -> Maker:
       gradients of keys travel in the dtype of the keys (`wide_reduce=False`), with `+2groups` heads are exchanged in
       two groups;
     - `plain-ulysses`, `rfa-zigzag`, `rfa-llama3[:<key heads at a time>]`, `usp:<ring>x<ulysses>`,
-      `torch-cp[:alltoall]`.
+      `torch-cp[:alltoall]`;
+    - any of these with `+graph` last: replays of its steps, captured in CUDA graphs.
 
     Needs no process group. Raises ValueError.
     """
-    return _peer(name, ranks) or _ours(name, ranks)
+    plain = name.removesuffix(SUFFIX)
+    make = _peer(plain, ranks) or _ours(plain, ranks)
+    return make if plain == name else lambda meshes: Captured(make(meshes))
 
 
 def _peer(name: str, ranks: int) -> Maker | None:
@@ -99,7 +108,7 @@ def _ours(name: str, ranks: int) -> Maker:
     if parts is None:
         raise ValueError(
             f"a contestant is auto:{ranks}, or <scheme>:<ring>x<ulysses> as in gather:{ranks}x1, also with +narrow or "
-            f"+2groups, or one of {', '.join(peer_names(ranks))}, got {name!r}"
+            f"+2groups, or one of {', '.join(peer_names(ranks))}; each also with {SUFFIX} last; got {name!r}"
         )
     degrees = _degrees(name, parts[2], parts[3], ranks)
     check_scheme(parts[1], MeshShape(1, *degrees))
@@ -115,7 +124,7 @@ def _options(name: str, variants: Sequence[str]) -> dict[str, Any]:
         elif groups := re.fullmatch(r"([1-9]\d*)groups", variant):
             options["head_groups"] = int(groups[1])
         else:
-            raise ValueError(f"a variant is +narrow or +<n>groups, got +{variant} in {name!r}")
+            raise ValueError(f"a variant is +narrow or +<n>groups, and {SUFFIX} comes last, got +{variant} in {name!r}")
     return options
 
 

@@ -6,13 +6,15 @@ Every rank's part of a plan runs alone, one after another, with a transport that
 kernel that is left is what a schedule would reach if everything that travels were hidden: it shows what copies, cut
 documents, imbalance and launches cost, on a machine with a single GPU. Times are of forward and backward, the slowest
 rank. `busy` is the time in which a kernel ran, `launches` their number, `host` the time that the host takes to issue
-them; where host exceeds busy the GPU waits for it.
+them; where host exceeds busy the GPU waits for it. `replay` is the time of the same step captured in a CUDA graph; its
+share is of the bare kernel captured as well.
 """
 
 import argparse
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from contextlib import closing
 from dataclasses import replace
 from datetime import date
 from typing import Any, NamedTuple
@@ -21,49 +23,54 @@ import torch
 from torch import Tensor
 
 from ringattn import Layout, parallel_attention
+from ringattn.benchmarking.captured import Graphs
+from ringattn.benchmarking.contestants import Silent
 from ringattn.benchmarking.problem import Heads, spec_of
 from ringattn.benchmarking.workloads import Workload, workload
 from ringattn.kernels.registry import choose
 from ringattn.kernels.spec import Grads, Options
 from ringattn.parallel.machines import local_machine
 from ringattn.parallel.mesh import MeshShape, SequenceMesh
-from ringattn.parallel.plan import Route
 from ringattn.parallel.planner import plan_attention
 from ringattn.parallel.ulysses import exchange_plan
 
 CALLS, REPEATS = 4, 3
 
 
-class Empty:
-    """A transport that moves nothing. While it is `filling` what arrives is random numbers, as kernels meet them."""
-
-    name, reason, filling = "none", "", True
-
-    def buffer(self, route: Route, like: Tensor) -> Tensor:
-        return like.new_empty(route.sent)
-
-    def message(self, x: Tensor, route: Route) -> Tensor:
-        return x
-
-    def exchange(self, send: Tensor, receive: Tensor, route: Route) -> "Empty":
-        if self.filling:
-            receive.normal_()
-        return self
-
-    def wait(self) -> None: ...
-
-
 class Measured(NamedTuple):
-    """Milliseconds of a step, and of the host; those in which a kernel ran, and the number of launches."""
+    """Milliseconds of a step, and of the host; those in which a kernel ran, and the number of launches; those of a
+    replay of the captured step."""
 
     step: float
     host: float
     busy: float
     launches: int
+    replay: float
 
 
-def measured(step: Callable[[], Any]) -> Measured:
-    """`step` is called as a model's layers follow one another."""
+def measured(step: Callable[[], Any], arrived: Sequence[Tensor] = ()) -> Measured:
+    """`step` is called as a model's layers follow one another.
+
+    Arguments:
+        arrived: where its transport would have received something, once it is captured.
+    """
+    took, host = timed(step)
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+        step()
+        torch.cuda.synchronize()
+    events = [one for one in profile.events() if one.device_type == torch.autograd.DeviceType.CUDA]
+    busy = sum(one.device_time for one in events) / 1e3
+    with closing(Graphs()) as graphs:
+        graph = graphs.record(step).graph
+        for x in arrived:  # kernels take another time of zeros
+            x.normal_()
+        graph.replay()
+        replay, _ = timed(graph.replay)
+    return Measured(took, host, busy, len(events), replay)
+
+
+def timed(step: Callable[[], Any]) -> tuple[float, float]:
+    """Milliseconds of a step, and those that the host takes to issue it."""
     steps, hosts = [], []
     for _ in range(REPEATS):
         begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
@@ -76,12 +83,7 @@ def measured(step: Callable[[], Any]) -> Measured:
         hosts.append((time.perf_counter() - began) * 1e3 / CALLS)
         torch.cuda.synchronize()
         steps.append(begin.elapsed_time(end) / CALLS)
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
-        step()
-        torch.cuda.synchronize()
-    events = [one for one in profile.events() if one.device_type == torch.autograd.DeviceType.CUDA]
-    busy = sum(one.device_time for one in events) / 1e3
-    return Measured(statistics.median(steps), min(hosts), busy, len(events))
+    return statistics.median(steps), min(hosts)
 
 
 def random(*shape: int) -> Tensor:
@@ -113,7 +115,7 @@ def alone(work: Workload, heads: Heads, ranks: int, backend: str) -> Measured:
     return measured(step)
 
 
-def mesh_of(degrees: tuple[int, int], rank: int, transport: Empty) -> SequenceMesh:
+def mesh_of(degrees: tuple[int, int], rank: int, transport: Silent) -> SequenceMesh:
     """One rank's mesh without processes."""
     machine = local_machine("cuda").by_copy_engines()
     mesh = SequenceMesh(1, *degrees, rank, machine=machine, device_type="cuda", device_mesh=None)  # type: ignore[arg-type]
@@ -128,7 +130,7 @@ def one_rank(work: Workload, heads: Heads, contestant: str, rank: int, backend: 
         contestant: `<scheme>:<ring>x<ulysses>`, or `auto:<ranks>` for degrees that the documents choose.
     """
     scheme, degrees = contestant.split(":")
-    transport = Empty()
+    transport = Silent(True, [])
     if "x" in degrees:
         ring, ulysses = map(int, degrees.split("x"))
         mesh = mesh_of((ring, ulysses), rank, transport)
@@ -151,7 +153,7 @@ def one_rank(work: Workload, heads: Heads, contestant: str, rank: int, backend: 
     transport.filling = False
     step()
     parts = [f"{len(part.docs)} on {part.mesh.ring} × {part.mesh.ulysses}" for part in layout.parts or (layout,)]
-    return measured(step), ", ".join(parts)
+    return measured(step, transport.arrived), ", ".join(parts)
 
 
 def rows_of(name: str, arguments: argparse.Namespace) -> list[str]:
@@ -170,7 +172,9 @@ def _line(name: str, contestant: str, found: list[Measured], ceiling: Measured, 
     slowest = max(found)
     mean = statistics.mean(one.step for one in found)
     numbers = f"{slowest.step:.3f} | {mean:.3f} | {slowest.busy:.3f} | {slowest.host:.3f} | {slowest.launches}"
-    return f"| {name} | {contestant} | {numbers} | {ceiling.step / slowest.step:.3f} | {parts} |"
+    replay = max(one.replay for one in found)
+    shares = f"{ceiling.step / slowest.step:.3f} | {replay:.3f} | {ceiling.replay / replay:.3f}"
+    return f"| {name} | {contestant} | {numbers} | {shares} | {parts} |"
 
 
 def main() -> None:
@@ -193,10 +197,12 @@ def main() -> None:
         f"backend {arguments.backend}, seed {arguments.seed}. `python benchmarks/one_rank.py --ranks {arguments.ranks} "
         f"--workloads {arguments.workloads} --contestants {arguments.contestants}`",
         "",
-        "Forward and backward of the slowest rank (mean: of all ranks), milliseconds.",
+        "Forward and backward of the slowest rank (mean: of all ranks), milliseconds. Replay: of the step captured in "
+        "a CUDA graph; its share is of the kernel alone captured as well.",
         "",
-        "| workload | contestant | step | mean | busy | host | launches | share of the kernel alone | documents |",
-        "|---|---|---|---|---|---|---|---|---|",
+        "| workload | contestant | step | mean | busy | host | launches | share of the kernel alone "
+        "| replay | share of the captured kernel | documents |",
+        "|---|---|---|---|---|---|---|---|---|---|---|",
     ]
     print("\n".join(lines), flush=True)
     for name in arguments.workloads.split(","):

@@ -7,7 +7,7 @@ Times of replays are compared with times of replays only.
 import gc
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
@@ -28,12 +28,24 @@ class Uncaptured(RuntimeError):
     """A step that cannot be captured, for a reason that is the same on all ranks."""
 
 
-@dataclass(frozen=True)
+@dataclass
 class Captured:
-    """A contestant whose steps are captured. It enters as it is; the suite captures it when all contestants have run:
-    graphs keep addresses, and by then transports have grown their buffers as far as any contestant needs."""
+    """A contestant whose steps are captured: it enters as it is, and the suite replaces its steps by `replays`.
 
-    of: Contestant
+    Arguments:
+        make: the contestant, with transports that nobody else has. Those that were captured have barriers more from
+            then on, and a failed capture leaves half an exchange in them.
+    """
+
+    make: Callable[[], Contestant]
+    of: Contestant = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.renew()
+
+    def renew(self) -> None:
+        """Begin anew after a failed capture. Collective, if `make` is."""
+        self.of = self.make()
 
     @property
     def name(self) -> str:

@@ -23,6 +23,13 @@ class Meshes:
     free: SequenceMesh
     parted: Mapping[tuple[int, int], SequenceMesh]  # by ring and ulysses degree
 
+    @classmethod
+    def opened(cls, transport: str) -> "Meshes":
+        """Collective."""
+        free = init_mesh(data=1, sequence=dist.get_world_size(), transport=transport)
+        parted = {(mesh.ring, mesh.ulysses): mesh for mesh in free.alternatives if isinstance(mesh, SequenceMesh)}
+        return cls(free, parted)
+
 
 Maker = Callable[[Meshes], Contestant]
 
@@ -43,9 +50,17 @@ def contestants(
     if graphs:
         asked = list(dict.fromkeys(one for name in asked for one in (name, name.removesuffix(SUFFIX) + SUFFIX)))
     makers = [parse(name, ranks) for name in asked]
-    free = init_mesh(data=1, sequence=ranks, transport=transport)
-    parted = {(mesh.ring, mesh.ulysses): mesh for mesh in free.alternatives if isinstance(mesh, SequenceMesh)}
-    return [make(Meshes(free, parted)) for make in makers]
+    opened = partial(Meshes.opened, transport)
+    shared = opened()
+    return [_contestant(name, make, shared, opened) for name, make in zip(asked, makers, strict=True)]
+
+
+def _contestant(name: str, make: Maker, shared: Meshes, opened: Callable[[], Meshes]) -> Contestant:
+    found = make(shared)
+    if not name.endswith(SUFFIX):
+        return found
+    # Peers keep nothing in transports of ours.
+    return Captured(lambda: found if found.peer else make(opened()))
 
 
 def every_name(ranks: int) -> list[str]:
@@ -72,13 +87,12 @@ def parse(name: str, ranks: int) -> Maker:
       two groups;
     - `plain-ulysses`, `rfa-zigzag`, `rfa-llama3[:<key heads at a time>]`, `usp:<ring>x<ulysses>`,
       `torch-cp[:alltoall]`;
-    - any of these with `+graph` last: replays of its steps, captured in CUDA graphs.
+    - any of these with `+graph` last, for replays of its captured steps: what is made here is not captured yet.
 
     Needs no process group. Raises ValueError.
     """
     plain = name.removesuffix(SUFFIX)
-    make = _peer(plain, ranks) or _ours(plain, ranks)
-    return make if plain == name else lambda meshes: Captured(make(meshes))
+    return _peer(plain, ranks) or _ours(plain, ranks)
 
 
 def _peer(name: str, ranks: int) -> Maker | None:

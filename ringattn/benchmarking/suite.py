@@ -96,7 +96,7 @@ def _measured(problem: Problem, contestants: Sequence[Contestant], timer: Timer,
     with ExitStack() as stack, closing(Graphs()) as graphs:
         rows = [_entered(problem, contestant, stack) for contestant in contestants]
         if any(isinstance(one, Captured) for one in contestants):
-            rows = _captured(problem, rows, graphs)
+            rows = _captured(problem, contestants, rows, graphs)
         alone = _Checked(Result(problem.workload.name, CEILING), share.forward, share.both, share.inputs)
         return _timed(problem, [alone, *rows], timer, slow)
 
@@ -135,7 +135,7 @@ def _entered(problem: Problem, contestant: Contestant, stack: ExitStack) -> _Row
     return _compared(problem, row, problem.errors(entry.layout, results))
 
 
-def _captured(problem: Problem, rows: Sequence[_Row], graphs: Graphs) -> list[_Row]:
+def _captured(problem: Problem, contestants: Sequence[Contestant], rows: Sequence[_Row], graphs: Graphs) -> list[_Row]:
     """The rows, with replays for those that are to be captured, and before them the kernel alone captured."""
     share, line = problem.share, Result(problem.workload.name, CAPTURED_CEILING, captured=True)
     found: list[_Row] = []
@@ -145,9 +145,11 @@ def _captured(problem: Problem, rows: Sequence[_Row], graphs: Graphs) -> list[_R
     else:
         alone = _Checked(line, share.forward, share.both, share.inputs)
         found.append(_replayed(problem, alone, partial(ceiling_replays, problem, graphs)))
-    for row in rows:
-        if isinstance(row, _Checked) and row.entry is not None and row.line.captured:
+    for contestant, row in zip(contestants, rows, strict=True):
+        if isinstance(contestant, Captured) and isinstance(row, _Checked) and row.entry is not None:
             row = _replayed(problem, row, partial(replays, problem, row.entry, graphs))
+            if isinstance(row, Result):
+                contestant.renew()
         found.append(row)
     return found
 

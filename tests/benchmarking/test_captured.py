@@ -189,14 +189,19 @@ class Failing(Captured):
         return replace(entry, both=both)
 
 
-def failing() -> list[Result]:
+def failing() -> tuple[list[Result], bool, bool]:
+    """The results, and who has new transports afterwards."""
     ours, other = contestants(["gather:2x1+graph", "ulysses:1x2+graph"], peers=False)
-    return pretended([Failing(ours.of), other])[0]
+    broken = Failing(ours.make)
+    before = broken.of, other.of
+    results = pretended([broken, other])[0]
+    return results, broken.of.mesh is not before[0].mesh, other.of is not before[1]
 
 
 def test_what_one_rank_cannot_capture_no_rank_replays(pool: Pools) -> None:
     told = "cannot be captured: rank 1: RuntimeError: operation not permitted when stream is capturing"
-    for _, alone, broken, other in pool(2, "cpu").run(failing):
+    for (_, alone, broken, other), *renewed in pool(2, "cpu").run(failing):
+        assert renewed == [True, False]
         assert broken.failure == told
         assert broken.error is None  # nothing wrong was computed
         assert other.both
@@ -229,7 +234,7 @@ class Synchronising(Captured):
 
 def on_devices(names: list[str]) -> list[Result]:
     entered = contestants([*names, *(f"{name}+graph" for name in names)], False, "collective")
-    return measured([Synchronising(entered[0]), *entered], device="cuda")
+    return measured([Synchronising(lambda: entered[0]), *entered], device="cuda")
 
 
 @pytest.mark.parametrize(

@@ -1,8 +1,9 @@
 """From layout and mask to plan. Every rank computes its part from the same integers, without communication."""
 
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from typing import Concatenate, ParamSpec
 
 from ringattn.kernels.spec import Block, Range
 from ringattn.mask import Band, Mask
@@ -19,49 +20,9 @@ from ringattn.parallel.pricing import Candidate, Setting
 from ringattn.parallel.ranges import overlap, union
 from ringattn.parallel.ulysses import exchange_plan
 
+P = ParamSpec("P")
+
 SCHEMES = ("auto", "ring", "ulysses", "hybrid", "gather")
-
-
-def plan_attention(
-    layout: Layout,
-    mask: Mask,
-    query_heads: int,
-    key_heads: int,
-    scheme: str = "auto",
-    stages: int | None = None,
-    keep_keys: bool | None = None,
-    wide_reduce: bool = True,
-    *,
-    head_dim: int = 128,
-    value_dim: int | None = None,
-    itemsize: int = 2,
-    memory_limit: int | None = None,
-    machine: Machine | None = None,
-    head_groups: int | None = None,
-) -> AttentionPlan:
-    """The plan of this rank for one attention on a layout that is not parted; the arguments are those of `plan_parts`.
-
-    Raises ValueError naming the argument, with the numbers; on every rank or on none.
-    """
-    if layout.parts:
-        raise ValueError(f"layout must not be parted: plan_parts plans each of its {len(layout.parts)} parts")
-    plans = plan_parts(
-        layout,
-        mask,
-        query_heads,
-        key_heads,
-        scheme,
-        stages,
-        keep_keys,
-        wide_reduce,
-        head_dim=head_dim,
-        value_dim=value_dim,
-        itemsize=itemsize,
-        memory_limit=memory_limit,
-        machine=machine,
-        head_groups=head_groups,
-    )
-    return plans.parts[0][1]
 
 
 def plan_parts(
@@ -112,6 +73,25 @@ def plan_parts(
         plans = _plans(layout, mask, setting, scheme, stages, memory_limit, head_groups)
         layout._plans[key] = PartedPlan(tuple(plans))
     return layout._plans[key]
+
+
+def _whole(plan: Callable[Concatenate[Layout, P], PartedPlan]) -> Callable[Concatenate[Layout, P], AttentionPlan]:
+    """The same for layouts that are not parted, whose plan is one."""
+
+    def plan_attention(layout: Layout, *args: P.args, **kwargs: P.kwargs) -> AttentionPlan:
+        """The plan of this rank for one attention on a layout that is not parted; the arguments are those of
+        `plan_parts`.
+
+        Raises ValueError naming the argument, with the numbers; on every rank or on none.
+        """
+        if layout.parts:
+            raise ValueError(f"layout must not be parted: plan_parts plans each of its {len(layout.parts)} parts")
+        return plan(layout, *args, **kwargs).parts[0][1]
+
+    return plan_attention
+
+
+plan_attention = _whole(plan_parts)
 
 
 def _plans(

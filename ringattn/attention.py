@@ -6,6 +6,7 @@ Shapes: t tokens of this rank, H query heads, K key/value heads, D head dim, V v
 from collections.abc import Hashable
 from dataclasses import replace
 from inspect import signature
+from numbers import Real
 from typing import Any, NamedTuple
 
 import torch
@@ -62,7 +63,8 @@ def parallel_attention(
         q, k, v: (t, H, D), (t, K, D), (t, K, V): this rank's tokens in the order of `layout`; H a multiple of K.
         layout: who holds which tokens; built from the same documents on every rank.
         mask: default causal.
-        softmax_scale: default D ** -0.5.
+        softmax_scale: default D ** -0.5. Like all settings a number, no tensor: a learned one belongs into q, which has
+            a gradient.
         softcap: scores become `softcap * tanh(score / softcap)`; 0 or None is off.
         dropout_p: probability of dropping an attention probability, the same ones however the sequence is split.
             Backends that cannot promise that refuse it.
@@ -163,8 +165,6 @@ def _kind(q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None, settings: Setti
     """All that `_check` and `_settle` depend on beside the layout; equal for the calls that one answer suits."""
     if settings.dropout_seed is not None:  # another one at every call
         settings = settings._replace(dropout_seed=None)
-    if isinstance(settings.softmax_scale, Tensor):  # it may be changed in place
-        settings = settings._replace(softmax_scale=float(settings.softmax_scale))
     return (
         (q.shape, q.dtype, q.device),
         (k.shape, k.dtype, k.device),
@@ -349,6 +349,7 @@ def _check(q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None, layout: Layout
         raise ValueError(f"v must have as many heads as k, {k.shape[1]}, got {v.shape[1]}")
     if 0 in q.shape[1:] or 0 in v.shape[1:] or q.shape[1] % k.shape[1]:
         raise ValueError(f"the query heads must be a multiple of the key heads, got {q.shape[1]} and {k.shape[1]}")
+    _check_numbers(settings)
     if not 0.0 <= dropout_p < 1.0:
         raise ValueError(f"dropout_p must be in [0, 1), got {dropout_p}")
     if dropout_p:
@@ -375,6 +376,16 @@ def _check(q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None, layout: Layout
         dropout_p=dropout_p,
         deterministic=settings.deterministic or DETERMINISTIC.read() == "on",
     )
+
+
+def _check_numbers(settings: Settings) -> None:
+    for name in ("softmax_scale", "softcap", "dropout_p"):
+        value = getattr(settings, name)
+        if value is None and name != "dropout_p":
+            continue
+        # Kernels take them as host numbers: a tensor would have to be waited for at every call, and get no gradient.
+        if not isinstance(value, Real):
+            raise ValueError(f"{name} must be a number, which has no gradient, got {type(value).__name__}")
 
 
 def _seed(settings: Settings) -> int:

@@ -4,6 +4,7 @@ import gc
 import weakref
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -108,14 +109,16 @@ def test_shapes_and_dtypes_are_part_of_the_kind(layout: Layout) -> None:
         assert torch.equal(out, parallel_attention(*x, Layout(Documents([12, 8]), MeshShape())))
 
 
-def test_a_scale_that_changes_in_place_is_read_at_every_call(layout: Layout) -> None:
-    scale = torch.tensor(0.3)
+@pytest.mark.parametrize("name", ["softmax_scale", "softcap", "dropout_p"])
+@pytest.mark.parametrize("value", [torch.tensor(0.3), torch.nn.Parameter(torch.tensor([0.3])), "0.3"])
+def test_settings_are_numbers_not_tensors(layout: Layout, name: str, value: Any) -> None:
+    """A tensor would be waited for at every call, and would silently get no gradient."""
     q, k, v = tensors()
-    first = parallel_attention(q, k, v, layout, softmax_scale=scale)  # type: ignore[arg-type]
-    scale.fill_(0.9)
-    second = parallel_attention(q, k, v, layout, softmax_scale=scale)  # type: ignore[arg-type]
-    assert torch.equal(second, parallel_attention(q, k, v, layout, softmax_scale=float(scale)))
-    assert not torch.equal(first, second)
+    for _ in range(2):
+        with pytest.raises(ValueError, match=f"{name} must be a number, .* got {type(value).__name__}"):
+            parallel_attention(q, k, v, layout, **{name: value})
+    number = parallel_attention(q, k, v, layout, softmax_scale=np.float32(0.5))  # type: ignore[arg-type]
+    assert torch.equal(number, parallel_attention(q, k, v, layout, softmax_scale=0.5))
 
 
 def test_the_environment_is_read_at_every_call(monkeypatch: pytest.MonkeyPatch, layout: Layout) -> None:

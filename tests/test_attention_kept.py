@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 import torch
 
-from ringattn import Documents, Layout, Mask, MeshShape, attention, parallel_attention
-from ringattn.attention import Settings, prepare
+from ringattn import Documents, Layout, Mask, MeshShape, parallel_attention, preparation
 from ringattn.parallel.stages import Job
+from ringattn.preparation import Settings, prepare
 
 
 def tensors(tokens: int = 20, heads: int = 4, key_heads: int = 2, dim: int = 8) -> list[torch.Tensor]:
@@ -40,7 +40,7 @@ def test_equal_calls_are_settled_once(monkeypatch: pytest.MonkeyPatch, layout: L
     def again(*_: Any) -> None:
         raise AssertionError("settled again")
 
-    monkeypatch.setattr(attention, "_settle", again)
+    monkeypatch.setattr(preparation, "_settle", again)
     assert settled(layout) is first
     assert settled(layout, mask=Mask(), softcap=0.0) is first
 

@@ -66,7 +66,7 @@ def machine(args: argparse.Namespace) -> Any:
     import torch
 
     from ringattn.environment import MACHINE
-    from ringattn.parallel.cost import Machine
+    from ringattn.parallel.machine import Machine
     from ringattn.parallel.machines import SHIPPED, local_machine
 
     if args.machine is None:

@@ -5,112 +5,18 @@ the reduce of a stage in the backward pass; the exchange of heads stands before 
 as if nobody waited for another; the slowest decides.
 """
 
-import hashlib
-import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
-from functools import cached_property
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 
 from ringattn.kernels.spec import Call
+from ringattn.parallel.machine import CLASSES, Machine, copy_seconds, merge_seconds, transfer_seconds
 from ringattn.parallel.plan import AttentionPlan, Exchange, Message, Shape, Stage
-from ringattn.parallel.rates import BlockTable, KernelRate
+from ringattn.parallel.rates import BlockTable
 
-CLASSES = ("node", "network")
 BACKWARD_HOST = 1.7  # a backward pass and its calls, in those of a forward pass
-
-
-@dataclass(frozen=True)
-class Link:
-    """One primitive over one class of link.
-
-    Arguments:
-        latency: seconds before the first byte.
-        bandwidth: bytes per second, one direction, per device.
-        disturbance: seconds that kernels lose per byte that travels beside them.
-    """
-
-    latency: float
-    bandwidth: float
-    disturbance: float = 0.0
-
-
-@dataclass(frozen=True)
-class Machine:
-    """What calibration measures. JSON round trip: `Machine.from_json(machine.to_json())` is equal.
-
-    Arguments:
-        gpus_per_node: devices joined by "node" links; all others are reached over the "network", rail-aligned: every
-            device has its own port, and devices of the same place in their nodes share a switch.
-        links: (class, primitive) -> Link; classes "node" and "network", primitives "p2p", "all_to_all" and "copy" (a
-            copy engine reads a peer's memory).
-        rates: kernels by head dim and direction.
-        copy_bandwidth: bytes read and written per second by copies on the device.
-        merge_bandwidth: bytes read and written per second when partial results are merged or added.
-        copy_seconds: fixed cost of a small operation between kernels: a copy, a merge.
-        host_pass, host_call, host_message: seconds that the host takes to issue a pass or one of its transfers, a
-            kernel call, and a message; `host_seconds` adds them up. 0: never the bottleneck.
-        provenance: where the numbers come from: "origin" ("shipped" or "measured"), "hardware", "versions", "date" and
-            what else there is to know.
-    """
-
-    name: str
-    gpus_per_node: int
-    links: Mapping[tuple[str, str], Link]
-    rates: tuple[KernelRate, ...]
-    copy_bandwidth: float
-    merge_bandwidth: float
-    copy_seconds: float
-    provenance: Mapping[str, Any] = field(default_factory=dict)
-    host_pass: float = 0.0
-    host_call: float = 0.0
-    host_message: float = 0.0
-
-    @cached_property
-    def digest(self) -> str:
-        """Machines with the same digest lead to the same plans."""
-        return hashlib.sha256(self.to_json().encode()).hexdigest()[:16]
-
-    def rate(self, head_dim: int, backward: bool) -> KernelRate:
-        """The kernel of the nearest head dim that is known."""
-        known = [rate for rate in self.rates if rate.backward == backward]
-        return min(known, key=lambda rate: (abs(rate.head_dim - head_dim), rate.head_dim))
-
-    def link_class(self, a: int, b: int) -> str:
-        """The class of link between two sequence ranks, if their group starts at the first device of a node."""
-        return "node" if a // self.gpus_per_node == b // self.gpus_per_node else "network"
-
-    def by_copy_engines(self) -> "Machine":
-        """The same where the ranks of a node read each other's memory instead of calling collectives."""
-        copy = self.links["node", "copy"]
-        links = {**self.links, ("node", "p2p"): copy, ("node", "all_to_all"): copy}
-        return replace(self, name=f"{self.name}, copy engines", links=links)
-
-    def __str__(self) -> str:
-        return f"{self.name} ({self.provenance.get('origin', 'of unknown origin')})"
-
-    def to_json(self) -> str:
-        fields = {
-            **{name: getattr(self, name) for name in ("name", "gpus_per_node", "copy_bandwidth", "merge_bandwidth")},
-            **{name: getattr(self, name) for name in ("copy_seconds", "host_pass", "host_call", "host_message")},
-            "links": {"/".join(key): asdict(link) for key, link in sorted(self.links.items())},
-            "rates": [rate.as_json() for rate in self.rates],
-            "provenance": dict(self.provenance),
-        }
-        return json.dumps(fields, indent=1, sort_keys=True)
-
-    @classmethod
-    def from_json(cls, text: str) -> "Machine":
-        """Raises ValueError for text that is no machine."""
-        try:
-            fields = json.loads(text)
-            links = {tuple(key.split("/")): Link(**link) for key, link in fields.pop("links").items()}
-            rates = tuple(KernelRate(**rate) for rate in fields.pop("rates"))
-            return cls(links=links, rates=rates, **fields)
-        except (TypeError, KeyError, AttributeError, ValueError) as error:
-            raise ValueError(f"not the JSON of a machine: {type(error).__name__}: {error}") from error
 
 
 @dataclass(frozen=True)
@@ -167,24 +73,6 @@ def calls_seconds(machine: Machine, blocks: BlockTable, shape: Shape, backward: 
     """Seconds of each call of a table, as an array."""
     rate = machine.rate(max(shape.head_dim, shape.value_dim), backward)
     return rate.seconds(blocks, shape.query_heads, shape.head_dim + shape.value_dim)
-
-
-def transfer_seconds(machine: Machine, size: float, link_class: str, primitive: str) -> float:
-    """One transfer of `size` bytes per device; nothing costs nothing."""
-    if not size:
-        return 0.0
-    link = machine.links[link_class, primitive]
-    return link.latency + size / link.bandwidth
-
-
-def copy_seconds(machine: Machine, size: float, operations: int = 1) -> float:
-    """Copying `size` bytes on the device, in so many operations."""
-    return operations * machine.copy_seconds + 2 * size / machine.copy_bandwidth if size else 0.0
-
-
-def merge_seconds(machine: Machine, size: float, operations: int = 1) -> float:
-    """Merging or adding partial results: `size` bytes are read and written."""
-    return operations * machine.copy_seconds + size / machine.merge_bandwidth if size else 0.0
 
 
 def stage_costs(machine: Machine, plan: AttentionPlan, shape: Shape, backward: bool) -> tuple[StageCost, ...]:

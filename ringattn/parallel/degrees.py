@@ -8,10 +8,10 @@ from dataclasses import dataclass
 
 from ringattn.mask import Mask
 from ringattn.parallel.choice import candidates, choose
-from ringattn.parallel.cost import Machine
 from ringattn.parallel.demand import Demand
 from ringattn.parallel.held import Held
 from ringattn.parallel.layout import Layout
+from ringattn.parallel.machine import Machine
 from ringattn.parallel.mesh import MeshShape
 from ringattn.parallel.mixture import Mixer
 from ringattn.parallel.parts import Parts

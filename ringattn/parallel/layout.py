@@ -17,7 +17,7 @@ from ringattn.documents import Documents
 from ringattn.kernels.spec import Range, to_device
 from ringattn.mask import Mask
 from ringattn.parallel import placement
-from ringattn.parallel.cost import Machine
+from ringattn.parallel.machine import Machine
 from ringattn.parallel.machines import SHIPPED
 from ringattn.parallel.mesh import MeshShape, SequenceMesh
 from ringattn.parallel.numbered import number_of

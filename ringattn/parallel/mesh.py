@@ -8,7 +8,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
-from ringattn.parallel.cost import Machine
+from ringattn.parallel.machine import Machine
 from ringattn.parallel.machines import local_machine
 from ringattn.parallel.symmetric import open_transport, why_not
 from ringattn.parallel.transport import Transport

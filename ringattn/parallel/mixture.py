@@ -14,10 +14,11 @@ import numpy as np
 from ringattn.documents import Documents
 from ringattn.mask import Mask
 from ringattn.parallel.choice import PAIR_SHARE, candidates
-from ringattn.parallel.cost import Machine, exchange_seconds, host_seconds
+from ringattn.parallel.cost import exchange_seconds, host_seconds
 from ringattn.parallel.demand import Demand
 from ringattn.parallel.held import Held
 from ringattn.parallel.layout import Layout
+from ringattn.parallel.machine import Machine
 from ringattn.parallel.mesh import MeshShape
 from ringattn.parallel.parts import Parts
 from ringattn.parallel.placement import Load

@@ -9,10 +9,10 @@ from ringattn.kernels.spec import Block, Range
 from ringattn.mask import Band, Mask
 from ringattn.parallel.blocks import Piece, blocks_of, group_calls, join_full, shared_rows
 from ringattn.parallel.choice import candidates, choose, choose_groups
-from ringattn.parallel.cost import Machine
 from ringattn.parallel.demand import Demand
 from ringattn.parallel.held import Held
 from ringattn.parallel.layout import Layout
+from ringattn.parallel.machine import Machine
 from ringattn.parallel.machines import SHIPPED
 from ringattn.parallel.mesh import MeshShape
 from ringattn.parallel.plan import AttentionPlan, Exchange, Message, PartedPlan, Route, Shape, Stage

@@ -13,9 +13,7 @@ from typing import Any
 import numpy as np
 
 from ringattn.parallel.cost import (
-    CLASSES,
     DirectionCost,
-    Machine,
     StageCost,
     backward_timeline,
     calls_seconds,
@@ -26,6 +24,7 @@ from ringattn.parallel.cost import (
 )
 from ringattn.parallel.demand import Demand, per
 from ringattn.parallel.layout import Layout
+from ringattn.parallel.machine import CLASSES, Machine
 from ringattn.parallel.plan import Exchange, Shape, StageRows, exchange_bytes, largest_pair
 from ringattn.parallel.rates import BlockTable, Floats, Ints
 from ringattn.parallel.ulysses import exchange_plan

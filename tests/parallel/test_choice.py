@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 from benchmarks.emulated import attention
 from ringattn import Documents, Layout, Mask, MeshShape
 from ringattn.parallel.choice import RING_GAIN, candidates
-from ringattn.parallel.cost import Link, Machine, plan_cost
+from ringattn.parallel.cost import plan_cost
+from ringattn.parallel.machine import Link, Machine
 from ringattn.parallel.machines import SHIPPED
 from ringattn.parallel.plan import Shape
 from ringattn.parallel.plan_check import common_digest

@@ -10,17 +10,16 @@ from hypothesis import strategies as st
 from ringattn import Documents, Layout, Mask, MeshShape
 from ringattn.parallel.choice import candidates
 from ringattn.parallel.cost import (
-    Machine,
     StageCost,
     backward_timeline,
     exchange_seconds,
     forward_timeline,
     plan_cost,
     rank_cost,
-    transfer_seconds,
 )
 from ringattn.parallel.demand import Demand
 from ringattn.parallel.held import Held
+from ringattn.parallel.machine import Machine, transfer_seconds
 from ringattn.parallel.machines import SHIPPED, shipped
 from ringattn.parallel.plan import AttentionPlan, Shape
 from ringattn.parallel.planner import plan_attention

@@ -8,8 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ringattn import Documents, Layout, Mask, MeshShape, init_mesh, parallel_attention
-from ringattn.parallel.cost import Link, Machine
 from ringattn.parallel.degrees import MIXTURE_GAIN, RING_AXIS_GAIN, choose_degrees
+from ringattn.parallel.machine import Link, Machine
 from ringattn.parallel.machines import SHIPPED
 from ringattn.parallel.plan import Shape
 from tests.dense import Case, dense_attention, relative_error

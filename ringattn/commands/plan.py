@@ -57,6 +57,7 @@ def plan(args: argparse.Namespace) -> tuple[Any, list[dict[str, Any]]]:
     """The layout, and the objects that the report and the picture speak of: of each part, or of the whole."""
     from ringattn import Documents, Layout
     from ringattn.parallel.group import plan_group
+    from ringattn.parallel.memory import buffer_bytes
     from ringattn.parallel.planner import check_scheme, part_groups, part_scheme
 
     documents = Documents(_workload.lengths(args, args.tokens, args.seed))
@@ -77,7 +78,7 @@ def plan(args: argparse.Namespace) -> tuple[Any, list[dict[str, Any]]]:
             part, mask, setting, part_scheme(layout, part, args.scheme, left), args.stages, left, part_groups(layout)
         )
         planned.append({"layout": part, "mask": mask, "setting": setting, "plans": plans})
-        left = None if left is None else left - max(plan.buffer_bytes(setting.shape) for plan in plans)
+        left = None if left is None else left - max(buffer_bytes(plan, setting.shape) for plan in plans)
     return layout, planned
 
 

@@ -53,7 +53,7 @@ def choose(demand: Demand, setting: Setting, options: Sequence[Candidate], memor
     without one in `KEPT_SHARE`.
 
     Arguments:
-        memory_limit: bytes that a rank may have for buffers (`AttentionPlan.buffer_bytes`); None: `PAIR_SHARE` decides.
+        memory_limit: bytes that a rank may have for buffers (`memory.buffer_bytes`); None: `PAIR_SHARE` decides.
 
     Raises ValueError if no option keeps the limit, with the least that is needed. Without a limit the option with the
     least memory is taken then.

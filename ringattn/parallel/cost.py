@@ -13,6 +13,7 @@ import numpy as np
 
 from ringattn.kernels.spec import Call
 from ringattn.parallel.machine import CLASSES, Machine, copy_seconds, merge_seconds, transfer_seconds
+from ringattn.parallel.memory import buffer_bytes
 from ringattn.parallel.plan import AttentionPlan, Exchange, Message, Shape, Stage
 from ringattn.parallel.rates import BlockTable
 
@@ -234,7 +235,7 @@ def rank_cost(machine: Machine, plan: AttentionPlan, shape: Shape) -> PlanCost:
         waiting = max(exposed + exchange_wire, _host(machine, walked, backward) - compute)
         wire = sum(stage.cast + stage.reduce for stage in stages) + exchange_wire
         directions.append(DirectionCost(compute, wire, waiting))
-    return PlanCost(directions[0], directions[1], plan.buffer_bytes(shape))
+    return PlanCost(directions[0], directions[1], buffer_bytes(plan, shape))
 
 
 def plan_cost(machine: Machine, plans: Sequence[AttentionPlan], shape: Shape) -> PlanCost:

@@ -25,7 +25,8 @@ from ringattn.parallel.cost import (
 from ringattn.parallel.demand import Demand, per
 from ringattn.parallel.layout import Layout
 from ringattn.parallel.machine import CLASSES, Machine
-from ringattn.parallel.plan import Exchange, Shape, StageRows, exchange_bytes, largest_pair
+from ringattn.parallel.memory import StageRows, exchange_bytes, largest_pair
+from ringattn.parallel.plan import Exchange, Shape
 from ringattn.parallel.rates import BlockTable, Floats, Ints
 from ringattn.parallel.ulysses import exchange_plan
 

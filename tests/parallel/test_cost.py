@@ -21,6 +21,7 @@ from ringattn.parallel.demand import Demand
 from ringattn.parallel.held import Held
 from ringattn.parallel.machine import Machine, transfer_seconds
 from ringattn.parallel.machines import SHIPPED, shipped
+from ringattn.parallel.memory import buffer_bytes
 from ringattn.parallel.plan import AttentionPlan, Shape
 from ringattn.parallel.planner import plan_attention
 from ringattn.parallel.pricing import Pricer, Setting
@@ -112,7 +113,7 @@ def test_counted_rows_are_those_of_the_plans(
     # The memory that all ranks reckon with is enough for each of them.
     forward, backward = prices.price(candidate, plans[0][1].keep_keys)
     for rank, (_, plan) in enumerate(plans):
-        assert plan.buffer_bytes(SHAPE) <= max(forward.bytes[rank], backward.bytes[rank])
+        assert buffer_bytes(plan, SHAPE) <= max(forward.bytes[rank], backward.bytes[rank])
 
 
 PACKS = {
@@ -164,7 +165,7 @@ def test_transfers_beside_kernels_slow_them_down() -> None:
 
 def test_more_stages_need_less_memory() -> None:
     sizes = [
-        plans_of(Documents([65_536]), Mask(), (16, 1), "balanced", "ring", stages)[3][1].buffer_bytes(SHAPE)
+        buffer_bytes(plans_of(Documents([65_536]), Mask(), (16, 1), "balanced", "ring", stages)[3][1], SHAPE)
         for stages in (2, 4, 8, 16)
     ]
     assert sizes == sorted(sizes, reverse=True)
@@ -188,7 +189,7 @@ def test_the_exchange_is_one_message_a_pass_each_way(ulysses: int, messages: tup
         wire, copies = exchange_seconds(machine, plan.exchange, 0, SHAPE, backward)
         assert wire == pytest.approx(count * link.latency + size / link.bandwidth)
         assert copies > 0
-    assert plan.buffer_bytes(SHAPE) > 65_536 * heads * 2 * 128 * 2
+    assert buffer_bytes(plan, SHAPE) > 65_536 * heads * 2 * 128 * 2
     assert exchange_seconds(H200, None, 0, SHAPE, False) == (0, 0)
 
 

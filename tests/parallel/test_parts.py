@@ -14,6 +14,7 @@ from ringattn import Documents, Layout, Mask, MeshShape, ParallelAttention
 from ringattn.benchmarking.workloads import workload
 from ringattn.parallel.degrees import MIXTURE_GAIN, choose_degrees
 from ringattn.parallel.machines import SHIPPED
+from ringattn.parallel.memory import buffer_bytes
 from ringattn.parallel.parts import Parts
 from ringattn.parallel.plan import Shape
 from ringattn.parallel.plan_check import common_digest
@@ -147,7 +148,7 @@ def test_every_rank_plans_the_same() -> None:
 def test_the_memory_of_all_parts_is_limited() -> None:
     layout = Layout(workload("hist256k", 3).docs, free_shape(8))
     shape = Shape(32, 8, 128, 128)
-    needed = [plan.buffer_bytes(shape) for _, plan in plan_parts(layout, Mask(), 32, 8).parts]
+    needed = [buffer_bytes(plan, shape) for _, plan in plan_parts(layout, Mask(), 32, 8).parts]
     plan_parts(layout, Mask(), 32, 8, memory_limit=2 * sum(needed))
     with pytest.raises(ValueError, match=r"memory_limit=\d+ for all parts"):
         plan_parts(layout, Mask(), 32, 8, memory_limit=needed[0] + 2**16)

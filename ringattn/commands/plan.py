@@ -77,7 +77,7 @@ def plan(args: argparse.Namespace) -> tuple[Any, list[dict[str, Any]]]:
         plans = plan_group(
             part, mask, setting, part_scheme(layout, part, args.scheme, left), args.stages, left, part_groups(layout)
         )
-        planned.append({"layout": part, "mask": mask, "setting": setting, "plans": plans})
+        planned.append({"layout": part, "mask": mask, "setting": setting, "plans": plans, "args": args})
         left = None if left is None else left - max(buffer_bytes(plan, setting.shape) for plan in plans)
     return layout, planned
 
@@ -203,7 +203,7 @@ def alternatives(planned: dict[str, Any]) -> list[dict[str, Any]]:
 
 def meshes(planned: dict[str, Any]) -> list[dict[str, Any]]:
     """The best schedules of every ring × ulysses with as many ranks (heads permitting)."""
-    from ringattn import Layout, MeshShape
+    from ringattn import Layout
     from ringattn.parallel.choice import candidates, choose
     from ringattn.parallel.demand import Demand
     from ringattn.parallel.held import Held
@@ -214,11 +214,11 @@ def meshes(planned: dict[str, Any]) -> list[dict[str, Any]]:
     for ulysses in [size for size in range(1, ranks + 1) if ranks % size == 0]:
         if ulysses > setting.shape.query_heads or ulysses > node > 1:
             continue
-        mesh = MeshShape(1, ranks // ulysses, ulysses, machine=setting.machine)
+        mesh = _workload.mesh(planned["args"], ranks // ulysses, ulysses)
         other = Layout(layout.docs, mesh, layout.policy, mask, tokens=layout.placed)
         demand = Demand.of(Held.of(other, mask), mask.band)
         options = candidates(other.mesh.ring, "auto", None)
-        cost = choose(demand, setting.on(other), options, None).cost
+        cost = choose(demand, _workload.setting(planned["args"], other), options, None).cost
         out.append(
             {
                 "ring": other.mesh.ring,

@@ -10,6 +10,7 @@ from typing import Any
 from ringattn.parallel.rates import KernelRate
 
 CLASSES = ("node", "network")
+MOVED_BY = {"ring": "p2p", "ulysses": "all_to_all"}  # the primitive that moves the data of a mesh axis
 
 
 @dataclass(frozen=True)
@@ -42,6 +43,8 @@ class Machine:
         copy_seconds: fixed cost of a small operation between kernels: a copy, a merge.
         host_pass, host_call, host_message: seconds that the host takes to issue a pass or one of its transfers, a
             kernel call, and a message; `host_seconds` adds them up. 0: never the bottleneck.
+        engines: the mesh axes, "ring" or "ulysses", whose ranks read each other's memory by copy engines; none as it
+            was calibrated. It decides which message buffers there are.
         provenance: where the numbers come from: "origin" ("shipped" or "measured"), "hardware", "versions", "date" and
             what else there is to know.
     """
@@ -57,6 +60,7 @@ class Machine:
     host_pass: float = 0.0
     host_call: float = 0.0
     host_message: float = 0.0
+    engines: tuple[str, ...] = ()
 
     @cached_property
     def digest(self) -> str:
@@ -72,11 +76,15 @@ class Machine:
         """The class of link between two sequence ranks, if their group starts at the first device of a node."""
         return "node" if a // self.gpus_per_node == b // self.gpus_per_node else "network"
 
-    def by_copy_engines(self) -> "Machine":
-        """The same where the ranks of a node read each other's memory instead of calling collectives."""
-        copy = self.links["node", "copy"]
-        links = {**self.links, ("node", "p2p"): copy, ("node", "all_to_all"): copy}
-        return replace(self, name=f"{self.name}, copy engines", links=links)
+    def by_copy_engines(self, ring: bool = True, ulysses: bool = True) -> "Machine":
+        """The same where the ranks of these axes that are in one node read each other's memory instead of calling
+        collectives."""
+        engines = tuple(axis for axis, copies in (("ring", ring), ("ulysses", ulysses)) if copies)
+        if not engines:
+            return self
+        links = {**self.links, **{("node", MOVED_BY[axis]): self.links["node", "copy"] for axis in engines}}
+        where = "" if ring and ulysses else f" on the {engines[0]} axis"
+        return replace(self, name=f"{self.name}, copy engines{where}", links=links, engines=engines)
 
     def __str__(self) -> str:
         return f"{self.name} ({self.provenance.get('origin', 'of unknown origin')})"
@@ -88,6 +96,7 @@ class Machine:
             "links": {"/".join(key): asdict(link) for key, link in sorted(self.links.items())},
             "rates": [rate.as_json() for rate in self.rates],
             "provenance": dict(self.provenance),
+            "engines": list(self.engines),
         }
         return json.dumps(fields, indent=1, sort_keys=True)
 
@@ -98,7 +107,8 @@ class Machine:
             fields = json.loads(text)
             links = {tuple(key.split("/")): Link(**link) for key, link in fields.pop("links").items()}
             rates = tuple(KernelRate(**rate) for rate in fields.pop("rates"))
-            return cls(links=links, rates=rates, **fields)
+            engines = tuple(fields.pop("engines", ()))  # files of calibrations may be without it
+            return cls(links=links, rates=rates, engines=engines, **fields)
         except (TypeError, KeyError, AttributeError, ValueError) as error:
             raise ValueError(f"not the JSON of a machine: {type(error).__name__}: {error}") from error
 

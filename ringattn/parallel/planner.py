@@ -13,7 +13,6 @@ from ringattn.parallel.demand import Demand
 from ringattn.parallel.held import Held
 from ringattn.parallel.layout import Layout
 from ringattn.parallel.machine import Machine
-from ringattn.parallel.machines import SHIPPED
 from ringattn.parallel.mesh import MeshShape
 from ringattn.parallel.plan import AttentionPlan, Exchange, Message, PartedPlan, Route, Shape, Stage
 from ringattn.parallel.pricing import Candidate, Setting
@@ -54,7 +53,8 @@ def plan_parts(
             they fit: in the memory limit, or without one in a quarter of the q, k, v and out that are kept anyway.
         head_dim, value_dim, itemsize: of queries and keys, of values (default: the same), bytes per element.
         memory_limit: bytes that the buffers of a rank may take, by the estimate for all ranks; of all parts together.
-        machine: whose speed is predicted, the same on all ranks; default: the mesh's, else the shipped H200.
+        machine: whose speed is predicted, the same on all ranks; default: the mesh's (of each part, its own),
+            else the shipped H200.
         head_groups: in how many groups heads are exchanged (with ring = 1), so that one travels while another is
             computed; fewer where heads do not part equally. Default: what is predicted to be fastest.
 
@@ -65,12 +65,13 @@ def plan_parts(
         raise ValueError(f"memory_limit must be None or a number of bytes >= 0, got {memory_limit!r}")
     if head_groups is not None and (not isinstance(head_groups, int) or head_groups < 1):
         raise ValueError(f"head_groups must be None or an integer >= 1, got {head_groups!r}")
-    machine = machine or layout.mesh.machine or SHIPPED["H200"]
+    machines = [part.mesh.planned_for(machine) for part in layout.parts or (layout,)]
     shape = Shape(query_heads, key_heads, head_dim, value_dim or head_dim, itemsize)
-    key = (mask, shape, scheme, stages, keep_keys, wide_reduce, memory_limit, machine.digest, head_groups)
+    digests = tuple(one.digest for one in machines)
+    key = (mask, shape, scheme, stages, keep_keys, wide_reduce, memory_limit, digests, head_groups)
     if key not in layout._plans:
-        setting = Setting(machine=machine, shape=shape, keep_keys=keep_keys, wide_reduce=wide_reduce)
-        plans = _plans(layout, mask, setting, scheme, stages, memory_limit, head_groups)
+        settings = [Setting(one, shape, keep_keys=keep_keys, wide_reduce=wide_reduce) for one in machines]
+        plans = _plans(layout, mask, settings, scheme, stages, memory_limit, head_groups)
         layout._plans[key] = PartedPlan(tuple(plans))
     return layout._plans[key]
 
@@ -97,7 +98,7 @@ plan_attention = _whole(plan_parts)
 def _plans(
     layout: Layout,
     mask: Mask,
-    setting: Setting,
+    settings: Sequence[Setting],
     scheme: str,
     stages: int | None,
     memory_limit: int | None,
@@ -106,7 +107,7 @@ def _plans(
     """The plan of each part with its rows."""
     row, left = 0, memory_limit
     head_groups = head_groups or part_groups(layout)
-    for part in layout.parts or (layout,):
+    for part, setting in zip(layout.parts or (layout,), settings, strict=True):
         options = candidates(part.mesh.ring, part_scheme(layout, part, scheme, left), stages)
         try:
             plan, taken = _plan(part, mask, setting.on(part), options, left, head_groups)

@@ -133,3 +133,11 @@ def test_copy_engines_are_another_machine(capsys):
     assert "H200, copy engines" in fast["reason"]
     waiting = [sum(rank["forward"]["wire"] for rank in found["ranks"]) for found in (slow, fast)]
     assert waiting[1] < waiting[0]
+
+
+def test_copy_engines_move_what_stays_in_a_node(capsys):
+    argv = ["--tokens", "65536", "--machine", "H200+copy"]
+    inside, across = (report(capsys, *argv, "--ring", ring, "--ulysses", "4")["reason"] for ring in ("2", "4"))
+    assert "predicted for H200, copy engines (" in inside
+    assert "predicted for H200, copy engines on the ulysses axis (" in across
+    assert "predicted for H200 (" in report(capsys, *argv, "--ring", "16")["reason"]

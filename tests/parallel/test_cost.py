@@ -1,5 +1,6 @@
 """Prices of plans: timelines by hand, machines through JSON, closed forms against the plans themselves."""
 
+import json
 from dataclasses import replace
 
 import numpy as np
@@ -57,6 +58,22 @@ def test_machines_go_through_json(name: str) -> None:
     assert again.digest == machine.digest
     assert replace(machine, copy_bandwidth=1.0).digest != machine.digest
     assert machine.provenance["origin"] == "shipped"
+
+
+def test_copy_engines_are_priced_on_the_axes_that_have_them() -> None:
+    copy = H200.links["node", "copy"]
+    for ring, ulysses in ((True, True), (True, False), (False, True)):
+        machine = H200.by_copy_engines(ring=ring, ulysses=ulysses)
+        moved = {name: machine.links["node", name] for name in ("p2p", "all_to_all")}
+        assert [link == copy for link in moved.values()] == [ring, ulysses]
+        assert machine.engines == ("ring",) * ring + ("ulysses",) * ulysses
+        assert all(machine.links[key] == link for key, link in H200.links.items() if key[0] == "network")
+        assert Machine.from_json(machine.to_json()) == machine
+        assert "copy engines" in machine.name
+    assert H200.by_copy_engines(ring=False, ulysses=False) is H200
+    older = json.loads(H200.to_json())
+    del older["engines"]
+    assert Machine.from_json(json.dumps(older)) == H200
 
 
 @pytest.mark.parametrize("text", ["", "[]", "{}", '{"links": {}, "rates": [{"wrong": 1}]}'])

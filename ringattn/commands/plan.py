@@ -182,20 +182,19 @@ def alternatives(planned: dict[str, Any]) -> list[dict[str, Any]]:
     from ringattn.parallel.choice import candidates
     from ringattn.parallel.demand import Demand
     from ringattn.parallel.held import Held
-    from ringattn.parallel.pricing import Pricer
+    from ringattn.parallel.pricing import Pricer, most_bytes
 
     layout, mask, setting = planned["layout"], planned["mask"], planned["setting"]
     pricer = Pricer(Demand.of(Held.of(layout, mask), mask.band), setting)
     out = []
     for candidate in candidates(layout.mesh.ring, "auto", None):
         forward, backward = pricer.price(candidate)
-        most = max(forward.most_bytes, backward.most_bytes)
         out.append(
             {
                 "schedule": candidate.name,
                 "forward": forward.seconds,
                 "backward": backward.seconds,
-                "buffer_bytes": int(most),
+                "buffer_bytes": most_bytes((forward, backward)),
             }
         )
     return out

@@ -14,6 +14,7 @@ import numpy as np
 from ringattn.kernels.spec import Call
 from ringattn.parallel.machine import CLASSES, Machine, copy_seconds, merge_seconds, transfer_seconds
 from ringattn.parallel.memory import buffer_bytes
+from ringattn.parallel.messages import Widths, exchange_messages, rank_widths
 from ringattn.parallel.plan import AttentionPlan, Exchange, Message, Shape, Stage
 from ringattn.parallel.rates import BlockTable
 
@@ -154,9 +155,9 @@ def exchange_seconds(
     """
     if exchange is None:
         return 0.0, 0.0
-    there, back = _messages(exchange, shape, backward, wide_reduce)
+    there, back = exchange_messages(exchange, shape, backward, wide_reduce)
     wire = sum(_message_seconds(machine, exchange, ring_rank, widths) for widths in (*there, *back))
-    copied = sum(exchange.own_rows * sum(_rank_widths(exchange, widths)) for widths in (*there, *back))
+    copied = sum(exchange.own_rows * sum(rank_widths(exchange, widths)) for widths in (*there, *back))
     return wire, copy_seconds(machine, copied, len(there) + len(back))
 
 
@@ -174,7 +175,7 @@ def group_seconds(
     table = BlockTable.of(calls)
     for backward in (False, True):
         kernels = groups * float(calls_seconds(machine, table, part, backward).sum())
-        there, back = _messages(exchange, shape, backward, wide_reduce, groups)
+        there, back = exchange_messages(exchange, shape, backward, wide_reduce, groups)
         seconds = [_message_seconds(machine, exchange, 0, widths) for widths in (*there, *back)]
         first, last = seconds[0], sum(seconds[len(there) + groups - 1 :])
         beside = sum(seconds) - first - last
@@ -189,32 +190,9 @@ def group_seconds(
     return total
 
 
-Widths = tuple[float, float]  # bytes of a query head and of a key head in a row of a message
-
-
-def _messages(
-    exchange: Exchange, shape: Shape, backward: bool, wide_reduce: bool, groups: int = 1
-) -> tuple[list[Widths], list[Widths]]:
-    """The messages of a pass there and back: keys come with the first group of heads, and their gradients go with the
-    last, or after it where gradients of a head's copies are added once they travelled."""
-    query, value = shape.head_dim * shape.itemsize / groups, shape.value_dim * shape.itemsize / groups
-    keys = (shape.head_dim + shape.value_dim) * shape.itemsize
-    if not backward:
-        return [(query, keys), *[(query, 0.0)] * (groups - 1)], [(value, 0.0)] * groups
-    there: list[Widths] = [(value, 0.0)] * groups
-    if exchange.copied_keys and wide_reduce:
-        return there, [*[(query, 0.0)] * groups, (0.0, float((shape.head_dim + shape.value_dim) * shape.wide))]
-    return there, [*[(query, 0.0)] * (groups - 1), (query, keys)]
-
-
-def _rank_widths(exchange: Exchange, widths: Widths) -> list[float]:
-    """Bytes of a row of each rank's heads."""
-    return [share.queries * widths[0] + len(share.keys) * widths[1] for share in exchange.heads]
-
-
 def _message_seconds(machine: Machine, exchange: Exchange, ring_rank: int, widths: Widths) -> float:
     first = ring_rank * len(exchange.rows)
-    by_rank = _rank_widths(exchange, widths)
+    by_rank = rank_widths(exchange, widths)
     mine = by_rank[exchange.rank]
     sent, received = exchange.own_rows * (sum(by_rank) - mine), (exchange.position_rows - exchange.own_rows) * mine
     link_class = machine.link_class(first, first + len(exchange.rows) - 1)

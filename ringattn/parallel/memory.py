@@ -1,6 +1,7 @@
 """The memory of a plan's buffers, beside q, k, v, out and their gradients: what is alive at one time. Pure."""
 
 import itertools
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import reduce
@@ -8,11 +9,17 @@ from typing import Any
 
 import numpy as np
 
-from ringattn.parallel.plan import AttentionPlan, Shape
+from ringattn.parallel.messages import exchange_messages, rank_widths
+from ringattn.parallel.plan import AttentionPlan, Exchange, Shape
+
+SMALLEST = 1 << 20  # bytes of a message buffer
 
 
 def buffer_bytes(plan: AttentionPlan, shape: Shape) -> int:
-    """The most memory that either pass of a rank needs at one time beside q, k, v, out and their gradients, in bytes.
+    """The most memory that an attention needs at one time beside q, k, v, out and their gradients, in bytes of a rank.
+
+    Where copy engines move its messages that includes the buffers which they are in: all attentions of a mesh share
+    them and they are kept, so of several attentions they count once, with the most that one of them needs.
 
     Arguments:
         shape: the model's, before any exchange.
@@ -23,7 +30,40 @@ def buffer_bytes(plan: AttentionPlan, shape: Shape) -> int:
     exchanged = 0
     if plan.exchange is not None:
         exchanged = exchange_bytes(shape, own, plan.exchange.position_rows, plan.exchange.own_rows)
-    return int(max(forward, backward)) + exchanged
+    largest = largest_messages(plan, shape)
+    return int(max(forward, backward)) + exchanged + sum(message_buffers(largest[axis]) for axis in plan.engines)
+
+
+def largest_messages(plan: AttentionPlan, shape: Shape) -> dict[str, int]:
+    """Bytes of the largest message that any rank sends its peers on each axis, all peers together, in either pass."""
+    own = shape.share(plan.exchange)
+    keys = StageRows.of(plan).message_bytes(own, False, plan.keep_keys, plan.wide_reduce)
+    grads = StageRows.of(plan.backward or plan).message_bytes(own, True, plan.keep_keys, plan.wide_reduce)
+    heads = 0
+    if plan.exchange is not None:
+        heads = exchange_message_bytes(plan.exchange, shape, plan.exchange.position_rows, plan.wide_reduce)
+    return {"ring": max(keys, grads), "ulysses": heads}
+
+
+def exchange_message_bytes(exchange: Exchange, shape: Shape, position_rows: int, wide_reduce: bool) -> int:
+    """Of the largest message of an exchange of so many rows, in either pass: one rank's rows for all heads, or all rows
+    for one rank's heads; at least 1, since an exchange is made even of nothing."""
+    own_rows, most = -(-position_rows // len(exchange.rows)), 1.0
+    for backward in (False, True):
+        there, back = exchange_messages(exchange, shape, backward, wide_reduce, exchange.groups)
+        most = max(most, *(own_rows * sum(rank_widths(exchange, widths)) for widths in there))
+        most = max(most, *(position_rows * max(rank_widths(exchange, widths)) for widths in back))
+    return math.ceil(most)
+
+
+def message_buffers(largest: int) -> int:
+    """Bytes of the two buffers of an axis whose messages copy engines read; none if there are no messages."""
+    return 2 * half_bytes(largest) if largest else 0
+
+
+def half_bytes(largest: int) -> int:
+    """Bytes of one of them: powers of two, so that growing is rare."""
+    return max(SMALLEST, 1 << (largest - 1).bit_length())
 
 
 @dataclass(frozen=True)
@@ -34,6 +74,8 @@ class StageRows:
         buffers, received, sent: key rows of each later stage: of its buffer, that arrive for it, and that the rank
             sends to others.
         shared_q, shared_k: rows accumulated in float32.
+        most_sent, most_returned: rows of the largest cast, and reduce, that any position sends in a stage.
+        engines: messages that are sent are in the buffers of copy engines, and take no memory beside those.
     """
 
     buffers: Sequence[Any]
@@ -41,6 +83,9 @@ class StageRows:
     sent: Sequence[Any]
     shared_q: Any
     shared_k: Any
+    most_sent: int = 0
+    most_returned: int = 0
+    engines: bool = False
 
     @classmethod
     def of(cls, plan: AttentionPlan) -> "StageRows":
@@ -51,6 +96,9 @@ class StageRows:
             sent=[stage.cast.sent for stage in plan.stages[1:]],
             shared_q=plan.shared_q[1] - plan.shared_q[0],
             shared_k=0 if plan.single_parts else plan.shared_k[1] - plan.shared_k[0],
+            most_sent=max((stage.cast.most for stage in plan.stages), default=0),
+            most_returned=max((stage.back.most for stage in plan.stages), default=0),
+            engines="ring" in plan.engines,
         )
 
     def forward_bytes(self, own: Shape, keep_keys: bool) -> Any:
@@ -72,16 +120,25 @@ class StageRows:
             grads = rows * (own.key_row_bytes + own.wide_key_row_bytes)
             beside = casts[number + 1] * own.key_row_bytes
             most = np.maximum(most, returning + keys + grads + beside)
-            returning = grads + (self.received[number] + self.sent[number]) * travels
+            returned = 0 if self.engines else self.received[number]
+            returning = grads + (returned + self.sent[number]) * travels
             most = np.maximum(most, returning)
         sums = self.shared_q * own.query_heads * own.head_dim * own.wide + self.shared_k * own.wide_key_row_bytes
         return kept + most + sums
+
+    def message_bytes(self, own: Shape, backward: bool, keep_keys: bool, wide_reduce: bool) -> int:
+        """Of the largest message of a pass."""
+        cast = self.most_sent * own.key_row_bytes
+        if not backward:
+            return cast
+        travels = own.wide_key_row_bytes if wide_reduce else own.key_row_bytes
+        return max(0 if keep_keys else cast, self.most_returned * travels)
 
     @property
     def _casts(self) -> list[Any]:
         """Rows of the messages of each cast: those that are sent and those that arrive, or these and the buffer."""
         parts = zip(self.sent, self.received, self.buffers, strict=True)
-        return [np.maximum(sent, buffer) + received for sent, received, buffer in parts]
+        return [np.maximum(0 if self.engines else sent, buffer) + received for sent, received, buffer in parts]
 
     @staticmethod
     def _most(held: Sequence[Any], casts: Sequence[Any], keep: bool) -> Any:

@@ -221,6 +221,7 @@ class AttentionPlan:
         exchange: the heads' all-to-all around the stages, if the ulysses degree is above 1.
         keep_keys: keep the cast keys for the backward pass instead of casting them again.
         wide_reduce: return the gradients of cast keys in float32; else in the dtype of the keys, half the bytes.
+        engines: the axes, "ring" or "ulysses", whose messages copy engines read out of buffers of their own.
         backward: another plan of the same rows that the backward pass follows, if that is faster than this one.
         reason: why this schedule.
     """
@@ -236,6 +237,7 @@ class AttentionPlan:
     exchange: Exchange | None = None
     keep_keys: bool = False
     wide_reduce: bool = True
+    engines: tuple[str, ...] = ()
     backward: "AttentionPlan | None" = None
     reason: str = ""
 

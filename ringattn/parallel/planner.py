@@ -53,6 +53,7 @@ def plan_parts(
             they fit: in the memory limit, or without one in a quarter of the q, k, v and out that are kept anyway.
         head_dim, value_dim, itemsize: of queries and keys, of values (default: the same), bytes per element.
         memory_limit: bytes that the buffers of a rank may take, by the estimate for all ranks; of all parts together.
+            The message buffers of axes whose data copy engines move are among them (`memory.buffer_bytes`).
         machine: whose speed is predicted, the same on all ranks; default: the mesh's (of each part, its own),
             else the shipped H200.
         head_groups: in how many groups heads are exchanged (with ring = 1), so that one travels while another is
@@ -137,11 +138,14 @@ def _plan(
     plans = [plan_ring(held, demand, mesh.ring_rank, one) for one in dict.fromkeys((choice.forward, choice.backward))]
     exchange, why = plan_exchange(layout, setting, mesh.ring_rank, mesh.ulysses_rank, plans[0], head_groups)
     reason = only(mesh, options) + choice.reason + why
-    plans = [
-        replace(plan, exchange=exchange, keep_keys=choice.keep_keys, wide_reduce=setting.wide_reduce) for plan in plans
-    ]
+    plans = [replace(settled(plan, setting, choice.keep_keys), exchange=exchange) for plan in plans]
     backward = plans[1] if len(plans) > 1 else None
     return replace(plans[0], backward=backward, reason=reason), choice.cost.buffer_bytes
+
+
+def settled(plan: AttentionPlan, setting: Setting, keep_keys: bool) -> AttentionPlan:
+    """The stages of a plan with what the setting says of how their data travels, and whether keys are kept."""
+    return replace(plan, keep_keys=keep_keys, wide_reduce=setting.wide_reduce, engines=setting.machine.engines)
 
 
 def plan_exchange(

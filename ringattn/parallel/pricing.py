@@ -6,6 +6,7 @@ spread in proportion to the rows that arrive.
 
 import itertools
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
@@ -25,7 +26,13 @@ from ringattn.parallel.cost import (
 from ringattn.parallel.demand import Demand, per
 from ringattn.parallel.layout import Layout
 from ringattn.parallel.machine import CLASSES, Machine
-from ringattn.parallel.memory import StageRows, exchange_bytes, largest_pair
+from ringattn.parallel.memory import (
+    StageRows,
+    exchange_bytes,
+    exchange_message_bytes,
+    largest_pair,
+    message_buffers,
+)
 from ringattn.parallel.plan import Exchange, Shape
 from ringattn.parallel.rates import BlockTable, Floats, Ints
 from ringattn.parallel.ulysses import exchange_plan
@@ -95,6 +102,7 @@ class Price:
         waiting: of kernels, for transfers.
         host: that it takes to issue everything.
         pair_share: key rows of two buffers at a time over the position's own rows, the largest of all positions.
+        messages: bytes of the message buffers of copy engines, which are there in both passes.
         kept: bytes of all cast keys, the most of all positions.
         kept_share: the same over q, k, v and out of the position, of which each rank saves its share.
     """
@@ -105,6 +113,7 @@ class Price:
     waiting: Floats
     host: Floats
     bytes: Any
+    messages: int
     pair_share: float
     kept: int
     kept_share: float
@@ -118,9 +127,10 @@ class Price:
     def seconds(self) -> float:
         return self.slowest.seconds
 
-    @property
-    def most_bytes(self) -> int:
-        return int(np.max(self.bytes, initial=0))
+
+def most_bytes(prices: Sequence[Price]) -> int:
+    """What the passes of these prices need at one time, on the rank that needs most."""
+    return max(int(np.max(price.bytes, initial=0)) for price in prices) + max(price.messages for price in prices)
 
 
 def together(a: Price, b: Price) -> DirectionCost:
@@ -166,6 +176,9 @@ class Pricer:
             sent=list(sent.sum(1)),
             shared_q=0 if gather else self.demand.cut_rows * bool(distances),
             shared_k=self.demand.cut_rows if distances else 0,
+            most_sent=int(sent.sum(1).max(initial=0)),
+            most_returned=int(received.sum(1).max(initial=0)),
+            engines="ring" in self.setting.machine.engines,
         )
         pair_share = float(np.max(largest_pair(rows.buffers) / np.maximum(self.demand.rows, 1), initial=0.0))
         setting, own = self.setting, self.setting.own
@@ -178,9 +191,9 @@ class Pricer:
             exchanged = exchange_bytes(setting.shape, own, self.demand.rows, -(-self.demand.rows // setting.ulysses))
         forward, backward = (
             self._directed(
-                candidate, direction, received, sent, copied, keep, (size + exchanged, pair_share, *kept_keys)
+                candidate, direction, received, sent, copied, keep, (size + exchanged, messages, pair_share, *kept_keys)
             )
-            for direction, size in enumerate(sizes)
+            for direction, (size, messages) in enumerate(zip(sizes, self._message_buffers(rows, keep), strict=True))
         )
         return forward, backward
 
@@ -192,7 +205,7 @@ class Pricer:
         sent: Ints,
         copied: Floats,
         keep: bool,
-        room: tuple[Any, float, int, float],
+        room: tuple[Any, int, float, int, float],
     ) -> Price:
         """One direction; `received` and `sent` are (stages, class of link, position) rows."""
         setting, machine, own, backward = self.setting, self.setting.machine, self.setting.own, bool(direction)
@@ -232,10 +245,20 @@ class Pricer:
             waiting=exposed + wire,
             host=host,
             bytes=room[0],
-            pair_share=room[1],
-            kept=room[2],
-            kept_share=room[3],
+            messages=room[1],
+            pair_share=room[2],
+            kept=room[3],
+            kept_share=room[4],
         )
+
+    def _message_buffers(self, rows: StageRows, keep: bool) -> list[int]:
+        """Bytes of all buffers of copy engines that are needed in each pass; those of the exchange in both."""
+        setting, heads = self.setting, 0
+        if setting.exchange is not None and "ulysses" in setting.machine.engines:
+            most = int(self.demand.rows.max(initial=0))
+            heads = exchange_message_bytes(setting.exchange, setting.shape, most, setting.wide_reduce)
+        keys = [rows.message_bytes(setting.own, backward, keep, setting.wide_reduce) for backward in (False, True)]
+        return [message_buffers(heads) + message_buffers(largest * rows.engines) for largest in keys]
 
     def _wire(self, received: Ints, sent: Ints, row_bytes: float) -> tuple[Floats, Floats]:
         """Seconds of each stage and position, and those that kernels lose: `cost._wire` for all at once."""

@@ -179,15 +179,20 @@ def group_seconds(
         seconds = [_message_seconds(machine, exchange, 0, widths) for widths in (*there, *back)]
         first, last = seconds[0], sum(seconds[len(there) + groups - 1 :])
         beside = sum(seconds) - first - last
-        link = machine.links[machine.link_class(0, len(exchange.rows) - 1), "all_to_all"]
         counted = len(seconds) - 1 - len(seconds[len(there) + groups - 1 :])
-        lost = max(0.0, beside - counted * link.latency) * link.bandwidth * link.disturbance
+        lost = exchange_loss(machine, exchange, beside, counted)
         hidden = kernels * (groups - 1) / groups
         summed = 0.0
         if backward and groups > 1:  # the gradients of all keys are added up beside the message
             summed = merge_seconds(machine, groups * 3 * exchange.position_rows * own.wide_key_row_bytes, 3 * groups)
         total += kernels + lost + first + last + max(0.0, beside - hidden) + summed
     return total
+
+
+def exchange_loss(machine: Machine, exchange: Exchange, seconds: float, messages: int) -> float:
+    """Seconds that kernels lose by so many messages of an exchange, of `seconds` together, beside them."""
+    link = machine.links[machine.link_class(0, len(exchange.rows) - 1), "all_to_all"]
+    return max(0.0, seconds - messages * link.latency) * link.bandwidth * link.disturbance
 
 
 def _message_seconds(machine: Machine, exchange: Exchange, ring_rank: int, widths: Widths) -> float:

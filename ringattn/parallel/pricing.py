@@ -19,6 +19,7 @@ from ringattn.parallel.cost import (
     backward_timeline,
     calls_seconds,
     disturbed,
+    exchange_loss,
     exchange_seconds,
     forward_timeline,
     host_seconds,
@@ -33,6 +34,7 @@ from ringattn.parallel.memory import (
     largest_pair,
     message_buffers,
 )
+from ringattn.parallel.messages import exchange_messages
 from ringattn.parallel.plan import Exchange, Shape
 from ringattn.parallel.rates import BlockTable, Floats, Ints
 from ringattn.parallel.ulysses import exchange_plan
@@ -100,6 +102,7 @@ class Price:
 
     Arguments:
         waiting: of kernels, for transfers.
+        lost: that kernels would lose, were all that is waited for to travel beside them.
         host: that it takes to issue everything.
         pair_share: key rows of two buffers at a time over the position's own rows, the largest of all positions.
         messages: bytes of the message buffers of copy engines, which are there in both passes.
@@ -111,6 +114,7 @@ class Price:
     compute: Floats
     wire: Floats
     waiting: Floats
+    lost: Floats
     host: Floats
     bytes: Any
     messages: int
@@ -137,16 +141,21 @@ def together(a: Price, b: Price) -> DirectionCost:
     """Two attentions of the same ranks in one direction, run so that each computes while the other's keys travel.
 
     What one waits for is hidden as far as the other's kernels last: an exchange of heads, both ways, under the kernels
-    on the ring axis, and their cast under the kernels between the two ways. The host issues one after the other.
-    Neighbouring ranks share a position, of as many as each ring has.
+    on the ring axis, and their cast under the kernels between the two ways. So far it disturbs them, as any transfer
+    beside kernels does. The host issues one after the other. Neighbouring ranks share a position, of as many as each
+    ring has.
     """
     ranks = math.lcm(len(a.compute), len(b.compute))
-    compute, wire, waiting, host = (
-        [np.repeat(x, ranks // len(x)) for x in pair]
-        for pair in ((a.compute, b.compute), (a.wire, b.wire), (a.waiting, b.waiting), (a.host, b.host))
+    compute, wire, waiting, lost, host = (
+        [np.repeat(getattr(price, name), ranks // len(price.compute)) for price in (a, b)]
+        for name in ("compute", "wire", "waiting", "lost", "host")
     )
-    exposed = np.maximum(waiting[0] - compute[1], 0) + np.maximum(waiting[1] - compute[0], 0)
-    return _slowest(compute[0] + compute[1], wire[0] + wire[1], exposed, host[0] + host[1])
+    hidden = [np.minimum(waiting[0], compute[1]), np.minimum(waiting[1], compute[0])]
+    exposed = sum(waiting) - sum(hidden)
+    disturbance = sum(
+        loss * under / np.maximum(all_of, 1e-12) for loss, under, all_of in zip(lost, hidden, waiting, strict=True)
+    )
+    return _slowest(compute[0] + compute[1] + disturbance, wire[0] + wire[1], exposed, host[0] + host[1])
 
 
 def _slowest(compute: Floats, wire: Floats, waiting: Floats, host: Floats) -> DirectionCost:
@@ -228,7 +237,8 @@ class Pricer:
         ]
         exposed = (backward_timeline if backward else forward_timeline)(stages) + np.zeros(len(local))
         wire, copies = exchange_seconds(machine, setting.exchange, 0, setting.shape, backward, setting.wide_reduce)
-        compute = local + later.sum(0) + disturbed(stages, exposed) + copies
+        disturbance = disturbed(stages, exposed)
+        compute = local + later.sum(0) + disturbance + copies
         host = host_seconds(
             machine,
             calls=self._calls + (len(later) > 0),
@@ -243,6 +253,7 @@ class Pricer:
             compute=compute,
             wire=cast.sum(0) + reduce.sum(0) + wire,
             waiting=exposed + wire,
+            lost=sum(stage.lost for stage in stages) - disturbance + self._exchange_loss(wire, backward),
             host=host,
             bytes=room[0],
             messages=room[1],
@@ -250,6 +261,13 @@ class Pricer:
             kept=room[3],
             kept_share=room[4],
         )
+
+    def _exchange_loss(self, wire: float, backward: bool) -> float:
+        setting = self.setting
+        if setting.exchange is None:
+            return 0.0
+        there, back = exchange_messages(setting.exchange, setting.shape, backward, setting.wide_reduce)
+        return exchange_loss(setting.machine, setting.exchange, wire, len(there) + len(back))
 
     def _message_buffers(self, rows: StageRows, keep: bool) -> list[int]:
         """Bytes of all buffers of copy engines that are needed in each pass; those of the exchange in both."""

@@ -94,14 +94,14 @@ def test_one_error_names_the_argument(argv, words, capsys):
 
 def test_degrees_that_the_documents_choose(capsys, tmp_path):
     pytest.importorskip("matplotlib")
-    lengths = [65536, 30000, *[700] * 150]
+    lengths = [65536, 30000, *[700] * 144]
     path = tmp_path / "lengths"
     path.write_text(" ".join(map(str, lengths)))
     argv = ["--lengths", str(path), "--sequence", "8", "--heads", "32/8", "--head-dim", "128"]
     found = report(capsys, *argv)
     assert [part["mesh"] for part in found["parts"]] == [{"ring": 1, "ulysses": 8}, {"ring": 8, "ulysses": 1}]
-    assert [part["documents"]["count"] for part in found["parts"]] == [2, 150]
-    assert [part["documents"]["tokens"] for part in found["parts"]] == [95536, 105000]
+    assert [part["documents"]["count"] for part in found["parts"]] == [2, 144]
+    assert [part["documents"]["tokens"] for part in found["parts"]] == [95536, 100800]
     assert sum(rank["area"] for part in found["parts"] for rank in part["ranks"]) == pytest.approx(
         sum(n * (n + 1) / 2 for n in lengths)
     )

@@ -14,9 +14,9 @@ from statistics import mean
 import numpy as np
 
 from ringattn import Documents, Layout, Mask, MeshShape
-from ringattn.parallel.cost import Machine
 from ringattn.parallel.demand import Demand, per
 from ringattn.parallel.held import Held
+from ringattn.parallel.machine import Machine
 from ringattn.parallel.machines import SHIPPED
 from ringattn.workloads import HISTOGRAMS
 

@@ -12,8 +12,8 @@ from ringattn import Documents, Layout, Mask, MeshShape
 from ringattn.kernels.registry import choose
 from ringattn.kernels.selftest import adds
 from ringattn.kernels.spec import CallSpec, Options
-from ringattn.parallel.cost import Machine
 from ringattn.parallel.executor import backward_parts, forward_parts
+from ringattn.parallel.machine import Machine
 from ringattn.parallel.plan import Route
 from ringattn.parallel.planner import plan_attention
 from ringattn.parallel.stages import Job

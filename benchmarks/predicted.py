@@ -14,9 +14,9 @@ from typing import Any
 from ringattn import Layout, MeshShape
 from ringattn.benchmarking.workloads import workload
 from ringattn.parallel.choice import candidates, choose
-from ringattn.parallel.cost import Machine
 from ringattn.parallel.demand import Demand
 from ringattn.parallel.held import Held
+from ringattn.parallel.machine import Machine
 from ringattn.parallel.machines import SHIPPED
 from ringattn.parallel.plan import Shape
 from ringattn.parallel.pricing import Setting

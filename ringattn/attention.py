@@ -3,27 +3,18 @@
 Shapes: t tokens of this rank, H query heads, K key/value heads, D head dim, V value head dim.
 """
 
-from collections.abc import Hashable
-from dataclasses import replace
 from inspect import signature
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ringattn.environment import AUTOTUNE, DETERMINISTIC, of_a_call, warn_of_unknown
-from ringattn.kernels.registry import choose
-from ringattn.kernels.selftest import adds
-from ringattn.kernels.spec import Backend, CallSpec, Options
 from ringattn.mask import Mask
 from ringattn.names import accept_aliases
 from ringattn.parallel.executor import run
 from ringattn.parallel.layout import Layout
 from ringattn.parallel.mesh import SequenceMesh
-from ringattn.parallel.plan_check import check_plan
-from ringattn.parallel.planner import plan_parts
-from ringattn.parallel.stages import Job
-from ringattn.parallel.transport import Transport
+from ringattn.preparation import Settings, prepare
 
 _CAUSAL = Mask()
 
@@ -62,7 +53,8 @@ def parallel_attention(
         q, k, v: (t, H, D), (t, K, D), (t, K, V): this rank's tokens in the order of `layout`; H a multiple of K.
         layout: who holds which tokens; built from the same documents on every rank.
         mask: default causal.
-        softmax_scale: default D ** -0.5.
+        softmax_scale: default D ** -0.5. Like all settings a number, no tensor: a learned one belongs into q, which has
+            a gradient.
         softcap: scores become `softcap * tanh(score / softcap)`; 0 or None is off.
         dropout_p: probability of dropping an attention probability, the same ones however the sequence is split.
             Backends that cannot promise that refuse it.
@@ -79,8 +71,9 @@ def parallel_attention(
             keep them where that is predicted to be faster and they fit, in `memory_limit` or else in a quarter of the
             q, k, v and out that are kept anyway. Under torch.compile they are always cast again.
         wide_reduce: return key gradients to their owners in float32; False: in the dtype of the keys, half the bytes.
-        memory_limit: bytes that the buffers of one attention may take on a rank, beside its inputs and results;
-            default: keys of up to 8 times a rank's own are held at once.
+        memory_limit: bytes that the buffers of one attention may take on a rank, beside its inputs and results, with
+            the message buffers of copy engines, which are kept and all attentions of the mesh share; default: keys of
+            up to 8 times a rank's own are held at once.
         head_groups: groups of heads that the ulysses exchange moves one after another, each while another is computed
             (with ring = 1; fewer where heads do not part equally). Default: what is predicted to be fastest.
         return_lse: also return the log-sum-exp (H, t), float32, sinks included; of padding it is -inf, or the sink. It
@@ -114,110 +107,6 @@ def parallel_attention(
     else:
         out, lse = run(prepare(q, k, v, sinks, layout, settings), q, k, v, sinks)
     return (out, lse) if return_lse else out
-
-
-class Settings(NamedTuple):
-    """The keywords of `parallel_attention`, but for the tensors."""
-
-    mask: Mask = Mask()
-    softmax_scale: float | None = None
-    softcap: float | None = 0.0
-    dropout_p: float = 0.0
-    dropout_seed: int | None = None
-    deterministic: bool = False
-    backend: str = "auto"
-    scheme: str = "auto"
-    stages: int | None = None
-    keep_keys: bool | None = None
-    wide_reduce: bool = True
-    memory_limit: int | None = None
-    head_groups: int | None = None
-    return_lse: bool = False
-
-
-def prepare(
-    q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None, layout: Layout, settings: Settings
-) -> tuple[Job, ...]:
-    """Check the arguments of `parallel_attention` and settle plans, backend and transports. No communication.
-
-    The answer, a job for each part of the layout, is kept with it: every layer of a step asks with tensors of the same
-    kind. It was checked for that kind, so only what is not part of it is checked again.
-    """
-    warn_of_unknown()
-    try:
-        key = _kind(q, k, v, sinks, settings)
-        jobs = layout._plans.get(key)
-    except (AttributeError, TypeError):  # something is not what it should be: the check tells
-        key = jobs = None
-    if jobs is None:
-        jobs = _settle(q, k, v, sinks, layout, settings)
-        if key is not None:
-            layout._plans[key] = jobs
-    if not settings.dropout_p:
-        return jobs
-    dropout = settings.dropout_p, _seed(settings)
-    return tuple(replace(job, dropout=dropout) for job in jobs)
-
-
-def _kind(q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None, settings: Settings) -> Hashable:
-    """All that `_check` and `_settle` depend on beside the layout; equal for the calls that one answer suits."""
-    if settings.dropout_seed is not None:  # another one at every call
-        settings = settings._replace(dropout_seed=None)
-    if isinstance(settings.softmax_scale, Tensor):  # it may be changed in place
-        settings = settings._replace(softmax_scale=float(settings.softmax_scale))
-    return (
-        (q.shape, q.dtype, q.device),
-        (k.shape, k.dtype, k.device),
-        (v.shape, v.dtype, v.device),
-        None if sinks is None else (sinks.shape, sinks.device),
-        settings,
-        of_a_call(),
-    )
-
-
-def _settle(
-    q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None, layout: Layout, settings: Settings
-) -> tuple[Job, ...]:
-    """What `prepare` keeps; its dropout has no seed yet."""
-    spec = _check(q, k, v, sinks, layout, settings)
-    chosen = _backend(spec, layout, settings.backend)
-    plans = plan_parts(
-        layout,
-        settings.mask,
-        spec.query_heads,
-        spec.key_heads,
-        settings.scheme,
-        settings.stages,
-        settings.keep_keys,
-        settings.wide_reduce,
-        head_dim=spec.head_dim,
-        value_dim=spec.value_dim,
-        itemsize=spec.dtype.itemsize,
-        memory_limit=settings.memory_limit,
-        head_groups=settings.head_groups,
-    )
-    check_plan(plans, layout)
-    scale = spec.head_dim**-0.5 if settings.softmax_scale is None else float(settings.softmax_scale)
-    jobs = []
-    for part, (rows, plan) in zip(layout.parts or (layout,), plans.parts, strict=True):
-        ring, ulysses = _transports(part)
-        jobs.append(
-            Job(
-                plan=plan,
-                rows=rows,
-                options=Options(scale, spec.softcap, spec.deterministic),
-                dropout=(spec.dropout_p, 0) if spec.dropout_p else None,
-                backend=chosen,
-                adds=(plan.backward or plan).adds_grads and adds(chosen, spec),
-                ring=ring,
-                ulysses=ulysses,
-                device=q.device,
-                query_heads=spec.query_heads,
-                key_heads=spec.key_heads,
-                return_lse=settings.return_lse,
-            )
-        )
-    return tuple(jobs)
 
 
 class ParallelAttention(nn.Module):
@@ -302,105 +191,8 @@ class ParallelAttention(nn.Module):
         return ", ".join(f"{name}={value}" for name, value in shown.items())
 
 
-def _backend(spec: CallSpec, layout: Layout, name: str) -> Backend:
-    """The backend of a call, kept with the layout; with RINGATTN_AUTOTUNE=on the fastest by measurement."""
-    if AUTOTUNE.read() != "on":
-        return choose(spec, name)
-    key = ("backend", spec, name)
-    if key not in layout._plans:
-        from ringattn.kernels.tuned_backend import tuned_backend
-
-        mesh = layout.mesh
-        group = mesh.sequence_group if isinstance(mesh, SequenceMesh) and mesh.sequence_size > 1 else None
-        layout._plans[key] = tuned_backend(spec, layout.docs.lengths, name, group)
-    return layout._plans[key]
-
-
 def _autocast(x: Tensor) -> Tensor:
     """Under autocast what a matrix product would get: so also the wire carries the narrow dtype."""
     if not isinstance(x, Tensor) or x.dtype != torch.float32 or not torch.amp.is_autocast_available(x.device.type):
         return x
     return x.to(torch.get_autocast_dtype(x.device.type)) if torch.is_autocast_enabled(x.device.type) else x
-
-
-def _check(q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None, layout: Layout, settings: Settings) -> CallSpec:
-    """Everything that can be wrong with the arguments, before any communication."""
-    mask, softcap, dropout_p = settings.mask, settings.softcap, settings.dropout_p
-    if not isinstance(layout, Layout):
-        raise ValueError(f"layout must be a Layout, got {type(layout).__name__}")
-    if not isinstance(mask, Mask):
-        raise ValueError(f"mask must be a Mask, got {type(mask).__name__}")
-    for name, x in (("q", q), ("k", k), ("v", v)):
-        if not isinstance(x, Tensor) or x.dim() != 3:
-            came = tuple(x.shape) if isinstance(x, Tensor) else type(x).__name__
-            raise ValueError(f"{name} must be a tensor of shape (tokens, heads, head dim), got {came}")
-        if x.dtype != q.dtype or not x.is_floating_point():
-            raise ValueError(f"q, k and v must share one floating dtype, got {q.dtype}, {k.dtype} and {v.dtype}")
-        if x.device != q.device:
-            raise ValueError(f"q, k and v must be on one device, got {q.device}, {k.device} and {v.device}")
-        if x.shape[0] != layout.tokens():
-            raise ValueError(
-                f"{name} must hold the {layout.tokens()} tokens of sequence rank {layout.mesh.sequence_rank} in this "
-                f"layout ({layout.docs}), got {x.shape[0]}: shard it with layout.shard"
-            )
-    if k.shape[2] != q.shape[2]:
-        raise ValueError(f"k must have the head dim of q, {q.shape[2]}, got {k.shape[2]}")
-    if v.shape[1] != k.shape[1]:
-        raise ValueError(f"v must have as many heads as k, {k.shape[1]}, got {v.shape[1]}")
-    if 0 in q.shape[1:] or 0 in v.shape[1:] or q.shape[1] % k.shape[1]:
-        raise ValueError(f"the query heads must be a multiple of the key heads, got {q.shape[1]} and {k.shape[1]}")
-    if not 0.0 <= dropout_p < 1.0:
-        raise ValueError(f"dropout_p must be in [0, 1), got {dropout_p}")
-    if dropout_p:
-        _seed(settings)
-    if softcap is not None and not softcap >= 0.0:
-        raise ValueError(f"softcap must be >= 0 (0 or None is off), got {softcap}")
-    if sinks is not None and not isinstance(sinks, Tensor):
-        raise ValueError(f"sinks must be a tensor of one logit per query head, got {type(sinks).__name__}")
-    if sinks is not None and (sinks.shape != (q.shape[1],) or sinks.device != q.device):
-        raise ValueError(
-            f"sinks must be one logit per query head, ({q.shape[1]},) on {q.device}, got {tuple(sinks.shape)} on "
-            f"{sinks.device}"
-        )
-    _check_mesh(layout, q)
-    return CallSpec(
-        device=q.device.type,
-        dtype=q.dtype,
-        head_dim=q.shape[2],
-        value_dim=v.shape[2],
-        query_heads=q.shape[1],
-        key_heads=k.shape[1],
-        window=mask.window != (-1, -1),
-        softcap=softcap or 0.0,
-        dropout_p=dropout_p,
-        deterministic=settings.deterministic or DETERMINISTIC.read() == "on",
-    )
-
-
-def _seed(settings: Settings) -> int:
-    """The dropout seed, which is no part of what is kept. Raises ValueError if it is none."""
-    seed = settings.dropout_seed
-    if not isinstance(seed, int) or seed < 0:
-        raise ValueError(
-            f"dropout_seed must be an integer >= 0 with dropout_p={settings.dropout_p}, the same on every rank, got "
-            f"{seed!r}"
-        )
-    return seed
-
-
-def _check_mesh(layout: Layout, q: Tensor) -> None:
-    mesh = layout.mesh
-    if mesh.sequence_size == 1:
-        return
-    if not isinstance(mesh, SequenceMesh):
-        raise ValueError("layout was made on a MeshShape, for planning only; attention needs init_mesh's SequenceMesh")
-    if q.device.type != mesh.device_type:
-        raise ValueError(f"q must be on the device type of the mesh, {mesh.device_type}, got {q.device}")
-
-
-def _transports(layout: Layout) -> tuple[Transport | None, Transport | None]:
-    mesh = layout.mesh
-    if not isinstance(mesh, SequenceMesh):
-        return None, None
-    ring = mesh.ring_transport if mesh.ring > 1 else None
-    return ring, mesh.ulysses_transport if mesh.ulysses > 1 else None

@@ -12,7 +12,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ringattn.attention import Settings, prepare
 from ringattn.kernels.spec import accumulation_dtype
 from ringattn.mask import Mask
 from ringattn.parallel.executor import backward_parts, forward_parts, joined_parts
@@ -20,6 +19,7 @@ from ringattn.parallel.layout import Layout
 from ringattn.parallel.numbered import by_number
 from ringattn.parallel.rows import part
 from ringattn.parallel.stages import Job, Saved
+from ringattn.preparation import Settings, prepare
 
 _CALLS = "compiled calls"
 _INPUTS = "Tensor q, Tensor k, Tensor v, Tensor? sinks, Tensor layout"

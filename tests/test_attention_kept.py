@@ -4,12 +4,13 @@ import gc
 import weakref
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
-from ringattn import Documents, Layout, Mask, MeshShape, attention, parallel_attention
-from ringattn.attention import Settings, prepare
+from ringattn import Documents, Layout, Mask, MeshShape, parallel_attention, preparation
 from ringattn.parallel.stages import Job
+from ringattn.preparation import Settings, prepare
 
 
 def tensors(tokens: int = 20, heads: int = 4, key_heads: int = 2, dim: int = 8) -> list[torch.Tensor]:
@@ -39,7 +40,7 @@ def test_equal_calls_are_settled_once(monkeypatch: pytest.MonkeyPatch, layout: L
     def again(*_: Any) -> None:
         raise AssertionError("settled again")
 
-    monkeypatch.setattr(attention, "_settle", again)
+    monkeypatch.setattr(preparation, "_settle", again)
     assert settled(layout) is first
     assert settled(layout, mask=Mask(), softcap=0.0) is first
 
@@ -108,14 +109,16 @@ def test_shapes_and_dtypes_are_part_of_the_kind(layout: Layout) -> None:
         assert torch.equal(out, parallel_attention(*x, Layout(Documents([12, 8]), MeshShape())))
 
 
-def test_a_scale_that_changes_in_place_is_read_at_every_call(layout: Layout) -> None:
-    scale = torch.tensor(0.3)
+@pytest.mark.parametrize("name", ["softmax_scale", "softcap", "dropout_p"])
+@pytest.mark.parametrize("value", [torch.tensor(0.3), torch.nn.Parameter(torch.tensor([0.3])), "0.3"])
+def test_settings_are_numbers_not_tensors(layout: Layout, name: str, value: Any) -> None:
+    """A tensor would be waited for at every call, and would silently get no gradient."""
     q, k, v = tensors()
-    first = parallel_attention(q, k, v, layout, softmax_scale=scale)  # type: ignore[arg-type]
-    scale.fill_(0.9)
-    second = parallel_attention(q, k, v, layout, softmax_scale=scale)  # type: ignore[arg-type]
-    assert torch.equal(second, parallel_attention(q, k, v, layout, softmax_scale=float(scale)))
-    assert not torch.equal(first, second)
+    for _ in range(2):
+        with pytest.raises(ValueError, match=f"{name} must be a number, .* got {type(value).__name__}"):
+            parallel_attention(q, k, v, layout, **{name: value})
+    number = parallel_attention(q, k, v, layout, softmax_scale=np.float32(0.5))  # type: ignore[arg-type]
+    assert torch.equal(number, parallel_attention(q, k, v, layout, softmax_scale=0.5))
 
 
 def test_the_environment_is_read_at_every_call(monkeypatch: pytest.MonkeyPatch, layout: Layout) -> None:

@@ -9,13 +9,14 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from ringattn.attention import Settings, parallel_attention, prepare
+from ringattn.attention import parallel_attention
 from ringattn.benchmarking.problem import Placed, Problem
 from ringattn.parallel.executor import run
 from ringattn.parallel.layout import Layout
 from ringattn.parallel.mesh import SequenceMesh
 from ringattn.parallel.plan import PartedPlan, Route
 from ringattn.parallel.planner import plan_parts
+from ringattn.preparation import Settings, prepare
 
 FILLING = 4  # calls that are filled with random numbers: the first, which are not timed
 

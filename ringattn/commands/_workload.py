@@ -66,7 +66,7 @@ def machine(args: argparse.Namespace) -> Any:
     import torch
 
     from ringattn.environment import MACHINE
-    from ringattn.parallel.cost import Machine
+    from ringattn.parallel.machine import Machine
     from ringattn.parallel.machines import SHIPPED, local_machine
 
     if args.machine is None:
@@ -85,10 +85,18 @@ def machine(args: argparse.Namespace) -> Any:
 
 
 def mesh(args: argparse.Namespace, ring: int, ulysses: int) -> Any:
-    """The `MeshShape` of these degrees, with the machine that layouts and plans are made for."""
+    """The `MeshShape` of these degrees, with the machine that layouts and plans are made for.
+
+    With +copy the axes whose groups are inside a node use copy engines, as those of a running mesh do.
+    """
     from ringattn import MeshShape
 
-    return MeshShape(1, ring, ulysses, machine=machine(args))
+    if args.machine is None or not args.machine.endswith(COPY):
+        return MeshShape(1, ring, ulysses, machine=machine(args))
+    found = machine(argparse.Namespace(machine=args.machine.removesuffix(COPY)))
+    inside = ring * ulysses <= found.gpus_per_node
+    copying = found.by_copy_engines(ring=inside, ulysses=inside or 1 < ulysses <= found.gpus_per_node)
+    return MeshShape(1, ring, ulysses, machine=copying)
 
 
 def free_mesh(args: argparse.Namespace, ranks: int) -> Any:
@@ -97,9 +105,8 @@ def free_mesh(args: argparse.Namespace, ranks: int) -> Any:
 
     from ringattn import MeshShape
 
-    found = machine(args)
-    degrees = MeshShape(1, ranks).parted(found.gpus_per_node)
-    every = tuple(MeshShape(1, *pair, machine=found) for pair in degrees)
+    degrees = MeshShape(1, ranks).parted(machine(args).gpus_per_node)
+    every = tuple(mesh(args, *pair) for pair in degrees)
     return replace(every[0], alternatives=every)
 
 

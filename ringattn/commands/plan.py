@@ -57,6 +57,7 @@ def plan(args: argparse.Namespace) -> tuple[Any, list[dict[str, Any]]]:
     """The layout, and the objects that the report and the picture speak of: of each part, or of the whole."""
     from ringattn import Documents, Layout
     from ringattn.parallel.group import plan_group
+    from ringattn.parallel.memory import buffer_bytes
     from ringattn.parallel.planner import check_scheme, part_groups, part_scheme
 
     documents = Documents(_workload.lengths(args, args.tokens, args.seed))
@@ -76,8 +77,8 @@ def plan(args: argparse.Namespace) -> tuple[Any, list[dict[str, Any]]]:
         plans = plan_group(
             part, mask, setting, part_scheme(layout, part, args.scheme, left), args.stages, left, part_groups(layout)
         )
-        planned.append({"layout": part, "mask": mask, "setting": setting, "plans": plans})
-        left = None if left is None else left - max(plan.buffer_bytes(setting.shape) for plan in plans)
+        planned.append({"layout": part, "mask": mask, "setting": setting, "plans": plans, "args": args})
+        left = None if left is None else left - max(buffer_bytes(plan, setting.shape) for plan in plans)
     return layout, planned
 
 
@@ -181,20 +182,19 @@ def alternatives(planned: dict[str, Any]) -> list[dict[str, Any]]:
     from ringattn.parallel.choice import candidates
     from ringattn.parallel.demand import Demand
     from ringattn.parallel.held import Held
-    from ringattn.parallel.pricing import Pricer
+    from ringattn.parallel.pricing import Pricer, most_bytes
 
     layout, mask, setting = planned["layout"], planned["mask"], planned["setting"]
     pricer = Pricer(Demand.of(Held.of(layout, mask), mask.band), setting)
     out = []
     for candidate in candidates(layout.mesh.ring, "auto", None):
         forward, backward = pricer.price(candidate)
-        most = max(forward.most_bytes, backward.most_bytes)
         out.append(
             {
                 "schedule": candidate.name,
                 "forward": forward.seconds,
                 "backward": backward.seconds,
-                "buffer_bytes": int(most),
+                "buffer_bytes": most_bytes((forward, backward)),
             }
         )
     return out
@@ -202,7 +202,7 @@ def alternatives(planned: dict[str, Any]) -> list[dict[str, Any]]:
 
 def meshes(planned: dict[str, Any]) -> list[dict[str, Any]]:
     """The best schedules of every ring × ulysses with as many ranks (heads permitting)."""
-    from ringattn import Layout, MeshShape
+    from ringattn import Layout
     from ringattn.parallel.choice import candidates, choose
     from ringattn.parallel.demand import Demand
     from ringattn.parallel.held import Held
@@ -213,11 +213,11 @@ def meshes(planned: dict[str, Any]) -> list[dict[str, Any]]:
     for ulysses in [size for size in range(1, ranks + 1) if ranks % size == 0]:
         if ulysses > setting.shape.query_heads or ulysses > node > 1:
             continue
-        mesh = MeshShape(1, ranks // ulysses, ulysses, machine=setting.machine)
+        mesh = _workload.mesh(planned["args"], ranks // ulysses, ulysses)
         other = Layout(layout.docs, mesh, layout.policy, mask, tokens=layout.placed)
         demand = Demand.of(Held.of(other, mask), mask.band)
         options = candidates(other.mesh.ring, "auto", None)
-        cost = choose(demand, setting.on(other), options, None).cost
+        cost = choose(demand, _workload.setting(planned["args"], other), options, None).cost
         out.append(
             {
                 "ring": other.mesh.ring,

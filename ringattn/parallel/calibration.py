@@ -19,8 +19,8 @@ from ringattn.kernels.merge import merge_
 from ringattn.kernels.registry import choose
 from ringattn.kernels.spec import Block, Call, CallSpec, Grads, Options
 from ringattn.kernels.tuning import device_name, timed_ms
-from ringattn.parallel.cost import Link, Machine
 from ringattn.parallel.fitting import Sample, fit_link, fit_rate, worst_error
+from ringattn.parallel.machine import Link, Machine
 from ringattn.parallel.plan import Route
 from ringattn.parallel.rates import BlockTable, KernelRate
 from ringattn.parallel.symmetric import SymmetricTransport, why_not

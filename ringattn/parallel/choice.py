@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from ringattn.kernels.spec import Call
 from ringattn.parallel.cost import PlanCost, group_seconds
 from ringattn.parallel.demand import Demand
-from ringattn.parallel.pricing import Candidate, Price, Pricer, Setting
+from ringattn.parallel.pricing import Candidate, Price, Pricer, Setting, most_bytes
 
 RING_STAGES = 4  # of a ring that was asked for without a number
 PAIR_SHARE = 8  # without a limit: key rows in two buffers at a time, as a multiple of a rank's own
@@ -53,7 +53,7 @@ def choose(demand: Demand, setting: Setting, options: Sequence[Candidate], memor
     without one in `KEPT_SHARE`.
 
     Arguments:
-        memory_limit: bytes that a rank may have for buffers (`AttentionPlan.buffer_bytes`); None: `PAIR_SHARE` decides.
+        memory_limit: bytes that a rank may have for buffers (`memory.buffer_bytes`); None: `PAIR_SHARE` decides.
 
     Raises ValueError if no option keeps the limit, with the least that is needed. Without a limit the option with the
     least memory is taken then.
@@ -70,10 +70,16 @@ def choose(demand: Demand, setting: Setting, options: Sequence[Candidate], memor
 
 def _casting(pricer: Pricer, options: Sequence[Candidate], memory_limit: int | None) -> Choice:
     """Each pass by itself: keys are cast in both."""
-    forward, backward = zip(*(pricer.price(option, False) for option in options), strict=True)
+    pairs: list[tuple[Price, ...]] = [pricer.price(option, False) for option in options]
+    forward, backward = zip(*pairs, strict=True)
     (first,), why_first = _pick("forward", [(one,) for one in forward], memory_limit)
     (last,), why_last = _pick("backward", [(one,) for one in backward], memory_limit)
-    return _choice(first, last, f"{why_first}; {why_last}", False)
+    choice = _choice(first, last, f"{why_first}; {why_last}", False)
+    if memory_limit is not None and choice.cost.buffer_bytes > memory_limit:
+        # Message buffers of the one pass are too large beside the buffers of the other.
+        (first, last), reason = _pick("both passes", pairs, memory_limit)
+        choice = _choice(first, last, reason, False)
+    return choice
 
 
 def _keeping(pricer: Pricer, options: Sequence[Candidate], memory_limit: int | None) -> Choice:
@@ -90,9 +96,9 @@ def _kept_if_better(pricer: Pricer, casting: Choice, memory_limit: int | None) -
     best = min(options, key=lambda option: _seconds(prices[option]))
     first, last = prices[best]
     gain = 1 - _seconds(prices[best]) / casting.cost.total if casting.cost.total else 0.0
-    room = first.kept_share <= KEPT_SHARE if memory_limit is None else _bytes(prices[best]) <= memory_limit
+    room = first.kept_share <= KEPT_SHARE if memory_limit is None else most_bytes(prices[best]) <= memory_limit
     kept = f"{first.kept / 2**20:,.1f} MiB"
-    if gain > 0 and room and all(_fits(price, memory_limit) for price in (first, last)):
+    if gain > 0 and room and _fits((first, last), memory_limit):
         reason = f"both passes {best.name} with {kept} of keys kept, {gain:.1%} faster than casting them again"
         return _choice(first, last, f"{reason} ({casting.reason})", True)
     why = f"they would take {kept}" if not room else "that would be no faster"
@@ -100,7 +106,7 @@ def _kept_if_better(pricer: Pricer, casting: Choice, memory_limit: int | None) -
 
 
 def _choice(first: Price, last: Price, reason: str, keep_keys: bool) -> Choice:
-    cost = PlanCost(first.slowest, last.slowest, max(first.most_bytes, last.most_bytes))
+    cost = PlanCost(first.slowest, last.slowest, most_bytes((first, last)))
     return Choice(first.candidate, last.candidate, cost, reason, keep_keys)
 
 
@@ -134,13 +140,13 @@ def choose_groups(setting: Setting, calls: Sequence[Call], asked: int | None) ->
 
 def _pick(what: str, options: list[tuple[Price, ...]], memory_limit: int | None) -> tuple[tuple[Price, ...], str]:
     """One of several options, each the prices of the passes that it stands for; and why."""
-    fitting = [option for option in options if all(_fits(part, memory_limit) for part in option)]
+    fitting = [option for option in options if _fits(option, memory_limit)]
     if not fitting:
-        least = min(options, key=_bytes)
+        least = min(options, key=most_bytes)
         if memory_limit is not None:
             raise ValueError(
                 f"memory_limit must leave room for the buffers of a schedule, got {memory_limit} bytes; the least that "
-                f"{what} needs is {_bytes(least)} ({least[0].candidate.name})"
+                f"{what} needs is {most_bytes(least)} ({least[0].candidate.name})"
             )
         fitting = [least]
     best = min(fitting, key=_seconds)
@@ -153,7 +159,7 @@ def _pick(what: str, options: list[tuple[Price, ...]], memory_limit: int | None)
     for option in options:
         if option is not best:
             more = f"{(_seconds(option) / _seconds(best) - 1) * 100:+.1f} %" if _seconds(best) else "no slower"
-            room = "" if option in fitting else f", too large with {_bytes(option) / 2**20:,.0f} MiB"
+            room = "" if option in fitting else f", too large with {most_bytes(option) / 2**20:,.0f} MiB"
             others.append(f"{option[0].candidate.name} {more}{room}")
     return best, f"{text} ({', '.join(others)})" if others else text
 
@@ -162,11 +168,7 @@ def _seconds(option: tuple[Price, ...]) -> float:
     return sum(part.seconds for part in option)
 
 
-def _bytes(option: tuple[Price, ...]) -> int:
-    return max(part.most_bytes for part in option)
-
-
-def _fits(price: Price, memory_limit: int | None) -> bool:
+def _fits(option: tuple[Price, ...], memory_limit: int | None) -> bool:
     if memory_limit is None:
-        return price.pair_share <= PAIR_SHARE
-    return price.most_bytes <= memory_limit
+        return all(price.pair_share <= PAIR_SHARE for price in option)
+    return most_bytes(option) <= memory_limit

@@ -5,112 +5,20 @@ the reduce of a stage in the backward pass; the exchange of heads stands before 
 as if nobody waited for another; the slowest decides.
 """
 
-import hashlib
-import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
-from functools import cached_property
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 
 from ringattn.kernels.spec import Call
+from ringattn.parallel.machine import CLASSES, Machine, copy_seconds, merge_seconds, transfer_seconds
+from ringattn.parallel.memory import buffer_bytes
+from ringattn.parallel.messages import Widths, exchange_messages, rank_widths
 from ringattn.parallel.plan import AttentionPlan, Exchange, Message, Shape, Stage
-from ringattn.parallel.rates import BlockTable, KernelRate
+from ringattn.parallel.rates import BlockTable
 
-CLASSES = ("node", "network")
 BACKWARD_HOST = 1.7  # a backward pass and its calls, in those of a forward pass
-
-
-@dataclass(frozen=True)
-class Link:
-    """One primitive over one class of link.
-
-    Arguments:
-        latency: seconds before the first byte.
-        bandwidth: bytes per second, one direction, per device.
-        disturbance: seconds that kernels lose per byte that travels beside them.
-    """
-
-    latency: float
-    bandwidth: float
-    disturbance: float = 0.0
-
-
-@dataclass(frozen=True)
-class Machine:
-    """What calibration measures. JSON round trip: `Machine.from_json(machine.to_json())` is equal.
-
-    Arguments:
-        gpus_per_node: devices joined by "node" links; all others are reached over the "network", rail-aligned: every
-            device has its own port, and devices of the same place in their nodes share a switch.
-        links: (class, primitive) -> Link; classes "node" and "network", primitives "p2p", "all_to_all" and "copy" (a
-            copy engine reads a peer's memory).
-        rates: kernels by head dim and direction.
-        copy_bandwidth: bytes read and written per second by copies on the device.
-        merge_bandwidth: bytes read and written per second when partial results are merged or added.
-        copy_seconds: fixed cost of a small operation between kernels: a copy, a merge.
-        host_pass, host_call, host_message: seconds that the host takes to issue a pass or one of its transfers, a
-            kernel call, and a message; `host_seconds` adds them up. 0: never the bottleneck.
-        provenance: where the numbers come from: "origin" ("shipped" or "measured"), "hardware", "versions", "date" and
-            what else there is to know.
-    """
-
-    name: str
-    gpus_per_node: int
-    links: Mapping[tuple[str, str], Link]
-    rates: tuple[KernelRate, ...]
-    copy_bandwidth: float
-    merge_bandwidth: float
-    copy_seconds: float
-    provenance: Mapping[str, Any] = field(default_factory=dict)
-    host_pass: float = 0.0
-    host_call: float = 0.0
-    host_message: float = 0.0
-
-    @cached_property
-    def digest(self) -> str:
-        """Machines with the same digest lead to the same plans."""
-        return hashlib.sha256(self.to_json().encode()).hexdigest()[:16]
-
-    def rate(self, head_dim: int, backward: bool) -> KernelRate:
-        """The kernel of the nearest head dim that is known."""
-        known = [rate for rate in self.rates if rate.backward == backward]
-        return min(known, key=lambda rate: (abs(rate.head_dim - head_dim), rate.head_dim))
-
-    def link_class(self, a: int, b: int) -> str:
-        """The class of link between two sequence ranks, if their group starts at the first device of a node."""
-        return "node" if a // self.gpus_per_node == b // self.gpus_per_node else "network"
-
-    def by_copy_engines(self) -> "Machine":
-        """The same where the ranks of a node read each other's memory instead of calling collectives."""
-        copy = self.links["node", "copy"]
-        links = {**self.links, ("node", "p2p"): copy, ("node", "all_to_all"): copy}
-        return replace(self, name=f"{self.name}, copy engines", links=links)
-
-    def __str__(self) -> str:
-        return f"{self.name} ({self.provenance.get('origin', 'of unknown origin')})"
-
-    def to_json(self) -> str:
-        fields = {
-            **{name: getattr(self, name) for name in ("name", "gpus_per_node", "copy_bandwidth", "merge_bandwidth")},
-            **{name: getattr(self, name) for name in ("copy_seconds", "host_pass", "host_call", "host_message")},
-            "links": {"/".join(key): asdict(link) for key, link in sorted(self.links.items())},
-            "rates": [rate.as_json() for rate in self.rates],
-            "provenance": dict(self.provenance),
-        }
-        return json.dumps(fields, indent=1, sort_keys=True)
-
-    @classmethod
-    def from_json(cls, text: str) -> "Machine":
-        """Raises ValueError for text that is no machine."""
-        try:
-            fields = json.loads(text)
-            links = {tuple(key.split("/")): Link(**link) for key, link in fields.pop("links").items()}
-            rates = tuple(KernelRate(**rate) for rate in fields.pop("rates"))
-            return cls(links=links, rates=rates, **fields)
-        except (TypeError, KeyError, AttributeError, ValueError) as error:
-            raise ValueError(f"not the JSON of a machine: {type(error).__name__}: {error}") from error
 
 
 @dataclass(frozen=True)
@@ -167,24 +75,6 @@ def calls_seconds(machine: Machine, blocks: BlockTable, shape: Shape, backward: 
     """Seconds of each call of a table, as an array."""
     rate = machine.rate(max(shape.head_dim, shape.value_dim), backward)
     return rate.seconds(blocks, shape.query_heads, shape.head_dim + shape.value_dim)
-
-
-def transfer_seconds(machine: Machine, size: float, link_class: str, primitive: str) -> float:
-    """One transfer of `size` bytes per device; nothing costs nothing."""
-    if not size:
-        return 0.0
-    link = machine.links[link_class, primitive]
-    return link.latency + size / link.bandwidth
-
-
-def copy_seconds(machine: Machine, size: float, operations: int = 1) -> float:
-    """Copying `size` bytes on the device, in so many operations."""
-    return operations * machine.copy_seconds + 2 * size / machine.copy_bandwidth if size else 0.0
-
-
-def merge_seconds(machine: Machine, size: float, operations: int = 1) -> float:
-    """Merging or adding partial results: `size` bytes are read and written."""
-    return operations * machine.copy_seconds + size / machine.merge_bandwidth if size else 0.0
 
 
 def stage_costs(machine: Machine, plan: AttentionPlan, shape: Shape, backward: bool) -> tuple[StageCost, ...]:
@@ -265,9 +155,9 @@ def exchange_seconds(
     """
     if exchange is None:
         return 0.0, 0.0
-    there, back = _messages(exchange, shape, backward, wide_reduce)
+    there, back = exchange_messages(exchange, shape, backward, wide_reduce)
     wire = sum(_message_seconds(machine, exchange, ring_rank, widths) for widths in (*there, *back))
-    copied = sum(exchange.own_rows * sum(_rank_widths(exchange, widths)) for widths in (*there, *back))
+    copied = sum(exchange.own_rows * sum(rank_widths(exchange, widths)) for widths in (*there, *back))
     return wire, copy_seconds(machine, copied, len(there) + len(back))
 
 
@@ -285,13 +175,12 @@ def group_seconds(
     table = BlockTable.of(calls)
     for backward in (False, True):
         kernels = groups * float(calls_seconds(machine, table, part, backward).sum())
-        there, back = _messages(exchange, shape, backward, wide_reduce, groups)
+        there, back = exchange_messages(exchange, shape, backward, wide_reduce, groups)
         seconds = [_message_seconds(machine, exchange, 0, widths) for widths in (*there, *back)]
         first, last = seconds[0], sum(seconds[len(there) + groups - 1 :])
         beside = sum(seconds) - first - last
-        link = machine.links[machine.link_class(0, len(exchange.rows) - 1), "all_to_all"]
         counted = len(seconds) - 1 - len(seconds[len(there) + groups - 1 :])
-        lost = max(0.0, beside - counted * link.latency) * link.bandwidth * link.disturbance
+        lost = exchange_loss(machine, exchange, beside, counted)
         hidden = kernels * (groups - 1) / groups
         summed = 0.0
         if backward and groups > 1:  # the gradients of all keys are added up beside the message
@@ -300,32 +189,15 @@ def group_seconds(
     return total
 
 
-Widths = tuple[float, float]  # bytes of a query head and of a key head in a row of a message
-
-
-def _messages(
-    exchange: Exchange, shape: Shape, backward: bool, wide_reduce: bool, groups: int = 1
-) -> tuple[list[Widths], list[Widths]]:
-    """The messages of a pass there and back: keys come with the first group of heads, and their gradients go with the
-    last, or after it where gradients of a head's copies are added once they travelled."""
-    query, value = shape.head_dim * shape.itemsize / groups, shape.value_dim * shape.itemsize / groups
-    keys = (shape.head_dim + shape.value_dim) * shape.itemsize
-    if not backward:
-        return [(query, keys), *[(query, 0.0)] * (groups - 1)], [(value, 0.0)] * groups
-    there: list[Widths] = [(value, 0.0)] * groups
-    if exchange.copied_keys and wide_reduce:
-        return there, [*[(query, 0.0)] * groups, (0.0, float((shape.head_dim + shape.value_dim) * shape.wide))]
-    return there, [*[(query, 0.0)] * (groups - 1), (query, keys)]
-
-
-def _rank_widths(exchange: Exchange, widths: Widths) -> list[float]:
-    """Bytes of a row of each rank's heads."""
-    return [share.queries * widths[0] + len(share.keys) * widths[1] for share in exchange.heads]
+def exchange_loss(machine: Machine, exchange: Exchange, seconds: float, messages: int) -> float:
+    """Seconds that kernels lose by so many messages of an exchange, of `seconds` together, beside them."""
+    link = machine.links[machine.link_class(0, len(exchange.rows) - 1), "all_to_all"]
+    return max(0.0, seconds - messages * link.latency) * link.bandwidth * link.disturbance
 
 
 def _message_seconds(machine: Machine, exchange: Exchange, ring_rank: int, widths: Widths) -> float:
     first = ring_rank * len(exchange.rows)
-    by_rank = _rank_widths(exchange, widths)
+    by_rank = rank_widths(exchange, widths)
     mine = by_rank[exchange.rank]
     sent, received = exchange.own_rows * (sum(by_rank) - mine), (exchange.position_rows - exchange.own_rows) * mine
     link_class = machine.link_class(first, first + len(exchange.rows) - 1)
@@ -346,7 +218,7 @@ def rank_cost(machine: Machine, plan: AttentionPlan, shape: Shape) -> PlanCost:
         waiting = max(exposed + exchange_wire, _host(machine, walked, backward) - compute)
         wire = sum(stage.cast + stage.reduce for stage in stages) + exchange_wire
         directions.append(DirectionCost(compute, wire, waiting))
-    return PlanCost(directions[0], directions[1], plan.buffer_bytes(shape))
+    return PlanCost(directions[0], directions[1], buffer_bytes(plan, shape))
 
 
 def plan_cost(machine: Machine, plans: Sequence[AttentionPlan], shape: Shape) -> PlanCost:

@@ -8,10 +8,10 @@ from dataclasses import dataclass
 
 from ringattn.mask import Mask
 from ringattn.parallel.choice import candidates, choose
-from ringattn.parallel.cost import Machine
 from ringattn.parallel.demand import Demand
 from ringattn.parallel.held import Held
 from ringattn.parallel.layout import Layout
+from ringattn.parallel.machine import Machine
 from ringattn.parallel.mesh import MeshShape
 from ringattn.parallel.mixture import Mixer
 from ringattn.parallel.parts import Parts
@@ -38,7 +38,7 @@ def choose_degrees(
     layout_on: Callable[[MeshShape], Layout],
     masks: Sequence[tuple[Mask, float]],
     shape: Shape,
-    machine: Machine,
+    machine: Machine | None = None,
     parted: Callable[[Parts], Layout] | None = None,
 ) -> Degrees:
     """The best of `meshes`, which are ways to part the same ranks, or a mixture of two of them.
@@ -46,13 +46,14 @@ def choose_degrees(
     Arguments:
         layout_on: the layout of the batch on a mesh.
         masks: with the number of layers that each has.
+        machine: whose speed is predicted; default: each mesh's own, since not all may move data alike.
         parted: the layout of the batch in parts; without, all documents are on one mesh.
     """
     priced = []
     for mesh in sorted(meshes, key=lambda mesh: -mesh.ulysses):
         if mesh.ulysses <= shape.query_heads:
             layout = layout_on(mesh)
-            priced.append((_seconds(layout, masks, shape, machine), layout))
+            priced.append((_seconds(layout, masks, shape, mesh.planned_for(machine)), layout))
     best = priced[0]
     for seconds, layout in priced[1:]:
         if seconds < (1 - RING_AXIS_GAIN) * best[0]:
@@ -70,7 +71,8 @@ def choose_degrees(
             best = mixture.seconds, mixture.layout
             chosen = _described(mixture.layout)
             told.insert(0, f"both {mixture.seconds * 1e3:.3f} ms")
-    reason = f"{chosen} of {', '.join(told)}, forward and backward of all masks; predicted for {machine}"
+    on = best[1].mesh.planned_for(machine)
+    reason = f"{chosen} of {', '.join(told)}, forward and backward of all masks; predicted for {on}"
     return Degrees(best[1], best[0], reason)
 
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from ringattn.parallel.cost import Link
+from ringattn.parallel.machine import Link
 from ringattn.parallel.rates import BlockTable, Floats, KernelRate
 
 TAILS = (0.0, 0.1, 0.2, 0.3, 0.5, 0.75, 1.0)

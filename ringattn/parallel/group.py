@@ -8,7 +8,7 @@ from ringattn.parallel.demand import Demand
 from ringattn.parallel.held import Held
 from ringattn.parallel.layout import Layout
 from ringattn.parallel.plan import AttentionPlan
-from ringattn.parallel.planner import check_scheme, only, plan_exchange, plan_ring
+from ringattn.parallel.planner import check_scheme, only, plan_exchange, plan_ring, settled
 from ringattn.parallel.pricing import Candidate, Setting
 
 
@@ -33,8 +33,7 @@ def plan_group(
     choice = choose(demand, setting, options, memory_limit)
 
     def planned(position: int, one: Candidate) -> AttentionPlan:
-        plan = plan_ring(held, demand, position, one)
-        return replace(plan, keep_keys=choice.keep_keys, wide_reduce=setting.wide_reduce)
+        return settled(plan_ring(held, demand, position, one), setting, choice.keep_keys)
 
     plans = []
     for position in range(mesh.ring):

@@ -17,8 +17,7 @@ from ringattn.documents import Documents
 from ringattn.kernels.spec import Range, to_device
 from ringattn.mask import Mask
 from ringattn.parallel import placement
-from ringattn.parallel.cost import Machine
-from ringattn.parallel.machines import SHIPPED
+from ringattn.parallel.machine import Machine
 from ringattn.parallel.mesh import MeshShape, SequenceMesh
 from ringattn.parallel.numbered import number_of
 from ringattn.parallel.parts import Parts, compact, resolve_parts, spread
@@ -92,7 +91,7 @@ class Layout:
         if parts is not None:
             self._take_parts(parts, machine, shape)
         elif mesh.alternatives:
-            self._take_degrees(machine or mesh.machine, shape)
+            self._take_degrees(machine, shape)
         self._number = torch.tensor(number_of(self))
 
     def _take_degrees(self, machine: Machine | None, shape: Shape) -> None:
@@ -108,7 +107,6 @@ class Layout:
             raise ValueError("speeds are of the positions of one ring, and this mesh leaves the degrees to the layout")
         # The other policies say themselves where each token is.
         parted = partial(on, self.mesh) if self.policy in ("auto", "balanced") else None
-        machine = machine or SHIPPED["H200"]
         chosen = choose_degrees(self.mesh.alternatives, on, self.load.masks, shape, machine, parted)
         self.mesh, self.reason = chosen.layout.mesh, chosen.reason
         self.positions, self.parts = chosen.layout.positions, chosen.layout.parts

@@ -10,7 +10,7 @@ import torch
 from ringattn.environment import MACHINE
 from ringattn.kernels.tuning import device_name
 from ringattn.kernels.tuning_store import default_folder
-from ringattn.parallel.cost import Link, Machine
+from ringattn.parallel.machine import Link, Machine
 from ringattn.parallel.rates import KernelRate
 
 SCHEMA = 1  # of calibration files; another schema is another file

@@ -8,8 +8,8 @@ import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
-from ringattn.parallel.cost import Machine
-from ringattn.parallel.machines import local_machine
+from ringattn.parallel.machine import Machine
+from ringattn.parallel.machines import SHIPPED, local_machine
 from ringattn.parallel.symmetric import open_transport, why_not
 from ringattn.parallel.transport import Transport
 
@@ -46,6 +46,10 @@ class MeshShape:
         """All (ring, ulysses) of as many sequence ranks whose ulysses groups stay inside a node."""
         size, node = self.sequence_size, ranks_per_node or self.sequence_size
         return [(size // u, u) for u in range(1, size + 1) if size % u == 0 and (size <= node or node % u == 0)]
+
+    def planned_for(self, machine: Machine | None = None) -> Machine:
+        """Whose speed plans are made for: the one that is asked for, else the mesh's, else the shipped H200."""
+        return machine or self.machine or SHIPPED["H200"]
 
     @property
     def ring_rank(self) -> int:
@@ -269,8 +273,8 @@ def _with_transport(mesh: SequenceMesh, transport: str) -> SequenceMesh:
         name: mesh.__dict__[name] for name in ("sequence_mesh", "sequence_group") if name in mesh.__dict__
     }
     machine = mesh.machine
-    if machine is not None and not ulysses:
-        machine = machine.by_copy_engines()
+    if machine is not None:
+        machine = machine.by_copy_engines(ring=not ring, ulysses=not ulysses)
     mesh = replace(mesh, device_mesh=mesh.device_mesh, machine=machine, ring_reason=ring, ulysses_reason=ulysses)
     mesh.__dict__.update(kept)
     return mesh

@@ -14,10 +14,11 @@ import numpy as np
 from ringattn.documents import Documents
 from ringattn.mask import Mask
 from ringattn.parallel.choice import PAIR_SHARE, candidates
-from ringattn.parallel.cost import Machine, exchange_seconds, host_seconds
+from ringattn.parallel.cost import exchange_seconds, host_seconds
 from ringattn.parallel.demand import Demand
 from ringattn.parallel.held import Held
 from ringattn.parallel.layout import Layout
+from ringattn.parallel.machine import Machine
 from ringattn.parallel.mesh import MeshShape
 from ringattn.parallel.parts import Parts
 from ringattn.parallel.placement import Load
@@ -47,6 +48,7 @@ class Mixer:
         inner, outer: the mesh of the documents that are exchanged, and of the others.
         parted: the parted layout with these parts.
         masks: with the number of layers that each has.
+        machine: whose speed is predicted; None: each mesh's own.
     """
 
     docs: Documents
@@ -55,7 +57,7 @@ class Mixer:
     parted: Callable[[Parts], Layout]
     masks: Sequence[tuple[Mask, float]]
     shape: Shape
-    machine: Machine
+    machine: Machine | None
 
     def best(self, limit: float) -> Mixture | None:
         """The fastest of those that were priced, if it takes less than `limit` seconds."""
@@ -83,7 +85,7 @@ class Mixer:
         return total
 
     def _prices(self, part: Layout, mask: Mask) -> tuple[Price, Price]:
-        setting = Setting(self.machine, self.shape).on(part)
+        setting = Setting(part.mesh.planned_for(self.machine), self.shape).on(part)
         (candidate,) = candidates(part.mesh.ring, "gather", None)
         return Pricer(Demand.of(Held.of(part, mask), mask.band), setting).price(candidate)
 
@@ -100,14 +102,15 @@ class Mixer:
             bound = 0.0
             for backward, seconds in enumerate(kernels):
                 wire = layers * self._wire(tokens[count], bool(backward))
-                host = layers * _least_host(self.machine, bool(backward))
+                host = layers * _least_host(self.inner.planned_for(self.machine), bool(backward))
                 bound += max(seconds.sum() + max(0.0, wire - seconds[count:].sum()), host)
             yield bound, count
 
     def _even_seconds(self, lengths: Sequence[int], backward: bool) -> Floats:
         """A rank's share of the kernels of each document, all masks together."""
         dims = self.shape.head_dim + self.shape.value_dim
-        load = Load(tuple(self.masks), (self.machine.rate(self.shape.head_dim, backward),), dims)
+        rate = self.outer.planned_for(self.machine).rate(self.shape.head_dim, backward)
+        load = Load(tuple(self.masks), (rate,), dims)
         return load.costs(np.array(lengths, dtype=np.int64)) * self.shape.query_heads / self.outer.sequence_size
 
     def _wire(self, tokens: int, backward: bool) -> float:
@@ -115,7 +118,7 @@ class Mixer:
         ranks, rows = self.inner.ulysses, tokens // self.inner.ring
         deal = tuple((rank * rows // ranks, (rank + 1) * rows // ranks) for rank in range(ranks))
         exchange = exchange_plan(deal, self.shape.query_heads, self.shape.key_heads, 0)
-        return exchange_seconds(self.machine, exchange, 0, self.shape, backward)[0]
+        return exchange_seconds(self.inner.planned_for(self.machine), exchange, 0, self.shape, backward)[0]
 
 
 def _counts(lengths: Sequence[int]) -> list[int]:

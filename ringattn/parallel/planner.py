@@ -1,67 +1,27 @@
 """From layout and mask to plan. Every rank computes its part from the same integers, without communication."""
 
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from typing import Concatenate, ParamSpec
 
 from ringattn.kernels.spec import Block, Range
 from ringattn.mask import Band, Mask
 from ringattn.parallel.blocks import Piece, blocks_of, group_calls, join_full, shared_rows
 from ringattn.parallel.choice import candidates, choose, choose_groups
-from ringattn.parallel.cost import Machine
 from ringattn.parallel.demand import Demand
 from ringattn.parallel.held import Held
 from ringattn.parallel.layout import Layout
-from ringattn.parallel.machines import SHIPPED
+from ringattn.parallel.machine import Machine
 from ringattn.parallel.mesh import MeshShape
 from ringattn.parallel.plan import AttentionPlan, Exchange, Message, PartedPlan, Route, Shape, Stage
 from ringattn.parallel.pricing import Candidate, Setting
 from ringattn.parallel.ranges import overlap, union
 from ringattn.parallel.ulysses import exchange_plan
 
+P = ParamSpec("P")
+
 SCHEMES = ("auto", "ring", "ulysses", "hybrid", "gather")
-
-
-def plan_attention(
-    layout: Layout,
-    mask: Mask,
-    query_heads: int,
-    key_heads: int,
-    scheme: str = "auto",
-    stages: int | None = None,
-    keep_keys: bool | None = None,
-    wide_reduce: bool = True,
-    *,
-    head_dim: int = 128,
-    value_dim: int | None = None,
-    itemsize: int = 2,
-    memory_limit: int | None = None,
-    machine: Machine | None = None,
-    head_groups: int | None = None,
-) -> AttentionPlan:
-    """The plan of this rank for one attention on a layout that is not parted; the arguments are those of `plan_parts`.
-
-    Raises ValueError naming the argument, with the numbers; on every rank or on none.
-    """
-    if layout.parts:
-        raise ValueError(f"layout must not be parted: plan_parts plans each of its {len(layout.parts)} parts")
-    plans = plan_parts(
-        layout,
-        mask,
-        query_heads,
-        key_heads,
-        scheme,
-        stages,
-        keep_keys,
-        wide_reduce,
-        head_dim=head_dim,
-        value_dim=value_dim,
-        itemsize=itemsize,
-        memory_limit=memory_limit,
-        machine=machine,
-        head_groups=head_groups,
-    )
-    return plans.parts[0][1]
 
 
 def plan_parts(
@@ -93,7 +53,9 @@ def plan_parts(
             they fit: in the memory limit, or without one in a quarter of the q, k, v and out that are kept anyway.
         head_dim, value_dim, itemsize: of queries and keys, of values (default: the same), bytes per element.
         memory_limit: bytes that the buffers of a rank may take, by the estimate for all ranks; of all parts together.
-        machine: whose speed is predicted, the same on all ranks; default: the mesh's, else the shipped H200.
+            The message buffers of axes whose data copy engines move are among them (`memory.buffer_bytes`).
+        machine: whose speed is predicted, the same on all ranks; default: the mesh's (of each part, its own),
+            else the shipped H200.
         head_groups: in how many groups heads are exchanged (with ring = 1), so that one travels while another is
             computed; fewer where heads do not part equally. Default: what is predicted to be fastest.
 
@@ -104,20 +66,40 @@ def plan_parts(
         raise ValueError(f"memory_limit must be None or a number of bytes >= 0, got {memory_limit!r}")
     if head_groups is not None and (not isinstance(head_groups, int) or head_groups < 1):
         raise ValueError(f"head_groups must be None or an integer >= 1, got {head_groups!r}")
-    machine = machine or layout.mesh.machine or SHIPPED["H200"]
+    machines = [part.mesh.planned_for(machine) for part in layout.parts or (layout,)]
     shape = Shape(query_heads, key_heads, head_dim, value_dim or head_dim, itemsize)
-    key = (mask, shape, scheme, stages, keep_keys, wide_reduce, memory_limit, machine.digest, head_groups)
+    digests = tuple(one.digest for one in machines)
+    key = (mask, shape, scheme, stages, keep_keys, wide_reduce, memory_limit, digests, head_groups)
     if key not in layout._plans:
-        setting = Setting(machine=machine, shape=shape, keep_keys=keep_keys, wide_reduce=wide_reduce)
-        plans = _plans(layout, mask, setting, scheme, stages, memory_limit, head_groups)
+        settings = [Setting(one, shape, keep_keys=keep_keys, wide_reduce=wide_reduce) for one in machines]
+        plans = _plans(layout, mask, settings, scheme, stages, memory_limit, head_groups)
         layout._plans[key] = PartedPlan(tuple(plans))
     return layout._plans[key]
+
+
+def _whole(plan: Callable[Concatenate[Layout, P], PartedPlan]) -> Callable[Concatenate[Layout, P], AttentionPlan]:
+    """The same for layouts that are not parted, whose plan is one."""
+
+    def plan_attention(layout: Layout, *args: P.args, **kwargs: P.kwargs) -> AttentionPlan:
+        """The plan of this rank for one attention on a layout that is not parted; the arguments are those of
+        `plan_parts`.
+
+        Raises ValueError naming the argument, with the numbers; on every rank or on none.
+        """
+        if layout.parts:
+            raise ValueError(f"layout must not be parted: plan_parts plans each of its {len(layout.parts)} parts")
+        return plan(layout, *args, **kwargs).parts[0][1]
+
+    return plan_attention
+
+
+plan_attention = _whole(plan_parts)
 
 
 def _plans(
     layout: Layout,
     mask: Mask,
-    setting: Setting,
+    settings: Sequence[Setting],
     scheme: str,
     stages: int | None,
     memory_limit: int | None,
@@ -126,7 +108,7 @@ def _plans(
     """The plan of each part with its rows."""
     row, left = 0, memory_limit
     head_groups = head_groups or part_groups(layout)
-    for part in layout.parts or (layout,):
+    for part, setting in zip(layout.parts or (layout,), settings, strict=True):
         options = candidates(part.mesh.ring, part_scheme(layout, part, scheme, left), stages)
         try:
             plan, taken = _plan(part, mask, setting.on(part), options, left, head_groups)
@@ -156,11 +138,14 @@ def _plan(
     plans = [plan_ring(held, demand, mesh.ring_rank, one) for one in dict.fromkeys((choice.forward, choice.backward))]
     exchange, why = plan_exchange(layout, setting, mesh.ring_rank, mesh.ulysses_rank, plans[0], head_groups)
     reason = only(mesh, options) + choice.reason + why
-    plans = [
-        replace(plan, exchange=exchange, keep_keys=choice.keep_keys, wide_reduce=setting.wide_reduce) for plan in plans
-    ]
+    plans = [replace(settled(plan, setting, choice.keep_keys), exchange=exchange) for plan in plans]
     backward = plans[1] if len(plans) > 1 else None
     return replace(plans[0], backward=backward, reason=reason), choice.cost.buffer_bytes
+
+
+def settled(plan: AttentionPlan, setting: Setting, keep_keys: bool) -> AttentionPlan:
+    """The stages of a plan with what the setting says of how their data travels, and whether keys are kept."""
+    return replace(plan, keep_keys=keep_keys, wide_reduce=setting.wide_reduce, engines=setting.machine.engines)
 
 
 def plan_exchange(

@@ -6,6 +6,7 @@ spread in proportion to the rows that arrive.
 
 import itertools
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
@@ -13,20 +14,28 @@ from typing import Any
 import numpy as np
 
 from ringattn.parallel.cost import (
-    CLASSES,
     DirectionCost,
-    Machine,
     StageCost,
     backward_timeline,
     calls_seconds,
     disturbed,
+    exchange_loss,
     exchange_seconds,
     forward_timeline,
     host_seconds,
 )
 from ringattn.parallel.demand import Demand, per
 from ringattn.parallel.layout import Layout
-from ringattn.parallel.plan import Exchange, Shape, StageRows, exchange_bytes, largest_pair
+from ringattn.parallel.machine import CLASSES, Machine
+from ringattn.parallel.memory import (
+    StageRows,
+    exchange_bytes,
+    exchange_message_bytes,
+    largest_pair,
+    message_buffers,
+)
+from ringattn.parallel.messages import exchange_messages
+from ringattn.parallel.plan import Exchange, Shape
 from ringattn.parallel.rates import BlockTable, Floats, Ints
 from ringattn.parallel.ulysses import exchange_plan
 
@@ -93,8 +102,10 @@ class Price:
 
     Arguments:
         waiting: of kernels, for transfers.
+        lost: that kernels would lose, were all that is waited for to travel beside them.
         host: that it takes to issue everything.
         pair_share: key rows of two buffers at a time over the position's own rows, the largest of all positions.
+        messages: bytes of the message buffers of copy engines, which are there in both passes.
         kept: bytes of all cast keys, the most of all positions.
         kept_share: the same over q, k, v and out of the position, of which each rank saves its share.
     """
@@ -103,8 +114,10 @@ class Price:
     compute: Floats
     wire: Floats
     waiting: Floats
+    lost: Floats
     host: Floats
     bytes: Any
+    messages: int
     pair_share: float
     kept: int
     kept_share: float
@@ -118,25 +131,31 @@ class Price:
     def seconds(self) -> float:
         return self.slowest.seconds
 
-    @property
-    def most_bytes(self) -> int:
-        return int(np.max(self.bytes, initial=0))
+
+def most_bytes(prices: Sequence[Price]) -> int:
+    """What the passes of these prices need at one time, on the rank that needs most."""
+    return max(int(np.max(price.bytes, initial=0)) for price in prices) + max(price.messages for price in prices)
 
 
 def together(a: Price, b: Price) -> DirectionCost:
     """Two attentions of the same ranks in one direction, run so that each computes while the other's keys travel.
 
     What one waits for is hidden as far as the other's kernels last: an exchange of heads, both ways, under the kernels
-    on the ring axis, and their cast under the kernels between the two ways. The host issues one after the other.
-    Neighbouring ranks share a position, of as many as each ring has.
+    on the ring axis, and their cast under the kernels between the two ways. So far it disturbs them, as any transfer
+    beside kernels does. The host issues one after the other. Neighbouring ranks share a position, of as many as each
+    ring has.
     """
     ranks = math.lcm(len(a.compute), len(b.compute))
-    compute, wire, waiting, host = (
-        [np.repeat(x, ranks // len(x)) for x in pair]
-        for pair in ((a.compute, b.compute), (a.wire, b.wire), (a.waiting, b.waiting), (a.host, b.host))
+    compute, wire, waiting, lost, host = (
+        [np.repeat(getattr(price, name), ranks // len(price.compute)) for price in (a, b)]
+        for name in ("compute", "wire", "waiting", "lost", "host")
     )
-    exposed = np.maximum(waiting[0] - compute[1], 0) + np.maximum(waiting[1] - compute[0], 0)
-    return _slowest(compute[0] + compute[1], wire[0] + wire[1], exposed, host[0] + host[1])
+    hidden = [np.minimum(waiting[0], compute[1]), np.minimum(waiting[1], compute[0])]
+    exposed = sum(waiting) - sum(hidden)
+    disturbance = sum(
+        loss * under / np.maximum(all_of, 1e-12) for loss, under, all_of in zip(lost, hidden, waiting, strict=True)
+    )
+    return _slowest(compute[0] + compute[1] + disturbance, wire[0] + wire[1], exposed, host[0] + host[1])
 
 
 def _slowest(compute: Floats, wire: Floats, waiting: Floats, host: Floats) -> DirectionCost:
@@ -166,6 +185,9 @@ class Pricer:
             sent=list(sent.sum(1)),
             shared_q=0 if gather else self.demand.cut_rows * bool(distances),
             shared_k=self.demand.cut_rows if distances else 0,
+            most_sent=int(sent.sum(1).max(initial=0)),
+            most_returned=int(received.sum(1).max(initial=0)),
+            engines="ring" in self.setting.machine.engines,
         )
         pair_share = float(np.max(largest_pair(rows.buffers) / np.maximum(self.demand.rows, 1), initial=0.0))
         setting, own = self.setting, self.setting.own
@@ -178,9 +200,9 @@ class Pricer:
             exchanged = exchange_bytes(setting.shape, own, self.demand.rows, -(-self.demand.rows // setting.ulysses))
         forward, backward = (
             self._directed(
-                candidate, direction, received, sent, copied, keep, (size + exchanged, pair_share, *kept_keys)
+                candidate, direction, received, sent, copied, keep, (size + exchanged, messages, pair_share, *kept_keys)
             )
-            for direction, size in enumerate(sizes)
+            for direction, (size, messages) in enumerate(zip(sizes, self._message_buffers(rows, keep), strict=True))
         )
         return forward, backward
 
@@ -192,7 +214,7 @@ class Pricer:
         sent: Ints,
         copied: Floats,
         keep: bool,
-        room: tuple[Any, float, int, float],
+        room: tuple[Any, int, float, int, float],
     ) -> Price:
         """One direction; `received` and `sent` are (stages, class of link, position) rows."""
         setting, machine, own, backward = self.setting, self.setting.machine, self.setting.own, bool(direction)
@@ -215,7 +237,8 @@ class Pricer:
         ]
         exposed = (backward_timeline if backward else forward_timeline)(stages) + np.zeros(len(local))
         wire, copies = exchange_seconds(machine, setting.exchange, 0, setting.shape, backward, setting.wide_reduce)
-        compute = local + later.sum(0) + disturbed(stages, exposed) + copies
+        disturbance = disturbed(stages, exposed)
+        compute = local + later.sum(0) + disturbance + copies
         host = host_seconds(
             machine,
             calls=self._calls + (len(later) > 0),
@@ -230,12 +253,30 @@ class Pricer:
             compute=compute,
             wire=cast.sum(0) + reduce.sum(0) + wire,
             waiting=exposed + wire,
+            lost=sum(stage.lost for stage in stages) - disturbance + self._exchange_loss(wire, backward),
             host=host,
             bytes=room[0],
-            pair_share=room[1],
-            kept=room[2],
-            kept_share=room[3],
+            messages=room[1],
+            pair_share=room[2],
+            kept=room[3],
+            kept_share=room[4],
         )
+
+    def _exchange_loss(self, wire: float, backward: bool) -> float:
+        setting = self.setting
+        if setting.exchange is None:
+            return 0.0
+        there, back = exchange_messages(setting.exchange, setting.shape, backward, setting.wide_reduce)
+        return exchange_loss(setting.machine, setting.exchange, wire, len(there) + len(back))
+
+    def _message_buffers(self, rows: StageRows, keep: bool) -> list[int]:
+        """Bytes of all buffers of copy engines that are needed in each pass; those of the exchange in both."""
+        setting, heads = self.setting, 0
+        if setting.exchange is not None and "ulysses" in setting.machine.engines:
+            most = int(self.demand.rows.max(initial=0))
+            heads = exchange_message_bytes(setting.exchange, setting.shape, most, setting.wide_reduce)
+        keys = [rows.message_bytes(setting.own, backward, keep, setting.wide_reduce) for backward in (False, True)]
+        return [message_buffers(heads) + message_buffers(largest * rows.engines) for largest in keys]
 
     def _wire(self, received: Ints, sent: Ints, row_bytes: float) -> tuple[Floats, Floats]:
         """Seconds of each stage and position, and those that kernels lose: `cost._wire` for all at once."""

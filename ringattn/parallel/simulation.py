@@ -11,8 +11,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 
-from ringattn.parallel.cost import Machine, StageCost, exchange_seconds, stage_costs
+from ringattn.parallel.cost import StageCost, exchange_seconds, stage_costs
 from ringattn.parallel.events import Work
+from ringattn.parallel.machine import Machine
 from ringattn.parallel.plan import AttentionPlan, Shape
 from ringattn.parallel.traffic import Traffic
 

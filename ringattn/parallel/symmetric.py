@@ -19,10 +19,10 @@ from torch import Tensor
 from torch.cuda import Event
 
 from ringattn.kernels.spec import to_device
+from ringattn.parallel.memory import half_bytes
 from ringattn.parallel.plan import Route
 from ringattn.parallel.transport import GroupTransport, Transport
 
-SMALLEST = 1 << 20  # bytes of a half
 UNIT = 16  # bytes that a pull moves at once
 PULLED = 8 << 20  # bytes that a rank sends at most, below which messages are pulled: 30 µs on the wire
 
@@ -167,7 +167,7 @@ class SymmetricTransport:
     def _allocate(self, most: int) -> None:
         import torch.distributed._symmetric_memory as symmetric
 
-        self._half = max(SMALLEST, 1 << (most - 1).bit_length())
+        self._half = half_bytes(most)
         self._handle, self._addresses = None, []
         device = torch.device("cuda", torch.cuda.current_device())
         self._memory = symmetric.empty(2 * self._half, dtype=torch.uint8, device=device)
@@ -272,7 +272,7 @@ def why_not(group: dist.ProcessGroup) -> str:
         return reason
     transport = SymmetricTransport(group)
     # Each step is agreed upon before the next: a rank that failed would leave the others waiting in it.
-    for step in (lambda: transport._allocate(SMALLEST), transport._open, lambda: _probe(transport)):
+    for step in (lambda: transport._allocate(1), transport._open, lambda: _probe(transport)):
         dist.all_gather_object(found, _failure(step), group=group)
         reason = next((f"rank {rank}: {told}" for rank, told in enumerate(found) if told), "")
         if reason:

@@ -94,14 +94,14 @@ def test_one_error_names_the_argument(argv, words, capsys):
 
 def test_degrees_that_the_documents_choose(capsys, tmp_path):
     pytest.importorskip("matplotlib")
-    lengths = [65536, 30000, *[700] * 150]
+    lengths = [65536, 30000, *[700] * 144]
     path = tmp_path / "lengths"
     path.write_text(" ".join(map(str, lengths)))
     argv = ["--lengths", str(path), "--sequence", "8", "--heads", "32/8", "--head-dim", "128"]
     found = report(capsys, *argv)
     assert [part["mesh"] for part in found["parts"]] == [{"ring": 1, "ulysses": 8}, {"ring": 8, "ulysses": 1}]
-    assert [part["documents"]["count"] for part in found["parts"]] == [2, 150]
-    assert [part["documents"]["tokens"] for part in found["parts"]] == [95536, 105000]
+    assert [part["documents"]["count"] for part in found["parts"]] == [2, 144]
+    assert [part["documents"]["tokens"] for part in found["parts"]] == [95536, 100800]
     assert sum(rank["area"] for part in found["parts"] for rank in part["ranks"]) == pytest.approx(
         sum(n * (n + 1) / 2 for n in lengths)
     )
@@ -133,3 +133,11 @@ def test_copy_engines_are_another_machine(capsys):
     assert "H200, copy engines" in fast["reason"]
     waiting = [sum(rank["forward"]["wire"] for rank in found["ranks"]) for found in (slow, fast)]
     assert waiting[1] < waiting[0]
+
+
+def test_copy_engines_move_what_stays_in_a_node(capsys):
+    argv = ["--tokens", "65536", "--machine", "H200+copy"]
+    inside, across = (report(capsys, *argv, "--ring", ring, "--ulysses", "4")["reason"] for ring in ("2", "4"))
+    assert "predicted for H200, copy engines (" in inside
+    assert "predicted for H200, copy engines on the ulysses axis (" in across
+    assert "predicted for H200 (" in report(capsys, *argv, "--ring", "16")["reason"]

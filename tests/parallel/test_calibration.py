@@ -12,7 +12,7 @@ import torch.distributed as dist
 from ringattn import Documents, Layout, Mask, init_mesh, parallel_attention
 from ringattn.cli import main
 from ringattn.parallel.calibration import Calibration
-from ringattn.parallel.cost import Machine
+from ringattn.parallel.machine import Machine
 from ringattn.parallel.machines import SHIPPED, calibration_path, keep, local_machine, write
 from ringattn.parallel.planner import plan_attention
 from tests.pool import Pools

@@ -11,8 +11,10 @@ from hypothesis import strategies as st
 from benchmarks.emulated import attention
 from ringattn import Documents, Layout, Mask, MeshShape
 from ringattn.parallel.choice import RING_GAIN, candidates
-from ringattn.parallel.cost import Link, Machine, plan_cost
+from ringattn.parallel.cost import plan_cost
+from ringattn.parallel.machine import Link, Machine
 from ringattn.parallel.machines import SHIPPED
+from ringattn.parallel.memory import buffer_bytes
 from ringattn.parallel.plan import Shape
 from ringattn.parallel.plan_check import common_digest
 from ringattn.parallel.planner import plan_attention, plan_parts
@@ -64,7 +66,7 @@ def test_all_ranks_choose_alike(
     assert len({common_digest(plan, layout) for plan, layout in zip(plans, layouts, strict=True)}) == 1
     assert len({plan.parts[0][1].reason for plan in plans}) == 1
     for plan in (plan.parts[0][1] for plan in plans):
-        size = plan.buffer_bytes(Shape(8, 2, 128, 128))
+        size = buffer_bytes(plan, Shape(8, 2, 128, 128))
         assert limit is None or size <= limit
         assert plan.backward is None or not plan.keep_keys
         assert keep_keys in (None, plan.keep_keys)
@@ -128,9 +130,9 @@ def test_a_limit_makes_more_stages_and_too_small_a_one_is_refused() -> None:
     layout = Layout(Documents([65_536]), MeshShape(1, 8), "balanced")
     free = plan_attention(layout, Mask(), 32, 8)
     shape = Shape(32, 8, 128, 128)
-    limit = free.buffer_bytes(shape) // 2
+    limit = buffer_bytes(free, shape) // 2
     bounded = plan_attention(layout, Mask(), 32, 8, memory_limit=limit)
-    assert bounded.buffer_bytes(shape) <= limit
+    assert buffer_bytes(bounded, shape) <= limit
     assert len((bounded.backward or bounded).stages) > len((free.backward or free).stages)
     assert "too large" in bounded.reason
     with pytest.raises(ValueError, match=r"memory_limit .* got 1000 bytes; the least that forward needs is \d+"):

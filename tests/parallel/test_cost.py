@@ -1,5 +1,6 @@
 """Prices of plans: timelines by hand, machines through JSON, closed forms against the plans themselves."""
 
+import json
 from dataclasses import replace
 
 import numpy as np
@@ -10,18 +11,18 @@ from hypothesis import strategies as st
 from ringattn import Documents, Layout, Mask, MeshShape
 from ringattn.parallel.choice import candidates
 from ringattn.parallel.cost import (
-    Machine,
     StageCost,
     backward_timeline,
     exchange_seconds,
     forward_timeline,
     plan_cost,
     rank_cost,
-    transfer_seconds,
 )
 from ringattn.parallel.demand import Demand
 from ringattn.parallel.held import Held
+from ringattn.parallel.machine import Machine, transfer_seconds
 from ringattn.parallel.machines import SHIPPED, shipped
+from ringattn.parallel.memory import buffer_bytes
 from ringattn.parallel.plan import AttentionPlan, Shape
 from ringattn.parallel.planner import plan_attention
 from ringattn.parallel.pricing import Pricer, Setting
@@ -57,6 +58,22 @@ def test_machines_go_through_json(name: str) -> None:
     assert again.digest == machine.digest
     assert replace(machine, copy_bandwidth=1.0).digest != machine.digest
     assert machine.provenance["origin"] == "shipped"
+
+
+def test_copy_engines_are_priced_on_the_axes_that_have_them() -> None:
+    copy = H200.links["node", "copy"]
+    for ring, ulysses in ((True, True), (True, False), (False, True)):
+        machine = H200.by_copy_engines(ring=ring, ulysses=ulysses)
+        moved = {name: machine.links["node", name] for name in ("p2p", "all_to_all")}
+        assert [link == copy for link in moved.values()] == [ring, ulysses]
+        assert machine.engines == ("ring",) * ring + ("ulysses",) * ulysses
+        assert all(machine.links[key] == link for key, link in H200.links.items() if key[0] == "network")
+        assert Machine.from_json(machine.to_json()) == machine
+        assert "copy engines" in machine.name
+    assert H200.by_copy_engines(ring=False, ulysses=False) is H200
+    older = json.loads(H200.to_json())
+    del older["engines"]
+    assert Machine.from_json(json.dumps(older)) == H200
 
 
 @pytest.mark.parametrize("text", ["", "[]", "{}", '{"links": {}, "rates": [{"wrong": 1}]}'])
@@ -113,7 +130,7 @@ def test_counted_rows_are_those_of_the_plans(
     # The memory that all ranks reckon with is enough for each of them.
     forward, backward = prices.price(candidate, plans[0][1].keep_keys)
     for rank, (_, plan) in enumerate(plans):
-        assert plan.buffer_bytes(SHAPE) <= max(forward.bytes[rank], backward.bytes[rank])
+        assert buffer_bytes(plan, SHAPE) <= max(forward.bytes[rank], backward.bytes[rank])
 
 
 PACKS = {
@@ -165,7 +182,7 @@ def test_transfers_beside_kernels_slow_them_down() -> None:
 
 def test_more_stages_need_less_memory() -> None:
     sizes = [
-        plans_of(Documents([65_536]), Mask(), (16, 1), "balanced", "ring", stages)[3][1].buffer_bytes(SHAPE)
+        buffer_bytes(plans_of(Documents([65_536]), Mask(), (16, 1), "balanced", "ring", stages)[3][1], SHAPE)
         for stages in (2, 4, 8, 16)
     ]
     assert sizes == sorted(sizes, reverse=True)
@@ -189,7 +206,7 @@ def test_the_exchange_is_one_message_a_pass_each_way(ulysses: int, messages: tup
         wire, copies = exchange_seconds(machine, plan.exchange, 0, SHAPE, backward)
         assert wire == pytest.approx(count * link.latency + size / link.bandwidth)
         assert copies > 0
-    assert plan.buffer_bytes(SHAPE) > 65_536 * heads * 2 * 128 * 2
+    assert buffer_bytes(plan, SHAPE) > 65_536 * heads * 2 * 128 * 2
     assert exchange_seconds(H200, None, 0, SHAPE, False) == (0, 0)
 
 

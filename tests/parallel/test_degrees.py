@@ -8,10 +8,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ringattn import Documents, Layout, Mask, MeshShape, init_mesh, parallel_attention
-from ringattn.parallel.cost import Link, Machine
 from ringattn.parallel.degrees import MIXTURE_GAIN, RING_AXIS_GAIN, choose_degrees
+from ringattn.parallel.machine import Link, Machine
 from ringattn.parallel.machines import SHIPPED
 from ringattn.parallel.plan import Shape
+from ringattn.parallel.planner import plan_parts
 from tests.dense import Case, dense_attention, relative_error
 from tests.pool import Pools
 
@@ -27,7 +28,7 @@ def parted(size: int, rank: int = 0) -> MeshShape:
 def machine(slow: str) -> Machine:
     """On which one primitive is hopeless."""
     links = {key: Link(1.0, 1e6) if key[1] == slow else link for key, link in SHIPPED["CPU"].links.items()}
-    return replace(SHIPPED["CPU"], links=links)
+    return replace(SHIPPED["CPU"], name=f"slow {slow}", links=links)
 
 
 @given(lengths=st.lists(st.integers(0, 30_000), min_size=1, max_size=12).filter(any))
@@ -53,6 +54,19 @@ def test_the_fastest_degrees_are_chosen_on_every_rank(lengths: list[int]) -> Non
         return
     (best,) = [one for one in alone if one.layout.mesh.ulysses == layouts[0].mesh.ulysses]
     assert best.seconds <= min(one.seconds for one in alone) / (1 - RING_AXIS_GAIN)
+
+
+def test_degrees_are_priced_by_what_their_own_mesh_has() -> None:
+    """Ranks of several nodes: only the meshes with groups inside a node move data by copy engines there."""
+    slow = machine("all_to_all")
+    on = {1: slow, 2: slow, 4: slow, 8: SHIPPED["CPU"]}
+    every = tuple(replace(mesh, machine=on[mesh.ulysses]) for mesh in parted(8).alternatives)
+    docs = Documents([60_000])
+    assert Layout(docs, replace(every[0], alternatives=every)).mesh.ulysses == 8
+    assert Layout(docs, replace(every[0], alternatives=every), machine=slow).mesh.ulysses == 1  # asked for: for all
+    parts = Layout(Documents([6000, 50]), replace(every[0], alternatives=every), parts=[((1, 8), [0]), ((8, 1), [1])])
+    reasons = [plan.reason for _, plan in plan_parts(parts, Mask(), 32, 8).parts]
+    assert [slow.name in reason for reason in reasons] == [False, True]
 
 
 @pytest.mark.parametrize(("slow", "ulysses"), [("all_to_all", 1), ("p2p", 8)])

@@ -6,6 +6,7 @@ import torch
 from ringattn import Documents, Layout, Mask, MeshShape, parallel_attention
 from ringattn.kernels.registry import explain
 from ringattn.kernels.spec import CallSpec
+from ringattn.parallel.memory import StageRows
 from ringattn.parallel.plan import Shape
 from ringattn.parallel.planner import plan_attention
 from tests.dense import Case, dense_attention, relative_error
@@ -100,7 +101,7 @@ def extra_bytes(ring: int, scheme: str) -> tuple[int, int]:
         torch.cuda.synchronize()
         extra = torch.cuda.max_memory_allocated() - before - out.nbytes
         del out
-    return extra, int(plan._stage_rows.forward_bytes(Shape(8, 8, 128, 128), False))
+    return extra, int(StageRows.of(plan).forward_bytes(Shape(8, 8, 128, 128), False))
 
 
 @pytest.mark.gpu(2)

@@ -4,6 +4,7 @@ from dataclasses import replace
 from functools import cache
 from random import Random
 
+import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
@@ -14,10 +15,12 @@ from ringattn import Documents, Layout, Mask, MeshShape, ParallelAttention
 from ringattn.benchmarking.workloads import workload
 from ringattn.parallel.degrees import MIXTURE_GAIN, choose_degrees
 from ringattn.parallel.machines import SHIPPED
+from ringattn.parallel.memory import buffer_bytes
 from ringattn.parallel.parts import Parts
 from ringattn.parallel.plan import Shape
 from ringattn.parallel.plan_check import common_digest
 from ringattn.parallel.planner import plan_attention, plan_parts
+from ringattn.parallel.pricing import Candidate, Price, together
 from tests.dense import Case
 from tests.features.test_compiled import compiled_and_not
 from tests.parallel.cases import HEADS, MASKS, documents, masks
@@ -83,8 +86,30 @@ def test_parts_are_balanced_and_so_is_their_sum(seed: int, share: float, padding
     assert max(costs) - sum(costs) / size <= 0.03 * everything / size
 
 
+def price(compute: float, waiting: float, lost: float) -> Price:
+    """Of one position whose host is never waited for."""
+    numbers = {name: np.array([x]) for name, x in {"compute": compute, "waiting": waiting, "lost": lost}.items()}
+    rest = {"messages": 0, "pair_share": 0.0, "kept": 0, "kept_share": 0.0}
+    return Price(Candidate("local", 1), wire=np.zeros(1), host=np.zeros(1), bytes=0, **numbers, **rest)
+
+
+def test_what_a_part_hides_of_the_other_disturbs_its_kernels() -> None:
+    # All of the first's second travels under the other's kernels, and half of the other's four seconds under its own.
+    both = together(price(2, 1, 0.5), price(10, 4, 2))
+    assert (both.compute, both.exposed) == (12 + 0.5 + 1, 2)
+    assert together(price(2, 0, 0), price(10, 0, 0)).seconds == 12
+
+
+def test_without_disturbance_a_mixture_is_predicted_to_be_faster() -> None:
+    quiet = replace(H200, links={key: replace(link, disturbance=0.0) for key, link in H200.links.items()})
+    every = tuple(replace(mesh, machine=quiet) for mesh in free_shape(8).alternatives)
+    docs, mesh = workload("packed256k", 3).docs, replace(every[0], alternatives=every)
+    assert Layout(docs, mesh).parts
+    assert not Layout(docs, free_shape(8)).parts
+
+
 def test_a_mixture_beats_gather_and_ulysses_where_a_pack_mixes_both() -> None:
-    for name in ("hist256k", "packed256k", "short256k"):
+    for name in ("hist256k", "short256k"):
         docs = workload(name, 3).docs
         layout = Layout(docs, free_shape(8))
         assert [(part.mesh.ring, part.mesh.ulysses) for part in layout.parts] == [(1, 8), (8, 1)]
@@ -147,7 +172,7 @@ def test_every_rank_plans_the_same() -> None:
 def test_the_memory_of_all_parts_is_limited() -> None:
     layout = Layout(workload("hist256k", 3).docs, free_shape(8))
     shape = Shape(32, 8, 128, 128)
-    needed = [plan.buffer_bytes(shape) for _, plan in plan_parts(layout, Mask(), 32, 8).parts]
+    needed = [buffer_bytes(plan, shape) for _, plan in plan_parts(layout, Mask(), 32, 8).parts]
     plan_parts(layout, Mask(), 32, 8, memory_limit=2 * sum(needed))
     with pytest.raises(ValueError, match=r"memory_limit=\d+ for all parts"):
         plan_parts(layout, Mask(), 32, 8, memory_limit=needed[0] + 2**16)

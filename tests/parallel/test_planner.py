@@ -12,7 +12,7 @@ from ringattn import Documents, Layout, Mask, MeshShape
 from ringattn.kernels.reference import allowed_pairs
 from ringattn.parallel.held import TILE, inner_rows
 from ringattn.parallel.plan import AttentionPlan
-from ringattn.parallel.planner import plan_attention
+from ringattn.parallel.planner import plan_attention, plan_parts
 from tests.parallel.cases import documents, masks
 from tests.parallel.test_choice import with_links
 
@@ -224,3 +224,13 @@ def test_a_window_waits_for_its_edges_only() -> None:
     assert edge.q == (0, 1024)
     assert plan.received_rows == 1000
     assert plan.stages[1].rows == 1000 + 1024
+
+
+def test_the_plan_of_a_layout_that_is_not_parted_is_its_only_part() -> None:
+    layout = Layout(Documents([100, 30]), MeshShape(1, 2))
+    for asked in ((4, 2), (4, 2, "ring", 2, True, False)):
+        for options in ({}, {"head_dim": 64, "itemsize": 4, "memory_limit": 2**30}):
+            parted = plan_parts(layout, Mask(), *asked, **options)
+            assert plan_attention(layout, Mask(), *asked, **options) is parted.parts[0][1]
+    with pytest.raises(TypeError, match="memory_limits"):
+        plan_attention(layout, Mask(), 4, 2, memory_limits=1)

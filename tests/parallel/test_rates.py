@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 
 from ringattn.kernels.reference import allowed_pairs
 from ringattn.kernels.spec import Block, Call
-from ringattn.parallel.cost import Link
 from ringattn.parallel.fitting import Sample, fit_link, fit_rate, worst_error
+from ringattn.parallel.machine import Link
 from ringattn.parallel.rates import BlockTable, KernelRate, area
 
 UNIT = KernelRate(64, False, flops=1.0, query_tile=4, key_tile=3, units=1)

@@ -9,8 +9,9 @@ from hypothesis import strategies as st
 
 from ringattn import Documents, Layout, Mask, MeshShape
 from ringattn.kernels.spec import Block, Call
-from ringattn.parallel.cost import Link, Machine, plan_cost
+from ringattn.parallel.cost import plan_cost
 from ringattn.parallel.group import plan_group
+from ringattn.parallel.machine import Link, Machine
 from ringattn.parallel.plan import AttentionPlan, Message, Shape, Stage
 from ringattn.parallel.planner import plan_attention
 from ringattn.parallel.pricing import Setting

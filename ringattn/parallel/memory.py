@@ -1,0 +1,162 @@
+"""The memory of a plan's buffers, beside q, k, v, out and their gradients: what is alive at one time. Pure."""
+
+import itertools
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import reduce
+from typing import Any
+
+import numpy as np
+
+from ringattn.parallel.messages import exchange_messages, rank_widths
+from ringattn.parallel.plan import AttentionPlan, Exchange, Shape
+
+SMALLEST = 1 << 20  # bytes of a message buffer
+
+
+def buffer_bytes(plan: AttentionPlan, shape: Shape) -> int:
+    """The most memory that an attention needs at one time beside q, k, v, out and their gradients, in bytes of a rank.
+
+    Where copy engines move its messages that includes the buffers which they are in: all attentions of a mesh share
+    them and they are kept, so of several attentions they count once, with the most that one of them needs.
+
+    Arguments:
+        shape: the model's, before any exchange.
+    """
+    own, last = shape.share(plan.exchange), plan.backward or plan
+    forward = StageRows.of(plan).forward_bytes(own, plan.keep_keys)
+    backward = StageRows.of(last).backward_bytes(own, plan.keep_keys, plan.wide_reduce)
+    exchanged = 0
+    if plan.exchange is not None:
+        exchanged = exchange_bytes(shape, own, plan.exchange.position_rows, plan.exchange.own_rows)
+    largest = largest_messages(plan, shape)
+    return int(max(forward, backward)) + exchanged + sum(message_buffers(largest[axis]) for axis in plan.engines)
+
+
+def largest_messages(plan: AttentionPlan, shape: Shape) -> dict[str, int]:
+    """Bytes of the largest message that any rank sends its peers on each axis, all peers together, in either pass."""
+    own = shape.share(plan.exchange)
+    keys = StageRows.of(plan).message_bytes(own, False, plan.keep_keys, plan.wide_reduce)
+    grads = StageRows.of(plan.backward or plan).message_bytes(own, True, plan.keep_keys, plan.wide_reduce)
+    heads = 0
+    if plan.exchange is not None:
+        heads = exchange_message_bytes(plan.exchange, shape, plan.exchange.position_rows, plan.wide_reduce)
+    return {"ring": max(keys, grads), "ulysses": heads}
+
+
+def exchange_message_bytes(exchange: Exchange, shape: Shape, position_rows: int, wide_reduce: bool) -> int:
+    """Of the largest message of an exchange of so many rows, in either pass: one rank's rows for all heads, or all rows
+    for one rank's heads; at least 1, since an exchange is made even of nothing."""
+    own_rows, most = -(-position_rows // len(exchange.rows)), 1.0
+    for backward in (False, True):
+        there, back = exchange_messages(exchange, shape, backward, wide_reduce, exchange.groups)
+        most = max(most, *(own_rows * sum(rank_widths(exchange, widths)) for widths in there))
+        most = max(most, *(position_rows * max(rank_widths(exchange, widths)) for widths in back))
+    return math.ceil(most)
+
+
+def message_buffers(largest: int) -> int:
+    """Bytes of the two buffers of an axis whose messages copy engines read; none if there are no messages."""
+    return 2 * half_bytes(largest) if largest else 0
+
+
+def half_bytes(largest: int) -> int:
+    """Bytes of one of them: powers of two, so that growing is rare."""
+    return max(SMALLEST, 1 << (largest - 1).bit_length())
+
+
+@dataclass(frozen=True)
+class StageRows:
+    """Rows that decide the memory of a schedule; numbers of one rank, or arrays of many.
+
+    Arguments:
+        buffers, received, sent: key rows of each later stage: of its buffer, that arrive for it, and that the rank
+            sends to others.
+        shared_q, shared_k: rows accumulated in float32.
+        most_sent, most_returned: rows of the largest cast, and reduce, that any position sends in a stage.
+        engines: messages that are sent are in the buffers of copy engines, and take no memory beside those.
+    """
+
+    buffers: Sequence[Any]
+    received: Sequence[Any]
+    sent: Sequence[Any]
+    shared_q: Any
+    shared_k: Any
+    most_sent: int = 0
+    most_returned: int = 0
+    engines: bool = False
+
+    @classmethod
+    def of(cls, plan: AttentionPlan) -> "StageRows":
+        """Those of one rank's stages in one pass."""
+        return cls(
+            buffers=[stage.rows for stage in plan.stages[1:]],
+            received=[stage.cast.received for stage in plan.stages[1:]],
+            sent=[stage.cast.sent for stage in plan.stages[1:]],
+            shared_q=plan.shared_q[1] - plan.shared_q[0],
+            shared_k=0 if plan.single_parts else plan.shared_k[1] - plan.shared_k[0],
+            most_sent=max((stage.cast.most for stage in plan.stages), default=0),
+            most_returned=max((stage.back.most for stage in plan.stages), default=0),
+            engines="ring" in plan.engines,
+        )
+
+    def forward_bytes(self, own: Shape, keep_keys: bool) -> Any:
+        """The keys of a stage, what travels for the next, and the accumulated output."""
+        most = self._most([0, *self.buffers], self._casts, keep_keys)
+        return most * own.key_row_bytes + self.shared_q * own.query_heads * own.value_dim * own.wide
+
+    def backward_bytes(self, own: Shape, keep_keys: bool, wide_reduce: bool) -> Any:
+        """The same with the gradients of a stage's keys, as kernels leave them and as they travel, those of the stage
+        before it on their way back, and the sums."""
+        travels = own.wide_key_row_bytes if wide_reduce else own.key_row_bytes
+        kept = sum(self.buffers) * own.key_row_bytes if keep_keys else 0
+        most: Any = 0
+        returning: Any = 0
+        casts = [*(0 * rows for rows in self._casts), 0] if keep_keys else [*self._casts, 0]
+        most = most + (casts[0] * own.key_row_bytes if self.buffers else 0)  # nothing else is alive at the first cast
+        for number, rows in enumerate(self.buffers):
+            keys = 0 if keep_keys else rows * own.key_row_bytes
+            grads = rows * (own.key_row_bytes + own.wide_key_row_bytes)
+            beside = casts[number + 1] * own.key_row_bytes
+            most = np.maximum(most, returning + keys + grads + beside)
+            returned = 0 if self.engines else self.received[number]
+            returning = grads + (returned + self.sent[number]) * travels
+            most = np.maximum(most, returning)
+        sums = self.shared_q * own.query_heads * own.head_dim * own.wide + self.shared_k * own.wide_key_row_bytes
+        return kept + most + sums
+
+    def message_bytes(self, own: Shape, backward: bool, keep_keys: bool, wide_reduce: bool) -> int:
+        """Of the largest message of a pass."""
+        cast = self.most_sent * own.key_row_bytes
+        if not backward:
+            return cast
+        travels = own.wide_key_row_bytes if wide_reduce else own.key_row_bytes
+        return max(0 if keep_keys else cast, self.most_returned * travels)
+
+    @property
+    def _casts(self) -> list[Any]:
+        """Rows of the messages of each cast: those that are sent and those that arrive, or these and the buffer."""
+        parts = zip(self.sent, self.received, self.buffers, strict=True)
+        return [np.maximum(0 if self.engines else sent, buffer) + received for sent, received, buffer in parts]
+
+    @staticmethod
+    def _most(held: Sequence[Any], casts: Sequence[Any], keep: bool) -> Any:
+        """The most rows at a time: what is held while each cast is under way."""
+        most: Any = 0
+        kept: Any = 0
+        for rows, cast in zip(held, [*casts, 0], strict=True):
+            kept = kept + rows if keep else rows
+            most = np.maximum(most, kept + cast)
+        return most
+
+
+def exchange_bytes(shape: Shape, own: Shape, position_rows: Any, own_rows: Any) -> Any:
+    """q, k, v and out of a rank's heads for all rows of the position, and a message with all heads of its own rows."""
+    return position_rows * own.row_bytes + own_rows * shape.row_bytes
+
+
+def largest_pair(rows: Sequence[Any]) -> Any:
+    """The most rows of two stages that follow one another."""
+    pairs = [a + b for a, b in itertools.pairwise([*rows, 0])]
+    return reduce(np.maximum, pairs) if pairs else 0

@@ -1,0 +1,183 @@
+"""The stated memory: with the message buffers of copy engines, where those move the data and only there."""
+
+import contextlib
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from ringattn import Documents, Layout, Mask, MeshShape
+from ringattn.parallel.choice import candidates
+from ringattn.parallel.demand import Demand
+from ringattn.parallel.executor import run
+from ringattn.parallel.group import plan_group
+from ringattn.parallel.held import Held
+from ringattn.parallel.machines import SHIPPED
+from ringattn.parallel.memory import SMALLEST, StageRows, buffer_bytes, half_bytes, largest_messages, message_buffers
+from ringattn.parallel.plan import AttentionPlan, Route, Shape
+from ringattn.parallel.planner import plan_attention
+from ringattn.parallel.pricing import Pricer, Setting, most_bytes
+from ringattn.parallel.transport import Transport
+from ringattn.preparation import Settings, prepare
+from tests.parallel.cases import documents, masks
+from tests.parallel.ranks import mesh_of
+from tests.parallel.test_choice import with_links
+from tests.pool import Pools
+
+H200 = SHIPPED["H200"]
+COPY = H200.by_copy_engines()
+SHAPE = Shape(32, 8, 128, 128)
+PACKED = Documents([131_072, 32_768, 32_768, 16_384, 16_384, 8192, 8192, 4096, 4096, 2048, 2048, 1024, 1024, 2048])
+SMALL = Documents([40, 5, 1, 0, 23], [0, 40, 45, 46, 50], 75)
+
+
+def test_buffers_are_powers_of_two_from_a_mebibyte_on() -> None:
+    assert [half_bytes(size) for size in (1, SMALLEST, SMALLEST + 1, 2**24, 2**24 + 1)] == [
+        *(2**20, 2**20, 2**21, 2**24, 2**25)
+    ]
+    assert [message_buffers(size) for size in (0, 1, 2**24)] == [0, 2**21, 2**25]
+
+
+class Counting:
+    """A transport that notes its largest message."""
+
+    def __init__(self, inner: Transport) -> None:
+        self.inner, self.name, self.reason, self.most = inner, inner.name, inner.reason, 0
+
+    def buffer(self, route: Route, like: Tensor) -> Tensor:
+        return self.inner.buffer(route, like)
+
+    def message(self, x: Tensor, route: Route) -> Tensor:
+        return self.inner.message(x, route)
+
+    def exchange(self, send: Tensor, receive: Tensor, route: Route) -> Any:
+        self.most = max(self.most, route.most * send.element_size())
+        return self.inner.exchange(send, receive, route)
+
+
+def messages(ring: int, ulysses: int, heads: tuple[int, int], options: dict[str, Any]) -> list[tuple[int, int]]:
+    """Bytes of the largest message on each axis: of a forward and a backward pass, and as stated."""
+    layout = Layout(SMALL, mesh_of(ring, ulysses))
+    (query, key), dims = heads, (8, 4)
+    shapes = (query, dims[0]), (key, dims[0]), (key, dims[1])
+    q, k, v = (torch.randn(layout.tokens(), *shape, dtype=torch.bfloat16, requires_grad=True) for shape in shapes)
+    (job,) = prepare(q, k, v, None, layout, Settings(backend="reference", **options))
+    axes = {"ring": job.ring and Counting(job.ring), "ulysses": job.ulysses and Counting(job.ulysses)}
+    out, _ = run([replace(job, **axes)], q, k, v, None)
+    out.float().sum().backward()
+    stated = largest_messages(job.plan, Shape(query, key, *dims))
+    return [(counting.most, stated[axis]) for axis, counting in axes.items() if counting is not None]
+
+
+@pytest.mark.parametrize("degrees", [(4, 1), (1, 4), (2, 2)])
+@pytest.mark.parametrize("heads", [(8, 2), (8, 8), (6, 3)])
+def test_the_largest_messages_are_those_that_are_sent(
+    pool: Pools, degrees: tuple[int, int], heads: tuple[int, int]
+) -> None:
+    options: list[dict[str, Any]] = [{}, {"wide_reduce": False}, {"keep_keys": True}]
+    if degrees[0] == 1:
+        options.append({"head_groups": 2})
+    for found in pool(4).run_many(messages, [(*degrees, heads, one) for one in options]):
+        for sent, stated in (pair for rank in found for pair in rank):
+            assert sent == stated
+
+
+def planned(degrees: tuple[int, int], machine: Any, scheme: str = "auto", **options: Any) -> AttentionPlan:
+    return plan_attention(Layout(PACKED, MeshShape(1, *degrees)), Mask(), 32, 8, scheme, machine=machine, **options)
+
+
+@pytest.mark.parametrize(
+    ("degrees", "scheme"), [((8, 1), "gather"), ((8, 1), "ring"), ((2, 4), "gather"), ((1, 8), "auto")]
+)
+def test_message_buffers_are_counted_where_engines_copy_and_only_there(degrees: tuple[int, int], scheme: str) -> None:
+    for axes in ((), ("ring",), ("ulysses",), ("ring", "ulysses")):
+        machine = H200.by_copy_engines(ring="ring" in axes, ulysses="ulysses" in axes)
+        plan = planned(degrees, machine, scheme, keep_keys=False)
+        bare = replace(plan, engines=())
+        largest = largest_messages(plan, SHAPE)
+        held = sum(2 * half_bytes(largest[axis]) for axis in axes if largest[axis])
+        assert plan.engines == axes
+        # A message that is sent out of them is not counted a second time.
+        assert buffer_bytes(bare, SHAPE) + held - 2 * largest["ring"] <= buffer_bytes(plan, SHAPE)
+        assert buffer_bytes(plan, SHAPE) <= buffer_bytes(bare, SHAPE) + held
+        if axes == ("ulysses",):
+            assert buffer_bytes(plan, SHAPE) == buffer_bytes(bare, SHAPE) + held
+
+
+def test_what_sends_nothing_needs_no_message_buffers() -> None:
+    layout = Layout(Documents([100] * 8), MeshShape(1, 2), "balanced")
+    plan = plan_attention(layout, Mask(), 32, 8, "gather", machine=COPY)
+    assert plan.sent_rows == plan.received_rows == 0
+    assert buffer_bytes(plan, SHAPE) == 0
+
+
+@settings(max_examples=60)
+@given(
+    docs=documents(longest=3000, most=8),
+    mask=masks,
+    degrees=st.sampled_from([(2, 1), (3, 2), (7, 1), (1, 5), (2, 8)]),
+    axes=st.sampled_from([(True, True), (False, True), (True, False)]),
+    keep_keys=st.sampled_from([None, False, True]),
+    wide=st.booleans(),
+    limit=st.sampled_from([2**21, 3 * 2**20, 2**22, 5 * 2**20, 2**23, 2**24, 2**26, None]),
+)
+def test_no_rank_needs_more_than_all_reckon_with(
+    docs: Documents,
+    mask: Mask,
+    degrees: tuple[int, int],
+    axes: tuple[bool, bool],
+    keep_keys: bool | None,
+    wide: bool,
+    limit: int | None,
+) -> None:
+    machine = H200.by_copy_engines(*axes)
+    layout = Layout(docs, MeshShape(1, *degrees), "contiguous", mask)
+    setting = Setting(machine, SHAPE, keep_keys=keep_keys, wide_reduce=wide).on(layout)
+    with contextlib.suppress(ValueError):  # the limit is too small
+        plans = plan_group(layout, mask, setting, memory_limit=limit)
+        for plan in plans:
+            assert limit is None or buffer_bytes(plan, SHAPE) <= limit
+
+
+@pytest.mark.parametrize("scheme", ["gather", "ring"])
+def test_prices_state_what_plans_do(scheme: str) -> None:
+    layout = Layout(PACKED, MeshShape(1, 4, 2))
+    setting = Setting(COPY, SHAPE, keep_keys=False).on(layout)
+    stated = max(buffer_bytes(plan, SHAPE) for plan in plan_group(layout, Mask(), setting, scheme))
+    pricer = Pricer(Demand.of(Held.of(layout, Mask()), Mask().band), setting)
+    prices = pricer.price(candidates(4, scheme, None)[0])
+    assert stated <= most_bytes(prices) <= 1.2 * stated
+
+
+def test_a_limit_counts_message_buffers() -> None:
+    layout = Layout(Documents([65_536]), MeshShape(1, 8), "balanced")
+    options: dict[str, Any] = {"keep_keys": False}
+    limit = buffer_bytes(plan_attention(layout, Mask(), 32, 8, "gather", machine=H200, **options), SHAPE)
+    plan_attention(layout, Mask(), 32, 8, "gather", machine=H200, memory_limit=limit + 2**21, **options)
+    with pytest.raises(ValueError, match="memory_limit must leave room"):
+        plan_attention(layout, Mask(), 32, 8, "gather", machine=COPY, memory_limit=limit + 2**21, **options)
+    stated = buffer_bytes(plan_attention(layout, Mask(), 32, 8, "gather", machine=COPY, **options), SHAPE)
+    plan = plan_attention(layout, Mask(), 32, 8, "gather", machine=COPY, memory_limit=2 * stated, **options)
+    assert buffer_bytes(plan, SHAPE) == stated
+
+
+def test_messages_of_engines_are_no_other_memory() -> None:
+    plan = planned((8, 1), COPY, "ring", keep_keys=False)
+    rows, own = StageRows.of(plan), SHAPE
+    assert rows.engines
+    assert rows.forward_bytes(own, False) <= replace(rows, engines=False).forward_bytes(own, False)
+    assert rows.backward_bytes(own, False, True) < replace(rows, engines=False).backward_bytes(own, False, True)
+
+
+def test_the_message_buffers_of_one_pass_are_there_in_the_other() -> None:
+    """Each pass alone keeps the limit, but not the one with the messages of the other: one schedule does both."""
+    machine = with_links(834e9).by_copy_engines()
+    layouts = [Layout(Documents([7260]), MeshShape(1, 4, 1, rank), "contiguous") for rank in range(4)]
+    options: dict[str, Any] = {"machine": machine, "keep_keys": False, "memory_limit": 160 << 20}
+    plans = [plan_attention(layout, Mask(), 32, 8, **options) for layout in layouts]
+    assert all(plan.backward is None and "both passes" in plan.reason for plan in plans)
+    assert max(buffer_bytes(plan, SHAPE) for plan in plans) <= 160 << 20

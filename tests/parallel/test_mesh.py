@@ -1,0 +1,39 @@
+"""What moves the data of a mesh's axes, and the machine that its plans are made for."""
+
+from typing import Any
+
+import pytest
+
+from ringattn.parallel import mesh as module
+from ringattn.parallel.machines import SHIPPED
+from ringattn.parallel.mesh import SequenceMesh
+
+FAR = "its ranks are on 2 hosts"
+
+
+@pytest.mark.parametrize(
+    ("ring", "ulysses", "of_all", "of_ulysses", "engines"),
+    [
+        (2, 4, "", "", ("ring", "ulysses")),
+        (2, 4, FAR, "", ("ulysses",)),
+        (2, 4, FAR, FAR, ()),
+        (8, 1, FAR, "", ()),
+        (1, 8, "", "", ("ring", "ulysses")),
+    ],
+)
+def test_plans_are_made_for_the_engines_of_each_axis(
+    monkeypatch: pytest.MonkeyPatch, ring: int, ulysses: int, of_all: str, of_ulysses: str, engines: tuple[str, ...]
+) -> None:
+    """A ring over several hosts is not priced as if copy engines moved its keys, though they move the heads."""
+    groups: dict[Any, str] = {"all": of_all, "ulysses": of_ulysses}
+    monkeypatch.setattr(module, "why_not", lambda group: groups[group])
+    monkeypatch.setattr(module, "_first_of_all", lambda reason, group: reason)
+    mesh = SequenceMesh(1, ring, ulysses, machine=SHIPPED["H200"], device_type="cuda", device_mesh=None)  # type: ignore[arg-type]
+    mesh.__dict__.update(sequence_group="all", ulysses_group="ulysses")
+    found = module._with_transport(mesh, "auto")
+    assert found.machine is not None
+    assert found.machine.engines == engines
+    assert ("" if "ring" in engines else FAR) == found.ring_reason
+    copy = SHIPPED["H200"].links["node", "copy"]
+    for axis, primitive in (("ring", "p2p"), ("ulysses", "all_to_all")):
+        assert (found.machine.links["node", primitive] == copy) == (axis in engines)

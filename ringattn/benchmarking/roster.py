@@ -24,9 +24,9 @@ class Meshes:
     parted: Mapping[tuple[int, int], SequenceMesh]  # by ring and ulysses degree
 
     @classmethod
-    def opened(cls, transport: str) -> "Meshes":
+    def opened(cls, transport: str, captured: bool = False) -> "Meshes":
         """Collective."""
-        free = init_mesh(data=1, sequence=dist.get_world_size(), transport=transport)
+        free = init_mesh(data=1, sequence=dist.get_world_size(), transport=transport, captured=captured)
         parted = {(mesh.ring, mesh.ulysses): mesh for mesh in free.alternatives if isinstance(mesh, SequenceMesh)}
         return cls(free, parted)
 
@@ -50,8 +50,7 @@ def contestants(
     if graphs:
         asked = list(dict.fromkeys(one for name in asked for one in (name, name.removesuffix(SUFFIX) + SUFFIX)))
     makers = [parse(name, ranks) for name in asked]
-    opened = partial(Meshes.opened, transport)
-    shared = opened()
+    shared, opened = Meshes.opened(transport), partial(Meshes.opened, transport, captured=True)
     return [_contestant(name, make, shared, opened) for name, make in zip(asked, makers, strict=True)]
 
 

@@ -7,7 +7,7 @@ from typing import Any
 from ringattn.commands._call import heads, positive, window
 from ringattn.parallel.layout import POLICIES
 
-COPY = "+copy"  # after the name of a machine
+COPY, GRAPH = "+copy", "+graph"  # after the name of a machine, in this order
 
 
 def add_workload_arguments(parser: argparse.ArgumentParser) -> None:
@@ -30,7 +30,8 @@ def add_workload_arguments(parser: argparse.ArgumentParser) -> None:
         "--machine",
         metavar="NAME",
         help="H200, H100, A100, CPU or a calibration file; default this one's, else H200; with +copy, as in H200+copy, "
-        "ranks of a node read each other's memory by copy engines, as they do where that works",
+        "ranks of a node read each other's memory by copy engines, as they do where that works; with +graph at the end "
+        "for steps that are captured in CUDA graphs, which need no host",
     )
 
 
@@ -73,9 +74,10 @@ def machine(args: argparse.Namespace) -> Any:
         if torch.cuda.is_available():
             return local_machine("cuda")
         return SHIPPED["H200"] if MACHINE.read() is None else local_machine("cpu")
-    name = args.machine.removesuffix(COPY)
-    if name != args.machine:
-        return machine(argparse.Namespace(machine=name)).by_copy_engines()
+    for suffix, changed in ((GRAPH, Machine.captured), (COPY, Machine.by_copy_engines)):
+        name = args.machine.removesuffix(suffix)
+        if name != args.machine:
+            return changed(machine(argparse.Namespace(machine=name)))
     if args.machine in SHIPPED:
         return SHIPPED[args.machine]
     path = Path(args.machine)
@@ -91,9 +93,9 @@ def mesh(args: argparse.Namespace, ring: int, ulysses: int) -> Any:
     """
     from ringattn import MeshShape
 
-    if args.machine is None or not args.machine.endswith(COPY):
+    if args.machine is None or COPY not in args.machine:
         return MeshShape(1, ring, ulysses, machine=machine(args))
-    found = machine(argparse.Namespace(machine=args.machine.removesuffix(COPY)))
+    found = machine(argparse.Namespace(machine=args.machine.replace(COPY, "")))
     inside = ring * ulysses <= found.gpus_per_node
     copying = found.by_copy_engines(ring=inside, ulysses=inside or 1 < ulysses <= found.gpus_per_node)
     return MeshShape(1, ring, ulysses, machine=copying)

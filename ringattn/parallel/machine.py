@@ -86,6 +86,10 @@ class Machine:
         where = "" if ring and ulysses else f" on the {engines[0]} axis"
         return replace(self, name=f"{self.name}, copy engines{where}", links=links, engines=engines)
 
+    def captured(self) -> "Machine":
+        """The same for steps that are captured in CUDA graphs: replays need no host."""
+        return replace(self, name=f"{self.name}, captured", host_pass=0.0, host_call=0.0, host_message=0.0)
+
     def __str__(self) -> str:
         return f"{self.name} ({self.provenance.get('origin', 'of unknown origin')})"
 

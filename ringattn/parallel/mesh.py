@@ -160,6 +160,7 @@ def init_mesh(
     ulysses_across_nodes: bool = False,
     sequence: int | None = None,
     transport: str = "auto",
+    captured: bool = False,
 ) -> SequenceMesh:
     """Build the mesh of this job; collective over all ranks, and initialises the default process group if needed.
 
@@ -172,6 +173,7 @@ def init_mesh(
         transport: "collective" moves everything by NCCL's or gloo's all-to-all; "copy" lets copy engines read the
             memory of peers, on CUDA devices of one host; "auto" does that on every axis where it works. The mesh's
             `ring_reason` and `ulysses_reason` say why not.
+        captured: steps will be captured in CUDA graphs, so plans need not spare the host.
 
     The mesh's `machine`, for which plans are made, is this machine's calibration or the shipped one
     (`ringattn.parallel.machines.local_machine`); where ranks would differ all take rank 0's.
@@ -192,7 +194,7 @@ def init_mesh(
     )  # fmt: skip
     if not dist.is_initialized() and world_size == 1:
         _init_single_process(device_type)
-    mesh = _mesh(shape, device_type)
+    mesh = _mesh(shape, device_type, captured=captured)
     _open_groups(mesh)
     machine = mesh.machine
     mesh = _with_transport(mesh, transport)
@@ -210,15 +212,18 @@ def init_mesh(
     return free
 
 
-def _mesh(shape: MeshShape, device_type: str, machine: Machine | None = None) -> SequenceMesh:
+def _mesh(shape: MeshShape, device_type: str, machine: Machine | None = None, captured: bool = False) -> SequenceMesh:
     """Collective; the first one initialises the default process group, if there is none."""
     sizes = (shape.data, shape.ring, shape.ulysses)
     device_mesh = init_device_mesh(device_type, sizes, mesh_dim_names=AXES)
     rank = dist.get_rank()
+    if machine is None:
+        machine = _agreed_machine(device_type)
+        machine = machine.captured() if captured else machine
     return SequenceMesh(
         *sizes,
         sequence_rank=rank % shape.sequence_size,
-        machine=machine or _agreed_machine(device_type),
+        machine=machine,
         data_rank=rank // shape.sequence_size,
         device_type=device_type,
         device_mesh=device_mesh,

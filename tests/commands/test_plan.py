@@ -141,3 +141,12 @@ def test_copy_engines_move_what_stays_in_a_node(capsys):
     assert "predicted for H200, copy engines (" in inside
     assert "predicted for H200, copy engines on the ulysses axis (" in across
     assert "predicted for H200 (" in report(capsys, *argv, "--ring", "16")["reason"]
+
+
+def test_captured_steps_do_not_wait_for_the_host(capsys, tmp_path):
+    (tmp_path / "lengths").write_text(" ".join(["100"] * 80))
+    argv = ["--lengths", str(tmp_path / "lengths"), "--ring", "8"]
+    eager, captured = (report(capsys, *argv, "--machine", name) for name in ("H200+copy", "H200+copy+graph"))
+    assert "H200, captured, copy engines (" in captured["reason"]
+    waiting = [max(rank["forward"]["exposed"] for rank in found["ranks"]) for found in (eager, captured)]
+    assert waiting[0] > 2e-4 > waiting[1]

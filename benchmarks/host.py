@@ -151,6 +151,7 @@ def nothing_computed() -> Iterator[None]:
             ("ringattn.parallel.rows.take_rows", lambda *_: None),
             ("ringattn.parallel.rows.add_rows", lambda *_: None),
             ("ringattn.parallel.ulysses.pack_heads", lambda *_: None),
+            ("ringattn.parallel.ulysses.unpack_heads", lambda *_: None),
         ):
             stack.enter_context(mock.patch(target, value))
         yield
@@ -285,6 +286,11 @@ def profile(case: Case, rows: int = 22) -> list[str]:
     return lines
 
 
+def commit(checkout: str) -> str:
+    command = ["git", "-C", checkout, "rev-parse", "--short", "HEAD"]
+    return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", help="also write the tables to this file")
@@ -304,7 +310,7 @@ def main() -> None:
         f"{date.today()}, {platform.processor() or platform.machine()}, a shared machine of {os.cpu_count()} cores, "
         f"Python {platform.python_version()}, torch {torch.__version__}. `python benchmarks/host.py"
         f"{' --before' if arguments.before else ''}`: {ROUNDS} × {RUNS} runs of {CALLS} calls, kernels and transfers "
-        "that do nothing. `before` is the commit that added this file.",
+        f"that do nothing.{f' `before` is commit {commit(arguments.before)}.' if arguments.before else ''}",
         "",
     ]
     print("\n".join(lines))

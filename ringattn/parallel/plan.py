@@ -277,10 +277,11 @@ class AttentionPlan:
         return copied + [rows for stage in self.stages for message in stage.sends for rows in message.ranges]
 
     @cached_property
-    def only_call(self) -> Call | None:
-        """The call that computes all rows, if there is one and no other."""
-        calls = [call for stage in self.stages for call in stage.calls]
-        return calls[0] if len(calls) == 1 and calls[0].q == (0, self.rows) else None
+    def once(self) -> bool:
+        """Whether every query row is in one call, so that results need no place before they are there."""
+        spans = sorted(call.q for stage in self.stages for call in stage.calls)
+        bounds = [bound for span in spans for bound in span]
+        return bool(spans) and bounds[0] == 0 and bounds[-1] == self.rows and bounds[1:-1:2] == bounds[2:-1:2]
 
     @property
     def adds_grads(self) -> bool:

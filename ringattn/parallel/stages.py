@@ -7,6 +7,7 @@ Legend: n tokens of the ring position, H and K query and key heads of this rank,
 from collections.abc import Generator, Iterator
 from dataclasses import dataclass, replace
 from functools import cached_property
+from operator import itemgetter
 from typing import NamedTuple, TypeVar
 
 import torch
@@ -77,27 +78,51 @@ def forward_stages(job: Job, q: Tensor, k: Tensor, v: Tensor, keep: bool) -> Ste
 
     While a stage is being computed the keys of the next are on their way.
     """
-    plan = job.plan
-    local, *later = plan.stages
-    acc = Accumulator(q.new_empty(q.shape[0], q.shape[1], v.shape[2]), plan.shared_q, plan.uncovered)
-    lse: Tensor | None = None
-    if plan.only_call is None or not q.shape[1]:
-        lse = q.new_full((q.shape[1], q.shape[0]), float("-inf"), dtype=accumulation_dtype(q.dtype))
+    local, *later = job.plan.stages
+    results = _Results(job.plan, q, v)
     kept: list[Tensor] = []
     casts = _casts(job, k, v)
     cast = next(casts)
-    lse = _run_calls(job, local, q, k, v, acc, lse)
+    _run_calls(job, local, q, k, v, results)
     for stage in later:
         assert cast is not None
         yield
         keys, values = cast.wait()
         cast = next(casts)
-        lse = _run_calls(job, stage, q, keys, values, acc, lse)
+        _run_calls(job, stage, q, keys, values, results)
         if keep:
             kept += [keys, values]
         del keys, values
-    assert lse is not None
-    return acc.finish(), lse, kept
+    return results.out.finish(), results.finished_lse(), kept
+
+
+class _Results:
+    """Out and lse of all rows while calls bring their rows."""
+
+    def __init__(self, plan: AttentionPlan, q: Tensor, v: Tensor) -> None:
+        self.out = Accumulator(q.new_empty(q.shape[0], q.shape[1], v.shape[2]), plan.shared_q, plan.uncovered)
+        self._parts: list[tuple[Range, Tensor]] = []  # of the lse, joined at the end if every row is in one
+        self._lse: Tensor | None = None
+        if not plan.once or not q.shape[1]:
+            self._lse = q.new_full((q.shape[1], q.shape[0]), float("-inf"), dtype=accumulation_dtype(q.dtype))
+
+    def collect(self, rows: Range, lse: Tensor) -> None:
+        """The lse (H, rows) of a call whose out is in place; rows that are shared are merged."""
+        if self._lse is None:
+            self._parts.append((rows, lse))
+            return
+        out = self.out
+        a, b = out.inside(rows)
+        if a < b:
+            merge_(out.wide_rows(a, b), self._lse[:, a:b], out.rows[a:b], lse[:, _shifted((a, b), rows[0])])
+        for span in out.outside(rows):
+            self._lse[:, slice(*span)] = lse[:, _shifted(span, rows[0])]
+
+    def finished_lse(self) -> Tensor:
+        if self._lse is not None:
+            return self._lse
+        parts = [lse for _, lse in sorted(self._parts, key=itemgetter(0))]
+        return parts[0] if len(parts) == 1 else torch.cat(parts, 1)
 
 
 def _casts(job: Job, k: Tensor, v: Tensor) -> Iterator[KeyCast | None]:
@@ -107,27 +132,14 @@ def _casts(job: Job, k: Tensor, v: Tensor) -> Iterator[KeyCast | None]:
     yield None
 
 
-def _run_calls(
-    job: Job, stage: Stage, q: Tensor, k: Tensor, v: Tensor, acc: Accumulator, lse: Tensor | None
-) -> Tensor | None:
-    """Run a stage's calls. Every call writes its rows of `out` in place; rows that are shared are then merged.
-
-    Returns the lse (H, n): the given one, or that of the plan's only call.
-    """
-    if not q.shape[1]:
-        return lse
+def _run_calls(job: Job, stage: Stage, q: Tensor, k: Tensor, v: Tensor, results: _Results) -> None:
+    """Run a stage's calls. Every call writes its rows of `out` in place."""
+    if not q.shape[1]:  # this rank has no head
+        return
     for call in stage.calls:
-        q_rows, out = part(q, call.q), part(acc.rows, call.q)
-        k_rows, v_rows = part(k, call.k), part(v, call.k)
-        part_lse = job.backend.forward(q_rows, k_rows, v_rows, call, _options(job, stage, call), out)
-        if lse is None:
-            return part_lse
-        a, b = acc.inside(call.q)
-        if a < b:
-            merge_(acc.wide_rows(a, b), lse[:, a:b], acc.rows[a:b], part_lse[:, _shifted((a, b), call.q[0])])
-        for span in acc.outside(call.q):
-            lse[:, slice(*span)] = part_lse[:, _shifted(span, call.q[0])]
-    return lse
+        tensors = part(q, call.q), part(k, call.k), part(v, call.k)
+        lse = job.backend.forward(*tensors, call, _options(job, stage, call), part(results.out.rows, call.q))
+        results.collect(call.q, lse)
 
 
 def backward_stages(

@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 
 from ringattn import Documents, Layout, Mask, SequenceMesh
-from ringattn.attention import Settings, prepare
 from ringattn.parallel.executor import run
+from ringattn.preparation import Settings, prepare
 from tests.dense import Case, dense_attention, relative_error
 from tests.parallel.late import late
 from tests.parallel.ranks import free_mesh, mesh_of

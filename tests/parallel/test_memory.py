@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from ringattn import Documents, Layout, Mask, MeshShape
+from ringattn import Documents, Layout, Mask, MeshShape, init_mesh, parallel_attention
 from ringattn.parallel.choice import candidates
 from ringattn.parallel.demand import Demand
 from ringattn.parallel.executor import run
@@ -181,3 +181,28 @@ def test_the_message_buffers_of_one_pass_are_there_in_the_other() -> None:
     plans = [plan_attention(layout, Mask(), 32, 8, **options) for layout in layouts]
     assert all(plan.backward is None and "both passes" in plan.reason for plan in plans)
     assert max(buffer_bytes(plan, SHAPE) for plan in plans) <= 160 << 20
+
+
+def held(ring: int, ulysses: int) -> list[tuple[int, int]]:
+    """Bytes of the message buffers of each axis after a forward and a backward pass, and as stated."""
+    mesh = init_mesh(ring=ring, ulysses=ulysses, device_type="cuda", transport="copy")
+    layout = Layout(Documents([5000, 30, 9000]), mesh, "zigzag")
+    shapes = ((8, 128), (4, 128), (4, 128))
+    q, k, v = (
+        torch.randn(layout.tokens(), *shape, dtype=torch.bfloat16, device="cuda", requires_grad=True)
+        for shape in shapes
+    )
+    parallel_attention(q, k, v, layout).sum().backward()
+    torch.cuda.synchronize()
+    plan = plan_attention(layout, Mask(), 8, 4)
+    assert plan.engines == ("ring", "ulysses")
+    stated = largest_messages(plan, Shape(8, 4, 128, 128))
+    axes = {"ring": mesh.ring_transport} if ring > 1 else {"ulysses": mesh.ulysses_transport}
+    return [(2 * transport._half, message_buffers(stated[axis])) for axis, transport in axes.items()]  # type: ignore[attr-defined]
+
+
+@pytest.mark.gpu(2)
+@pytest.mark.parametrize("degrees", [(2, 1), (1, 2)])
+def test_engines_hold_what_is_stated(pool: Pools, degrees: tuple[int, int]) -> None:
+    for pairs in pool(2, "cuda").run(held, *degrees, timeout=300):
+        assert all(found == stated > 2 * SMALLEST for found, stated in pairs)

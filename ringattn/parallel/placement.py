@@ -159,15 +159,25 @@ def balanced(docs: Documents, load: Load, ring: int, speeds: Sequence[float] | N
     return _ordered(held)
 
 
-def _spans(docs: Documents, load: Load) -> list[Span]:
-    """Documents as attention sees them (chunks are documents of their own) and padding, in stream order, none empty."""
+def _spans(docs: Documents, load: Load) -> tuple[Span, ...]:
+    """Documents as attention sees them (chunks are documents of their own) and padding, in stream order, none empty.
+
+    Kept with the documents, which are placed on several meshes where the degrees are open.
+    """
+    kept: dict[Load, tuple[Span, ...]] = docs.__dict__.setdefault("_spans", {})
+    if load not in kept:
+        kept[load] = tuple(sorted(_spans_of(docs, load), key=attrgetter("start")))
+    return kept[load]
+
+
+def _spans_of(docs: Documents, load: Load) -> list[Span]:
     parts = docs.chunked(load.chunk)
     spans = [Span(start, stop - start, 0.0, 0.0, False) for start, stop in docs.padding]
     costs = load.costs(np.array(parts.lengths, dtype=np.int64)).tolist()
     for start, size, cost in zip(parts.starts, parts.lengths, costs, strict=True):
         if size:
             spans.append(Span(start, size, cost, cost / size, load.nested(size)))
-    return sorted(spans, key=attrgetter("start"))
+    return spans
 
 
 def _tiles(spans: list[Span], total: int, ring: int) -> list[int]:

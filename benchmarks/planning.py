@@ -3,6 +3,8 @@
     python benchmarks/planning.py --out benchmarks/results/planning.md
 
 "plan" is what one rank does beside the layout: prices of all schedules for all ranks, and its own plans of both passes.
+"open" is a mesh that leaves its degrees to the layout, `init_mesh(sequence=...)`, of nodes of 8 ranks: then the layout
+prices all of them, and the plan is what is left.
 """
 
 import argparse
@@ -14,7 +16,7 @@ from random import Random
 
 from ringattn import Documents, Layout, Mask, MeshShape
 from ringattn.parallel.machines import SHIPPED
-from ringattn.parallel.planner import plan_attention
+from ringattn.parallel.planner import plan_parts
 
 CASES = ((200, 8), (1000, 64), (10_000, 1024))
 
@@ -32,13 +34,20 @@ def _of_rank(lengths: list[int], ring: int, rank: int, policy: str) -> tuple[flo
     """The best time for the layout, and the best for the plan."""
     times = []
     for _ in range(REPEATS if policy != "zigzag" else 1):
-        layout = Layout(Documents(lengths), MeshShape(1, ring, 1, rank, machine=SHIPPED["H200"]), policy)
+        docs, mesh = Documents(lengths), _mesh(ring, rank, policy == "open")
         begin = time.perf_counter()
+        layout = Layout(docs, mesh, "auto" if policy == "open" else policy)
         _ = layout.positions
         placed = time.perf_counter()
-        plan_attention(layout, Mask(), 32, 8)
+        plan_parts(layout, Mask(), 32, 8)
         times.append((placed - begin, time.perf_counter() - placed))
     return min(a for a, _ in times), min(b for _, b in times)
+
+
+def _mesh(ranks: int, rank: int, with_open_degrees: bool) -> MeshShape:
+    machine, ring = SHIPPED["H200"], MeshShape(1, ranks)
+    every = [MeshShape(1, *degrees, rank, machine=machine) for degrees in ring.parted(8)] if with_open_degrees else []
+    return MeshShape(1, ranks, 1, rank, machine=machine, alternatives=tuple(every))
 
 
 def main() -> None:
@@ -49,7 +58,7 @@ def main() -> None:
     for count, ring in CASES:
         random = Random(0)
         lengths = [int(random.lognormvariate(6.5, 1.3)) + 1 for _ in range(count)]
-        for policy in ("auto", "balanced", "zigzag") if ring <= 64 else ("auto", "balanced"):
+        for policy in ("auto", "open", "balanced", "zigzag") if ring <= 64 else ("auto", "balanced"):
             columns = "{:.1f} | {:.1f}".format(*milliseconds(lengths, ring, policy))
             lines.append(f"| {count} | {ring} | {policy} | {columns} |")
     print("\n".join(lines))

@@ -14,13 +14,10 @@ from typing import Any
 from ringattn import Layout, MeshShape
 from ringattn.benchmarking.workloads import workload
 from ringattn.parallel.choice import candidates, choose
-from ringattn.parallel.demand import Demand
-from ringattn.parallel.held import Held
 from ringattn.parallel.machine import Machine
 from ringattn.parallel.machines import SHIPPED
 from ringattn.parallel.plan import Shape
-from ringattn.parallel.pricing import Setting
-from ringattn.parallel.ulysses import exchange_plan
+from ringattn.parallel.pricing import Pricer, Setting
 
 # Schemes on a mesh: of degrees that a layout chooses, and of other systems, nothing is predicted.
 PREDICTED = re.compile(r"(?!usp)\w+:\d+x\d+")
@@ -67,10 +64,8 @@ def compared(result: dict[str, Any], facts: dict[str, Any], machine: Machine) ->
     work = workload(result["workload"], facts["seed"])
     layout = Layout(work.docs, MeshShape(1, ring, ulysses), mask=work.mask)
     shape = Shape(query_heads, key_heads, facts["head_dim"], facts["head_dim"], 2)
-    exchange = exchange_plan(layout.deal(0), query_heads, key_heads, 0) if ulysses > 1 else None
-    setting = Setting(machine=machine, shape=shape, exchange=exchange)
-    demand = Demand.of(Held.of(layout, work.mask), work.mask.band)
-    cost = choose(demand, setting, candidates(ring, scheme, None), None).cost
+    pricer = Pricer.of(layout, work.mask, Setting(machine, shape))
+    cost = choose(pricer, candidates(ring, scheme, None), None).cost
     forward, backward = cost.forward.seconds * 1e3, cost.backward.seconds * 1e3
     measured = result["forward"], result["both"] - result["forward"]
     error = (forward + backward) / result["both"] - 1

@@ -180,12 +180,10 @@ def received_and_sent(traffic: Any) -> tuple[list[float], list[float]]:
 def alternatives(planned: dict[str, Any]) -> list[dict[str, Any]]:
     """Every schedule of this mesh with its predicted seconds and memory."""
     from ringattn.parallel.choice import candidates
-    from ringattn.parallel.demand import Demand
-    from ringattn.parallel.held import Held
     from ringattn.parallel.pricing import Pricer, most_bytes
 
     layout, mask, setting = planned["layout"], planned["mask"], planned["setting"]
-    pricer = Pricer(Demand.of(Held.of(layout, mask), mask.band), setting)
+    pricer = Pricer.of(layout, mask, setting)
     out = []
     for candidate in candidates(layout.mesh.ring, "auto", None):
         forward, backward = pricer.price(candidate)
@@ -204,8 +202,7 @@ def meshes(planned: dict[str, Any]) -> list[dict[str, Any]]:
     """The best schedules of every ring × ulysses with as many ranks (heads permitting)."""
     from ringattn import Layout
     from ringattn.parallel.choice import candidates, choose
-    from ringattn.parallel.demand import Demand
-    from ringattn.parallel.held import Held
+    from ringattn.parallel.pricing import Pricer
 
     layout, mask, setting = planned["layout"], planned["mask"], planned["setting"]
     ranks, node = layout.mesh.sequence_size, setting.machine.gpus_per_node
@@ -215,9 +212,8 @@ def meshes(planned: dict[str, Any]) -> list[dict[str, Any]]:
             continue
         mesh = _workload.mesh(planned["args"], ranks // ulysses, ulysses)
         other = Layout(layout.docs, mesh, layout.policy, mask, tokens=layout.placed)
-        demand = Demand.of(Held.of(other, mask), mask.band)
         options = candidates(other.mesh.ring, "auto", None)
-        cost = choose(demand, _workload.setting(planned["args"], other), options, None).cost
+        cost = choose(Pricer.of(other, mask, _workload.setting(planned["args"], other)), options, None).cost
         out.append(
             {
                 "ring": other.mesh.ring,

@@ -8,7 +8,6 @@ from dataclasses import dataclass, replace
 
 from ringattn.kernels.spec import Call
 from ringattn.parallel.cost import PlanCost, group_seconds
-from ringattn.parallel.demand import Demand
 from ringattn.parallel.pricing import Candidate, Price, Pricer, Setting, most_bytes
 
 RING_STAGES = 4  # of a ring that was asked for without a number
@@ -46,7 +45,7 @@ class Choice:
     keep_keys: bool = False
 
 
-def choose(demand: Demand, setting: Setting, options: Sequence[Candidate], memory_limit: int | None) -> Choice:
+def choose(pricer: Pricer, options: Sequence[Candidate], memory_limit: int | None) -> Choice:
     """The best of `options` in each direction; one for both if the forward pass keeps its keys.
 
     Where the setting leaves that open, keys are kept if it is predicted to be faster and they fit: in the limit, or
@@ -58,7 +57,7 @@ def choose(demand: Demand, setting: Setting, options: Sequence[Candidate], memor
     Raises ValueError if no option keeps the limit, with the least that is needed. Without a limit the option with the
     least memory is taken then.
     """
-    pricer = Pricer(demand, setting)
+    setting = pricer.setting
     if setting.keep_keys:
         found = _keeping(pricer, options, memory_limit)
     else:

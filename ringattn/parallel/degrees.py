@@ -8,15 +8,13 @@ from dataclasses import dataclass
 
 from ringattn.mask import Mask
 from ringattn.parallel.choice import candidates, choose
-from ringattn.parallel.demand import Demand
-from ringattn.parallel.held import Held
 from ringattn.parallel.layout import Layout
 from ringattn.parallel.machine import Machine
 from ringattn.parallel.mesh import MeshShape
 from ringattn.parallel.mixture import Mixer
 from ringattn.parallel.parts import Parts
 from ringattn.parallel.plan import Shape
-from ringattn.parallel.pricing import Setting
+from ringattn.parallel.pricing import Pricer, Setting
 
 # Higher ulysses degrees need less memory and cut no documents: fewer must be faster by this much to be taken.
 RING_AXIS_GAIN = 0.01
@@ -87,10 +85,9 @@ def _described(layout: Layout) -> str:
 
 
 def _seconds(layout: Layout, masks: Sequence[tuple[Mask, float]], shape: Shape, machine: Machine) -> float:
-    setting = Setting(machine, shape).on(layout)
     options = candidates(layout.mesh.ring, "auto", None)
     total = 0.0
     for mask, layers in masks:
-        demand = Demand.of(Held.of(layout, mask), mask.band)
-        total += layers * choose(demand, setting, options, None).cost.total
+        pricer = Pricer.of(layout, mask, Setting(machine, shape))
+        total += layers * choose(pricer, options, None).cost.total
     return total

@@ -7,7 +7,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ringattn.mask import Band
-from ringattn.parallel.held import Held, inner_rows
+from ringattn.parallel.held import Held, inner_rows, numbers_in
 from ringattn.parallel.plan import Route
 from ringattn.parallel.rates import BlockTable, Ints, needs
 
@@ -29,16 +29,11 @@ class Demand:
 
     @classmethod
     def of(cls, held: Held, band: Band) -> "Demand":
-        columns = [
-            (position, piece.document, piece.first, piece.last, held.docs.lengths[piece.document])
-            for position, pieces in enumerate(held.positions)
-            for piece in pieces
-        ]
-        table = np.array(columns, dtype=np.int64).reshape(-1, 5)
-        table = table[np.lexsort((table[:, 2], table[:, 0], table[:, 1]))]
-        position, document, first, last, length = table.T
+        order = np.lexsort((held.first, held.position, held.document))
+        columns = (held.position, held.document, held.first, held.last, held.length)
+        position, document, first, last, length = (column[order] for column in columns)
         rows = np.array(held.rows, dtype=np.int64)
-        return cls(len(held.positions), position, document, first, last, length, rows, band)
+        return cls(len(held.rows), position, document, first, last, length, rows, band)
 
     @cached_property
     def needs(self) -> tuple[Ints, Ints]:
@@ -91,8 +86,9 @@ class Demand:
     @cached_property
     def cut_rows(self) -> Ints:
         """Rows of each position in documents that it needs keys for or that others read: of those that are cut."""
-        cut = np.isin(self.document, self.document[~self.local])
-        return per(self.position, (self.last - self.first) * cut, self.positions)
+        cut = np.zeros(self.document.max(initial=0) + 1, dtype=np.bool_)  # by document
+        cut[self.document[~self.local]] = True
+        return per(self.position, (self.last - self.first) * cut[self.document], self.positions)
 
     @cached_property
     def traffic(self) -> tuple[Ints, Ints, Ints]:
@@ -100,7 +96,7 @@ class Demand:
         want = np.flatnonzero(~self.local)
         lo, hi = _union(self.group[want], self.needs[0][want], self.needs[1][want])
         begin, end = (np.searchsorted(self.document, self.document[want], side) for side in ("left", "right"))
-        index, piece = _ranges(begin, end)
+        index, piece = numbers_in(begin, end)
         rows = np.minimum(hi[index], self.last[piece]) - np.maximum(lo[index], self.first[piece])
         some = rows > 0
         pair = self.position[want][index[some]] * self.positions + self.position[piece[some]]
@@ -131,7 +127,7 @@ class Demand:
     def own_blocks(self) -> tuple[BlockTable, Ints, Ints]:
         """Each piece over the keys of its own group, with the numbers of the query piece and of the key piece."""
         begin, end = (np.searchsorted(self.group, self.group, side) for side in ("left", "right"))
-        query, run = _ranges(begin, end)
+        query, run = numbers_in(begin, end)
         first = np.maximum(self.first[run], self.needs[0][query])
         last = np.minimum(self.last[run], self.needs[1][query])
         some = first < last
@@ -161,10 +157,3 @@ def _union(group: Ints, lo: Ints, hi: Ints) -> tuple[Ints, Ints]:
     covered = np.maximum.accumulate(hi + base)
     before = np.concatenate([[-1], covered[:-1]]) if len(covered) else covered
     return np.maximum(lo, before - base), hi
-
-
-def _ranges(begin: Ints, end: Ints) -> tuple[Ints, Ints]:
-    """All numbers of the ranges `[begin, end)`, and for each the index of its range."""
-    counts = end - begin
-    index = np.repeat(np.arange(len(counts)), counts)
-    return index, np.arange(len(index)) - np.repeat(np.cumsum(counts) - counts - begin, counts)

@@ -4,12 +4,11 @@ from dataclasses import replace
 
 from ringattn.mask import Mask
 from ringattn.parallel.choice import candidates, choose
-from ringattn.parallel.demand import Demand
 from ringattn.parallel.held import Held
 from ringattn.parallel.layout import Layout
 from ringattn.parallel.plan import AttentionPlan
 from ringattn.parallel.planner import check_scheme, only, plan_exchange, plan_ring, settled
-from ringattn.parallel.pricing import Candidate, Setting
+from ringattn.parallel.pricing import Candidate, Pricer, Setting
 
 
 def plan_group(
@@ -29,11 +28,11 @@ def plan_group(
     check_scheme(scheme, mesh, stages)
     held = Held.of(layout, mask)
     options = candidates(mesh.ring, scheme, stages)
-    demand = Demand.of(held, mask.band)
-    choice = choose(demand, setting, options, memory_limit)
+    pricer = Pricer.of(layout, mask, setting)
+    choice = choose(pricer, options, memory_limit)
 
     def planned(position: int, one: Candidate) -> AttentionPlan:
-        return settled(plan_ring(held, demand, position, one), setting, choice.keep_keys)
+        return settled(plan_ring(held, pricer.demand, position, one), setting, choice.keep_keys)
 
     plans = []
     for position in range(mesh.ring):

@@ -109,7 +109,9 @@ class Layout:
         parted = partial(on, self.mesh) if self.policy in ("auto", "balanced") else None
         chosen = choose_degrees(self.mesh.alternatives, on, self.load.masks, shape, machine, parted)
         self.mesh, self.reason = chosen.layout.mesh, chosen.reason
-        self.positions, self.parts = chosen.layout.positions, chosen.layout.parts
+        self.parts, self._plans = chosen.layout.parts, chosen.layout._plans
+        if not self.parts:
+            self.positions = chosen.layout.positions
 
     def _take_parts(self, parts: Parts, machine: Machine | None, shape: Shape) -> None:
         if self.speeds is not None:
@@ -119,8 +121,6 @@ class Layout:
             Layout(part.docs, part.mesh, self.policy, self.load.masks, tokens=part.tokens, **options)
             for part in resolve_parts(self.docs, self.mesh, parts)
         )
-        ranks = range(self.mesh.sequence_size)
-        self.positions = tuple(touching(span for part in self.parts for span in part.ranges(rank)) for rank in ranks)
 
     @property
     def resolved_policy(self) -> str:
@@ -131,6 +131,9 @@ class Layout:
     @cached_property
     def positions(self) -> Placement:
         """Ordered global ranges `(start, stop)` of every ring position."""
+        if self.parts:
+            ranks = range(self.mesh.sequence_size)
+            return tuple(touching(span for part in self.parts for span in part.ranges(rank)) for rank in ranks)
         docs = self.docs if self.placed is None else compact(self.docs, self.placed)
         if self.resolved_policy == "balanced":
             placed = placement.balanced(docs, self.load, self.mesh.ring, self.speeds)

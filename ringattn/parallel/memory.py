@@ -1,18 +1,19 @@
 """The memory of a plan's buffers, beside q, k, v, out and their gradients: what is alive at one time. Pure."""
 
-import itertools
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import reduce
+from functools import cached_property
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
 from ringattn.parallel.messages import exchange_messages, rank_widths
 from ringattn.parallel.plan import AttentionPlan, Exchange, Shape
 
 SMALLEST = 1 << 20  # bytes of a message buffer
+
+Rows = npt.NDArray[Any]  # (stages), or (stages, ranks)
 
 
 def buffer_bytes(plan: AttentionPlan, shape: Shape) -> int:
@@ -68,7 +69,7 @@ def half_bytes(largest: int) -> int:
 
 @dataclass(frozen=True)
 class StageRows:
-    """Rows that decide the memory of a schedule; numbers of one rank, or arrays of many.
+    """Rows that decide the memory of a schedule, of one rank or of many.
 
     Arguments:
         buffers, received, sent: key rows of each later stage: of its buffer, that arrive for it, and that the rank
@@ -78,9 +79,9 @@ class StageRows:
         engines: messages that are sent are in the buffers of copy engines, and take no memory beside those.
     """
 
-    buffers: Sequence[Any]
-    received: Sequence[Any]
-    sent: Sequence[Any]
+    buffers: Rows
+    received: Rows
+    sent: Rows
     shared_q: Any
     shared_k: Any
     most_sent: int = 0
@@ -90,10 +91,12 @@ class StageRows:
     @classmethod
     def of(cls, plan: AttentionPlan) -> "StageRows":
         """Those of one rank's stages in one pass."""
+        rows = [(stage.rows, stage.cast.received, stage.cast.sent) for stage in plan.stages[1:]]
+        buffers, received, sent = np.array(rows, dtype=np.int64).reshape(-1, 3).T
         return cls(
-            buffers=[stage.rows for stage in plan.stages[1:]],
-            received=[stage.cast.received for stage in plan.stages[1:]],
-            sent=[stage.cast.sent for stage in plan.stages[1:]],
+            buffers=buffers,
+            received=received,
+            sent=sent,
             shared_q=plan.shared_q[1] - plan.shared_q[0],
             shared_k=0 if plan.single_parts else plan.shared_k[1] - plan.shared_k[0],
             most_sent=max((stage.cast.most for stage in plan.stages), default=0),
@@ -103,28 +106,24 @@ class StageRows:
 
     def forward_bytes(self, own: Shape, keep_keys: bool) -> Any:
         """The keys of a stage, what travels for the next, and the accumulated output."""
-        most = self._most([0, *self.buffers], self._casts, keep_keys)
+        held = np.cumsum(self.buffers, 0) if keep_keys else self.buffers
+        most = np.max(_among_zeros(1, held, 0) + _among_zeros(0, self._casts, 1), 0)
         return most * own.key_row_bytes + self.shared_q * own.query_heads * own.value_dim * own.wide
 
     def backward_bytes(self, own: Shape, keep_keys: bool, wide_reduce: bool) -> Any:
         """The same with the gradients of a stage's keys, as kernels leave them and as they travel, those of the stage
         before it on their way back, and the sums."""
         travels = own.wide_key_row_bytes if wide_reduce else own.key_row_bytes
-        kept = sum(self.buffers) * own.key_row_bytes if keep_keys else 0
-        most: Any = 0
-        returning: Any = 0
-        casts = [*(0 * rows for rows in self._casts), 0] if keep_keys else [*self._casts, 0]
-        most = most + (casts[0] * own.key_row_bytes if self.buffers else 0)  # nothing else is alive at the first cast
-        for number, rows in enumerate(self.buffers):
-            keys = 0 if keep_keys else rows * own.key_row_bytes
-            grads = rows * (own.key_row_bytes + own.wide_key_row_bytes)
-            beside = casts[number + 1] * own.key_row_bytes
-            most = np.maximum(most, returning + keys + grads + beside)
-            returned = 0 if self.engines else self.received[number]
-            returning = grads + (returned + self.sent[number]) * travels
-            most = np.maximum(most, returning)
+        grads = self.buffers * (own.key_row_bytes + own.wide_key_row_bytes)
+        returning = grads + ((0 if self.engines else self.received) + self.sent) * travels
+        # While a stage is computed the one before it returns; first there is the first cast alone, last a reduce.
+        alive = _among_zeros(2, returning, 0) + _among_zeros(1, grads, 1)
+        if keep_keys:
+            alive = alive + self.buffers.sum(0) * own.key_row_bytes
+        else:
+            alive = alive + (_among_zeros(1, self.buffers, 1) + _among_zeros(0, self._casts, 2)) * own.key_row_bytes
         sums = self.shared_q * own.query_heads * own.head_dim * own.wide + self.shared_k * own.wide_key_row_bytes
-        return kept + most + sums
+        return np.max(alive, 0) + sums
 
     def message_bytes(self, own: Shape, backward: bool, keep_keys: bool, wide_reduce: bool) -> int:
         """Of the largest message of a pass."""
@@ -135,28 +134,23 @@ class StageRows:
         return max(0 if keep_keys else cast, self.most_returned * travels)
 
     @property
-    def _casts(self) -> list[Any]:
-        """Rows of the messages of each cast: those that are sent and those that arrive, or these and the buffer."""
-        parts = zip(self.sent, self.received, self.buffers, strict=True)
-        return [np.maximum(0 if self.engines else sent, buffer) + received for sent, received, buffer in parts]
+    def largest_pair(self) -> Any:
+        """The most rows of the buffers of two stages that follow one another."""
+        return np.max(self.buffers + _among_zeros(0, self.buffers[1:], 1)[: len(self.buffers)], 0, initial=0)
 
-    @staticmethod
-    def _most(held: Sequence[Any], casts: Sequence[Any], keep: bool) -> Any:
-        """The most rows at a time: what is held while each cast is under way."""
-        most: Any = 0
-        kept: Any = 0
-        for rows, cast in zip(held, [*casts, 0], strict=True):
-            kept = kept + rows if keep else rows
-            most = np.maximum(most, kept + cast)
-        return most
+    @cached_property
+    def _casts(self) -> Rows:
+        """Rows of the messages of each cast: those that are sent and those that arrive, or these and the buffer."""
+        return np.maximum(0 if self.engines else self.sent, self.buffers) + self.received
+
+
+def _among_zeros(before: int, rows: Rows, after: int) -> Rows:
+    """With so many stages of nothing before and after."""
+    out = np.zeros((before + len(rows) + after, *rows.shape[1:]), rows.dtype)
+    out[before : before + len(rows)] = rows
+    return out
 
 
 def exchange_bytes(shape: Shape, own: Shape, position_rows: Any, own_rows: Any) -> Any:
     """q, k, v and out of a rank's heads for all rows of the position, and a message with all heads of its own rows."""
     return position_rows * own.row_bytes + own_rows * shape.row_bytes
-
-
-def largest_pair(rows: Sequence[Any]) -> Any:
-    """The most rows of two stages that follow one another."""
-    pairs = [a + b for a, b in itertools.pairwise([*rows, 0])]
-    return reduce(np.maximum, pairs) if pairs else 0

@@ -6,7 +6,8 @@ length and the longest n of them exchanged; that n is left to find.
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cached_property
 from itertools import accumulate
 
 import numpy as np
@@ -15,14 +16,12 @@ from ringattn.documents import Documents
 from ringattn.mask import Mask
 from ringattn.parallel.choice import PAIR_SHARE, candidates
 from ringattn.parallel.cost import exchange_seconds, host_seconds
-from ringattn.parallel.demand import Demand
-from ringattn.parallel.held import Held
 from ringattn.parallel.layout import Layout
 from ringattn.parallel.machine import Machine
 from ringattn.parallel.mesh import MeshShape
 from ringattn.parallel.parts import Parts
 from ringattn.parallel.placement import Load
-from ringattn.parallel.plan import Shape
+from ringattn.parallel.plan import Exchange, Shape
 from ringattn.parallel.pricing import Price, Pricer, Setting, together
 from ringattn.parallel.rates import Floats
 from ringattn.parallel.ulysses import exchange_plan
@@ -85,9 +84,9 @@ class Mixer:
         return total
 
     def _prices(self, part: Layout, mask: Mask) -> tuple[Price, Price]:
-        setting = Setting(part.mesh.planned_for(self.machine), self.shape).on(part)
+        setting = Setting(part.mesh.planned_for(self.machine), self.shape)
         (candidate,) = candidates(part.mesh.ring, "gather", None)
-        return Pricer(Demand.of(Held.of(part, mask), mask.band), setting).price(candidate)
+        return Pricer.of(part, mask, setting).price(candidate)
 
     def _bounds(self, lengths: Sequence[int]) -> Iterator[tuple[float, int]]:
         """Numbers of documents to exchange, each with seconds that no mixture of so many takes less than.
@@ -113,11 +112,16 @@ class Mixer:
         load = Load(tuple(self.masks), (rate,), dims)
         return load.costs(np.array(lengths, dtype=np.int64)) * self.shape.query_heads / self.outer.sequence_size
 
+    @cached_property
+    def _exchange(self) -> Exchange:
+        """How heads are dealt in an exchange, of no rows."""
+        return exchange_plan(((0, 0),) * self.inner.ulysses, self.shape.query_heads, self.shape.key_heads, 0)
+
     def _wire(self, tokens: int, backward: bool) -> float:
         """Seconds of the exchange of so many tokens."""
         ranks, rows = self.inner.ulysses, tokens // self.inner.ring
         deal = tuple((rank * rows // ranks, (rank + 1) * rows // ranks) for rank in range(ranks))
-        exchange = exchange_plan(deal, self.shape.query_heads, self.shape.key_heads, 0)
+        exchange = replace(self._exchange, rows=deal)
         return exchange_seconds(self.inner.planned_for(self.machine), exchange, 0, self.shape, backward)[0]
 
 

@@ -10,8 +10,9 @@ from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import accumulate, pairwise
-from operator import itemgetter
+from itertools import accumulate, chain, pairwise
+from operator import attrgetter
+from typing import NamedTuple
 
 import numpy as np
 
@@ -73,30 +74,30 @@ class Load:
 
         A window or chunk shorter than half the document makes cost per token flat: then few cuts matter more.
         """
-        return any(2 * min(size, reach) >= size for reach in self._reaches)
+        return size <= 2 * self._reach
 
     @cached_property
-    def _reaches(self) -> list[float]:
-        """Of each causal mask, how far back its queries see at most."""
-        return [
+    def _reach(self) -> float:
+        """How far back queries of a causal mask see, of the one whose see farthest; negative without such a mask."""
+        reaches = [
             min(math.inf if mask.band.lo is None else -mask.band.lo, mask.chunk or math.inf)
             for mask, _ in self.masks
             if mask.band.hi == 0
         ]
+        return max(reaches, default=-math.inf)
 
 
-@dataclass(frozen=True)
-class Span:
+class Span(NamedTuple):
     """A run of tokens whose cost is balanced as one: a document as attention sees it, or padding (no cost)."""
 
     start: int
     size: int
     cost: float
+    density: float  # cost per token
     nested: bool  # cut in nested heads and tails; else in consecutive runs
 
-    @property
-    def density(self) -> float:
-        return self.cost / self.size
+
+Held = list[tuple[Span, int, int]]  # pieces of one position: tokens `[first, last)` of a span
 
 
 def contiguous(docs: Documents, load: Load, ring: int) -> Placement:
@@ -104,7 +105,7 @@ def contiguous(docs: Documents, load: Load, ring: int) -> Placement:
     bounds = [index * docs.total // ring for index in range(ring + 1)]
     spans = _spans(docs, load)
     starts = [span.start for span in spans]
-    held: list[list[tuple[Span, int, int]]] = [[] for _ in range(ring)]
+    held: list[Held] = [[] for _ in range(ring)]
     for position, (begin, end) in enumerate(pairwise(bounds)):
         index = max(0, bisect_right(starts, begin) - 1)
         while index < len(spans) and spans[index].start < end:
@@ -122,7 +123,7 @@ def zigzag(docs: Documents, load: Load, ring: int) -> Placement:
     Source: zhuzilin/ring-flash-attention, Megatron-LM; there documents must divide by 2 × ring. The positions rotate
     from document to document so that the rows left over by the division do not always fall on the same one.
     """
-    held: list[list[tuple[Span, int, int]]] = [[] for _ in range(ring)]
+    held: list[Held] = [[] for _ in range(ring)]
     for number, span in enumerate(_spans(docs, load)):
         bounds = [index * span.size // (2 * ring) for index in range(2 * ring + 1)]
         for index, (first, last) in enumerate(pairwise(bounds)):
@@ -147,32 +148,45 @@ def balanced(docs: Documents, load: Load, ring: int, speeds: Sequence[float] | N
     spans = sorted(_spans(docs, load), key=lambda span: (span.density, span.start))
     tiles = _tiles(spans, docs.total, ring)
     shares = _window_search(spans, list(accumulate(speeds or [1.0] * ring)), tiles)
-    held: list[list[tuple[Span, int, int]]] = [[] for _ in range(ring)]
+    held: list[Held] = [[] for _ in range(ring)]
     for span, owners, tile in zip(spans, shares, tiles, strict=True):
+        if len(owners) == 1:
+            held[owners[0][0]].append((span, 0, span.size))
+            continue
         pieces = _nest(span.size, owners, tile) if span.nested else _queue(owners)
         for position, first, last in pieces:
             held[position].append((span, first, last))
     return _ordered(held)
 
 
-def _spans(docs: Documents, load: Load) -> list[Span]:
-    """Documents as attention sees them (chunks are documents of their own) and padding, in stream order, none empty."""
+def _spans(docs: Documents, load: Load) -> tuple[Span, ...]:
+    """Documents as attention sees them (chunks are documents of their own) and padding, in stream order, none empty.
+
+    Kept with the documents, which are placed on several meshes where the degrees are open.
+    """
+    kept: dict[Load, tuple[Span, ...]] = docs.__dict__.setdefault("_spans", {})
+    if load not in kept:
+        kept[load] = tuple(sorted(_spans_of(docs, load), key=attrgetter("start")))
+    return kept[load]
+
+
+def _spans_of(docs: Documents, load: Load) -> list[Span]:
     parts = docs.chunked(load.chunk)
-    spans = [Span(start, stop - start, 0.0, False) for start, stop in docs.padding]
+    spans = [Span(start, stop - start, 0.0, 0.0, False) for start, stop in docs.padding]
     costs = load.costs(np.array(parts.lengths, dtype=np.int64)).tolist()
     for start, size, cost in zip(parts.starts, parts.lengths, costs, strict=True):
         if size:
-            spans.append(Span(start, size, cost, load.nested(size)))
-    return sorted(spans, key=lambda span: span.start)
+            spans.append(Span(start, size, cost, cost / size, load.nested(size)))
+    return spans
 
 
 def _tiles(spans: list[Span], total: int, ring: int) -> list[int]:
     """Rows that cuts of each span are rounded to, a power of two."""
     coarsest = min(TILE, max(1, total // (ring * MIN_TILES)))
     mean = sum(span.cost for span in spans) / max(total, 1)
-    return [
-        1 << int(max(1.0, coarsest * min(1.0, mean / (span.density or mean or 1.0)))).bit_length() - 1 for span in spans
-    ]
+    density = np.array([span.density or mean or 1.0 for span in spans])
+    rows = np.maximum(1.0, coarsest * np.minimum(1.0, mean / density))
+    return (1 << (np.frexp(rows)[1] - 1)).tolist()
 
 
 def _window_search(spans: list[Span], bounds: list[float], tiles: list[int]) -> list[list[tuple[int, int]]]:
@@ -182,7 +196,7 @@ def _window_search(spans: list[Span], bounds: list[float], tiles: list[int]) -> 
         bounds: what all positions up to each shall have, of the last of them.
     """
     left = np.array([span.size for span in spans], dtype=np.int64)
-    density = np.array([span.density for span in spans], dtype=np.float64)
+    density = np.array([span.density for span in spans])
     tokens, cost = int(left.sum()), float((left * density).sum())
     shares: list[list[tuple[int, int]]] = [[] for _ in spans]
     given, given_cost = 0, 0.0
@@ -191,8 +205,9 @@ def _window_search(spans: list[Span], bounds: list[float], tiles: list[int]) -> 
         want = int(bound * tokens // bounds[-1]) - given
         goal = bound * cost / bounds[-1] - given_cost
         taken = left if position == len(bounds) - 1 else _window(left, density, want, goal, tiles)
-        for index in np.flatnonzero(taken):
-            shares[index].append((position, int(taken[index])))
+        owned = np.flatnonzero(taken)
+        for index, share in zip(owned.tolist(), taken[owned].tolist(), strict=True):
+            shares[index].append((position, share))
         left = left - taken
         given += int(taken.sum())
         given_cost += float((taken * density).sum())
@@ -201,14 +216,16 @@ def _window_search(spans: list[Span], bounds: list[float], tiles: list[int]) -> 
 
 def _window(left: np.ndarray, density: np.ndarray, want: int, goal: float, tiles: list[int]) -> np.ndarray:
     """Tokens that a window of `want` tokens and cost `goal` takes from every span; `left` are those not given away."""
-    ends = np.cumsum(left)
-    costs = np.concatenate([[0.0], np.cumsum(left * density)])
     if want <= 0:
         return np.zeros_like(left)
+    ends = np.cumsum(left)
+    begins = ends - left
+    costs = np.concatenate([[0.0], np.cumsum(left * density)])
 
     def cost_before(token: int) -> float:
-        index = int(np.searchsorted(ends, token, side="left"))
-        return float(costs[index] + (token - (ends[index] - left[index])) * density[index]) if token else 0.0
+        # `item`: this is called 40 times a position, and numbers of Python are faster than those of numpy.
+        index = int(ends.searchsorted(token))
+        return costs.item(index) + (token - begins.item(index)) * density.item(index) if token else 0.0
 
     low, high = 0, int(ends[-1]) - want
     while low < high:
@@ -264,35 +281,32 @@ def _queue(owners: list[tuple[int, int]]) -> list[tuple[int, int, int]]:
     return pieces
 
 
-def _ordered(held: list[list[tuple[Span, int, int]]]) -> Placement:
+def _ordered(held: list[Held]) -> Placement:
     """Ranges of every position: whole, heads (opening ones first), tails, padding; joined where they touch."""
-
-    def room(piece: tuple[Span, int, int], heads: set[int]) -> int:
-        span, first, last = piece
-        if not span.cost:
-            return 4
-        if last - first == span.size:
-            return 0
-        if first == 0:
-            return 1
-        return 2 if span.start + first in heads else 3
-
     placement = []
     for pieces in held:
-        pieces = sorted(pieces, key=lambda piece: piece[0].start + piece[1])
-        pieces = _joined(pieces)
+        pieces = _joined(sorted(pieces, key=lambda piece: piece[0].start + piece[1]))
         # The first of two pieces of one document is its head; a piece that is alone counts as a tail.
         heads = {a[0].start + a[1] for a, b in pairwise(pieces) if a[0].start == b[0].start}
-        order = sorted(
-            ((room(piece, heads), piece[0].start + piece[1], piece) for piece in pieces), key=itemgetter(0, 1)
-        )
-        placement.append(touching([(span.start + first, span.start + last) for _, _, (span, first, last) in order]))
+        rooms: list[list[Range]] = [[] for _ in range(5)]
+        for span, first, last in pieces:
+            begin = span.start + first
+            if not span.cost:
+                room = 4
+            elif last - first == span.size:
+                room = 0
+            elif first == 0:
+                room = 1
+            else:
+                room = 2 if begin in heads else 3
+            rooms[room].append((begin, span.start + last))
+        placement.append(touching(chain.from_iterable(rooms)))
     return tuple(placement)
 
 
-def _joined(pieces: list[tuple[Span, int, int]]) -> list[tuple[Span, int, int]]:
+def _joined(pieces: Held) -> Held:
     """Neighbouring pieces of one span made one."""
-    out: list[tuple[Span, int, int]] = []
+    out: Held = []
     for span, first, last in pieces:
         if out and out[-1][0].start == span.start and out[-1][2] == first:
             out[-1] = (span, out[-1][1], last)

@@ -15,7 +15,7 @@ from ringattn.parallel.layout import Layout
 from ringattn.parallel.machine import Machine
 from ringattn.parallel.mesh import MeshShape
 from ringattn.parallel.plan import AttentionPlan, Exchange, Message, PartedPlan, Route, Shape, Stage
-from ringattn.parallel.pricing import Candidate, Setting
+from ringattn.parallel.pricing import Candidate, Pricer, Setting
 from ringattn.parallel.ranges import overlap, union
 from ringattn.parallel.ulysses import exchange_plan
 
@@ -111,7 +111,7 @@ def _plans(
     for part, setting in zip(layout.parts or (layout,), settings, strict=True):
         options = candidates(part.mesh.ring, part_scheme(layout, part, scheme, left), stages)
         try:
-            plan, taken = _plan(part, mask, setting.on(part), options, left, head_groups)
+            plan, taken = _plan(part, mask, setting, options, left, head_groups)
         except ValueError as error:
             raise (ValueError(f"memory_limit={memory_limit} for all parts: {error}") if row else error) from None
         left = None if left is None else left - taken
@@ -129,14 +129,12 @@ def _plan(
 ) -> tuple[AttentionPlan, int]:
     """The plan of this rank, and the bytes that the buffers of any rank take at most."""
     mesh = layout.mesh
-    held_key = ("held", mask.chunk)
-    if held_key not in layout._plans:
-        layout._plans[held_key] = Held.of(layout, mask)
-    held: Held = layout._plans[held_key]
-    demand = Demand.of(held, mask.band)
-    choice = choose(demand, setting, options, memory_limit)
-    plans = [plan_ring(held, demand, mesh.ring_rank, one) for one in dict.fromkeys((choice.forward, choice.backward))]
-    exchange, why = plan_exchange(layout, setting, mesh.ring_rank, mesh.ulysses_rank, plans[0], head_groups)
+    held, pricer = Held.of(layout, mask), Pricer.of(layout, mask, setting)
+    choice = choose(pricer, options, memory_limit)
+    plans = [
+        plan_ring(held, pricer.demand, mesh.ring_rank, one) for one in dict.fromkeys((choice.forward, choice.backward))
+    ]
+    exchange, why = plan_exchange(layout, pricer.setting, mesh.ring_rank, mesh.ulysses_rank, plans[0], head_groups)
     reason = only(mesh, options) + choice.reason + why
     plans = [replace(settled(plan, setting, choice.keep_keys), exchange=exchange) for plan in plans]
     backward = plans[1] if len(plans) > 1 else None
@@ -203,7 +201,7 @@ def check_scheme(scheme: str, mesh: MeshShape, stages: int | None = None, parts:
 
 def plan_ring(held: Held, demand: Demand, position: int, candidate: Candidate) -> AttentionPlan:
     """The stages of a ring position, without an exchange; `demand` is that of `held`."""
-    return _RingPlanner(held, demand, position, candidate.schedule, candidate.distances(len(held.positions))).plan()
+    return _RingPlanner(held, demand, position, candidate.schedule, candidate.distances(len(held.rows))).plan()
 
 
 @dataclass
@@ -255,7 +253,7 @@ class _RingPlanner:
         later = [cast.stage(shared_q, *pair) for cast, pair in zip(casts, routes, strict=True)]
         return AttentionPlan(
             schedule=self.schedule,
-            ring=len(self.held.positions),
+            ring=len(self.held.rows),
             ring_rank=self.position,
             rows=self.held.rows[self.position],
             index=self.held.index[self.position],
@@ -266,7 +264,7 @@ class _RingPlanner:
 
     def _local_blocks(self) -> list[Block]:
         blocks = []
-        for piece in self.held.positions[self.position]:
+        for piece in self.held.pieces(self.position):
             if self.schedule != "gather":
                 blocks += blocks_of(piece, self.held.own(self.position, piece.document), self.band)
                 continue
@@ -292,7 +290,7 @@ class _RingPlanner:
         stage_of = {distance: cast for cast, span in zip(casts, self.distances, strict=True) for distance in span}
         if self.schedule == "gather":
             stage_of[0] = casts[0]  # the local rows among the keys are copied
-        for document in self.held.cut_documents[self.position]:
+        for document in self.held.cut_documents(self.position):
             self._arrive(document, stage_of)
             self._leave(document, stage_of)
         for cast in casts:
@@ -304,7 +302,7 @@ class _RingPlanner:
         runs: dict[int, tuple[_Cast, list[Piece]]] = {}
         start = self.held.docs.starts[document]
         for piece, holder in self._runs(self.position, document):
-            cast = stage_of.get((holder - self.position) % len(self.held.positions))
+            cast = stage_of.get((holder - self.position) % len(self.held.rows))
             if cast is None:
                 continue
             target = cast.room(piece.last - piece.first)
@@ -321,10 +319,10 @@ class _RingPlanner:
     def _leave(self, document: int, stage_of: dict[int, _Cast]) -> None:
         """Local rows that other positions want, in the order of their buffers."""
         own = self.held.own(self.position, document)
-        for reader in self.held.readers[document]:
+        for reader in self.held.readers(document):
             if reader == self.position:
                 continue
-            leaving = stage_of[(self.position - reader) % len(self.held.positions)].leaving[reader]
+            leaving = stage_of[(self.position - reader) % len(self.held.rows)].leaving[reader]
             for want in self._wanted(reader, document):
                 for piece in own:
                     first, last = overlap(want, (piece.first, piece.last))
@@ -335,7 +333,7 @@ class _RingPlanner:
     def _runs(self, reader: int, document: int) -> Iterator[tuple[Piece, int]]:
         """What `reader` wants of a document, in ascending order: the parts of the holders' pieces, and the holder."""
         for want in self._wanted(reader, document):
-            for holder, piece in self.held.by_document[document]:
+            for holder, piece in self.held.holders(document):
                 begin, end = overlap(want, (piece.first, piece.last))
                 if begin < end:
                     yield Piece(document, begin, end, piece.row + begin - piece.first), holder

@@ -6,13 +6,14 @@ spread in proportion to the rows that arrive.
 
 import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 
+from ringattn.mask import Mask
 from ringattn.parallel.cost import (
     DirectionCost,
     StageCost,
@@ -25,19 +26,21 @@ from ringattn.parallel.cost import (
     host_seconds,
 )
 from ringattn.parallel.demand import Demand, per
+from ringattn.parallel.held import Held
 from ringattn.parallel.layout import Layout
 from ringattn.parallel.machine import CLASSES, Machine
 from ringattn.parallel.memory import (
     StageRows,
     exchange_bytes,
     exchange_message_bytes,
-    largest_pair,
     message_buffers,
 )
 from ringattn.parallel.messages import exchange_messages
 from ringattn.parallel.plan import Exchange, Shape
 from ringattn.parallel.rates import BlockTable, Floats, Ints
 from ringattn.parallel.ulysses import exchange_plan
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -86,14 +89,13 @@ class Setting:
     def ulysses(self) -> int:
         return 1 if self.exchange is None else len(self.exchange.rows)
 
-    @property
+    @cached_property
     def own(self) -> Shape:
         """The largest share of the heads."""
         if self.exchange is None:
             return self.shape
-        exchanges = [replace(self.exchange, rank=rank) for rank in range(self.ulysses)]
-        shares = [self.shape.share(exchange) for exchange in exchanges]
-        return max(shares, key=lambda share: (share.query_heads, share.key_heads))
+        queries, keys = max((share.queries, len(share.keys)) for share in self.exchange.heads)
+        return replace(self.shape, query_heads=queries, key_heads=keys)
 
 
 @dataclass(frozen=True)
@@ -164,6 +166,30 @@ def _slowest(compute: Floats, wire: Floats, waiting: Floats, host: Floats) -> Di
     return DirectionCost(float(compute[at]), float(wire[at]), float(exposed[at]))
 
 
+# Seconds of the local stage, (positions), and of each later one, (stages, positions); forward and backward.
+Kernels = list[tuple[Floats, Floats]]
+
+
+@dataclass(frozen=True)
+class _Moved:
+    """What a candidate computes and moves, whether its keys are kept or not; arrays are (stages, position).
+
+    Arguments:
+        received, sent: key rows.
+        copied: key rows of each position that it copies beside those that arrive.
+        cast, reduce: seconds on the wire, and what kernels lose by it.
+        cast_copies: seconds of copies around the cast.
+    """
+
+    received: Ints
+    sent: Ints
+    copied: Floats
+    kernels: Kernels
+    cast: tuple[Floats, Floats]
+    reduce: tuple[Floats, Floats]
+    cast_copies: Floats
+
+
 @dataclass(frozen=True)
 class Pricer:
     """Prices of candidates; what they share is computed once."""
@@ -171,64 +197,77 @@ class Pricer:
     demand: Demand
     setting: Setting
 
+    @classmethod
+    def of(cls, layout: Layout, mask: Mask, setting: Setting) -> "Pricer":
+        """Kept with the layout: its degrees, and then its plan, are chosen by the same prices."""
+        key = ("prices", mask, setting.machine.digest, setting.shape, setting.keep_keys, setting.wide_reduce)
+        if key not in layout._plans:
+            layout._plans[key] = cls(Demand.of(Held.of(layout, mask), mask.band), setting.on(layout))
+        pricer: Pricer = layout._plans[key]
+        return pricer
+
     def price(self, candidate: Candidate, keep_keys: bool | None = None) -> tuple[Price, Price]:
         """Of the forward and of the backward pass; with keys kept if the setting says so, or what is said here."""
         keep = bool(self.setting.keep_keys if keep_keys is None else keep_keys)
-        distances = candidate.distances(self.demand.positions)
-        received, sent = self._rows(distances)
-        gather = candidate.schedule == "gather"
-        copied = self._copied if gather else np.zeros(self.demand.positions)
-        buffers = received.sum(1) + copied
+        return self._once((candidate, keep), lambda: self._price(candidate, keep))
+
+    def _once(self, key: Hashable, found: Callable[[], T]) -> T:
+        """What `found` returns, which is called for one key once."""
+        if key not in self._kept:
+            self._kept[key] = found()
+        value: T = self._kept[key]
+        return value
+
+    @cached_property
+    def _kept(self) -> dict[Hashable, Any]:
+        return {}
+
+    def _price(self, candidate: Candidate, keep: bool) -> tuple[Price, Price]:
+        moved, setting, demand = self._once(candidate, lambda: self._moved(candidate)), self.setting, self.demand
+        own = setting.own
         rows = StageRows(
-            buffers=list(buffers),
-            received=list(received.sum(1)),
-            sent=list(sent.sum(1)),
-            shared_q=0 if gather else self.demand.cut_rows * bool(distances),
-            shared_k=self.demand.cut_rows if distances else 0,
-            most_sent=int(sent.sum(1).max(initial=0)),
-            most_returned=int(received.sum(1).max(initial=0)),
-            engines="ring" in self.setting.machine.engines,
+            buffers=moved.received + moved.copied,
+            received=moved.received,
+            sent=moved.sent,
+            shared_q=0 if candidate.schedule == "gather" else demand.cut_rows * bool(len(moved.received)),
+            shared_k=demand.cut_rows if len(moved.received) else 0,
+            most_sent=int(moved.sent.max(initial=0)),
+            most_returned=int(moved.received.max(initial=0)),
+            engines="ring" in setting.machine.engines,
         )
-        pair_share = float(np.max(largest_pair(rows.buffers) / np.maximum(self.demand.rows, 1), initial=0.0))
-        setting, own = self.setting, self.setting.own
-        sizes = rows.forward_bytes(own, keep), rows.backward_bytes(own, keep, setting.wide_reduce)
-        kept = sum(rows.buffers) * own.key_row_bytes + np.zeros(self.demand.positions)
-        kept_share = float(np.max(kept / np.maximum(self.demand.rows * own.row_bytes, 1), initial=0.0))
-        kept_keys = int(np.max(kept, initial=0)), kept_share
+        pair_share = float(np.max(rows.largest_pair / np.maximum(demand.rows, 1), initial=0.0))
+        kept = rows.buffers.sum(0) * own.key_row_bytes
+        kept_share = float(np.max(kept / np.maximum(demand.rows * own.row_bytes, 1), initial=0.0))
         exchanged = 0
         if setting.exchange is not None:
-            exchanged = exchange_bytes(setting.shape, own, self.demand.rows, -(-self.demand.rows // setting.ulysses))
+            exchanged = exchange_bytes(setting.shape, own, demand.rows, -(-demand.rows // setting.ulysses))
+        sizes = rows.forward_bytes(own, keep), rows.backward_bytes(own, keep, setting.wide_reduce)
         forward, backward = (
-            self._directed(
-                candidate, direction, received, sent, copied, keep, (size + exchanged, messages, pair_share, *kept_keys)
+            Price(
+                candidate,
+                *self._times(moved, bool(direction), keep),
+                bytes=size + exchanged,
+                messages=messages,
+                pair_share=pair_share,
+                kept=int(np.max(kept, initial=0)),
+                kept_share=kept_share,
             )
             for direction, (size, messages) in enumerate(zip(sizes, self._message_buffers(rows, keep), strict=True))
         )
         return forward, backward
 
-    def _directed(
-        self,
-        candidate: Candidate,
-        direction: int,
-        received: Ints,
-        sent: Ints,
-        copied: Floats,
-        keep: bool,
-        room: tuple[Any, int, float, int, float],
-    ) -> Price:
-        """One direction; `received` and `sent` are (stages, class of link, position) rows."""
-        setting, machine, own, backward = self.setting, self.setting.machine, self.setting.own, bool(direction)
-        local, later = self._gathered[direction] if candidate.schedule == "gather" else self._staged(received, backward)
+    def _times(self, moved: _Moved, backward: bool, keep: bool) -> tuple[Floats, Floats, Floats, Floats, Floats]:
+        """Of one pass: seconds of compute, of wire, of waiting for it, lost beside it, and of the host."""
+        setting, machine, own = self.setting, self.setting.machine, self.setting.own
+        local, later = moved.kernels[backward]
         cast = reduce = lost = np.zeros(later.shape)
         if not (backward and keep):
-            cast, lost = self._wire(received, sent, own.key_row_bytes)
-            rows = received.sum(1) + sent.sum(1) + copied
-            later = later + _linear(rows, 2 * machine.copy_seconds, 2 * own.key_row_bytes / machine.copy_bandwidth)
+            cast, lost = moved.cast
+            later = later + moved.cast_copies
         if backward:
-            row_bytes = own.wide_key_row_bytes if setting.wide_reduce else own.key_row_bytes
-            reduce, lost_by_reduce = self._wire(received, sent, row_bytes)
+            reduce, lost_by_reduce = moved.reduce
             lost = lost + lost_by_reduce
-            rows = 2 * received.sum(1) + 3 * sent.sum(1) + 3 * copied
+            rows = 2 * moved.received + 3 * moved.sent + 3 * moved.copied
             later = later + _linear(rows, 2 * machine.copy_seconds, own.wide_key_row_bytes / machine.merge_bandwidth)
         stages = [StageCost(local)]
         stages += [
@@ -236,7 +275,7 @@ class Pricer:
             for seconds, there, back, more in zip(later, cast, reduce, lost, strict=True)
         ]
         exposed = (backward_timeline if backward else forward_timeline)(stages) + np.zeros(len(local))
-        wire, copies = exchange_seconds(machine, setting.exchange, 0, setting.shape, backward, setting.wide_reduce)
+        wire, copies = self._exchange[backward]
         disturbance = disturbed(stages, exposed)
         compute = local + later.sum(0) + disturbance + copies
         host = host_seconds(
@@ -248,19 +287,34 @@ class Pricer:
             messages=self._messages,
             backward=backward,
         )
-        return Price(
-            candidate,
-            compute=compute,
-            wire=cast.sum(0) + reduce.sum(0) + wire,
-            waiting=exposed + wire,
-            lost=sum(stage.lost for stage in stages) - disturbance + self._exchange_loss(wire, backward),
-            host=host,
-            bytes=room[0],
-            messages=room[1],
-            pair_share=room[2],
-            kept=room[3],
-            kept_share=room[4],
+        more = sum(stage.lost for stage in stages) - disturbance + self._exchange_loss(wire, backward)
+        return compute, cast.sum(0) + reduce.sum(0) + wire, exposed + wire, more, host
+
+    def _moved(self, candidate: Candidate) -> _Moved:
+        setting, machine, own = self.setting, self.setting.machine, self.setting.own
+        by_class = self._rows(candidate.distances(self.demand.positions))
+        received, sent = (rows.sum(1) for rows in by_class)
+        gather = candidate.schedule == "gather"
+        copied = self._copied if gather else np.zeros(self.demand.positions)
+        packed = received + sent + copied
+        return _Moved(
+            received,
+            sent,
+            copied,
+            kernels=self._gathered if gather else self._staged(received),
+            cast=self._wire(*by_class, own.key_row_bytes),
+            reduce=self._wire(*by_class, own.wide_key_row_bytes if setting.wide_reduce else own.key_row_bytes),
+            cast_copies=_linear(packed, 2 * machine.copy_seconds, 2 * own.key_row_bytes / machine.copy_bandwidth),
         )
+
+    @cached_property
+    def _exchange(self) -> list[tuple[float, float]]:
+        """Wire and copies of the exchange of heads in both directions."""
+        setting = self.setting
+        return [
+            exchange_seconds(setting.machine, setting.exchange, 0, setting.shape, backward, setting.wide_reduce)
+            for backward in (False, True)
+        ]
 
     def _exchange_loss(self, wire: float, backward: bool) -> float:
         setting = self.setting
@@ -279,14 +333,17 @@ class Pricer:
         return [message_buffers(heads) + message_buffers(largest * rows.engines) for largest in keys]
 
     def _wire(self, received: Ints, sent: Ints, row_bytes: float) -> tuple[Floats, Floats]:
-        """Seconds of each stage and position, and those that kernels lose: `cost._wire` for all at once."""
-        seconds, lost = [], np.zeros((len(received), self.demand.positions))
-        for number, link_class in enumerate(CLASSES):
-            link = self.setting.machine.links[link_class, "p2p"]
-            rows = np.maximum(received[:, number], sent[:, number])
-            seconds.append(_linear(rows, link.latency, row_bytes / link.bandwidth))
-            lost += rows * (row_bytes * link.disturbance)
-        return np.maximum(*seconds), lost
+        """Seconds of each stage and position, and those that kernels lose: `cost._wire` for all at once.
+
+        Arguments:
+            received, sent: (stages, class of link, position) rows.
+        """
+        links = [self.setting.machine.links[link_class, "p2p"] for link_class in CLASSES]
+        latency, per_row, lost_per_row = np.array(
+            [(link.latency, row_bytes / link.bandwidth, row_bytes * link.disturbance) for link in links]
+        ).T[:, :, None]
+        rows = np.maximum(received, sent)
+        return _linear(rows, latency, per_row).max(1), (rows * lost_per_row).sum(1)
 
     def _rows(self, distances: list[range]) -> tuple[Ints, Ints]:
         """Key rows received and sent by stage, class of link and position."""
@@ -331,59 +388,67 @@ class Pricer:
         reader, holder, rows = self.demand.parted.traffic
         return per(reader, rows * (reader == holder), self.demand.positions).astype(np.float64)
 
-    def _kernels(self, table: BlockTable, ordinal: Ints, position: Ints, backward: bool) -> Floats:
-        """Seconds of each position's calls; blocks of one position with another ordinal are in another call."""
+    def _kernels(self, table: BlockTable, ordinal: Ints, position: Ints) -> tuple[Floats, Floats]:
+        """Seconds of calls in both directions, (ordinals, positions): a block is in the call of its ordinal and
+        position."""
         positions = self.demand.positions
         most = int(ordinal.max(initial=0)) + 1
         table = replace(table, call=ordinal * positions + position, calls=most * positions)
-        seconds = calls_seconds(self.setting.machine, table, self.setting.own, backward)
-        return seconds.reshape(most, positions).sum(0)
+        machine, own = self.setting.machine, self.setting.own
+        forward, backward = (calls_seconds(machine, table, own, backward) for backward in (False, True))
+        return forward.reshape(most, positions), backward.reshape(most, positions)
 
     @cached_property
-    def _gathered(self) -> list[tuple[Floats, Floats]]:
-        """Kernels of a gather in both directions: of the pieces that are local, of the others over all their keys."""
+    def _gathered(self) -> Kernels:
+        """A gather: the pieces that are local are one call, the others over all their keys are in the later stage."""
         demand = self.demand.parted
-        blocks = demand.gathered_blocks
-        here, there = demand.local, ~demand.local
-        out = []
-        for backward in (False, True):
-            nobody_else = np.zeros_like(demand.ordinal[here])
-            local = self._kernels(blocks.where(here), nobody_else, demand.position[here], backward)
-            later = self._kernels(blocks.where(there), demand.ordinal[there], demand.position[there], backward)
-            out.append((local, later[None]))
-        return out
+        ordinal = np.where(demand.local, 0, demand.ordinal + 1)
+        return [
+            (one[0], one[1:].sum(0)[None]) for one in self._kernels(demand.gathered_blocks, ordinal, demand.position)
+        ]
 
     @cached_property
     def _own(self) -> tuple[list[Floats], Floats]:
         """Kernels over the keys of the position itself in both directions; and the pairs that each piece has left."""
         blocks, query, key = self.demand.own_blocks
         ordinal, position = (query != key).astype(np.int64), self.demand.position[query]
-        seconds = [self._kernels(blocks, ordinal, position, backward) for backward in (False, True)]
-        left = self.demand.gathered_blocks.areas - per(query, blocks.areas, len(self.demand.first))
-        return seconds, np.maximum(left, 0).astype(np.float64)
+        seconds = [one.sum(0) for one in self._kernels(blocks, ordinal, position)]
+        # Local pieces, which most are, have no pairs left.
+        left = np.zeros(len(self.demand.first))
+        some, of_some = ~self.demand.local, ~self.demand.local[query]
+        done = per(query[of_some], blocks.where(of_some).areas, len(left))
+        left[some] = np.maximum(self.demand.gathered_blocks.where(some).areas - done[some], 0)
+        return seconds, left
 
-    def _staged(self, received: Ints, backward: bool) -> tuple[Floats, Floats]:
-        """Kernels and merges of a ring (or of one position): of the local stage, and of each later one.
+    def _staged(self, arriving: Ints) -> Kernels:
+        """Kernels and merges of a ring (or of one position), of which rows (stages, position) arrive.
 
         The later stages of a position to which rows come are taken as alike but for the rows: each piece over an equal
         share of the pairs that it has left.
         """
-        demand, own, machine = self.demand, self.setting.own, self.setting.machine
-        seconds, left = self._own
-        local, arriving = seconds[backward], received.sum(1)
         stages = np.maximum((arriving > 0).sum(0), 1)
-        row_bytes = own.query_heads * (own.head_dim if backward else own.value_dim) * (2 * own.wide + own.itemsize)
-        per_row = row_bytes / machine.merge_bandwidth
+        # In packs most positions hear from one or two others, however many stages there are.
+        means = self._once(tuple(stages.tolist()), lambda: self._means(stages))
+        total = np.maximum(arriving.sum(0), 1)
+        return [(local, mean * arriving * stages / total) for local, mean in means]
+
+    def _means(self, stages: Ints) -> Kernels:
+        """Kernels and merges of the local stage, and of the mean of so many later ones of each position."""
+        demand, own, machine = self.demand, self.setting.own, self.setting.machine
+        own_keys, left = self._own
         some = left > 0
-        rows = (demand.last - demand.first)[some]
-        keys = np.ceil(left[some] / stages[demand.position[some]] / rows).astype(np.int64)
+        rows, position = (demand.last - demand.first)[some], demand.position[some]
+        keys = np.ceil(left[some] / stages[position] / rows).astype(np.int64)
         open_side = np.full(len(rows), -1)
         table = BlockTable(rows, keys, open_side, open_side, open_side, 1)
-        mean = self._kernels(table, demand.ordinal[some], demand.position[some], backward)
-        merged = per(demand.position[some], rows, demand.positions)
-        mean = mean + _linear(merged, 2 * machine.copy_seconds, per_row)
-        later = mean * arriving * stages / np.maximum(arriving.sum(0), 1)
-        return local + _linear(demand.cut_rows, 2 * machine.copy_seconds, per_row), later
+        merged = per(position, rows, demand.positions)
+        out = []
+        kernels = self._kernels(table, demand.ordinal[some], position)
+        for local, later, dim in zip(own_keys, kernels, (own.value_dim, own.head_dim), strict=True):
+            per_row = own.query_heads * dim * (2 * own.wide + own.itemsize) / machine.merge_bandwidth
+            mean = later.sum(0) + _linear(merged, 2 * machine.copy_seconds, per_row)
+            out.append((local + _linear(demand.cut_rows, 2 * machine.copy_seconds, per_row), mean))
+        return out
 
 
 def _linear(rows: Any, fixed: float, per_row: float) -> Any:

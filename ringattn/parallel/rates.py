@@ -156,25 +156,41 @@ def needs(first: Ints, last: Ints, length: Ints, band: Band) -> tuple[Ints, Ints
 
 
 def _walk(n: Ints, m: Ints, left: Ints, right: Ints, tile: int, other: int) -> tuple[Floats, Ints]:
-    """For blocks of n rows over m: how many tiles of the other side their tiles visit, in all and at most.
+    """For blocks of n rows over m: how many tiles of the other side their tiles visit, in all and at most."""
+    tiles = np.where(m > 0, -(-n // tile), 0)
+    longest = -(-m // other) * (tiles > 0)
+    total = (tiles * longest).astype(np.float64)
+    left_open, right_open = left < 0, right < 0
+    unbounded = left_open & right_open
+    if not unbounded.all():
+        # Most others are whole causal documents: the first tile visits one, the next two; or the other way around.
+        triangle = (left_open & (right == 0)) | (right_open & (left == 0))
+        triangle &= (n == m) & (tiles <= SAMPLES) & (tile == other)
+        total[triangle] = (tiles * (tiles + 1) // 2)[triangle]
+        some = np.flatnonzero(~(unbounded | triangle) & (tiles > 0))
+        if len(some):
+            total[some], longest[some] = _sampled_walk(n[some], m[some], left[some], right[some], tile, other)
+    return total, longest
+
+
+def _sampled_walk(n: Ints, m: Ints, left: Ints, right: Ints, tile: int, other: int) -> tuple[Floats, Ints]:
+    """`_walk` tile by tile, for blocks of which none is empty.
 
     Of many tiles some are counted, at equal distances: what a tile visits is linear in its place, but for a few bends.
     """
-    tiles = np.where(m > 0, -(-n // tile), 0)
+    # An open side sees as far as there are rows.
+    left, right = np.where(left < 0, m, left), np.where(right < 0, n, right)
+    tiles = -(-n // tile)
     counts = np.minimum(tiles, SAMPLES)
+    begins = np.cumsum(counts) - counts
     index = np.repeat(np.arange(len(n)), counts)
-    sample = np.arange(len(index)) - np.repeat(np.cumsum(counts) - counts, counts)
+    sample = np.arange(len(index)) - begins[index]
     first = (2 * sample + 1) * tiles[index] // (2 * counts[index]) * tile
-    shift = (m - n)[index]
     last = np.minimum(first + tile, n[index])
-    lower = np.where(left[index] < 0, 0, np.maximum(first + shift - left[index], 0))
-    upper = np.where(right[index] < 0, m[index], np.minimum(last + shift + right[index], m[index]))
+    lower = np.maximum(first + (m - n - left)[index], 0)
+    upper = np.minimum(last + (m - n + right)[index], m[index])
     visited = np.maximum(-(-upper // other) - lower // other, 0)
-    longest = np.zeros(len(n), dtype=np.int64)
-    some = np.flatnonzero(counts)
-    if len(some):
-        longest[some] = np.maximum.reduceat(visited, (np.cumsum(counts) - counts)[some])
-    return np.bincount(index, visited, len(n)) * tiles / np.maximum(counts, 1), longest
+    return np.add.reduceat(visited, begins) * tiles / counts, np.maximum.reduceat(visited, begins)
 
 
 def _areas(n: Ints, m: Ints, left: Ints, right: Ints) -> Ints:

@@ -7,6 +7,7 @@ buffers of all ranks into each other and has the barrier that says when they are
 
 import ctypes
 import importlib.util
+import itertools
 import socket
 from collections.abc import Callable
 from functools import cache
@@ -35,8 +36,8 @@ class SymmetricTransport:
     second exchange after this one may write where this one's peers have read, which their barrier in between says that
     they have.
 
-    In a step that is captured in a CUDA graph, and ever after, the host does not know whose turn it was: a barrier
-    before each message is written says that all have read what was there.
+    A CUDA graph is replayed when the host does not know whose turn it is. So a capture begins with a barrier that says
+    that all have read whatever was there, and after the first capture so does every exchange outside of one.
     """
 
     name = "copy"
@@ -57,7 +58,7 @@ class SymmetricTransport:
         self._copying: set[int] = set()  # halves whose copies nobody has waited for
         self._clear_on: int | None = None  # a stream behind the last barrier
         self.pulled = PULLED
-        self._captured = False
+        self._capture = 0  # the number of the last one
         self._of_graphs: list[tuple[Tensor, Any]] = []  # smaller buffers, whose addresses are in graphs
         self._filled, self._read = Event(), Event()
         self._free, self._done = (Event(), Event()), (Event(), Event())  # of each half: may be written; was received
@@ -76,8 +77,9 @@ class SymmetricTransport:
     def _clear(self, pulled: bool) -> None:
         """The current stream goes on when this turn's half may be written."""
         stream = _raw_stream()
-        if self._captured or _capturing(stream):
-            self._captured = True
+        capture = _capture(stream)
+        if capture != self._capture or (self._capture and not capture):
+            self._capture = capture or self._capture
             if pulled and not self._copying:
                 self._handle.barrier(channel=0)
             else:
@@ -159,7 +161,7 @@ class SymmetricTransport:
             )
         torch.cuda.synchronize()
         dist.barrier(self.group)  # nobody reads the old buffers any more
-        if self._captured:  # but graphs will
+        if self._capture:  # but graphs will
             self._of_graphs.append((self._memory, self._handle))
         self._allocate(most)
         self._open()
@@ -235,18 +237,36 @@ def _raw_stream() -> int:
     return stream
 
 
-def _capturing(stream: int) -> bool:
-    """Whether a graph is being captured; never on the default stream."""
-    return stream != 0 and torch.cuda.is_current_stream_capturing()
+_uncounted = itertools.count(1 << 62)
+
+
+def _capture(stream: int) -> int:
+    """The number of the capture that the current stream is in; 0 if it is in none, as the default stream always is.
+
+    The driver counts captures. Should it not tell, each answer is another one: a barrier more for each exchange.
+    """
+    if stream == 0 or not torch.cuda.is_current_stream_capturing():
+        return 0
+    status, number = ctypes.c_int(), ctypes.c_uint64()
+    ask = _driver("cuStreamGetCaptureInfo_v2", ctypes.c_void_p, *[ctypes.c_void_p] * 5)
+    failed = ask is None or ask(stream, ctypes.byref(status), ctypes.byref(number), None, None, None)
+    return next(_uncounted) if failed else number.value + 1
+
+
+@cache
+def _driver(name: str, *arguments: Any) -> Any:
+    """A function of CUDA's driver, which returns 0 for success; None if it has none of that name."""
+    function = getattr(ctypes.CDLL("libcuda.so.1"), name, None)
+    if function is not None:
+        function.argtypes, function.restype = arguments, ctypes.c_int
+    return function
 
 
 @cache
 def _memcpy() -> Callable[[int, int, int, int], None]:
     """The driver's asynchronous copy of bytes: target, source, size, stream. The host time of one is a tenth of that of
     `Tensor.copy_`, and an exchange has one for every peer."""
-    function = ctypes.CDLL("libcuda.so.1").cuMemcpyAsync
-    function.argtypes = [ctypes.c_uint64, ctypes.c_uint64, ctypes.c_size_t, ctypes.c_void_p]
-    function.restype = ctypes.c_int
+    function = _driver("cuMemcpyAsync", ctypes.c_uint64, ctypes.c_uint64, ctypes.c_size_t, ctypes.c_void_p)
 
     def copy(target: int, source: int, size: int, stream: int) -> None:
         error = function(target, source, size, stream)

@@ -45,7 +45,7 @@ def unpack_into(accum: Tensor, tiles: Tiles, lengths: Lengths, scale: float, tar
         (accum.shape[1] // size * -(-tile // ROWS), target.shape[1]),
         (accum, tiles.order, target, wide, lengths.cu, lengths.cu if lengths.used is None else lengths.used),
         (lengths.cu.shape[0] - 1, *total.rows, accum.stride(0)),
-        (scale, target.stride(0), target.stride(1), wide.stride(0), wide.stride(1)),
+        (float(scale), target.stride(0), target.stride(1), wide.stride(0), wide.stride(1)),
         (tile, tiles.padded, tile * tiles.cluster, dim, power_of_two(dim), ROWS, lengths.used is not None, total.fresh),
     )
 

@@ -102,6 +102,8 @@ def run(
 ) -> list[Result]:
     entered = contestants(cfg.contestants, cfg.peers, cfg.transport, cfg.graphs)
     makers = [partial(Problem.draw, one, heads, cfg.backend, device, dtype, cfg.seed) for one in workloads]
+    kernel = choose(spec_of(workloads[0], heads, device, dtype), cfg.backend).name
+    output, known = Path(cfg.output), facts(cfg, device, kernel, dtype)
     results: list[Result] = []
     if first:
         print("\n".join(header()), flush=True)
@@ -109,9 +111,9 @@ def run(
         results.append(result)
         if first:
             print(line(result), flush=True)
+            write(output, results, known, plotted=False)  # a run that does not come to its end keeps what it has
     if first:
-        kernel = choose(spec_of(workloads[0], heads, device, dtype), cfg.backend).name
-        for path in write(Path(cfg.output), results, facts(cfg, device, kernel, dtype)):
+        for path in write(output, results, known):
             print(path)
     return results
 

@@ -93,13 +93,21 @@ def totals(results: Sequence[Result]) -> list[str]:
     return ["| sum over workloads | f ms | f+b ms |", "|---|---|---|", *rows]
 
 
-def write(folder: Path, results: Sequence[Result], facts: dict[str, Any]) -> list[Path]:
-    """benchmark.md, benchmark.json and, with matplotlib, benchmark.png in `folder`."""
+def write(folder: Path, results: Sequence[Result], facts: dict[str, Any], plotted: bool = True) -> list[Path]:
+    """benchmark.md, benchmark.json and, with matplotlib, benchmark.png in `folder`; what is there is replaced.
+
+    Arguments:
+        plotted: False leaves out the picture, for results that are not yet all.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     paths = [folder / "benchmark.md", folder / "benchmark.json"]
-    paths[0].write_text(markdown(results, facts), encoding="utf-8")
     content = {"facts": facts, "results": [result.as_dict() for result in results]}
-    paths[1].write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+    for path, text in zip(paths, (markdown(results, facts), json.dumps(content, indent=1) + "\n"), strict=True):
+        partial = path.with_name(path.name + ".partial")
+        partial.write_text(text, encoding="utf-8")
+        partial.replace(path)
+    if not plotted:
+        return paths
     try:
         import matplotlib  # noqa: F401
     except ImportError:

@@ -64,7 +64,9 @@ def test_every_scheme_and_the_peer_are_right(pool: Pools, tmp_path: Path) -> Non
         assert not [result.failure for result in ours if result.failure]
         assert all(result.share_both and result.rate_forward for result in ours)
         assert all(result.error < 1e-5 for result in ours if result.contestant != CEILING)
+    assert {path.suffix for path in write(tmp_path, results[:1], FACTS, plotted=False)} == {".md", ".json"}
     paths = write(tmp_path, results, FACTS)
+    assert set(tmp_path.iterdir()) == set(paths)  # nothing unfinished is left
     text = paths[0].read_text()
     assert "ulysses:1x2" in text
     assert "sum over workloads" in text

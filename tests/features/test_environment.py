@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from ringattn import Documents, Layout, MeshShape, attention, environment
+from ringattn import Documents, Layout, MeshShape, attention, environment, preparation
 from ringattn.cli import main
 from ringattn.kernels.reference import Reference
 from ringattn.kernels.tuning import Tuner
@@ -69,7 +69,7 @@ def test_row_66_every_variable_of_the_sources_is_in_the_list() -> None:
 def test_row_44_the_environment_asks_for_determinism(monkeypatch: pytest.MonkeyPatch) -> None:
     """As every call's own argument does; a wrong value is refused."""
     asked: list[bool] = []
-    monkeypatch.setattr(attention, "choose", lambda spec, name: asked.append(spec.deterministic) or Reference())
+    monkeypatch.setattr(preparation, "choose", lambda spec, name: asked.append(spec.deterministic) or Reference())
     layout = Layout(Documents([3]), MeshShape())
     x = [torch.randn(3, 2, 4) for _ in range(3)]
     for value, given in (("", False), ("off", True), ("on", False)):

@@ -38,9 +38,8 @@ def zeros(tensors: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, torch.Tensor
 
 
 @interpreted
-@pytest.mark.parametrize("dim", [16, 40, 64])
+@pytest.mark.parametrize(("fresh", "dim"), [(False, 16), (False, 40), (False, 64), (True, 40)])
 @pytest.mark.parametrize("key_heads", [1, 2, 4])
-@pytest.mark.parametrize("fresh", [False, True])
 def test_shared_rows_are_added_and_others_written(fresh: bool, key_heads: int, dim: int) -> None:
     used = [after - before for before, after in pairwise(K)] if fresh else USED
     tensors, call = case(key_heads, dim, used)
@@ -96,4 +95,4 @@ def test_in_the_interpreter() -> None:
         command, env={**os.environ, "TRITON_INTERPRET": "1"}, capture_output=True, text=True, timeout=300
     )
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-2000:]
-    assert "19 passed" in done.stdout
+    assert "13 passed" in done.stdout

@@ -181,3 +181,18 @@ def test_a_capture_without_its_barrier_is_noticed(size: int) -> None:
     everyone = [Rank(rank, 2, 16 * symmetric.UNIT, captures=False) for rank in range(2)]
     with pytest.raises(AssertionError, match=r"written over|waits for what is not in it|waited for outside"):
         run([odd, Captured(odd), Replay(0), Replay(0), odd], everyone)
+
+
+def route_of(sent: int, ranks: int = 2) -> Route:
+    """Of a rank that sends so many numbers to each, while others may send more."""
+    return Route((sent,) * ranks, (sent,) * ranks, (0,) * ranks, 16 * ranks)
+
+
+@pytest.mark.parametrize("sent", [0, 16])
+def test_a_given_buffer_is_the_message(sent: int) -> None:
+    """Also an empty one, of a rank without heads or rows."""
+    rank, route = Rank(0, 2, 0), route_of(sent)
+    with rank.patched():
+        given = rank.transport.buffer(route, torch.empty(0))
+        assert rank.transport.message(given.view(-1), route).data_ptr() == given.data_ptr()
+        rank.transport.exchange(given, torch.empty(route.received), route).wait()

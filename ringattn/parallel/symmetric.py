@@ -59,7 +59,7 @@ class SymmetricTransport:
         self._clear_on: int | None = None  # a stream behind the last barrier
         self.pulled = PULLED
         self._capture = 0  # the number of the last one
-        self._of_graphs: list[tuple[Tensor, Any]] = []  # smaller buffers, whose addresses are in graphs
+        self._of_graphs: list[tuple[Tensor, Tensor, Any]] = []  # smaller buffers, whose addresses are in graphs
         self._filled, self._read = Event(), Event()
         self._free, self._done = (Event(), Event()), (Event(), Event())  # of each half: may be written; was received
 
@@ -163,7 +163,7 @@ class SymmetricTransport:
         torch.cuda.synchronize()
         dist.barrier(self.group)  # nobody reads the old buffers any more
         if self._capture:  # but graphs will
-            self._of_graphs.append((self._memory, self._handle))
+            self._of_graphs.append((self._memory, self._table, self._handle))
         self._allocate(most)
         self._open()
 

@@ -1,6 +1,8 @@
 """The transport of copy engines and pulls: on no machine is a message read before it is written, or written over before
 it was read, in steps that follow one another and in replays of captured ones."""
 
+import gc
+import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -196,3 +198,34 @@ def test_a_given_buffer_is_the_message(sent: int) -> None:
         given = rank.transport.buffer(route, torch.empty(0))
         assert rank.transport.message(given.view(-1), route).data_ptr() == given.data_ptr()
         rank.transport.exchange(given, torch.empty(route.received), route).wait()
+
+
+@pytest.fixture
+def growing() -> Iterator[Rank]:
+    """A rank alone, which makes and maps its buffers itself."""
+    handle = mock.Mock(buffer_ptrs=[0], barrier=lambda channel: None)
+    memory = mock.Mock(
+        empty=lambda size, dtype, device: torch.empty(size, dtype=dtype), rendezvous=lambda memory, group: handle
+    )
+    rank = Rank(0, 1, 1 << 30)
+    rank.transport._handle = None
+    cuda = {"synchronize": lambda: None, "current_device": lambda: 0}
+    with (
+        rank.patched(),
+        mock.patch.multiple(symmetric.torch.cuda, **cuda),
+        mock.patch.dict("sys.modules", {"torch.distributed._symmetric_memory": memory}),
+        mock.patch.object(symmetric.torch.distributed, "_symmetric_memory", memory, create=True),
+    ):
+        yield rank
+
+
+def test_what_graphs_read_is_kept(growing: Rank) -> None:
+    """The message buffers, and the table of their addresses that pulls are given."""
+    transport = growing.transport
+    transport._ensure(1)
+    with growing.device.capturing(growing.device.new_stream()):
+        growing.step((Exchange(SMALL, False),))
+    kept = [weakref.ref(x) for x in (transport._memory, transport._table)]
+    transport._ensure(transport._half + 1)
+    gc.collect()
+    assert all(one() is not None for one in kept)

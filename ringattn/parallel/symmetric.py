@@ -78,7 +78,10 @@ class SymmetricTransport:
         """The current stream goes on when this turn's half may be written."""
         stream = _raw_stream()
         capture = _capture(stream)
-        if capture != self._capture or (self._capture and not capture):
+        new = capture != self._capture  # what came before is no part of it, nor may it be waited for
+        if self._clear_on not in (None, stream) and not (capture and new):
+            torch.cuda.current_stream().wait_stream(torch.cuda.ExternalStream(self._clear_on))
+        if new or (self._capture and not capture):
             self._capture = capture or self._capture
             if pulled and not self._copying:
                 self._handle.barrier(channel=0)
@@ -88,8 +91,6 @@ class SymmetricTransport:
                 self._read.wait()
         elif self._clear_on is None:
             self._free[self._turn].wait()
-        elif stream != self._clear_on:
-            torch.cuda.current_stream().wait_stream(torch.cuda.ExternalStream(self._clear_on))
 
     def message(self, x: Tensor, route: Route) -> Tensor:
         # An empty tensor, of a rank without heads or rows, has no address.

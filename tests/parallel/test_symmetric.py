@@ -229,3 +229,17 @@ def test_what_graphs_read_is_kept(growing: Rank) -> None:
     transport._ensure(transport._half + 1)
     gc.collect()
     assert all(one() is not None for one in kept)
+
+
+@pytest.mark.parametrize("sizes", [(SMALL, SMALL), (SMALL, LARGE), (LARGE, SMALL), (LARGE, LARGE)])
+@pytest.mark.parametrize("before", [[], [Captured((Exchange(SMALL, False),))]])
+def test_steps_may_be_on_several_streams(before: list[Step | Captured | Replay], sizes: tuple[int, int]) -> None:
+    """Of which none waits for another, also after something was captured."""
+    everyone = [Rank(rank, 2, 16 * symmetric.UNIT) for rank in range(2)]
+    for rank in everyone:
+        rank.run(before)
+        for size in (*sizes, *sizes):
+            with rank.patched():
+                rank.device.stream = rank.device.new_stream()
+            rank.run([(Exchange(size, False),)])
+    check(everyone)

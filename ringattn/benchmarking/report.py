@@ -137,7 +137,7 @@ def plot(path: Path, results: Sequence[Result], facts: dict[str, Any]) -> Path:
     axes.axhline(1.0, color="black", linewidth=0.8)
     axes.set_xticks(range(len(workloads)), workloads)
     axes.set_ylabel("share of the kernel alone, forward + backward")
-    axes.set_ylim(0.0, max(1.05, *(1.03 * (result.share_both or 0.0) for result in done)))
+    axes.set_ylim(0.0, max([1.05, *(1.03 * (result.share_both or 0.0) for result in done)]))
     axes.set_title(f"{facts['ranks']} × {facts['device']}, {facts['heads']} heads of {facts['head_dim']}")
     figure.legend(ncols=min(5, max(1, len(names))), loc="outside lower center", fontsize=8)
     figure.savefig(path, dpi=150)

@@ -64,25 +64,36 @@ def lengths(args: argparse.Namespace, tokens: int | None, seed: int) -> list[int
 
 def machine(args: argparse.Namespace) -> Any:
     """The `Machine` to plan for. Raises ValueError for a name that is none and no file."""
+    found, copying = _named(args.machine)
+    return found.by_copy_engines() if copying else found
+
+
+def _named(name: str | None) -> tuple[Any, bool]:
+    """The `Machine` of a name, or the default, and whether the name asks for copy engines, which it is without."""
+    plain, captured, copying = name, False, False
+    if plain is not None:
+        plain, captured = plain.removesuffix(GRAPH), plain.endswith(GRAPH)
+        plain, copying = plain.removesuffix(COPY), plain.endswith(COPY)
+    found = _plain(plain)
+    return found.captured() if captured else found, copying
+
+
+def _plain(name: str | None) -> Any:
     import torch
 
     from ringattn.environment import MACHINE
     from ringattn.parallel.machine import Machine
     from ringattn.parallel.machines import SHIPPED, local_machine
 
-    if args.machine is None:
+    if name is None:
         if torch.cuda.is_available():
             return local_machine("cuda")
         return SHIPPED["H200"] if MACHINE.read() is None else local_machine("cpu")
-    for suffix, changed in ((GRAPH, Machine.captured), (COPY, Machine.by_copy_engines)):
-        name = args.machine.removesuffix(suffix)
-        if name != args.machine:
-            return changed(machine(argparse.Namespace(machine=name)))
-    if args.machine in SHIPPED:
-        return SHIPPED[args.machine]
-    path = Path(args.machine)
+    if name in SHIPPED:
+        return SHIPPED[name]
+    path = Path(name)
     if not path.is_file():
-        raise ValueError(f"--machine must be {', '.join(SHIPPED)} or a calibration file, got {args.machine!r}")
+        raise ValueError(f"--machine must be {', '.join(SHIPPED)} or a calibration file, got {name!r}")
     return Machine.from_json(path.read_text(encoding="utf-8"))
 
 
@@ -93,12 +104,11 @@ def mesh(args: argparse.Namespace, ring: int, ulysses: int) -> Any:
     """
     from ringattn import MeshShape
 
-    if args.machine is None or COPY not in args.machine:
-        return MeshShape(1, ring, ulysses, machine=machine(args))
-    found = machine(argparse.Namespace(machine=args.machine.replace(COPY, "")))
-    inside = ring * ulysses <= found.gpus_per_node
-    copying = found.by_copy_engines(ring=inside, ulysses=inside or 1 < ulysses <= found.gpus_per_node)
-    return MeshShape(1, ring, ulysses, machine=copying)
+    found, copying = _named(args.machine)
+    if copying:
+        inside = ring * ulysses <= found.gpus_per_node
+        found = found.by_copy_engines(ring=inside, ulysses=inside or 1 < ulysses <= found.gpus_per_node)
+    return MeshShape(1, ring, ulysses, machine=found)
 
 
 def free_mesh(args: argparse.Namespace, ranks: int) -> Any:

@@ -44,7 +44,10 @@ def backward_into(interface: ModuleType, grads: Grads, arguments: tuple[Tensor, 
         interface._flash_attn_bwd(*arguments, **targets, **keywords)
     else:
         _of_thread.waiting = waiting
-        _with_our_last_step(interface)(*arguments, **targets, **keywords)
+        try:
+            _with_our_last_step(interface)(*arguments, **targets, **keywords)
+        finally:
+            _of_thread.waiting = {}  # or a call that failed would keep its gradients
     if waiting:
         raise RuntimeError(f"flash-attn-4 has no step {_LAST_STEP} of the expected form")
     for name, total in later.items():

@@ -1,7 +1,6 @@
 """What a schedule costs all ring positions, in closed forms, without building their plans.
 
-What positions need of one another is counted exactly; inside the later stages of a ring the work of a position is
-spread in proportion to the rows that arrive.
+What positions need of one another is counted exactly; what kernels take is `kernel_times`' business.
 """
 
 import itertools
@@ -18,7 +17,6 @@ from ringattn.parallel.cost import (
     DirectionCost,
     StageCost,
     backward_timeline,
-    calls_seconds,
     disturbed,
     exchange_loss,
     exchange_seconds,
@@ -27,6 +25,7 @@ from ringattn.parallel.cost import (
 )
 from ringattn.parallel.demand import Demand, per
 from ringattn.parallel.held import Held
+from ringattn.parallel.kernel_times import Kernels, KernelTimes, linear
 from ringattn.parallel.layout import Layout
 from ringattn.parallel.machine import CLASSES, Machine
 from ringattn.parallel.memory import (
@@ -37,7 +36,7 @@ from ringattn.parallel.memory import (
 )
 from ringattn.parallel.messages import exchange_messages
 from ringattn.parallel.plan import Exchange, Shape
-from ringattn.parallel.rates import BlockTable, Floats, Ints
+from ringattn.parallel.rates import Floats, Ints
 from ringattn.parallel.ulysses import exchange_plan
 
 T = TypeVar("T")
@@ -166,10 +165,6 @@ def _slowest(compute: Floats, wire: Floats, waiting: Floats, host: Floats) -> Di
     return DirectionCost(float(compute[at]), float(wire[at]), float(exposed[at]))
 
 
-# Seconds of the local stage, (positions), and of each later one, (stages, positions); forward and backward.
-Kernels = list[tuple[Floats, Floats]]
-
-
 @dataclass(frozen=True)
 class _Moved:
     """What a candidate computes and moves, whether its keys are kept or not; arrays are (stages, position).
@@ -268,7 +263,7 @@ class Pricer:
             reduce, lost_by_reduce = moved.reduce
             lost = lost + lost_by_reduce
             rows = 2 * moved.received + 3 * moved.sent + 3 * moved.copied
-            later = later + _linear(rows, 2 * machine.copy_seconds, own.wide_key_row_bytes / machine.merge_bandwidth)
+            later = later + linear(rows, 2 * machine.copy_seconds, own.wide_key_row_bytes / machine.merge_bandwidth)
         stages = [StageCost(local)]
         stages += [
             StageCost(seconds, there, back, lost=more)
@@ -301,11 +296,15 @@ class Pricer:
             received,
             sent,
             copied,
-            kernels=self._gathered if gather else self._staged(received),
+            kernels=self._kernels.gathered if gather else self._kernels.staged(received),
             cast=self._wire(*by_class, own.key_row_bytes),
             reduce=self._wire(*by_class, own.wide_key_row_bytes if setting.wide_reduce else own.key_row_bytes),
-            cast_copies=_linear(packed, 2 * machine.copy_seconds, 2 * own.key_row_bytes / machine.copy_bandwidth),
+            cast_copies=linear(packed, 2 * machine.copy_seconds, 2 * own.key_row_bytes / machine.copy_bandwidth),
         )
+
+    @cached_property
+    def _kernels(self) -> KernelTimes:
+        return KernelTimes(self.demand, self.setting.machine, self.setting.own)
 
     @cached_property
     def _exchange(self) -> list[tuple[float, float]]:
@@ -343,7 +342,7 @@ class Pricer:
             [(link.latency, row_bytes / link.bandwidth, row_bytes * link.disturbance) for link in links]
         ).T[:, :, None]
         rows = np.maximum(received, sent)
-        return _linear(rows, latency, per_row).max(1), (rows * lost_per_row).sum(1)
+        return linear(rows, latency, per_row).max(1), (rows * lost_per_row).sum(1)
 
     def _rows(self, distances: list[range]) -> tuple[Ints, Ints]:
         """Key rows received and sent by stage, class of link and position."""
@@ -387,70 +386,3 @@ class Pricer:
         """Local key rows that a gather copies beside those that arrive."""
         reader, holder, rows = self.demand.parted.traffic
         return per(reader, rows * (reader == holder), self.demand.positions).astype(np.float64)
-
-    def _kernels(self, table: BlockTable, ordinal: Ints, position: Ints) -> tuple[Floats, Floats]:
-        """Seconds of calls in both directions, (ordinals, positions): a block is in the call of its ordinal and
-        position."""
-        positions = self.demand.positions
-        most = int(ordinal.max(initial=0)) + 1
-        table = replace(table, call=ordinal * positions + position, calls=most * positions)
-        machine, own = self.setting.machine, self.setting.own
-        forward, backward = (calls_seconds(machine, table, own, backward) for backward in (False, True))
-        return forward.reshape(most, positions), backward.reshape(most, positions)
-
-    @cached_property
-    def _gathered(self) -> Kernels:
-        """A gather: the pieces that are local are one call, the others over all their keys are in the later stage."""
-        demand = self.demand.parted
-        ordinal = np.where(demand.local, 0, demand.ordinal + 1)
-        return [
-            (one[0], one[1:].sum(0)[None]) for one in self._kernels(demand.gathered_blocks, ordinal, demand.position)
-        ]
-
-    @cached_property
-    def _own(self) -> tuple[list[Floats], Floats]:
-        """Kernels over the keys of the position itself in both directions; and the pairs that each piece has left."""
-        blocks, query, key = self.demand.own_blocks
-        ordinal, position = (query != key).astype(np.int64), self.demand.position[query]
-        seconds = [one.sum(0) for one in self._kernels(blocks, ordinal, position)]
-        # Local pieces, which most are, have no pairs left.
-        left = np.zeros(len(self.demand.first))
-        some, of_some = ~self.demand.local, ~self.demand.local[query]
-        done = per(query[of_some], blocks.where(of_some).areas, len(left))
-        left[some] = np.maximum(self.demand.gathered_blocks.where(some).areas - done[some], 0)
-        return seconds, left
-
-    def _staged(self, arriving: Ints) -> Kernels:
-        """Kernels and merges of a ring (or of one position), of which rows (stages, position) arrive.
-
-        The later stages of a position to which rows come are taken as alike but for the rows: each piece over an equal
-        share of the pairs that it has left.
-        """
-        stages = np.maximum((arriving > 0).sum(0), 1)
-        # In packs most positions hear from one or two others, however many stages there are.
-        means = self._once(tuple(stages.tolist()), lambda: self._means(stages))
-        total = np.maximum(arriving.sum(0), 1)
-        return [(local, mean * arriving * stages / total) for local, mean in means]
-
-    def _means(self, stages: Ints) -> Kernels:
-        """Kernels and merges of the local stage, and of the mean of so many later ones of each position."""
-        demand, own, machine = self.demand, self.setting.own, self.setting.machine
-        own_keys, left = self._own
-        some = left > 0
-        rows, position = (demand.last - demand.first)[some], demand.position[some]
-        keys = np.ceil(left[some] / stages[position] / rows).astype(np.int64)
-        open_side = np.full(len(rows), -1)
-        table = BlockTable(rows, keys, open_side, open_side, open_side, 1)
-        merged = per(position, rows, demand.positions)
-        out = []
-        kernels = self._kernels(table, demand.ordinal[some], position)
-        for local, later, dim in zip(own_keys, kernels, (own.value_dim, own.head_dim), strict=True):
-            per_row = own.query_heads * dim * (2 * own.wide + own.itemsize) / machine.merge_bandwidth
-            mean = later.sum(0) + _linear(merged, 2 * machine.copy_seconds, per_row)
-            out.append((local + _linear(demand.cut_rows, 2 * machine.copy_seconds, per_row), mean))
-        return out
-
-
-def _linear(rows: Any, fixed: float, per_row: float) -> Any:
-    """`fixed + rows * per_row`, and nothing for nothing."""
-    return np.where(rows > 0, fixed + rows * per_row, 0.0)

@@ -59,7 +59,7 @@ class SymmetricTransport:
         self._clear_on: int | None = None  # a stream behind the last barrier
         self.pulled = PULLED
         self._capture = 0  # the number of the last one
-        self._of_graphs: list[tuple[Tensor, Any]] = []  # smaller buffers, whose addresses are in graphs
+        self._of_graphs: list[tuple[Tensor, Tensor, Any]] = []  # smaller buffers, whose addresses are in graphs
         self._filled, self._read = Event(), Event()
         self._free, self._done = (Event(), Event()), (Event(), Event())  # of each half: may be written; was received
 
@@ -78,7 +78,10 @@ class SymmetricTransport:
         """The current stream goes on when this turn's half may be written."""
         stream = _raw_stream()
         capture = _capture(stream)
-        if capture != self._capture or (self._capture and not capture):
+        new = capture != self._capture  # what came before is no part of it, nor may it be waited for
+        if self._clear_on not in (None, stream) and not (capture and new):
+            torch.cuda.current_stream().wait_stream(torch.cuda.ExternalStream(self._clear_on))
+        if new or (self._capture and not capture):
             self._capture = capture or self._capture
             if pulled and not self._copying:
                 self._handle.barrier(channel=0)
@@ -88,11 +91,10 @@ class SymmetricTransport:
                 self._read.wait()
         elif self._clear_on is None:
             self._free[self._turn].wait()
-        elif stream != self._clear_on:
-            torch.cuda.current_stream().wait_stream(torch.cuda.ExternalStream(self._clear_on))
 
     def message(self, x: Tensor, route: Route) -> Tensor:
-        if self._given and x.data_ptr() == self._memory.data_ptr() + self._turn * self._half:
+        # An empty tensor, of a rank without heads or rows, has no address.
+        if self._given and (not x.numel() or x.data_ptr() == self._memory.data_ptr() + self._turn * self._half):
             return x
         return self.buffer(route, x).copy_(x)
 
@@ -162,7 +164,7 @@ class SymmetricTransport:
         torch.cuda.synchronize()
         dist.barrier(self.group)  # nobody reads the old buffers any more
         if self._capture:  # but graphs will
-            self._of_graphs.append((self._memory, self._handle))
+            self._of_graphs.append((self._memory, self._table, self._handle))
         self._allocate(most)
         self._open()
 

@@ -124,3 +124,8 @@ def test_other_workloads_are_refused(name: str) -> None:
 def test_other_contestants_are_refused(name: str, why: str) -> None:
     with pytest.raises(ValueError, match=why):
         parse(name, 8)
+
+
+def test_a_report_without_any_times_is_written(tmp_path: Path) -> None:
+    nothing = Result("dense600", "gather:2x1+graph", captured=True, failure="can be captured on CUDA devices only")
+    assert nothing.failure in write(tmp_path, [nothing], FACTS)[0].read_text()

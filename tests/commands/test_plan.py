@@ -150,3 +150,10 @@ def test_captured_steps_do_not_wait_for_the_host(capsys, tmp_path):
     assert "H200, captured, copy engines (" in captured["reason"]
     waiting = [max(rank["forward"]["exposed"] for rank in found["ranks"]) for found in (eager, captured)]
     assert waiting[0] > 2e-4 > waiting[1]
+
+
+def test_a_file_of_a_machine_may_have_any_name(capsys, tmp_path):
+    path = tmp_path / "all+copying+graphs.json"
+    path.write_text(replace(SHIPPED["H200"], name="mine").to_json())
+    for suffix, told in (("", "mine ("), ("+copy", "mine, copy engines ("), ("+graph", "mine, captured (")):
+        assert told in report(capsys, "--tokens", "4096", "--ring", "2", "--machine", f"{path}{suffix}")["reason"]

@@ -8,6 +8,7 @@ from itertools import pairwise
 import pytest
 import torch
 
+from ringattn.kernels import fa4_sums
 from ringattn.kernels.fa4_sums import backward_into
 from ringattn.kernels.reference import Reference
 from ringattn.kernels.spec import Block, Call, Grads, Options, Sum
@@ -85,6 +86,7 @@ def test_another_last_step_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
     sums = (Sum((0, len(q)), torch.zeros_like(q, dtype=torch.float32)), None, None)
     with pytest.raises(RuntimeError, match="_bwd_postprocess_convert"):
         backward_into(fake_fa4, Grads(*zeros(tensors), sums), tensors, {})
+    assert not fa4_sums._of_thread.waiting  # nothing is kept of a call that failed
 
 
 @pytest.mark.skipif(INTERPRETED, reason="starts the interpreter")

@@ -1,6 +1,8 @@
 """The transport of copy engines and pulls: on no machine is a message read before it is written, or written over before
 it was read, in steps that follow one another and in replays of captured ones."""
 
+import gc
+import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -181,3 +183,63 @@ def test_a_capture_without_its_barrier_is_noticed(size: int) -> None:
     everyone = [Rank(rank, 2, 16 * symmetric.UNIT, captures=False) for rank in range(2)]
     with pytest.raises(AssertionError, match=r"written over|waits for what is not in it|waited for outside"):
         run([odd, Captured(odd), Replay(0), Replay(0), odd], everyone)
+
+
+def route_of(sent: int, ranks: int = 2) -> Route:
+    """Of a rank that sends so many numbers to each, while others may send more."""
+    return Route((sent,) * ranks, (sent,) * ranks, (0,) * ranks, 16 * ranks)
+
+
+@pytest.mark.parametrize("sent", [0, 16])
+def test_a_given_buffer_is_the_message(sent: int) -> None:
+    """Also an empty one, of a rank without heads or rows."""
+    rank, route = Rank(0, 2, 0), route_of(sent)
+    with rank.patched():
+        given = rank.transport.buffer(route, torch.empty(0))
+        assert rank.transport.message(given.view(-1), route).data_ptr() == given.data_ptr()
+        rank.transport.exchange(given, torch.empty(route.received), route).wait()
+
+
+@pytest.fixture
+def growing() -> Iterator[Rank]:
+    """A rank alone, which makes and maps its buffers itself."""
+    handle = mock.Mock(buffer_ptrs=[0], barrier=lambda channel: None)
+    memory = mock.Mock(
+        empty=lambda size, dtype, device: torch.empty(size, dtype=dtype), rendezvous=lambda memory, group: handle
+    )
+    rank = Rank(0, 1, 1 << 30)
+    rank.transport._handle = None
+    cuda = {"synchronize": lambda: None, "current_device": lambda: 0}
+    with (
+        rank.patched(),
+        mock.patch.multiple(symmetric.torch.cuda, **cuda),
+        mock.patch.dict("sys.modules", {"torch.distributed._symmetric_memory": memory}),
+        mock.patch.object(symmetric.torch.distributed, "_symmetric_memory", memory, create=True),
+    ):
+        yield rank
+
+
+def test_what_graphs_read_is_kept(growing: Rank) -> None:
+    """The message buffers, and the table of their addresses that pulls are given."""
+    transport = growing.transport
+    transport._ensure(1)
+    with growing.device.capturing(growing.device.new_stream()):
+        growing.step((Exchange(SMALL, False),))
+    kept = [weakref.ref(x) for x in (transport._memory, transport._table)]
+    transport._ensure(transport._half + 1)
+    gc.collect()
+    assert all(one() is not None for one in kept)
+
+
+@pytest.mark.parametrize("sizes", [(SMALL, SMALL), (SMALL, LARGE), (LARGE, SMALL), (LARGE, LARGE)])
+@pytest.mark.parametrize("before", [[], [Captured((Exchange(SMALL, False),))]])
+def test_steps_may_be_on_several_streams(before: list[Step | Captured | Replay], sizes: tuple[int, int]) -> None:
+    """Of which none waits for another, also after something was captured."""
+    everyone = [Rank(rank, 2, 16 * symmetric.UNIT) for rank in range(2)]
+    for rank in everyone:
+        rank.run(before)
+        for size in (*sizes, *sizes):
+            with rank.patched():
+                rank.device.stream = rank.device.new_stream()
+            rank.run([(Exchange(size, False),)])
+    check(everyone)

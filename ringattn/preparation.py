@@ -5,6 +5,7 @@ All of it is before any communication, and kept with the layout for calls of the
 
 from collections.abc import Hashable
 from dataclasses import replace
+from math import isnan
 from numbers import Real
 from typing import NamedTuple
 
@@ -202,6 +203,8 @@ def _check_numbers(settings: Settings) -> None:
         # Kernels take them as host numbers: a tensor would have to be waited for at every call, and get no gradient.
         if not isinstance(value, Real):
             raise ValueError(f"{name} must be a number, which has no gradient, got {type(value).__name__}")
+        if isnan(value):
+            raise ValueError(f"{name} must be a number, got {value}")
 
 
 def _seed(settings: Settings) -> int:

@@ -164,3 +164,9 @@ def test_what_is_kept_dies_with_the_layout(layout: Layout) -> None:
         assert job() is None
     finally:
         gc.enable()
+
+
+def test_a_scale_that_is_no_number_is_refused(layout: Layout) -> None:
+    q, k, v = tensors()
+    with pytest.raises(ValueError, match="softmax_scale must be a number, got nan"):
+        parallel_attention(q, k, v, layout, softmax_scale=float("nan"))

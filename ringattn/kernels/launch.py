@@ -34,7 +34,8 @@ def launch(
     """
     index = tensors[0].get_device()
     arguments = *tensors, *sizes, *numbers, *constants
-    if index < 0:  # Triton's interpreter
+    # Triton's interpreter; and on AMD variants depend on more, such as the size of what a pointer belongs to.
+    if index < 0 or torch.version.hip is not None:
         kernel[grid](*arguments)
         return
     key = (

@@ -98,7 +98,7 @@ class StageRows:
             received=received,
             sent=sent,
             shared_q=plan.shared_q[1] - plan.shared_q[0],
-            shared_k=0 if plan.single_parts else plan.shared_k[1] - plan.shared_k[0],
+            shared_k=_summed_keys(plan),
             most_sent=max((stage.cast.most for stage in plan.stages), default=0),
             most_returned=max((stage.back.most for stage in plan.stages), default=0),
             engines="ring" in plan.engines,
@@ -142,6 +142,14 @@ class StageRows:
     def _casts(self) -> Rows:
         """Rows of the messages of each cast: those that are sent and those that arrive, or these and the buffer."""
         return np.maximum(0 if self.engines else self.sent, self.buffers) + self.received
+
+
+def _summed_keys(plan: AttentionPlan) -> int:
+    """Local key rows whose gradients are added up in float32, by a backend that adds; of copies of a head they are all,
+    and lie side by side in a message once more."""
+    if plan.sums_copies or plan.sums_groups:
+        return plan.rows * (2 if plan.sums_copies else 1)
+    return 0 if plan.single_parts else plan.shared_k[1] - plan.shared_k[0]
 
 
 def _among_zeros(before: int, rows: Rows, after: int) -> Rows:

@@ -80,7 +80,7 @@ class Route:
 
     @cached_property
     def grain(self) -> int:
-        """What all sizes and places are multiples of."""
+        """What all sizes and places are multiples of; another number on other ranks."""
         return math.gcd(*self.sends, *self.receives, *self.there)
 
     def times(self, width: int) -> "Route":

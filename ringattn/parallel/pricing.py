@@ -220,12 +220,15 @@ class Pricer:
     def _price(self, candidate: Candidate, keep: bool) -> tuple[Price, Price]:
         moved, setting, demand = self._once(candidate, lambda: self._moved(candidate)), self.setting, self.demand
         own = setting.own
+        summed = demand.cut_rows if len(moved.received) else 0
+        if setting.exchange is not None and setting.exchange.copied_keys and setting.wide_reduce:
+            summed = 2 * demand.rows  # as of a plan that sums copies
         rows = StageRows(
             buffers=moved.received + moved.copied,
             received=moved.received,
             sent=moved.sent,
             shared_q=0 if candidate.schedule == "gather" else demand.cut_rows * bool(len(moved.received)),
-            shared_k=demand.cut_rows if len(moved.received) else 0,
+            shared_k=summed,
             most_sent=int(moved.sent.max(initial=0)),
             most_returned=int(moved.received.max(initial=0)),
             engines="ring" in setting.machine.engines,

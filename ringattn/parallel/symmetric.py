@@ -198,7 +198,8 @@ class _Copies:
 
 
 class _Pull:
-    """Messages that are pulled when they are waited for, or before the next ones are written."""
+    """Messages that are pulled when they are waited for, or before the next ones are written: on the stream of that,
+    which must be behind the one that wrote this rank's."""
 
     def __init__(self, transport: SymmetricTransport, half: int, receive: Tensor, route: Route) -> None:
         self._transport, self._half, self._receive, self._route = transport, half, receive, route

@@ -206,3 +206,12 @@ def held(ring: int, ulysses: int) -> list[tuple[int, int]]:
 def test_engines_hold_what_is_stated(pool: Pools, degrees: tuple[int, int]) -> None:
     for pairs in pool(2, "cuda").run(held, *degrees, timeout=300):
         assert all(found == stated > 2 * SMALLEST for found, stated in pairs)
+
+
+def test_sums_of_copied_heads_are_counted() -> None:
+    """Gradients of a key head on several ranks are sums of all rows, and lie in a message once more."""
+    layout = Layout(Documents([5000, 300]), MeshShape(1, 1, 8))
+    wide, narrow = (plan_attention(layout, Mask(), 8, 2, wide_reduce=wide) for wide in (True, False))
+    shape = Shape(8, 2, 128, 128)
+    own = shape.share(wide.exchange)
+    assert buffer_bytes(wide, shape) - buffer_bytes(narrow, shape) == 2 * wide.rows * own.wide_key_row_bytes

@@ -5,9 +5,7 @@ pulled by one kernel, which costs the host a fifth of the time. `torch.distribut
 buffers of all ranks into each other and has the barrier that says when they are filled.
 """
 
-import ctypes
 import importlib.util
-import itertools
 import socket
 from collections.abc import Callable
 from functools import cache
@@ -20,12 +18,42 @@ from torch import Tensor
 from torch.cuda import Event
 
 from ringattn.kernels.spec import to_device
-from ringattn.parallel.memory import half_bytes
+from ringattn.parallel.driver import capture_number, memcpy, raw_stream
+from ringattn.parallel.memory import SMALLEST, half_bytes
 from ringattn.parallel.plan import Route
 from ringattn.parallel.transport import GroupTransport, Transport
 
 UNIT = 16  # bytes that a pull moves at once
 PULLED = 8 << 20  # bytes that a rank sends at most, below which messages are pulled: 30 µs on the wire
+
+
+class PeerMemory:
+    """Two message buffers, of `half` bytes each, on every rank, and those of all ranks mapped into this process.
+
+    Arguments:
+        addresses, table: where each rank's begin, on the host and on the device.
+    """
+
+    def __init__(self, half: int) -> None:
+        import torch.distributed._symmetric_memory as symmetric
+
+        self.half = half
+        device = torch.device("cuda", torch.cuda.current_device())
+        self.own: Tensor = symmetric.empty(2 * half, dtype=torch.uint8, device=device)
+
+    def open(self, group: dist.ProcessGroup) -> None:
+        """Map the memory of all ranks, each of which has made its own. Collective."""
+        import torch.distributed._symmetric_memory as symmetric
+
+        self._handle: Any = symmetric.rendezvous(self.own, group)
+        pointers = self._handle.buffer_ptrs
+        inside = self.own.data_ptr() - pointers[dist.get_rank(group)]  # of an allocation, the same on all ranks
+        self.addresses = [pointer + inside for pointer in pointers]
+        self.table = torch.tensor(self.addresses, device=self.own.device)
+
+    def barrier(self) -> None:
+        """All ranks have come to this point of the current stream."""
+        self._handle.barrier(channel=0)
 
 
 class SymmetricTransport:
@@ -43,23 +71,19 @@ class SymmetricTransport:
     name = "copy"
     reason = ""
 
-    def __init__(self, group: dist.ProcessGroup) -> None:
+    def __init__(self, group: dist.ProcessGroup, memory: PeerMemory | None = None) -> None:
         self.group = group
         self.rank, self.ranks = dist.get_rank(group), dist.get_world_size(group)
         self._stream = torch.cuda.Stream(priority=-1)
-        self._half = 0  # bytes
+        self._memory = memory
         self._turn = 0
-        self._handle: Any = None
-        self._memory = torch.empty(0)
-        self._addresses: list[int] = []  # of each rank's memory
-        self._table = torch.empty(0)  # the same on the device
         self._given = False  # a buffer that was not sent yet
         self._pull: _Pull | None = None  # that has not begun
         self._copying: set[int] = set()  # halves whose copies nobody has waited for
-        self._clear_on: int | None = None  # a stream behind the last barrier
+        self._behind_barrier: int | None = None  # a stream that is
         self.pulled = PULLED
         self._capture = 0  # the number of the last one
-        self._of_graphs: list[tuple[Tensor, Tensor, Any]] = []  # smaller buffers, whose addresses are in graphs
+        self._of_graphs: list[PeerMemory] = []  # with smaller buffers, whose addresses are in graphs
         self._filled, self._read = Event(), Event()
         self._free, self._done = (Event(), Event()), (Event(), Event())  # of each half: may be written; was received
 
@@ -67,54 +91,59 @@ class SymmetricTransport:
         assert not self._given, "a message is sent before the next one is written"
         if self._pull is not None:
             self._pull.begin()
-        size = route.sent * like.element_size()
-        self._ensure(route.most * like.element_size())
+        memory = self._large_enough(route.most * like.element_size())
         self._given = True
-        self._clear(self._pulls(route, like.element_size()))
-        start = self._turn * self._half
-        return self._memory[start : start + size].view(like.dtype)
+        self._wait_until_free(memory, self._pulls(route, like.element_size()))
+        start = self._turn * memory.half
+        return memory.own[start : start + route.sent * like.element_size()].view(like.dtype)
 
-    def _clear(self, pulled: bool) -> None:
+    def _wait_until_free(self, memory: PeerMemory, pulled: bool) -> None:
         """The current stream goes on when this turn's half may be written."""
-        stream = _raw_stream()
-        capture = _capture(stream)
+        stream = raw_stream()
+        capture = capture_number(stream)
         new = capture != self._capture  # what came before is no part of it, nor may it be waited for
-        if self._clear_on not in (None, stream) and not (capture and new):
-            torch.cuda.current_stream().wait_stream(torch.cuda.ExternalStream(self._clear_on))
+        if self._behind_barrier not in (None, stream) and not (capture and new):
+            torch.cuda.current_stream().wait_stream(torch.cuda.ExternalStream(self._behind_barrier))
         if new or (self._capture and not capture):
             self._capture = capture or self._capture
             if pulled and not self._copying:
-                self._handle.barrier(channel=0)
+                memory.barrier()
             else:
-                self._barrier()
+                self._barrier(memory)
                 self._read.record(self._stream)
                 self._read.wait()
-        elif self._clear_on is None:
+        elif self._behind_barrier is None:
             self._free[self._turn].wait()
 
     def message(self, x: Tensor, route: Route) -> Tensor:
         # An empty tensor, of a rank without heads or rows, has no address.
-        if self._given and (not x.numel() or x.data_ptr() == self._memory.data_ptr() + self._turn * self._half):
+        if self._given and (not x.numel() or x.data_ptr() == self._address(self._turn)):
             return x
         return self.buffer(route, x).copy_(x)
 
+    def _address(self, half: int) -> int:
+        assert self._memory is not None
+        return self._memory.own.data_ptr() + half * self._memory.half
+
     def exchange(self, send: Tensor, receive: Tensor, route: Route) -> "_Copies | _Pull":
         assert (send.numel(), receive.numel()) == (route.sent, route.received), (send.shape, receive.shape, route)
+        memory = self._memory
+        assert memory is not None, "a message is written to a buffer of the transport"
         half, self._turn = self._turn, 1 - self._turn
-        self._given, self._clear_on = False, None
+        self._given, self._behind_barrier = False, None
         if self._pulls(route, send.element_size()):
             self._pull = _Pull(self, half, receive, route)
             return self._pull
-        self._barrier()
+        self._barrier(memory)
         # From here on all peers have read what they were sent before this exchange: the other half is free.
         self._free[self._turn].record(self._stream)
-        copy, stream = _memcpy(), self._stream.cuda_stream
-        item, start, target = send.element_size(), half * self._half, receive.data_ptr()
+        copy, stream = memcpy(), self._stream.cuda_stream
+        item, start, target = send.element_size(), half * memory.half, receive.data_ptr()
         for step in range(self.ranks):  # every rank begins with another peer, so that no port serves two
             peer = (self.rank + step) % self.ranks
             size = route.receives[peer] * item
             if size:
-                source = self._addresses[peer] + start + route.there[peer] * item
+                source = memory.addresses[peer] + start + route.there[peer] * item
                 copy(target + route.begins[peer] * item, source, size, stream)
         self._done[half].record(self._stream)
         self._copying.add(half)
@@ -129,62 +158,48 @@ class SymmetricTransport:
         self._done[half].wait()
         self._copying.discard(half)
         if half != self._turn and self._pull is None:  # they were the last, and behind their barrier
-            self._clear_on = _raw_stream()
+            self._behind_barrier = raw_stream()
 
     def pull(self, half: int, receive: Tensor, route: Route) -> None:
         """On the current stream, behind what was copied before."""
         for copying in self._copying:
             self._done[copying].wait()
-        self._handle.barrier(channel=0)
-        self._clear_on = _raw_stream()
+        memory = self._memory
+        assert memory is not None
+        memory.barrier()
+        self._behind_barrier = raw_stream()
         table, longest = _units(route, receive)
-        _puller()(self._table, table, receive, half * self._half // UNIT, self.rank, longest)
+        _puller()(memory.table, table, receive, half * memory.half // UNIT, self.rank, longest)
 
-    def _barrier(self) -> None:
+    def _barrier(self, memory: PeerMemory) -> None:
         """All ranks have come to this point of the current stream before anything more runs on the stream of copies."""
         current = torch.cuda.current_stream()
         self._filled.record(current)
         self._filled.wait(self._stream)
         torch.cuda.set_stream(self._stream)
         try:
-            self._handle.barrier(channel=0)
+            memory.barrier()
         finally:
             torch.cuda.set_stream(current)
 
-    def _ensure(self, most: int) -> None:
+    def _large_enough(self, most: int) -> PeerMemory:
         """Buffers for messages of so many bytes on all ranks. Growing is rare, as sizes are powers of two; it is
         collective and waits for the device."""
-        if self._handle is not None and most <= self._half:
-            return
+        memory = self._memory
+        if memory is not None and most <= memory.half:
+            return memory
         if torch.cuda.is_current_stream_capturing():
             raise RuntimeError(
-                f"message buffers of {self._half} bytes cannot grow to {most} while a CUDA graph is captured: run the "
-                "step before with the same layout"
+                f"message buffers cannot grow to {most} bytes while a CUDA graph is captured: run the step before with "
+                "the same layout"
             )
         torch.cuda.synchronize()
         dist.barrier(self.group)  # nobody reads the old buffers any more
-        if self._capture:  # but graphs will
-            self._of_graphs.append((self._memory, self._table, self._handle))
-        self._allocate(most)
-        self._open()
-
-    def _allocate(self, most: int) -> None:
-        import torch.distributed._symmetric_memory as symmetric
-
-        self._half = half_bytes(most)
-        self._handle, self._addresses = None, []
-        device = torch.device("cuda", torch.cuda.current_device())
-        self._memory = symmetric.empty(2 * self._half, dtype=torch.uint8, device=device)
-
-    def _open(self) -> None:
-        """Map the memory of all ranks. Collective."""
-        import torch.distributed._symmetric_memory as symmetric
-
-        self._handle = symmetric.rendezvous(self._memory, self.group)
-        pointers = self._handle.buffer_ptrs
-        inside = self._memory.data_ptr() - pointers[self.rank]  # of an allocation, the same on all ranks
-        self._addresses = [pointer + inside for pointer in pointers]
-        self._table = torch.tensor(self._addresses, device=self._memory.device)
+        if memory is not None and self._capture:  # but graphs will
+            self._of_graphs.append(memory)
+        self._memory = PeerMemory(half_bytes(most))
+        self._memory.open(self.group)
+        return self._memory
 
 
 class _Copies:
@@ -234,51 +249,6 @@ def _puller() -> Any:
     return pull
 
 
-def _raw_stream() -> int:
-    """The current stream's handle; asking for it costs a tenth of making a `torch.cuda.Stream`."""
-    stream: int = torch._C._cuda_getCurrentRawStream(torch.cuda.current_device())
-    return stream
-
-
-_uncounted = itertools.count(1 << 62)
-
-
-def _capture(stream: int) -> int:
-    """The number of the capture that the current stream is in; 0 if it is in none, as the default stream always is.
-
-    The driver counts captures. Should it not tell, each answer is another one: a barrier more for each exchange.
-    """
-    if stream == 0 or not torch.cuda.is_current_stream_capturing():
-        return 0
-    status, number = ctypes.c_int(), ctypes.c_uint64()
-    ask = _driver("cuStreamGetCaptureInfo_v2", ctypes.c_void_p, *[ctypes.c_void_p] * 5)
-    failed = ask is None or ask(stream, ctypes.byref(status), ctypes.byref(number), None, None, None)
-    return next(_uncounted) if failed else number.value + 1
-
-
-@cache
-def _driver(name: str, *arguments: Any) -> Any:
-    """A function of CUDA's driver, which returns 0 for success; None if it has none of that name."""
-    function = getattr(ctypes.CDLL("libcuda.so.1"), name, None)
-    if function is not None:
-        function.argtypes, function.restype = arguments, ctypes.c_int
-    return function
-
-
-@cache
-def _memcpy() -> Callable[[int, int, int, int], None]:
-    """The driver's asynchronous copy of bytes: target, source, size, stream. The host time of one is a tenth of that of
-    `Tensor.copy_`, and an exchange has one for every peer."""
-    function = _driver("cuMemcpyAsync", ctypes.c_uint64, ctypes.c_uint64, ctypes.c_size_t, ctypes.c_void_p)
-
-    def copy(target: int, source: int, size: int, stream: int) -> None:
-        error = function(target, source, size, stream)
-        if error:
-            raise RuntimeError(f"cuMemcpyAsync of {size} bytes failed with CUDA error {error}")
-
-    return copy
-
-
 def open_transport(group: dist.ProcessGroup, reason: str) -> Transport:
     """By copy engines, or by the group's all-to-all for a reason."""
     return GroupTransport(group, reason) if reason else SymmetricTransport(group)
@@ -293,9 +263,13 @@ def why_not(group: dist.ProcessGroup) -> str:
     reason = next((f"rank {rank} {told}" for rank, (_, told) in enumerate(found) if told), "")
     if reason:
         return reason
-    transport = SymmetricTransport(group)
     # Each step is agreed upon before the next: a rank that failed would leave the others waiting in it.
-    for step in (lambda: transport._allocate(1), transport._open, lambda: _probe(transport)):
+    made: list[PeerMemory] = []
+    for step in (
+        lambda: made.append(PeerMemory(SMALLEST)),
+        lambda: made[0].open(group),
+        lambda: _probe(SymmetricTransport(group, made[0])),
+    ):
         dist.all_gather_object(found, _failure(step), group=group)
         reason = next((f"rank {rank}: {told}" for rank, told in enumerate(found) if told), "")
         if reason:

@@ -160,8 +160,8 @@ def as_cuda(device: Device, captures: bool = True) -> Iterator[None]:
         mock.patch.multiple(
             symmetric,
             Event=Event,
-            _raw_stream=lambda: device.stream.number,
-            _capture=lambda _: id(device.capture) if device.capture is not None and captures else 0,
+            raw_stream=lambda: device.stream.number,
+            capture_number=lambda _: id(device.capture) if device.capture is not None and captures else 0,
         ),
     ):
         yield

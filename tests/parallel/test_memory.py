@@ -198,7 +198,7 @@ def held(ring: int, ulysses: int) -> list[tuple[int, int]]:
     assert plan.engines == ("ring", "ulysses")
     stated = largest_messages(plan, Shape(8, 4, 128, 128))
     axes = {"ring": mesh.ring_transport} if ring > 1 else {"ulysses": mesh.ulysses_transport}
-    return [(2 * transport._half, message_buffers(stated[axis])) for axis, transport in axes.items()]  # type: ignore[attr-defined]
+    return [(2 * transport._memory.half, message_buffers(stated[axis])) for axis, transport in axes.items()]  # type: ignore[attr-defined]
 
 
 @pytest.mark.gpu(2)

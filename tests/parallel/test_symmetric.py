@@ -55,12 +55,12 @@ class Rank:
         self.barriers: list[Node] = []
         self.graphs: list[Any] = []
         self.captures = captures
+        own = torch.zeros(2 * HALF, dtype=torch.uint8)
+        addresses = [peer << 32 for peer in range(ranks)]
+        self.memory = mock.Mock(half=HALF, own=own, addresses=addresses, barrier=self.barrier)
         with self.patched():
-            self.transport = SymmetricTransport(None)  # type: ignore[arg-type]
-        transport: Any = self.transport
-        transport._memory, transport._half, transport._handle = torch.zeros(2 * HALF, dtype=torch.uint8), HALF, self
-        transport._addresses = [peer << 32 for peer in range(ranks)]
-        transport.pulled = pulled
+            self.transport = SymmetricTransport(None, self.memory)  # type: ignore[arg-type]
+        self.transport.pulled = pulled
 
     @contextmanager
     def patched(self) -> Iterator[None]:
@@ -69,14 +69,14 @@ class Rank:
             mock.patch.multiple(
                 symmetric,
                 dist=mock.Mock(get_rank=lambda _: self.rank, get_world_size=lambda _: self.ranks),
-                _memcpy=lambda: self.copy,
+                memcpy=lambda: self.copy,
                 _puller=lambda: self.pull,
             ),
         ):
             yield
 
     # What the transport asks of the memory's handle, the driver and the kernel.
-    def barrier(self, channel: int) -> None:
+    def barrier(self) -> None:
         self.device.enqueue(self.barriers.append)
 
     def copy(self, target: int, source: int, size: int, stream: int) -> None:
@@ -95,7 +95,7 @@ class Rank:
             sizes = (size,) * self.ranks
             route = Route(sizes, sizes, (self.rank * size,) * self.ranks, size * self.ranks)
             send = self.transport.buffer(route, torch.empty(0, dtype=torch.uint8))
-            half = (send.data_ptr() - self.transport._memory.data_ptr()) // HALF
+            half = (send.data_ptr() - self.memory.own.data_ptr()) // HALF
             self.device.enqueue(lambda node, half=half: self.writes.append((half, node)))
             receive = torch.empty(route.received, dtype=torch.uint8)
             pending.append(self.transport.exchange(send, receive, route))
@@ -173,7 +173,7 @@ LATE = (Exchange(LARGE, True),) * 4
 @pytest.mark.parametrize("program", [[LATE], [Captured(LATE), Replay(0), Replay(0)]])
 def test_a_missing_wait_is_noticed(program: list[Step | Captured | Replay]) -> None:
     everyone = [Rank(rank, 2, -1) for rank in range(2)]
-    with mock.patch.object(SymmetricTransport, "_clear"), pytest.raises(AssertionError, match="written over"):
+    with mock.patch.object(SymmetricTransport, "_wait_until_free"), pytest.raises(AssertionError, match="written over"):
         run(program, everyone)
 
 
@@ -208,7 +208,7 @@ def growing() -> Iterator[Rank]:
         empty=lambda size, dtype, device: torch.empty(size, dtype=dtype), rendezvous=lambda memory, group: handle
     )
     rank = Rank(0, 1, 1 << 30)
-    rank.transport._handle = None
+    rank.transport._memory = None
     cuda = {"synchronize": lambda: None, "current_device": lambda: 0}
     with (
         rank.patched(),
@@ -222,11 +222,12 @@ def growing() -> Iterator[Rank]:
 def test_what_graphs_read_is_kept(growing: Rank) -> None:
     """The message buffers, and the table of their addresses that pulls are given."""
     transport = growing.transport
-    transport._ensure(1)
+    transport._large_enough(1)
     with growing.device.capturing(growing.device.new_stream()):
         growing.step((Exchange(SMALL, False),))
-    kept = [weakref.ref(x) for x in (transport._memory, transport._table)]
-    transport._ensure(transport._half + 1)
+    assert transport._memory is not None
+    kept = [weakref.ref(x) for x in (transport._memory.own, transport._memory.table)]
+    transport._large_enough(transport._memory.half + 1)
     gc.collect()
     assert all(one() is not None for one in kept)
 

@@ -203,8 +203,8 @@ def _check_numbers(settings: Settings) -> None:
         # Kernels take them as host numbers: a tensor would have to be waited for at every call, and get no gradient.
         if not isinstance(value, Real):
             raise ValueError(f"{name} must be a number, which has no gradient, got {type(value).__name__}")
-        if isnan(value):
-            raise ValueError(f"{name} must be a number, got {value}")
+    if settings.softmax_scale is not None and isnan(settings.softmax_scale):
+        raise ValueError(f"softmax_scale must be a number, got {settings.softmax_scale}")
 
 
 def _seed(settings: Settings) -> int:

@@ -10,6 +10,7 @@ import os
 import sys
 from datetime import date
 from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from ringattn.benchmarking.peers import versions
 from ringattn.benchmarking.problem import Heads, Problem, spec_of
-from ringattn.benchmarking.report import header, line, write
+from ringattn.benchmarking.report import header, line, plot, write
 from ringattn.benchmarking.roster import contestants, every_name, parse
 from ringattn.benchmarking.slow import Slow
 from ringattn.benchmarking.suite import Result, measure
@@ -111,10 +112,12 @@ def run(
         results.append(result)
         if first:
             print(line(result), flush=True)
-            write(output, results, known, plotted=False)  # a run that does not come to its end keeps what it has
+            write(output, results, known)  # a run that does not come to its end keeps what it has
     if first:
-        for path in write(output, results, known):
-            print(path)
+        paths = write(output, results, known)
+        if find_spec("matplotlib") is not None:
+            paths.append(plot(output / "benchmark.png", results, known))
+        print(*paths, sep="\n")
     return results
 
 

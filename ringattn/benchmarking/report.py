@@ -93,12 +93,8 @@ def totals(results: Sequence[Result]) -> list[str]:
     return ["| sum over workloads | f ms | f+b ms |", "|---|---|---|", *rows]
 
 
-def write(folder: Path, results: Sequence[Result], facts: dict[str, Any], plotted: bool = True) -> list[Path]:
-    """benchmark.md, benchmark.json and, with matplotlib, benchmark.png in `folder`; what is there is replaced.
-
-    Arguments:
-        plotted: False leaves out the picture, for results that are not yet all.
-    """
+def write(folder: Path, results: Sequence[Result], facts: dict[str, Any]) -> list[Path]:
+    """benchmark.md and benchmark.json in `folder`; what is there is replaced."""
     folder.mkdir(parents=True, exist_ok=True)
     paths = [folder / "benchmark.md", folder / "benchmark.json"]
     content = {"facts": facts, "results": [result.as_dict() for result in results]}
@@ -106,13 +102,6 @@ def write(folder: Path, results: Sequence[Result], facts: dict[str, Any], plotte
         partial = path.with_name(path.name + ".partial")
         partial.write_text(text, encoding="utf-8")
         partial.replace(path)
-    if not plotted:
-        return paths
-    try:
-        import matplotlib  # noqa: F401
-    except ImportError:
-        return paths
-    paths.append(plot(folder / "benchmark.png", results, facts))
     return paths
 
 

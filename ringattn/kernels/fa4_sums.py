@@ -54,7 +54,7 @@ def backward_into(interface: ModuleType, grads: Grads, arguments: tuple[Tensor, 
         total.add(targets[name], (0, len(targets[name])), getattr(grads, name))
 
 
-_of_thread = threading.local()  # `waiting`: what is added to, by the address of its output
+_of_thread = threading.local()  # `waiting`: outputs and what they are added to, by the output's id
 _functions: dict[tuple[Any, Any], FunctionType] = {}
 
 

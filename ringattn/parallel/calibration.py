@@ -222,7 +222,8 @@ class Calibration:
             transports: dict[str, Transport] = {name: GroupTransport(group) for name in ("p2p", "all_to_all")}
             # Every measurement ends in a collective of all ranks: nodes must measure the same primitives.
             if self.device == "cuda" and link_class == "node" and not self._slowest(float(bool(why_not(group)))):
-                transports["copy"] = SymmetricTransport(group)
+                transports["copy"] = engines = SymmetricTransport(group)
+                engines.pulled = -1  # not even short messages
             for primitive, transport in transports.items():
                 samples = [self._message(group, size, primitive, transport) for size in self.messages]
                 found[link_class, primitive] = fit_link(samples, base.links[link_class, primitive].disturbance)

@@ -18,7 +18,8 @@ from ringattn.parallel.messages import Widths, exchange_messages, rank_widths
 from ringattn.parallel.plan import AttentionPlan, Exchange, Message, Shape, Stage
 from ringattn.parallel.rates import BlockTable
 
-BACKWARD_HOST = 1.7  # a backward pass and its calls, in those of a forward pass
+# A backward pass and its calls, in those of a forward pass: by eye, of hist16k on 2 GPUs with FlashAttention 4.
+BACKWARD_HOST = 1.7
 
 
 @dataclass(frozen=True)

@@ -10,15 +10,15 @@ import torch
 
 
 def raw_stream() -> int:
-    """The current stream's handle; asking for it costs a tenth of making a `torch.cuda.Stream`."""
+    """The current stream's handle; making a `torch.cuda.Stream` of it takes the host 5 to 8 µs more."""
     stream: int = torch._C._cuda_getCurrentRawStream(torch.cuda.current_device())
     return stream
 
 
 @cache
 def memcpy() -> Callable[[int, int, int, int], None]:
-    """The asynchronous copy of bytes: target, source, size, stream. The host time of one is a tenth of that of
-    `Tensor.copy_`, and an exchange has one for every peer."""
+    """The asynchronous copy of bytes: target, source, size, stream. An exchange has one for every peer, and needs no
+    views of tensors for it, as `Tensor.copy_` does."""
     function = _function("cuMemcpyAsync", ctypes.c_uint64, ctypes.c_uint64, ctypes.c_size_t, ctypes.c_void_p)
 
     def copy(target: int, source: int, size: int, stream: int) -> None:

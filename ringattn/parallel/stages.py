@@ -149,10 +149,10 @@ def backward_stages(
     plan, (q, k, v, out, lse) = job.plan, saved
     forward = dout, q, out, lse
     local, *later = plan.stages
-    # Gradients of a head's copies are added after the exchange, or after all groups: they must not be rounded before.
     single = plan.single_parts
     shared_k = (0, 0) if single else plan.shared_k
     if job.adds and (plan.sums_copies or plan.sums_groups):
+        # Gradients of a head's copies are added after the exchange, or after all groups: not rounded before.
         shared_k = 0, plan.rows
     dq = Accumulator(rows[0], plan.shared_q, plan.uncovered)
     dk, dv = (Accumulator(x, shared_k, plan.without_grads if single else plan.unread, single) for x in rows[1:])

@@ -1,8 +1,8 @@
 """Exchanges inside one NVLink domain without collectives: every rank reads its messages out of the memory of its peers.
 
 Copy engines do it beside the kernels, so that no SM is taken from the attention that runs meanwhile; short messages are
-pulled by one kernel, which costs the host a fifth of the time. `torch.distributed._symmetric_memory` maps the message
-buffers of all ranks into each other and has the barrier that says when they are filled.
+pulled by one kernel, which takes the host less than half the time. `torch.distributed._symmetric_memory` maps the
+message buffers of all ranks into each other and has the barrier that says when they are filled.
 """
 
 import importlib.util

@@ -1,8 +1,5 @@
 """Gradients added to sums inside of flash-attn-4's backward pass: against a fake of it, in Triton's interpreter."""
 
-import os
-import subprocess
-import sys
 from itertools import pairwise
 
 import pytest
@@ -13,9 +10,8 @@ from ringattn.kernels.fa4_sums import backward_into
 from ringattn.kernels.reference import Reference
 from ringattn.kernels.spec import Block, Call, Grads, Options, Sum
 from tests.kernels import fake_fa4
+from tests.kernels.interpreter import interpreted, run_interpreted, starts_the_interpreter
 
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-interpreted = pytest.mark.skipif(not INTERPRETED, reason="run by test_in_the_interpreter")
 SCALE = 0.3
 Q, K = [0, 40, 41, 41, 80], [0, 40, 60, 90, 131]  # sequences; the second has keys that are not used, the third no query
 USED = [40, 12, 30, 41]
@@ -41,7 +37,7 @@ def zeros(tensors: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, torch.Tensor
 @interpreted
 @pytest.mark.parametrize(("fresh", "dim"), [(False, 16), (False, 40), (False, 64), (True, 40)])
 @pytest.mark.parametrize("key_heads", [1, 2, 4])
-def test_shared_rows_are_added_and_others_written(fresh: bool, key_heads: int, dim: int) -> None:
+def test_interpreted_shared_rows_are_added_and_others_written(fresh: bool, key_heads: int, dim: int) -> None:
     used = [after - before for before, after in pairwise(K)] if fresh else USED
     tensors, call = case(key_heads, dim, used)
     q, k, v, out, dout, lse = tensors
@@ -79,7 +75,7 @@ def test_shared_rows_are_added_and_others_written(fresh: bool, key_heads: int, d
 
 
 @interpreted
-def test_another_last_step_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_interpreted_another_last_step_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
     tensors, _ = case(2, 16, USED)
     monkeypatch.setattr(fake_fa4, "_flash_attn_bwd", lambda *_, **__: None)
     q = tensors[0]
@@ -89,12 +85,6 @@ def test_another_last_step_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
     assert not fa4_sums._of_thread.waiting  # nothing is kept of a call that failed
 
 
-@pytest.mark.skipif(INTERPRETED, reason="starts the interpreter")
+@starts_the_interpreter
 def test_in_the_interpreter() -> None:
-    pytest.importorskip("triton")
-    command = [sys.executable, "-m", "pytest", "-v", "-p", "no:cacheprovider", __file__]
-    done = subprocess.run(
-        command, env={**os.environ, "TRITON_INTERPRET": "1"}, capture_output=True, text=True, timeout=300
-    )
-    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-2000:]
-    assert "13 passed" in done.stdout
+    run_interpreted(__file__, 13)

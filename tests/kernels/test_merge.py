@@ -1,6 +1,5 @@
 """Merging partial results: against float64 in any order, empty rows, views; the Triton kernel in its interpreter."""
 
-import os
 import subprocess
 import sys
 from collections.abc import Callable
@@ -13,9 +12,9 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from ringattn.kernels.merge import apply_sinks_, merge_, merge_into, plain_merge_, sinks_grad
+from tests.kernels.interpreter import INTERPRETED, interpreted, run_interpreted, starts_the_interpreter
 
 Merge = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], None]
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 PRECISION = {torch.float32: 1e-6, torch.bfloat16: 8e-3, torch.float16: 1e-3}
 EMPTY = float("-inf")
 
@@ -38,7 +37,7 @@ KERNELS = [
         triton_into,
         "cpu",
         id="interpreted",
-        marks=pytest.mark.skipif(not INTERPRETED, reason="run by test_triton_kernel_in_its_interpreter"),
+        marks=interpreted,
     ),
     pytest.param(
         triton_into,
@@ -172,15 +171,9 @@ def test_log_sum_exps_far_apart(kernel: Merge, device: str) -> None:
     assert_same(acc_lse, torch.tensor([[500.0, 500.0, 0.6931472]]), 1e-6)
 
 
-def test_triton_kernel_in_its_interpreter() -> None:
-    """Triton reads TRITON_INTERPRET when it is imported, so the tests above run once more in a process of their own."""
-    pytest.importorskip("triton")
-    command = [sys.executable, "-m", "pytest", "-v", "-p", "no:cacheprovider", __file__, "-k", "interpreted"]
-    environment = os.environ | {"TRITON_INTERPRET": "1", "CI": "1"}
-    root = Path(__file__).parents[2]
-    done = subprocess.run(command, env=environment, cwd=root, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-1000:]
-    assert "passed" in done.stdout
+@starts_the_interpreter
+def test_in_the_interpreter() -> None:
+    run_interpreted(__file__, 9)
 
 
 def test_importing_the_package_does_not_import_triton() -> None:

@@ -1,8 +1,5 @@
 """Packing heads for an exchange and back: plain copies and the Triton kernels against indexing."""
 
-import os
-import subprocess
-import sys
 from typing import NamedTuple
 
 import pytest
@@ -11,8 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ringattn.kernels.pack import Slot, Slots, pack_heads, unpack_heads
-
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+from tests.kernels.interpreter import interpreted, run_interpreted, starts_the_interpreter
 
 
 class Packed(NamedTuple):
@@ -84,7 +80,7 @@ def test_triton_on_a_device(case: Packed) -> None:
     check_unpacked(case, targets)
 
 
-@pytest.mark.skipif(not INTERPRETED, reason="run by test_in_the_interpreter")
+@interpreted
 @settings(max_examples=25)
 @given(case=cases())
 def test_triton_interpreted(case: Packed) -> None:
@@ -99,15 +95,9 @@ def test_triton_interpreted(case: Packed) -> None:
     check_unpacked(case, targets)
 
 
-@pytest.mark.skipif(INTERPRETED, reason="starts the interpreter")
+@starts_the_interpreter
 def test_in_the_interpreter() -> None:
-    pytest.importorskip("triton")
-    command = [sys.executable, "-m", "pytest", "-v", "-p", "no:cacheprovider", __file__, "-k", "interpreted"]
-    done = subprocess.run(
-        command, env={**os.environ, "TRITON_INTERPRET": "1"}, capture_output=True, text=True, timeout=300
-    )
-    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-2000:]
-    assert "1 passed" in done.stdout
+    run_interpreted(__file__, 1)
 
 
 @pytest.mark.gpu

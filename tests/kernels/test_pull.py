@@ -1,15 +1,12 @@
 """Messages pulled out of the memory of peers: against slices, in Triton's interpreter and on a device."""
 
-import os
-import subprocess
-import sys
-
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+from tests.kernels.interpreter import interpreted, run_interpreted, starts_the_interpreter
+
 UNITS = 16 // 2  # bfloat16 elements of a unit
 
 
@@ -42,19 +39,13 @@ def test_messages_are_pulled_on_a_device(case: tuple[int, int, list[tuple[int, i
     check(case, "cuda")
 
 
-@pytest.mark.skipif(not INTERPRETED, reason="run by test_in_the_interpreter")
+@interpreted
 @settings(max_examples=20, deadline=None)
 @given(case=transfers())
 def test_messages_are_pulled_interpreted(case: tuple[int, int, list[tuple[int, int]]]) -> None:
     check(case, "cpu")
 
 
-@pytest.mark.skipif(INTERPRETED, reason="starts the interpreter")
+@starts_the_interpreter
 def test_in_the_interpreter() -> None:
-    pytest.importorskip("triton")
-    command = [sys.executable, "-m", "pytest", "-v", "-p", "no:cacheprovider", __file__, "-k", "interpreted"]
-    done = subprocess.run(
-        command, env={**os.environ, "TRITON_INTERPRET": "1"}, capture_output=True, text=True, timeout=300
-    )
-    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-2000:]
-    assert "1 passed" in done.stdout
+    run_interpreted(__file__, 1)

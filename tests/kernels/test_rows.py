@@ -1,8 +1,5 @@
 """Rows in and out of messages: plain torch and the Triton kernels against indexing, row by row."""
 
-import os
-import subprocess
-import sys
 from typing import NamedTuple
 
 import pytest
@@ -12,8 +9,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from ringattn.kernels.rows import Addition, Additions, add_rows, row_index, take_rows
-
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+from tests.kernels.interpreter import interpreted, run_interpreted, starts_the_interpreter
 
 
 class Taken(NamedTuple):
@@ -121,7 +117,7 @@ def test_triton_on_a_device(taken: Taken, added: Added) -> None:
         assert torch.equal(total, right)
 
 
-@pytest.mark.skipif(not INTERPRETED, reason="run by test_in_the_interpreter")
+@interpreted
 @settings(max_examples=25)
 @given(taken=takes(), added=adds())
 def test_triton_interpreted(taken: Taken, added: Added) -> None:
@@ -139,12 +135,6 @@ def test_triton_interpreted(taken: Taken, added: Added) -> None:
         assert torch.equal(total, expected)
 
 
-@pytest.mark.skipif(INTERPRETED, reason="starts the interpreter")
+@starts_the_interpreter
 def test_in_the_interpreter() -> None:
-    pytest.importorskip("triton")
-    command = [sys.executable, "-m", "pytest", "-v", "-p", "no:cacheprovider", __file__, "-k", "interpreted"]
-    done = subprocess.run(
-        command, env={**os.environ, "TRITON_INTERPRET": "1"}, capture_output=True, text=True, timeout=300
-    )
-    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-2000:]
-    assert "1 passed" in done.stdout
+    run_interpreted(__file__, 1)

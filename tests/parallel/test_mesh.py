@@ -1,12 +1,16 @@
 """What moves the data of a mesh's axes, and the machine that its plans are made for."""
 
+import os
+from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 
 from ringattn.parallel import mesh as module
 from ringattn.parallel.machines import SHIPPED
-from ringattn.parallel.mesh import SequenceMesh
+from ringattn.parallel.mesh import SequenceMesh, init_mesh
+from tests.pool import Pools
 
 FAR = "its ranks are on 2 hosts"
 
@@ -37,3 +41,19 @@ def test_plans_are_made_for_the_engines_of_each_axis(
     copy = SHIPPED["H200"].links["node", "copy"]
     for axis, primitive in (("ring", "p2p"), ("ulysses", "all_to_all")):
         assert (found.machine.links["node", primitive] == copy) == (axis in engines)
+
+
+def machines(path: str, captured: bool) -> list[Any]:
+    with mock.patch.dict(os.environ, RINGATTN_MACHINE=path):
+        mesh = init_mesh(data=1, sequence=2, device_type="cpu", captured=captured)
+    return [one.machine for one in mesh.alternatives]
+
+
+def test_meshes_for_captured_steps_are_planned_without_the_host(pool: Pools, tmp_path: Path) -> None:
+    calibrated = tmp_path / "machine.json"
+    calibrated.write_text(SHIPPED["H200"].to_json())
+    for captured in (False, True):
+        for found in pool(2).run(machines, str(calibrated), captured):
+            assert len(found) == 2
+            assert all((machine.host_pass == machine.host_call == 0) == captured for machine in found)
+            assert all(machine.rates == SHIPPED["H200"].rates for machine in found)

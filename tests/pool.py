@@ -60,7 +60,8 @@ class RemoteTraceback(Exception):
 
 
 class Pool:
-    """`world_size` processes joined by gloo (`device_type="cpu"`) or by NCCL, one per device (`"cuda"`).
+    """`world_size` processes joined by gloo (`device_type="cpu"`) or by NCCL, one per device (`"cuda"`), or on the CUDA
+    devices that there are, joined by gloo since NCCL wants a device for each (`"shared"`).
 
     An exception on any rank is raised again in the caller, with the rank and the remote traceback as its cause. The
     workers stay if every rank raised the same type (a refusal); after anything else that is not a return on every rank
@@ -68,8 +69,8 @@ class Pool:
     """
 
     def __init__(self, world_size: int, device_type: str = "cpu") -> None:
-        if device_type not in ("cpu", "cuda"):
-            raise ValueError(f"device_type must be 'cpu' or 'cuda', got {device_type!r}")
+        if device_type not in ("cpu", "cuda", "shared"):
+            raise ValueError(f"device_type must be 'cpu', 'cuda' or 'shared', got {device_type!r}")
         self.world_size = world_size
         self.device_type = device_type
         self._workers: list[_Worker] = []
@@ -215,9 +216,9 @@ class Pools:
         self._pools: dict[tuple[int, str], Pool] = {}
 
     def __call__(self, world_size: int, device_type: str = "cpu") -> Pool:
-        if device_type == "cuda":  # idle workers would hold the memory of devices that others measure
+        if device_type != "cpu":  # idle workers would hold the memory of devices that others measure
             for (size, kind), other in self._pools.items():
-                if kind == "cuda" and size != world_size:
+                if kind != "cpu" and (size, kind) != (world_size, device_type):
                     other.close()
         return self._pools.setdefault((world_size, device_type), Pool(world_size, device_type))
 
@@ -289,6 +290,9 @@ def _join(place: _Place) -> None:
         torch.cuda.set_device(device)
         dist.init_process_group("nccl", store=store, device_id=device, **options)
     else:
+        if place.device_type == "shared":
+            torch.cuda.set_device(place.rank % torch.cuda.device_count())
+            os.environ["TORCH_SYMM_MEM_ALLOW_OVERLAPPING_DEVICES"] = "1"
         dist.init_process_group("gloo", store=store, **options)
 
 

@@ -50,19 +50,25 @@ def test_bfloat16_against_float64(pool: Pools, ring: int, ulysses: int, scheme: 
     results = pool(ring * ulysses, "cuda").run_many(errors_of, jobs, timeout=300)
     for (case, *_), ranks in zip(jobs, results, strict=True):
         for got, single in ranks:
-            for name, error in got.items():
-                assert error <= LIMITS[name], (str(case.mask), name, got, single)
-                assert error <= FACTORS[name] * single[name] + 1e-7, (str(case.mask), name, got, single)
+            assert_small(got, single, case)
+
+
+def assert_small(got: dict[str, float], single: dict[str, float], case: Case) -> None:
+    for name, error in got.items():
+        assert error <= LIMITS[name], (str(case.mask), name, got, single)
+        assert error <= FACTORS[name] * single[name] + 1e-7, (str(case.mask), name, got, single)
 
 
 def errors_of(
     case: Case, ring: int, ulysses: int, policy: str, scheme: str, transport: str
 ) -> tuple[dict[str, float], dict[str, float]]:
     """Errors against float64 of this mesh, and of one kernel call."""
-    expected = dense_attention(case, "cuda")
-    got = attend(case, ring, ulysses, policy, scheme, "cuda", transport)
+    return compared(case, attend(case, ring, ulysses, policy, scheme, "cuda", transport))
+
+
+def compared(case: Case, got: dict[str, torch.Tensor]) -> tuple[dict[str, float], dict[str, float]]:
+    expected, single = dense_attention(case, "cuda"), alone(case)
     assert (got["out"][~case.docs.dense().any(0)] == 0).all()
-    single = alone(case)
     return (
         {name: relative_error(_finite(got[name].cuda()), _finite(x)) for name, x in expected.items()},
         {name: relative_error(_finite(single[name]), _finite(x)) for name, x in expected.items()},

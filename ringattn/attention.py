@@ -63,12 +63,13 @@ def parallel_attention(
         deterministic: ask the kernel for bitwise equal gradients from run to run; transfers are always in fixed order.
             RINGATTN_DETERMINISTIC=on asks for it everywhere.
         backend: "auto" or a name of `ringattn.kernels.registry.backends()`.
-        scheme: "auto", "gather", "ring", "ulysses" or "hybrid"; the degrees are those of the layout's mesh. "auto"
-            takes what is predicted to be fastest on the mesh's machine, forward and backward apart, and says why in the
-            plan's `reason`.
+        scheme: "auto", "gather", "joint", "ring", "ulysses" or "hybrid"; the degrees are those of the layout's mesh.
+            "gather" computes what needs only local keys while the others arrive, "joint" everything in one call once
+            they are there: for short packs, whose calls take the device less time than the host. "auto" takes what is
+            predicted to be fastest on the mesh's machine, forward and backward apart, and says why in the plan's `reason`.
         stages: stages of the ring scheme, the local one included; default: up to 4.
         keep_keys: keep cast keys for the backward pass (more memory, one transfer less), or cast them again; default:
-            keep them where that is predicted to be faster and they fit, in `memory_limit` or else in a quarter of the
+            keep them where that is predicted to be faster and they fit, in `memory_limit` or else in half of the
             q, k, v and out that are kept anyway. Under torch.compile they are always cast again.
         wide_reduce: return key gradients to their owners in float32; False: in the dtype of the keys, half the bytes.
         memory_limit: bytes that the buffers of one attention may take on a rank, beside its inputs and results, with

@@ -29,7 +29,7 @@ def planned(lengths, ring, ulysses=1, mask=Mask(), scheme="auto"):
     st.lists(st.integers(0, 40), min_size=1, max_size=5).filter(any),
     st.integers(1, 4),
     st.sampled_from(MASKS),
-    st.sampled_from(["gather", "ring"]),
+    st.sampled_from(["gather", "joint", "ring"]),
     st.sampled_from([7, 600]),
 )
 def test_every_pixel_is_the_pair_that_its_rank_computes(lengths, ring, mask, scheme, pixels):

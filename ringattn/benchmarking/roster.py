@@ -67,7 +67,7 @@ def every_name(ranks: int) -> list[str]:
     inner = [u for u in range(2, ranks) if ranks % u == 0]
     if ranks == 1:
         return ["auto:1"]
-    ring = [f"{scheme}:{ranks}x1" for scheme in ("auto", "gather", "ring")]
+    ring = [f"{scheme}:{ranks}x1" for scheme in ("auto", "gather", "joint", "ring")]
     return [f"auto:{ranks}", *ring, *(f"hybrid:{ranks // u}x{u}" for u in inner), f"ulysses:1x{ranks}"]
 
 

@@ -30,7 +30,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--device", choices=("cpu", "cuda"), help="default cuda if there are enough devices")
     parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help="default by device")
     parser.add_argument("--policy", choices=("auto", "contiguous", "zigzag", "balanced"), default="contiguous")
-    parser.add_argument("--scheme", choices=("auto", "ring", "gather", "ulysses", "hybrid"), default="auto")
+    parser.add_argument("--scheme", choices=("auto", "ring", "gather", "joint", "ulysses", "hybrid"), default="auto")
     parser.add_argument("--backend", default="auto", metavar="NAME", help="kernel backend, default auto")
     parser.add_argument("--tolerance", type=float, metavar="X", help="largest relative error, default by dtype")
     parser.add_argument("--json", action="store_true", help="the findings as one JSON list")

@@ -107,27 +107,29 @@ def take_rows(index: Tensor, target: Tensor, message: Tensor | None, pair: Pair)
     assert target.shape[1] == width + pair[1].shape[1]
 
 
-def add_rows(additions: Additions, message: Tensor, pair: Pair, sums: Pair, fresh: bool = False) -> None:
+def add_rows(additions: Additions, message: Tensor | None, pair: Pair, sums: Pair, fresh: bool = False) -> None:
     """Add rows of a message and of a pair to `sums`, a pair of as many columns in the precision for that.
 
     Each row is added up in the order of `additions`.
 
     Arguments:
+        message: may be None where all additions are of the pair.
         fresh: the rows that additions name hold nothing yet and get what is added, rounded once to the dtype of `sums`,
             which may then be any. Others are left alone.
     """
     if not additions.parts:
         return
     fused = _fused()
-    if fused is not None and message.is_cuda and accumulation_dtype(message.dtype) == torch.float32:
-        fused.add_rows(*additions.tables(message.device), message, pair, sums, fresh)
+    like = pair[0] if message is None else message
+    if fused is not None and like.is_cuda and accumulation_dtype(like.dtype) == torch.float32:
+        fused.add_rows(*additions.tables(like.device), like, pair, sums, fresh)
         return
     width = sums[0].shape[1]
     for (start, stop), parts in additions.segments:
         for number, total in enumerate(sums):
             columns = slice(0, width) if number == 0 else slice(width, None)
             terms = [
-                (message[rows, columns] if part.remote else pair[number][rows]).to(accumulation_dtype(message.dtype))
+                (like[rows, columns] if part.remote else pair[number][rows]).to(accumulation_dtype(like.dtype))
                 for part in parts
                 for rows in [slice(part.source + start - part.target[0], part.source + stop - part.target[0])]
             ]

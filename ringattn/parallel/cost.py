@@ -118,7 +118,7 @@ def _cast_copies(machine: Machine, stage: Stage, own: Shape) -> float:
 
 def _reduce_copies(machine: Machine, stage: Stage, own: Shape) -> float:
     """Gradients of the buffer's rows packed, and what came back added to the rows' own."""
-    rows = 2 * stage.back.sent + 3 * stage.back.received + 3 * sum(stop - start for _, (start, stop) in stage.copies)
+    rows = 2 * stage.back.sent + 3 * stage.back.received + 3 * (stage.rows - stage.cast.received)
     return merge_seconds(machine, rows * own.wide_key_row_bytes, 2)
 
 

@@ -26,6 +26,7 @@ class Demand:
     band: Band
     held_first: Ints | None = None  # of parts of pieces: the piece's own range
     held_last: Ints | None = None
+    joined: bool = False  # pieces that need no key from elsewhere are computed with the others, from one buffer
 
     @classmethod
     def of(cls, held: Held, band: Band) -> "Demand":
@@ -43,7 +44,7 @@ class Demand:
     @cached_property
     def parted(self) -> "Demand":
         """The same with query pieces cut as `Held.parted` cuts them."""
-        if self.band.lo is None and self.band.hi in (0, None):
+        if self.joined or (self.band.lo is None and self.band.hi in (0, None)):
             return self  # a piece sees all of its document's start, or nothing outside
         columns = self.first.tolist(), self.last.tolist(), self.length.tolist()
         bounds = [inner_rows(first, last, length, self.band) for first, last, length in zip(*columns, strict=True)]
@@ -66,8 +67,15 @@ class Demand:
         )
 
     @cached_property
+    def joint(self) -> "Demand":
+        """The same where every piece waits for the keys from elsewhere."""
+        return replace(self, joined=True)
+
+    @cached_property
     def local(self) -> npt.NDArray[np.bool_]:
-        """Pieces that need no key from elsewhere."""
+        """Pieces that are computed from local rows, since they need no key from elsewhere."""
+        if self.joined:
+            return np.zeros(len(self.first), dtype=np.bool_)
         first = self.first if self.held_first is None else self.held_first
         last = self.last if self.held_last is None else self.held_last
         return (self.needs[0] >= first) & (self.needs[1] <= last)
@@ -79,7 +87,9 @@ class Demand:
 
     @cached_property
     def ordinal(self) -> Ints:
-        """Number of a piece among the pieces of its group."""
+        """Number of the call of a piece: of those of its group every one is in another."""
+        if self.joined:
+            return np.zeros(len(self.first), dtype=np.int64)
         starts = np.searchsorted(self.group, self.group, side="left")
         return np.arange(len(self.group)) - starts
 
@@ -117,6 +127,15 @@ class Demand:
     def received_rows(self) -> Ints:
         reader, holder, rows = self.traffic
         return per(reader, rows * (reader != holder), self.positions)
+
+    @cached_property
+    def copied_rows(self) -> Ints:
+        """Key rows of each position's buffer, if it gathers, beside those that arrive: its own, and of pieces that are
+        joined those that stand in it more than once."""
+        if self.joined:
+            return per(self.position, self.needs[1] - self.needs[0], self.positions) - self.received_rows
+        reader, holder, rows = self.traffic
+        return per(reader, rows * (reader == holder), self.positions)
 
     @cached_property
     def gathered_blocks(self) -> BlockTable:

@@ -139,7 +139,7 @@ def forward_pass(job: Job, q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None
     out, lse, kept = yield from forward_stages(job, q, k, v, keep)
     if sinks is not None:
         apply_sinks_(out, lse, sinks)
-    return Forward(out, lse, [Saved(q, k, v, out, lse)], kept)
+    return Forward(out, lse, [Saved.of(job, q, k, v, out, lse, kept)], kept)
 
 
 def _exchanged_forward(
@@ -166,7 +166,7 @@ def _exchanged_forward(
         out, lse, kept = yield from forward_stages(group, queries, own[0], own[1], keep)
         if sinks is not None:
             apply_sinks_(out, lse, sinks[slice(*group.heads)])
-        saved.append(Saved(queries, own[0], own[1], out, lse))
+        saved.append(Saved.of(group, queries, own[0], own[1], out, lse, kept))
         back = [to_tokens(out.flatten(1), [Columns("query", out.shape[2])], exchange, ulysses, group.group)]
         if job.return_lse:
             back.append(to_tokens(lse.T, [Columns("query", 1)], exchange, ulysses, group.group))
@@ -190,7 +190,7 @@ def backward_pass(
         return (yield from _exchanged_backward(job, job.plan.exchange, job.ulysses, dout, saved, sinks, kept))
     (of,) = saved
     dsinks = None if sinks is None else sinks_grad(dout, of.out, of.lse, sinks)
-    found = yield from backward_stages(job.backward, dout, of, kept, [torch.empty_like(x) for x in of[:3]])
+    found = yield from backward_stages(job.backward, dout, of, kept, [torch.empty_like(of.q), *of.new_key_grads()])
     dq, dk, dv = (grad.finish() for grad in found)
     return dq, dk, dv, dsinks
 
@@ -225,7 +225,7 @@ def _exchanged_backward(
         columns = queries + keys if with_keys else queries
         message, rows = joined(columns, dout, exchange, ulysses, number)
         direct = with_keys and exchange.groups == 1  # kernels write where the gradients leave from
-        targets = rows if direct else [rows[0], *(torch.empty_like(x) for x in of[1:3])]
+        targets = rows if direct else [rows[0], *of.new_key_grads()]
         dq, *grads = yield from backward_stages(group.backward, own_dout, of, kept, targets)
         dq.finish()
         if direct:

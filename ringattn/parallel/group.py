@@ -7,7 +7,7 @@ from ringattn.parallel.choice import candidates, choose
 from ringattn.parallel.held import Held
 from ringattn.parallel.layout import Layout
 from ringattn.parallel.plan import AttentionPlan
-from ringattn.parallel.planner import check_scheme, only, plan_exchange, plan_ring, settled
+from ringattn.parallel.planner import check_scheme, only, plan_exchange, plan_stages, settled
 from ringattn.parallel.pricing import Candidate, Pricer, Setting
 
 
@@ -32,7 +32,7 @@ def plan_group(
     choice = choose(pricer, options, memory_limit)
 
     def planned(position: int, one: Candidate) -> AttentionPlan:
-        return settled(plan_ring(held, pricer.demand, position, one), setting, choice.keep_keys)
+        return settled(plan_stages(held, pricer.demand, position, one), setting, choice.keep_keys)
 
     plans = []
     for position in range(mesh.ring):

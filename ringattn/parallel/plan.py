@@ -111,7 +111,8 @@ class Stage:
     """Transfers that must have arrived, then calls.
 
     Stage 0 reads the local keys and needs no transfer. A later stage reads a buffer of `rows` key rows filled by
-    `copies` (local rows → buffer rows) and `receives`; its `sends` are what this rank gives others for the same stage.
+    `copies` (local rows → buffer rows), `receives` and `repeats` (rows received → buffer rows where they stand once
+    more); its `sends` are what this rank gives others for the same stage.
     Messages are in the order of ranks, one each; `cast` is the all-to-all of all ranks' messages, and `back` the one
     that returns the gradients of their rows. `index` are the global indices of the buffer's rows, as ranges in order.
     """
@@ -120,6 +121,7 @@ class Stage:
     rows: int = 0
     index: tuple[Range, ...] = ()
     copies: tuple[tuple[Range, Range], ...] = ()
+    repeats: tuple[tuple[Range, Range], ...] = ()
     sends: tuple[Message, ...] = ()
     receives: tuple[Message, ...] = ()
     cast: Route = Route()
@@ -212,7 +214,7 @@ class AttentionPlan:
     """What this rank does for one attention, forward and backward.
 
     Arguments:
-        schedule: "local", "gather" or "ring": how keys move on the ring axis.
+        schedule: "local", "gather", "joint" or "ring": how keys move on the ring axis.
         rows: query and key rows of this rank's ring position.
         index: their global indices, as ranges in the order of the rows.
         stages: stage 0, then those that need transfers.

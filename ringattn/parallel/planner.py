@@ -1,27 +1,26 @@
 """From layout and mask to plan. Every rank computes its part from the same integers, without communication."""
 
-from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from typing import Concatenate, ParamSpec
 
-from ringattn.kernels.spec import Block, Range
-from ringattn.mask import Band, Mask
-from ringattn.parallel.blocks import Piece, blocks_of, group_calls, join_full, shared_rows
+from ringattn.kernels.spec import Range
+from ringattn.mask import Mask
 from ringattn.parallel.choice import candidates, choose, choose_groups
 from ringattn.parallel.demand import Demand
 from ringattn.parallel.held import Held
+from ringattn.parallel.joint import plan_joint
 from ringattn.parallel.layout import Layout
 from ringattn.parallel.machine import Machine
 from ringattn.parallel.mesh import MeshShape
-from ringattn.parallel.plan import AttentionPlan, Exchange, Message, PartedPlan, Route, Shape, Stage
+from ringattn.parallel.plan import AttentionPlan, Exchange, PartedPlan, Shape
 from ringattn.parallel.pricing import Candidate, Pricer, Setting
-from ringattn.parallel.ranges import overlap, union
+from ringattn.parallel.ring import plan_ring
 from ringattn.parallel.ulysses import exchange_plan
 
 P = ParamSpec("P")
 
-SCHEMES = ("auto", "ring", "ulysses", "hybrid", "gather")
+SCHEMES = ("auto", "ring", "ulysses", "hybrid", "gather", "joint")
 
 
 def plan_parts(
@@ -45,12 +44,12 @@ def plan_parts(
 
     Arguments:
         layout: with several parts or, as one, without.
-        scheme: "gather" or "ring" name how keys move on the ring axis; "auto" takes what is predicted to be fastest,
-            forward and backward apart; "ulysses" and "hybrid" check that the mesh has those axes and leave the ring
-            axis to "auto". A parted layout has only "auto".
+        scheme: "gather", "joint" or "ring" name how keys move on the ring axis; "auto" takes what is predicted to be
+            fastest, forward and backward apart; "ulysses" and "hybrid" check that the mesh has those axes and leave the
+            ring axis to "auto". A parted layout has only "auto".
         stages: number of stages of the ring schedule, the local one included.
         keep_keys, wide_reduce: see `AttentionPlan`; by default keys are kept where that is predicted to be faster and
-            they fit: in the memory limit, or without one in a quarter of the q, k, v and out that are kept anyway.
+            they fit: in the memory limit, or without one in half of the q, k, v and out that are kept anyway.
         head_dim, value_dim, itemsize: of queries and keys, of values (default: the same), bytes per element.
         memory_limit: bytes that the buffers of a rank may take, by the estimate for all ranks; of all parts together.
             The message buffers of axes whose data copy engines move are among them (`memory.buffer_bytes`).
@@ -132,7 +131,8 @@ def _plan(
     held, pricer = Held.of(layout, mask), Pricer.of(layout, mask, setting)
     choice = choose(pricer, options, memory_limit)
     plans = [
-        plan_ring(held, pricer.demand, mesh.ring_rank, one) for one in dict.fromkeys((choice.forward, choice.backward))
+        plan_stages(held, pricer.demand, mesh.ring_rank, one)
+        for one in dict.fromkeys((choice.forward, choice.backward))
     ]
     exchange, why = plan_exchange(layout, pricer.setting, mesh.ring_rank, mesh.ulysses_rank, plans[0], head_groups)
     reason = only(mesh, options) + choice.reason + why
@@ -186,7 +186,7 @@ def check_scheme(scheme: str, mesh: MeshShape, stages: int | None = None, parts:
         raise ValueError(f'scheme must be "auto" where documents are on several meshes ({parts} parts), got "{scheme}"')
     degrees = f"the mesh has ring={mesh.ring} and ulysses={mesh.ulysses}"
     if mesh.sequence_size > 1:
-        if scheme in ("ring", "gather") and mesh.ring == 1:
+        if scheme in ("ring", "gather", "joint") and mesh.ring == 1:
             raise ValueError(f'scheme="{scheme}" moves keys on the ring axis and needs ring > 1; {degrees}')
         if scheme == "ulysses" and mesh.ring > 1:
             raise ValueError(f'scheme="ulysses" needs ring = 1; {degrees}: use "hybrid"')
@@ -199,145 +199,8 @@ def check_scheme(scheme: str, mesh: MeshShape, stages: int | None = None, parts:
             raise ValueError(f'stages belongs to scheme="ring", got stages={stages} with scheme="{scheme}"')
 
 
-def plan_ring(held: Held, demand: Demand, position: int, candidate: Candidate) -> AttentionPlan:
+def plan_stages(held: Held, demand: Demand, position: int, candidate: Candidate) -> AttentionPlan:
     """The stages of a ring position, without an exchange; `demand` is that of `held`."""
-    return _RingPlanner(held, demand, position, candidate.schedule, candidate.distances(len(held.rows))).plan()
-
-
-@dataclass
-class _Cast:
-    """One later stage under construction: a buffer's rows, where they come from, and what this position sends."""
-
-    rows: int = 0
-    index: list[Range] = field(default_factory=list)  # global
-    copies: list[tuple[Range, Range]] = field(default_factory=list)
-    blocks: list[Block] = field(default_factory=list)
-    arriving: dict[int, list[Range]] = field(default_factory=lambda: defaultdict(list))  # by peer
-    leaving: dict[int, list[Range]] = field(default_factory=lambda: defaultdict(list))
-
-    def room(self, rows: int) -> Range:
-        """So many new rows of the buffer."""
-        self.rows += rows
-        return self.rows - rows, self.rows
-
-    def stage(self, shared_q: Range, cast: Route, back: Route) -> Stage:
-        calls = group_calls(self.blocks, shared_q)
-        sends, receives = _messages(self.leaving), _messages(self.arriving)
-        assert [message.rows for message in sends] == [rows for rows in cast.sends if rows]
-        assert [message.rows for message in receives] == [rows for rows in cast.receives if rows]
-        return Stage(calls, self.rows, tuple(self.index), tuple(self.copies), sends, receives, cast, back)
-
-
-@dataclass(frozen=True)
-class _RingPlanner:
-    """Stages of one position. "gather" computes each query row once over all its keys, "ring" once per stage."""
-
-    held: Held
-    demand: Demand
-    position: int
-    schedule: str
-    distances: list[range]
-
-    @property
-    def band(self) -> Band:
-        return self.demand.band
-
-    def plan(self) -> AttentionPlan:
-        local = self._local_blocks()
-        casts = self._casts()
-        shared_q = shared_rows([block.q for blocks in [local, *(cast.blocks for cast in casts)] for block in blocks])
-        returned = [rows for cast in casts for rows, _ in cast.copies]
-        returned += [rows for cast in casts for ranges in cast.leaving.values() for rows in ranges]
-        demand = self.demand.parted if self.schedule == "gather" else self.demand
-        routes = [demand.routes(self.position, span) for span in self.distances]
-        later = [cast.stage(shared_q, *pair) for cast, pair in zip(casts, routes, strict=True)]
-        return AttentionPlan(
-            schedule=self.schedule,
-            ring=len(self.held.rows),
-            ring_rank=self.position,
-            rows=self.held.rows[self.position],
-            index=self.held.index[self.position],
-            stages=(Stage(group_calls(local, shared_q)), *later),
-            shared_q=shared_q,
-            shared_k=shared_rows([block.k for block in local], returned),
-        )
-
-    def _local_blocks(self) -> list[Block]:
-        blocks = []
-        for piece in self.held.pieces(self.position):
-            if self.schedule != "gather":
-                blocks += blocks_of(piece, self.held.own(self.position, piece.document), self.band)
-                continue
-            for part in self.held.parted(piece, self.band):
-                run = self.held.local_run(self.position, part, self.band)
-                blocks += blocks_of(part, [] if run is None else [run], self.band)
-        return join_full(blocks)
-
-    def _casting(self, position: int, document: int) -> list[Piece]:
-        """The pieces of a document at `position` whose keys are cast."""
-        own = self.held.own(position, document)
-        if self.schedule != "gather":
-            return own
-        parts = [part for piece in own for part in self.held.parted(piece, self.band)]
-        return [part for part in parts if self.held.local_run(position, part, self.band) is None]
-
-    def _wanted(self, position: int, document: int) -> list[Range]:
-        return union(self.held.needs(piece, self.band) for piece in self._casting(position, document))
-
-    def _casts(self) -> list[_Cast]:
-        """The later stages, all in one pass over what travels."""
-        casts = [_Cast() for _ in self.distances]
-        stage_of = {distance: cast for cast, span in zip(casts, self.distances, strict=True) for distance in span}
-        if self.schedule == "gather":
-            stage_of[0] = casts[0]  # the local rows among the keys are copied
-        for document in self.held.cut_documents(self.position):
-            self._arrive(document, stage_of)
-            self._leave(document, stage_of)
-        for cast in casts:
-            cast.blocks = join_full(cast.blocks)
-        return casts
-
-    def _arrive(self, document: int, stage_of: dict[int, _Cast]) -> None:
-        """The keys of a document that this position needs, and its blocks over them."""
-        runs: dict[int, tuple[_Cast, list[Piece]]] = {}
-        start = self.held.docs.starts[document]
-        for piece, holder in self._runs(self.position, document):
-            cast = stage_of.get((holder - self.position) % len(self.held.rows))
-            if cast is None:
-                continue
-            target = cast.room(piece.last - piece.first)
-            if holder == self.position:
-                cast.copies.append(((piece.row, piece.stop_row), target))
-            else:
-                cast.arriving[holder].append(target)
-            cast.index.append((start + piece.first, start + piece.last))
-            runs.setdefault(id(cast), (cast, []))[1].append(piece._replace(row=target[0]))
-        for query in self._casting(self.position, document):
-            for cast, pieces in runs.values():
-                cast.blocks += blocks_of(query, pieces, self.band)
-
-    def _leave(self, document: int, stage_of: dict[int, _Cast]) -> None:
-        """Local rows that other positions want, in the order of their buffers."""
-        own = self.held.own(self.position, document)
-        for reader in self.held.readers(document):
-            if reader == self.position:
-                continue
-            leaving = stage_of[(self.position - reader) % len(self.held.rows)].leaving[reader]
-            for want in self._wanted(reader, document):
-                for piece in own:
-                    first, last = overlap(want, (piece.first, piece.last))
-                    if first < last:
-                        shift = piece.row - piece.first
-                        leaving.append((first + shift, last + shift))
-
-    def _runs(self, reader: int, document: int) -> Iterator[tuple[Piece, int]]:
-        """What `reader` wants of a document, in ascending order: the parts of the holders' pieces, and the holder."""
-        for want in self._wanted(reader, document):
-            for holder, piece in self.held.holders(document):
-                begin, end = overlap(want, (piece.first, piece.last))
-                if begin < end:
-                    yield Piece(document, begin, end, piece.row + begin - piece.first), holder
-
-
-def _messages(segments: dict[int, list[Range]]) -> tuple[Message, ...]:
-    return tuple(Message(peer, tuple(parts)) for peer, parts in sorted(segments.items()) if parts)
+    if candidate.schedule == "joint":
+        return plan_joint(held, demand, position)
+    return plan_ring(held, demand, position, candidate)

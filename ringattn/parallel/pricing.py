@@ -44,7 +44,8 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Candidate:
-    """A way to move keys on the ring axis: "local", "gather" (one later stage), or "ring" with `stages` in all."""
+    """A way to move keys on the ring axis: "local", "gather" (one later stage), "joint" (the same with all work in it),
+    or "ring" with `stages` in all."""
 
     schedule: str
     stages: int
@@ -52,6 +53,11 @@ class Candidate:
     @property
     def name(self) -> str:
         return f"ring of {self.stages} stages" if self.schedule == "ring" else self.schedule
+
+    @property
+    def gathers(self) -> bool:
+        """Whether each query row is computed once, over all its keys."""
+        return self.schedule in ("gather", "joint")
 
     def distances(self, ring: int) -> list[range]:
         """For each later stage, how far away on the ring its keys come from."""
@@ -132,6 +138,11 @@ class Price:
     def seconds(self) -> float:
         return self.slowest.seconds
 
+    @property
+    def host_bound(self) -> bool:
+        """Whether the host of some position takes longer than its device."""
+        return bool(np.any(self.host > self.compute + self.waiting))
+
 
 def most_bytes(prices: Sequence[Price]) -> int:
     """What the passes of these prices need at one time, on the rank that needs most."""
@@ -203,6 +214,8 @@ class Pricer:
 
     def price(self, candidate: Candidate, keep_keys: bool | None = None) -> tuple[Price, Price]:
         """Of the forward and of the backward pass; with keys kept if the setting says so, or what is said here."""
+        if candidate.schedule == "joint" and not self.demand.joined:
+            return self._joint.price(candidate, keep_keys)
         keep = bool(self.setting.keep_keys if keep_keys is None else keep_keys)
         return self._once((candidate, keep), lambda: self._price(candidate, keep))
 
@@ -214,27 +227,32 @@ class Pricer:
         return value
 
     @cached_property
+    def _joint(self) -> "Pricer":
+        return Pricer(self.demand.joint, self.setting)
+
+    @cached_property
     def _kept(self) -> dict[Hashable, Any]:
         return {}
 
     def _price(self, candidate: Candidate, keep: bool) -> tuple[Price, Price]:
         moved, setting, demand = self._once(candidate, lambda: self._moved(candidate)), self.setting, self.demand
         own = setting.own
-        summed = demand.cut_rows if len(moved.received) else 0
+        summed = demand.cut_rows if len(moved.received) and not demand.joined else 0
         if setting.exchange is not None and setting.exchange.copied_keys and setting.wide_reduce:
             summed = 2 * demand.rows  # as of a plan that sums copies
         rows = StageRows(
             buffers=moved.received + moved.copied,
             received=moved.received,
             sent=moved.sent,
-            shared_q=0 if candidate.schedule == "gather" else demand.cut_rows * bool(len(moved.received)),
+            shared_q=0 if candidate.gathers else demand.cut_rows * bool(len(moved.received)),
             shared_k=summed,
             most_sent=int(moved.sent.max(initial=0)),
             most_returned=int(moved.received.max(initial=0)),
             engines="ring" in setting.machine.engines,
         )
         pair_share = float(np.max(rows.largest_pair / np.maximum(demand.rows, 1), initial=0.0))
-        kept = rows.buffers.sum(0) * own.key_row_bytes
+        # A buffer with all keys is kept in place of the position's own.
+        kept = np.maximum(rows.buffers.sum(0) - demand.rows * demand.joined, 0) * own.key_row_bytes
         kept_share = float(np.max(kept / np.maximum(demand.rows * own.row_bytes, 1), initial=0.0))
         exchanged = 0
         if setting.exchange is not None:
@@ -278,7 +296,7 @@ class Pricer:
         compute = local + later.sum(0) + disturbance + copies
         host = host_seconds(
             machine,
-            calls=self._calls + (len(later) > 0),
+            calls=self._calls + (len(later) > 0 and not self.demand.joined),
             casts=0 if backward and keep else len(later),
             reduces=len(later) if backward else 0,
             exchanged=setting.exchange is not None,
@@ -292,14 +310,13 @@ class Pricer:
         setting, machine, own = self.setting, self.setting.machine, self.setting.own
         by_class = self._rows(candidate.distances(self.demand.positions))
         received, sent = (rows.sum(1) for rows in by_class)
-        gather = candidate.schedule == "gather"
-        copied = self._copied if gather else np.zeros(self.demand.positions)
+        copied = self._copied if candidate.gathers else np.zeros(self.demand.positions)
         packed = received + sent + copied
         return _Moved(
             received,
             sent,
             copied,
-            kernels=self._kernels.gathered if gather else self._kernels.staged(received),
+            kernels=self._kernels.gathered if candidate.gathers else self._kernels.staged(received),
             cast=self._wire(*by_class, own.key_row_bytes),
             reduce=self._wire(*by_class, own.wide_key_row_bytes if setting.wide_reduce else own.key_row_bytes),
             cast_copies=linear(packed, 2 * machine.copy_seconds, 2 * own.key_row_bytes / machine.copy_bandwidth),
@@ -386,6 +403,5 @@ class Pricer:
 
     @cached_property
     def _copied(self) -> Floats:
-        """Local key rows that a gather copies beside those that arrive."""
-        reader, holder, rows = self.demand.parted.traffic
-        return per(reader, rows * (reader == holder), self.demand.positions).astype(np.float64)
+        """Key rows that a gather copies beside those that arrive."""
+        return self.demand.parted.copied_rows.astype(np.float64)

@@ -1,14 +1,16 @@
 """Rows of tensors on their way: accumulated over calls, cast to the ranks that need them, returned to their owners."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from ringattn.kernels.pack import head_columns
-from ringattn.kernels.rows import Addition, Additions, add_rows, flat_pair, row_index, take_rows
+from ringattn.kernels.rows import Addition, Additions, Pair, add_rows, flat_pair, row_index, take_rows
 from ringattn.kernels.spec import Range, Sum, accumulation_dtype, to_device
 from ringattn.parallel.plan import Stage
 from ringattn.parallel.ranges import overlap
@@ -103,19 +105,11 @@ class _Moves:
     """Which rows of a stage go where: index tables for `take_rows` and `add_rows`. Kept with the stage."""
 
     def __init__(self, stage: Stage) -> None:
-        arrived, sources = 0, [(target, start + stage.cast.received) for (start, _), target in stage.copies]
-        for message in stage.receives:
-            for target in message.ranges:
-                sources.append((target, arrived))
-                arrived += target[1] - target[0]
-        self._sources = [(start, start + target[1] - target[0]) for target, start in sorted(sources)]
+        self._stage = stage
         self._sent = [span for message in stage.sends for span in message.ranges]
         self._returned = [span for message in stage.receives for span in message.ranges]
         self._parts = [Addition(source, target[0], False) for source, target in stage.copies]
-        arrived = 0
-        for span in self._sent:
-            self._parts.append(Addition(span, arrived, True))
-            arrived += span[1] - span[0]
+        self._parts += [Addition(span, place, True) for span, place in _end_to_end(self._sent)]
         self._kept: dict[Any, Any] = {}
 
     @classmethod
@@ -131,11 +125,37 @@ class _Moves:
 
     def buffer(self, device: torch.device) -> Tensor:
         """Where every row of the buffer comes from: rows that arrive, then local rows."""
-        return self._index("buffer", self._sources, device)
+        if ("buffer", device) not in self._kept:
+            self._kept["buffer", device] = to_device(torch.from_numpy(self._sources()), device)
+        return self._kept["buffer", device]
+
+    def _sources(self) -> "np.ndarray[Any, np.dtype[np.int32]]":
+        stage, sources = self._stage, np.empty(self._stage.rows, dtype=np.int32)
+        for (start, stop), target in stage.copies:
+            sources[slice(*target)] = np.arange(start, stop) + stage.cast.received
+        for target, place in _end_to_end(self._returned):
+            sources[slice(*target)] = np.arange(place, place + target[1] - target[0])
+        for source, target in stage.repeats:
+            sources[slice(*target)] = sources[slice(*source)]
+        return sources
 
     def returned(self, device: torch.device) -> Tensor:
         """Rows of the buffer in the order in which their gradients go back."""
         return self._index("returned", self._returned, device)
+
+    @cached_property
+    def returned_sums(self) -> Additions:
+        """Rows of the message in which gradients go back, and those of the buffer that are added there: of tokens that
+        stand in it more than once."""
+        parts = []
+        for span, place in _end_to_end(self._returned):
+            parts.append(Addition((place, place + span[1] - span[0]), span[0], False))
+            for source, target in self._stage.repeats:
+                start, stop = overlap(span, source)
+                if start < stop:
+                    at = place + start - span[0]
+                    parts.append(Addition((at, at + stop - start), target[0] + start - source[0], False))
+        return Additions(tuple(parts))
 
     def additions(self, base: int) -> Additions:
         """To which local rows, counted from `base`, gradients are added: first those of copies, then by rank."""
@@ -148,6 +168,24 @@ class _Moves:
         if (name, device) not in self._kept:
             self._kept[name, device] = to_device(torch.from_numpy(row_index(ranges)), device)
         return self._kept[name, device]
+
+
+def _pack_returning(stage: Stage, message: Tensor, grads: Pair) -> None:
+    """Fill a message with the gradients of the rows that go back."""
+    moves = _Moves.of(stage)
+    if stage.repeats:
+        columns = grads[0].shape[1]
+        add_rows(moves.returned_sums, None, grads, (message[:, :columns], message[:, columns:]), fresh=True)
+    else:
+        take_rows(moves.returned(message.device), message, None, grads)
+
+
+def _end_to_end(ranges: Sequence[Range]) -> Iterator[tuple[Range, int]]:
+    """Each range and the place of its first row where all of them lie end to end."""
+    place = 0
+    for start, stop in ranges:
+        yield (start, stop), place
+        place += stop - start
 
 
 @dataclass
@@ -206,7 +244,7 @@ class KeyReduce:
         if route.most and width:
             assert transport is not None, "a plan that communicates needs the processes of a SequenceMesh"
             send = transport.buffer(route, receive)
-            take_rows(_Moves.of(stage).returned(send.device), send.view(-1, width), None, grads)
+            _pack_returning(stage, send.view(-1, width), grads)
             pending = transport.exchange(send, receive.view(-1), route)
         return cls(stage, grads, receive, pending)
 

@@ -4,7 +4,7 @@ exchange of heads, and autograd.
 Legend: n tokens of the ring position, H and K query and key heads of this rank, D head dim, V value head dim.
 """
 
-from collections.abc import Generator, Iterator
+from collections.abc import Generator, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from operator import itemgetter
@@ -67,10 +67,21 @@ class Saved(NamedTuple):
     """What the backward pass needs of the forward pass; after the exchange, if there is one."""
 
     q: Tensor  # (n, H, D)
-    k: Tensor  # (n, K, D)
-    v: Tensor  # (n, K, V)
+    k: Tensor  # (n, K, D), or no rows where no call reads it
+    v: Tensor  # (n, K, V), or no rows
     out: Tensor  # (n, H, V)
     lse: Tensor  # (H, n)
+
+    @classmethod
+    def of(cls, job: Job, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, kept: Sequence[Tensor]) -> "Saved":
+        """Without the keys of the position where all of them are in buffers that are kept as well."""
+        if kept and not job.plan.stages[0].calls:
+            k, v = (x.new_empty(0, *x.shape[1:]) for x in (k, v))
+        return cls(q, k, v, out, lse)
+
+    def new_key_grads(self) -> list[Tensor]:
+        """Of k and of v, with nothing in them yet."""
+        return [x.new_empty(len(self.q), *x.shape[1:]) for x in (self.k, self.v)]
 
 
 def forward_stages(job: Job, q: Tensor, k: Tensor, v: Tensor, keep: bool) -> Steps[tuple[Tensor, Tensor, list[Tensor]]]:

@@ -17,7 +17,7 @@ from ringattn.training.engines.deepspeed import available as deepspeed_available
 
 CHOICES: dict[str, tuple[str, ...]] = {
     "data.name": ("stdlib", "text"),
-    "parallel.scheme": ("auto", "ring", "ulysses", "hybrid", "gather"),
+    "parallel.scheme": ("auto", "ring", "ulysses", "hybrid", "gather", "joint"),
     "parallel.policy": ("auto", "contiguous", "zigzag", "balanced"),
     "parallel.backend": ("auto", *backends()),
     "engine.name": ("fsdp2", "deepspeed"),

@@ -188,7 +188,14 @@ SINKS = Case(Documents([33, 1, 14]), Mask(window=(20, 0)), (6, 2), sinks=True)
 
 @pytest.mark.parametrize(
     ("ring", "ulysses", "scheme", "stages"),
-    [(1, 1, "auto", None), (4, 1, "ring", 2), (4, 1, "ring", 4), (4, 1, "gather", None), (1, 4, "ulysses", None)],
+    [
+        (1, 1, "auto", None),
+        (4, 1, "ring", 2),
+        (4, 1, "ring", 4),
+        (4, 1, "gather", None),
+        (4, 1, "joint", None),
+        (1, 4, "ulysses", None),
+    ],
 )
 def test_row_45_a_sink_counts_once_whatever_the_stages(
     pool: Pools, ring: int, ulysses: int, scheme: str, stages: int | None

@@ -219,7 +219,7 @@ def test_row_72_the_shape_of_the_mesh_changes_nothing(pool: Pools) -> None:
     mask=masks,
     ring=st.integers(1, 4),
     policy=st.sampled_from(["contiguous", "zigzag", "balanced"]),
-    scheme=st.sampled_from(["gather", "ring"]),
+    scheme=st.sampled_from(["gather", "joint", "ring"]),
 )
 def test_row_73_the_picture_of_a_plan_is_its_mask(
     docs: Documents, mask: Mask, ring: int, policy: str, scheme: str

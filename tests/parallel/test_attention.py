@@ -18,11 +18,12 @@ MESHES = [
     (2, 1, "ring"),
     (1, 2, "ulysses"),
     (4, 1, "gather"),
+    (4, 1, "joint"),
     (4, 1, "ring"),
     (1, 4, "ulysses"),
     (2, 2, "hybrid"),
     (2, 2, "ring"),
-    (2, 2, "gather"),
+    (2, 2, "joint"),
 ]
 EXACT = {"out": 1e-12, "lse": 1e-12, "dq": 1e-12, "dk": 1e-12, "dv": 1e-12, "dsinks": 1e-12}
 reuse_pool = settings(suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])

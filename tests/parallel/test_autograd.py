@@ -16,7 +16,7 @@ from tests.parallel.ranks import mesh_of
 from tests.pool import Pools
 
 DOCS = Documents([33, 1, 0, 80, 14], [0, 35, 36, 36, 116])
-MESHES = [(2, 1, "ring"), (2, 1, "gather"), (1, 2, "ulysses"), (2, 2, "hybrid")]
+MESHES = [(2, 1, "ring"), (2, 1, "gather"), (2, 1, "joint"), (1, 2, "ulysses"), (2, 2, "hybrid")]
 
 
 def _layer(case: Case, ring: int, ulysses: int, scheme: str) -> tuple[Callable[..., Tensor], Layout, dict[str, Tensor]]:

@@ -17,7 +17,7 @@ from tests.pool import Pools
 DOCS = Documents([700, 33, 1, 0, 500, 120, 64])
 LARGE = Documents([20_000, 4_000])  # whose messages need larger buffers
 CASE = Case(DOCS, Mask(), (4, 2), (64, 64), torch.bfloat16)
-MESHES = [(2, 1, "gather"), (2, 1, "ring"), (1, 2, "ulysses")]
+MESHES = [(2, 1, "gather"), (2, 1, "joint"), (2, 1, "ring"), (1, 2, "ulysses")]
 
 
 class Step:

@@ -113,7 +113,7 @@ def pricer(layout: Layout, mask: Mask) -> Pricer:
     mask=masks,
     ring=st.integers(2, 12),
     policy=st.sampled_from(["contiguous", "zigzag", "balanced"]),
-    scheme=st.sampled_from([("gather", None), ("ring", 2), ("ring", 3), ("ring", 12)]),
+    scheme=st.sampled_from([("gather", None), ("joint", None), ("ring", 2), ("ring", 3), ("ring", 12)]),
 )
 def test_counted_rows_are_those_of_the_plans(
     docs: Documents, mask: Mask, ring: int, policy: str, scheme: tuple[str, int | None]
@@ -144,7 +144,12 @@ PACKS = {
 @pytest.mark.parametrize("mesh", [(8, 1), (2, 4)])
 def test_closed_forms_are_near_the_prices_of_plans(name: str, mesh: tuple[int, int]) -> None:
     docs = Documents(PACKS[name])
-    for scheme, tolerance in ((("gather", None), 0.02), (("ring", 2), 0.03), (("ring", 4), 0.06)):
+    for scheme, tolerance in (
+        (("gather", None), 0.02),
+        (("joint", None), 0.02),
+        (("ring", 2), 0.03),
+        (("ring", 4), 0.06),
+    ):
         plans = plans_of(docs, Mask(), mesh, "balanced", *scheme)
         exact = plan_cost(H200, [plan for _, plan in plans], SHAPE)
         closed = pricer(plans[0][0], Mask()).price(candidates(mesh[0], *scheme)[0], plans[0][1].keep_keys)

@@ -20,6 +20,7 @@ MESHES = [
     pytest.param(2, 1, "gather", marks=pytest.mark.gpu(2)),
     pytest.param(2, 1, "ring", marks=pytest.mark.gpu(2)),
     pytest.param(1, 2, "ulysses", marks=pytest.mark.gpu(2)),
+    pytest.param(2, 1, "joint", marks=pytest.mark.gpu(2)),
     pytest.param(4, 1, "gather", marks=pytest.mark.gpu(4)),
     pytest.param(4, 1, "ring", marks=pytest.mark.gpu(4)),
     pytest.param(1, 4, "ulysses", marks=pytest.mark.gpu(4)),

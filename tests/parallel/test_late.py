@@ -14,6 +14,7 @@ from tests.pool import Pools
 DOCS = Documents([700, 33, 1, 0, 500, 120, 64])
 SMALL = Documents([40, 5, 1, 0, 23])
 MESHES = [(2, 1, "gather"), (2, 1, "ring"), (1, 2, "ulysses"), (4, 1, "ring"), (4, 1, "gather"), (2, 2, "hybrid")]
+MESHES += [(4, 1, "joint")]
 LAYERS = 3  # attentions in flight, one after another, before anybody waits for the device
 
 

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from ringattn import Documents, Layout, Mask, MeshShape
 from ringattn.kernels.reference import allowed_pairs
 from ringattn.parallel.held import TILE, inner_rows
-from ringattn.parallel.plan import AttentionPlan
+from ringattn.parallel.plan import AttentionPlan, Stage
 from ringattn.parallel.planner import plan_attention, plan_parts
 from tests.parallel.cases import documents, masks
 from tests.parallel.test_choice import with_links
@@ -50,7 +50,12 @@ def buffers(plans: list[tuple[Layout, AttentionPlan]], stage: int) -> list[torch
                 content = torch.cat([held[peer][slice(*span)] for span in theirs.ranges])
                 for span in mine.ranges:
                     buffer[slice(*span)], content = content[: span[1] - span[0]], content[span[1] - span[0] :]
+        for source, target in step.repeats:
+            assert (buffer[slice(*source)] >= 0).all()
+            assert (buffer[slice(*target)] == -1).all()
+            buffer[slice(*target)] = buffer[slice(*source)]
         assert (buffer >= 0).all()
+        assert buffer.tolist() == [token for start, stop in step.index for token in range(start, stop)]
         rows.append(buffer)
     return rows
 
@@ -61,7 +66,7 @@ def buffers(plans: list[tuple[Layout, AttentionPlan]], stage: int) -> list[torch
     mask=masks,
     ring=st.integers(1, 6),
     policy=st.sampled_from(["contiguous", "zigzag", "balanced"]),
-    scheme=st.sampled_from(["gather", "ring", "auto"]),
+    scheme=st.sampled_from(["gather", "joint", "ring", "auto"]),
     stages=st.sampled_from([None, 2, 3, 9]),
     backward=st.booleans(),
 )
@@ -108,13 +113,44 @@ def test_gather_computes_each_query_row_in_one_call(docs: Documents, mask: Mask,
         assert all(times == 1 for times in rows.values())
 
 
+@settings(max_examples=80)
+@given(
+    docs=documents(longest=80, most=7),
+    window=st.sampled_from([-1, 5, 30]),
+    ring=st.integers(2, 6),
+    policy=st.sampled_from(["contiguous", "zigzag", "balanced"]),
+)
+def test_joint_computes_everything_in_one_call(docs: Documents, window: int, ring: int, policy: str) -> None:
+    """Without a window to the right, or with open windows; and no row travels twice."""
+    for mask in (Mask(window=(window, 0 if window >= 0 else -1)), Mask(causal=False)):
+        for layout, plan in plans_of(docs, mask, ring, policy, "joint", None):
+            local, later = plan.stages
+            assert not local.calls
+            # Rows of no document split nothing: a call skips them only if its results are added up.
+            runs = len({first - number for number, first in enumerate(sorted(_covered(plan)))})
+            assert len(later.calls) <= max(1, runs), (mask, layout)
+            assert later.single_parts
+            received = [row for message in later.receives for span in message.ranges for row in range(*span)]
+            assert len({buffer_row(later, row) for row in received}) == len(received)
+
+
+def _covered(plan: AttentionPlan) -> set[int]:
+    return {row for stage in plan.stages for call in stage.calls for row in range(*call.q)}
+
+
+def buffer_row(stage: Stage, row: int) -> int:
+    """The token in a row of a stage's buffer."""
+    tokens = [token for start, stop in stage.index for token in range(start, stop)]
+    return tokens[row]
+
+
 @settings(max_examples=60)
 @given(
     docs=documents(longest=60, most=7),
     mask=masks,
     ring=st.integers(2, 6),
     policy=st.sampled_from(["contiguous", "zigzag", "balanced"]),
-    scheme=st.sampled_from(["gather", "ring"]),
+    scheme=st.sampled_from(["gather", "joint", "ring"]),
     stages=st.sampled_from([None, 2, 3, 9]),
 )
 def test_routes_of_all_ranks_fit_together(

@@ -21,6 +21,7 @@ MESHES = [
     (1, 4, "ulysses"),
     (2, 2, "hybrid"),
     (8, 1, "gather"),
+    (8, 1, "joint"),
     (8, 1, "ring"),
     (1, 8, "ulysses"),
     (4, 2, "hybrid"),

@@ -143,7 +143,7 @@ MESHES = st.tuples(st.integers(1, 4), st.sampled_from([1, 2, 4]))
 LENGTHS = st.lists(st.integers(1, 400), min_size=1, max_size=6)
 SHAPE = Shape(4, 2, 1, 1, 2)
 MASKS = st.sampled_from([Mask(), Mask(causal=False), Mask(window=(30, 0)), Mask(chunk=50)])
-SCHEMES = st.sampled_from(["auto", "gather", "ring"])
+SCHEMES = st.sampled_from(["auto", "gather", "joint", "ring"])
 
 
 def group(lengths, mesh, scheme="auto", mask=Mask(), machine=SIMPLE):

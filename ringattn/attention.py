@@ -74,7 +74,7 @@ def parallel_attention(
         wide_reduce: return key gradients to their owners in float32; False: in the dtype of the keys, half the bytes.
         memory_limit: bytes that the buffers of one attention may take on a rank, beside its inputs and results, with
             the message buffers of copy engines, which are kept and all attentions of the mesh share; default: keys of
-            up to 8 times a rank's own are held at once.
+            up to 9 times a rank's own are held at once.
         head_groups: groups of heads that the ulysses exchange moves one after another, each while another is computed
             (with ring = 1; fewer where heads do not part equally). Default: what is predicted to be fastest.
         return_lse: also return the log-sum-exp (H, t), float32, sinks included; of padding it is -inf, or the sink. It

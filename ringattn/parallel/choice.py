@@ -11,8 +11,9 @@ from ringattn.parallel.cost import PlanCost, group_seconds
 from ringattn.parallel.pricing import Candidate, Price, Pricer, Setting, most_bytes
 
 RING_STAGES = 4  # of a ring that was asked for without a number
-PAIR_SHARE = 8  # without a limit: key rows in two buffers at a time, as a multiple of a rank's own
+PAIR_SHARE = 9  # without a limit: key rows in two buffers at a time, as a multiple of a rank's own
 HEAD_GROUPS = (1, 2, 4)
+SHORT = 5e-3  # seconds of both passes in which a kernel call more, some 50 µs of the device or 500 of the host, shows
 GROUPS_GAIN = 0.01  # more groups are more launches, which the host may not have the time for
 # A ring rounds each query row several times, a gather once: it must be faster by this much to be taken instead.
 RING_GAIN = 0.02
@@ -73,9 +74,9 @@ def choose(pricer: Pricer, options: Sequence[Candidate], memory_limit: int | Non
 
 
 def _worth_pricing(pricer: Pricer, options: Sequence[Candidate]) -> Sequence[Candidate]:
-    """One call for all documents is faster than a gather only where the host has no time for two."""
+    """One call for all documents instead of two is worth what it waits for only where calls are short."""
     gather = next((option for option in options if option.schedule == "gather"), None)
-    if gather is None or any(price.host_bound for price in pricer.price(gather)):
+    if gather is None or _seconds(pricer.price(gather)) < SHORT:
         return options
     return [option for option in options if option.schedule != "joint"]
 

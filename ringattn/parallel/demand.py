@@ -11,6 +11,10 @@ from ringattn.parallel.held import Held, inner_rows, numbers_in
 from ringattn.parallel.plan import Route
 from ringattn.parallel.rates import BlockTable, Ints, needs
 
+# Rows of a document that a gather's buffer has more than once at most, so that its pieces are one call: so many take,
+# with their gradients, some 90 µs of a GPU, as long as what a call more loses.
+REPEATED = 8192
+
 
 @dataclass(frozen=True)
 class Demand:
@@ -87,24 +91,48 @@ class Demand:
 
     @cached_property
     def ordinal(self) -> Ints:
-        """Number of the call of a piece: of those of its group every one is in another."""
-        if self.joined:
-            return np.zeros(len(self.first), dtype=np.int64)
+        """Number of a piece among the pieces of its group."""
         starts = np.searchsorted(self.group, self.group, side="left")
         return np.arange(len(self.group)) - starts
 
     @cached_property
-    def cut_rows(self) -> Ints:
-        """Rows of each position in documents that it needs keys for or that others read: of those that are cut."""
+    def _cut(self) -> npt.NDArray[np.bool_]:
+        """Pieces of documents of which some need keys from elsewhere."""
         cut = np.zeros(self.document.max(initial=0) + 1, dtype=np.bool_)  # by document
         cut[self.document[~self.local]] = True
-        return per(self.position, (self.last - self.first) * cut[self.document], self.positions)
+        return cut[self.document]
+
+    @cached_property
+    def cut_rows(self) -> Ints:
+        """Rows of each position in documents that it needs keys for or that others read: of those that are cut."""
+        return per(self.position, (self.last - self.first) * self._cut, self.positions)
+
+    @cached_property
+    def summed_rows(self) -> Ints:
+        """Of these, at positions that gather, where keys may have gradients by local calls and by others: a piece of a
+        document that is cut is local."""
+        both = per(self.position, (self.local & self._cut).astype(np.int64), self.positions)
+        return self.cut_rows * (both > 0)
+
+    @cached_property
+    def _wanted(self) -> tuple[Ints, Ints, Ints]:
+        """The pieces that wait, where what they want begins that none of their group before them wants, and of what
+        those want too the rows that stand in a buffer once more."""
+        want = np.flatnonzero(~self.local)
+        group, begin, end = self.group[want], self.needs[0][want], self.needs[1][want]
+        new, _ = _union(group, begin, end)
+        again = np.minimum(new, end) - begin
+        repeats = np.zeros(len(want), dtype=np.bool_)  # what the one before wanted: then it is in its place
+        repeats[1:] = (group[1:] == group[:-1]) & (begin[1:] == begin[:-1]) & (end[1:] == end[:-1])
+        number = np.cumsum(np.diff(group, prepend=-1) != 0) - 1  # of the group
+        shared = np.bincount(number, again)[number] > REPEATED if len(want) and not self.joined else repeats & False
+        return want, new, np.where(repeats | shared, 0, again)
 
     @cached_property
     def traffic(self) -> tuple[Ints, Ints, Ints]:
         """Reader, holder, and key rows that the reader needs of the holder (of itself, those to copy)."""
-        want = np.flatnonzero(~self.local)
-        lo, hi = _union(self.group[want], self.needs[0][want], self.needs[1][want])
+        want, lo, _ = self._wanted
+        hi = self.needs[1][want]
         begin, end = (np.searchsorted(self.document, self.document[want], side) for side in ("left", "right"))
         index, piece = numbers_in(begin, end)
         rows = np.minimum(hi[index], self.last[piece]) - np.maximum(lo[index], self.first[piece])
@@ -130,12 +158,29 @@ class Demand:
 
     @cached_property
     def copied_rows(self) -> Ints:
-        """Key rows of each position's buffer, if it gathers, beside those that arrive: its own, and of pieces that are
-        joined those that stand in it more than once."""
-        if self.joined:
-            return per(self.position, self.needs[1] - self.needs[0], self.positions) - self.received_rows
+        """Rows of each position's buffer, if it gathers, beside those that arrive: copies of its own keys, and keys
+        that stand there once more."""
         reader, holder, rows = self.traffic
-        return per(reader, rows * (reader == holder), self.positions)
+        want, _, again = self._wanted
+        copies = per(reader, rows * (reader == holder), self.positions)
+        return copies + per(self.position[want], again, self.positions)
+
+    @cached_property
+    def gathered_ordinal(self) -> Ints:
+        """Number of the call of a piece at a position that gathers: local ones are in the first, and those that wait in
+        the second, but for those that share keys with one before."""
+        ordinal = np.zeros(len(self.first), dtype=np.int64)
+        want, new, again = self._wanted
+        shares = (new > self.needs[0][want]) & (again == 0)
+        ordinal[want] = 1 + shares
+        return ordinal
+
+    @cached_property
+    def gathered_calls(self) -> Ints:
+        """Kernel calls of each position that gathers."""
+        calls = np.zeros((3, self.positions), dtype=np.int64)
+        calls[self.gathered_ordinal, self.position] = 1
+        return calls.sum(0)
 
     @cached_property
     def gathered_blocks(self) -> BlockTable:

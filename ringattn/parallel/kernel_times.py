@@ -45,7 +45,7 @@ class KernelTimes:
     def gathered(self) -> Kernels:
         """A gather: the pieces that are local are one call, the others over all their keys are in the later stage."""
         demand = self.demand.parted
-        ordinal = np.where(demand.local, 0, demand.ordinal + 1)
+        ordinal = demand.gathered_ordinal
         return [
             (one[0], one[1:].sum(0)[None]) for one in self._seconds(demand.gathered_blocks, ordinal, demand.position)
         ]

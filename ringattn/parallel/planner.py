@@ -8,8 +8,8 @@ from ringattn.kernels.spec import Range
 from ringattn.mask import Mask
 from ringattn.parallel.choice import candidates, choose, choose_groups
 from ringattn.parallel.demand import Demand
+from ringattn.parallel.gather import plan_gather, plan_joint
 from ringattn.parallel.held import Held
-from ringattn.parallel.joint import plan_joint
 from ringattn.parallel.layout import Layout
 from ringattn.parallel.machine import Machine
 from ringattn.parallel.mesh import MeshShape
@@ -201,6 +201,8 @@ def check_scheme(scheme: str, mesh: MeshShape, stages: int | None = None, parts:
 
 def plan_stages(held: Held, demand: Demand, position: int, candidate: Candidate) -> AttentionPlan:
     """The stages of a ring position, without an exchange; `demand` is that of `held`."""
+    if candidate.schedule == "gather":
+        return plan_gather(held, demand, position)
     if candidate.schedule == "joint":
         return plan_joint(held, demand, position)
-    return plan_ring(held, demand, position, candidate)
+    return plan_ring(held, demand, position, candidate.distances(len(held.rows)))

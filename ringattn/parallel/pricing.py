@@ -138,11 +138,6 @@ class Price:
     def seconds(self) -> float:
         return self.slowest.seconds
 
-    @property
-    def host_bound(self) -> bool:
-        """Whether the host of some position takes longer than its device."""
-        return bool(np.any(self.host > self.compute + self.waiting))
-
 
 def most_bytes(prices: Sequence[Price]) -> int:
     """What the passes of these prices need at one time, on the rank that needs most."""
@@ -185,6 +180,7 @@ class _Moved:
         copied: key rows of each position that it copies beside those that arrive.
         cast, reduce: seconds on the wire, and what kernels lose by it.
         cast_copies: seconds of copies around the cast.
+        calls: of the kernel, (position).
     """
 
     received: Ints
@@ -194,6 +190,7 @@ class _Moved:
     cast: tuple[Floats, Floats]
     reduce: tuple[Floats, Floats]
     cast_copies: Floats
+    calls: Ints
 
 
 @dataclass(frozen=True)
@@ -237,7 +234,7 @@ class Pricer:
     def _price(self, candidate: Candidate, keep: bool) -> tuple[Price, Price]:
         moved, setting, demand = self._once(candidate, lambda: self._moved(candidate)), self.setting, self.demand
         own = setting.own
-        summed = demand.cut_rows if len(moved.received) and not demand.joined else 0
+        summed = demand.parted.summed_rows if candidate.gathers else demand.cut_rows * bool(len(moved.received))
         if setting.exchange is not None and setting.exchange.copied_keys and setting.wide_reduce:
             summed = 2 * demand.rows  # as of a plan that sums copies
         rows = StageRows(
@@ -296,7 +293,7 @@ class Pricer:
         compute = local + later.sum(0) + disturbance + copies
         host = host_seconds(
             machine,
-            calls=self._calls + (len(later) > 0 and not self.demand.joined),
+            calls=moved.calls,
             casts=0 if backward and keep else len(later),
             reduces=len(later) if backward else 0,
             exchanged=setting.exchange is not None,
@@ -320,6 +317,7 @@ class Pricer:
             cast=self._wire(*by_class, own.key_row_bytes),
             reduce=self._wire(*by_class, own.wide_key_row_bytes if setting.wide_reduce else own.key_row_bytes),
             cast_copies=linear(packed, 2 * machine.copy_seconds, 2 * own.key_row_bytes / machine.copy_bandwidth),
+            calls=self.demand.parted.gathered_calls if candidate.gathers else self._calls + (len(received) > 0),
         )
 
     @cached_property

@@ -1,5 +1,5 @@
-"""The stages of a ring position that computes what it can from local keys while others are on their way: all of them
-("gather"), or those of some ranks after those of others ("ring"). Pure integers."""
+"""The stages of a ring position that computes what it can from its own keys while those of some ranks are on their way,
+then from these while others' are: each query once per stage. Pure integers."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -11,23 +11,25 @@ from ringattn.parallel.casts import Cast
 from ringattn.parallel.demand import Demand
 from ringattn.parallel.held import Held
 from ringattn.parallel.plan import AttentionPlan, Stage
-from ringattn.parallel.pricing import Candidate
 from ringattn.parallel.ranges import overlap, union
 
 
-def plan_ring(held: Held, demand: Demand, position: int, candidate: Candidate) -> AttentionPlan:
-    """The stages of a ring position, without an exchange; `demand` is that of `held`."""
-    return _RingPlanner(held, demand, position, candidate.schedule, candidate.distances(len(held.rows))).plan()
+def plan_ring(held: Held, demand: Demand, position: int, distances: list[range]) -> AttentionPlan:
+    """The stages of a ring position, without an exchange; `demand` is that of `held`.
+
+    Arguments:
+        distances: for each later stage, how far away on the ring its keys come from.
+    """
+    return _RingPlanner(held, demand, position, distances).plan()
 
 
 @dataclass(frozen=True)
 class _RingPlanner:
-    """Stages of one position. "gather" computes each query row once over all its keys, "ring" once per stage."""
+    """Stages of one position."""
 
     held: Held
     demand: Demand
     position: int
-    schedule: str
     distances: list[range]
 
     @property
@@ -39,11 +41,10 @@ class _RingPlanner:
         casts = self._casts()
         shared_q = shared_rows([block.q for blocks in [local, *(cast.blocks for cast in casts)] for block in blocks])
         returned = [rows for cast in casts for rows in cast.returned]
-        demand = self.demand.parted if self.schedule == "gather" else self.demand
-        routes = [demand.routes(self.position, span) for span in self.distances]
+        routes = [self.demand.routes(self.position, span) for span in self.distances]
         later = [cast.stage(shared_q, *pair) for cast, pair in zip(casts, routes, strict=True)]
         return AttentionPlan(
-            schedule=self.schedule,
+            schedule="ring" if self.distances else "local",
             ring=len(self.held.rows),
             ring_rank=self.position,
             rows=self.held.rows[self.position],
@@ -56,31 +57,16 @@ class _RingPlanner:
     def _local_blocks(self) -> list[Block]:
         blocks = []
         for piece in self.held.pieces(self.position):
-            if self.schedule != "gather":
-                blocks += blocks_of(piece, self.held.own(self.position, piece.document), self.band)
-                continue
-            for part in self.held.parted(piece, self.band):
-                run = self.held.local_run(self.position, part, self.band)
-                blocks += blocks_of(part, [] if run is None else [run], self.band)
+            blocks += blocks_of(piece, self.held.own(self.position, piece.document), self.band)
         return join_full(blocks)
 
-    def _casting(self, position: int, document: int) -> list[Piece]:
-        """The pieces of a document at `position` whose keys are cast."""
-        own = self.held.own(position, document)
-        if self.schedule != "gather":
-            return own
-        parts = [part for piece in own for part in self.held.parted(piece, self.band)]
-        return [part for part in parts if self.held.local_run(position, part, self.band) is None]
-
     def _wanted(self, position: int, document: int) -> list[Range]:
-        return union(self.held.needs(piece, self.band) for piece in self._casting(position, document))
+        return union(self.held.needs(piece, self.band) for piece in self.held.own(position, document))
 
     def _casts(self) -> list[Cast]:
         """The later stages, all in one pass over what travels."""
         casts = [Cast() for _ in self.distances]
         stage_of = {distance: cast for cast, span in zip(casts, self.distances, strict=True) for distance in span}
-        if self.schedule == "gather":
-            stage_of[0] = casts[0]  # the local rows among the keys are copied
         for document in self.held.cut_documents(self.position):
             self._arrive(document, stage_of)
             self._leave(document, stage_of)
@@ -97,12 +83,9 @@ class _RingPlanner:
             if cast is None:
                 continue
             target = cast.room((start + piece.first, start + piece.last))
-            if holder == self.position:
-                cast.copy((piece.row, piece.stop_row), target)
-            else:
-                cast.arrive(holder, document, target)
+            cast.arrive(holder, document, target)
             runs.setdefault(id(cast), (cast, []))[1].append(piece._replace(row=target[0]))
-        for query in self._casting(self.position, document):
+        for query in self.held.own(self.position, document):
             for cast, pieces in runs.values():
                 cast.blocks += blocks_of(query, pieces, self.band)
 

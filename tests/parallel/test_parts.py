@@ -29,7 +29,7 @@ from tests.parallel.test_attention import assert_close
 from tests.parallel.test_placement import area, assert_every_token_once
 from tests.pool import Pools
 
-H200 = SHIPPED["H200"]
+H200 = SHIPPED["H200"].by_copy_engines()
 reuse_pool = settings(suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow], deadline=None)
 
 

@@ -7,14 +7,14 @@ as if nobody waited for another; the slowest decides.
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from ringattn.kernels.spec import Call
 from ringattn.parallel.machine import CLASSES, Machine, copy_seconds, merge_seconds, transfer_seconds
 from ringattn.parallel.memory import buffer_bytes
-from ringattn.parallel.messages import Widths, exchange_messages, rank_widths
+from ringattn.parallel.messages import PULLED, Widths, exchange_messages, rank_widths
 from ringattn.parallel.plan import AttentionPlan, Exchange, Message, Shape, Stage
 from ringattn.parallel.rates import BlockTable
 
@@ -30,6 +30,7 @@ class StageCost:
         compute: seconds of its calls, and of merges and copies around them.
         cast: seconds on the wire before its keys are there.
         reduce: seconds on the wire to return its key gradients (backward).
+        pulled: seconds of both instead, where kernels pull what travels: between others, so that nothing hides it.
         copies: of `compute`, what is not the kernels'.
         lost: seconds that kernels lose if all of the transfers travel beside them.
     """
@@ -37,6 +38,7 @@ class StageCost:
     compute: Any
     cast: Any = 0.0
     reduce: Any = 0.0
+    pulled: Any = 0.0
     copies: Any = 0.0
     lost: Any = 0.0
 
@@ -89,17 +91,18 @@ def stage_costs(machine: Machine, plan: AttentionPlan, shape: Shape, backward: b
     for number, stage in enumerate(plan.stages):
         compute = float(calls_seconds(machine, BlockTable.of(stage.calls), own, backward).sum())
         copies = _merges(machine, plan, stage, own, backward)
-        cast = reduce = lost = 0.0
+        cast, reduce = _Wire(), _Wire()
         if number:
             rows = _rows_by_class(machine, plan, stage)
             if not (backward and plan.keep_keys):
                 copies += _cast_copies(machine, stage, own)
-                cast, lost = _wire(machine, rows, own.key_row_bytes)
+                cast = _wire(machine, rows, stage.cast.most, own.key_row_bytes)
             if backward:
                 row_bytes = own.wide_key_row_bytes if plan.wide_reduce else own.key_row_bytes
-                reduce, more = _wire(machine, rows, row_bytes)
-                copies, lost = copies + _reduce_copies(machine, stage, own), lost + more
-        costs.append(StageCost(compute + copies, cast, reduce, copies, lost))
+                copies += _reduce_copies(machine, stage, own)
+                reduce = _wire(machine, rows, stage.back.most, row_bytes)
+        pulled, lost = cast.pulled + reduce.pulled, cast.lost + reduce.lost
+        costs.append(StageCost(compute + copies, cast.seconds, reduce.seconds, pulled, copies, lost))
     return tuple(costs)
 
 
@@ -133,11 +136,30 @@ def _rows_by_class(machine: Machine, plan: AttentionPlan, stage: Stage) -> dict[
     }
 
 
-def _wire(machine: Machine, rows: Mapping[str, int], row_bytes: float) -> tuple[float, float]:
-    """One batch of messages, both directions and both classes of link at the same time; and what kernels lose by it."""
+class _Wire(NamedTuple):
+    """Seconds of a batch of messages beside kernels, those that kernels lose by it, and those of one that is pulled."""
+
+    seconds: float = 0.0
+    lost: float = 0.0
+    pulled: float = 0.0
+
+
+def _wire(machine: Machine, rows: Mapping[str, int], most: int, row_bytes: float) -> _Wire:
+    """Both directions and both classes of link at the same time.
+
+    Arguments:
+        most: rows that any rank sends.
+    """
     seconds = max(transfer_seconds(machine, rows[name] * row_bytes, name, "p2p") for name in CLASSES)
+    if pulls(machine, most * row_bytes):
+        return _Wire(pulled=seconds)
     lost = sum(rows[name] * row_bytes * machine.links[name, "p2p"].disturbance for name in CLASSES)
-    return seconds, lost
+    return _Wire(seconds, lost)
+
+
+def pulls(machine: Machine, most: Any) -> Any:
+    """Whether messages on the ring axis are pulled, of which any rank sends so many bytes at most."""
+    return ("ring" in machine.engines) & (most <= PULLED)
 
 
 def _class_of(machine: Machine, plan: AttentionPlan, message: Message) -> str:
@@ -215,9 +237,10 @@ def rank_cost(machine: Machine, plan: AttentionPlan, shape: Shape) -> PlanCost:
             machine, plan.exchange, plan.ring_rank, shape, backward, plan.wide_reduce
         )
         exposed = float((backward_timeline if backward else forward_timeline)(stages))
+        pulled = sum(stage.pulled for stage in stages)
         compute = sum(stage.compute for stage in stages) + float(disturbed(stages, exposed)) + exchange_copies
-        waiting = max(exposed + exchange_wire, _host(machine, walked, backward) - compute)
-        wire = sum(stage.cast + stage.reduce for stage in stages) + exchange_wire
+        waiting = max(exposed + pulled + exchange_wire, _host(machine, walked, backward) - compute)
+        wire = sum(stage.cast + stage.reduce for stage in stages) + pulled + exchange_wire
         directions.append(DirectionCost(compute, wire, waiting))
     return PlanCost(directions[0], directions[1], buffer_bytes(plan, shape))
 

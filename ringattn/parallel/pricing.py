@@ -8,7 +8,7 @@ import math
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 
@@ -22,6 +22,7 @@ from ringattn.parallel.cost import (
     exchange_seconds,
     forward_timeline,
     host_seconds,
+    pulls,
 )
 from ringattn.parallel.demand import Demand, per
 from ringattn.parallel.held import Held
@@ -171,6 +172,14 @@ def _slowest(compute: Floats, wire: Floats, waiting: Floats, host: Floats) -> Di
     return DirectionCost(float(compute[at]), float(wire[at]), float(exposed[at]))
 
 
+class _Wire(NamedTuple):
+    """Seconds of each stage and position beside kernels, those that kernels lose by it, and those of what is pulled."""
+
+    seconds: Floats
+    lost: Floats
+    pulled: Floats
+
+
 @dataclass(frozen=True)
 class _Moved:
     """What a candidate computes and moves, whether its keys are kept or not; arrays are (stages, position).
@@ -178,7 +187,7 @@ class _Moved:
     Arguments:
         received, sent: key rows.
         copied: key rows of each position that it copies beside those that arrive.
-        cast, reduce: seconds on the wire, and what kernels lose by it.
+        cast, reduce: on the wire.
         cast_copies: seconds of copies around the cast.
         calls: of the kernel, (position).
     """
@@ -187,8 +196,8 @@ class _Moved:
     sent: Ints
     copied: Floats
     kernels: Kernels
-    cast: tuple[Floats, Floats]
-    reduce: tuple[Floats, Floats]
+    cast: "_Wire"
+    reduce: "_Wire"
     cast_copies: Floats
     calls: Ints
 
@@ -273,23 +282,26 @@ class Pricer:
         """Of one pass: seconds of compute, of wire, of waiting for it, lost beside it, and of the host."""
         setting, machine, own = self.setting, self.setting.machine, self.setting.own
         local, later = moved.kernels[backward]
-        cast = reduce = lost = np.zeros(later.shape)
+        none = np.zeros(later.shape)
+        cast = reduce = _Wire(none, none, none)
         if not (backward and keep):
-            cast, lost = moved.cast
+            cast = moved.cast
             later = later + moved.cast_copies
         if backward:
-            reduce, lost_by_reduce = moved.reduce
-            lost = lost + lost_by_reduce
+            reduce = moved.reduce
             rows = 2 * moved.received + 3 * moved.sent + 3 * moved.copied
             later = later + linear(rows, 2 * machine.copy_seconds, own.wide_key_row_bytes / machine.merge_bandwidth)
         stages = [StageCost(local)]
         stages += [
             StageCost(seconds, there, back, lost=more)
-            for seconds, there, back, more in zip(later, cast, reduce, lost, strict=True)
+            for seconds, there, back, more in zip(
+                later, cast.seconds, reduce.seconds, cast.lost + reduce.lost, strict=True
+            )
         ]
         exposed = (backward_timeline if backward else forward_timeline)(stages) + np.zeros(len(local))
         wire, copies = self._exchange[backward]
         disturbance = disturbed(stages, exposed)
+        pulled = (cast.pulled + reduce.pulled).sum(0)
         compute = local + later.sum(0) + disturbance + copies
         host = host_seconds(
             machine,
@@ -301,7 +313,8 @@ class Pricer:
             backward=backward,
         )
         more = sum(stage.lost for stage in stages) - disturbance + self._exchange_loss(wire, backward)
-        return compute, cast.sum(0) + reduce.sum(0) + wire, exposed + wire, more, host
+        travels = (cast.seconds + reduce.seconds).sum(0) + pulled
+        return compute, travels + wire, exposed + pulled + wire, more, host
 
     def _moved(self, candidate: Candidate) -> _Moved:
         setting, machine, own = self.setting, self.setting.machine, self.setting.own
@@ -309,13 +322,14 @@ class Pricer:
         received, sent = (rows.sum(1) for rows in by_class)
         copied = self._copied if candidate.gathers else np.zeros(self.demand.positions)
         packed = received + sent + copied
+        returned_bytes = own.wide_key_row_bytes if setting.wide_reduce else own.key_row_bytes
         return _Moved(
             received,
             sent,
             copied,
             kernels=self._kernels.gathered if candidate.gathers else self._kernels.staged(received),
-            cast=self._wire(*by_class, own.key_row_bytes),
-            reduce=self._wire(*by_class, own.wide_key_row_bytes if setting.wide_reduce else own.key_row_bytes),
+            cast=self._wire(*by_class, own.key_row_bytes, sent.max(1, initial=0)),
+            reduce=self._wire(*by_class, returned_bytes, received.max(1, initial=0)),
             cast_copies=linear(packed, 2 * machine.copy_seconds, 2 * own.key_row_bytes / machine.copy_bandwidth),
             calls=self.demand.parted.gathered_calls if candidate.gathers else self._calls + (len(received) > 0),
         )
@@ -349,18 +363,20 @@ class Pricer:
         keys = [rows.message_bytes(setting.own, backward, keep, setting.wide_reduce) for backward in (False, True)]
         return [message_buffers(heads) + message_buffers(largest * rows.engines) for largest in keys]
 
-    def _wire(self, received: Ints, sent: Ints, row_bytes: float) -> tuple[Floats, Floats]:
-        """Seconds of each stage and position, and those that kernels lose: `cost._wire` for all at once.
+    def _wire(self, received: Ints, sent: Ints, row_bytes: float, most: Ints) -> _Wire:
+        """`cost._wire` for all at once.
 
         Arguments:
             received, sent: (stages, class of link, position) rows.
+            most: (stages) rows that any position sends.
         """
         links = [self.setting.machine.links[link_class, "p2p"] for link_class in CLASSES]
         latency, per_row, lost_per_row = np.array(
             [(link.latency, row_bytes / link.bandwidth, row_bytes * link.disturbance) for link in links]
         ).T[:, :, None]
         rows = np.maximum(received, sent)
-        return linear(rows, latency, per_row).max(1), (rows * lost_per_row).sum(1)
+        seconds, pulled = linear(rows, latency, per_row).max(1), pulls(self.setting.machine, most * row_bytes)[:, None]
+        return _Wire(seconds * ~pulled, (rows * lost_per_row).sum(1) * ~pulled, seconds * pulled)
 
     def _rows(self, distances: list[range]) -> tuple[Ints, Ints]:
         """Key rows received and sent by stage, class of link and position."""

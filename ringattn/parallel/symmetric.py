@@ -20,11 +20,11 @@ from torch.cuda import Event
 from ringattn.kernels.spec import to_device
 from ringattn.parallel.driver import capture_number, memcpy, raw_stream
 from ringattn.parallel.memory import SMALLEST, half_bytes
+from ringattn.parallel.messages import PULLED
 from ringattn.parallel.plan import Route
 from ringattn.parallel.transport import GroupTransport, Transport
 
 UNIT = 16  # bytes that a pull moves at once
-PULLED = 8 << 20  # bytes that a rank sends at most, below which messages are pulled: 30 µs on the wire
 
 
 class PeerMemory:

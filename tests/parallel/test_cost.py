@@ -95,16 +95,22 @@ def test_transfers() -> None:
 
 
 def plans_of(
-    docs: Documents, mask: Mask, mesh: tuple[int, int], policy: str, scheme: str, stages: int | None
+    docs: Documents,
+    mask: Mask,
+    mesh: tuple[int, int],
+    policy: str,
+    scheme: str,
+    stages: int | None,
+    machine: Machine = H200,
 ) -> list[tuple[Layout, AttentionPlan]]:
     ring, ulysses = mesh
     layouts = [Layout(docs, MeshShape(1, ring, ulysses, rank), policy, mask) for rank in range(ring * ulysses)]
-    return [(layout, plan_attention(layout, mask, 32, 8, scheme, stages)) for layout in layouts]
+    return [(layout, plan_attention(layout, mask, 32, 8, scheme, stages, machine=machine)) for layout in layouts]
 
 
-def pricer(layout: Layout, mask: Mask) -> Pricer:
+def pricer(layout: Layout, mask: Mask, machine: Machine = H200) -> Pricer:
     exchange = exchange_plan(layout.deal(0), 32, 8, 0) if layout.mesh.ulysses > 1 else None
-    return Pricer(Demand.of(Held.of(layout, mask), mask.band), Setting(H200, SHAPE, exchange))
+    return Pricer(Demand.of(Held.of(layout, mask), mask.band), Setting(machine, SHAPE, exchange))
 
 
 @settings(max_examples=120)
@@ -127,6 +133,9 @@ def test_counted_rows_are_those_of_the_plans(
             for messages, counted in ((stage.receives, received), (stage.sends, sent)):
                 near = sum(message.rows for message in messages if message.peer // 8 == rank // 8)
                 assert counted[number, :, rank].tolist() == [near, sum(m.rows for m in messages) - near]
+        if candidate.gathers:
+            demand = (prices.demand.joint if scheme[0] == "joint" else prices.demand).parted
+            assert demand.received_rows[rank] + demand.copied_rows[rank] == plan.stages[1].rows
     # The memory that all ranks reckon with is enough for each of them.
     forward, backward = prices.price(candidate, plans[0][1].keep_keys)
     for rank, (_, plan) in enumerate(plans):
@@ -142,7 +151,8 @@ PACKS = {
 
 @pytest.mark.parametrize("name", list(PACKS))
 @pytest.mark.parametrize("mesh", [(8, 1), (2, 4)])
-def test_closed_forms_are_near_the_prices_of_plans(name: str, mesh: tuple[int, int]) -> None:
+@pytest.mark.parametrize("machine", [H200, H200.by_copy_engines().captured()], ids=["collectives", "copy engines"])
+def test_closed_forms_are_near_the_prices_of_plans(name: str, mesh: tuple[int, int], machine: Machine) -> None:
     docs = Documents(PACKS[name])
     for scheme, tolerance in (
         (("gather", None), 0.02),
@@ -150,11 +160,21 @@ def test_closed_forms_are_near_the_prices_of_plans(name: str, mesh: tuple[int, i
         (("ring", 2), 0.03),
         (("ring", 4), 0.06),
     ):
-        plans = plans_of(docs, Mask(), mesh, "balanced", *scheme)
-        exact = plan_cost(H200, [plan for _, plan in plans], SHAPE)
-        closed = pricer(plans[0][0], Mask()).price(candidates(mesh[0], *scheme)[0], plans[0][1].keep_keys)
+        plans = plans_of(docs, Mask(), mesh, "balanced", *scheme, machine)
+        exact = plan_cost(machine, [plan for _, plan in plans], SHAPE)
+        closed = pricer(plans[0][0], Mask(), machine).price(candidates(mesh[0], *scheme)[0], plans[0][1].keep_keys)
         assert closed[0].seconds == pytest.approx(exact.forward.seconds, rel=tolerance)
         assert closed[1].seconds == pytest.approx(exact.backward.seconds, rel=tolerance)
+
+
+def test_what_kernels_pull_is_waited_for() -> None:
+    """Also where long kernels would hide it, which they do with messages that are not short."""
+    for lengths, hidden in (([4096] * 3 + [1000] * 2, False), ([32_768] * 3 + [8000] * 2, True)):
+        machine = H200.by_copy_engines().captured()
+        plans = plans_of(Documents(lengths), Mask(), (2, 1), "balanced", "gather", None, machine)
+        cost = plan_cost(machine, [plan for _, plan in plans], SHAPE)
+        assert cost.forward.wire > 0
+        assert cost.forward.exposed == (0.0 if hidden else pytest.approx(cost.forward.wire))
 
 
 def test_what_changes_a_price() -> None:

@@ -114,6 +114,11 @@ class Demand:
         both = per(self.position, (self.local & self._cut).astype(np.int64), self.positions)
         return self.cut_rows * (both > 0)
 
+    @property
+    def most_repeated(self) -> float:
+        """Rows of a document that may stand more than once in a buffer."""
+        return float("inf") if self.joined else REPEATED
+
     @cached_property
     def _wanted(self) -> tuple[Ints, Ints, Ints]:
         """The pieces that wait, where what they want begins that none of their group before them wants, and of what
@@ -125,7 +130,7 @@ class Demand:
         repeats = np.zeros(len(want), dtype=np.bool_)  # what the one before wanted: then it is in its place
         repeats[1:] = (group[1:] == group[:-1]) & (begin[1:] == begin[:-1]) & (end[1:] == end[:-1])
         number = np.cumsum(np.diff(group, prepend=-1) != 0) - 1  # of the group
-        shared = np.bincount(number, again)[number] > REPEATED if len(want) and not self.joined else repeats & False
+        shared = np.bincount(number, again)[number] > self.most_repeated if len(want) else repeats
         return want, new, np.where(repeats | shared, 0, again)
 
     @cached_property

@@ -15,7 +15,7 @@ from ringattn.kernels.spec import Block, Range
 from ringattn.mask import Band
 from ringattn.parallel.blocks import Piece, blocks_of, group_calls, join_full, shared_rows
 from ringattn.parallel.casts import Cast
-from ringattn.parallel.demand import REPEATED, Demand
+from ringattn.parallel.demand import Demand
 from ringattn.parallel.held import Held
 from ringattn.parallel.plan import AttentionPlan, Stage
 from ringattn.parallel.ranges import length, overlap, union
@@ -72,7 +72,8 @@ def _plan(
     for query in queries:
         wanted[query.document].append(held.needs(query, demand.band))
     buffer = {
-        document: _DocumentKeys(cast, held, position, document, wanted[document], demand.joined) for document in wanted
+        document: _DocumentKeys(cast, held, position, document, own, demand.most_repeated)
+        for document, own in wanted.items()
     }
     for query in sorted(queries, key=lambda piece: piece.row):  # a call's keys are in the order of its queries
         cast.blocks += blocks_of(query, buffer[query.document].run(held.needs(query, demand.band)), demand.band)
@@ -101,16 +102,16 @@ class _DocumentKeys:
 
     Arguments:
         wanted: by its pieces that wait.
-        always_repeat: keys that several of them want stand there several times, however many they are.
+        most_repeated: rows that may stand there once more, since several of them want them.
     """
 
     def __init__(
-        self, cast: Cast, held: Held, position: int, document: int, wanted: list[Range], always_repeat: bool
+        self, cast: Cast, held: Held, position: int, document: int, wanted: list[Range], most_repeated: float
     ) -> None:
         self.cast, self.position, self.document = cast, position, document
         self._start, self._holders = held.docs.starts[document], held.holders(document)
         self._union = union(wanted)
-        self._shared = not always_repeat and length(wanted) - length(self._union) > REPEATED
+        self._shared = length(wanted) - length(self._union) > most_repeated
         self._arrived: list[Piece] = []  # at their rows of the buffer, each once
         self._last: tuple[list[Range], list[Piece]] = [], []
 

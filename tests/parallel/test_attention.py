@@ -1,11 +1,14 @@
 """The whole of attention over processes against one dense computation, in float64."""
 
+from unittest import mock
+
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from ringattn import Documents, Mask
+from ringattn.parallel import demand
 from tests.dense import Case, dense_attention
 from tests.parallel.cases import HEADS, MASKS, documents, masks
 from tests.parallel.ranks import attend
@@ -51,6 +54,20 @@ def test_every_schedule_layout_and_mask_is_exact(
     cases = [Case(docs, mask, heads[index % 3], seed=seed) for index, mask in enumerate(MASKS)]
     jobs = [(case, ring, ulysses, policy, scheme) for case in cases]
     for case, results in zip(cases, pool(ring * ulysses).run_many(attend, jobs), strict=True):
+        for got in results:
+            assert_close(got, case)
+
+
+def attend_sharing(case: Case, policy: str) -> dict[str, torch.Tensor]:
+    """With keys that two pieces of a document see once in the buffer, as if they were many."""
+    with mock.patch.object(demand, "REPEATED", 0):
+        return attend(case, 4, 1, policy, "gather")
+
+
+@pytest.mark.parametrize("policy", ["zigzag", "balanced"])
+def test_pieces_that_share_keys_are_exact(pool: Pools, policy: str) -> None:
+    cases = [Case(Documents([37, 140, 1, 0, 61]), mask, HEADS[0]) for mask in MASKS]
+    for case, results in zip(cases, pool(4).run_many(attend_sharing, [(case, policy) for case in cases]), strict=True):
         for got in results:
             assert_close(got, case)
 

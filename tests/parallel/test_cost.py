@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import replace
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -9,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ringattn import Documents, Layout, Mask, MeshShape
+from ringattn.parallel import demand
 from ringattn.parallel.choice import candidates
 from ringattn.parallel.cost import (
     StageCost,
@@ -120,10 +122,16 @@ def pricer(layout: Layout, mask: Mask, machine: Machine = H200) -> Pricer:
     ring=st.integers(2, 12),
     policy=st.sampled_from(["contiguous", "zigzag", "balanced"]),
     scheme=st.sampled_from([("gather", None), ("joint", None), ("ring", 2), ("ring", 3), ("ring", 12)]),
+    repeated=st.sampled_from([0, 20, 10_000]),
 )
 def test_counted_rows_are_those_of_the_plans(
-    docs: Documents, mask: Mask, ring: int, policy: str, scheme: tuple[str, int | None]
+    docs: Documents, mask: Mask, ring: int, policy: str, scheme: tuple[str, int | None], repeated: int
 ) -> None:
+    with mock.patch.object(demand, "REPEATED", repeated):
+        counted_as_planned(docs, mask, ring, policy, scheme)
+
+
+def counted_as_planned(docs: Documents, mask: Mask, ring: int, policy: str, scheme: tuple[str, int | None]) -> None:
     plans = plans_of(docs, mask, (ring, 1), policy, *scheme)
     candidate = candidates(ring, *scheme)[0]
     prices = pricer(plans[0][0], mask)
@@ -134,8 +142,8 @@ def test_counted_rows_are_those_of_the_plans(
                 near = sum(message.rows for message in messages if message.peer // 8 == rank // 8)
                 assert counted[number, :, rank].tolist() == [near, sum(m.rows for m in messages) - near]
         if candidate.gathers:
-            demand = (prices.demand.joint if scheme[0] == "joint" else prices.demand).parted
-            assert demand.received_rows[rank] + demand.copied_rows[rank] == plan.stages[1].rows
+            gathered = (prices.demand.joint if scheme[0] == "joint" else prices.demand).parted
+            assert gathered.received_rows[rank] + gathered.copied_rows[rank] == plan.stages[1].rows
     # The memory that all ranks reckon with is enough for each of them.
     forward, backward = prices.price(candidate, plans[0][1].keep_keys)
     for rank, (_, plan) in enumerate(plans):

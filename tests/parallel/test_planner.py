@@ -2,6 +2,7 @@
 
 import time
 from collections import Counter
+from unittest import mock
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ from hypothesis import strategies as st
 
 from ringattn import Documents, Layout, Mask, MeshShape
 from ringattn.kernels.reference import allowed_pairs
+from ringattn.parallel import demand
 from ringattn.parallel.held import TILE, inner_rows
 from ringattn.parallel.plan import AttentionPlan
 from ringattn.parallel.planner import plan_attention, plan_parts
@@ -69,12 +71,14 @@ def buffers(plans: list[tuple[Layout, AttentionPlan]], stage: int) -> list[torch
     scheme=st.sampled_from(["gather", "joint", "ring", "auto"]),
     stages=st.sampled_from([None, 2, 3, 9]),
     backward=st.booleans(),
+    repeated=st.sampled_from([0, 20, 10_000]),
 )
 def test_every_allowed_pair_is_computed_once(
-    docs: Documents, mask: Mask, ring: int, policy: str, scheme: str, stages: int | None, backward: bool
+    docs: Documents, mask: Mask, ring: int, policy: str, scheme: str, stages: int | None, backward: bool, repeated: int
 ) -> None:
     scheme = scheme if ring > 1 else "auto"
-    plans = plans_of(docs, mask, ring, policy, scheme, stages if scheme == "ring" else None, backward)
+    with mock.patch.object(demand, "REPEATED", repeated):
+        plans = plans_of(docs, mask, ring, policy, scheme, stages if scheme == "ring" else None, backward)
     count = torch.zeros(docs.total, docs.total, dtype=torch.int64)
     for stage in range(len(plans[0][1].stages)):
         keys = buffers(plans, stage)

@@ -8,7 +8,7 @@
     def test_total(pool):
         assert pool(4).run(ranks_total, 10) == [46, 46, 46, 46]
 
-Starting a worker costs seconds (the import of torch), a call costs a millisecond. In exchange workers keep state: cache
+Starting workers costs up to seconds, a call costs a millisecond. In exchange workers keep state: cache
 meshes at module level in the test file rather than making process groups in every call, and restore what you change.
 """
 
@@ -27,12 +27,15 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from multiprocessing.connection import Connection, wait
+from multiprocessing.context import BaseContext
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
+
+from tests.forks import forks
 
 START_SECONDS = 180.0
 COLLECTIVE_TIMEOUT = timedelta(seconds=60)
@@ -134,11 +137,12 @@ class Pool:
         self._logs = tempfile.TemporaryDirectory(prefix="ringattn-pool-")
         # The store lives here and binds port 0, so no port is picked that somebody else could take meanwhile.
         self._store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False, timeout=COLLECTIVE_TIMEOUT)
-        context = multiprocessing.get_context("spawn")  # a fork would copy torch's threads and locks
+        # Beside devices they are spawned: a driver that an import has touched cannot be used in a fork.
+        context: BaseContext = forks() if self.device_type == "cpu" else multiprocessing.get_context("spawn")
         for rank in range(self.world_size):
             ours, theirs = context.Pipe()
             log = Path(self._logs.name, f"rank{rank}.log")
-            place = _Place(rank, self.world_size, self.device_type, self._store.port, log)
+            place = _Place(rank, self.world_size, self.device_type, self._store.port, log, dict(os.environ))
             process = context.Process(target=_serve, args=(place, theirs), name=f"rank{rank}", daemon=False)
             process.start()
             theirs.close()
@@ -243,6 +247,7 @@ class _Place:
     device_type: str
     port: int
     log: Path
+    environ: dict[str, str]
 
 
 @dataclass(frozen=True)
@@ -278,6 +283,8 @@ def _serve(place: _Place, connection: Connection) -> None:
 
 
 def _join(place: _Place) -> None:
+    os.environ.clear()
+    os.environ.update(place.environ)
     rank, size = str(place.rank), str(place.world_size)
     os.environ.update(RANK=rank, LOCAL_RANK=rank, WORLD_SIZE=size, LOCAL_WORLD_SIZE=size)
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(place.port))

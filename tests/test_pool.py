@@ -173,7 +173,7 @@ def test_exit_of_the_called_function_does_not_end_the_worker(own: Pool) -> None:
 
 
 def test_wrong_device_type_is_refused() -> None:
-    with pytest.raises(ValueError, match="device_type must be 'cpu' or 'cuda', got 'tpu'"):
+    with pytest.raises(ValueError, match="device_type must be 'cpu', 'cuda' or 'shared', got 'tpu'"):
         Pool(2, "tpu")
 
 

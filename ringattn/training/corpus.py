@@ -72,9 +72,12 @@ def corpus_of(documents: Sequence[npt.NDArray[Any]], vocab_size: int) -> Corpus:
 
 def stdlib_files() -> list[Path]:
     """The source files of the running Python's standard library, without installed packages, sorted by path."""
-    root = Path(sysconfig.get_paths()["stdlib"])
     outside = {"site-packages", "dist-packages", "__pycache__"}
-    return sorted(path for path in root.rglob("*.py") if not outside & set(path.relative_to(root).parts))
+    found: list[Path] = []
+    for folder, inside, files in os.walk(sysconfig.get_paths()["stdlib"]):
+        inside[:] = [name for name in inside if name not in outside]  # the others are not walked through
+        found += [Path(folder, file) for file in files if file.endswith(".py")]
+    return sorted(found)
 
 
 def stdlib_corpus() -> Corpus:

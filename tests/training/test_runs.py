@@ -1,4 +1,4 @@
-"""Whole runs of the recipe under torchrun: the same curve for every mesh and engine, through kills and restarts."""
+"""Whole runs of the recipe: the same curve for every mesh and engine, under torchrun, through kills and restarts."""
 
 import json
 import os
@@ -16,8 +16,8 @@ pytest.importorskip("transformers")
 
 from ringattn.training.engines.deepspeed import available as deepspeed_available
 from ringattn.training.metrics import read_metrics
+from tests.training.forked import ROOT, all_end, fork_rank
 
-ROOT = Path(__file__).parents[2]
 STEPS = 30
 SMALL = [
     "model.config.hidden_size=32",
@@ -25,7 +25,7 @@ SMALL = [
     "model.config.num_hidden_layers=2",
     "model.config.num_attention_heads=4",
     "model.config.num_key_value_heads=2",
-    "data.seq_len=768",
+    "data.seq_len=384",
     "data.packs_per_step=2",
     f"run.steps={STEPS}",
     "run.dtype=float32",
@@ -75,6 +75,26 @@ def finish(process: "subprocess.Popen[str]", code: int | None = 0) -> str:
     return text
 
 
+def variables_of(rank: int, ranks: int, port: int) -> dict[str, str]:
+    """The environment of a rank, with what torchrun sets."""
+    own = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": ranks, "LOCAL_WORLD_SIZE": ranks, "MASTER_PORT": port}
+    return environment() | {"MASTER_ADDR": "127.0.0.1"} | {name: str(value) for name, value in own.items()}
+
+
+def run(output: Path, ranks: int, *overrides: str) -> str:
+    """A whole run without torchrun, in forked ranks: what they wrote."""
+    log, port = output / "ranks.log", free_port()
+    output.mkdir(exist_ok=True)
+    log.unlink(missing_ok=True)
+    arguments = [*SMALL, f"run.output={output}", *overrides]
+    processes = [fork_rank(arguments, variables_of(rank, ranks, port), log, log) for rank in range(ranks)]
+    in_time = all_end(processes, 120)
+    text = log.read_text()
+    assert in_time, f"hangs:\n{text}"
+    assert [process.exitcode for process in processes] == [0] * ranks, text
+    return text
+
+
 def curve(output: Path) -> list[tuple[int, float, float]]:
     return [(record["step"], record["loss"], record["grad_norm"]) for record in read_metrics(output / "metrics.jsonl")]
 
@@ -112,7 +132,7 @@ def reference(tmp_path_factory) -> list[tuple[int, float, float]]:
     ids=lambda value: " ".join(value) or "fsdp2" if isinstance(value, tuple) else str(value),
 )
 def test_the_same_curve_on_every_mesh_and_engine(ranks, overrides, reference, tmp_path):
-    finish(start(tmp_path, ranks, *overrides))
+    run(tmp_path, ranks, *overrides)
     assert_same_curve(curve(tmp_path), reference)
 
 
@@ -152,13 +172,13 @@ def test_kill_and_start_again_continues_the_curve(engine, reference, tmp_path):
     kill_session(process)
     finish(process, code=None)
     assert len(curve(tmp_path)) < STEPS
-    text = finish(start(tmp_path, 2, *overrides))
+    text = run(tmp_path, 2, *overrides)
     resumed = int(text.split("from step ")[1].split()[0])
     assert 8 <= resumed < STEPS
     assert resumed % 4 == 0
     assert_same_curve(curve(tmp_path), reference)
     assert not list((tmp_path / "checkpoints").glob("*.partial"))
-    text = finish(start(tmp_path, 2, *overrides))
+    text = run(tmp_path, 2, *overrides)
     assert f"already holds all {STEPS} steps" in text
 
 
@@ -177,21 +197,21 @@ def test_sigterm_saves_and_another_number_of_ranks_goes_on(reference, tmp_path):
     assert "start again with the same command" in text
     stopped = curve(tmp_path)[-1][0]
     assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == [f"step-{stopped:08d}"]
-    text = finish(start(tmp_path, 1, "run.save_every=0"))
+    text = run(tmp_path, 1, "run.save_every=0")
     assert f"from step {stopped}" in text
     assert_same_curve(curve(tmp_path), reference)
 
 
 def test_grouped_packs_go_on_where_they_waited_with_other_replicas(tmp_path):
     """Documents that wait for their pack are part of the checkpoint, and replicas share the packs of a step."""
-    grouped = ("data.delay=4", "run.save_every=16")
-    finish(start(tmp_path, 1, *grouped))
+    grouped = ("data.seq_len=768", "data.delay=4", "run.save_every=16")
+    run(tmp_path, 1, *grouped)
     whole = curve(tmp_path)
     checkpoints = tmp_path / "checkpoints"
     marker = json.loads((checkpoints / "step-00000016" / "complete.json").read_text())
     assert marker["position"]["unusual"]
     shutil.rmtree(checkpoints / f"step-{STEPS:08d}")
-    text = finish(start(tmp_path, 2, *grouped, "parallel.data=2"))
+    text = run(tmp_path, 2, *grouped, "parallel.data=2")
     assert "from step 16" in text
     assert_same_curve(curve(tmp_path), whole)
 
@@ -231,35 +251,28 @@ def test_tasks_of_srun_need_no_torchrun(tmp_path):
     ids=lambda value: value[0],
 )
 def test_a_refusal_is_one_message_of_rank_0(overrides, words, tmp_path):
-    outputs = []
-    for rank in range(2):
-        variables = {"RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_RANK": str(rank), "LOCAL_WORLD_SIZE": "2"}
-        variables |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}  # nobody listens: a process group could not start
-        outputs.append(
-            subprocess.run(
-                [sys.executable, "recipes/train.py", *SMALL, f"run.output={tmp_path / 'out'}", *overrides],
-                cwd=ROOT,
-                env=environment() | variables,
-                text=True,
-                capture_output=True,
-                timeout=60,
-                check=False,
-            )
-        )
-    assert [output.returncode for output in outputs] == [2, 2]
-    assert outputs[1].stdout == outputs[1].stderr == ""
-    assert outputs[0].stderr.startswith("error: ")
-    assert len(outputs[0].stderr.splitlines()) < 15
-    assert all(word in outputs[0].stderr for word in words), outputs[0].stderr
+    arguments = [*SMALL, f"run.output={tmp_path / 'out'}", *overrides]
+    # Nobody listens at port 1: a process group could not start.
+    ranks = [
+        fork_rank(arguments, variables_of(rank, 2, port=1), tmp_path / f"stdout{rank}", tmp_path / f"stderr{rank}")
+        for rank in range(2)
+    ]
+    assert all_end(ranks, 60)
+    assert [rank.exitcode for rank in ranks] == [2, 2]
+    assert [(tmp_path / name).read_text() for name in ("stdout0", "stdout1", "stderr1")] == ["", "", ""]
+    told = (tmp_path / "stderr0").read_text()
+    assert told.startswith("error: ")
+    assert len(told.splitlines()) < 15
+    assert all(word in told for word in words), told
     assert not (tmp_path / "out").exists()
 
 
 def test_metrics_hold_what_a_run_is_judged_by(reference, tmp_path):
     del reference  # only so that this comes after it
-    finish(start(tmp_path, 1, "run.steps=2", "run.tensorboard=true"))
+    run(tmp_path, 1, "run.steps=2", "run.tensorboard=true")
     records = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     assert len(records) == 2
-    assert records[1]["tokens"] == 2 * 2 * 768
+    assert records[1]["tokens"] == 2 * 2 * 384
     assert records[1]["mfu"] is None
     assert records[1]["peak_memory_gib"] > 0
     assert records[1]["lr"] < records[0]["lr"]

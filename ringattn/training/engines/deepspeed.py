@@ -100,4 +100,6 @@ def _import_deepspeed(device: torch.device) -> Any:
     import deepspeed
 
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
+    # On the CPU it would compile this one at the first start: for all-reduces of inference, which training never calls.
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     return deepspeed

@@ -64,9 +64,10 @@ def parallel_attention(
             RINGATTN_DETERMINISTIC=on asks for it everywhere.
         backend: "auto" or a name of `ringattn.kernels.registry.backends()`.
         scheme: "auto", "gather", "joint", "ring", "ulysses" or "hybrid"; the degrees are those of the layout's mesh.
-            "gather" computes what needs only local keys while the others arrive, "joint" everything in one call once
-            they are there: for short packs, whose calls take the device less time than the host. "auto" takes what is
-            predicted to be fastest on the mesh's machine, forward and backward apart; the plan's `reason` says why.
+            "gather" computes what needs only local keys while the others arrive, "joint" everything together once they
+            are there (one call, unless the window reaches to the right): for short packs, whose calls take the device
+            less time than the host. "auto" takes what is predicted to be fastest on the mesh's machine, forward and
+            backward apart; the plan's `reason` says why.
         stages: stages of the ring scheme, the local one included; default: up to 4.
         keep_keys: keep cast keys for the backward pass (more memory, one transfer less), or cast them again; default:
             keep them where that is predicted to be faster and they fit, in `memory_limit` or else in half of the

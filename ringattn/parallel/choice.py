@@ -74,9 +74,10 @@ def choose(pricer: Pricer, options: Sequence[Candidate], memory_limit: int | Non
 
 
 def _worth_pricing(pricer: Pricer, options: Sequence[Candidate]) -> Sequence[Candidate]:
-    """One call for all documents instead of two is worth what it waits for only where calls are short."""
+    """One call for all documents instead of two is worth what it waits for only where calls are short; and with a
+    window to the right it is not one, but one for every place at which a document is cut."""
     gather = next((option for option in options if option.schedule == "gather"), None)
-    if gather is None or _seconds(pricer.price(gather)) < SHORT:
+    if gather is None or (pricer.demand.band.hi in (0, None) and _seconds(pricer.price(gather)) < SHORT):
         return options
     return [option for option in options if option.schedule != "joint"]
 

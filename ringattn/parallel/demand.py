@@ -11,7 +11,7 @@ from ringattn.parallel.held import Held, inner_rows, numbers_in
 from ringattn.parallel.plan import Route
 from ringattn.parallel.rates import BlockTable, Ints, needs
 
-# Rows of a document that a gather's buffer has more than once at most, so that its pieces are one call: so many take,
+# Rows that a gather's buffer has more than once at most, so that the pieces of a document are one call: so many take,
 # with their gradients, some 90 µs of a GPU, as long as what a call more loses.
 REPEATED = 8192
 
@@ -116,7 +116,7 @@ class Demand:
 
     @property
     def most_repeated(self) -> float:
-        """Rows of a document that may stand more than once in a buffer."""
+        """Rows that may stand more than once in the buffer of a position: else its pieces share what they want."""
         return float("inf") if self.joined else REPEATED
 
     @cached_property
@@ -127,11 +127,11 @@ class Demand:
         group, begin, end = self.group[want], self.needs[0][want], self.needs[1][want]
         new, _ = _union(group, begin, end)
         again = np.minimum(new, end) - begin
-        repeats = np.zeros(len(want), dtype=np.bool_)  # what the one before wanted: then it is in its place
-        repeats[1:] = (group[1:] == group[:-1]) & (begin[1:] == begin[:-1]) & (end[1:] == end[:-1])
-        number = np.cumsum(np.diff(group, prepend=-1) != 0) - 1  # of the group
-        shared = np.bincount(number, again)[number] > self.most_repeated if len(want) else repeats
-        return want, new, np.where(repeats | shared, 0, again)
+        # A piece that continues the one before and wants the same is computed with it.
+        same = (group[1:] == group[:-1]) & (begin[1:] == begin[:-1]) & (end[1:] == end[:-1])
+        again[1:][same & (self.first[want][1:] == self.last[want][:-1])] = 0
+        repeated = per(self.position[want], again, self.positions)
+        return want, new, np.where(repeated[self.position[want]] > self.most_repeated, 0, again)
 
     @cached_property
     def traffic(self) -> tuple[Ints, Ints, Ints]:
@@ -172,18 +172,26 @@ class Demand:
 
     @cached_property
     def gathered_ordinal(self) -> Ints:
-        """Number of the call of a piece at a position that gathers: local ones are in the first, and those that wait in
-        the second, but for those that share keys with one before."""
+        """Number of the call of a piece at a position that gathers: local ones are in the first. Those that wait are in
+        the second; where they share keys each of a document is in another, and so is each edge of a window, whose
+        neighbours are local."""
         ordinal = np.zeros(len(self.first), dtype=np.int64)
         want, new, again = self._wanted
-        shares = (new > self.needs[0][want]) & (again == 0)
-        ordinal[want] = 1 + shares
+        position, group = self.position[want], self.group[want]
+        number = np.arange(len(want))
+        if self.held_first is not None:
+            by_position = np.argsort(position, kind="stable")
+            counted = number - np.searchsorted(position[by_position], position[by_position])
+            ordinal[want[by_position]] = 1 + counted
+            return ordinal
+        shared = per(position, ((new > self.needs[0][want]) & (again == 0)).astype(np.int64), self.positions) > 0
+        ordinal[want] = 1 + (number - np.searchsorted(group, group)) * shared[position]
         return ordinal
 
     @cached_property
     def gathered_calls(self) -> Ints:
         """Kernel calls of each position that gathers."""
-        calls = np.zeros((3, self.positions), dtype=np.int64)
+        calls = np.zeros((1 + int(self.gathered_ordinal.max(initial=0)), self.positions), dtype=np.int64)
         calls[self.gathered_ordinal, self.position] = 1
         return calls.sum(0)
 

@@ -1,15 +1,17 @@
 """The stages of a ring position that gathers all keys it needs and computes each query once over them. Pure integers.
 
 A *gather* computes pieces that see only keys of the position itself while the others' keys are on their way; *joint*
-means that all pieces wait, and are one call: for packs so short that another call takes longer than what it would hide.
+means that all pieces wait and are computed together: for packs so short that another call takes longer than what it
+would hide.
 
-Each piece that waits has its keys in a run of the buffer of its own, so that a call may compute all of them and writes
-every gradient once: what two pieces of a document see stands there twice. Where that would be many rows the pieces
-share them and need a call each, which takes less time then than copies of the rows and of their gradients.
+Each piece that waits has its keys in a run of the buffer of its own, so that a call may compute all whose bands are
+alike, and writes every gradient once: what two pieces of a document see stands there twice. Where that would be many
+rows the pieces of a document share them and are in a call each, which takes less time then than copies of the rows and
+of their gradients.
 """
 
 from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 from ringattn.kernels.spec import Block, Range
 from ringattn.mask import Band
@@ -68,15 +70,10 @@ def _plan(
     """
     cast = Cast()
     queries = [piece for document in documents for piece in waiting(position, document)]
-    wanted: dict[int, list[Range]] = defaultdict(list)
-    for query in queries:
-        wanted[query.document].append(held.needs(query, demand.band))
-    buffer = {
-        document: _DocumentKeys(cast, held, position, document, own, demand.most_repeated)
-        for document, own in wanted.items()
-    }
-    for query in sorted(queries, key=lambda piece: piece.row):  # a call's keys are in the order of its queries
-        cast.blocks += blocks_of(query, buffer[query.document].run(held.needs(query, demand.band)), demand.band)
+    wanted = [held.needs(query, demand.band) for query in queries]
+    runs = _shared_runs if _repeated(queries, wanted) > demand.most_repeated else _own_runs
+    for query, run in zip(queries, runs(_Keys(cast, held, position), queries, wanted), strict=True):
+        cast.blocks += blocks_of(query, run, demand.band)
     cast.blocks = join_full(cast.blocks)
     for document in held.cut_documents(position):
         for reader in held.readers(document):
@@ -97,65 +94,86 @@ def _plan(
     )
 
 
-class _DocumentKeys:
-    """The keys of a document in the buffer of a position.
+def _repeated(queries: list[Piece], wanted: list[Range]) -> int:
+    """Rows that would stand in a buffer more than once if every piece had its own."""
+    runs: dict[int, list[Range]] = defaultdict(list)
+    for number, (query, keys) in enumerate(zip(queries, wanted, strict=True)):
+        if not number or not _continues(queries[number - 1], wanted[number - 1], query, keys):
+            runs[query.document].append(keys)
+    return sum(length(spans) - length(union(spans)) for spans in runs.values())
 
-    Arguments:
-        wanted: by its pieces that wait.
-        most_repeated: rows that may stand there once more, since several of them want them.
-    """
 
-    def __init__(
-        self, cast: Cast, held: Held, position: int, document: int, wanted: list[Range], most_repeated: float
-    ) -> None:
-        self.cast, self.position, self.document = cast, position, document
-        self._start, self._holders = held.docs.starts[document], held.holders(document)
-        self._union = union(wanted)
-        self._shared = length(wanted) - length(self._union) > most_repeated
-        self._arrived: list[Piece] = []  # at their rows of the buffer, each once
-        self._last: tuple[list[Range], list[Piece]] = [], []
+def _continues(last: Piece, last_wanted: Range, query: Piece, wanted: Range) -> bool:
+    """Whether a piece continues the one before it and sees the same keys."""
+    return (last.document, last.last, last_wanted) == (query.document, query.first, wanted)
 
-    def run(self, wanted: Range) -> list[Piece]:
-        """Rows of the buffer with the keys at these positions of the document, one after another, or with more if they
-        are shared. From call to call neither bound may fall."""
-        ranges = self._union if self._shared else [wanted]
-        if ranges != self._last[0]:
-            self._last = ranges, [piece for one in ranges for piece in self._placed(one)]
-        return self._last[1]
 
-    def _placed(self, wanted: Range) -> Iterator[Piece]:
-        """New rows of the buffer for these keys."""
-        for holder, piece in self._holders:
+def _own_runs(keys: "_Keys", queries: list[Piece], wanted: list[Range]) -> list[list[Piece]]:
+    """Of each query, in the order of rows: a call's keys are in the order of its queries."""
+    runs: dict[Piece, list[Piece]] = {}
+    last: tuple[Piece, Range] | None = None
+    for query, span in sorted(zip(queries, wanted, strict=True), key=lambda pair: pair[0].row):
+        again = last is not None and _continues(*last, query, span)
+        runs[query] = runs[last[0]] if again and last is not None else keys.placed(query.document, span)
+        last = query, span
+    return [runs[query] for query in queries]
+
+
+def _shared_runs(keys: "_Keys", queries: list[Piece], wanted: list[Range]) -> list[list[Piece]]:
+    """All that the pieces of a document want, for each of them; in the order of documents, which that of queries is."""
+    spans: dict[int, list[Range]] = defaultdict(list)
+    for query, span in zip(queries, wanted, strict=True):
+        spans[query.document].append(span)
+    runs = {
+        document: [piece for span in union(own) for piece in keys.placed(document, span)]
+        for document, own in spans.items()
+    }
+    return [runs[query.document] for query in queries]
+
+
+class _Keys:
+    """The buffer of a position under construction."""
+
+    def __init__(self, cast: Cast, held: Held, position: int) -> None:
+        self._cast, self._held, self._position = cast, held, position
+        self._arrived: dict[int, list[Piece]] = defaultdict(list)  # by document, at their rows, each once
+
+    def placed(self, document: int, wanted: Range) -> list[Piece]:
+        """New rows, one after another, with the keys at these positions of a document. From one time to the next
+        neither bound may fall."""
+        pieces: list[Piece] = []
+        for holder, piece in self._held.holders(document):
             first, last = overlap(wanted, (piece.first, piece.last))
-            if first < last:
-                at = Piece(self.document, first, last, piece.row + first - piece.first)
-                yield from [self._copied(at)] if holder == self.position else self._moved(at, holder)
+            if first >= last:
+                continue
+            if holder == self._position:
+                placed = self._room(document, first, last)
+                local = piece.row + first - piece.first
+                self._cast.copy((local, local + last - first), (placed.row, placed.stop_row))
+                pieces.append(placed)
+            else:
+                pieces += self._moved(holder, document, first, last)
+        return pieces
 
-    def _room(self, first: int, last: int) -> Piece:
-        row, _ = self.cast.room((self._start + first, self._start + last))
-        return Piece(self.document, first, last, row)
+    def _room(self, document: int, first: int, last: int) -> Piece:
+        start = self._held.docs.starts[document]
+        row, _ = self._cast.room((start + first, start + last))
+        return Piece(document, first, last, row)
 
-    def _copied(self, local: Piece) -> Piece:
-        """Rows of this position, at their place in the buffer."""
-        placed = self._room(local.first, local.last)
-        self.cast.copy((local.row, local.stop_row), (placed.row, placed.stop_row))
-        return placed
-
-    def _moved(self, remote: Piece, holder: int) -> list[Piece]:
+    def _moved(self, holder: int, document: int, begin: int, end: int) -> list[Piece]:
         """Rows of another position: those that are in the buffer already stand there once more."""
         placed = []
-        begin = remote.first
-        for there in self._arrived:
-            first, last = overlap((begin, remote.last), (there.first, there.last))
+        for there in self._arrived[document]:
+            first, last = overlap((begin, end), (there.first, there.last))
             if first < last:
-                again = self._room(first, last)
+                again = self._room(document, first, last)
                 source = there.row + first - there.first
-                self.cast.repeats.append(((source, source + last - first), (again.row, again.stop_row)))
+                self._cast.repeats.append(((source, source + last - first), (again.row, again.stop_row)))
                 placed.append(again)
                 begin = last
-        if begin < remote.last:
-            new = self._room(begin, remote.last)
-            self.cast.arrive(holder, self.document, (new.row, new.stop_row))
-            self._arrived.append(new)
+        if begin < end:
+            new = self._room(document, begin, end)
+            self._cast.arrive(holder, document, (new.row, new.stop_row))
+            self._arrived[document].append(new)
             placed.append(new)
         return placed

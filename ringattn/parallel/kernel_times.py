@@ -1,7 +1,7 @@
 """What the kernels of a schedule take at every ring position, with the merges of what they leave; in closed forms.
 
-A gather's are counted exactly. Inside the later stages of a ring the work of a position is spread in proportion to the
-rows that arrive.
+A gather's pairs are counted exactly, and its calls as far as they do not depend on the order of rows. Inside the later
+stages of a ring the work of a position is spread in proportion to the rows that arrive.
 """
 
 from dataclasses import dataclass, replace

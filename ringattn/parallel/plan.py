@@ -134,6 +134,12 @@ class Stage:
         return any(after[0] < before[1] for before, after in itertools.pairwise(spans))
 
     @cached_property
+    def repeated_keys(self) -> bool:
+        """Whether a token stands in the buffer more than once, so that its gradient is a sum."""
+        copied = [rows for rows, _ in self.copies]
+        return bool(self.repeats) or length(union(copied)) < length(copied)
+
+    @cached_property
     def single_parts(self) -> bool:
         """Whether a key row that a call spans is in one block, so that the call writes all of its gradient."""
         return not self.overlapping_keys and all(call.dense_keys for call in self.calls)

@@ -1,5 +1,6 @@
 """Rows of tensors on their way: accumulated over calls, cast to the ranks that need them, returned to their owners."""
 
+from bisect import bisect_right
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -147,14 +148,14 @@ class _Moves:
     def returned_sums(self) -> Additions:
         """Rows of the message in which gradients go back, and those of the buffer that are added there: of tokens that
         stand in it more than once."""
-        parts = []
-        for span, place in _end_to_end(self._returned):
-            parts.append(Addition((place, place + span[1] - span[0]), span[0], False))
-            for source, target in self._stage.repeats:
-                start, stop = overlap(span, source)
-                if start < stop:
-                    at = place + start - span[0]
-                    parts.append(Addition((at, at + stop - start), target[0] + start - source[0], False))
+        places = sorted((span, place) for span, place in _end_to_end(self._returned))
+        begins = [start for (start, _), _ in places]
+        parts = [Addition((place, place + stop - start), start, False) for (start, stop), place in places]
+        for source, target in self._stage.repeats:
+            span, place = places[bisect_right(begins, source[0]) - 1]
+            assert overlap(span, source) == source, "a repeat is of rows that arrived together"
+            at = place + source[0] - span[0]
+            parts.append(Addition((at, at + source[1] - source[0]), target[0], False))
         return Additions(tuple(parts))
 
     def additions(self, base: int) -> Additions:

@@ -2,7 +2,8 @@
 
 What `cost.py` prices rank by rank, as if nobody waited for another, is one system here. A rank has a queue of kernels,
 and ports to the GPUs of its node and to the network, each in and out; a message holds its sender's and its receiver's.
-Transfers of one process group follow one another, as its stream does, and begin when both ends have posted them.
+Transfers of one process group follow one another, as its stream does, and begin when both ends have posted them; short
+ones that kernels pull are posted when they are waited for.
 """
 
 from bisect import bisect_right
@@ -10,8 +11,9 @@ from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from typing import NamedTuple
 
-from ringattn.parallel.cost import StageCost, exchange_seconds, stage_costs
+from ringattn.parallel.cost import StageCost, exchange_seconds, pulls, stage_costs
 from ringattn.parallel.events import Work
 from ringattn.parallel.machine import Machine
 from ringattn.parallel.plan import AttentionPlan, Shape
@@ -178,6 +180,17 @@ class _Program:
             _forward(queue, seconds)
         queue.wait(queue.post("exchange", 1))
 
+    def pulled(self, kind: str, stage: int, rank: int) -> bool:
+        """Whether kernels pull a rank's transfers on the ring axis: those of all ranks, or none."""
+        if kind == "exchange":
+            return False
+        plan = self.plans[rank]
+        own = self.shape.share(plan.exchange)
+        if kind == "cast":
+            return bool(pulls(self.machine, plan.stages[stage].cast.most * own.key_row_bytes))
+        row_bytes = own.wide_key_row_bytes if plan.wide_reduce else own.key_row_bytes
+        return bool(pulls(self.machine, plan.stages[stage].back.most * row_bytes))
+
     def _stage_costs(self, rank: int) -> tuple[StageCost, ...]:
         """Ranks of one ring position that have as many heads share them."""
         plan = self.plans[rank]
@@ -213,6 +226,14 @@ class _Program:
         return 4 * rank, 4 * peer + 1
 
 
+class _Posted(NamedTuple):
+    """Transfers of a rank, and their last moment: -1 if they have not begun, None if there are none."""
+
+    kind: str
+    stage: int
+    last: int | None = -1
+
+
 class _Queue:
     """What one rank's host enqueues. Kernels follow one another, and so do the transfers of each process group."""
 
@@ -227,8 +248,14 @@ class _Queue:
         self.program.computing.append((self.rank, stage, task))
         self._after = [task]
 
-    def post(self, kind: str, stage: int) -> int | None:
-        """Transfers that begin when the kernels so far are done; their last moment, or None if there are none."""
+    def post(self, kind: str, stage: int) -> "_Posted":
+        """Transfers that begin when the kernels so far are done; those that kernels pull, when they are waited for."""
+        if self.program.pulled(kind, stage, self.rank):
+            return _Posted(kind, stage)
+        return _Posted(kind, stage, self._begin(kind, stage))
+
+    def _begin(self, kind: str, stage: int) -> int | None:
+        """Transfers from now on: their last moment, or None if there are none."""
         program = self.program
         peers = program.traffic.peers(kind, stage, self.rank)
         if not peers:
@@ -241,9 +268,12 @@ class _Queue:
         self._streams[stream] = last
         return last
 
-    def wait(self, batch: int | None) -> None:
-        if batch is not None:
-            self._after.append(batch)
+    def wait(self, posted: "_Posted | None") -> None:
+        if posted is None:
+            return
+        last = self._begin(posted.kind, posted.stage) if posted.last == -1 else posted.last
+        if last is not None:
+            self._after.append(last)
 
 
 def _forward(queue: _Queue, seconds: Sequence[float]) -> None:

@@ -177,8 +177,8 @@ def backward_stages(
             yield
             keys, values = cast.wait()
             cast = next(casts)
-        # What travels in float32 is not rounded before.
-        summed = stage.overlapping_keys or (job.adds and plan.wide_reduce)
+        # What travels in float32 is not rounded before, nor are gradients of a token that stands in a buffer twice.
+        summed = stage.overlapping_keys or (job.adds and (plan.wide_reduce or stage.repeated_keys))
         shared = (0, stage.rows) if summed else (0, 0)
         dkeys, dvalues = (
             Accumulator(torch.empty_like(x), shared, stage.unread, stage.single_parts) for x in (keys, values)

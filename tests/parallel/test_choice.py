@@ -119,6 +119,13 @@ def test_the_choice_has_the_least_predicted_time(lengths: list[int]) -> None:
     assert "H200 (shipped)" in plan.reason
 
 
+def test_a_window_to_the_right_is_not_one_call() -> None:
+    docs = Documents([300] * 40)
+    for mask, priced in ((Mask(), True), (Mask(window=(64, 0)), True), (Mask(causal=False, window=(64, 64)), False)):
+        plan = plan_attention(Layout(docs, MeshShape(1, 8), "zigzag", mask), mask, 32, 8)
+        assert ("joint" in plan.reason) == priced
+
+
 def test_a_slow_network_makes_it_overlap_and_a_fast_one_does_not() -> None:
     layout = Layout(Documents([65_536]), MeshShape(1, 8), "balanced")
     assert plan_attention(layout, Mask(), 32, 8, machine=with_links(1e15)).schedule == "gather"

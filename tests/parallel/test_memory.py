@@ -144,7 +144,7 @@ def test_no_rank_needs_more_than_all_reckon_with(
             assert limit is None or buffer_bytes(plan, SHAPE) <= limit
 
 
-@pytest.mark.parametrize("scheme", ["gather", "ring"])
+@pytest.mark.parametrize("scheme", ["gather", "joint", "ring"])
 def test_prices_state_what_plans_do(scheme: str) -> None:
     layout = Layout(PACKED, MeshShape(1, 4, 2))
     setting = Setting(COPY, SHAPE, keep_keys=False).on(layout)

@@ -144,14 +144,25 @@ def test_joint_computes_everything_in_one_call(docs: Documents, window: int, rin
     scheme=st.sampled_from(["gather", "joint"]),
 )
 def test_no_key_travels_twice(docs: Documents, mask: Mask, ring: int, policy: str, scheme: str) -> None:
-    for one in (mask, Mask(causal=False)):
-        for _, plan in plans_of(docs, one, ring, policy, scheme, None):
-            later = plan.stages[1]
-            tokens = [token for start, stop in later.index for token in range(start, stop)]
-            received = [tokens[row] for message in later.receives for span in message.ranges for row in range(*span)]
-            assert len(set(received)) == len(received)
-            if one == Mask(causal=False):  # nor do they stand twice where all queries see the same
-                assert len(set(tokens)) == len(tokens)
+    for _, plan in plans_of(docs, mask, ring, policy, scheme, None):
+        later = plan.stages[1]
+        tokens = [token for start, stop in later.index for token in range(start, stop)]
+        received = [tokens[row] for message in later.receives for span in message.ranges for row in range(*span)]
+        assert len(set(received)) == len(received)
+        assert later.repeated_keys == (len(set(tokens)) < len(tokens))
+
+
+@pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize(("longest", "gather"), [(300, 2), (3000, 3)])
+def test_many_cut_documents_are_few_calls(causal: bool, longest: int, gather: int) -> None:
+    """One for pieces that are local and one for the others; where too much would stand twice in the buffer, one for
+    each of the two pieces of a document."""
+    docs = Documents([longest * number // 60 for number in range(1, 61)])
+    for scheme, most in (("gather", gather), ("joint", 1)):
+        for _, plan in plans_of(docs, Mask(causal=causal), 8, "zigzag", scheme, None):
+            assert sum(len(stage.calls) for stage in plan.stages) <= most
+            stands_twice = sum(target[1] - target[0] for _, target in plan.stages[1].repeats)
+            assert scheme == "joint" or stands_twice <= demand.REPEATED
 
 
 @settings(max_examples=60)

@@ -9,9 +9,10 @@ from hypothesis import strategies as st
 
 from ringattn import Documents, Layout, Mask, MeshShape
 from ringattn.kernels.spec import Block, Call
-from ringattn.parallel.cost import plan_cost
+from ringattn.parallel.cost import plan_cost, rank_cost
 from ringattn.parallel.group import plan_group
 from ringattn.parallel.machine import Link, Machine
+from ringattn.parallel.machines import SHIPPED
 from ringattn.parallel.plan import AttentionPlan, Message, Shape, Stage
 from ringattn.parallel.planner import plan_attention
 from ringattn.parallel.pricing import Setting
@@ -249,3 +250,17 @@ def exchanged_row(plan: AttentionPlan, backward: bool) -> float:
     own = SHAPE.share(plan.exchange)
     wide = 4 if backward and plan.exchange.copied_keys else 2
     return own.query_heads * 2 + own.key_heads * 2 * wide
+
+
+def test_what_kernels_pull_is_waited_for():
+    """As its price says, so that both name one schedule the faster; and for the other rank, too."""
+    machine, shape = SHIPPED["H200"].by_copy_engines().captured(), Shape(32, 8, 128, 128)
+    layouts = [Layout(Documents([4096] * 3 + [1000] * 2), MeshShape(1, 2, 1, rank), "balanced") for rank in range(2)]
+    for scheme in ("gather", "joint"):
+        plans = [plan_attention(layout, Mask(), 32, 8, scheme, machine=machine) for layout in layouts]
+        for backward in (False, True):
+            priced = max(
+                getattr(rank_cost(machine, plan, shape), "backward" if backward else "forward").seconds
+                for plan in plans
+            )
+            assert priced * (1 - 1e-9) <= max(simulate(machine, plans, shape, backward).ends) <= 1.05 * priced

@@ -13,10 +13,10 @@ from ringattn.parallel.pricing import Candidate, Price, Pricer, Setting, most_by
 RING_STAGES = 4  # of a ring that was asked for without a number
 PAIR_SHARE = 9  # without a limit: key rows in two buffers at a time, as a multiple of a rank's own
 HEAD_GROUPS = (1, 2, 4)
-SHORT = 5e-3  # seconds of both passes in which a kernel call more, some 50 µs of the device or 500 of the host, shows
 GROUPS_GAIN = 0.01  # more groups are more launches, which the host may not have the time for
-# A ring rounds each query row several times, a gather once: it must be faster by this much to be taken instead.
-RING_GAIN = 0.02
+# A ring rounds each query row several times, a gather once, and what a joint schedule waits for no kernel hides if the
+# prediction was wrong: either must be faster by this much to be taken instead of a gather.
+GAIN = 0.02
 
 
 def candidates(ring: int, scheme: str, stages: int | None) -> list[Candidate]:
@@ -63,7 +63,9 @@ def choose(pricer: Pricer, options: Sequence[Candidate], memory_limit: int | Non
     least memory is taken then.
     """
     setting = pricer.setting
-    options = _worth_pricing(pricer, options)
+    if len(options) > 1 and pricer.demand.band.hi not in (0, None):
+        # With a window to the right a joint schedule is not one call, but one for every place where a document is cut.
+        options = [option for option in options if option.schedule != "joint"]
     if setting.keep_keys:
         found = _keeping(pricer, options, memory_limit)
     else:
@@ -71,15 +73,6 @@ def choose(pricer: Pricer, options: Sequence[Candidate], memory_limit: int | Non
         if setting.keep_keys is None:
             found = _kept_if_better(pricer, found, memory_limit)
     return replace(found, reason=f"{found.reason}; predicted for {setting.machine}")
-
-
-def _worth_pricing(pricer: Pricer, options: Sequence[Candidate]) -> Sequence[Candidate]:
-    """One call for all documents instead of two is worth what it waits for only where calls are short; and with a
-    window to the right it is not one, but one for every place at which a document is cut."""
-    gather = next((option for option in options if option.schedule == "gather"), None)
-    if gather is None or (pricer.demand.band.hi in (0, None) and _seconds(pricer.price(gather)) < SHORT):
-        return options
-    return [option for option in options if option.schedule != "joint"]
 
 
 def _casting(pricer: Pricer, options: Sequence[Candidate], memory_limit: int | None) -> Choice:
@@ -164,9 +157,8 @@ def _pick(what: str, options: list[tuple[Price, ...]], memory_limit: int | None)
             )
         fitting = [least]
     best = min(fitting, key=_seconds)
-    accurate = min((option for option in fitting if option[0].candidate.schedule != "ring"), key=_seconds, default=best)
-    if _seconds(best) > (1 - RING_GAIN) * _seconds(accurate):
-        best = accurate
+    if _seconds(best) > (1 - GAIN) * _seconds(fitting[0]):
+        best = fitting[0]
     waiting = sum(part.slowest.exposed for part in best)
     text = f"{what} {best[0].candidate.name} {_seconds(best) * 1e3:.3f} ms, {waiting * 1e3:.3f} of it waiting"
     others = []

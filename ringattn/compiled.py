@@ -26,7 +26,7 @@ _INPUTS = "Tensor q, Tensor k, Tensor v, Tensor? sinks, Tensor layout"
 _CONSTANTS = (
     "bool causal, int left, int right, int? chunk, float? softmax_scale, float? softcap, float dropout_p, "
     "bool deterministic, str backend, str scheme, int? stages, bool wide_reduce, int? memory_limit, "
-    "int? head_groups, bool return_lse"
+    "int? head_groups, int? head_chunks, bool return_lse"
 )
 
 
@@ -42,7 +42,8 @@ def attend(
     mask, (left, right) = settings.mask, settings.mask.window
     constants = (mask.causal, left, right, mask.chunk, settings.softmax_scale, settings.softcap, settings.dropout_p)
     constants += (settings.deterministic, settings.backend, settings.scheme, settings.stages)  # type: ignore[assignment]
-    constants += (settings.wide_reduce, settings.memory_limit, settings.head_groups, settings.return_lse)  # type: ignore[assignment]
+    constants += (settings.wide_reduce, settings.memory_limit, settings.head_groups, settings.head_chunks)  # type: ignore[assignment]
+    constants += (settings.return_lse,)  # type: ignore[assignment]
     out, lse, *_ = _attend(q, k, v, sinks, layout._number, *constants)
     return out, lse
 
@@ -58,7 +59,7 @@ def reset_compiled_calls(layout: Layout) -> None:
 
 def _jobs(q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None, layout: Tensor, *constants: Any) -> tuple[Job, ...]:
     causal, left, right, chunk, scale, softcap, dropout_p, *rest = constants
-    deterministic, backend, scheme, stages, wide, memory_limit, head_groups, lse = rest
+    deterministic, backend, scheme, stages, wide, memory_limit, head_groups, head_chunks, lse = rest
     settings = Settings(
         mask=Mask(causal, (left, right), chunk),
         softmax_scale=scale,
@@ -73,6 +74,7 @@ def _jobs(q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None, layout: Tensor,
         wide_reduce=wide,
         memory_limit=memory_limit,
         head_groups=head_groups,
+        head_chunks=head_chunks,
         return_lse=lse,
     )
     return prepare(q, k, v, sinks, by_number(int(layout)), settings)

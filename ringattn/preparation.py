@@ -40,6 +40,7 @@ class Settings(NamedTuple):
     wide_reduce: bool = True
     memory_limit: int | None = None
     head_groups: int | None = None
+    head_chunks: int | None = None
     return_lse: bool = False
 
 
@@ -101,6 +102,7 @@ def _settle(
         itemsize=spec.dtype.itemsize,
         memory_limit=settings.memory_limit,
         head_groups=settings.head_groups,
+        head_chunks=settings.head_chunks,
     )
     check_plan(plans, layout)
     scale = spec.head_dim**-0.5 if settings.softmax_scale is None else float(settings.softmax_scale)

@@ -92,6 +92,7 @@ CHANGES: dict[str, dict[str, Any]] = {
     "backend": {"backend": "reference"},
     "lse": {"return_lse": True},
     "memory": {"memory_limit": 10**9},
+    "chunks": {"head_chunks": 2},
 }
 
 

@@ -120,8 +120,9 @@ def _ours(name: str, ranks: int) -> Maker:
     parts = re.fullmatch(r"(\w+):(\d+)x(\d+)", plain)
     if parts is None:
         raise ValueError(
-            f"a contestant is auto:{ranks}, or <scheme>:<ring>x<ulysses> as in gather:{ranks}x1, also with +narrow or "
-            f"+2groups, or one of {', '.join(peer_names(ranks))}; each also with {SUFFIX} last; got {name!r}"
+            f"a contestant is auto:{ranks}, or <scheme>:<ring>x<ulysses> as in gather:{ranks}x1, also with +narrow, "
+            f"+2groups or +8chunks, or one of {', '.join(peer_names(ranks))}; each also with {SUFFIX} last; "
+            f"got {name!r}"
         )
     degrees = _degrees(name, parts[2], parts[3], ranks)
     check_scheme(parts[1], MeshShape(1, *degrees))
@@ -136,8 +137,11 @@ def _options(name: str, variants: Sequence[str]) -> dict[str, Any]:
             options["wide_reduce"] = False
         elif groups := re.fullmatch(r"([1-9]\d*)groups", variant):
             options["head_groups"] = int(groups[1])
+        elif chunks := re.fullmatch(r"([1-9]\d*)chunks", variant):
+            options["head_chunks"] = int(chunks[1])
         else:
-            raise ValueError(f"a variant is +narrow or +<n>groups, and {SUFFIX} comes last, got +{variant} in {name!r}")
+            known = "+narrow, +<n>groups or +<n>chunks"
+            raise ValueError(f"a variant is {known}, and {SUFFIX} comes last, got +{variant} in {name!r}")
     return options
 
 

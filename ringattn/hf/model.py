@@ -17,7 +17,9 @@ from ringattn.parallel.mesh import SequenceMesh
 
 # Only "ringattn" works: transformers treats names that hold "flash" or "/" in ways of its own.
 NAME = "ringattn"
-OPTIONS = frozenset({"scheme", "backend", "stages", "keep_keys", "wide_reduce", "memory_limit", "deterministic"})
+OPTIONS = frozenset(
+    {"scheme", "backend", "stages", "keep_keys", "wide_reduce", "memory_limit", "head_chunks", "deterministic"}
+)
 
 
 @dataclass(eq=False)
@@ -105,7 +107,7 @@ def parallelize(model: Any, mesh: SequenceMesh, **options: Any) -> Handle:
         model: a decoder from transformers whose attention goes through its AttentionInterface; also inside of PEFT,
             DistributedDataParallel or torch.compile.
         options: keywords of `parallel_attention`: scheme, backend, stages, keep_keys, wide_reduce, memory_limit,
-            deterministic.
+            head_chunks, deterministic.
 
     Returns: a `Handle`; after the first forward pass it has verified that every attention layer came here once.
     Raises NotImplementedError naming what the model has that is not supported.

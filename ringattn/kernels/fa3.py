@@ -21,7 +21,7 @@ from torch import Tensor
 
 from ringattn.kernels.fa2 import keyless_weightless
 from ringattn.kernels.probing import parameters, require, why_missing
-from ringattn.kernels.spec import Call, Capability, Grads, Options
+from ringattn.kernels.spec import Call, Capability, Grads, Options, rows_of_heads
 
 LIBRARY = "RINGATTN_FA3_LIBRARY"
 _MODULES = ("flash_attn_3._C", "flash_attn_interface")  # of a source build; importing one registers the operators
@@ -69,7 +69,7 @@ class FlashAttention3:
         arguments = _arguments(call, options, q.device)
         gradients = {"dq": grads.dq, "dk": grads.dk, "dv": grads.dv}
         wanted = {**gradients, "deterministic": options.deterministic, **arguments}
-        backward(dout.contiguous(), q, k, v, out, keyless_weightless(lse, call), **_named(backward, wanted))
+        backward(rows_of_heads(dout), q, k, v, out, keyless_weightless(lse, call), **_named(backward, wanted))
 
 
 def _arguments(call: Call, options: Options, device: torch.device) -> dict[str, Any]:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ringattn.kernels.fa4_sums import backward_into
 from ringattn.kernels.probing import require, why_missing
-from ringattn.kernels.spec import Call, Capability, Grads, Options
+from ringattn.kernels.spec import Call, Capability, Grads, Options, rows_of_heads
 
 _NEEDED = {"cu_seqlens_q", "cu_seqlens_k", "seqused_k", "window_size_left", "window_size_right", "softcap"}
 
@@ -49,7 +49,7 @@ class FlashAttention4:
         grads: Grads,
     ) -> None:
         _, backward = _kernels()
-        inputs = q, k, v, out, dout.contiguous(), lse.contiguous()
+        inputs = q, k, v, out, rows_of_heads(dout), lse.contiguous()
         keywords = {"deterministic": options.deterministic, **_arguments(call, options, q.device)}
         if any(total is not None for total in grads.sums):
             backward_into(sys.modules[backward.__module__], grads, inputs, keywords)

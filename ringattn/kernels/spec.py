@@ -223,6 +223,7 @@ class Backend(Protocol):
     """A flash kernel. `forward` and `backward` obey one convention whatever the kernel's own.
 
     - `out` (T, H, V) is written in place; lse (H, T), natural logarithm, float32 (float64 for float64 inputs).
+    - Tensors may be views: rows of some of the heads, or columns of a message.
     - A query row without keys has out 0 and lse -inf; in the backward pass its gradients are 0.
     - `backward` takes the out and lse of the *whole* softmax, of which the call may be a part, and writes dq, dk, dv in
       place; key rows that no block reads may hold anything afterwards. A backend that `adds` is also given sums, and
@@ -332,6 +333,11 @@ class Grads:
             target[slice(*span)] = part
         else:
             total.add(part, span, target)
+
+
+def rows_of_heads(x: torch.Tensor) -> torch.Tensor:
+    """x, copied only if the numbers of a head are not side by side, which is all that most kernels need."""
+    return x if x.stride(-1) == 1 else x.contiguous()
 
 
 def pack_keys(call: Call, k: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 
 from ringattn.kernels.spec import Call
 from ringattn.parallel.cost import PlanCost, group_seconds
+from ringattn.parallel.plan import HeadShare
 from ringattn.parallel.pricing import Candidate, Price, Pricer, Setting, most_bytes
 
 RING_STAGES = 4  # of a ring that was asked for without a number
@@ -54,7 +55,7 @@ def choose(pricer: Pricer, options: Sequence[Candidate], memory_limit: int | Non
     """The best of `options` in each direction; one for both if the forward pass keeps its keys.
 
     Where the setting leaves that open, keys are kept if it is predicted to be faster and they fit: in the limit, or
-    without one in `KEPT_SHARE`.
+    without one in `KEPT_SHARE`, but not beside chunks of heads, which are asked for to save memory.
 
     Arguments:
         memory_limit: bytes that a rank may have for buffers (`memory.buffer_bytes`); None: `PAIR_SHARE` decides.
@@ -70,7 +71,7 @@ def choose(pricer: Pricer, options: Sequence[Candidate], memory_limit: int | Non
         found = _keeping(pricer, options, memory_limit)
     else:
         found = _casting(pricer, options, memory_limit)
-        if setting.keep_keys is None:
+        if setting.keep_keys is None and (setting.head_chunks == 1 or memory_limit is not None):
             found = _kept_if_better(pricer, found, memory_limit)
     return replace(found, reason=f"{found.reason}; predicted for {setting.machine}")
 
@@ -143,6 +144,25 @@ def choose_groups(setting: Setting, calls: Sequence[Call], asked: int | None) ->
         best = 1
     told = ", ".join(f"{groups}: {seconds * 1e3:.3f} ms" for groups, seconds in priced.items())
     return best, (f"heads in {best} groups" if best > 1 else "heads in one group") + f" of {told}" * (len(priced) > 1)
+
+
+def chunk_counts(setting: Setting, asked: int | None, memory_limit: int | None) -> list[int]:
+    """In how many chunks of heads an attention may be computed, those that are preferred first.
+
+    Gradients of copied key heads are summed over all heads of a rank, so there they stay together.
+
+    Arguments:
+        asked: take so many, or the next lower number into which key heads part on every rank.
+    """
+    exchange, shape = setting.exchange, setting.shape
+    whole = HeadShare((0, shape.query_heads), tuple(range(shape.key_heads)))
+    shares = (whole,) if exchange is None else exchange.heads
+    together = exchange is not None and exchange.copied_keys and setting.wide_reduce
+    most = 1 if together else min(len(share.keys) for share in shares)
+    counts = [count for count in range(1, most + 1) if all(share.chunks_in(count) for share in shares)] or [1]
+    if asked is not None:
+        return [max(count for count in counts if count <= asked)]
+    return counts[:1] if memory_limit is None else counts
 
 
 def _pick(what: str, options: list[tuple[Price, ...]], memory_limit: int | None) -> tuple[tuple[Price, ...], str]:

@@ -5,6 +5,7 @@ the reduce of a stage in the backward pass; the exchange of heads stands before 
 as if nobody waited for another; the slowest decides.
 """
 
+import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
@@ -81,12 +82,12 @@ def calls_seconds(machine: Machine, blocks: BlockTable, shape: Shape, backward: 
 
 
 def stage_costs(machine: Machine, plan: AttentionPlan, shape: Shape, backward: bool) -> tuple[StageCost, ...]:
-    """The stages of a rank's plan, in the order of the plan, without the exchange.
+    """The stages of a rank's plan, in the order of the plan, without the exchange; for one chunk of heads.
 
     Arguments:
         shape: the model's; the rank's share of the heads is taken from the plan.
     """
-    own = shape.share(plan.exchange)
+    own = shape.share(plan.exchange).chunk(plan.head_chunks)
     costs = []
     for number, stage in enumerate(plan.stages):
         compute = float(calls_seconds(machine, BlockTable.of(stage.calls), own, backward).sum())
@@ -236,7 +237,8 @@ def rank_cost(machine: Machine, plan: AttentionPlan, shape: Shape) -> PlanCost:
         exchange_wire, exchange_copies = exchange_seconds(
             machine, plan.exchange, plan.ring_rank, shape, backward, plan.wide_reduce
         )
-        exposed = float((backward_timeline if backward else forward_timeline)(stages))
+        exposed = float((backward_timeline if backward else forward_timeline)(stages, plan.head_chunks))
+        stages *= plan.head_chunks
         pulled = sum(stage.pulled for stage in stages)
         compute = sum(stage.compute for stage in stages) + float(disturbed(stages, exposed)) + exchange_copies
         waiting = max(exposed + pulled + exchange_wire, _host(machine, walked, backward) - compute)
@@ -273,15 +275,16 @@ def host_seconds(
 
 
 def _host(machine: Machine, plan: AttentionPlan, backward: bool) -> float:
-    later = len(plan.stages) - 1
+    stages = plan.stages * plan.head_chunks
+    later = len(stages) - plan.head_chunks
     return float(
         host_seconds(
             machine,
-            calls=sum(len(stage.calls) for stage in plan.stages),
+            calls=sum(len(stage.calls) for stage in stages),
             casts=0 if backward and plan.keep_keys else later,
             reduces=later if backward else 0,
             exchanged=plan.exchange is not None,
-            messages=sum(len(stage.sends) + len(stage.receives) for stage in plan.stages),
+            messages=sum(len(stage.sends) + len(stage.receives) for stage in stages),
             backward=backward,
         )
     )
@@ -293,41 +296,50 @@ def disturbed(stages: Sequence[StageCost], exposed: Any) -> Any:
     return sum(stage.lost for stage in stages) * (1 - np.minimum(exposed / np.maximum(wire, 1e-12), 1.0))
 
 
-def forward_timeline(stages: Sequence[StageCost]) -> Any:
-    """Seconds that the kernels wait: each cast is posted when the stage before it begins.
+def forward_timeline(stages: Sequence[StageCost], chunks: int = 1) -> Any:
+    """Seconds that the kernels wait: each cast is posted when the keys before it are there.
 
     The fields of the stages may be arrays, of many ranks at once.
+
+    Arguments:
+        stages: of each of so many chunks of heads.
     """
     now: Any = 0.0
     waited: Any = 0.0
-    arrival: Any = 0.0
-    for number, stage in enumerate(stages):
+    casts = itertools.chain(*[[stage.cast for stage in stages[1:]]] * chunks)
+    arrival: Any = next(casts, 0.0)
+    for number, stage in [*enumerate(stages)] * chunks:
         if number:
             waited = waited + np.maximum(0.0, arrival - now)
             now = np.maximum(now, arrival)
-        if number + 1 < len(stages):
-            arrival = now + stages[number + 1].cast
+            arrival = now + next(casts, 0.0)
         now = now + stage.compute
     return waited
 
 
-def backward_timeline(stages: Sequence[StageCost]) -> Any:
+def backward_timeline(stages: Sequence[StageCost], chunks: int = 1) -> Any:
     """Seconds that the kernels wait: nothing hides the first cast, and the local stage hides the last reduce.
 
-    Casts and reduces share one wire, in the order in which the executor posts them. Arrays as in `forward_timeline`.
+    Casts and reduces share one wire, in the order in which the executor posts them. Arguments as in `forward_timeline`.
     """
     now: Any = 0.0
     waited: Any = 0.0
-    returned: Any = 0.0
-    wire_free: Any = stages[1].cast if len(stages) > 1 else 0.0
-    arrival = wire_free
-    for number in range(1, len(stages)):
-        waited = waited + np.maximum(0.0, arrival - now)
-        now = np.maximum(now, arrival)
-        if number + 1 < len(stages):
-            arrival = wire_free = np.maximum(now, wire_free) + stages[number + 1].cast
-        now = now + stages[number].compute
+    local, *later = stages
+    casts = itertools.chain(*[[stage.cast for stage in later]] * chunks)
+    arrival = wire_free = next(casts, 0.0)
+    for _ in range(chunks):
+        returned: Any = 0.0
+        for stage in later:
+            waited = waited + np.maximum(0.0, arrival - now)
+            now = np.maximum(now, arrival)
+            cast = next(casts, None)
+            if cast is not None:
+                arrival = wire_free = np.maximum(now, wire_free) + cast
+            now = now + stage.compute
+            waited = waited + np.maximum(0.0, returned - now)
+            now = np.maximum(now, returned)
+            returned = wire_free = np.maximum(now, wire_free) + stage.reduce
+        now = now + local.compute
         waited = waited + np.maximum(0.0, returned - now)
         now = np.maximum(now, returned)
-        returned = wire_free = np.maximum(now, wire_free) + stages[number].reduce
-    return waited + np.maximum(0.0, returned - now - stages[0].compute)
+    return waited

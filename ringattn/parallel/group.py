@@ -3,12 +3,12 @@
 from dataclasses import replace
 
 from ringattn.mask import Mask
-from ringattn.parallel.choice import candidates, choose
+from ringattn.parallel.choice import candidates
 from ringattn.parallel.held import Held
 from ringattn.parallel.layout import Layout
 from ringattn.parallel.plan import AttentionPlan
-from ringattn.parallel.planner import check_scheme, only, plan_exchange, plan_stages, settled
-from ringattn.parallel.pricing import Candidate, Pricer, Setting
+from ringattn.parallel.planner import check_scheme, chosen, only, plan_exchange, plan_stages, settled
+from ringattn.parallel.pricing import Candidate, Setting
 
 
 def plan_group(
@@ -19,6 +19,7 @@ def plan_group(
     stages: int | None = None,
     memory_limit: int | None = None,
     head_groups: int | None = None,
+    head_chunks: int | None = None,
 ) -> list[AttentionPlan]:
     """What `plan_attention` plans on each sequence rank of a layout that is not parted, by rank.
 
@@ -28,18 +29,17 @@ def plan_group(
     check_scheme(scheme, mesh, stages)
     held = Held.of(layout, mask)
     options = candidates(mesh.ring, scheme, stages)
-    pricer = Pricer.of(layout, mask, setting)
-    choice = choose(pricer, options, memory_limit)
+    pricer, choice = chosen(layout, mask, setting, options, memory_limit, head_chunks)
 
     def planned(position: int, one: Candidate) -> AttentionPlan:
-        return settled(plan_stages(held, pricer.demand, position, one), setting, choice.keep_keys)
+        return settled(plan_stages(held, pricer.demand, position, one), pricer.setting, choice.keep_keys)
 
     plans = []
     for position in range(mesh.ring):
         forward = planned(position, choice.forward)
         backward = None if choice.backward == choice.forward else planned(position, choice.backward)
         for rank in range(mesh.ulysses):
-            exchange, why = plan_exchange(layout, setting, position, rank, forward, head_groups)
+            exchange, why = plan_exchange(layout, pricer.setting, position, rank, forward, head_groups)
             last = None if backward is None else replace(backward, exchange=exchange)
             reason = only(mesh, options) + choice.reason + why
             plans.append(replace(forward, exchange=exchange, backward=last, reason=reason))

@@ -25,19 +25,21 @@ def buffer_bytes(plan: AttentionPlan, shape: Shape) -> int:
     Arguments:
         shape: the model's, before any exchange.
     """
-    own, last = shape.share(plan.exchange), plan.backward or plan
+    own, last = shape.share(plan.exchange).chunk(plan.head_chunks), plan.backward or plan
     forward = StageRows.of(plan).forward_bytes(own, plan.keep_keys)
     backward = StageRows.of(last).backward_bytes(own, plan.keep_keys, plan.wide_reduce)
     exchanged = 0
     if plan.exchange is not None:
-        exchanged = exchange_bytes(shape, own, plan.exchange.position_rows, plan.exchange.own_rows)
+        exchanged = exchange_bytes(
+            shape, shape.share(plan.exchange), plan.exchange.position_rows, plan.exchange.own_rows
+        )
     largest = largest_messages(plan, shape)
     return int(max(forward, backward)) + exchanged + sum(message_buffers(largest[axis]) for axis in plan.engines)
 
 
 def largest_messages(plan: AttentionPlan, shape: Shape) -> dict[str, int]:
     """Bytes of the largest message that any rank sends its peers on each axis, all peers together, in either pass."""
-    own = shape.share(plan.exchange)
+    own = shape.share(plan.exchange).chunk(plan.head_chunks)
     keys = StageRows.of(plan).message_bytes(own, False, plan.keep_keys, plan.wide_reduce)
     grads = StageRows.of(plan.backward or plan).message_bytes(own, True, plan.keep_keys, plan.wide_reduce)
     heads = 0
@@ -77,6 +79,7 @@ class StageRows:
         shared_q, shared_k: rows accumulated in float32.
         most_sent, most_returned: rows of the largest cast, and reduce, that any position sends in a stage.
         engines: messages that are sent are in the buffers of copy engines, and take no memory beside those.
+        chunks: of heads, one computed after another; bytes are those of one.
     """
 
     buffers: Rows
@@ -87,6 +90,7 @@ class StageRows:
     most_sent: int = 0
     most_returned: int = 0
     engines: bool = False
+    chunks: int = 1
 
     @classmethod
     def of(cls, plan: AttentionPlan) -> "StageRows":
@@ -102,12 +106,14 @@ class StageRows:
             most_sent=max((stage.cast.most for stage in plan.stages), default=0),
             most_returned=max((stage.back.most for stage in plan.stages), default=0),
             engines="ring" in plan.engines,
+            chunks=plan.head_chunks,
         )
 
     def forward_bytes(self, own: Shape, keep_keys: bool) -> Any:
         """The keys of a stage, what travels for the next, and the accumulated output."""
-        held = np.cumsum(self.buffers, 0) if keep_keys else self.buffers
-        most = np.max(_among_zeros(1, held, 0) + _among_zeros(0, self._casts, 1), 0)
+        held = _among_zeros(1, np.cumsum(self.buffers, 0) if keep_keys else self.buffers, 0)
+        before = self.buffers.sum(0) * (self.chunks - 1) * keep_keys
+        most = np.max(held + self._posted(1), 0) + before
         return most * own.key_row_bytes + self.shared_q * own.query_heads * own.value_dim * own.wide
 
     def backward_bytes(self, own: Shape, keep_keys: bool, wide_reduce: bool) -> Any:
@@ -119,9 +125,9 @@ class StageRows:
         # While a stage is computed the one before it returns; first there is the first cast alone, last a reduce.
         alive = _among_zeros(2, returning, 0) + _among_zeros(1, grads, 1)
         if keep_keys:
-            alive = alive + self.buffers.sum(0) * own.key_row_bytes
+            alive = alive + self.buffers.sum(0) * self.chunks * own.key_row_bytes
         else:
-            alive = alive + (_among_zeros(1, self.buffers, 1) + _among_zeros(0, self._casts, 2)) * own.key_row_bytes
+            alive = alive + (_among_zeros(1, self.buffers, 1) + self._posted(2)) * own.key_row_bytes
         sums = self.shared_q * own.query_heads * own.head_dim * own.wide + self.shared_k * own.wide_key_row_bytes
         return np.max(alive, 0) + sums
 
@@ -137,6 +143,13 @@ class StageRows:
     def largest_pair(self) -> Any:
         """The most rows of the buffers of two stages that follow one another."""
         return np.max(self.buffers + _among_zeros(0, self.buffers[1:], 1)[: len(self.buffers)], 0, initial=0)
+
+    def _posted(self, after: int) -> Rows:
+        """Rows of the cast under way during each stage: of the next one, and then of the first of the next chunk."""
+        casts = _among_zeros(0, self._casts, after)
+        if self.chunks > 1 and len(self._casts):
+            casts[-after:] = self._casts[0]
+        return casts
 
     @cached_property
     def _casts(self) -> Rows:

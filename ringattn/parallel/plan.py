@@ -29,6 +29,10 @@ class Shape:
         heads = exchange.share
         return replace(self, query_heads=heads.queries, key_heads=len(heads.keys))
 
+    def chunk(self, chunks: int) -> "Shape":
+        """The heads of one of so many equal chunks."""
+        return replace(self, query_heads=self.query_heads // chunks, key_heads=self.key_heads // chunks)
+
     @property
     def key_row_bytes(self) -> int:
         """Bytes of one token's key and value."""
@@ -176,6 +180,10 @@ class HeadShare:
         keys = len(self.keys)
         return self.queries % groups == 0 and keys > 0 and (keys % groups == 0 or groups % keys == 0)
 
+    def chunks_in(self, chunks: int) -> bool:
+        """Whether so many equal chunks of heads have key heads of their own."""
+        return self.queries % chunks == 0 and len(self.keys) % chunks == 0
+
 
 @dataclass(frozen=True)
 class Exchange:
@@ -227,6 +235,8 @@ class AttentionPlan:
         shared_q: the rows of `[start, stop)` may be in several calls, and are accumulated in float32.
         shared_k: local key rows whose gradient may have several parts, accumulated likewise.
         exchange: the heads' all-to-all around the stages, if the ulysses degree is above 1.
+        head_chunks: the stages are walked through for one of so many equal chunks of heads after another, so that
+            buffers and sums are those of one chunk.
         keep_keys: keep the cast keys for the backward pass instead of casting them again.
         wide_reduce: return the gradients of cast keys in float32; else in the dtype of the keys, half the bytes.
         engines: the axes, "ring" or "ulysses", whose messages copy engines read out of buffers of their own.
@@ -243,6 +253,7 @@ class AttentionPlan:
     shared_q: Range
     shared_k: Range
     exchange: Exchange | None = None
+    head_chunks: int = 1
     keep_keys: bool = False
     wide_reduce: bool = True
     engines: tuple[str, ...] = ()
@@ -327,6 +338,8 @@ class AttentionPlan:
         ]
         if self.reason:
             lines.append(f"  because {self.reason}")
+        if self.head_chunks > 1:
+            lines.append(f"  for one of {self.head_chunks} chunks of heads after another")
         if self.exchange is not None:
             share = self.exchange.heads[self.exchange.rank]
             lines.append(

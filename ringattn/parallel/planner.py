@@ -6,7 +6,7 @@ from typing import Concatenate, ParamSpec
 
 from ringattn.kernels.spec import Range
 from ringattn.mask import Mask
-from ringattn.parallel.choice import candidates, choose, choose_groups
+from ringattn.parallel.choice import Choice, candidates, choose, choose_groups, chunk_counts
 from ringattn.parallel.demand import Demand
 from ringattn.parallel.gather import plan_gather, plan_joint
 from ringattn.parallel.held import Held
@@ -39,6 +39,7 @@ def plan_parts(
     memory_limit: int | None = None,
     machine: Machine | None = None,
     head_groups: int | None = None,
+    head_chunks: int | None = None,
 ) -> PartedPlan:
     """What this rank does for one attention; kept with the layout, since every layer asks for the same.
 
@@ -57,6 +58,8 @@ def plan_parts(
             else the shipped H200.
         head_groups: in how many groups heads are exchanged (with ring = 1), so that one travels while another is
             computed; fewer where heads do not part equally. Default: what is predicted to be fastest.
+        head_chunks: see `AttentionPlan`; fewer where key heads do not part equally on every rank. Default: 1, or with a
+            memory limit as few as keep it.
 
     Raises ValueError naming the argument, with the numbers; on every rank or on none.
     """
@@ -65,13 +68,17 @@ def plan_parts(
         raise ValueError(f"memory_limit must be None or a number of bytes >= 0, got {memory_limit!r}")
     if head_groups is not None and (not isinstance(head_groups, int) or head_groups < 1):
         raise ValueError(f"head_groups must be None or an integer >= 1, got {head_groups!r}")
+    if head_chunks is not None and (not isinstance(head_chunks, int) or head_chunks < 1):
+        raise ValueError(f"head_chunks must be None or an integer >= 1, got {head_chunks!r}")
+    if min(head_groups or 1, head_chunks or 1) > 1:
+        raise ValueError(f"head_groups and head_chunks must not both be above 1, got {head_groups} and {head_chunks}")
     machines = [part.mesh.planned_for(machine) for part in layout.parts or (layout,)]
     shape = Shape(query_heads, key_heads, head_dim, value_dim or head_dim, itemsize)
     digests = tuple(one.digest for one in machines)
-    key = (mask, shape, scheme, stages, keep_keys, wide_reduce, memory_limit, digests, head_groups)
+    key = (mask, shape, scheme, stages, keep_keys, wide_reduce, memory_limit, digests, head_groups, head_chunks)
     if key not in layout._plans:
         settings = [Setting(one, shape, keep_keys=keep_keys, wide_reduce=wide_reduce) for one in machines]
-        plans = _plans(layout, mask, settings, scheme, stages, memory_limit, head_groups)
+        plans = _plans(layout, mask, settings, scheme, stages, memory_limit, head_groups, head_chunks)
         layout._plans[key] = PartedPlan(tuple(plans))
     return layout._plans[key]
 
@@ -103,6 +110,7 @@ def _plans(
     stages: int | None,
     memory_limit: int | None,
     head_groups: int | None,
+    head_chunks: int | None,
 ) -> Iterator[tuple[Range, AttentionPlan]]:
     """The plan of each part with its rows."""
     row, left = 0, memory_limit
@@ -110,7 +118,7 @@ def _plans(
     for part, setting in zip(layout.parts or (layout,), settings, strict=True):
         options = candidates(part.mesh.ring, part_scheme(layout, part, scheme, left), stages)
         try:
-            plan, taken = _plan(part, mask, setting, options, left, head_groups)
+            plan, taken = _plan(part, mask, setting, options, left, head_groups, head_chunks)
         except ValueError as error:
             raise (ValueError(f"memory_limit={memory_limit} for all parts: {error}") if row else error) from None
         left = None if left is None else left - taken
@@ -125,25 +133,56 @@ def _plan(
     options: Sequence[Candidate],
     memory_limit: int | None,
     head_groups: int | None,
+    head_chunks: int | None,
 ) -> tuple[AttentionPlan, int]:
     """The plan of this rank, and the bytes that the buffers of any rank take at most."""
-    mesh = layout.mesh
-    held, pricer = Held.of(layout, mask), Pricer.of(layout, mask, setting)
-    choice = choose(pricer, options, memory_limit)
+    mesh, held = layout.mesh, Held.of(layout, mask)
+    pricer, choice = chosen(layout, mask, setting, options, memory_limit, head_chunks)
     plans = [
         plan_stages(held, pricer.demand, mesh.ring_rank, one)
         for one in dict.fromkeys((choice.forward, choice.backward))
     ]
     exchange, why = plan_exchange(layout, pricer.setting, mesh.ring_rank, mesh.ulysses_rank, plans[0], head_groups)
     reason = only(mesh, options) + choice.reason + why
-    plans = [replace(settled(plan, setting, choice.keep_keys), exchange=exchange) for plan in plans]
+    plans = [replace(settled(plan, pricer.setting, choice.keep_keys), exchange=exchange) for plan in plans]
     backward = plans[1] if len(plans) > 1 else None
     return replace(plans[0], backward=backward, reason=reason), choice.cost.buffer_bytes
 
 
+def chosen(
+    layout: Layout,
+    mask: Mask,
+    setting: Setting,
+    options: Sequence[Candidate],
+    memory_limit: int | None,
+    head_chunks: int | None,
+) -> tuple[Pricer, Choice]:
+    """What is best of the options, with heads in as few chunks as keep the limit, and the prices that it is by."""
+    counts = chunk_counts(setting.on(layout), head_chunks, memory_limit)
+    for chunks in counts:
+        pricer = Pricer.of(layout, mask, replace(setting, head_chunks=chunks))
+        try:
+            choice = choose(pricer, options, memory_limit)
+        except ValueError:
+            if chunks == counts[-1]:
+                raise
+        else:
+            break
+    if chunks > 1:
+        choice = replace(choice, reason=f"{choice.reason}; heads in {chunks} chunks, one after another")
+    return pricer, choice
+
+
 def settled(plan: AttentionPlan, setting: Setting, keep_keys: bool) -> AttentionPlan:
-    """The stages of a plan with what the setting says of how their data travels, and whether keys are kept."""
-    return replace(plan, keep_keys=keep_keys, wide_reduce=setting.wide_reduce, engines=setting.machine.engines)
+    """The stages of a plan with what the setting says of how they are walked and their data travels, and whether keys
+    are kept."""
+    return replace(
+        plan,
+        head_chunks=setting.head_chunks,
+        keep_keys=keep_keys,
+        wide_reduce=setting.wide_reduce,
+        engines=setting.machine.engines,
+    )
 
 
 def plan_exchange(
@@ -153,7 +192,7 @@ def plan_exchange(
     if setting.exchange is None:
         return None, ""
     heads = setting.shape.query_heads, setting.shape.key_heads
-    if layout.mesh.ring > 1:  # every group would cast its keys anew
+    if layout.mesh.ring > 1 or setting.head_chunks > 1:  # every group would cast its keys anew, or its chunks
         return exchange_plan(layout.deal(position), *heads, rank), ""
     groups, why = choose_groups(setting, plan.stages[0].calls, head_groups)
     return exchange_plan(layout.deal(position), *heads, rank, groups), f"; {why}"

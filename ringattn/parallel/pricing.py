@@ -76,6 +76,7 @@ class Setting:
     Arguments:
         shape: the model's.
         exchange: of one rank of the sequence group, the same one whoever asks.
+        head_chunks: see `AttentionPlan`.
         keep_keys: keep cast keys for the backward pass; None: if that is predicted to be faster and there is room.
     """
 
@@ -84,6 +85,7 @@ class Setting:
     exchange: Exchange | None = None
     keep_keys: bool | None = None
     wide_reduce: bool = True
+    head_chunks: int = 1
 
     def on(self, layout: Layout) -> "Setting":
         """The same with the exchange that the mesh of a layout (not parted) asks for."""
@@ -96,12 +98,17 @@ class Setting:
         return 1 if self.exchange is None else len(self.exchange.rows)
 
     @cached_property
-    def own(self) -> Shape:
+    def share(self) -> Shape:
         """The largest share of the heads."""
         if self.exchange is None:
             return self.shape
         queries, keys = max((share.queries, len(share.keys)) for share in self.exchange.heads)
         return replace(self.shape, query_heads=queries, key_heads=keys)
+
+    @cached_property
+    def own(self) -> Shape:
+        """Of that, what is computed at a time."""
+        return self.share.chunk(self.head_chunks)
 
 
 @dataclass(frozen=True)
@@ -212,9 +219,11 @@ class Pricer:
     @classmethod
     def of(cls, layout: Layout, mask: Mask, setting: Setting) -> "Pricer":
         """Kept with the layout: its degrees, and then its plan, are chosen by the same prices."""
-        key = ("prices", mask, setting.machine.digest, setting.shape, setting.keep_keys, setting.wide_reduce)
+        choices = setting.keep_keys, setting.wide_reduce, setting.head_chunks
+        key = ("prices", mask, setting.machine.digest, setting.shape, choices)
         if key not in layout._plans:
-            layout._plans[key] = cls(Demand.of(Held.of(layout, mask), mask.band), setting.on(layout))
+            demand = layout._plans.setdefault(("demand", mask), Demand.of(Held.of(layout, mask), mask.band))
+            layout._plans[key] = cls(demand, setting.on(layout))
         pricer: Pricer = layout._plans[key]
         return pricer
 
@@ -255,14 +264,16 @@ class Pricer:
             most_sent=int(moved.sent.max(initial=0)),
             most_returned=int(moved.received.max(initial=0)),
             engines="ring" in setting.machine.engines,
+            chunks=setting.head_chunks,
         )
         pair_share = float(np.max(rows.largest_pair / np.maximum(demand.rows, 1), initial=0.0))
         # A buffer with all keys is kept in place of the position's own.
-        kept = np.maximum(rows.buffers.sum(0) - demand.rows * demand.joined, 0) * own.key_row_bytes
-        kept_share = float(np.max(kept / np.maximum(demand.rows * own.row_bytes, 1), initial=0.0))
+        share = setting.share
+        kept = np.maximum(rows.buffers.sum(0) - demand.rows * demand.joined, 0) * share.key_row_bytes
+        kept_share = float(np.max(kept / np.maximum(demand.rows * share.row_bytes, 1), initial=0.0))
         exchanged = 0
         if setting.exchange is not None:
-            exchanged = exchange_bytes(setting.shape, own, demand.rows, -(-demand.rows // setting.ulysses))
+            exchanged = exchange_bytes(setting.shape, share, demand.rows, -(-demand.rows // setting.ulysses))
         sizes = rows.forward_bytes(own, keep), rows.backward_bytes(own, keep, setting.wide_reduce)
         forward, backward = (
             Price(
@@ -298,22 +309,23 @@ class Pricer:
                 later, cast.seconds, reduce.seconds, cast.lost + reduce.lost, strict=True
             )
         ]
-        exposed = (backward_timeline if backward else forward_timeline)(stages) + np.zeros(len(local))
+        chunks = setting.head_chunks
+        exposed = (backward_timeline if backward else forward_timeline)(stages, chunks) + np.zeros(len(local))
         wire, copies = self._exchange[backward]
-        disturbance = disturbed(stages, exposed)
-        pulled = (cast.pulled + reduce.pulled).sum(0)
-        compute = local + later.sum(0) + disturbance + copies
+        disturbance = disturbed(stages * chunks, exposed)
+        pulled = chunks * (cast.pulled + reduce.pulled).sum(0)
+        compute = chunks * (local + later.sum(0)) + disturbance + copies
         host = host_seconds(
             machine,
-            calls=moved.calls,
-            casts=0 if backward and keep else len(later),
-            reduces=len(later) if backward else 0,
+            calls=chunks * moved.calls,
+            casts=0 if backward and keep else chunks * len(later),
+            reduces=chunks * len(later) if backward else 0,
             exchanged=setting.exchange is not None,
-            messages=self._messages,
+            messages=chunks * self._messages,
             backward=backward,
         )
-        more = sum(stage.lost for stage in stages) - disturbance + self._exchange_loss(wire, backward)
-        travels = (cast.seconds + reduce.seconds).sum(0) + pulled
+        more = chunks * sum(stage.lost for stage in stages) - disturbance + self._exchange_loss(wire, backward)
+        travels = chunks * (cast.seconds + reduce.seconds).sum(0) + pulled
         return compute, travels + wire, exposed + pulled + wire, more, host
 
     def _moved(self, candidate: Candidate) -> _Moved:

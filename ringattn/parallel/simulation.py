@@ -35,7 +35,8 @@ class Scenario:
 
 @dataclass(frozen=True)
 class Span:
-    """What a rank does from `begin` to `end`, seconds: "compute", "cast", "reduce" or "exchange", of which stage."""
+    """What a rank does from `begin` to `end`, seconds: "compute", "cast", "reduce" or "exchange", of which stage (as
+    numbered in `traffic.py`)."""
 
     rank: int
     kind: str
@@ -172,12 +173,12 @@ class _Program:
             self.machine, plan.exchange, ring_rank, self.shape, self.backward, plan.wide_reduce
         )
         seconds = [cost.compute for cost in costs]
-        seconds[0] += copies  # of the exchange, which are before and after all stages
+        seconds[0] += copies / plan.head_chunks  # of the exchange, which are before and after all stages
         queue.wait(queue.post("exchange", 0))
         if self.backward:
-            _backward(queue, seconds, fetch=not plan.keep_keys)
+            _backward(queue, seconds, plan.head_chunks, fetch=not plan.keep_keys)
         else:
-            _forward(queue, seconds)
+            _forward(queue, seconds, plan.head_chunks)
         queue.wait(queue.post("exchange", 1))
 
     def pulled(self, kind: str, stage: int, rank: int) -> bool:
@@ -185,11 +186,11 @@ class _Program:
         if kind == "exchange":
             return False
         plan = self.plans[rank]
-        own = self.shape.share(plan.exchange)
+        own, walked = self.shape.share(plan.exchange).chunk(plan.head_chunks), plan.stages[stage % len(plan.stages)]
         if kind == "cast":
-            return bool(pulls(self.machine, plan.stages[stage].cast.most * own.key_row_bytes))
+            return bool(pulls(self.machine, walked.cast.most * own.key_row_bytes))
         row_bytes = own.wide_key_row_bytes if plan.wide_reduce else own.key_row_bytes
-        return bool(pulls(self.machine, plan.stages[stage].back.most * row_bytes))
+        return bool(pulls(self.machine, walked.back.most * row_bytes))
 
     def _stage_costs(self, rank: int) -> tuple[StageCost, ...]:
         """Ranks of one ring position that have as many heads share them."""
@@ -276,25 +277,44 @@ class _Queue:
             self._after.append(last)
 
 
-def _forward(queue: _Queue, seconds: Sequence[float]) -> None:
+class _Casts:
+    """Casts of the later stages, for one chunk of heads after another; nothing if keys are not cast."""
+
+    def __init__(self, queue: _Queue, stages: int, chunks: int) -> None:
+        self._queue = queue
+        self._numbers = (number for number in range(stages * chunks) if number % stages)
+        self._next = self._post()
+
+    def _post(self) -> "_Posted | None":
+        number = next(self._numbers, None)
+        return None if number is None else self._queue.post("cast", number)
+
+    def wait(self) -> None:
+        """For one, and post the next."""
+        self._queue.wait(self._next)
+        self._next = self._post()
+
+
+def _forward(queue: _Queue, seconds: Sequence[float], chunks: int) -> None:
     """The executor's forward pass: while a stage is computed the next is on its way."""
-    cast = queue.post("cast", 1) if len(seconds) > 1 else None
-    queue.compute(0, seconds[0])
-    for stage in range(1, len(seconds)):
-        queue.wait(cast)
-        cast = queue.post("cast", stage + 1) if stage + 1 < len(seconds) else None
-        queue.compute(stage, seconds[stage])
+    stages = len(seconds)
+    casts = _Casts(queue, stages, chunks)
+    for number in range(stages * chunks):
+        if number % stages:
+            casts.wait()
+        queue.compute(number, seconds[number % stages])
 
 
-def _backward(queue: _Queue, seconds: Sequence[float], fetch: bool) -> None:
+def _backward(queue: _Queue, seconds: Sequence[float], chunks: int, fetch: bool) -> None:
     """The executor's backward pass: the local stage comes last and hides the last reduce."""
-    cast = queue.post("cast", 1) if fetch and len(seconds) > 1 else None
-    reduce = None
-    for stage in range(1, len(seconds)):
-        queue.wait(cast)
-        cast = queue.post("cast", stage + 1) if fetch and stage + 1 < len(seconds) else None
-        queue.compute(stage, seconds[stage])
+    stages = len(seconds)
+    casts = _Casts(queue, stages, chunks if fetch else 0)
+    for first in range(0, stages * chunks, stages):
+        reduce = None
+        for stage in range(1, stages):
+            casts.wait()
+            queue.compute(first + stage, seconds[stage])
+            queue.wait(reduce)
+            reduce = queue.post("reduce", first + stage)
+        queue.compute(first, seconds[0])
         queue.wait(reduce)
-        reduce = queue.post("reduce", stage)
-    queue.compute(0, seconds[0])
-    queue.wait(reduce)

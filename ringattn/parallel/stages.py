@@ -41,6 +41,7 @@ class Job:
     key_heads: int
     return_lse: bool = False
     group: int = 0  # of the heads of an exchange
+    chunk: int = 0  # of the heads that are computed one after another
 
     @property
     def heads(self) -> Range:
@@ -51,11 +52,27 @@ class Job:
         first, last = exchange.share.group(self.group, exchange.groups)[0]
         return exchange.share.query[0] + first, exchange.share.query[0] + last
 
+    @property
+    def first_head(self) -> int:
+        """Of those of this chunk."""
+        first, last = self.heads
+        return first + self.chunk * (last - first) // self.plan.head_chunks
+
     @cached_property
     def groups(self) -> "tuple[Job, ...]":
         """The same for each group of heads."""
         count = 1 if self.plan.exchange is None else self.plan.exchange.groups
         return tuple(replace(self, group=group) for group in range(count))
+
+    @cached_property
+    def chunks(self) -> "tuple[Job, ...]":
+        """The same for each chunk of heads."""
+        count = self.plan.head_chunks
+        return (self,) if count == 1 else tuple(replace(self, chunk=chunk) for chunk in range(count))
+
+    def own(self, x: Tensor, dim: int = 1) -> Tensor:
+        """The heads of this chunk."""
+        return x if self.plan.head_chunks == 1 else x.chunk(self.plan.head_chunks, dim)[self.chunk]
 
     @cached_property
     def backward(self) -> "Job":
@@ -87,31 +104,35 @@ class Saved(NamedTuple):
 def forward_stages(job: Job, q: Tensor, k: Tensor, v: Tensor, keep: bool) -> Steps[tuple[Tensor, Tensor, list[Tensor]]]:
     """Out (n, H, V), lse (H, n), and the cast keys and values if they are to be kept.
 
-    While a stage is being computed the keys of the next are on their way.
+    While a stage is being computed the keys of the next are on their way, and of the last those of the next chunk.
     """
     local, *later = job.plan.stages
-    results = _Results(job.plan, q, v)
+    out = q.new_empty(q.shape[0], q.shape[1], v.shape[2])
+    lses: list[Tensor] = []
     kept: list[Tensor] = []
-    casts = _casts(job, k, v)
-    cast = next(casts)
-    _run_calls(job, local, q, k, v, results)
-    for stage in later:
-        assert cast is not None
-        yield
-        keys, values = cast.wait()
-        cast = next(casts)
-        _run_calls(job, stage, q, keys, values, results)
-        if keep:
-            kept += [keys, values]
-        del keys, values
-    return results.out.finish(), results.finished_lse(), kept
+    arriving = _Arriving(job, k, v)
+    for chunk in job.chunks:
+        own_q = chunk.own(q)
+        results = _Results(job.plan, own_q, chunk.own(out))
+        _run_calls(chunk, local, own_q, chunk.own(k), chunk.own(v), results)
+        for stage in later:
+            yield
+            keys, values = arriving.wait()
+            _run_calls(chunk, stage, own_q, keys, values, results)
+            if keep:
+                kept += [keys, values]
+            del keys, values
+        results.out.finish()
+        lses.append(results.finished_lse())
+        del results  # and its sums
+    return out, lses[0] if len(lses) == 1 else torch.cat(lses), kept
 
 
 class _Results:
     """Out and lse of all rows while calls bring their rows."""
 
-    def __init__(self, plan: AttentionPlan, q: Tensor, v: Tensor) -> None:
-        self.out = Accumulator(q.new_empty(q.shape[0], q.shape[1], v.shape[2]), plan.shared_q, plan.uncovered)
+    def __init__(self, plan: AttentionPlan, q: Tensor, out: Tensor) -> None:
+        self.out = Accumulator(out, plan.shared_q, plan.uncovered)
         self._parts: list[tuple[Range, Tensor]] = []  # of the lse, joined at the end if every row is in one
         self._lse: Tensor | None = None
         if not plan.once or not q.shape[1]:
@@ -136,11 +157,36 @@ class _Results:
         return parts[0] if len(parts) == 1 else torch.cat(parts, 1)
 
 
-def _casts(job: Job, k: Tensor, v: Tensor) -> Iterator[KeyCast | None]:
-    """The casts of the later stages, each posted when it is asked for; then None."""
-    for stage in job.plan.stages[1:]:
-        yield KeyCast.post(stage, job.ring, k, v)
-    yield None
+class _Arriving:
+    """The keys of later stages, for one chunk of heads after another: each is cast when those before it are there."""
+
+    def __init__(self, job: Job, k: Tensor, v: Tensor) -> None:
+        self._casts = _casts(job, k, v)
+        self._next = next(self._casts, None)
+
+    def wait(self) -> tuple[Tensor, Tensor]:
+        assert self._next is not None
+        found = self._next.wait()
+        self._next = next(self._casts, None)
+        return found
+
+
+class _Kept:
+    """The same where they are there already, one tensor after another."""
+
+    def __init__(self, tensors: Sequence[Tensor]) -> None:
+        self._pairs = iter(zip(tensors[::2], tensors[1::2], strict=True))
+
+    def wait(self) -> tuple[Tensor, Tensor]:
+        return next(self._pairs)
+
+
+def _casts(job: Job, k: Tensor, v: Tensor) -> Iterator[KeyCast]:
+    """Each is posted when it is asked for."""
+    for chunk in job.chunks:
+        own_k, own_v = chunk.own(k), chunk.own(v)
+        for stage in job.plan.stages[1:]:
+            yield KeyCast.post(stage, job.ring, own_k, own_v)
 
 
 def _run_calls(job: Job, stage: Stage, q: Tensor, k: Tensor, v: Tensor, results: _Results) -> None:
@@ -155,8 +201,24 @@ def _run_calls(job: Job, stage: Stage, q: Tensor, k: Tensor, v: Tensor, results:
 
 def backward_stages(
     job: Job, dout: Tensor, saved: Saved, kept: list[Tensor], rows: list[Tensor]
-) -> Steps[tuple[Accumulator, Accumulator, Accumulator]]:
-    """Gradients of q, k, v of this rank's rows, into `rows`. The local stage comes last and hides the last reduce."""
+) -> Steps[list[Accumulator]]:
+    """Gradients of q, k, v of this rank's rows, into `rows`; those of several chunks are finished."""
+    arriving = _Kept(kept) if kept else _Arriving(job, saved.k, saved.v)
+    if len(job.chunks) == 1:
+        return (yield from _backward_chunk(job, dout, saved, arriving, rows))
+    for chunk in job.chunks:
+        q, k, v, out = map(chunk.own, saved[:4])
+        own = Saved(q, k, v, out, chunk.own(saved.lse, 0))
+        found = yield from _backward_chunk(chunk, chunk.own(dout), own, arriving, [chunk.own(x) for x in rows])
+        while found:  # each goes with its sums
+            found.pop().finish()
+    return [Accumulator(x, (0, 0), ()) for x in rows]
+
+
+def _backward_chunk(
+    job: Job, dout: Tensor, saved: Saved, arriving: _Arriving | _Kept, rows: list[Tensor]
+) -> Steps[list[Accumulator]]:
+    """Those of one chunk of heads. The local stage comes last and hides the last reduce."""
     plan, (q, k, v, out, lse) = job.plan, saved
     forward = dout, q, out, lse
     local, *later = plan.stages
@@ -167,16 +229,10 @@ def backward_stages(
         shared_k = 0, plan.rows
     dq = Accumulator(rows[0], plan.shared_q, plan.uncovered)
     dk, dv = (Accumulator(x, shared_k, plan.without_grads if single else plan.unread, single) for x in rows[1:])
-    pairs, casts = iter(zip(kept[::2], kept[1::2], strict=True)), _casts(job, k, v)
-    cast = None if kept else next(casts)
     reduce: KeyReduce | None = None
     for stage in later:
-        if cast is None:
-            keys, values = next(pairs)
-        else:
-            yield
-            keys, values = cast.wait()
-            cast = next(casts)
+        yield
+        keys, values = arriving.wait()
         # What travels in float32 is not rounded before, nor are gradients of a token that stands in a buffer twice.
         summed = stage.overlapping_keys or (job.adds and (plan.wide_reduce or stage.repeated_keys))
         shared = (0, stage.rows) if summed else (0, 0)
@@ -193,7 +249,7 @@ def backward_stages(
     if reduce is not None:
         yield
         reduce.wait(dk, dv)
-    return dq, dk, dv
+    return [dq, dk, dv]
 
 
 def _run_backward_calls(
@@ -237,7 +293,7 @@ def _options(job: Job, stage: Stage, call: Call) -> Options:
     plan = job.plan
     keys = plan if stage is plan.stages[0] else stage
     q_index, k_index = (_indices(of, job.device)[slice(*rows)] for of, rows in ((plan, call.q), (keys, call.k)))
-    return replace(job.options, dropout=Dropout(*job.dropout, q_index, k_index, job.heads[0]))
+    return replace(job.options, dropout=Dropout(*job.dropout, q_index, k_index, job.first_head))
 
 
 def _indices(of: AttentionPlan | Stage, device: torch.device) -> Tensor:

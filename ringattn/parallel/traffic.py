@@ -1,6 +1,7 @@
 """Who sends how many bytes to whom in each batch of transfers of a pass, as the executor posts them. Pure.
 
-A batch is named by its kind and stage: "cast" and "reduce" of a stage; "exchange" 0 before and 1 after the stages.
+A batch is named by its kind and stage: "cast" and "reduce" of a stage; "exchange" 0 before and 1 after the stages. The
+stages of a second chunk of heads are numbered after those of the first.
 """
 
 from collections import defaultdict
@@ -34,18 +35,18 @@ class Traffic:
         if kind == "exchange":
             first = rank - rank % self.ulysses
             return [peer for peer in range(first, first + self.ulysses) if peer != rank]
-        messages = (*plan.stages[stage].sends, *plan.stages[stage].receives)
-        return sorted({self._rank(rank, message.peer) for message in messages})
+        walked = plan.stages[stage % len(plan.stages)]
+        return sorted({self._rank(rank, message.peer) for message in (*walked.sends, *walked.receives)})
 
     def sent(self, kind: str, stage: int, rank: int) -> list[tuple[int, float]]:
         """Receivers and bytes of what the rank sends in a batch, nearest on the ring first."""
         plan = self.plans[rank]
         if kind == "exchange":
             return self._exchanged(plan.exchange, stage, rank)
-        own = self.shape.share(plan.exchange)
+        own, walked = self.shape.share(plan.exchange).chunk(plan.head_chunks), plan.stages[stage % len(plan.stages)]
         row_bytes = own.wide_key_row_bytes if kind == "reduce" and plan.wide_reduce else own.key_row_bytes
         rows: dict[int, int] = defaultdict(int)
-        for message in plan.stages[stage].sends if kind == "cast" else plan.stages[stage].receives:
+        for message in walked.sends if kind == "cast" else walked.receives:
             rows[message.peer] += message.rows
         order = sorted(rows, key=lambda peer: (peer - plan.ring_rank) % plan.ring)
         return [(self._rank(rank, peer), rows[peer] * row_bytes) for peer in order]

@@ -105,6 +105,34 @@ def test_calls_are_right(name: str, device: str, dtype: torch.dtype, window: boo
             assert error <= limit * reference[finite].norm() + slack, (key, call)
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: str(dtype).removeprefix("torch."))
+@pytest.mark.parametrize(("name", "device"), present())
+def test_some_of_the_heads_of_tensors_are_computed_in_place(name: str, device: str, dtype: torch.dtype) -> None:
+    """As those of a chunk of heads; the other heads of what is written are left alone."""
+    if (reason := refusal(backends()[name], spec_of(device, dtype))) is not None:
+        pytest.skip(reason)
+    (call,) = group_calls(blocks_of(Piece(0, 0, 200, 0), [Piece(0, 0, 200, 0)], Mask().band), (0, 200))
+    generator, options = torch.Generator().manual_seed(1), Options(64**-0.5)
+
+    def wide(heads: int) -> torch.Tensor:
+        return torch.randn(200, 2 * heads, 64, generator=generator).to(device, dtype)
+
+    q, k, v, dout = (wide(heads) for heads in (4, 2, 2, 4))
+    results: dict[str, list[torch.Tensor]] = {}
+    for backend in (backends()[name], Reference()):
+        own = (lambda x: x.double()) if isinstance(backend, Reference) else lambda x: x
+        written = [own(torch.full_like(x, 7.0)) for x in (q, q, k, v)]
+        views = [own(x)[:, x.shape[1] // 2 :] for x in (q, k, v, dout)]
+        out, dq, dk, dv = (x[:, x.shape[1] // 2 :] for x in written)
+        lse = backend.forward(*views[:3], call, options, out)
+        backend.backward(views[3], *views[:3], out, lse, call, options, Grads(dq, dk, dv))
+        results[backend.name] = [out, dq, dk, dv]
+        assert all((x[:, : x.shape[1] // 2] == 7.0).all() for x in written)
+    tolerance = CPU_SUMS.get(dtype, TOLERANCE[dtype]) if name == "cpu" else TOLERANCE[dtype]
+    for got, expected in zip(results[name], results["reference"], strict=True):
+        assert (got.double() - expected).norm() <= tolerance * expected.norm()
+
+
 @pytest.mark.parametrize("feature", FEATURES)
 @pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: str(dtype).removeprefix("torch."))
 @pytest.mark.parametrize(("name", "device"), present())

@@ -145,7 +145,7 @@ def test_a_limit_makes_more_stages_and_too_small_a_one_is_refused() -> None:
     with pytest.raises(ValueError, match=r"memory_limit .* got 1000 bytes; the least that forward needs is \d+"):
         plan_attention(layout, Mask(), 32, 8, memory_limit=1000)
     with pytest.raises(ValueError, match=r"memory_limit .* the least that backward needs is \d+ \(gather\)"):
-        plan_attention(layout, Mask(), 32, 8, "gather", memory_limit=limit)
+        plan_attention(layout, Mask(), 32, 8, "gather", memory_limit=limit, head_chunks=1)
     with pytest.raises(ValueError, match="memory_limit must be None or a number of bytes >= 0, got -1"):
         plan_attention(layout, Mask(), 32, 8, memory_limit=-1)
 

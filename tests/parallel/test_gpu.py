@@ -93,27 +93,28 @@ def _finite(x: torch.Tensor) -> torch.Tensor:
     return x.masked_fill(x == float("-inf"), 0.0)
 
 
-def extra_bytes(ring: int, scheme: str) -> tuple[int, int]:
+def extra_bytes(ring: int, scheme: str, chunks: int) -> tuple[int, int]:
     """What a forward pass takes beside its result, measured, and by the plan."""
     mesh = mesh_of(ring, 1, "cuda", "collective")
     layout = Layout(Documents([16384]), mesh, "zigzag")
     q, k, v = (torch.randn(layout.tokens(), 8, 128, dtype=torch.bfloat16, device="cuda") for _ in range(3))
-    plan = plan_attention(layout, Mask(), 8, 8, scheme, keep_keys=False)
+    plan = plan_attention(layout, Mask(), 8, 8, scheme, keep_keys=False, head_chunks=chunks)
     for _ in range(2):
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
         with torch.no_grad():
-            out = parallel_attention(q, k, v, layout, scheme=scheme, keep_keys=False)
+            out = parallel_attention(q, k, v, layout, scheme=scheme, keep_keys=False, head_chunks=chunks)
         torch.cuda.synchronize()
         extra = torch.cuda.max_memory_allocated() - before - out.nbytes
         del out
-    return extra, int(StageRows.of(plan).forward_bytes(Shape(8, 8, 128, 128), False))
+    return extra, int(StageRows.of(plan).forward_bytes(Shape(8, 8, 128, 128).chunk(chunks), False))
 
 
 @pytest.mark.gpu(2)
+@pytest.mark.parametrize("chunks", [1, 4])
 @pytest.mark.parametrize("scheme", ["gather", "ring"])
-def test_the_plan_states_the_memory_that_is_measured(pool: Pools, scheme: str) -> None:
-    for measured, stated in pool(2, "cuda").run(extra_bytes, 2, scheme, timeout=300):
+def test_the_plan_states_the_memory_that_is_measured(pool: Pools, scheme: str, chunks: int) -> None:
+    for measured, stated in pool(2, "cuda").run(extra_bytes, 2, scheme, chunks, timeout=300):
         print(f"{scheme}: {measured} bytes beside the result, {stated} by the plan")
         assert stated * 0.95 <= measured <= stated * 1.05 + 2**21  # the lse and the allocator's rounding

@@ -79,7 +79,7 @@ def messages(ring: int, ulysses: int, heads: tuple[int, int], options: dict[str,
 def test_the_largest_messages_are_those_that_are_sent(
     pool: Pools, degrees: tuple[int, int], heads: tuple[int, int]
 ) -> None:
-    options: list[dict[str, Any]] = [{}, {"wide_reduce": False}, {"keep_keys": True}]
+    options: list[dict[str, Any]] = [{}, {"wide_reduce": False}, {"keep_keys": True}, {"head_chunks": 2}]
     if degrees[0] == 1:
         options.append({"head_groups": 2})
     for found in pool(4).run_many(messages, [(*degrees, heads, one) for one in options]):
@@ -144,11 +144,15 @@ def test_no_rank_needs_more_than_all_reckon_with(
             assert limit is None or buffer_bytes(plan, SHAPE) <= limit
 
 
+@pytest.mark.parametrize("chunks", [1, 4])
+@pytest.mark.parametrize("keep_keys", [False, True])
 @pytest.mark.parametrize("scheme", ["gather", "joint", "ring"])
-def test_prices_state_what_plans_do(scheme: str) -> None:
+def test_prices_state_what_plans_do(scheme: str, keep_keys: bool, chunks: int) -> None:
     layout = Layout(PACKED, MeshShape(1, 4, 2))
-    setting = Setting(COPY, SHAPE, keep_keys=False).on(layout)
-    stated = max(buffer_bytes(plan, SHAPE) for plan in plan_group(layout, Mask(), setting, scheme))
+    setting = Setting(COPY, SHAPE, keep_keys=keep_keys, head_chunks=chunks).on(layout)
+    plans = plan_group(layout, Mask(), setting, scheme, head_chunks=chunks)
+    assert {plan.head_chunks for plan in plans} == {chunks}
+    stated = max(buffer_bytes(plan, SHAPE) for plan in plans)
     pricer = Pricer(Demand.of(Held.of(layout, Mask()), Mask().band), setting)
     prices = pricer.price(candidates(4, scheme, None)[0])
     assert stated <= most_bytes(prices) <= 1.2 * stated
@@ -156,7 +160,7 @@ def test_prices_state_what_plans_do(scheme: str) -> None:
 
 def test_a_limit_counts_message_buffers() -> None:
     layouts = [Layout(Documents([65_536]), MeshShape(1, 8, 1, rank), "balanced") for rank in range(8)]
-    layout, options = layouts[0], dict[str, Any](keep_keys=False)
+    layout, options = layouts[0], dict[str, Any](keep_keys=False, head_chunks=1)
 
     def most(machine: Machine) -> int:
         plans = [plan_attention(one, Mask(), 32, 8, "gather", machine=machine, **options) for one in layouts]
@@ -182,7 +186,7 @@ def test_the_message_buffers_of_one_pass_are_there_in_the_other() -> None:
     """Each pass alone keeps the limit, but not the one with the messages of the other: one schedule does both."""
     machine = with_links(834e9).by_copy_engines()
     layouts = [Layout(Documents([7260]), MeshShape(1, 4, 1, rank), "contiguous") for rank in range(4)]
-    options: dict[str, Any] = {"machine": machine, "keep_keys": False, "memory_limit": 160 << 20}
+    options: dict[str, Any] = {"machine": machine, "keep_keys": False, "memory_limit": 160 << 20, "head_chunks": 1}
     plans = [plan_attention(layout, Mask(), 32, 8, **options) for layout in layouts]
     assert all(plan.backward is None and "both passes" in plan.reason for plan in plans)
     assert max(buffer_bytes(plan, SHAPE) for plan in plans) <= 160 << 20

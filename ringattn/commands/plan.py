@@ -7,6 +7,7 @@ colour, and what each rank does when, as the simulator plays it through.
 
 import argparse
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--scheme", choices=SCHEMES, default="auto", help="default auto")
     parser.add_argument("--stages", type=positive, metavar="N", help="of --scheme ring, the local one included")
     parser.add_argument("--memory", type=positive, metavar="MIB", help="what a rank's buffers may take")
+    parser.add_argument(
+        "--head-chunks",
+        type=positive,
+        metavar="N",
+        help="of heads, computed one after another in buffers of one; default: as few as keep --memory",
+    )
     _workload.add_workload_arguments(parser)
     parser.add_argument("--draw", metavar="FILE", help="write a picture: .png or .svg")
     parser.add_argument("--json", action="store_true", help="the table as one JSON object")
@@ -75,8 +82,16 @@ def plan(args: argparse.Namespace) -> tuple[Any, list[dict[str, Any]]]:
     for part in layout.parts or (layout,):
         setting = _workload.setting(args, part)
         plans = plan_group(
-            part, mask, setting, part_scheme(layout, part, args.scheme, left), args.stages, left, part_groups(layout)
+            part,
+            mask,
+            setting,
+            part_scheme(layout, part, args.scheme, left),
+            args.stages,
+            left,
+            part_groups(layout),
+            args.head_chunks,
         )
+        setting = replace(setting, head_chunks=plans[0].head_chunks)
         planned.append({"layout": part, "mask": mask, "setting": setting, "plans": plans, "args": args})
         left = None if left is None else left - max(buffer_bytes(plan, setting.shape) for plan in plans)
     return layout, planned
@@ -150,6 +165,7 @@ def rank_report(planned: dict[str, Any], rank: int) -> dict[str, Any]:
         "received_bytes": traffic[0][rank],
         "sent_bytes": traffic[1][rank],
         "stages": len(plan.stages),
+        "head_chunks": plan.head_chunks,
         "buffer_bytes": int(cost.buffer_bytes),
         **{
             name: {
@@ -168,7 +184,7 @@ def received_and_sent(traffic: Any) -> tuple[list[float], list[float]]:
     ranks = len(traffic.plans)
     received, sent = [0.0] * ranks, [0.0] * ranks
     batches = [("exchange", 0), ("exchange", 1)] if traffic.ulysses > 1 else []
-    batches += [("cast", stage) for stage in range(1, len(traffic.plans[0].stages))]
+    batches += [("cast", number) for number in traffic.later()]
     for rank in range(ranks):
         for kind, stage in batches:
             for peer, size in traffic.sent(kind, stage, rank):

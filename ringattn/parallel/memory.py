@@ -145,10 +145,11 @@ class StageRows:
         return np.max(self.buffers + _among_zeros(0, self.buffers[1:], 1)[: len(self.buffers)], 0, initial=0)
 
     def _posted(self, after: int) -> Rows:
-        """Rows of the cast under way during each stage: of the next one, and then of the first of the next chunk."""
+        """Rows of the cast under way during each stage: of the next one, and then of the first of the next chunk, which
+        is waited for later."""
         casts = _among_zeros(0, self._casts, after)
         if self.chunks > 1 and len(self._casts):
-            casts[-after:] = self._casts[0]
+            casts[-after:] = (0 if self.engines else self.sent[0]) + self.received[0]
         return casts
 
     @cached_property

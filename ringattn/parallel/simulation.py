@@ -35,14 +35,15 @@ class Scenario:
 
 @dataclass(frozen=True)
 class Span:
-    """What a rank does from `begin` to `end`, seconds: "compute", "cast", "reduce" or "exchange", of which stage (as
-    numbered in `traffic.py`)."""
+    """What a rank does from `begin` to `end`, seconds: "compute", "cast", "reduce" or "exchange", of which stage and
+    chunk of heads."""
 
     rank: int
     kind: str
     stage: int
     begin: float
     end: float
+    chunk: int = 0
 
 
 @dataclass(frozen=True)
@@ -138,12 +139,20 @@ class _Program:
 
     def _played(self) -> Pass:
         begin, end = self.work.run()
-        spans = [Span(rank, "compute", stage, begin[task], end[task]) for rank, stage, task in self.computing]
+        spans = [self._span("compute", stage, rank, begin[task], end[task]) for rank, stage, task in self.computing]
         spans += [
-            Span(rank, kind, stage, begin[batch.first], end[batch.last])
+            self._span(kind, stage, rank, begin[batch.first], end[batch.last])
             for (kind, stage, rank), batch in self.batches.items()
         ]
         return Pass(len(self.plans), tuple(sorted(spans, key=lambda span: (span.rank, span.begin, span.stage))))
+
+    def _span(self, kind: str, number: int, rank: int, begin: float, end: float) -> Span:
+        chunk, stage = (0, number) if kind == "exchange" else divmod(number, len(self.plans[rank].stages))
+        return Span(rank, kind, stage, begin, end, chunk)
+
+    def _number(self, span: Span) -> int:
+        """Of its stage, as in `traffic.py`."""
+        return span.chunk * len(self.plans[span.rank].stages) + span.stage
 
     def _disturb(self, done: Pass) -> bool:
         """Lengthens kernels by what they lose to the transfers beside them in `done`, spread over each batch's time.
@@ -156,12 +165,12 @@ class _Program:
             kernels = [span for span in spans if span.kind == "compute"]
             ends = [kernel.end for kernel in kernels]
             for batch in spans:
-                seconds = max(self.lost.get((batch.kind, batch.stage, batch.rank), (0.0,)))
+                seconds = max(self.lost.get((batch.kind, self._number(batch), batch.rank), (0.0,)))
                 for kernel in kernels[bisect_right(ends, batch.begin) :] if seconds else ():
                     if kernel.begin >= batch.end:
                         break
                     beside = min(batch.end, kernel.end) - max(batch.begin, kernel.begin)
-                    lost[tasks[kernel.rank, kernel.stage]] += seconds * beside / (batch.end - batch.begin)
+                    lost[tasks[kernel.rank, self._number(kernel)]] += seconds * beside / (batch.end - batch.begin)
         for task, seconds in lost.items():
             self.work.seconds[task] += seconds
         return bool(lost)

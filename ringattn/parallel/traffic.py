@@ -51,6 +51,11 @@ class Traffic:
         order = sorted(rows, key=lambda peer: (peer - plan.ring_rank) % plan.ring)
         return [(self._rank(rank, peer), rows[peer] * row_bytes) for peer in order]
 
+    def later(self) -> list[int]:
+        """The numbers of all stages that have casts and reduces."""
+        plan = self.plans[0]
+        return [number for number in range(len(plan.stages) * plan.head_chunks) if number % len(plan.stages)]
+
     def collectives(self, stage: int, rank: int) -> int:
         """How many messages exchange 0 or 1 is: two where gradients of keys travel wider than those of queries."""
         return 2 if stage and self.backward and self.plans[rank].sums_copies else 1

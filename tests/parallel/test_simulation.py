@@ -190,9 +190,7 @@ def port_seconds(machine: Machine, plans: list[AttentionPlan], backward: bool) -
     traffic, total = Traffic(plans, SHAPE, backward), {}
     batches = [("exchange", 0), ("exchange", 1)] if traffic.ulysses > 1 else []
     kinds = (*(("cast",) if not (backward and plans[0].keep_keys) else ()), *(("reduce",) if backward else ()))
-    stages = len(plans[0].stages)
-    later = [stage for stage in range(stages * plans[0].head_chunks) if stage % stages]
-    batches += [(kind, stage) for kind in kinds for stage in later]
+    batches += [(kind, stage) for kind in kinds for stage in traffic.later()]
     for rank in range(len(plans)):
         for kind, stage in batches:
             for peer, size in traffic.sent(kind, stage, rank):

@@ -33,13 +33,15 @@ INTEGERS: dict[str, int] = {
     "parallel.data": 1,
     "parallel.ring": 1,
     "parallel.ulysses": 1,
+    "parallel.head_chunks": 1,
     "run.steps": 1,
     "run.seed": 0,
     "run.save_every": 0,
     "run.keep": 1,
     "run.log_every": 1,
 }
-OPTIONAL = {"data.packs_per_step", "data.delay", "parallel.data", "parallel.ring", "parallel.ulysses"}
+OPTIONAL = {"data.packs_per_step", "data.delay"}
+OPTIONAL |= {"parallel.data", "parallel.ring", "parallel.ulysses", "parallel.head_chunks"}
 # Allowed interval, both ends included.
 NUMBERS: dict[str, tuple[float, float]] = {
     "optim.lr": (0.0, math.inf),

@@ -101,7 +101,11 @@ class Trainer:
             config=job.model_config,
             load=lambda: build_model(job.model_config, cfg.run.seed, cfg.model.path),
             attach=lambda model: parallelize(
-                model, self.mesh, scheme=cfg.parallel.scheme, backend=cfg.parallel.backend
+                model,
+                self.mesh,
+                scheme=cfg.parallel.scheme,
+                backend=cfg.parallel.backend,
+                head_chunks=cfg.parallel.head_chunks,
             ),
             device=job.device,
             dtype=compute_dtype(cfg),

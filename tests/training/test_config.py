@@ -53,6 +53,7 @@ def test_left_open_is_filled_in():
         (["parallel.ring=3"], ["parallel.ring", "3", "4"]),
         (["parallel.data=2", "parallel.ring=2", "parallel.ulysses=2"], ["2", "8", "4"]),
         (["parallel.ulysses=0"], ["parallel.ulysses", "0"]),
+        (["parallel.head_chunks=0"], ["parallel.head_chunks", "0"]),
         (["parallel.ulysses=4"], ["ulysses", "4", "2"]),  # two ranks a node here
         (["parallel.scheme=hybrid"], ["parallel.scheme=hybrid", "ring=4", "ulysses=1"]),
         (["parallel.scheme=spiral"], ["parallel.scheme", "spiral", "ring"]),

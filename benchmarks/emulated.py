@@ -96,10 +96,11 @@ def attention(
             query_heads=heads,
             key_heads=key_heads,
         )
-        (done,) = forward_parts([job], q, k, v, None, keep=False)
+        out = torch.empty_like(dout)
+        (done,) = forward_parts([job], q, k, v, None, out, keep=False)
         grads = backward_parts([job], dout, [done.saved], None, [[]])[:3]
         rows = layout.indices().to(q.device)
-        for name, tensor in zip(names, (done.out, *grads), strict=True):
+        for name, tensor in zip(names, (out, *grads), strict=True):
             results[name].index_copy_(0, rows, tensor)
 
     _in_threads(rank_of, ring)

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ringattn.kernels.spec import accumulation_dtype
 from ringattn.mask import Mask
-from ringattn.parallel.executor import backward_parts, forward_parts, joined_parts
+from ringattn.parallel.executor import backward_parts, forward_parts, joined_lse
 from ringattn.parallel.layout import Layout
 from ringattn.parallel.numbered import by_number
 from ringattn.parallel.rows import part
@@ -90,12 +90,15 @@ def _attend(q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None, layout: Tenso
     jobs = _jobs(q, k, v, sinks, layout, *constants)
     plans = by_number(int(layout))._plans
     plans[_CALLS] = plans.get(_CALLS, 0) + 1
-    done = forward_parts(jobs, q, k, v, sinks, keep=False)
+    out = q.new_empty(q.shape[0], q.shape[1], v.shape[2])
+    done = forward_parts(jobs, q, k, v, sinks, out, keep=False)
     lses = [
-        one.lse if job.return_lse or job.plan.exchange is None else one.lse.new_empty(q.shape[1], len(one.out))
+        one.lse
+        if job.return_lse or job.plan.exchange is None
+        else one.lse.new_empty(q.shape[1], job.rows[1] - job.rows[0])
         for job, one in zip(jobs, done, strict=True)
     ]
-    out, lse = joined_parts([one.out for one in done]), joined_parts(lses, 1).contiguous()
+    lse = joined_lse(lses).contiguous()
     exchanged = [of for job, one in zip(jobs, done, strict=True) if job.plan.exchange is not None for of in one.saved]
     flat = [x.reshape(-1) for of in exchanged for x in of[:4]]
     flat_lse = [of.lse.reshape(-1) for of in exchanged]

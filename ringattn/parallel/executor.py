@@ -58,15 +58,15 @@ class _Attention(torch.autograd.Function):
     def forward(
         ctx: Any, q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None, jobs: Sequence[Job]
     ) -> tuple[Tensor, Tensor]:
-        done = forward_parts(jobs, q, k, v, sinks, keep=any(ctx.needs_input_grad[:3]))
+        out = q.new_empty(q.shape[0], q.shape[1], v.shape[2])
+        done = forward_parts(jobs, q, k, v, sinks, out, keep=any(ctx.needs_input_grad[:3]))
         ctx.jobs, ctx.kept = jobs, [len(one.kept) for one in done]
         ctx.save_for_backward(sinks, *(x for one in done for of in (*one.saved, one.kept) for x in of))
-        out, lse = joined_parts([one.out for one in done]), done[0].lse
-        if jobs[0].return_lse:
-            lse = joined_parts([one.lse for one in done], 1)
+        lse = joined_lse([one.lse for one in done]) if jobs[0].return_lse else done[0].lse
         ctx.mark_non_differentiable(lse)
         ctx.set_materialize_grads(False)
-        return out, lse
+        # What is saved of several parts are views of `out`, and must not keep the graph alive that keeps them.
+        return out if len(jobs) == 1 else out.detach(), lse
 
     @staticmethod
     @once_differentiable
@@ -85,24 +85,23 @@ class _Attention(torch.autograd.Function):
 
 
 class Forward(NamedTuple):
-    """The forward pass of a job."""
+    """The forward pass of a job, beside its output."""
 
-    out: Tensor  # (t, H, V)
     lse: Tensor  # (H, t), but of this rank's tokens only if the job asks for it
     saved: list[Saved]  # what the backward pass needs of each group of heads
     kept: list[Tensor]  # cast keys and values
 
 
 def forward_parts(
-    jobs: Sequence[Job], q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None, keep: bool
+    jobs: Sequence[Job], q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None, out: Tensor, keep: bool
 ) -> list[Forward]:
-    """The forward pass of each part, on its rows of the rank's tensors. What one waits for travels while another is
-    computed. `keep`: those whose plans say so keep their cast keys."""
+    """The forward pass of each part, on its rows of the rank's tensors, into those of `out`. What one waits for travels
+    while another is computed. `keep`: those whose plans say so keep their cast keys."""
     with without_autocast(q):
         passes = []
         for job in jobs:
-            own_q, own_k, own_v = (part(x, job.rows) for x in (q, k, v))
-            passes.append(forward_pass(job, own_q, own_k, own_v, sinks, keep and job.plan.keep_keys))
+            own_q, own_k, own_v, own_out = (part(x, job.rows) for x in (q, k, v, out))
+            passes.append(forward_pass(job, own_q, own_k, own_v, sinks, own_out, keep and job.plan.keep_keys))
         return together(passes)
 
 
@@ -114,32 +113,34 @@ def backward_parts(
     kept: Sequence[list[Tensor]],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
     """dq (t, H, D), dk (t, K, D), dv (t, K, V) of the rank's tokens and the gradient of the sinks (H,)."""
+    job, of = jobs[0], saved[0][0]
+    shapes = (job.query_heads, of.k.shape[2]), (job.key_heads, of.k.shape[2]), (job.key_heads, of.v.shape[2])
+    dq, dk, dv = (dout.new_empty(dout.shape[0], *shape) for shape in shapes)
     with without_autocast(dout):
-        done = together(
-            [
-                backward_pass(job, part(dout, job.rows), of, sinks, keys)
-                for job, of, keys in zip(jobs, saved, kept, strict=True)
-            ]
-        )
-    dq, dk, dv, dsinks = zip(*done, strict=True)
-    total = None if sinks is None else sum(dsinks[1:], dsinks[0])
-    return joined_parts(dq), joined_parts(dk), joined_parts(dv), total
+        passes = []
+        for job, own, keys in zip(jobs, saved, kept, strict=True):
+            own_dout, *grads = (part(x, job.rows) for x in (dout, dq, dk, dv))
+            passes.append(backward_pass(job, own_dout, own, sinks, keys, grads))
+        dsinks = [one for one in together(passes) if one is not None]
+    return dq, dk, dv, sum(dsinks[1:], dsinks[0]) if dsinks else None
 
 
-def joined_parts(parts: Sequence[Tensor], dim: int = 0) -> Tensor:
-    """The rank's tensor of its parts' ones."""
-    return parts[0] if len(parts) == 1 else torch.cat(list(parts), dim)
+def joined_lse(parts: Sequence[Tensor]) -> Tensor:
+    """The rank's (H, t) of its parts' ones."""
+    return parts[0] if len(parts) == 1 else torch.cat(list(parts), 1)
 
 
-def forward_pass(job: Job, q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None, keep: bool) -> Steps[Forward]:
-    """The forward pass of q (t, H, D), k (t, K, D), v (t, K, V)."""
+def forward_pass(
+    job: Job, q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None, out: Tensor, keep: bool
+) -> Steps[Forward]:
+    """The forward pass of q (t, H, D), k (t, K, D), v (t, K, V) into out (t, H, V)."""
     q, k, v = q.contiguous(), k.contiguous(), v.contiguous()
     if job.plan.exchange is not None and job.ulysses is not None:
-        return (yield from _exchanged_forward(job, job.plan.exchange, job.ulysses, (q, k, v), sinks, keep))
-    out, lse, kept = yield from forward_stages(job, q, k, v, keep)
+        return (yield from _exchanged_forward(job, job.plan.exchange, job.ulysses, (q, k, v), sinks, out, keep))
+    lse, kept = yield from forward_stages(job, q, k, v, out, keep)
     if sinks is not None:
         apply_sinks_(out, lse, sinks)
-    return Forward(out, lse, [Saved.of(job, q, k, v, out, lse, kept)], kept)
+    return Forward(lse, [Saved.of(job, q, k, v, out, lse, kept)], kept)
 
 
 def _exchanged_forward(
@@ -148,6 +149,7 @@ def _exchanged_forward(
     ulysses: Transport,
     tensors: tuple[Tensor, Tensor, Tensor],
     sinks: Tensor | None,
+    local_out: Tensor,
     keep: bool,
 ) -> Steps[Forward]:
     """While a group of heads is computed the queries of the next arrive and the output of the last leaves."""
@@ -163,7 +165,8 @@ def _exchanged_forward(
         if group.group + 1 < exchange.groups:
             arriving = to_heads([q], [], exchange, ulysses, group.group + 1)
         own = [x[:, slice(*exchange.share.group(group.group, exchange.groups)[1])] for x in keys]
-        out, lse, kept = yield from forward_stages(group, queries, own[0], own[1], keep)
+        out = queries.new_empty(*queries.shape[:2], v.shape[2])
+        lse, kept = yield from forward_stages(group, queries, own[0], own[1], out, keep)
         if sinks is not None:
             apply_sinks_(out, lse, sinks[slice(*group.heads)])
         saved.append(Saved.of(group, queries, own[0], own[1], out, lse, kept))
@@ -172,27 +175,26 @@ def _exchanged_forward(
             back.append(to_tokens(lse.T, [Columns("query", 1)], exchange, ulysses, group.group))
         returning.append(back)
     yield
-    local_out = q.new_empty(exchange.own_rows, job.query_heads, v.shape[2])
     local_lse = lse.new_empty(exchange.own_rows, job.query_heads, 1) if job.return_lse else None
     for back in returning:
         for one, target in zip(back, (local_out, local_lse), strict=False):
             assert target is not None
             one.wait([target])
-    return Forward(local_out, lse if local_lse is None else local_lse.squeeze(-1).T, saved, kept)
+    return Forward(lse if local_lse is None else local_lse.squeeze(-1).T, saved, kept)
 
 
 def backward_pass(
-    job: Job, dout: Tensor, saved: Sequence[Saved], sinks: Tensor | None, kept: list[Tensor]
-) -> Steps[tuple[Tensor, Tensor, Tensor, Tensor | None]]:
-    """dq (t, H, D), dk (t, K, D), dv (t, K, V) of the local tokens and the gradient of the sinks (H,)."""
+    job: Job, dout: Tensor, saved: Sequence[Saved], sinks: Tensor | None, kept: list[Tensor], grads: list[Tensor]
+) -> Steps[Tensor | None]:
+    """dq (t, H, D), dk (t, K, D), dv (t, K, V) of the local tokens into `grads`; the gradient of the sinks (H,)."""
     dout = dout.contiguous()
     if job.plan.exchange is not None and job.ulysses is not None:
-        return (yield from _exchanged_backward(job, job.plan.exchange, job.ulysses, dout, saved, sinks, kept))
+        return (yield from _exchanged_backward(job, job.plan.exchange, job.ulysses, dout, saved, sinks, kept, grads))
     (of,) = saved
     dsinks = None if sinks is None else sinks_grad(dout, of.out, of.lse, sinks)
-    found = yield from backward_stages(job.backward, dout, of, kept, [torch.empty_like(of.q), *of.new_key_grads()])
-    dq, dk, dv = (grad.finish() for grad in found)
-    return dq, dk, dv, dsinks
+    for grad in (yield from backward_stages(job.backward, dout, of, kept, grads)):
+        grad.finish()
+    return dsinks
 
 
 def _exchanged_backward(
@@ -203,7 +205,8 @@ def _exchanged_backward(
     saved: Sequence[Saved],
     sinks: Tensor | None,
     kept: list[Tensor],
-) -> Steps[tuple[Tensor, Tensor, Tensor, Tensor | None]]:
+    local_grads: list[Tensor],
+) -> Steps[Tensor | None]:
     """While a group of heads is computed the output's gradient of the next arrives and that of the last's queries
     leaves. Gradients of keys leave with the last, or after it if they are wider."""
     head_dim, value_dim = saved[0].k.shape[2], saved[0].v.shape[2]
@@ -240,11 +243,9 @@ def _exchanged_backward(
         wide = torch.cat([total.flatten(1) for total in totals], 1)
         returning.append((to_tokens(wide, keys, exchange, ulysses), 1, 3))
     yield
-    shapes = (job.query_heads, head_dim), (job.key_heads, head_dim), (job.key_heads, value_dim)
-    found = [dout.new_empty(exchange.own_rows, *shape) for shape in shapes]
     for one, first, last in returning:
-        one.wait(found[first:last])
-    return found[0], found[1], found[2], dsinks
+        one.wait(local_grads[first:last])
+    return dsinks
 
 
 def _added(totals: list[Tensor], group: Job, grads: Sequence[Accumulator]) -> list[Tensor]:

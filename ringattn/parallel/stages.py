@@ -101,13 +101,14 @@ class Saved(NamedTuple):
         return [x.new_empty(len(self.q), *x.shape[1:]) for x in (self.k, self.v)]
 
 
-def forward_stages(job: Job, q: Tensor, k: Tensor, v: Tensor, keep: bool) -> Steps[tuple[Tensor, Tensor, list[Tensor]]]:
-    """Out (n, H, V), lse (H, n), and the cast keys and values if they are to be kept.
+def forward_stages(
+    job: Job, q: Tensor, k: Tensor, v: Tensor, out: Tensor, keep: bool
+) -> Steps[tuple[Tensor, list[Tensor]]]:
+    """Fills out (n, H, V); lse (H, n), and the cast keys and values if they are to be kept.
 
     While a stage is being computed the keys of the next are on their way, and of the last those of the next chunk.
     """
     local, *later = job.plan.stages
-    out = q.new_empty(q.shape[0], q.shape[1], v.shape[2])
     lses: list[Tensor] = []
     kept: list[Tensor] = []
     arriving = _Arriving(job, k, v)
@@ -125,7 +126,7 @@ def forward_stages(job: Job, q: Tensor, k: Tensor, v: Tensor, keep: bool) -> Ste
         results.out.finish()
         lses.append(results.finished_lse())
         del results  # and its sums
-    return out, lses[0] if len(lses) == 1 else torch.cat(lses), kept
+    return lses[0] if len(lses) == 1 else torch.cat(lses), kept
 
 
 class _Results:

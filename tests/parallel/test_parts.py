@@ -1,5 +1,7 @@
 """Parted layouts: some documents exchanged, the others on the ring axis, all of it exact."""
 
+import gc
+import weakref
 from dataclasses import replace
 from functools import cache
 from random import Random
@@ -11,7 +13,7 @@ import torch.distributed as dist
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from ringattn import Documents, Layout, Mask, MeshShape, ParallelAttention
+from ringattn import Documents, Layout, Mask, MeshShape, ParallelAttention, parallel_attention
 from ringattn.benchmarking.workloads import workload
 from ringattn.parallel.degrees import MIXTURE_GAIN, choose_degrees
 from ringattn.parallel.machines import SHIPPED
@@ -255,6 +257,21 @@ def test_a_compiled_layer_is_exact(pool: Pools, sinks: bool) -> None:
         for eager, fast in pairs:
             for a, b in zip(eager, fast, strict=True):
                 torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
+
+
+def forgotten(size: int) -> bool:
+    """Whether the graph of an attention goes with its output, which parts saved views of."""
+    layout = Layout(Documents([40, 3, 21]), free_mesh(size), parts=[((1, size), [0]), ((size, 1), [1, 2])])
+    q, k, v = (torch.randn(layout.tokens(), heads, 8, requires_grad=True) for heads in (4, 2, 2))
+    out = parallel_attention(q, k, v, layout)
+    graph = weakref.ref(out.grad_fn)
+    del out
+    gc.collect()
+    return graph() is None
+
+
+def test_no_cycle_keeps_what_was_saved(pool: Pools) -> None:
+    assert pool(2).run(forgotten, 2) == [True, True]
 
 
 def unsharded(size: int) -> None:

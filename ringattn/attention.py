@@ -72,17 +72,19 @@ def parallel_attention(
         stages: stages of the ring scheme, the local one included; default: up to 4.
         keep_keys: keep cast keys for the backward pass (more memory, one transfer less), or cast them again; default:
             keep them where that is predicted to be faster and they fit, in `memory_limit` or else in half of the
-            q, k, v and out that are kept anyway (none if `head_chunks` are asked for). Under torch.compile they are
-            always cast again.
+            q, k, v and out that are kept anyway (beside several `head_chunks` only in `memory_limit`). Under
+            torch.compile they are always cast again.
         wide_reduce: return key gradients to their owners in float32; False: in the dtype of the keys, half the bytes.
         memory_limit: bytes that the buffers of one attention may take on a rank, beside its inputs and results, with
             the message buffers of copy engines, which are kept and all attentions of the mesh share; default: keys of
             up to 9 times a rank's own are held at once.
         head_groups: groups of heads that the ulysses exchange moves one after another, each while another is computed
-            (with ring = 1; fewer where heads do not part equally). Default: what is predicted to be fastest.
+            (with ring = 1; fewer where heads do not part equally). Default: what is predicted to be fastest, and 1
+            beside several `head_chunks`.
         head_chunks: chunks of heads that are computed one after another, each with transfers of its own, so that
             buffers, sums and what the kernel holds are those of one chunk; not the exchange of heads, which is of all
-            (fewer where key heads do not part equally). Default: 1, or with a `memory_limit` as few as keep it.
+            (fewer where key heads do not part equally, and 1 where copied ones are summed). Default: 1, or with a
+            `memory_limit` what is predicted to be fastest of those that keep it.
         return_lse: also return the log-sum-exp (H, t), float32, sinks included; of padding it is -inf, or the sink. It
             has no gradient.
 

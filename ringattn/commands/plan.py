@@ -92,7 +92,9 @@ def plan(args: argparse.Namespace) -> tuple[Any, list[dict[str, Any]]]:
             args.head_chunks,
         )
         setting = replace(setting, head_chunks=plans[0].head_chunks)
-        planned.append({"layout": part, "mask": mask, "setting": setting, "plans": plans, "args": args})
+        planned.append(
+            {"layout": part, "mask": mask, "setting": setting, "plans": plans, "memory_limit": left, "args": args}
+        )
         left = None if left is None else left - max(buffer_bytes(plan, setting.shape) for plan in plans)
     return layout, planned
 
@@ -215,21 +217,27 @@ def alternatives(planned: dict[str, Any]) -> list[dict[str, Any]]:
 
 
 def meshes(planned: dict[str, Any]) -> list[dict[str, Any]]:
-    """The best schedules of every ring × ulysses with as many ranks (heads permitting)."""
+    """The best schedules of every ring × ulysses with as many ranks, heads and memory permitting."""
     from ringattn import Layout
-    from ringattn.parallel.choice import candidates, choose
-    from ringattn.parallel.pricing import Pricer
+    from ringattn.parallel.choice import candidates
+    from ringattn.parallel.planner import chosen
 
-    layout, mask, setting = planned["layout"], planned["mask"], planned["setting"]
+    args, layout, mask, setting = planned["args"], planned["layout"], planned["mask"], planned["setting"]
     ranks, node = layout.mesh.sequence_size, setting.machine.gpus_per_node
     out = []
     for ulysses in [size for size in range(1, ranks + 1) if ranks % size == 0]:
         if ulysses > setting.shape.query_heads or ulysses > node > 1:
             continue
-        mesh = _workload.mesh(planned["args"], ranks // ulysses, ulysses)
+        mesh = _workload.mesh(args, ranks // ulysses, ulysses)
         other = Layout(layout.docs, mesh, layout.policy, mask, tokens=layout.placed)
         options = candidates(other.mesh.ring, "auto", None)
-        cost = choose(Pricer.of(other, mask, _workload.setting(planned["args"], other)), options, None).cost
+        try:
+            _, choice = chosen(
+                other, mask, _workload.setting(args, other), options, planned["memory_limit"], args.head_chunks
+            )
+        except ValueError:  # the memory limit
+            continue
+        cost = choice.cost
         out.append(
             {
                 "ring": other.mesh.ring,

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from ringattn.kernels.probing import require, why_missing
-from ringattn.kernels.spec import Call, CallSpec, Capability, Grads, Options, pack_keys, unpack_keys
+from ringattn.kernels.spec import Call, CallSpec, Capability, Grads, Options, pack_keys, rows_of_heads, unpack_keys
 from ringattn.kernels.torch_flash import is_causal, longest_keys
 
 Kernels = tuple[Callable[..., Any], Callable[..., Any]]
@@ -68,7 +68,7 @@ class FlashAttention2:
         k, v = pack_keys(call, k, v)
         dk, dv = (grads.dk, grads.dv) if call.dense_keys else (torch.empty_like(k), torch.empty_like(v))
         _kernels()[1](
-            dout.contiguous(), q, k, v, out, keyless_weightless(lse, call), dq=grads.dq, dk=dk, dv=dv,
+            rows_of_heads(dout), q, k, v, out, keyless_weightless(lse, call), dq=grads.dq, dk=dk, dv=dv,
             deterministic=options.deterministic, **_arguments(call, options, q.device),
         )  # fmt: skip
         if not call.dense_keys:

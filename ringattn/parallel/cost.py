@@ -5,7 +5,6 @@ the reduce of a stage in the backward pass; the exchange of heads stands before 
 as if nobody waited for another; the slowest decides.
 """
 
-import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
@@ -87,7 +86,7 @@ def stage_costs(machine: Machine, plan: AttentionPlan, shape: Shape, backward: b
     Arguments:
         shape: the model's; the rank's share of the heads is taken from the plan.
     """
-    own = shape.share(plan.exchange).chunk(plan.head_chunks)
+    own = plan.own(shape)
     costs = []
     for number, stage in enumerate(plan.stages):
         compute = float(calls_seconds(machine, BlockTable.of(stage.calls), own, backward).sum())
@@ -306,7 +305,7 @@ def forward_timeline(stages: Sequence[StageCost], chunks: int = 1) -> Any:
     """
     now: Any = 0.0
     waited: Any = 0.0
-    casts = itertools.chain(*[[stage.cast for stage in stages[1:]]] * chunks)
+    casts = iter([stage.cast for stage in stages[1:]] * chunks)
     arrival: Any = next(casts, 0.0)
     for number, stage in [*enumerate(stages)] * chunks:
         if number:
@@ -325,7 +324,7 @@ def backward_timeline(stages: Sequence[StageCost], chunks: int = 1) -> Any:
     now: Any = 0.0
     waited: Any = 0.0
     local, *later = stages
-    casts = itertools.chain(*[[stage.cast for stage in later]] * chunks)
+    casts = iter([stage.cast for stage in later] * chunks)
     arrival = wire_free = next(casts, 0.0)
     for _ in range(chunks):
         returned: Any = 0.0

@@ -7,7 +7,7 @@ from ringattn.parallel.choice import candidates
 from ringattn.parallel.held import Held
 from ringattn.parallel.layout import Layout
 from ringattn.parallel.plan import AttentionPlan
-from ringattn.parallel.planner import check_scheme, chosen, only, plan_exchange, plan_stages, settled
+from ringattn.parallel.planner import check_heads, check_scheme, chosen, only, plan_exchange, plan_stages, settled
 from ringattn.parallel.pricing import Candidate, Setting
 
 
@@ -27,6 +27,7 @@ def plan_group(
     """
     mesh = layout.mesh
     check_scheme(scheme, mesh, stages)
+    check_heads(head_groups, head_chunks)
     held = Held.of(layout, mask)
     options = candidates(mesh.ring, scheme, stages)
     pricer, choice = chosen(layout, mask, setting, options, memory_limit, head_chunks)

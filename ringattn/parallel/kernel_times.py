@@ -25,7 +25,7 @@ class KernelTimes:
     """Seconds of kernels; what the schedules share is computed once.
 
     Arguments:
-        own: a rank's share of the heads.
+        own: what a rank computes at a time: a chunk of its share of the heads.
     """
 
     demand: Demand

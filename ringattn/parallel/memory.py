@@ -25,7 +25,7 @@ def buffer_bytes(plan: AttentionPlan, shape: Shape) -> int:
     Arguments:
         shape: the model's, before any exchange.
     """
-    own, last = shape.share(plan.exchange).chunk(plan.head_chunks), plan.backward or plan
+    own, last = plan.own(shape), plan.backward or plan
     forward = StageRows.of(plan).forward_bytes(own, plan.keep_keys)
     backward = StageRows.of(last).backward_bytes(own, plan.keep_keys, plan.wide_reduce)
     exchanged = 0
@@ -39,7 +39,7 @@ def buffer_bytes(plan: AttentionPlan, shape: Shape) -> int:
 
 def largest_messages(plan: AttentionPlan, shape: Shape) -> dict[str, int]:
     """Bytes of the largest message that any rank sends its peers on each axis, all peers together, in either pass."""
-    own = shape.share(plan.exchange).chunk(plan.head_chunks)
+    own = plan.own(shape)
     keys = StageRows.of(plan).message_bytes(own, False, plan.keep_keys, plan.wide_reduce)
     grads = StageRows.of(plan.backward or plan).message_bytes(own, True, plan.keep_keys, plan.wide_reduce)
     heads = 0
@@ -79,7 +79,7 @@ class StageRows:
         shared_q, shared_k: rows accumulated in float32.
         most_sent, most_returned: rows of the largest cast, and reduce, that any position sends in a stage.
         engines: messages that are sent are in the buffers of copy engines, and take no memory beside those.
-        chunks: of heads, one computed after another; bytes are those of one.
+        chunks: of heads, one computed after another. Heads and their bytes are those of one, but all keep their keys.
     """
 
     buffers: Rows
@@ -127,7 +127,10 @@ class StageRows:
         if keep_keys:
             alive = alive + self.buffers.sum(0) * self.chunks * own.key_row_bytes
         else:
-            alive = alive + (_among_zeros(1, self.buffers, 1) + self._posted(2)) * own.key_row_bytes
+            posted = self._posted(2)
+            alive = alive + (_among_zeros(1, self.buffers, 1) + posted) * own.key_row_bytes
+            # Before it is computed: what returns, and the cast of what may itself need few keys and send many.
+            alive[1:-1] = np.maximum(alive[1:-1], returning + posted[1:-1] * own.key_row_bytes)
         sums = self.shared_q * own.query_heads * own.head_dim * own.wide + self.shared_k * own.wide_key_row_bytes
         return np.max(alive, 0) + sums
 
@@ -141,8 +144,9 @@ class StageRows:
 
     @property
     def largest_pair(self) -> Any:
-        """The most rows of the buffers of two stages that follow one another."""
-        return np.max(self.buffers + _among_zeros(0, self.buffers[1:], 1)[: len(self.buffers)], 0, initial=0)
+        """The most rows of the buffers of two stages that follow one another, if they were of all heads."""
+        rows = np.max(self.buffers + _among_zeros(0, self.buffers[1:], 1)[: len(self.buffers)], 0, initial=0)
+        return rows / self.chunks
 
     def _posted(self, after: int) -> Rows:
         """Rows of the cast under way during each stage: of the next one, and then of the first of the next chunk, which

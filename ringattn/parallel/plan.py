@@ -302,6 +302,10 @@ class AttentionPlan:
         bounds = [bound for span in spans for bound in span]
         return bool(spans) and bounds[0] == 0 and bounds[-1] == self.rows and bounds[1:-1:2] == bounds[2:-1:2]
 
+    def own(self, shape: Shape) -> Shape:
+        """What this rank computes at a time of an attention of the model's shape."""
+        return shape.share(self.exchange).chunk(self.head_chunks)
+
     @property
     def adds_grads(self) -> bool:
         """Whether gradients have several parts somewhere, to be added up."""

@@ -6,7 +6,7 @@ from typing import Concatenate, ParamSpec
 
 from ringattn.kernels.spec import Range
 from ringattn.mask import Mask
-from ringattn.parallel.choice import Choice, candidates, choose, choose_groups, chunk_counts
+from ringattn.parallel.choice import GAIN, Choice, candidates, choose, choose_groups, chunk_counts
 from ringattn.parallel.demand import Demand
 from ringattn.parallel.gather import plan_gather, plan_joint
 from ringattn.parallel.held import Held
@@ -14,7 +14,7 @@ from ringattn.parallel.layout import Layout
 from ringattn.parallel.machine import Machine
 from ringattn.parallel.mesh import MeshShape
 from ringattn.parallel.plan import AttentionPlan, Exchange, PartedPlan, Shape
-from ringattn.parallel.pricing import Candidate, Pricer, Setting
+from ringattn.parallel.pricing import Candidate, Pricer, Setting, most_bytes
 from ringattn.parallel.ring import plan_ring
 from ringattn.parallel.ulysses import exchange_plan
 
@@ -58,20 +58,16 @@ def plan_parts(
             else the shipped H200.
         head_groups: in how many groups heads are exchanged (with ring = 1), so that one travels while another is
             computed; fewer where heads do not part equally. Default: what is predicted to be fastest.
-        head_chunks: see `AttentionPlan`; fewer where key heads do not part equally on every rank. Default: 1, or with a
-            memory limit as few as keep it.
+        head_chunks: see `AttentionPlan`; fewer where key heads do not part equally on every rank, and 1 where copied
+            ones are summed in float32. Default: 1, or with a memory limit what is predicted to be fastest of those
+            that keep it.
 
     Raises ValueError naming the argument, with the numbers; on every rank or on none.
     """
     check_scheme(scheme, layout.mesh, stages, len(layout.parts))
     if memory_limit is not None and (not isinstance(memory_limit, int) or memory_limit < 0):
         raise ValueError(f"memory_limit must be None or a number of bytes >= 0, got {memory_limit!r}")
-    if head_groups is not None and (not isinstance(head_groups, int) or head_groups < 1):
-        raise ValueError(f"head_groups must be None or an integer >= 1, got {head_groups!r}")
-    if head_chunks is not None and (not isinstance(head_chunks, int) or head_chunks < 1):
-        raise ValueError(f"head_chunks must be None or an integer >= 1, got {head_chunks!r}")
-    if min(head_groups or 1, head_chunks or 1) > 1:
-        raise ValueError(f"head_groups and head_chunks must not both be above 1, got {head_groups} and {head_chunks}")
+    check_heads(head_groups, head_chunks)
     machines = [part.mesh.planned_for(machine) for part in layout.parts or (layout,)]
     shape = Shape(query_heads, key_heads, head_dim, value_dim or head_dim, itemsize)
     digests = tuple(one.digest for one in machines)
@@ -157,20 +153,31 @@ def chosen(
     memory_limit: int | None,
     head_chunks: int | None,
 ) -> tuple[Pricer, Choice]:
-    """What is best of the options, with heads in as few chunks as keep the limit, and the prices that it is by."""
-    counts = chunk_counts(setting.on(layout), head_chunks, memory_limit)
-    for chunks in counts:
+    """What is best of the options that keep the limit, with heads in the fewest chunks that are predicted to be nearly
+    as fast as any; and the prices."""
+    found: list[tuple[Pricer, Choice]] = []
+    error = ValueError()
+    for chunks in chunk_counts(setting.on(layout), head_chunks, memory_limit):
         pricer = Pricer.of(layout, mask, replace(setting, head_chunks=chunks))
         try:
-            choice = choose(pricer, options, memory_limit)
-        except ValueError:
-            if chunks == counts[-1]:
-                raise
-        else:
-            break
-    if chunks > 1:
-        choice = replace(choice, reason=f"{choice.reason}; heads in {chunks} chunks, one after another")
-    return pricer, choice
+            found.append((pricer, choose(pricer, options, memory_limit)))
+        except ValueError as refused:
+            error = refused
+        if memory_limit is None or all(most_bytes(pricer.price(option)) <= memory_limit for option in options):
+            break  # more of them would save what nobody lacks
+    if not found:
+        raise error
+    fastest = min(choice.cost.total for _, choice in found)
+    pricer, choice = next(pair for pair in found if pair[1].cost.total * (1 - GAIN) <= fastest)
+    return pricer, replace(choice, reason=choice.reason + chunks_told(pricer.setting.head_chunks, head_chunks))
+
+
+def chunks_told(chunks: int, asked: int | None) -> str:
+    """The end of a reason."""
+    told = f"; heads in {chunks} chunks, one after another" if chunks > 1 else ""
+    if asked is None or asked == chunks:
+        return told
+    return f"{told}; not in {asked}, as key heads do not part equally into so many, or are copied and summed together"
 
 
 def settled(plan: AttentionPlan, setting: Setting, keep_keys: bool) -> AttentionPlan:
@@ -236,6 +243,15 @@ def check_scheme(scheme: str, mesh: MeshShape, stages: int | None = None, parts:
             raise ValueError(f"stages must be an integer >= 2 (the local one and at least one cast), got {stages!r}")
         if scheme != "ring":
             raise ValueError(f'stages belongs to scheme="ring", got stages={stages} with scheme="{scheme}"')
+
+
+def check_heads(head_groups: int | None, head_chunks: int | None) -> None:
+    """Raises ValueError for wrong numbers."""
+    for name, value in (("head_groups", head_groups), ("head_chunks", head_chunks)):
+        if value is not None and (not isinstance(value, int) or value < 1):
+            raise ValueError(f"{name} must be None or an integer >= 1, got {value!r}")
+    if min(head_groups or 1, head_chunks or 1) > 1:
+        raise ValueError(f"head_groups and head_chunks must not both be above 1, got {head_groups} and {head_chunks}")
 
 
 def plan_stages(held: Held, demand: Demand, position: int, candidate: Candidate) -> AttentionPlan:

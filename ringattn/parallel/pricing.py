@@ -222,8 +222,9 @@ class Pricer:
         choices = setting.keep_keys, setting.wide_reduce, setting.head_chunks
         key = ("prices", mask, setting.machine.digest, setting.shape, choices)
         if key not in layout._plans:
-            demand = layout._plans.setdefault(("demand", mask), Demand.of(Held.of(layout, mask), mask.band))
-            layout._plans[key] = cls(demand, setting.on(layout))
+            if ("demand", mask) not in layout._plans:
+                layout._plans["demand", mask] = Demand.of(Held.of(layout, mask), mask.band)
+            layout._plans[key] = cls(layout._plans["demand", mask], setting.on(layout))
         pricer: Pricer = layout._plans[key]
         return pricer
 

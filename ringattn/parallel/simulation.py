@@ -195,7 +195,7 @@ class _Program:
         if kind == "exchange":
             return False
         plan = self.plans[rank]
-        own, walked = self.shape.share(plan.exchange).chunk(plan.head_chunks), plan.stages[stage % len(plan.stages)]
+        own, walked = plan.own(self.shape), plan.stages[stage % len(plan.stages)]
         if kind == "cast":
             return bool(pulls(self.machine, walked.cast.most * own.key_row_bytes))
         row_bytes = own.wide_key_row_bytes if plan.wide_reduce else own.key_row_bytes

@@ -54,7 +54,7 @@ class Job:
 
     @property
     def first_head(self) -> int:
-        """Of those of this chunk."""
+        """The first of those in this chunk."""
         first, last = self.heads
         return first + self.chunk * (last - first) // self.plan.head_chunks
 
@@ -70,9 +70,12 @@ class Job:
         count = self.plan.head_chunks
         return (self,) if count == 1 else tuple(replace(self, chunk=chunk) for chunk in range(count))
 
-    def own(self, x: Tensor, dim: int = 1) -> Tensor:
-        """The heads of this chunk."""
-        return x if self.plan.head_chunks == 1 else x.chunk(self.plan.head_chunks, dim)[self.chunk]
+    def of_chunk(self, x: Tensor, dim: int = 1) -> Tensor:
+        """The heads of this chunk, of all along a dimension."""
+        if self.plan.head_chunks == 1:
+            return x
+        size = x.shape[dim] // self.plan.head_chunks
+        return x.narrow(dim, self.chunk * size, size)
 
     @cached_property
     def backward(self) -> "Job":
@@ -113,9 +116,9 @@ def forward_stages(
     kept: list[Tensor] = []
     arriving = _Arriving(job, k, v)
     for chunk in job.chunks:
-        own_q = chunk.own(q)
-        results = _Results(job.plan, own_q, chunk.own(out))
-        _run_calls(chunk, local, own_q, chunk.own(k), chunk.own(v), results)
+        own_q = chunk.of_chunk(q)
+        results = _Results(job.plan, own_q, chunk.of_chunk(out))
+        _run_calls(chunk, local, own_q, chunk.of_chunk(k), chunk.of_chunk(v), results)
         for stage in later:
             yield
             keys, values = arriving.wait()
@@ -185,7 +188,7 @@ class _Kept:
 def _casts(job: Job, k: Tensor, v: Tensor) -> Iterator[KeyCast]:
     """Each is posted when it is asked for."""
     for chunk in job.chunks:
-        own_k, own_v = chunk.own(k), chunk.own(v)
+        own_k, own_v = chunk.of_chunk(k), chunk.of_chunk(v)
         for stage in job.plan.stages[1:]:
             yield KeyCast.post(stage, job.ring, own_k, own_v)
 
@@ -208,9 +211,10 @@ def backward_stages(
     if len(job.chunks) == 1:
         return (yield from _backward_chunk(job, dout, saved, arriving, rows))
     for chunk in job.chunks:
-        q, k, v, out = map(chunk.own, saved[:4])
-        own = Saved(q, k, v, out, chunk.own(saved.lse, 0))
-        found = yield from _backward_chunk(chunk, chunk.own(dout), own, arriving, [chunk.own(x) for x in rows])
+        q, k, v, out = map(chunk.of_chunk, saved[:4])
+        own = Saved(q, k, v, out, chunk.of_chunk(saved.lse, 0))
+        targets = [chunk.of_chunk(x) for x in rows]
+        found = yield from _backward_chunk(chunk, chunk.of_chunk(dout), own, arriving, targets)
         while found:  # each goes with its sums
             found.pop().finish()
     return [Accumulator(x, (0, 0), ()) for x in rows]
@@ -241,11 +245,13 @@ def _backward_chunk(
             Accumulator(torch.empty_like(x), shared, stage.unread, stage.single_parts) for x in (keys, values)
         )
         _run_backward_calls(job, stage, forward, keys, values, dq, dkeys, dvalues)
+        del keys, values
         if reduce is not None:
             yield
-            reduce.wait(dk, dv)  # the gradients of two stages at most are alive
+            reduce.wait(dk, dv)
+            reduce = None  # the gradients of two stages at most are alive, and one message
         reduce = KeyReduce.post(stage, job.ring, dkeys, dvalues, plan.wide_reduce)
-        del keys, values, dkeys, dvalues
+        del dkeys, dvalues
     _run_backward_calls(job, local, forward, k, v, dq, dk, dv)
     if reduce is not None:
         yield

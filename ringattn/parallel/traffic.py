@@ -43,7 +43,7 @@ class Traffic:
         plan = self.plans[rank]
         if kind == "exchange":
             return self._exchanged(plan.exchange, stage, rank)
-        own, walked = self.shape.share(plan.exchange).chunk(plan.head_chunks), plan.stages[stage % len(plan.stages)]
+        own, walked = plan.own(self.shape), plan.stages[stage % len(plan.stages)]
         row_bytes = own.wide_key_row_bytes if kind == "reduce" and plan.wide_reduce else own.key_row_bytes
         rows: dict[int, int] = defaultdict(int)
         for message in walked.sends if kind == "cast" else walked.receives:

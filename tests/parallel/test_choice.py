@@ -138,7 +138,7 @@ def test_a_limit_makes_more_stages_and_too_small_a_one_is_refused() -> None:
     free = plan_attention(layout, Mask(), 32, 8)
     shape = Shape(32, 8, 128, 128)
     limit = buffer_bytes(free, shape) // 2
-    bounded = plan_attention(layout, Mask(), 32, 8, memory_limit=limit)
+    bounded = plan_attention(layout, Mask(), 32, 8, memory_limit=limit, head_chunks=1)
     assert buffer_bytes(bounded, shape) <= limit
     assert len((bounded.backward or bounded).stages) > len((free.backward or free).stages)
     assert "too large" in bounded.reason

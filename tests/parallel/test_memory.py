@@ -24,6 +24,7 @@ from ringattn.parallel.planner import plan_attention
 from ringattn.parallel.pricing import Pricer, Setting, most_bytes
 from ringattn.parallel.transport import Transport
 from ringattn.preparation import Settings, prepare
+from tests.parallel.alive import most_alive
 from tests.parallel.cases import documents, masks
 from tests.parallel.ranks import mesh_of
 from tests.parallel.test_choice import with_links
@@ -85,6 +86,33 @@ def test_the_largest_messages_are_those_that_are_sent(
     for found in pool(4).run_many(messages, [(*degrees, heads, one) for one in options]):
         for sent, stated in (pair for rank in found for pair in rank):
             assert sent == stated
+
+
+@pytest.mark.parametrize("chunks", [1, 4])
+@pytest.mark.parametrize("scheme", ["gather", "joint", "ring"])
+@settings(max_examples=15)
+@given(
+    docs=documents(longest=1000, most=6),
+    mask=masks,
+    policy=st.sampled_from(["zigzag", "balanced", "contiguous"]),
+    keep_keys=st.booleans(),
+    wide=st.booleans(),
+    engines=st.booleans(),
+)
+def test_no_more_is_alive_than_is_stated(
+    scheme: str, chunks: int, docs: Documents, mask: Mask, policy: str, keep_keys: bool, wide: bool, engines: bool
+) -> None:
+    """Beside the lse, and what kernels hold themselves."""
+    shape, machine = Shape(8, 8, 64, 32), H200.by_copy_engines(ring=engines)
+    options: dict[str, Any] = {"keep_keys": keep_keys, "wide_reduce": wide, "head_dim": 64, "value_dim": 32}
+    for rank in range(4):
+        layout = Layout(docs, MeshShape(1, 4, 1, rank), policy, mask)
+        plan = plan_attention(layout, mask, 8, 8, scheme, machine=machine, head_chunks=chunks, **options)
+        rows, own = StageRows.of(plan), plan.own(shape)
+        forward, backward = most_alive(plan, shape)
+        lse = 4 * own.query_heads * plan.rows
+        assert forward <= rows.forward_bytes(own, keep_keys) + lse
+        assert backward <= rows.backward_bytes(own, keep_keys, wide) + 16  # a zero that is written to rows
 
 
 def planned(degrees: tuple[int, int], machine: Any, scheme: str = "auto", **options: Any) -> AttentionPlan:

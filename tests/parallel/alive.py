@@ -1,0 +1,118 @@
+"""What a rank's stages hold at one time: all but the arithmetic, on tensors without memory."""
+
+from collections.abc import Generator
+from typing import Any, TypeVar
+from unittest import mock
+
+import torch
+from torch import Tensor
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from ringattn.kernels.spec import Options
+from ringattn.parallel import rows, stages
+from ringattn.parallel.plan import AttentionPlan, Route, Shape
+
+T = TypeVar("T")
+
+
+class Alive(TorchDispatchMode):
+    """Notes the most bytes that tensors have at one time, beside those of `known` ones."""
+
+    def __init__(self, *known: Tensor) -> None:
+        super().__init__()
+        self.most = 0
+        self._known = {x.untyped_storage()._cdata for x in known}
+        self._found: dict[int, tuple[StorageWeakRef, int]] = {}
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = function(*args, **(kwargs or {}))
+        self._found = {key: pair for key, pair in self._found.items() if not pair[0].expired()}
+        for x in tree_leaves(result):
+            if not isinstance(x, Tensor) or not x.is_floating_point() or not x.dim():
+                continue  # tables of rows are kept with the plan
+            if (key := x.untyped_storage()._cdata) not in self._known:
+                self._found[key] = StorageWeakRef(x.untyped_storage()), x.untyped_storage().nbytes()
+        self.most = max(self.most, sum(size for _, size in self._found.values()))
+        return result
+
+
+class Nothing:
+    """A backend that adds and a transport, which compute and move nothing.
+
+    Arguments:
+        own: where messages are sent from, if not from memory of their own.
+    """
+
+    name, reason = "nothing", ""
+
+    def __init__(self, own: dict[torch.dtype, Tensor] | None) -> None:
+        self._own = own
+
+    def forward(self, q: Tensor, *_: Any) -> Tensor:
+        return q.new_empty(q.shape[1], 0)  # the lse is not stated
+
+    def backward(self, *_: Any) -> None: ...
+
+    def buffer(self, route: Route, like: Tensor) -> Tensor:
+        return like.new_empty(route.sent) if self._own is None else self._own[like.dtype][: route.sent]
+
+    def exchange(self, send: Tensor, receive: Tensor, route: Route) -> "_Pending":
+        return _Pending([send, receive])
+
+
+class _Pending:
+    def __init__(self, tensors: list[Tensor]) -> None:
+        self._tensors = tensors
+
+    def wait(self) -> None:
+        self._tensors.clear()
+
+
+def played(steps: Generator[None, None, T]) -> T:
+    while True:
+        try:
+            next(steps)
+        except StopIteration as stop:
+            return stop.value
+
+
+def forgets(*_: Any, **__: Any) -> None:
+    """In place of functions that fill tensors; a mock would remember them."""
+
+
+def no_lse(_: Any) -> Tensor:
+    return torch.empty(0, 0, device="meta")
+
+
+def most_alive(plan: AttentionPlan, shape: Shape) -> tuple[int, int]:
+    """Bytes beside inputs and results of a forward pass, and of a backward pass with the keys that are kept."""
+    dims = (shape.query_heads, shape.head_dim), (shape.key_heads, shape.head_dim), (shape.key_heads, shape.value_dim)
+    q, k, v = (torch.empty(plan.rows, *pair, dtype=torch.bfloat16, device="meta") for pair in dims)
+    out, dout = (q.new_empty(plan.rows, shape.query_heads, shape.value_dim) for _ in range(2))
+    own = None
+    if "ring" in plan.engines:
+        own = {dtype: q.new_empty(1 << 30, dtype=dtype) for dtype in (torch.bfloat16, torch.float32)}
+    buffers = list((own or {}).values())
+    nothing: Any = Nothing(own)
+    job = stages.Job(
+        plan, (0, plan.rows), Options(1.0), None, nothing, True, nothing, None, q.device,
+        shape.query_heads, shape.key_heads,
+    )  # fmt: skip
+    with (
+        mock.patch.object(rows, "take_rows", forgets),
+        mock.patch.object(rows, "add_rows", forgets),
+        mock.patch.object(stages._Results, "collect", forgets),
+        mock.patch.object(stages._Results, "finished_lse", no_lse),
+    ):
+        with Alive(q, k, v, out, *buffers) as forward:
+            _, kept = played(stages.forward_stages(job, q, k, v, out, plan.keep_keys))
+        lse = q.new_empty(shape.query_heads, plan.rows, dtype=torch.float32)
+        saved = stages.Saved.of(job, q, k, v, out, lse, kept)
+        grads = [torch.empty_like(x) for x in (q, k, v)]
+        with Alive(q, k, v, out, dout, *grads, *saved, *kept, *buffers) as backward:
+            for grad in played(stages.backward_stages(job.backward, dout, saved, kept, grads)):
+                grad.finish()
+    keys = {x.untyped_storage()._cdata: x.untyped_storage().nbytes() for x in kept}
+    return forward.most, backward.most + sum(keys.values())

@@ -53,6 +53,23 @@ def test_other_meshes_and_heads(capsys):
     assert len({rank["area"] for rank in found["ranks"][:2]}) == 1  # a position's ranks share its heads equally
 
 
+def test_chunks_of_heads_are_planned_and_priced_everywhere(capsys):
+    whole, parted = (report(capsys, "--tokens", "65536", "--ring", "4", *more) for more in ([], ["--head-chunks", "2"]))
+    for found, chunks in ((whole, 1), (parted, 2)):
+        assert {rank["head_chunks"] for rank in found["ranks"]} == {chunks}
+        name = found["schedule"]["forward"]
+        (mine,) = [one for one in found["alternatives"] if one["schedule"] == name]
+        (here,) = [one for one in found["meshes"] if (one["ring"], one["ulysses"]) == (4, 1)]
+        assert here["forward"] == mine["forward"]
+    assert sum(rank["received_bytes"] for rank in parted["ranks"]) == sum(
+        rank["received_bytes"] for rank in whole["ranks"]
+    )
+    most = [max(rank["buffer_bytes"] for rank in found["ranks"]) for found in (whole, parted)]
+    assert most[1] < 0.6 * most[0]
+    limited = report(capsys, "--tokens", "65536", "--ring", "4", "--memory", str(int(most[1] * 1.1) >> 20))
+    assert {rank["head_chunks"] for rank in limited["ranks"]} == {2}
+
+
 def test_people_can_read_it(capsys, tmp_path):
     pytest.importorskip("matplotlib")
     picture = tmp_path / "plan.png"

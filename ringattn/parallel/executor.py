@@ -6,6 +6,7 @@ the exchange: this rank's), D head dim, V value head dim. `q_tHD`, `lse_Hn`.
 
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
+from functools import cached_property
 from typing import Any, NamedTuple
 
 import torch
@@ -115,14 +116,29 @@ def backward_parts(
     """dq (t, H, D), dk (t, K, D), dv (t, K, V) of the rank's tokens and the gradient of the sinks (H,)."""
     job, of = jobs[0], saved[0][0]
     shapes = (job.query_heads, of.k.shape[2]), (job.key_heads, of.k.shape[2]), (job.key_heads, of.v.shape[2])
-    dq, dk, dv = (dout.new_empty(dout.shape[0], *shape) for shape in shapes)
+    grads = _LocalGrads(dout, shapes)
     with without_autocast(dout):
-        passes = []
-        for job, own, keys in zip(jobs, saved, kept, strict=True):
-            own_dout, *grads = (part(x, job.rows) for x in (dout, dq, dk, dv))
-            passes.append(backward_pass(job, own_dout, own, sinks, keys, grads))
+        passes = [
+            backward_pass(job, part(dout, job.rows), own, sinks, keys, grads)
+            for job, own, keys in zip(jobs, saved, kept, strict=True)
+        ]
         dsinks = [one for one in together(passes) if one is not None]
+    dq, dk, dv = grads.tensors
     return dq, dk, dv, sum(dsinks[1:], dsinks[0]) if dsinks else None
+
+
+class _LocalGrads:
+    """Gradients of the rank's q, k and v, made when the first of its parts has something to write."""
+
+    def __init__(self, dout: Tensor, shapes: Sequence[tuple[int, int]]) -> None:
+        self._dout, self._shapes = dout, shapes
+
+    @cached_property
+    def tensors(self) -> list[Tensor]:
+        return [self._dout.new_empty(self._dout.shape[0], *shape) for shape in self._shapes]
+
+    def of(self, job: Job) -> list[Tensor]:
+        return [part(x, job.rows) for x in self.tensors]
 
 
 def joined_lse(parts: Sequence[Tensor]) -> Tensor:
@@ -184,7 +200,7 @@ def _exchanged_forward(
 
 
 def backward_pass(
-    job: Job, dout: Tensor, saved: Sequence[Saved], sinks: Tensor | None, kept: list[Tensor], grads: list[Tensor]
+    job: Job, dout: Tensor, saved: Sequence[Saved], sinks: Tensor | None, kept: list[Tensor], grads: _LocalGrads
 ) -> Steps[Tensor | None]:
     """dq (t, H, D), dk (t, K, D), dv (t, K, V) of the local tokens into `grads`; the gradient of the sinks (H,)."""
     dout = dout.contiguous()
@@ -192,7 +208,7 @@ def backward_pass(
         return (yield from _exchanged_backward(job, job.plan.exchange, job.ulysses, dout, saved, sinks, kept, grads))
     (of,) = saved
     dsinks = None if sinks is None else sinks_grad(dout, of.out, of.lse, sinks)
-    for grad in (yield from backward_stages(job.backward, dout, of, kept, grads)):
+    for grad in (yield from backward_stages(job.backward, dout, of, kept, grads.of(job))):
         grad.finish()
     return dsinks
 
@@ -205,7 +221,7 @@ def _exchanged_backward(
     saved: Sequence[Saved],
     sinks: Tensor | None,
     kept: list[Tensor],
-    local_grads: list[Tensor],
+    local_grads: _LocalGrads,
 ) -> Steps[Tensor | None]:
     """While a group of heads is computed the output's gradient of the next arrives and that of the last's queries
     leaves. Gradients of keys leave with the last, or after it if they are wider."""
@@ -242,9 +258,12 @@ def _exchanged_backward(
     if job.plan.sums_copies:
         wide = torch.cat([total.flatten(1) for total in totals], 1)
         returning.append((to_tokens(wide, keys, exchange, ulysses), 1, 3))
+        del wide
+    # What is computed from goes before what it became is put in its places.
+    del arriving, own_dout, message, rows, targets, dq, grads, totals
     yield
     for one, first, last in returning:
-        one.wait(local_grads[first:last])
+        one.wait(local_grads.of(job)[first:last])
     return dsinks
 
 

@@ -1,6 +1,7 @@
 """What a rank's stages hold at one time: all but the arithmetic, on tensors without memory."""
 
 from collections.abc import Generator
+from contextlib import nullcontext
 from typing import Any, TypeVar
 from unittest import mock
 
@@ -11,7 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from ringattn.kernels.spec import Options
-from ringattn.parallel import rows, stages
+from ringattn.parallel import executor, rows, stages
 from ringattn.parallel.plan import AttentionPlan, Route, Shape
 
 T = TypeVar("T")
@@ -47,7 +48,7 @@ class Nothing:
 
     name, reason = "nothing", ""
 
-    def __init__(self, own: dict[torch.dtype, Tensor] | None) -> None:
+    def __init__(self, own: dict[torch.dtype, Tensor]) -> None:
         self._own = own
 
     def forward(self, q: Tensor, *_: Any) -> Tensor:
@@ -56,10 +57,19 @@ class Nothing:
     def backward(self, *_: Any) -> None: ...
 
     def buffer(self, route: Route, like: Tensor) -> Tensor:
-        return like.new_empty(route.sent) if self._own is None else self._own[like.dtype][: route.sent]
+        return self._own[like.dtype][: route.sent] if self._own else like.new_empty(route.sent)
+
+    def message(self, x: Tensor, route: Route) -> Tensor:
+        return x
 
     def exchange(self, send: Tensor, receive: Tensor, route: Route) -> "_Pending":
         return _Pending([send, receive])
+
+
+def message_buffers(engines: bool) -> dict[torch.dtype, Tensor]:
+    """Those of copy engines, if they move an axis' messages."""
+    dtypes = (torch.bfloat16, torch.float32) if engines else ()
+    return {dtype: torch.empty(1 << 30, dtype=dtype, device="meta") for dtype in dtypes}
 
 
 class _Pending:
@@ -91,11 +101,8 @@ def most_alive(plan: AttentionPlan, shape: Shape) -> tuple[int, int]:
     dims = (shape.query_heads, shape.head_dim), (shape.key_heads, shape.head_dim), (shape.key_heads, shape.value_dim)
     q, k, v = (torch.empty(plan.rows, *pair, dtype=torch.bfloat16, device="meta") for pair in dims)
     out, dout = (q.new_empty(plan.rows, shape.query_heads, shape.value_dim) for _ in range(2))
-    own = None
-    if "ring" in plan.engines:
-        own = {dtype: q.new_empty(1 << 30, dtype=dtype) for dtype in (torch.bfloat16, torch.float32)}
-    buffers = list((own or {}).values())
-    nothing: Any = Nothing(own)
+    buffers = message_buffers("ring" in plan.engines)
+    nothing: Any = Nothing(buffers)
     job = stages.Job(
         plan, (0, plan.rows), Options(1.0), None, nothing, True, nothing, None, q.device,
         shape.query_heads, shape.key_heads,
@@ -106,13 +113,36 @@ def most_alive(plan: AttentionPlan, shape: Shape) -> tuple[int, int]:
         mock.patch.object(stages._Results, "collect", forgets),
         mock.patch.object(stages._Results, "finished_lse", no_lse),
     ):
-        with Alive(q, k, v, out, *buffers) as forward:
+        with Alive(q, k, v, out, *buffers.values()) as forward:
             _, kept = played(stages.forward_stages(job, q, k, v, out, plan.keep_keys))
         lse = q.new_empty(shape.query_heads, plan.rows, dtype=torch.float32)
         saved = stages.Saved.of(job, q, k, v, out, lse, kept)
         grads = [torch.empty_like(x) for x in (q, k, v)]
-        with Alive(q, k, v, out, dout, *grads, *saved, *kept, *buffers) as backward:
+        with Alive(q, k, v, out, dout, *grads, *saved, *kept, *buffers.values()) as backward:
             for grad in played(stages.backward_stages(job.backward, dout, saved, kept, grads)):
                 grad.finish()
     keys = {x.untyped_storage()._cdata: x.untyped_storage().nbytes() for x in kept}
     return forward.most, backward.most + sum(keys.values())
+
+
+def most_of_exchange(plan: AttentionPlan, shape: Shape) -> float:
+    """Of the backward pass of an exchange without copied heads: all that is alive, but for message buffers of copy
+    engines, over inputs and results."""
+    assert plan.exchange is not None
+    sizes = (shape.query_heads, shape.head_dim), (shape.key_heads, shape.head_dim), (shape.key_heads, shape.value_dim)
+    q, k, v = (torch.empty(plan.exchange.own_rows, *size, dtype=torch.bfloat16, device="meta") for size in sizes)
+    out, dout = (q.new_empty(len(q), shape.query_heads, shape.value_dim) for _ in range(2))
+    buffers = message_buffers("ulysses" in plan.engines)
+    nothing: Any = Nothing(buffers)
+    job = stages.Job(
+        plan, (0, len(q)), Options(1.0), None, nothing, plan.adds_grads, None, nothing, q.device,
+        shape.query_heads, shape.key_heads,
+    )  # fmt: skip
+    with mock.patch.object(executor, "without_autocast", lambda _: nullcontext()):  # noqa: PT008
+        (done,) = executor.forward_parts([job], q, k, v, None, out, keep=True)
+        with Alive(q, k, v, out, dout, *buffers.values()) as backward:
+            for x in (x for of in done.saved for x in of):
+                x.detach()  # seen, so that it counts
+            executor.backward_parts([job], dout, [done.saved], None, [[]])
+    inputs = sum(x.nbytes for x in (q, k, v, out, dout))
+    return (inputs + backward.most) / (inputs + q.nbytes + k.nbytes + v.nbytes)

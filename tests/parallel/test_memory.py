@@ -24,7 +24,7 @@ from ringattn.parallel.planner import plan_attention
 from ringattn.parallel.pricing import Pricer, Setting, most_bytes
 from ringattn.parallel.transport import Transport
 from ringattn.preparation import Settings, prepare
-from tests.parallel.alive import most_alive
+from tests.parallel.alive import most_alive, most_of_exchange
 from tests.parallel.cases import documents, masks
 from tests.parallel.ranks import mesh_of
 from tests.parallel.test_choice import with_links
@@ -113,6 +113,16 @@ def test_no_more_is_alive_than_is_stated(
         lse = 4 * own.query_heads * plan.rows
         assert forward <= rows.forward_bytes(own, keep_keys) + lse
         assert backward <= rows.backward_bytes(own, keep_keys, wide) + 16  # a zero that is written to rows
+
+
+@pytest.mark.parametrize("engines", [False, True])
+def test_an_exchange_lets_go_of_what_it_has_computed_from(engines: bool) -> None:
+    """Of a token, inputs, results and gradients are 160 heads. Beside them q, k, v and out of the position's tokens are
+    kept, 80. Last, gradients have come, 48, to be put in their places, and NCCL's message is still there, 48."""
+    machine = H200.by_copy_engines(ulysses=engines)
+    plan = plan_attention(Layout(Documents([16_000]), MeshShape(1, 1, 2)), Mask(), 32, 8, machine=machine)
+    found = most_of_exchange(plan, SHAPE)
+    assert found == pytest.approx((160 + 80 + 48 + (0 if engines else 48)) / 160, abs=0.01)
 
 
 def planned(degrees: tuple[int, int], machine: Any, scheme: str = "auto", **options: Any) -> AttentionPlan:

@@ -31,7 +31,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--head-chunks",
         type=positive,
         metavar="N",
-        help="of heads, computed one after another in buffers of one; default: as few as keep --memory",
+        help="of heads, computed one after another in buffers of one; default: 1, or the fastest that keep --memory",
     )
     _workload.add_workload_arguments(parser)
     parser.add_argument("--draw", metavar="FILE", help="write a picture: .png or .svg")

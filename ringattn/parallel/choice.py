@@ -147,7 +147,7 @@ def choose_groups(setting: Setting, calls: Sequence[Call], asked: int | None) ->
 
 
 def chunk_counts(setting: Setting, asked: int | None, memory_limit: int | None) -> list[int]:
-    """In how many chunks of heads an attention may be computed, those that are preferred first.
+    """In how many chunks of heads an attention may be computed, in ascending order.
 
     Gradients of copied key heads are summed over all heads of a rank, so there they stay together.
 

@@ -16,7 +16,7 @@ from ringattn.benchmarking.captured import Captured, Graphs, Recording, agreed
 from ringattn.benchmarking.contestants import Contestant, Entry, Silent
 from ringattn.benchmarking.problem import Heads, Problem
 from ringattn.benchmarking.report import markdown
-from ringattn.benchmarking.roster import contestants, parse
+from ringattn.benchmarking.roster import _options, contestants, parse
 from ringattn.benchmarking.slow import Slow
 from ringattn.benchmarking.suite import CAPTURED_CEILING, CEILING, Result, measure
 from ringattn.benchmarking.timing import Timer
@@ -38,6 +38,14 @@ def measured(entered: list[Contestant], slow: Slow | None = None, device: str = 
 def listed(names: list[str], graphs: bool) -> list[tuple[str, bool, bool]]:
     entered = contestants(names, peers=False, graphs=graphs)
     return [(one.name, isinstance(one, Captured), one.peer) for one in entered]
+
+
+def test_variants_are_keywords_of_attention() -> None:
+    assert _options("", ["narrow", "8chunks"]) == {"wide_reduce": False, "head_chunks": 8}
+    assert _options("", ["2groups"]) == {"head_groups": 2}
+    for wrong in ("0chunks", "chunks", "wide"):
+        with pytest.raises(ValueError, match=rf"a variant is \+narrow, .* got \+{wrong}"):
+            _options("gather:2x1", [wrong])
 
 
 def test_names(pool: Pools) -> None:

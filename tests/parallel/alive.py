@@ -1,8 +1,7 @@
 """What a rank's stages hold at one time: all but the arithmetic, on tensors without memory."""
 
-from collections.abc import Generator
 from contextlib import nullcontext
-from typing import Any, TypeVar
+from typing import Any
 from unittest import mock
 
 import torch
@@ -14,8 +13,6 @@ from torch.utils._pytree import tree_leaves
 from ringattn.kernels.spec import Options
 from ringattn.parallel import executor, rows, stages
 from ringattn.parallel.plan import AttentionPlan, Route, Shape
-
-T = TypeVar("T")
 
 
 class Alive(TorchDispatchMode):
@@ -80,14 +77,6 @@ class _Pending:
         self._tensors.clear()
 
 
-def played(steps: Generator[None, None, T]) -> T:
-    while True:
-        try:
-            next(steps)
-        except StopIteration as stop:
-            return stop.value
-
-
 def forgets(*_: Any, **__: Any) -> None:
     """In place of functions that fill tensors; a mock would remember them."""
 
@@ -96,30 +85,43 @@ def no_lse(_: Any) -> Tensor:
     return torch.empty(0, 0, device="meta")
 
 
+class _Attention:
+    """One rank's attention by a plan: its tensors, and a job that computes and moves nothing."""
+
+    def __init__(self, plan: AttentionPlan, shape: Shape, rows: int, axis: str) -> None:
+        self.q = torch.empty(rows, shape.query_heads, shape.head_dim, dtype=torch.bfloat16, device="meta")
+        self.k = self.q.new_empty(rows, shape.key_heads, shape.head_dim)
+        self.v = self.q.new_empty(rows, shape.key_heads, shape.value_dim)
+        self.out, self.dout = (self.q.new_empty(rows, shape.query_heads, shape.value_dim) for _ in range(2))
+        self.buffers = message_buffers(axis in plan.engines)
+        nothing: Any = Nothing(self.buffers)
+        self.job = stages.Job(
+            plan, (0, rows), Options(1.0), None, nothing, True, nothing, nothing, self.q.device,
+            shape.query_heads, shape.key_heads,
+        )  # fmt: skip
+
+    def alive(self, *known: Tensor) -> Alive:
+        return Alive(self.q, self.k, self.v, self.out, self.dout, *self.buffers.values(), *known)
+
+
 def most_alive(plan: AttentionPlan, shape: Shape) -> tuple[int, int]:
     """Bytes beside inputs and results of a forward pass, and of a backward pass with the keys that are kept."""
-    dims = (shape.query_heads, shape.head_dim), (shape.key_heads, shape.head_dim), (shape.key_heads, shape.value_dim)
-    q, k, v = (torch.empty(plan.rows, *pair, dtype=torch.bfloat16, device="meta") for pair in dims)
-    out, dout = (q.new_empty(plan.rows, shape.query_heads, shape.value_dim) for _ in range(2))
-    buffers = message_buffers("ring" in plan.engines)
-    nothing: Any = Nothing(buffers)
-    job = stages.Job(
-        plan, (0, plan.rows), Options(1.0), None, nothing, True, nothing, None, q.device,
-        shape.query_heads, shape.key_heads,
-    )  # fmt: skip
+    one = _Attention(plan, shape, plan.rows, "ring")
     with (
         mock.patch.object(rows, "take_rows", forgets),
         mock.patch.object(rows, "add_rows", forgets),
         mock.patch.object(stages._Results, "collect", forgets),
         mock.patch.object(stages._Results, "finished_lse", no_lse),
     ):
-        with Alive(q, k, v, out, *buffers.values()) as forward:
-            _, kept = played(stages.forward_stages(job, q, k, v, out, plan.keep_keys))
-        lse = q.new_empty(shape.query_heads, plan.rows, dtype=torch.float32)
-        saved = stages.Saved.of(job, q, k, v, out, lse, kept)
-        grads = [torch.empty_like(x) for x in (q, k, v)]
-        with Alive(q, k, v, out, dout, *grads, *saved, *kept, *buffers.values()) as backward:
-            for grad in played(stages.backward_stages(job.backward, dout, saved, kept, grads)):
+        with one.alive() as forward:
+            walk = stages.forward_stages(one.job, one.q, one.k, one.v, one.out, plan.keep_keys)
+            ((_, kept),) = executor.together([walk])
+        lse = one.q.new_empty(shape.query_heads, plan.rows, dtype=torch.float32)
+        saved = stages.Saved.of(one.job, one.q, one.k, one.v, one.out, lse, kept)
+        grads = [torch.empty_like(x) for x in (one.q, one.k, one.v)]
+        with one.alive(*grads, *saved, *kept) as backward:
+            (found,) = executor.together([stages.backward_stages(one.job.backward, one.dout, saved, kept, grads)])
+            for grad in found:
                 grad.finish()
     keys = {x.untyped_storage()._cdata: x.untyped_storage().nbytes() for x in kept}
     return forward.most, backward.most + sum(keys.values())
@@ -129,20 +131,12 @@ def most_of_exchange(plan: AttentionPlan, shape: Shape) -> float:
     """Of the backward pass of an exchange without copied heads: all that is alive, but for message buffers of copy
     engines, over inputs and results."""
     assert plan.exchange is not None
-    sizes = (shape.query_heads, shape.head_dim), (shape.key_heads, shape.head_dim), (shape.key_heads, shape.value_dim)
-    q, k, v = (torch.empty(plan.exchange.own_rows, *size, dtype=torch.bfloat16, device="meta") for size in sizes)
-    out, dout = (q.new_empty(len(q), shape.query_heads, shape.value_dim) for _ in range(2))
-    buffers = message_buffers("ulysses" in plan.engines)
-    nothing: Any = Nothing(buffers)
-    job = stages.Job(
-        plan, (0, len(q)), Options(1.0), None, nothing, plan.adds_grads, None, nothing, q.device,
-        shape.query_heads, shape.key_heads,
-    )  # fmt: skip
+    one = _Attention(plan, shape, plan.exchange.own_rows, "ulysses")
     with mock.patch.object(executor, "without_autocast", lambda _: nullcontext()):  # noqa: PT008
-        (done,) = executor.forward_parts([job], q, k, v, None, out, keep=True)
-        with Alive(q, k, v, out, dout, *buffers.values()) as backward:
+        (done,) = executor.forward_parts([one.job], one.q, one.k, one.v, None, one.out, keep=True)
+        with one.alive() as backward:
             for x in (x for of in done.saved for x in of):
                 x.detach()  # seen, so that it counts
-            executor.backward_parts([job], dout, [done.saved], None, [[]])
-    inputs = sum(x.nbytes for x in (q, k, v, out, dout))
-    return (inputs + backward.most) / (inputs + q.nbytes + k.nbytes + v.nbytes)
+            executor.backward_parts([one.job], one.dout, [done.saved], None, [[]])
+    inputs = sum(x.nbytes for x in (one.q, one.k, one.v, one.out, one.dout))
+    return (inputs + backward.most) / (inputs + sum(x.nbytes for x in (one.q, one.k, one.v)))

@@ -82,7 +82,16 @@ def test_no_more_chunks_than_key_heads_part_into() -> None:
     assert planned((1, 3), (8, 8), head_chunks=2) == 1, "one rank has two heads, others three"
 
 
+def test_the_reason_says_where_there_are_fewer_chunks_than_were_asked_for() -> None:
+    for degrees, asked, told in (((1, 4), 4, "not in 4, as key heads do not part"), ((4, 1), 8, "heads in 8 chunks")):
+        reason = plan_attention(Layout(DOCS, MeshShape(1, *degrees)), Mask(), 32, 8, head_chunks=asked).reason
+        assert told in reason
+
+
 def test_wrong_numbers_of_chunks_are_refused() -> None:
+    layout, setting = Layout(DOCS, MeshShape(1, 2)), Setting(SHIPPED["H200"], SHAPE)
+    with pytest.raises(ValueError, match="head_chunks must be None or an integer >= 1, got 0"):
+        plan_group(layout, Mask(), setting, head_chunks=0)
     with pytest.raises(ValueError, match="head_chunks must be None or an integer >= 1, got 0"):
         planned((2, 1), (4, 4), head_chunks=0)
     with pytest.raises(ValueError, match="head_groups and head_chunks must not both be above 1, got 2 and 4"):

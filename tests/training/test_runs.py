@@ -8,7 +8,6 @@ import socket
 import subprocess
 import sys
 import time
-from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 import pytest
@@ -32,7 +31,7 @@ SMALL = [
     "run.dtype=float32",
     "run.log_every=10",
 ]
-LIMIT = 300  # seconds after which a run hangs; on a busy machine one takes a minute
+LIMIT = 300  # seconds after which a run hangs; on a busy machine one takes a minute and more
 needs_deepspeed = pytest.mark.skipif(not deepspeed_available(), reason="deepspeed is not installed")
 
 
@@ -52,8 +51,8 @@ def environment() -> dict[str, str]:
     }
 
 
-def start(output: Path, ranks: int, *overrides: str) -> "subprocess.Popen[str]":
-    where = "--nnodes=1", f"--master-port={free_port()}"
+def start(output: Path, ranks: int, *overrides: str, agent: tuple[str, ...] = ()) -> "subprocess.Popen[str]":
+    where = agent or ("--nnodes=1", f"--master-port={free_port()}")
     command = [sys.executable, "-m", "torch.distributed.run", f"--nproc-per-node={ranks}", *where, "recipes/train.py"]
     return subprocess.Popen(
         [*command, *SMALL, f"run.output={output}", *overrides],
@@ -77,28 +76,21 @@ def finish(process: "subprocess.Popen[str]", code: int | None = 0) -> str:
     return text
 
 
-def variables_of(rank: int, ranks: int, port: int, local: int | None = None) -> dict[str, str]:
-    """The environment of a rank, with what torchrun sets on machines of `local` ranks (default: one with all)."""
-    local = local or ranks
-    own = {"RANK": rank, "LOCAL_RANK": rank % local, "WORLD_SIZE": ranks, "LOCAL_WORLD_SIZE": local}
-    own["MASTER_PORT"] = port
+def variables_of(rank: int, ranks: int, port: int) -> dict[str, str]:
+    """The environment of a rank, with what torchrun sets."""
+    own = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": ranks, "LOCAL_WORLD_SIZE": ranks, "MASTER_PORT": port}
     return environment() | {"MASTER_ADDR": "127.0.0.1"} | {name: str(value) for name, value in own.items()}
 
 
-def fork(output: Path, ranks: int, *overrides: str, local: int | None = None) -> list[BaseProcess]:
-    """A run without torchrun, in forked ranks that write to `ranks.log`."""
+def run(output: Path, ranks: int, *overrides: str) -> str:
+    """A whole run without torchrun, in forked ranks: what they wrote."""
     log, port = output / "ranks.log", free_port()
     output.mkdir(exist_ok=True)
     log.unlink(missing_ok=True)
     arguments = [*SMALL, f"run.output={output}", *overrides]
-    return [fork_rank(arguments, variables_of(rank, ranks, port, local), log, log) for rank in range(ranks)]
-
-
-def run(output: Path, ranks: int, *overrides: str, local: int | None = None) -> str:
-    """A whole one: what it wrote."""
-    processes = fork(output, ranks, *overrides, local=local)
+    processes = [fork_rank(arguments, variables_of(rank, ranks, port), log, log) for rank in range(ranks)]
     in_time = all_end(processes, LIMIT)
-    text = (output / "ranks.log").read_text()
+    text = log.read_text()
     assert in_time, f"hangs:\n{text}"
     assert [process.exitcode for process in processes] == [0] * ranks, text
     return text
@@ -146,8 +138,20 @@ def test_the_same_curve_on_every_mesh_and_engine(ranks, overrides, reference, tm
 
 
 def test_two_machines_train_the_same_curve(reference, tmp_path):
-    """The ring crosses them and ulysses stays inside. That their agents meet: tests/test_launch.py."""
-    run(tmp_path, 4, "parallel.ulysses=2", local=2)
+    """Two agents with two ranks each stand for two machines: the ring crosses them and ulysses stays inside."""
+    endpoint = f"127.0.0.1:{free_port()}"
+    agents = []
+    for node in range(2):
+        where = (
+            "--nnodes=2",
+            f"--node-rank={node}",
+            "--rdzv-backend=c10d",
+            f"--rdzv-endpoint={endpoint}",
+            "--rdzv-id=t",
+        )
+        agents.append(start(tmp_path, 2, "parallel.ulysses=2", agent=where))
+    for agent in agents:
+        finish(agent)
     assert_same_curve(curve(tmp_path), reference)
 
 
@@ -164,11 +168,10 @@ def wait_for_step(output: Path, step: int) -> None:
 @pytest.mark.parametrize("engine", ["fsdp2", pytest.param("deepspeed", marks=needs_deepspeed)])
 def test_kill_and_start_again_continues_the_curve(engine, reference, tmp_path):
     overrides = (f"engine={engine}", "run.save_every=4")
-    processes = fork(tmp_path, 2, *overrides)
+    process = start(tmp_path, 2, *overrides)
     wait_for_step(tmp_path, 14)
-    for process in processes:
-        process.kill()
-    assert all_end(processes, LIMIT)
+    kill_session(process)
+    finish(process, code=None)
     assert len(curve(tmp_path)) < STEPS
     text = run(tmp_path, 2, *overrides)
     resumed = int(text.split("from step ")[1].split()[0])
@@ -178,6 +181,13 @@ def test_kill_and_start_again_continues_the_curve(engine, reference, tmp_path):
     assert not list((tmp_path / "checkpoints").glob("*.partial"))
     text = run(tmp_path, 2, *overrides)
     assert f"already holds all {STEPS} steps" in text
+
+
+def kill_session(process: "subprocess.Popen[str]") -> None:
+    """kill -9 to every process of a run: torchrun gives each of its ranks a process group of its own."""
+    found = subprocess.run(["ps", "-o", "pid=", "--ppid", str(process.pid)], capture_output=True, text=True, check=True)
+    for pid in [*map(int, found.stdout.split()), process.pid]:
+        os.kill(pid, signal.SIGKILL)
 
 
 def test_sigterm_saves_and_another_number_of_ranks_goes_on(reference, tmp_path):

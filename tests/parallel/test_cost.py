@@ -110,7 +110,7 @@ def test_other_json_is_refused(text: str) -> None:
         (lambda fields: fields.update(merge_bandwidth=-1.0), "merge_bandwidth must be a number > 0, got -1"),
         (lambda fields: fields.update(gpus_per_node=0), "gpus_per_node must be an integer >= 1, got 0"),
         (lambda fields: fields.update(rates=fields["rates"][:1]), "kernels of both directions"),
-        (lambda fields: fields["rates"][0].update(flops=math.inf), "must be a number > 0, got inf"),
+        (lambda fields: fields["rates"][0].update(flops=math.inf), r"rates\[0\].flops must be a number > 0, got inf"),
     ],
 )
 def test_a_machine_that_plans_would_fail_on_is_refused(change: Any, words: str) -> None:

@@ -116,10 +116,7 @@ class Machine:
             raise ValueError("rates must have kernels of both directions, forward and backward")
         speeds = {f"links {'/'.join(key)}": link.bandwidth for key, link in self.links.items()}
         speeds |= {"copy_bandwidth": self.copy_bandwidth, "merge_bandwidth": self.merge_bandwidth}
-        speeds |= {
-            f"rates of head dim {rate.head_dim}{' backward' if rate.backward else ''}": rate.flops
-            for rate in self.rates
-        }
+        speeds |= {f"rates[{number}].flops": rate.flops for number, rate in enumerate(self.rates)}
         for name, speed in speeds.items():
             if not 0 < speed < math.inf:
                 raise ValueError(f"{name} must be a number > 0, got {speed}")

@@ -29,7 +29,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--head-dim", type=head_dim, nargs="+", default=[128], metavar="D", help="default 128")
     parser.add_argument("--backend", default="auto", help="kernel backend, default auto")
     parser.add_argument("--seconds", type=integer(DAY), default=30, metavar="N", help="for the timed runs, default 30")
-    parser.add_argument("--out", type=file, metavar="FILE", help="store here instead of the cache")
+    parser.add_argument(
+        "--out", type=file, metavar="FILE", help="store here instead of the cache; missing folders are made"
+    )
     parser.add_argument("--json", action="store_true", help="print the stored JSON")
 
 

@@ -35,7 +35,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="of heads, computed one after another in buffers of one; default: 1, or the fastest that keep --memory",
     )
     _workload.add_workload_arguments(parser)
-    parser.add_argument("--draw", type=file, metavar="FILE", help="write a picture: .png or .svg")
+    parser.add_argument(
+        "--draw", type=file, metavar="FILE", help="write a picture: .png or .svg; missing folders are made"
+    )
     parser.add_argument("--json", action="store_true", help="the table as one JSON object")
 
 

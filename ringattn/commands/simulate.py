@@ -47,7 +47,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--slow-link", type=slow_link, metavar="RANK:node|network:FACTOR", help="a rank whose port is slower"
     )
     _workload.add_workload_arguments(parser)
-    parser.add_argument("--draw", type=file, metavar="FILE", help="write efficiency against GPUs: .png or .svg")
+    parser.add_argument(
+        "--draw",
+        type=file,
+        metavar="FILE",
+        help="write efficiency against GPUs: .png or .svg; missing folders are made",
+    )
     parser.add_argument("--json", action="store_true", help="the table as one JSON object")
 
 

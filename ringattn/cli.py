@@ -11,12 +11,18 @@ import sys
 from collections.abc import Sequence
 
 from ringattn import commands
+from ringattn.environment import VARIABLES
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one sub-command; returns the exit code: 2 for wrong arguments, otherwise what the command says."""
     parser = make_parser()
     args = parser.parse_args(join_negative(sys.argv[1:] if argv is None else argv))
+    try:
+        for variable in VARIABLES.values():
+            variable.read()
+    except ValueError as error:  # every attention would raise it
+        args.parser.error(str(error))
     try:
         code = args.run(args)
         sys.stdout.flush()

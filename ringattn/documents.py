@@ -168,10 +168,12 @@ class Documents:
 
     def dense(self, mask: Mask | None = None) -> torch.Tensor:
         """Brute force: the (total, total) boolean matrix [query, key] under `mask` (None: all pairs of a document)."""
-        allowed = torch.zeros(self.total, self.total, dtype=torch.bool)
+        allowed = torch.zeros(self.total, self.total, dtype=torch.bool, device="cpu")
         for start, size in zip(self.starts, self.lengths, strict=True):
             inside = slice(start, start + size)
-            allowed[inside, inside] = torch.ones(size, size, dtype=torch.bool) if mask is None else mask.dense(size)
+            allowed[inside, inside] = (
+                torch.ones(size, size, dtype=torch.bool, device="cpu") if mask is None else mask.dense(size)
+            )
         return allowed
 
     def __len__(self) -> int:
@@ -201,7 +203,7 @@ def _integers(values: Any, name: str) -> tuple[int, ...]:
 def _rows(values: Any, name: str) -> list[list[int]]:
     """Nested rows of a (T,) or (B, T) tensor or list; bool counts as 0 and 1."""
     try:
-        tensor = torch.as_tensor(values)
+        tensor = torch.as_tensor(values, device="cpu")
     except (TypeError, ValueError, RuntimeError) as error:
         raise ValueError(f"{name} must be integers of shape (T,) or (B, T): {error}") from None
     if tensor.numel() == 0:  # an empty list becomes a float tensor

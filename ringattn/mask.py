@@ -93,9 +93,9 @@ class Mask:
 
     def dense(self, length: int) -> torch.Tensor:
         """Brute force: the (length, length) boolean matrix [query, key] of one document. For tests and pictures."""
-        q = torch.arange(length)[:, None]
-        k = torch.arange(length)[None, :]
-        allowed = torch.ones(length, length, dtype=torch.bool)
+        q = torch.arange(length, device="cpu")[:, None]
+        k = torch.arange(length, device="cpu")[None, :]
+        allowed = torch.ones(length, length, dtype=torch.bool, device="cpu")
         left, right = self.window
         if self.causal:
             allowed &= k <= q

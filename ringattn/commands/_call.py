@@ -61,11 +61,13 @@ def check_device(args: argparse.Namespace, count: int = 1) -> None:
 
 
 def check_backend(args: argparse.Namespace) -> None:
-    """Ends the program if `--backend` names none."""
+    """Ends the program if `--backend`, or RINGATTN_BACKEND in its place, names none."""
+    from ringattn.environment import BACKEND
     from ringattn.kernels.registry import backends
 
-    if args.backend not in (names := ["auto", *backends()]):
-        args.parser.error(f"--backend must be one of {', '.join(names)}, got {args.backend!r}")
+    for source, name in (("--backend", args.backend), (BACKEND.name, BACKEND.read())):
+        if name not in (names := ["auto", *backends()]):
+            args.parser.error(f"{source} must be one of {', '.join(names)}, got {name!r}")
 
 
 def describe(args: argparse.Namespace, device: str) -> str:

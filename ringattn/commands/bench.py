@@ -64,11 +64,12 @@ def run(args: argparse.Namespace) -> int:
 
 def check(args: argparse.Namespace, device: str) -> None:
     """Ends the program for what cannot be measured or stored."""
-    from ringattn.parallel.machines import calibration_path
+    from ringattn.parallel.machines import calibration_path, local_machine
 
     check_device(args)
     check_backend(args)
     try:
+        local_machine(device)
         check_target("--out" if args.out else "RINGATTN_CACHE_DIR:", args.out or calibration_path(device))
     except ValueError as error:
         args.parser.error(str(error))

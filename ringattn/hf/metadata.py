@@ -48,7 +48,7 @@ def check_metadata(batch: Mapping[str, Any], docs: Documents, rows: int, size: i
         if _spans(claimed) != _spans(docs):
             raise ValueError(f"{name} and the documents disagree: {_told(claimed)} against {_told(docs)}")
     if (mask := batch.get("attention_mask")) is not None:
-        tokens = torch.ones(docs.total, dtype=torch.bool)
+        tokens = torch.ones(docs.total, dtype=torch.bool, device="cpu")
         for start, stop in docs.padding:
             tokens[start:stop] = False
         if not torch.equal(_mask(mask, rows, size).flatten(), tokens):
@@ -78,7 +78,7 @@ def _guessed(batch: Mapping[str, Any], rows: int, size: int) -> dict[str, Docume
     """What positions and mask say together, where nothing names documents."""
     mask, positions = batch.get("attention_mask"), batch.get("position_ids")
     if isinstance(positions, Tensor) and positions.dim() <= 2:
-        keep = torch.ones(rows, size, dtype=torch.bool) if mask is None else _mask(mask, rows, size)
+        keep = torch.ones(rows, size, dtype=torch.bool, device="cpu") if mask is None else _mask(mask, rows, size)
         return {"position_ids": _by_positions(_rows("position_ids", positions, rows, size), keep)}
     if mask is not None:
         return {"attention_mask": Documents.from_padding_mask(_mask(mask, rows, size))}
@@ -118,7 +118,7 @@ def _mask(mask: Any, rows: int, size: int) -> Tensor:
 
 
 def _rows(name: str, values: Any, rows: int, size: int) -> Tensor:
-    x = torch.as_tensor(values)
+    x = torch.as_tensor(values, device="cpu")
     if tuple(x.shape) not in ((rows, size), (1, size), (size,)) or x.numel() not in (rows * size, size):
         raise ValueError(f"{name} must have shape ({rows}, {size}), got {tuple(x.shape)}")
     if x.numel() != rows * size:
@@ -127,7 +127,7 @@ def _rows(name: str, values: Any, rows: int, size: int) -> Tensor:
         x = x.reshape(1, size).expand(rows, size)
     if x.is_floating_point():
         raise ValueError(f"{name} must be integers, got {x.dtype}")
-    return x.reshape(rows, size).to("cpu")
+    return x.reshape(rows, size)
 
 
 def _by_positions(positions: Tensor, keep: Tensor) -> Documents:
@@ -152,7 +152,7 @@ def _check_positions(positions: Tensor, docs: Documents) -> None:
     if positions.numel() != docs.total:
         return  # one row for all, checked as such
     steps = torch.diff(positions.to("cpu"))
-    inside = torch.zeros(max(docs.total - 1, 0), dtype=torch.bool)
+    inside = torch.zeros(max(docs.total - 1, 0), dtype=torch.bool, device="cpu")
     for start, length in zip(docs.starts, docs.lengths, strict=True):
         inside[start : max(start, start + length - 1)] = True
     wrong = (inside & (steps != 1)).nonzero().flatten()

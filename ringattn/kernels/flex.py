@@ -162,6 +162,11 @@ class RowBounds(NamedTuple):
 
 def row_bounds(call: Call) -> RowBounds:
     """On the host. A row without keys has `first == last`."""
+    with torch.device("cpu"):
+        return _row_bounds(call)
+
+
+def _row_bounds(call: Call) -> RowBounds:
     n, m = (torch.tensor(lengths) for lengths in (call.q_lens, call.k_lens))
     starts = torch.tensor([0, *accumulate(call.q_lens)][:-1])
     block = torch.repeat_interleave(torch.arange(len(n)), n)

@@ -55,7 +55,9 @@ class Slots:
             for (tensor, head), some in self.by_head.items():
                 heads.append((tensor, head, len(slots), len(slots) + len(some)))
                 slots += some
-            rows, groups = (torch.tensor(table, dtype=torch.int64).view(-1, 4) for table in (slots, heads))
+            rows, groups = (
+                torch.tensor(table, dtype=torch.int64, device="cpu").view(-1, 4) for table in (slots, heads)
+            )
             kept[device] = to_device(rows, device), to_device(groups, device)
         return kept[device]
 

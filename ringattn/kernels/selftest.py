@@ -171,7 +171,7 @@ def _tensors(signature: Signature, call: Call) -> list[Tensor]:
         (keys, 2, signature.value_dim),
         (rows, heads, signature.value_dim),
     ]
-    drawn = [torch.randn(shape, generator=generator) for shape in shapes]
+    drawn = [torch.randn(shape, generator=generator, device="cpu") for shape in shapes]
     drawn[0] *= SHARP
     return [x.to(signature.device, signature.dtype) for x in drawn]
 

@@ -108,7 +108,9 @@ class Call:
         """Rows of `k` that the blocks read, in order: (sum of k_lens,) int64."""
         cache: dict[torch.device, torch.Tensor] = self.__dict__.setdefault("_packed_rows", {})
         if device not in cache:
-            rows = torch.cat([torch.arange(start - self.k[0], stop - self.k[0]) for start, stop in self.key_runs])
+            rows = torch.cat(
+                [torch.arange(start - self.k[0], stop - self.k[0], device="cpu") for start, stop in self.key_runs]
+            )
             cache[device] = to_device(rows, device)
         return cache[device]
 
@@ -121,7 +123,7 @@ class CallTensors(NamedTuple):
 
 
 def _int32(values: tuple[int, ...], device: torch.device) -> torch.Tensor:
-    return to_device(torch.tensor(values, dtype=torch.int32), device)
+    return to_device(torch.tensor(values, dtype=torch.int32, device="cpu"), device)
 
 
 def to_device(host: torch.Tensor, device: torch.device) -> torch.Tensor:

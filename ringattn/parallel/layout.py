@@ -190,7 +190,7 @@ class Layout:
 
     def indices(self, rank: int | None = None) -> torch.Tensor:
         """Global indices held by a sequence rank (default: this one), in its local order: (t,) int64 on the host."""
-        return _concatenated([torch.arange(start, stop) for start, stop in self.ranges(rank)])
+        return _concatenated([torch.arange(start, stop, device="cpu") for start, stop in self.ranges(rank)])
 
     def position_ids(self, device: torch.device | str | None = None) -> torch.Tensor:
         """Position inside its document of each local token: (t,) int64. Padding counts from 0 in every run."""
@@ -203,7 +203,7 @@ class Layout:
             index = max(0, bisect_right(starts, begin) - 1)
             while index < len(runs) and runs[index][0] < end:
                 first, last = overlap(runs[index], (begin, end))
-                parts.append(torch.arange(first - runs[index][0], last - runs[index][0]))
+                parts.append(torch.arange(first - runs[index][0], last - runs[index][0], device="cpu"))
                 index += 1
         return to_device(_concatenated(parts), torch.device(device or "cpu"))
 
@@ -239,10 +239,10 @@ class Layout:
         """Row of each global token in the ranks' tensors laid end to end, each padded to the longest. Kept."""
         key = ("gather order", device)
         if key not in self._plans:
-            order = torch.empty(self.docs.total, dtype=torch.int64)
+            order = torch.empty(self.docs.total, dtype=torch.int64, device="cpu")
             for rank in range(self.mesh.sequence_size):
                 indices = self.indices(rank)
-                order[indices] = torch.arange(len(indices)) + rank * self._longest
+                order[indices] = torch.arange(len(indices), device="cpu") + rank * self._longest
             self._plans[key] = to_device(order, device)
         return self._plans[key]
 
@@ -317,4 +317,4 @@ def _speeds(speeds: Sequence[float], mesh: MeshShape, policy: str) -> tuple[floa
 
 
 def _concatenated(parts: list[torch.Tensor]) -> torch.Tensor:
-    return torch.cat(parts) if parts else torch.empty(0, dtype=torch.int64)
+    return torch.cat(parts) if parts else torch.empty(0, dtype=torch.int64, device="cpu")

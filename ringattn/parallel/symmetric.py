@@ -246,7 +246,11 @@ def _units(route: Route, like: Tensor) -> tuple[Tensor, int]:
     kept: dict[Any, tuple[Tensor, int]] = route.__dict__.setdefault("_units", {})
     key = like.element_size(), like.device
     if key not in kept:
-        rows = torch.tensor([route.there, route.begins, route.receives]).T.contiguous() * like.element_size() // UNIT
+        rows = (
+            torch.tensor([route.there, route.begins, route.receives], device="cpu").T.contiguous()
+            * like.element_size()
+            // UNIT
+        )
         kept[key] = to_device(rows, like.device), int(rows[:, 2].max())
     return kept[key]
 

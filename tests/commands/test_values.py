@@ -219,6 +219,22 @@ def test_a_calibration_that_cannot_be_measured_or_kept(
     assert capsys.readouterr().err == "ringattn bench: error: this cannot be measured: out of memory\n"
 
 
+@pytest.mark.parametrize("command", BASES)
+def test_wrong_values_of_the_environment(
+    command: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Every attention would raise them, so no command says that all is well."""
+    for name in ("RINGATTN_AUTOTUNE", "RINGATTN_LOG", "RINGATTN_DETERMINISTIC", "RINGATTN_CHECK_PLANS"):
+        with monkeypatch.context() as patch:
+            patch.setenv(name, "wrong")
+            assert f"{name} must be one of off, " in refused(capsys, command, *BASES[command])
+    if command == "bench":
+        for name in ("RINGATTN_MACHINE", "RINGATTN_BACKEND"):
+            with monkeypatch.context() as patch:
+                patch.setenv(name, "wrong")
+                assert f"{name} must be " in refused(capsys, command, *BASES[command])
+
+
 def test_packs_of_too_many_documents() -> None:
     assert len(HISTOGRAMS["chatqa"].pack(1000, 0, 10, 200)) <= 200
     with pytest.raises(ValueError, match="at most 99 documents, and there are more in 1000 tokens"):

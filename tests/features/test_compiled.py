@@ -296,3 +296,16 @@ def test_a_compiled_attention_refuses_layouts_of_other_meshes(fullgraph: bool, d
         ValueError, match=r"layout was made for MeshShape\(data=2.*this attention for MeshShape\(data=1"
     ):
         compiled(*heads_of(layout), layout, dropout_seed=0)
+
+
+@pytest.mark.parametrize("sinks", [False, True])
+def test_the_operators_are_what_they_declare(sinks: bool) -> None:
+    """Schema, fake results, strides and gradients, as torch checks them."""
+    layout = Layout(Documents([20, 5]), MeshShape())
+    logits = torch.randn(4, dtype=torch.float64, requires_grad=True) if sinks else None
+    constants = (True, 9, 0, None, None, 0.0, 0.0, False, "auto", "auto", None, True, None, None, None, True, [])
+    inputs = (*heads_of(layout), logits, layout._number, *constants)
+    torch.library.opcheck(torch.ops.ringattn.attend.default, inputs)
+    plain = tuple(x.detach() if isinstance(x, Tensor) else x for x in inputs)
+    results = torch.ops.ringattn.attend.default(*plain)
+    torch.library.opcheck(torch.ops.ringattn.attend_backward.default, (torch.ones_like(results[0]), *results, *plain))

@@ -30,6 +30,48 @@ def shifted_labels(labels: Tensor, docs: Documents) -> Tensor:
     return targets
 
 
+def check_is_share(function: Callable[..., Any], vocabulary: int, device: torch.device) -> None:
+    """Raises NotImplementedError unless a loss function is a share of a mean, which ranks may add up.
+
+    That is: a sum over targets, each by itself, divided by `num_items_in_batch`, and 0 without any target. It is tried
+    with four tokens of random logits, the same on every rank. A mean over the targets that one call sees, the usual
+    thing to write, would be added up to a multiple of itself.
+    """
+    name = getattr(function, "__qualname__", type(function).__name__)
+    wanted = (
+        f"model.loss_function is {name}, and ranks add up what it returns for their tokens: it must be the sum over "
+        "the targets in shift_labels, each by itself, divided by num_items_in_batch (a scalar tensor)"
+    )
+    logits = torch.randn(1, 4, vocabulary, generator=torch.Generator().manual_seed(0)).to(device)
+    targets = torch.tensor([[1, IGNORE_INDEX, 0, 2]], device=device) % vocabulary
+    targets = targets.where(torch.arange(4, device=device) != 1, IGNORE_INDEX)
+
+    def share(tokens: slice, count: int, labels: Tensor = targets) -> float:
+        with torch.no_grad():
+            value = function(
+                logits=logits[:, tokens],
+                labels=labels[:, tokens],
+                vocab_size=vocabulary,
+                shift_labels=labels[:, tokens].contiguous(),
+                num_items_in_batch=torch.tensor(count, device=device),
+            )
+        return float(value)
+
+    try:
+        whole, halved = share(slice(0, 4), 3), share(slice(0, 4), 6)
+        parts = share(slice(0, 3), 3) + share(slice(3, 4), 3)
+        none = share(slice(0, 4), 3, torch.full_like(targets, IGNORE_INDEX))
+    except Exception as error:
+        raise NotImplementedError(f"{wanted}; called like that it raises {type(error).__name__}: {error}") from error
+    for what, found, right in (
+        ("with twice num_items_in_batch", halved, whole / 2),
+        ("of two parts, added up,", parts, whole),
+        ("without a target", none, 0.0),
+    ):
+        if not abs(found - right) <= 1e-4 * max(1.0, abs(whole)):
+            raise NotImplementedError(f"{wanted}; {what} it returns {found:.5g} instead of {right:.5g}")
+
+
 class GlobalLoss:
     """A model's loss function, as the mean over the targets of all ranks: of every part and every replica.
 

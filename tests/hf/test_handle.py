@@ -33,8 +33,7 @@ def undone() -> None:
     handle.undo()
     assert (model.loss_function, model.config._attn_implementation) == (loss, implementation)
     assert {name: set(vars(module)) for name, module in model.named_modules()} == before
-    assert not model._forward_hooks
-    assert not model._forward_pre_hooks
+    assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
     assert torch.equal(alone(model, FORMS[3]).logits, first.logits)
     assert model.generate(torch.arange(1, 5)[None], max_new_tokens=2, use_cache=True).shape == (1, 6)
     parallelize(model, mesh_of(1, 1)).undo()  # and again
@@ -103,7 +102,7 @@ def test_a_loss_that_does_not_come_here_is_refused(pool: Pools) -> None:
 
 
 def multimodal() -> tuple[torch.Tensor, torch.Tensor]:
-    """Logits of a text decoder inside of a multimodal model, on embeddings with images in them."""
+    """Logits of a text decoder inside of a multimodal model, on embeddings of text."""
     from transformers import Gemma3Config, Gemma3ForConditionalGeneration, SiglipVisionConfig
 
     vision = SiglipVisionConfig(
@@ -127,7 +126,8 @@ def multimodal() -> tuple[torch.Tensor, torch.Tensor]:
     assert model.config.text_config._attn_implementation == "ringattn"
     assert not any(hasattr(module, "_ringattn") for module in model.model.vision_tower.modules())
     model.model.vision_tower(torch.randn(1, 3, 16, 16))  # still works by itself
-    local = shard_batch({"inputs_embeds": embeddings}, docs, mesh, policy="zigzag")
+    batch = {"inputs_embeds": embeddings, "token_type_ids": torch.zeros(1, 20, dtype=torch.int64)}
+    local = shard_batch(batch, docs, mesh, policy="zigzag")
     return torch.cat(parts), local["cu_seq_lens_q"].unshard(model(**local).logits[0].detach())
 
 
@@ -214,14 +214,15 @@ def copied() -> None:
     """A deep copy (an average of weights, say) attends over the same ranks, with a handle of its own."""
     model = fresh()
     parallelize(model, mesh_of(1, 1))
+    hooks = [len(module._forward_hooks) for module in model.modules()]
     other = copy.deepcopy(model)
     local = shard_batch({"input_ids": torch.arange(8)[None]}, None, mesh_of(1, 1))
     assert torch.equal(other(**local).logits, model(**local).logits)
     assert other._ringattn.model is other
     other._ringattn.undo()
     assert (other.config._attn_implementation, model.config._attn_implementation) == ("eager", "ringattn")
-    assert len(model._forward_hooks) == 1
-    assert not other._forward_hooks
+    assert [len(module._forward_hooks) for module in model.modules()] == hooks
+    assert not any(module._forward_hooks or module._forward_pre_hooks for module in other.modules())
 
 
 def test_copies_work(pool: Pools) -> None:

@@ -23,8 +23,17 @@ class MaskNote:
             raise AttributeError(name)
         raise NotImplementedError(f"the model works on its attention mask itself ({name}), which is not supported")
 
-    def __getitem__(self, index: Any) -> Any:
-        raise NotImplementedError("the model works on its attention mask itself (by index), which is not supported")
+    def __getitem__(self, index: Any) -> "MaskNote":
+        """All of it, as Gemma 4 takes it for layers that share their keys. Raises NotImplementedError for a part."""
+        parts = index if isinstance(index, tuple) else (index,)
+        if all(
+            isinstance(part, slice) and (part.start or 0, part.stop, part.step or 1) == (0, None, 1) for part in parts
+        ):
+            return self
+        raise NotImplementedError(
+            f"the model takes a part of its attention mask ({index}), as if it knew where its tokens are: only models "
+            "that leave the mask to their attention layers are supported"
+        )
 
     def __repr__(self) -> str:
         return f"MaskNote({self.mask})"

@@ -210,6 +210,22 @@ def test_layers_compiled_one_by_one(pool: Pools, family: str) -> None:
         assert all(e.within(1e-5) for e in errors), errors
 
 
+def shared_keys(ring: int, ulysses: int) -> Any:
+    """Gemma 4 with layers that take the keys of an earlier one, as its small models have."""
+    types, wide = ["sliding_attention", "full_attention"] * 2, {1: {"head_dim": 32}, 3: {"head_dim": 32}}
+    options: dict[str, Any] = {"num_kv_shared_layers": 2, "num_hidden_layers": 4, "layer_types": types}
+    model = fresh("gemma4_text", per_layer_config=wide, **options)
+    truth = alone(model, FORMS[4])
+    parallelize(model, mesh_of(ring, ulysses))
+    return differences(together(model, mesh_of(ring, ulysses), FORMS[4], "zigzag"), truth)
+
+
+@pytest.mark.parametrize(("ring", "ulysses"), [(1, 1), (2, 1), (1, 2)])
+def test_layers_that_share_keys(pool: Pools, ring: int, ulysses: int) -> None:
+    for errors in pool(ring * ulysses).run(shared_keys, ring, ulysses):
+        assert errors.within(1e-5), errors
+
+
 def copied() -> None:
     """A deep copy (an average of weights, say) attends over the same ranks, with a handle of its own."""
     model = fresh()

@@ -189,6 +189,21 @@ def test_mask_and_keywords_that_disagree(pool: Pools, kind: str) -> None:
         pool(1).run(contradiction, kind)
 
 
+def part_of_a_mask(index: Any) -> None:
+    from ringattn.hf.masks import MaskNote
+    from ringattn.mask import Mask
+
+    note = MaskNote(Mask())
+    assert note[:, :, slice(0, None), :] is note
+    _ = note[index]
+
+
+@pytest.mark.parametrize("index", [0, (slice(None), slice(-1, None)), (None, slice(None)), slice(0, 3)])
+def test_models_that_take_a_part_of_their_mask(index: Any) -> None:
+    with pytest.raises(NotImplementedError, match="takes a part of its attention mask"):
+        part_of_a_mask(index)
+
+
 def custom_mask(kind: str) -> None:
     from transformers import masking_utils
 

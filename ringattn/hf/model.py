@@ -232,7 +232,7 @@ def _before_forward(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -
     _check_attention(handle)
     layout = check_keywords(handle, args, kwargs)
     _take_loss(handle)
-    model.loss_function.called = False
+    model.loss_function.expect()
     handle.calls.clear()
     if not handle.verified:
         handle._called.clear()
@@ -243,8 +243,14 @@ def _after_forward(model: Any, args: Any, kwargs: dict[str, Any], output: Any) -
     """Verify that every attention layer and every loss came from here."""
     handle: Handle = model._ringattn
     handle.verify(compiled_calls(layout_of(kwargs["cu_seq_lens_q"])))
-    if kwargs.get("labels") is not None and not model.loss_function.called:
+    if kwargs.get("labels") is not None and not model.loss_function.is_whole(_loss_of(output)):
         raise NotImplementedError(
-            f"{type(model).__name__} computes its loss itself, on a rank's tokens alone: leave labels out of its "
-            "keywords and compute the loss from logits and shift_labels"
+            f"{type(model).__name__} computes its loss itself, or adds something to it, on a rank's tokens alone: "
+            "leave labels out of its keywords and compute the loss from logits and shift_labels"
         )
+
+
+def _loss_of(output: Any) -> Any:
+    """The loss of a ModelOutput, or of the tuple that stands for one: a scalar in front."""
+    first = output[0] if isinstance(output, tuple) else getattr(output, "loss", None)
+    return first if isinstance(first, torch.Tensor) and first.dim() == 0 else None

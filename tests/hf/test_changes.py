@@ -180,9 +180,16 @@ def test_a_loss_function_of_the_users(pool: Pools, when: str, bound: bool) -> No
         torch.testing.assert_close(loss, truth.detach(), rtol=1e-5, atol=1e-6)
 
 
+def of_labels(logits: Any, labels: Any, shift_labels: Any, num_items_in_batch: Any, vocab_size: int, **_: Any) -> Any:
+    """Sums over labels where they stand, as for masked language models: those are not the targets that were counted."""
+    total = nn.functional.cross_entropy(logits.float().view(-1, vocab_size), labels.view(-1), reduction="sum")
+    return total / num_items_in_batch
+
+
 LOSSES: dict[str, tuple[Callable[..., Any], str]] = {
     "mean": (mean, "mean, and ranks add up .* with twice num_items_in_batch it returns"),
     "pooled": (pooled, "pooled, and ranks add up .* of two parts, added up, it returns"),
+    "labels": (of_labels, "of_labels, and ranks add up .* without a target it returns"),
     "keywords": (without_keywords, "without_keywords, and ranks add up .* raises TypeError"),
 }
 

@@ -83,22 +83,33 @@ def test_layers_that_do_not_call_once(pool: Pools, kind: str, words: str) -> Non
 class OwnLossForCausalLM(transformers.LlamaForCausalLM):
     """Computes its loss from labels by itself, as some models do."""
 
-    def forward(self, *args: Any, labels: Any = None, **kwargs: Any) -> Any:
+    def forward(self, *args: Any, labels: Any = None, return_dict: bool = True, **kwargs: Any) -> Any:
         output = super().forward(*args, **kwargs)
         output.loss = output.logits.mean()
-        return output
+        return output if return_dict else (output.loss, output.logits)
 
 
-def own_loss() -> None:
-    model = OwnLossForCausalLM(tiny_config(read_config("llama")))
+class PenaltyForCausalLM(transformers.LlamaForCausalLM):
+    """Adds something of a rank's own tokens to the loss."""
+
+    def forward(self, *args: Any, return_dict: bool = True, **kwargs: Any) -> Any:
+        output = super().forward(*args, **kwargs)
+        output.loss = output.loss + 0.1 * output.logits.float().square().mean()
+        return output if return_dict else output.to_tuple()
+
+
+def own_loss(kind: type, return_dict: bool) -> None:
+    model = kind(tiny_config(read_config("llama")))
     parallelize(model, mesh_of(1, 1))
     ids = torch.arange(8)[None]
-    model(**shard_batch({"input_ids": ids, "labels": ids}, None, mesh_of(1, 1)))
+    model(**shard_batch({"input_ids": ids, "labels": ids}, None, mesh_of(1, 1)), return_dict=return_dict)
 
 
-def test_a_loss_that_does_not_come_here_is_refused(pool: Pools) -> None:
-    with pytest.raises(NotImplementedError, match="OwnLossForCausalLM computes its loss itself"):
-        pool(1).run(own_loss)
+@pytest.mark.parametrize("return_dict", [True, False])
+@pytest.mark.parametrize("kind", [OwnLossForCausalLM, PenaltyForCausalLM])
+def test_a_loss_that_does_not_come_here_is_refused(pool: Pools, kind: type, return_dict: bool) -> None:
+    with pytest.raises(NotImplementedError, match=f"{kind.__name__} computes its loss itself, or adds something"):
+        pool(1).run(own_loss, kind, return_dict)
 
 
 def multimodal() -> tuple[torch.Tensor, torch.Tensor]:

@@ -77,6 +77,13 @@ def test_calls(pool: Pools, name: str) -> None:
         pool(1).run(misused, name)
 
 
+def marked(**attributes: Any) -> Any:
+    """A model as from_pretrained leaves it with tp_plan or device_map."""
+    model = fresh()
+    model.__dict__.update(attributes)
+    return model
+
+
 MODELS: dict[str, tuple[Callable[[], Any], dict[str, Any], type[Exception], str]] = {
     "no model": (lambda: torch.nn.Linear(2, 2), {}, ValueError, "got Linear"),
     "option": (fresh, {"shceme": "ring"}, TypeError, "shceme"),
@@ -97,6 +104,13 @@ MODELS: dict[str, tuple[Callable[[], Any], dict[str, Any], type[Exception], str]
         {},
         NotImplementedError,
         "output_router_logits=True",
+    ),
+    "tensor parallel": (lambda: marked(_tp_size=2), {}, NotImplementedError, "tensor parallel over 2 ranks"),
+    "several devices": (
+        lambda: marked(hf_device_map={"model.layers.0": 0, "model.layers.1": 1}),
+        {},
+        NotImplementedError,
+        r"spread over the devices 0, 1 \(device_map\)",
     ),
     "cross attention": (lambda: fresh("gpt2", add_cross_attention=True), {}, NotImplementedError, "cross attention"),
 }

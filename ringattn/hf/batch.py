@@ -12,6 +12,7 @@ from torch import Tensor
 from ringattn.documents import Documents
 from ringattn.hf.loss import IGNORE_INDEX, shifted_labels
 from ringattn.hf.metadata import METADATA, check_metadata, documents_of
+from ringattn.hf.same_batch import note_batch
 from ringattn.mask import Mask
 from ringattn.parallel.layout import Layout
 from ringattn.parallel.mesh import SequenceMesh
@@ -54,6 +55,8 @@ def shard_batch(
     else:
         check_metadata(batch, docs, rows, size)
     layout = Layout(docs, mesh, policy, mask=mask)
+    if batch.get("input_ids") is not None:
+        note_batch(layout, batch["input_ids"])
     local: dict[str, Any] = {}
     for name, value in batch.items():
         if name in METADATA or name in LABELS or value is None:

@@ -15,6 +15,7 @@ from ringattn.hf.images import EmbeddingNeeds, embedding_needs
 from ringattn.hf.keywords import check_keywords
 from ringattn.hf.loss import GlobalLoss, check_is_share
 from ringattn.hf.masks import note_mask
+from ringattn.hf.same_batch import check_same_batch
 from ringattn.hf.support import LengthLimit, check_model, length_limits, text_model
 from ringattn.parallel.mesh import SequenceMesh
 
@@ -236,6 +237,7 @@ def _before_forward(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -
     handle.calls.clear()
     if not handle.verified:
         handle._called.clear()
+        check_same_batch(layout, handle.mesh)
     reset_compiled_calls(layout)
 
 

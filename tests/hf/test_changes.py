@@ -219,3 +219,19 @@ def test_what_one_rank_sees_is_refused_by_all(pool: Pools) -> None:
     with pytest.raises(NotImplementedError, match="exact up to 8 tokens, got 11") as refusal:
         pool(2).run(far_positions, "llama")
     assert "(rank [" in str(refusal.value.__cause__)
+
+
+def of_the_rank(kind: str) -> None:
+    """Every rank has a batch of its own, as a sampler for data parallelism deals them."""
+    model, mesh = fresh(), mesh_of(2, 1)
+    parallelize(model, mesh)
+    rank = mesh.sequence_rank
+    ids = IDS.flip(1) if kind == "ids" and rank else IDS
+    docs = Documents([7 + rank, 13 - rank]) if kind == "documents" else DOCS
+    model(**shard_batch({"input_ids": ids, "labels": ids}, docs, mesh))
+
+
+@pytest.mark.parametrize("kind", ["ids", "documents"])
+def test_ranks_with_batches_of_their_own(pool: Pools, kind: str) -> None:
+    with pytest.raises(ValueError, match=f"different batches: their {'input_ids' if kind == 'ids' else kind} differ"):
+        pool(2).run(of_the_rank, kind)

@@ -32,8 +32,8 @@ from torch import Tensor
 
 from ringattn import Documents, Layout, parallel_attention
 from ringattn.kernels import registry, selftest
-from ringattn.kernels.fa3 import FlashAttention3
-from ringattn.kernels.fa4 import FlashAttention4
+from ringattn.kernels.backends.fa3 import FlashAttention3
+from ringattn.kernels.backends.fa4 import FlashAttention4
 from ringattn.kernels.spec import Backend, Block, Call, Capability, Grads, Options, Sum
 from ringattn.parallel.mesh import SequenceMesh
 from ringattn.parallel.plan import Route
@@ -185,10 +185,10 @@ def no_packages() -> Iterator[None]:
     with ExitStack() as stack:
         stack.enter_context(mock.patch.dict(sys.modules, null_fa4=interface))
         for target, value in (
-            ("ringattn.kernels.fa4._kernels", lambda: (interface._flash_attn_fwd, interface._flash_attn_bwd)),
-            ("ringattn.kernels.fa3._kernels", lambda: operators),
-            ("ringattn.kernels.fa3.parameters", lambda _: names),
-            ("ringattn.kernels.unpack_triton.unpack_into", lambda *_: None),
+            ("ringattn.kernels.backends.fa4._kernels", lambda: (interface._flash_attn_fwd, interface._flash_attn_bwd)),
+            ("ringattn.kernels.backends.fa3._kernels", lambda: operators),
+            ("ringattn.kernels.backends.fa3.parameters", lambda _: names),
+            ("ringattn.kernels.backends.fa4_unpack_triton.unpack_into", lambda *_: None),
         ):
             stack.enter_context(mock.patch(target, value))
         yield

@@ -134,7 +134,7 @@ def _backend(spec: CallSpec, layout: Layout, name: str) -> Backend:
         return choose(spec, name)
     key = ("backend", spec, name)
     if key not in layout._plans:
-        from ringattn.kernels.tuned_backend import tuned_backend
+        from ringattn.kernels.tuning.tuned_backend import tuned_backend
 
         mesh = layout.mesh
         group = mesh.sequence_group if isinstance(mesh, SequenceMesh) and mesh.sequence_size > 1 else None

@@ -18,7 +18,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from ringattn.kernels.merge import merge_
 from ringattn.kernels.registry import choose
 from ringattn.kernels.spec import Block, Call, CallSpec, Grads, Options
-from ringattn.kernels.tuning import device_name, timed_ms
+from ringattn.kernels.tuning.tuner import device_name, timed_ms
 from ringattn.parallel.fitting import Sample, fit_link, fit_rate, worst_error
 from ringattn.parallel.machine import Link, Machine
 from ringattn.parallel.plan import Route

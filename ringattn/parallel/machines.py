@@ -8,8 +8,8 @@ from pathlib import Path
 import torch
 
 from ringattn.environment import MACHINE
-from ringattn.kernels.tuning import device_name
-from ringattn.kernels.tuning_store import default_folder
+from ringattn.kernels.tuning.store import default_folder
+from ringattn.kernels.tuning.tuner import device_name
 from ringattn.parallel.machine import Link, Machine
 from ringattn.parallel.rates import KernelRate
 

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ringattn.kernels.reference import allowed_pairs
+from ringattn.kernels.backends.reference import allowed_pairs
 from ringattn.kernels.spec import Range
 from ringattn.parallel.plan import AttentionPlan
 

@@ -10,8 +10,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ringattn.kernels.pack import head_columns
-from ringattn.kernels.rows import Addition, Additions, Pair, add_rows, flat_pair, row_index, take_rows
+from ringattn.kernels.movement.additions import Addition, Additions, Pair
+from ringattn.kernels.movement.heads import head_columns
+from ringattn.kernels.movement.rows import add_rows, flat_pair, row_index, take_rows
 from ringattn.kernels.spec import Range, Sum, accumulation_dtype, to_device
 from ringattn.parallel.plan import Stage
 from ringattn.parallel.ranges import overlap

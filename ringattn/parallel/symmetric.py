@@ -243,7 +243,7 @@ def _units(route: Route, like: Tensor) -> tuple[Tensor, int]:
 def _puller() -> Any:
     """The kernel, or None without Triton."""
     try:
-        from ringattn.kernels.pull_triton import pull
+        from ringattn.kernels.movement.pull_triton import pull
     except ImportError:
         return None
     return pull

@@ -14,7 +14,8 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from ringattn.kernels.pack import Slot, Slots, head_columns, pack_heads, unpack_heads
+from ringattn.kernels.movement.heads import head_columns, pack_heads, unpack_heads
+from ringattn.kernels.movement.slots import Slot, Slots
 from ringattn.kernels.spec import Range
 from ringattn.parallel.plan import Exchange, HeadShare, Route
 from ringattn.parallel.transport import Pending, Transport

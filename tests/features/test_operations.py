@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from ringattn import Documents, Layout, Mask, MeshShape, environment, parallel_attention
-from ringattn.kernels import flex, registry
+from ringattn.kernels import registry
+from ringattn.kernels.backends import flex
 from ringattn.kernels.spec import Backend, Block, Call, Capability, Options
 from ringattn.parallel.picture import area, picture
 from ringattn.parallel.planner import plan_attention

@@ -8,7 +8,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from ringattn import Documents, Layout, Mask, MeshShape, parallel_attention
-from ringattn.kernels.reference import Reference
+from ringattn.kernels.backends.reference import Reference
 from ringattn.kernels.registry import backends, explain, refusal
 from ringattn.kernels.selftest import adds
 from ringattn.kernels.spec import Backend, Block, Call, CallSpec, Grads, Options, Sum, accumulation_dtype

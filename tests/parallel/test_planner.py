@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ringattn import Documents, Layout, Mask, MeshShape
-from ringattn.kernels.reference import allowed_pairs
+from ringattn.kernels.backends.reference import allowed_pairs
 from ringattn.parallel import demand
 from ringattn.parallel.held import TILE, inner_rows
 from ringattn.parallel.plan import AttentionPlan

@@ -8,7 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ringattn.kernels.reference import allowed_pairs
+from ringattn.kernels.backends.reference import allowed_pairs
 from ringattn.kernels.spec import Block, Call
 from ringattn.parallel.fitting import Sample, fit_link, fit_rate, worst_error
 from ringattn.parallel.machine import Link

@@ -11,8 +11,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ringattn.kernels.launch import launch, power_of_two
-from ringattn.kernels.rows import TILE, Pair
+from ringattn.kernels.movement.additions import TILE, Pair
+from ringattn.kernels.movement.launch import launch, power_of_two
 
 WIDTH = 512  # most columns of a program
 NARROW = 32  # with fewer it is better to load from both tensors

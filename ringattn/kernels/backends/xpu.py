@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ringattn.kernels.cpu import batched, flat, merged
+from ringattn.kernels.backends.cpu import batched, flat, merged
 from ringattn.kernels.spec import Block, Call, Capability, Grads, Options, accumulation_dtype
 
 _OPERATOR = "_scaled_dot_product_flash_attention"

@@ -10,13 +10,13 @@ from functools import cache
 import torch.distributed as dist
 
 from ringattn.environment import BACKEND
-from ringattn.kernels.flex import FlexAttention
-from ringattn.kernels.measured import MeasuredCall
+from ringattn.kernels.backends.flex import FlexAttention
 from ringattn.kernels.registry import backends, choose, refusal
 from ringattn.kernels.selftest import failure
 from ringattn.kernels.spec import Backend, CallSpec
-from ringattn.kernels.tiles import Tile, tiles_here
-from ringattn.kernels.tuning import Choice, Problem, Tuner
+from ringattn.kernels.tuning.measured import MeasuredCall
+from ringattn.kernels.tuning.tiles import Tile, tiles_here
+from ringattn.kernels.tuning.tuner import Choice, Problem, Tuner
 
 
 @cache

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ringattn.kernels.spec import Backend, Block, Call, CallSpec, Grads, Options
-from ringattn.kernels.tuning import Key, bucket
+from ringattn.kernels.tuning.tuner import Key, bucket
 
 # Packages whose kernels are measured: another version is another result.
 DISTRIBUTIONS = ("flash-attn", "flash-attn-3", "flash-attn-4", "xformers", "triton")

@@ -11,7 +11,7 @@ import torch
 
 from ringattn.environment import SHARED_MEMORY_KIB
 from ringattn.kernels.spec import CallSpec
-from ringattn.kernels.tuning import bucket
+from ringattn.kernels.tuning.tuner import bucket
 
 MOST = 18  # candidates measured for one shape
 

@@ -76,7 +76,7 @@ _OF_A_CALL = ("cu_total_m_blocks", "sink_tensors")
 
 def _last_step(original: Callable[..., None]) -> Callable[..., None]:
     """The package's last step, but for outputs that wait: they are added to their sums, and taken out."""
-    from ringattn.kernels.unpack_triton import Lengths, Tiles, unpack_into
+    from ringattn.kernels.backends.fa4_unpack_triton import Lengths, Tiles, unpack_into
 
     def convert(
         accum: Tensor,

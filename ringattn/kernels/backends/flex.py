@@ -22,8 +22,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from ringattn.kernels.backends.reference import is_kept, row_hashes
 from ringattn.kernels.merge import finite_lse
-from ringattn.kernels.reference import is_kept, row_hashes
 from ringattn.kernels.spec import Call, Capability, Dropout, Grads, Options, accumulation_dtype, to_device
 
 Attend = Callable[..., tuple[Tensor, Tensor]]  # (block mask, q, k, v, and with dropout `_hashes`) -> out, lse

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ringattn.kernels.fa2 import keyless_weightless
+from ringattn.kernels.backends.fa2 import keyless_weightless
 from ringattn.kernels.probing import parameters, require, why_missing
 from ringattn.kernels.spec import Call, Capability, Grads, Options, rows_of_heads
 

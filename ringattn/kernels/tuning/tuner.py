@@ -17,7 +17,7 @@ import torch
 import torch.distributed as dist
 
 from ringattn.environment import AUTOTUNE, logger
-from ringattn.kernels.tuning_store import SCHEMA, Store
+from ringattn.kernels.tuning.store import SCHEMA, Store
 
 BUDGET_MS = 200.0  # for the timed runs of one candidate
 MOST_RUNS = 50

@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ringattn.kernels.launch import launch, power_of_two
+from ringattn.kernels.movement.launch import launch, power_of_two
 from ringattn.kernels.spec import Sum
 
 ROWS = 16  # of a program: with 128 numbers a row and 4 warps every thread moves 16

@@ -12,9 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ringattn.kernels.backends.torch_flash import is_causal, longest_keys
 from ringattn.kernels.probing import require, why_missing
 from ringattn.kernels.spec import Call, CallSpec, Capability, Grads, Options, pack_keys, rows_of_heads, unpack_keys
-from ringattn.kernels.torch_flash import is_causal, longest_keys
 
 Kernels = tuple[Callable[..., Any], Callable[..., Any]]
 

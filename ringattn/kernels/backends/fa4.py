@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ringattn.kernels.fa4_sums import backward_into
+from ringattn.kernels.backends.fa4_sums import backward_into
 from ringattn.kernels.probing import require, why_missing
 from ringattn.kernels.spec import Call, Capability, Grads, Options, rows_of_heads
 

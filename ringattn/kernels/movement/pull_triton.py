@@ -5,7 +5,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ringattn.kernels.launch import launch
+from ringattn.kernels.movement.launch import launch
 
 BLOCK = 4096  # numbers of 8 bytes of a program: every thread has 16 loads under way, as the wire is far
 

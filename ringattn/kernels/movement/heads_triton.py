@@ -6,8 +6,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ringattn.kernels.launch import launch, power_of_two
-from ringattn.kernels.pack import MOST
+from ringattn.kernels.movement.launch import launch, power_of_two
+from ringattn.kernels.movement.slots import MOST
 
 TILE = 4096  # elements of one program
 

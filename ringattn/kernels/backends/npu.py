@@ -12,9 +12,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from ringattn.kernels.backends.torch_flash import longest_keys
 from ringattn.kernels.probing import parameters, require, why_missing
 from ringattn.kernels.spec import Call, Capability, Grads, Options, Range, to_device
-from ringattn.kernels.torch_flash import longest_keys
 
 MAX_BLOCKS = 2048  # sequences of one launch, as documented
 _LANES = 8  # the statistics of a row are repeated this often

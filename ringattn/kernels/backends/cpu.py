@@ -11,8 +11,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from ringattn.kernels.backends.reference import allowed_pairs
 from ringattn.kernels.merge import merge_
-from ringattn.kernels.reference import allowed_pairs
 from ringattn.kernels.spec import Block, Call, Capability, Grads, Options, accumulation_dtype
 
 _OPERATOR = "_scaled_dot_product_flash_attention_for_cpu"

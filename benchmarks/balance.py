@@ -14,10 +14,10 @@ from statistics import mean
 import numpy as np
 
 from ringattn import Documents, Layout, Mask, MeshShape
-from ringattn.parallel.demand import Demand, per
-from ringattn.parallel.held import Held
-from ringattn.parallel.machine import Machine
-from ringattn.parallel.machines import SHIPPED
+from ringattn.parallel.machine.machine import Machine
+from ringattn.parallel.machine.shipped import SHIPPED
+from ringattn.parallel.placement.pieces import Held
+from ringattn.parallel.schedules.demand import Demand, per
 from ringattn.workloads import HISTOGRAMS
 
 POLICIES = ("balanced", "balanced by time", "zigzag", "contiguous")

@@ -35,8 +35,8 @@ from ringattn.kernels import registry, selftest
 from ringattn.kernels.backends.fa3 import FlashAttention3
 from ringattn.kernels.backends.fa4 import FlashAttention4
 from ringattn.kernels.spec import Backend, Block, Call, Capability, Grads, Options, Sum
-from ringattn.parallel.mesh import SequenceMesh
-from ringattn.parallel.plan import Route
+from ringattn.parallel.mesh.mesh import SequenceMesh
+from ringattn.parallel.plan.route import Route
 
 CALLS = 40  # layer calls of one run, as many as a model has layers
 RUNS = 10  # of each process
@@ -148,10 +148,10 @@ def nothing_computed() -> Iterator[None]:
             ("ringattn.kernels.registry.backends", lambda: known),
             ("ringattn.kernels.selftest._run", lambda *_: None),
             ("ringattn.kernels.selftest._adds_right", lambda *_: True),
-            ("ringattn.parallel.rows.take_rows", lambda *_: None),
-            ("ringattn.parallel.rows.add_rows", lambda *_: None),
-            ("ringattn.parallel.ulysses.pack_heads", lambda *_: None),
-            ("ringattn.parallel.ulysses.unpack_heads", lambda *_: None),
+            ("ringattn.parallel.execution.key_transfers.take_rows", lambda *_: None),
+            ("ringattn.parallel.execution.key_transfers.add_rows", lambda *_: None),
+            ("ringattn.parallel.execution.head_exchange.pack_heads", lambda *_: None),
+            ("ringattn.parallel.execution.head_exchange.unpack_heads", lambda *_: None),
         ):
             stack.enter_context(mock.patch(target, value))
         yield

@@ -29,10 +29,11 @@ from ringattn.benchmarking.problem import Heads, spec_of
 from ringattn.benchmarking.workloads import Workload, workload
 from ringattn.kernels.registry import choose
 from ringattn.kernels.spec import Grads, Options
-from ringattn.parallel.machines import local_machine
-from ringattn.parallel.mesh import MeshShape, SequenceMesh
-from ringattn.parallel.planner import plan_attention
-from ringattn.parallel.ulysses import exchange_plan
+from ringattn.parallel.machine.shipped import local_machine
+from ringattn.parallel.mesh.mesh import SequenceMesh
+from ringattn.parallel.mesh.shape import MeshShape
+from ringattn.parallel.plan.exchange import exchange_plan
+from ringattn.parallel.planning.planner import plan_attention
 
 CALLS, REPEATS = 4, 3
 

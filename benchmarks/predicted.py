@@ -13,11 +13,13 @@ from typing import Any
 
 from ringattn import Layout, MeshShape
 from ringattn.benchmarking.workloads import workload
-from ringattn.parallel.choice import candidates, choose
-from ringattn.parallel.machine import Machine
-from ringattn.parallel.machines import SHIPPED
-from ringattn.parallel.plan import Shape
-from ringattn.parallel.pricing import Pricer, Setting
+from ringattn.parallel.choice.schedule import choose
+from ringattn.parallel.machine.machine import Machine
+from ringattn.parallel.machine.shipped import SHIPPED
+from ringattn.parallel.plan.shape import Shape
+from ringattn.parallel.pricing.pricer import Pricer
+from ringattn.parallel.pricing.setting import Setting
+from ringattn.parallel.schedules.schedule import candidates
 
 # Schemes on a mesh: of degrees that a layout chooses, and of other systems, nothing is predicted.
 PREDICTED = re.compile(r"(?!usp)\w+:\d+x\d+")

@@ -15,11 +15,11 @@ from ringattn import Documents, Layout, Mask, MeshShape
 from ringattn.cli import make_parser
 from ringattn.commands.simulate import examine
 from ringattn.drawing import draw_scaling
-from ringattn.parallel.group import plan_group
-from ringattn.parallel.machines import SHIPPED
-from ringattn.parallel.plan import Shape
-from ringattn.parallel.pricing import Setting
-from ringattn.parallel.simulation import simulate
+from ringattn.parallel.machine.shipped import SHIPPED
+from ringattn.parallel.plan.shape import Shape
+from ringattn.parallel.planning.all_ranks import plan_group
+from ringattn.parallel.pricing.setting import Setting
+from ringattn.parallel.simulation.simulate import simulate
 from ringattn.workloads import HISTOGRAMS
 
 WORKLOADS = {"one document": [], "histogram packs": ["--histogram", "chatqa", "--packs", "3"]}

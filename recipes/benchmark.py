@@ -30,7 +30,7 @@ from ringattn.benchmarking.suite import Result, measure
 from ringattn.benchmarking.timing import Timer
 from ringattn.benchmarking.workloads import Workload, workload
 from ringattn.kernels.registry import choose
-from ringattn.parallel.mesh import TRANSPORTS
+from ringattn.parallel.mesh.mesh import TRANSPORTS
 from ringattn.training.launched import Launch, current, export, pick_device
 from ringattn.training.refusal import refuse
 

@@ -11,9 +11,10 @@ from torch import Tensor, nn
 
 from ringattn.mask import Mask
 from ringattn.names import accept_aliases
-from ringattn.parallel.executor import run
+from ringattn.parallel.execution.executor import run
 from ringattn.parallel.layout import Layout
-from ringattn.parallel.mesh import MeshShape, SequenceMesh
+from ringattn.parallel.mesh.mesh import SequenceMesh
+from ringattn.parallel.mesh.shape import MeshShape
 from ringattn.preparation import Settings, prepare
 from ringattn.tracing import untraced
 

@@ -16,11 +16,11 @@ from torch import Tensor
 from ringattn.attention import compute
 from ringattn.kernels.spec import accumulation_dtype
 from ringattn.mask import Mask
-from ringattn.parallel.executor import backward_parts, forward_parts, joined_lse
+from ringattn.parallel.execution.accumulator import part
+from ringattn.parallel.execution.executor import backward_parts, forward_parts, joined_lse
+from ringattn.parallel.execution.job import Job, Saved
 from ringattn.parallel.layout import Layout
 from ringattn.parallel.numbered import by_number
-from ringattn.parallel.rows import part
-from ringattn.parallel.stages import Job, Saved
 from ringattn.preparation import Settings, check_kinds, prepare
 
 _CALLS = "compiled calls"

@@ -11,8 +11,8 @@ import numpy as np
 import numpy.typing as npt
 
 from ringattn.kernels.spec import Range
-from ringattn.parallel.plan import AttentionPlan
-from ringattn.parallel.simulation import Pass, Span
+from ringattn.parallel.plan.plan import AttentionPlan
+from ringattn.parallel.simulation.simulate import Pass, Span
 
 PIXELS = 600  # of the mask's side at most
 LANES = 16  # ranks in a timeline at most

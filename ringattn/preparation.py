@@ -16,12 +16,12 @@ from ringattn.kernels.registry import choose
 from ringattn.kernels.selftest import adds
 from ringattn.kernels.spec import Backend, CallSpec, Options
 from ringattn.mask import Mask
+from ringattn.parallel.execution.job import Job
 from ringattn.parallel.layout import Layout
-from ringattn.parallel.mesh import SequenceMesh
-from ringattn.parallel.plan_check import check_plan
-from ringattn.parallel.planner import plan_parts
-from ringattn.parallel.stages import Job
-from ringattn.parallel.transport import Transport
+from ringattn.parallel.mesh.mesh import SequenceMesh
+from ringattn.parallel.planning.agreement import check_plan
+from ringattn.parallel.planning.planner import plan_parts
+from ringattn.parallel.transport.protocol import Transport
 
 
 class Settings(NamedTuple):

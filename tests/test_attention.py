@@ -11,7 +11,7 @@ from ringattn.environment import warn_of_unknown
 from ringattn.kernels.registry import choose, explain
 from ringattn.kernels.spec import CallSpec
 from ringattn.kernels.tuning.tuned_backend import tuner
-from ringattn.parallel.mesh import resolve_mesh
+from ringattn.parallel.mesh.shape import resolve_mesh
 from tests.parallel.ranks import mesh_of
 from tests.pool import Pools
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from ringattn import Documents, Layout, Mask, MeshShape, parallel_attention, preparation
-from ringattn.parallel.stages import Job
+from ringattn.parallel.execution.job import Job
 from ringattn.preparation import Settings, prepare
 
 

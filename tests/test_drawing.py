@@ -9,11 +9,11 @@ from hypothesis import strategies as st
 
 from ringattn import Documents, Layout, Mask, MeshShape
 from ringattn.drawing import check_drawing, draw_plan, lightened, mask_image, rank_colours, shown_ranks
-from ringattn.parallel.group import plan_group
-from ringattn.parallel.machines import SHIPPED
-from ringattn.parallel.plan import Shape
-from ringattn.parallel.pricing import Setting
-from ringattn.parallel.simulation import Pass, Span, simulate
+from ringattn.parallel.machine.shipped import SHIPPED
+from ringattn.parallel.plan.shape import Shape
+from ringattn.parallel.planning.all_ranks import plan_group
+from ringattn.parallel.pricing.setting import Setting
+from ringattn.parallel.simulation.simulate import Pass, Span, simulate
 
 MASKS = [Mask(), Mask(causal=False), Mask(window=(7, 0)), Mask(causal=False, window=(3, 5)), Mask(chunk=9)]
 

@@ -11,11 +11,12 @@ from torch import Tensor
 
 from ringattn.attention import parallel_attention
 from ringattn.benchmarking.problem import Placed, Problem
-from ringattn.parallel.executor import run
+from ringattn.parallel.execution.executor import run
 from ringattn.parallel.layout import Layout
-from ringattn.parallel.mesh import SequenceMesh
-from ringattn.parallel.plan import PartedPlan, Route
-from ringattn.parallel.planner import plan_parts
+from ringattn.parallel.mesh.mesh import SequenceMesh
+from ringattn.parallel.plan.plan import PartedPlan
+from ringattn.parallel.plan.route import Route
+from ringattn.parallel.planning.planner import plan_parts
 from ringattn.preparation import Settings, prepare
 
 FILLING = 4  # calls that are filled with random numbers: the first, which are not timed

@@ -82,8 +82,8 @@ def _plain(name: str | None) -> Any:
     import torch
 
     from ringattn.environment import MACHINE
-    from ringattn.parallel.machine import Machine
-    from ringattn.parallel.machines import SHIPPED, local_machine
+    from ringattn.parallel.machine.machine import Machine
+    from ringattn.parallel.machine.shipped import SHIPPED, local_machine
 
     if name is None:
         if torch.cuda.is_available():
@@ -124,8 +124,8 @@ def free_mesh(args: argparse.Namespace, ranks: int) -> Any:
 
 def setting(args: argparse.Namespace, layout: Any) -> Any:
     """The `Setting` of the options for a layout that was made for their mesh."""
-    from ringattn.parallel.plan import Shape
-    from ringattn.parallel.pricing import Setting
+    from ringattn.parallel.plan.shape import Shape
+    from ringattn.parallel.pricing.setting import Setting
 
     shape = Shape(args.heads[0], args.heads[1], args.head_dim, args.head_dim)
     return Setting(layout.mesh.machine, shape).on(layout)

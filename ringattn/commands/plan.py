@@ -14,7 +14,7 @@ from typing import Any
 from ringattn.commands import _workload
 from ringattn.commands._call import positive
 from ringattn.commands._text import row, table
-from ringattn.parallel.planner import SCHEMES
+from ringattn.parallel.planning.options import SCHEMES
 
 SHOWN = 64  # ranks in the table; of more the slowest
 
@@ -63,9 +63,10 @@ def run(args: argparse.Namespace) -> int:
 def plan(args: argparse.Namespace) -> tuple[Any, list[dict[str, Any]]]:
     """The layout, and the objects that the report and the picture speak of: of each part, or of the whole."""
     from ringattn import Documents, Layout
-    from ringattn.parallel.group import plan_group
-    from ringattn.parallel.memory import buffer_bytes
-    from ringattn.parallel.planner import check_scheme, part_groups, part_scheme
+    from ringattn.parallel.planning.all_ranks import plan_group
+    from ringattn.parallel.planning.options import check_scheme
+    from ringattn.parallel.planning.planner import part_groups, part_scheme
+    from ringattn.parallel.pricing.memory import buffer_bytes
 
     documents = Documents(_workload.lengths(args, args.tokens, args.seed))
     mask = _workload.mask(args)
@@ -111,7 +112,7 @@ def chosen_degrees(layout: Any) -> list[str]:
 
 def examine(planned: dict[str, Any]) -> dict[str, Any]:
     """Everything that the report says, as plain values; times in seconds."""
-    from ringattn.parallel.simulation import simulate
+    from ringattn.parallel.simulation.simulate import simulate
 
     layout, setting, plans = planned["layout"], planned["setting"], planned["plans"]
     mesh, shape, machine = layout.mesh, setting.shape, setting.machine
@@ -152,9 +153,9 @@ def schedule_of(plan: Any, backward: bool) -> str:
 
 def rank_report(planned: dict[str, Any], rank: int) -> dict[str, Any]:
     """One rank: what it holds, computes, sends and receives (forward), and its predicted seconds."""
-    from ringattn.parallel.cost import rank_cost
-    from ringattn.parallel.rates import BlockTable
-    from ringattn.parallel.traffic import Traffic
+    from ringattn.parallel.geometry.block_table import BlockTable
+    from ringattn.parallel.pricing.plan_cost import rank_cost
+    from ringattn.parallel.simulation.traffic import Traffic
 
     setting, layout, plan = planned["setting"], planned["layout"], planned["plans"][rank]
     traffic = planned.setdefault("traffic", received_and_sent(Traffic(planned["plans"], setting.shape, False)))
@@ -197,8 +198,9 @@ def received_and_sent(traffic: Any) -> tuple[list[float], list[float]]:
 
 def alternatives(planned: dict[str, Any]) -> list[dict[str, Any]]:
     """Every schedule of this mesh with its predicted seconds and memory."""
-    from ringattn.parallel.choice import candidates
-    from ringattn.parallel.pricing import Pricer, most_bytes
+    from ringattn.parallel.pricing.price import most_bytes
+    from ringattn.parallel.pricing.pricer import Pricer
+    from ringattn.parallel.schedules.schedule import candidates
 
     layout, mask, setting = planned["layout"], planned["mask"], planned["setting"]
     pricer = Pricer.of(layout, mask, setting)
@@ -219,8 +221,8 @@ def alternatives(planned: dict[str, Any]) -> list[dict[str, Any]]:
 def meshes(planned: dict[str, Any]) -> list[dict[str, Any]]:
     """The best schedules of every ring × ulysses with as many ranks, heads and memory permitting."""
     from ringattn import Layout
-    from ringattn.parallel.choice import candidates
-    from ringattn.parallel.planner import chosen
+    from ringattn.parallel.planning.planner import chosen
+    from ringattn.parallel.schedules.schedule import candidates
 
     args, layout, mask, setting = planned["args"], planned["layout"], planned["mask"], planned["setting"]
     ranks, node = layout.mesh.sequence_size, setting.machine.gpus_per_node

@@ -15,7 +15,7 @@ from ringattn.hf.metadata import METADATA, check_metadata, documents_of
 from ringattn.hf.same_batch import note_batch
 from ringattn.mask import Mask
 from ringattn.parallel.layout import Layout
-from ringattn.parallel.mesh import SequenceMesh
+from ringattn.parallel.mesh.mesh import SequenceMesh
 
 LABELS = ("labels", "shift_labels")
 # Keywords that are no tokens and go through as they are.

@@ -15,7 +15,7 @@ from ringattn.hf.attention import FEATURES, layer_type
 from ringattn.hf.batch import shard_batch
 from ringattn.hf.loss import IGNORE_INDEX, shifted_labels
 from ringattn.hf.model import Handle
-from ringattn.parallel.mesh import SequenceMesh
+from ringattn.parallel.mesh.mesh import SequenceMesh
 
 
 @dataclass(frozen=True)

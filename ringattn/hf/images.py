@@ -14,7 +14,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ringattn.hf.support import text_model
-from ringattn.parallel.mesh import SequenceMesh
+from ringattn.parallel.mesh.mesh import SequenceMesh
 
 # What every decoder's forward pass takes; anything else is one more way into it.
 _USUAL = frozenset(

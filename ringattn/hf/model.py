@@ -17,7 +17,7 @@ from ringattn.hf.loss import GlobalLoss, check_is_share
 from ringattn.hf.masks import note_mask
 from ringattn.hf.same_batch import check_same_batch
 from ringattn.hf.support import LengthLimit, check_model, length_limits, text_model
-from ringattn.parallel.mesh import SequenceMesh
+from ringattn.parallel.mesh.mesh import SequenceMesh
 
 # Only "ringattn" works: transformers treats names that hold "flash" or "/" in ways of its own.
 NAME = "ringattn"

@@ -12,7 +12,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ringattn.parallel.layout import Layout
-from ringattn.parallel.mesh import SequenceMesh
+from ringattn.parallel.mesh.mesh import SequenceMesh
 
 _KEY = "checksum of the batch"
 

@@ -18,7 +18,7 @@ from ringattn.hf.batch import count_targets, shard_batch
 from ringattn.hf.loss import IGNORE_INDEX
 from ringattn.hf.metadata import METADATA
 from ringattn.hf.model import parallelize, unwrapped
-from ringattn.parallel.mesh import SequenceMesh
+from ringattn.parallel.mesh.mesh import SequenceMesh
 
 if TYPE_CHECKING:
     _Base = Trainer

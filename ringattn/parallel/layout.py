@@ -16,14 +16,16 @@ from torch.autograd.function import once_differentiable
 from ringattn.documents import Documents
 from ringattn.kernels.spec import Range, to_device
 from ringattn.mask import Mask
-from ringattn.parallel import placement
-from ringattn.parallel.machine import Machine
-from ringattn.parallel.mesh import MeshShape, SequenceMesh
+from ringattn.parallel.geometry.ranges import length, overlap, touching
+from ringattn.parallel.machine.machine import Machine
+from ringattn.parallel.mesh.mesh import SequenceMesh
+from ringattn.parallel.mesh.shape import MeshShape
 from ringattn.parallel.numbered import number_of
-from ringattn.parallel.parts import Parts, compact, resolve_parts, spread
-from ringattn.parallel.placement import Load, Placement
-from ringattn.parallel.plan import Shape
-from ringattn.parallel.ranges import length, overlap, touching
+from ringattn.parallel.placement import policies as placement
+from ringattn.parallel.placement.load import Load
+from ringattn.parallel.placement.parts import Parts, compact, resolve_parts, spread
+from ringattn.parallel.placement.policies import Placement
+from ringattn.parallel.plan.shape import Shape
 from ringattn.tracing import untraced
 
 POLICIES = ("contiguous", "zigzag", "balanced", "auto")
@@ -114,7 +116,7 @@ class Layout:
 
     def _take_degrees(self, machine: Machine | None, shape: Shape) -> None:
         """Become the layout on those of the mesh's alternatives which are predicted to be fastest."""
-        from ringattn.parallel.degrees import choose_degrees  # it makes layouts
+        from ringattn.parallel.choice.degrees import choose_degrees
 
         options: dict[str, Any] = {"machine": machine, "head_dim": shape.head_dim}
 

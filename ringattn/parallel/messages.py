@@ -1,10 +1,8 @@
 """The messages of an exchange, in bytes: what prices and buffers are counted from. Pure."""
 
-from ringattn.parallel.plan import Exchange, Shape
+from ringattn.parallel.plan.exchange import Exchange
+from ringattn.parallel.plan.shape import Shape
 
-# Bytes that a rank sends at most, below which messages that are read from peers are pulled by a kernel, between others:
-# 30 µs on the wire. Longer ones travel beside kernels.
-PULLED = 8 << 20
 Widths = tuple[float, float]  # bytes of a query head and of a key head in a row of a message
 
 

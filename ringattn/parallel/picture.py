@@ -7,7 +7,7 @@ from torch import Tensor
 
 from ringattn.kernels.backends.reference import allowed_pairs
 from ringattn.kernels.spec import Range
-from ringattn.parallel.plan import AttentionPlan
+from ringattn.parallel.plan.plan import AttentionPlan
 
 _DIGITS = "0123456789abcdefghijklmnopqrstuvwxyz"
 

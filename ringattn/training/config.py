@@ -10,8 +10,8 @@ import torch
 from omegaconf import DictConfig, OmegaConf
 
 from ringattn.kernels.registry import backends
-from ringattn.parallel.mesh import MeshShape, resolve_mesh
-from ringattn.parallel.planner import check_scheme
+from ringattn.parallel.mesh.shape import MeshShape, resolve_mesh
+from ringattn.parallel.planning.options import check_scheme
 from ringattn.training.corpus import Corpus, matching_files
 from ringattn.training.engines.deepspeed import available as deepspeed_available
 

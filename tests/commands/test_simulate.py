@@ -8,12 +8,12 @@ from ringattn import Documents, Layout, Mask, MeshShape
 from ringattn.cli import main
 from ringattn.commands.simulate import largest_divisor
 from ringattn.kernels.spec import Block, Call
-from ringattn.parallel.cost import call_seconds
-from ringattn.parallel.group import plan_group
-from ringattn.parallel.machines import SHIPPED
-from ringattn.parallel.plan import Shape
-from ringattn.parallel.pricing import Setting
-from ringattn.parallel.simulation import simulate
+from ringattn.parallel.machine.shipped import SHIPPED
+from ringattn.parallel.plan.shape import Shape
+from ringattn.parallel.planning.all_ranks import plan_group
+from ringattn.parallel.pricing.kernel_times import call_seconds
+from ringattn.parallel.pricing.setting import Setting
+from ringattn.parallel.simulation.simulate import simulate
 
 H200 = SHIPPED["H200"]
 

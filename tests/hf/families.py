@@ -7,7 +7,7 @@ from typing import Any
 from unittest.mock import patch
 
 from ringattn.documents import Documents
-from ringattn.parallel import placement
+from ringattn.parallel.placement import policies as placement
 
 WINDOW = {"sliding_window": 5}
 GQA = {"num_key_value_heads": 2}  # where the default has as many key heads as query heads

@@ -1,4 +1,4 @@
-"""What `fa4_sums` relies on in flash-attn-4: accumulators in an order of their own, a last step that can be exchanged."""
+"""What `backends.fa4_sums` relies on in flash-attn-4: accumulators in an order of their own, a last step."""
 
 from typing import Any
 

@@ -6,12 +6,12 @@ import pytest
 import torch
 
 from ringattn import Documents, Layout, Mask, MeshShape, parallel_attention
-from ringattn.parallel.group import plan_group
-from ringattn.parallel.machines import SHIPPED
-from ringattn.parallel.memory import buffer_bytes
-from ringattn.parallel.plan import Shape
-from ringattn.parallel.planner import plan_attention
-from ringattn.parallel.pricing import Setting
+from ringattn.parallel.machine.shipped import SHIPPED
+from ringattn.parallel.plan.shape import Shape
+from ringattn.parallel.planning.all_ranks import plan_group
+from ringattn.parallel.planning.planner import plan_attention
+from ringattn.parallel.pricing.memory import buffer_bytes
+from ringattn.parallel.pricing.setting import Setting
 from tests.dense import Case, dense_attention
 from tests.parallel.ranks import attend
 from tests.parallel.test_late import errors

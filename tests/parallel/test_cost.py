@@ -11,25 +11,22 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ringattn import Documents, Layout, Mask, MeshShape
-from ringattn.parallel import demand
-from ringattn.parallel.choice import candidates
-from ringattn.parallel.cost import (
-    StageCost,
-    backward_timeline,
-    exchange_seconds,
-    forward_timeline,
-    plan_cost,
-    rank_cost,
-)
-from ringattn.parallel.demand import Demand
-from ringattn.parallel.held import Held
-from ringattn.parallel.machine import Machine, transfer_seconds
-from ringattn.parallel.machines import SHIPPED, shipped
-from ringattn.parallel.memory import buffer_bytes
-from ringattn.parallel.plan import AttentionPlan, Shape
-from ringattn.parallel.planner import plan_attention
-from ringattn.parallel.pricing import Pricer, Setting
-from ringattn.parallel.ulysses import exchange_plan
+from ringattn.parallel.machine.machine import Machine, transfer_seconds
+from ringattn.parallel.machine.shipped import SHIPPED, shipped
+from ringattn.parallel.placement.pieces import Held
+from ringattn.parallel.plan.exchange import exchange_plan
+from ringattn.parallel.plan.plan import AttentionPlan
+from ringattn.parallel.plan.shape import Shape
+from ringattn.parallel.planning.planner import plan_attention
+from ringattn.parallel.pricing.memory import buffer_bytes
+from ringattn.parallel.pricing.plan_cost import plan_cost, rank_cost
+from ringattn.parallel.pricing.pricer import Pricer
+from ringattn.parallel.pricing.setting import Setting
+from ringattn.parallel.pricing.timeline import StageCost, backward_timeline, forward_timeline
+from ringattn.parallel.pricing.wire import exchange_seconds
+from ringattn.parallel.schedules import demand
+from ringattn.parallel.schedules.demand import Demand
+from ringattn.parallel.schedules.schedule import candidates
 from tests.parallel.cases import documents, masks
 
 H200 = SHIPPED["H200"]

@@ -8,11 +8,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ringattn import Documents, Layout, Mask, MeshShape, init_mesh, parallel_attention
-from ringattn.parallel.degrees import MIXTURE_GAIN, RING_AXIS_GAIN, choose_degrees
-from ringattn.parallel.machine import Link, Machine
-from ringattn.parallel.machines import SHIPPED
-from ringattn.parallel.plan import Shape
-from ringattn.parallel.planner import plan_parts
+from ringattn.parallel.choice.degrees import MIXTURE_GAIN, RING_AXIS_GAIN, choose_degrees
+from ringattn.parallel.machine.machine import Link, Machine
+from ringattn.parallel.machine.shipped import SHIPPED
+from ringattn.parallel.plan.shape import Shape
+from ringattn.parallel.planning.planner import plan_parts
 from tests.dense import Case, dense_attention, relative_error
 from tests.pool import Pools
 

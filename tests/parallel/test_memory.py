@@ -11,18 +11,23 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from ringattn import Documents, Layout, Mask, MeshShape, init_mesh, parallel_attention
-from ringattn.parallel.choice import candidates
-from ringattn.parallel.demand import Demand
-from ringattn.parallel.executor import run
-from ringattn.parallel.group import plan_group
-from ringattn.parallel.held import Held
-from ringattn.parallel.machine import Machine
-from ringattn.parallel.machines import SHIPPED
-from ringattn.parallel.memory import SMALLEST, StageRows, buffer_bytes, half_bytes, largest_messages, message_buffers
-from ringattn.parallel.plan import AttentionPlan, Route, Shape
-from ringattn.parallel.planner import plan_attention
-from ringattn.parallel.pricing import Pricer, Setting, most_bytes
-from ringattn.parallel.transport import Transport
+from ringattn.parallel.execution.executor import run
+from ringattn.parallel.machine.machine import Machine
+from ringattn.parallel.machine.shipped import SHIPPED
+from ringattn.parallel.placement.pieces import Held
+from ringattn.parallel.plan.plan import AttentionPlan
+from ringattn.parallel.plan.route import Route
+from ringattn.parallel.plan.shape import Shape
+from ringattn.parallel.planning.all_ranks import plan_group
+from ringattn.parallel.planning.planner import plan_attention
+from ringattn.parallel.pricing.memory import StageRows, buffer_bytes, largest_messages
+from ringattn.parallel.pricing.price import most_bytes
+from ringattn.parallel.pricing.pricer import Pricer
+from ringattn.parallel.pricing.setting import Setting
+from ringattn.parallel.schedules.demand import Demand
+from ringattn.parallel.schedules.schedule import candidates
+from ringattn.parallel.transport.buffers import SMALLEST, half_bytes, message_buffers
+from ringattn.parallel.transport.protocol import Transport
 from ringattn.preparation import Settings, prepare
 from tests.parallel.alive import most_alive, most_of_exchange
 from tests.parallel.cases import documents, masks

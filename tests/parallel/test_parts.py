@@ -15,14 +15,15 @@ from hypothesis import strategies as st
 
 from ringattn import Documents, Layout, Mask, MeshShape, ParallelAttention, parallel_attention
 from ringattn.benchmarking.workloads import workload
-from ringattn.parallel.degrees import MIXTURE_GAIN, choose_degrees
-from ringattn.parallel.machines import SHIPPED
-from ringattn.parallel.memory import buffer_bytes
-from ringattn.parallel.parts import Parts
-from ringattn.parallel.plan import Shape
-from ringattn.parallel.plan_check import common_digest
-from ringattn.parallel.planner import plan_attention, plan_parts
-from ringattn.parallel.pricing import Candidate, Price, together
+from ringattn.parallel.choice.degrees import MIXTURE_GAIN, choose_degrees
+from ringattn.parallel.machine.shipped import SHIPPED
+from ringattn.parallel.placement.parts import Parts
+from ringattn.parallel.plan.shape import Shape
+from ringattn.parallel.planning.agreement import common_digest
+from ringattn.parallel.planning.planner import plan_attention, plan_parts
+from ringattn.parallel.pricing.memory import buffer_bytes
+from ringattn.parallel.pricing.price import Price, together
+from ringattn.parallel.schedules.schedule import Candidate
 from tests.dense import Case
 from tests.features.test_compiled import compiled_and_not
 from tests.parallel.cases import HEADS, MASKS, documents, masks

@@ -12,10 +12,10 @@ from hypothesis import strategies as st
 from benchmarks.balance import balance
 from ringattn import Documents, Layout, Mask, MeshShape
 from ringattn.kernels.spec import Block, Call
-from ringattn.parallel.demand import Demand, per
-from ringattn.parallel.held import Held
-from ringattn.parallel.machines import SHIPPED
-from ringattn.parallel.rates import BlockTable
+from ringattn.parallel.geometry.block_table import BlockTable
+from ringattn.parallel.machine.shipped import SHIPPED
+from ringattn.parallel.placement.pieces import Held
+from ringattn.parallel.schedules.demand import Demand, per
 from ringattn.workloads import HISTOGRAMS
 from tests.parallel.cases import documents, masks
 

@@ -153,7 +153,7 @@ def one_rank(work: Workload, heads: Heads, contestant: str, rank: int, backend: 
         step()
     transport.filling = False
     step()
-    parts = [f"{len(part.docs)} on {part.mesh.ring} × {part.mesh.ulysses}" for part in layout.parts or (layout,)]
+    parts = [f"{len(part.docs)} on {part.mesh.ring} × {part.mesh.ulysses}" for part in layout.parts]
     return measured(step, transport.arrived), ", ".join(parts)
 
 

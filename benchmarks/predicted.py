@@ -66,7 +66,7 @@ def compared(result: dict[str, Any], facts: dict[str, Any], machine: Machine) ->
     work = workload(result["workload"], facts["seed"])
     layout = Layout(work.docs, MeshShape(1, ring, ulysses), mask=work.mask)
     shape = Shape(query_heads, key_heads, facts["head_dim"], facts["head_dim"], 2)
-    pricer = Pricer.of(layout, work.mask, Setting(machine, shape))
+    pricer = Pricer.of(layout.parts[0], work.mask, Setting(machine, shape))
     cost = choose(pricer, candidates(ring, scheme, None), None).cost
     forward, backward = cost.forward.seconds * 1e3, cost.backward.seconds * 1e3
     measured = result["forward"], result["both"] - result["forward"]

@@ -88,7 +88,7 @@ def check_rows() -> list[str]:
         )
         flops, times = 0.0, [0.0, 0.0]
         for pack in packs:
-            layout = Layout(Documents(pack), MeshShape(1, 1, 8, machine=machine))
+            (layout,) = Layout(Documents(pack), MeshShape(1, 1, 8, machine=machine)).parts
             plans = plan_group(layout, Mask(), Setting(machine, shape).on(layout))
             flops += 4 * 32 * 128 * sum(n * (n + 1) // 2 for n in pack) / 8
             times = [t + simulate(machine, plans, shape, bool(n)).seconds for n, t in enumerate(times)]

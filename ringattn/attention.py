@@ -11,12 +11,10 @@ from torch import Tensor, nn
 
 from ringattn.mask import Mask
 from ringattn.names import accept_aliases
-from ringattn.parallel.execution.executor import run
 from ringattn.parallel.layout import Layout
 from ringattn.parallel.mesh.mesh import SequenceMesh
 from ringattn.parallel.mesh.shape import MeshShape
-from ringattn.preparation import Settings, prepare
-from ringattn.tracing import untraced
+from ringattn.preparation import Settings, compute
 
 _CAUSAL = Mask()
 
@@ -126,14 +124,6 @@ def _attention(
     else:
         out, lse = compute(q, k, v, sinks, layout, settings)
     return (out, lse) if settings.return_lse else out
-
-
-@untraced
-def compute(
-    q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None, layout: Layout, settings: Settings
-) -> tuple[Tensor, Tensor]:
-    """out (t, H, V) and lse (H, t), outside of compiled graphs."""
-    return run(prepare(q, k, v, sinks, layout, settings), q, k, v, sinks)
 
 
 class ParallelAttention(nn.Module):

@@ -20,8 +20,8 @@ MASKS = [Mask(), Mask(causal=False), Mask(window=(7, 0)), Mask(causal=False, win
 
 def planned(lengths, ring, ulysses=1, mask=Mask(), scheme="auto"):
     layout = Layout(Documents(lengths), MeshShape(1, ring, ulysses), mask=mask)
-    setting = Setting(SHIPPED["H200"], Shape(4, 2, 64, 64)).on(layout)
-    return layout, plan_group(layout, mask, setting, scheme if ring > 1 else "auto")
+    setting = Setting(SHIPPED["H200"], Shape(4, 2, 64, 64)).on(layout.parts[0])
+    return layout, plan_group(layout.parts[0], mask, setting, scheme if ring > 1 else "auto")
 
 
 @settings(max_examples=60, deadline=None)

@@ -122,10 +122,10 @@ def free_mesh(args: argparse.Namespace, ranks: int) -> Any:
     return replace(every[0], alternatives=every)
 
 
-def setting(args: argparse.Namespace, layout: Any) -> Any:
-    """The `Setting` of the options for a layout that was made for their mesh."""
+def setting(args: argparse.Namespace, placement: Any) -> Any:
+    """The `Setting` of the options for a placement on their mesh."""
     from ringattn.parallel.plan.shape import Shape
     from ringattn.parallel.pricing.setting import Setting
 
     shape = Shape(args.heads[0], args.heads[1], args.head_dim, args.head_dim)
-    return Setting(layout.mesh.machine, shape).on(layout)
+    return Setting(placement.mesh.machine, shape).on(placement)

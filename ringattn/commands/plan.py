@@ -49,14 +49,14 @@ def run(args: argparse.Namespace) -> int:
         args.parser.error(str(error))
     reports = [examine(planned) for planned in parts]
     if args.json:
-        whole = {"reason": layout.reason, "parts": reports} if layout.parts else reports[0]
+        whole = {"reason": layout.reason, "parts": reports} if len(layout.parts) > 1 else reports[0]
         print(json.dumps(whole, indent=2))
     else:
         print("\n\n".join([*chosen_degrees(layout), *map(render, reports)]))
     for number, (planned, report) in enumerate(zip(parts, reports, strict=True), 1):
         if args.draw is not None:
             path = Path(args.draw)
-            draw(planned, report, str(path.with_stem(f"{path.stem}-{number}") if layout.parts else path))
+            draw(planned, report, str(path.with_stem(f"{path.stem}-{number}") if len(layout.parts) > 1 else path))
     return 0
 
 
@@ -80,7 +80,7 @@ def plan(args: argparse.Namespace) -> tuple[Any, list[dict[str, Any]]]:
     check_scheme(args.scheme, layout.mesh, args.stages, len(layout.parts))
     left = None if args.memory is None else args.memory << 20
     planned = []
-    for part in layout.parts or (layout,):
+    for part in layout.parts:
         setting = _workload.setting(args, part)
         plans = plan_group(
             part,
@@ -105,7 +105,7 @@ def chosen_degrees(layout: Any) -> list[str]:
     if not layout.reason:
         return []
     lines = row("degrees", layout.reason)
-    if layout.parts:
+    if len(layout.parts) > 1:
         lines += row("parts", "each is described by itself; what one waits for travels while another computes")
     return ["\n".join(lines)]
 
@@ -132,7 +132,7 @@ def examine(planned: dict[str, Any]) -> dict[str, Any]:
         "heads": [shape.query_heads, shape.key_heads],
         "head_dim": shape.head_dim,
         "machine": {"name": machine.name, **machine.provenance},
-        "policy": layout.resolved_policy,
+        "policy": layout.policy,
         "schedule": {name: schedule_of(plans[0], name == "backward") for name in passes},
         "reason": plans[0].reason,
         "seconds": {name: one.seconds for name, one in passes.items()},
@@ -220,7 +220,7 @@ def alternatives(planned: dict[str, Any]) -> list[dict[str, Any]]:
 
 def meshes(planned: dict[str, Any]) -> list[dict[str, Any]]:
     """The best schedules of every ring × ulysses with as many ranks, heads and memory permitting."""
-    from ringattn import Layout
+    from ringattn.parallel.placement.placement import Placement
     from ringattn.parallel.planning.planner import chosen
     from ringattn.parallel.schedules.schedule import candidates
 
@@ -231,7 +231,7 @@ def meshes(planned: dict[str, Any]) -> list[dict[str, Any]]:
         if ulysses > setting.shape.query_heads or ulysses > node > 1:
             continue
         mesh = _workload.mesh(args, ranks // ulysses, ulysses)
-        other = Layout(layout.docs, mesh, layout.policy, mask, tokens=layout.placed)
+        other = Placement(layout.docs, mesh, args.policy, ((mask, 1.0),), tokens=layout.placed)
         options = candidates(other.mesh.ring, "auto", None)
         try:
             _, choice = chosen(

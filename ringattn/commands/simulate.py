@@ -145,8 +145,9 @@ def attention(args: argparse.Namespace, lengths: list[int], gpus: int) -> dict[s
     ulysses = largest_divisor(gpus, min(args.ulysses, args.heads[0]))
     mask = _workload.mask(args)
     layout = Layout(Documents(lengths), _workload.mesh(args, gpus // ulysses, ulysses), args.policy, mask)
-    setting = _workload.setting(args, layout)
-    plans = plan_group(layout, mask, setting)
+    (placement,) = layout.parts
+    setting = _workload.setting(args, placement)
+    plans = plan_group(placement, mask, setting)
     out: dict[str, Any] = {
         "mesh": f"{gpus // ulysses}×{ulysses}",
         "area": sum(mask.band.area(0, size, size) for size in layout.docs.chunked(mask.chunk).lengths),
@@ -165,8 +166,8 @@ def ideal_seconds(setting: Any, documents: Any, mask: Any, backward: bool) -> fl
     from ringattn.parallel.planning.all_ranks import plan_group
     from ringattn.parallel.pricing.kernel_times import call_seconds
 
-    layout = Layout(documents, MeshShape(), mask=mask)
-    (plan,) = plan_group(layout, mask, setting.on(layout))
+    (whole,) = Layout(documents, MeshShape(), mask=mask).parts
+    (plan,) = plan_group(whole, mask, setting.on(whole))
     return sum(call_seconds(setting.machine, call, setting.shape, backward) for call in plan.stages[0].calls)
 
 

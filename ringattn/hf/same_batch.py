@@ -11,6 +11,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from ringattn.kept import kept
 from ringattn.parallel.layout import Layout
 from ringattn.parallel.mesh.mesh import SequenceMesh
 
@@ -20,14 +21,14 @@ _KEY = "checksum of the batch"
 def note_batch(layout: Layout, ids: Tensor) -> None:
     """Keep a checksum of the whole batch's ids, of any shape, with its layout. Does not wait for the device."""
     ids = ids.flatten().to(torch.int64)
-    layout._plans[_KEY] = ((ids + 1) * torch.arange(1, len(ids) + 1, device=ids.device)).sum()
+    kept(layout, _KEY, lambda: ((ids + 1) * torch.arange(1, len(ids) + 1, device=ids.device)).sum())
 
 
 def check_same_batch(layout: Layout, mesh: SequenceMesh) -> None:
     """Raises ValueError on every sequence rank if these hold different documents or ids. Collective over them."""
     docs = layout.docs
     digest = hashlib.blake2b(repr((docs.lengths, docs.starts, docs.total, layout.policy)).encode(), digest_size=7)
-    ids = layout._plans.get(_KEY, torch.zeros((), dtype=torch.int64))
+    ids = kept(layout, _KEY, lambda: torch.zeros((), dtype=torch.int64))
     mine = torch.stack([torch.tensor(int.from_bytes(digest.digest(), "big")), ids.cpu(), torch.tensor(docs.total)])
     bounds = torch.cat([mine, -mine]).to(mesh.device)
     dist.all_reduce(bounds, dist.ReduceOp.MAX, group=mesh.sequence_group)

@@ -12,7 +12,7 @@ from torch._functorch import config as functorch
 from torch.utils.checkpoint import checkpoint
 
 from ringattn import Documents, Layout, Mask, MeshShape, ParallelAttention, parallel_attention
-from ringattn.parallel.numbered import by_number
+from ringattn.numbered import by_number
 from tests.parallel.ranks import mesh_of
 from tests.pool import Pools
 

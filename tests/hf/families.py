@@ -7,7 +7,7 @@ from typing import Any
 from unittest.mock import patch
 
 from ringattn.documents import Documents
-from ringattn.parallel.placement import policies as placement
+from ringattn.parallel.placement import policies
 
 WINDOW = {"sliding_window": 5}
 GQA = {"num_key_value_heads": 2}  # where the default has as many key heads as query heads
@@ -62,10 +62,10 @@ MESHES: dict[str, tuple[int, int, str, str]] = {
 def placed_on(mesh: str) -> Iterator[None]:
     """On the mesh "empty rank" the second position holds every token and the first none; else without effect."""
 
-    def on_the_second(docs: Documents, load: placement.Load, ring: int) -> placement.Placement:
-        return (), *placement.zigzag(docs, load, 1), *[()] * (ring - 2)
+    def on_the_second(docs: Documents, load: policies.Load, ring: int) -> policies.Positions:
+        return (), *policies.zigzag(docs, load, 1), *[()] * (ring - 2)
 
-    with patch.object(placement, "contiguous", on_the_second) if mesh == "empty rank" else nullcontext():
+    with patch.object(policies, "contiguous", on_the_second) if mesh == "empty rank" else nullcontext():
         yield
 
 

@@ -123,8 +123,10 @@ def plans_of(
 
 
 def pricer(layout: Layout, mask: Mask, machine: Machine = H200, chunks: int = 1) -> Pricer:
-    exchange = exchange_plan(layout.deal(0), 32, 8, 0) if layout.mesh.ulysses > 1 else None
-    return Pricer(Demand.of(Held.of(layout, mask), mask.band), Setting(machine, SHAPE, exchange, head_chunks=chunks))
+    exchange = exchange_plan(layout.parts[0].deal(0), 32, 8, 0) if layout.mesh.ulysses > 1 else None
+    return Pricer(
+        Demand.of(Held.of(layout.parts[0], mask), mask.band), Setting(machine, SHAPE, exchange, head_chunks=chunks)
+    )
 
 
 @settings(max_examples=120)

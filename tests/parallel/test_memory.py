@@ -180,9 +180,9 @@ def test_no_rank_needs_more_than_all_reckon_with(
 ) -> None:
     machine = H200.by_copy_engines(*axes)
     layout = Layout(docs, MeshShape(1, *degrees), "contiguous", mask)
-    setting = Setting(machine, SHAPE, keep_keys=keep_keys, wide_reduce=wide).on(layout)
+    setting = Setting(machine, SHAPE, keep_keys=keep_keys, wide_reduce=wide).on(layout.parts[0])
     with contextlib.suppress(ValueError):  # the limit is too small
-        plans = plan_group(layout, mask, setting, memory_limit=limit)
+        plans = plan_group(layout.parts[0], mask, setting, memory_limit=limit)
         for plan in plans:
             assert limit is None or buffer_bytes(plan, SHAPE) <= limit
 
@@ -192,11 +192,11 @@ def test_no_rank_needs_more_than_all_reckon_with(
 @pytest.mark.parametrize("scheme", ["gather", "joint", "ring"])
 def test_prices_state_what_plans_do(scheme: str, keep_keys: bool, chunks: int) -> None:
     layout = Layout(PACKED, MeshShape(1, 4, 2))
-    setting = Setting(COPY, SHAPE, keep_keys=keep_keys, head_chunks=chunks).on(layout)
-    plans = plan_group(layout, Mask(), setting, scheme, head_chunks=chunks)
+    setting = Setting(COPY, SHAPE, keep_keys=keep_keys, head_chunks=chunks).on(layout.parts[0])
+    plans = plan_group(layout.parts[0], Mask(), setting, scheme, head_chunks=chunks)
     assert {plan.head_chunks for plan in plans} == {chunks}
     stated = max(buffer_bytes(plan, SHAPE) for plan in plans)
-    pricer = Pricer(Demand.of(Held.of(layout, Mask()), Mask().band), setting)
+    pricer = Pricer(Demand.of(Held.of(layout.parts[0], Mask()), Mask().band), setting)
     prices = pricer.price(candidates(4, scheme, None)[0])
     assert stated <= most_bytes(prices) <= 1.2 * stated
 

@@ -153,7 +153,7 @@ LOADS = (
 def costs(layout: Layout) -> list[float]:
     """Pairs of every position, summed over the layers."""
     out = [0.0] * layout.mesh.ring
-    for mask, layers in layout.load.masks:
+    for mask, layers in layout.masks:
         docs = layout.docs.chunked(mask.chunk)
         for position in range(layout.mesh.ring):
             for begin, end in layout.positions[position]:
@@ -193,7 +193,7 @@ def test_balance_of_kernel_time(case: tuple[int, list[int]], load: tuple[list, f
         table = BlockTable.of(calls)
         for backward in (False, True):
             seconds += layers * per(table.call, machine.rate(128, backward).share_seconds(table, 256), len(sizes))
-    whole = Demand.of(Held.of(layout, Mask()), Mask().band)
+    whole = Demand.of(Held.of(layout.parts[0], Mask()), Mask().band)
     times = per(whole.position, (seconds / sizes)[kind[whole.document]] * (whole.last - whole.first), ring)
     assert times.max() / times.mean() <= 1.02
 
@@ -213,7 +213,7 @@ def test_short_documents_are_balanced_by_time() -> None:
     rates = [machine.rate(128, backward) for backward in (False, True)]
 
     def spread(layout: Layout) -> float:
-        demand = Demand.of(Held.of(layout, Mask()), Mask().band)
+        demand = Demand.of(Held.of(layout.parts[0], Mask()), Mask().band)
         times = per(demand.position, sum(rate.share_seconds(demand.gathered_blocks, 256) for rate in rates), 4)
         return float(times.max() / times.mean())
 

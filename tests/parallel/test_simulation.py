@@ -152,8 +152,8 @@ SCHEMES = st.sampled_from(["auto", "gather", "joint", "ring"])
 def group(lengths, mesh, scheme="auto", mask=Mask(), machine=SIMPLE, chunks=1):
     ring, ulysses = mesh
     layout = Layout(Documents(lengths), MeshShape(1, ring, ulysses), mask=mask)
-    setting = Setting(machine, SHAPE).on(layout)
-    return plan_group(layout, mask, setting, scheme if ring > 1 else "auto", head_chunks=chunks)
+    setting = Setting(machine, SHAPE).on(layout.parts[0])
+    return plan_group(layout.parts[0], mask, setting, scheme if ring > 1 else "auto", head_chunks=chunks)
 
 
 @settings(max_examples=40, deadline=None)

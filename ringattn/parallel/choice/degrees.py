@@ -9,10 +9,10 @@ from dataclasses import dataclass
 from ringattn.mask import Mask
 from ringattn.parallel.choice.mixture import Mixer
 from ringattn.parallel.choice.schedule import choose
-from ringattn.parallel.layout import Layout
 from ringattn.parallel.machine.machine import Machine
 from ringattn.parallel.mesh.shape import MeshShape
 from ringattn.parallel.placement.parts import Parts
+from ringattn.parallel.placement.placement import Placement
 from ringattn.parallel.plan.shape import Shape
 from ringattn.parallel.pricing.pricer import Pricer
 from ringattn.parallel.pricing.setting import Setting
@@ -26,58 +26,59 @@ MIXTURE_GAIN = 0.01
 
 @dataclass(frozen=True)
 class Degrees:
-    """The layout on the mesh that was chosen, and why."""
+    """The placements that were chosen, one or several of different documents, and why."""
 
-    layout: Layout
+    parts: tuple[Placement, ...]
     seconds: float
     reason: str
 
 
 def choose_degrees(
     meshes: Sequence[MeshShape],
-    layout_on: Callable[[MeshShape], Layout],
+    placed_on: Callable[[MeshShape], Placement],
     masks: Sequence[tuple[Mask, float]],
     shape: Shape,
     machine: Machine | None = None,
-    parted: Callable[[Parts], Layout] | None = None,
+    parted: Callable[[Parts], tuple[Placement, ...]] | None = None,
 ) -> Degrees:
     """The best of `meshes`, which are ways to part the same ranks, or a mixture of two of them.
 
     Arguments:
-        layout_on: the layout of the batch on a mesh.
+        placed_on: the placement of the batch on a mesh.
         masks: with the number of layers that each has.
         machine: whose speed is predicted; default: each mesh's own, since not all may move data alike.
-        parted: the layout of the batch in parts; without, all documents are on one mesh.
+        parted: the placements of the batch in parts; without, all documents are on one mesh.
     """
     priced = []
     for mesh in sorted(meshes, key=lambda mesh: -mesh.ulysses):
         if mesh.ulysses <= shape.query_heads:
-            layout = layout_on(mesh)
-            priced.append((_seconds(layout, masks, shape, mesh.planned_for(machine)), layout))
-    best = priced[0]
-    for seconds, layout in priced[1:]:
-        if seconds < (1 - RING_AXIS_GAIN) * best[0]:
-            best = seconds, layout
+            placement = placed_on(mesh)
+            priced.append((_seconds(placement, masks, shape, mesh.planned_for(machine)), placement))
+    seconds, best = priced[0]
+    for other_seconds, other in priced[1:]:
+        if other_seconds < (1 - RING_AXIS_GAIN) * seconds:
+            seconds, best = other_seconds, other
     told = [
-        f"{layout.mesh.ring} × {layout.mesh.ulysses} {seconds * 1e3:.3f} ms"
-        for seconds, layout in sorted(priced, key=lambda pair: pair[0])
+        f"{placement.mesh.ring} × {placement.mesh.ulysses} {took * 1e3:.3f} ms"
+        for took, placement in sorted(priced, key=lambda pair: pair[0])
     ]
-    chosen = f"ring {best[1].mesh.ring} × ulysses {best[1].mesh.ulysses}"
+    parts: tuple[Placement, ...] = (best,)
+    chosen = f"ring {best.mesh.ring} × ulysses {best.mesh.ulysses}"
     if parted is not None and len(priced) > 1:
         inner, outer = priced[0][1].mesh, priced[-1][1].mesh
-        mixer = Mixer(best[1].docs, inner, outer, parted, masks, shape, machine)
-        mixture = mixer.best((1 - MIXTURE_GAIN) * min(seconds for seconds, _ in priced))
+        mixer = Mixer(best.docs, inner, outer, parted, masks, shape, machine)
+        mixture = mixer.best((1 - MIXTURE_GAIN) * min(took for took, _ in priced))
         if mixture is not None:
-            best = mixture.seconds, mixture.layout
-            chosen = _described(mixture.layout)
+            seconds, parts = mixture.seconds, mixture.parts
+            chosen = _described(parts)
             told.insert(0, f"both {mixture.seconds * 1e3:.3f} ms")
-    on = best[1].mesh.planned_for(machine)
+    on = parts[0].mesh.planned_for(machine)
     reason = f"{chosen} of {', '.join(told)}, forward and backward of all masks; predicted for {on}"
-    return Degrees(best[1], best[0], reason)
+    return Degrees(parts, seconds, reason)
 
 
-def _described(layout: Layout) -> str:
-    exchanged, others = layout.parts
+def _described(parts: tuple[Placement, ...]) -> str:
+    exchanged, others = parts
     longest = len(exchanged.docs)
     return (
         f"the longest {f'{longest} documents' if longest > 1 else 'document'} (of {min(exchanged.docs.lengths)} tokens "
@@ -86,10 +87,10 @@ def _described(layout: Layout) -> str:
     )
 
 
-def _seconds(layout: Layout, masks: Sequence[tuple[Mask, float]], shape: Shape, machine: Machine) -> float:
-    options = candidates(layout.mesh.ring, "auto", None)
+def _seconds(placement: Placement, masks: Sequence[tuple[Mask, float]], shape: Shape, machine: Machine) -> float:
+    options = candidates(placement.mesh.ring, "auto", None)
     total = 0.0
     for mask, layers in masks:
-        pricer = Pricer.of(layout, mask, Setting(machine, shape))
+        pricer = Pricer.of(placement, mask, Setting(machine, shape))
         total += layers * choose(pricer, options, None).cost.total
     return total

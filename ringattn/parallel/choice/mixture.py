@@ -16,11 +16,11 @@ from ringattn.documents import Documents
 from ringattn.mask import Mask
 from ringattn.parallel.choice.schedule import PAIR_SHARE
 from ringattn.parallel.geometry.block_table import Floats
-from ringattn.parallel.layout import Layout
 from ringattn.parallel.machine.machine import Machine
 from ringattn.parallel.mesh.shape import MeshShape
 from ringattn.parallel.placement.load import Load
 from ringattn.parallel.placement.parts import Parts
+from ringattn.parallel.placement.placement import Placement
 from ringattn.parallel.plan.exchange import Exchange, exchange_plan
 from ringattn.parallel.plan.shape import Shape
 from ringattn.parallel.pricing.plan_cost import host_seconds
@@ -37,9 +37,9 @@ PRICED = 4  # of them the most promising
 
 @dataclass(frozen=True)
 class Mixture:
-    """A parted layout and its predicted seconds, forward and backward of all masks."""
+    """Placements of different documents and their predicted seconds, forward and backward of all masks."""
 
-    layout: Layout
+    parts: tuple[Placement, ...]
     seconds: float
 
 
@@ -49,7 +49,7 @@ class Mixer:
 
     Arguments:
         inner, outer: the mesh of the documents that are exchanged, and of the others.
-        parted: the parted layout with these parts.
+        parted: the placements of these parts.
         masks: with the number of layers that each has.
         machine: whose speed is predicted; None: each mesh's own.
     """
@@ -57,7 +57,7 @@ class Mixer:
     docs: Documents
     inner: MeshShape
     outer: MeshShape
-    parted: Callable[[Parts], Layout]
+    parted: Callable[[Parts], tuple[Placement, ...]]
     masks: Sequence[tuple[Mask, float]]
     shape: Shape
     machine: Machine | None
@@ -71,23 +71,23 @@ class Mixer:
         for bound, count in sorted(bounds, key=lambda pair: (pair[0], -pair[1]))[:PRICED]:
             if bound >= limit:
                 break
-            layout = self.parted([(_degrees(self.inner), order[:count]), (_degrees(self.outer), order[count:])])
-            seconds = self.seconds(layout)
+            parts = self.parted([(_degrees(self.inner), order[:count]), (_degrees(self.outer), order[count:])])
+            seconds = self.seconds(parts)
             if seconds < limit:
-                found, limit = Mixture(layout, seconds), seconds
+                found, limit = Mixture(parts, seconds), seconds
         return found
 
-    def seconds(self, layout: Layout) -> float:
+    def seconds(self, parts: tuple[Placement, ...]) -> float:
         """Both parts at once; keys on the ring axis are gathered."""
         total = 0.0
         for mask, layers in self.masks:
-            exchanged, others = (self._prices(part, mask) for part in layout.parts)
+            exchanged, others = (self._prices(part, mask) for part in parts)
             if max(price.pair_share for price in (*exchanged, *others)) > PAIR_SHARE:
                 return float("inf")  # the keys would be too many to gather
             total += layers * sum(together(a, b).seconds for a, b in zip(exchanged, others, strict=True))
         return total
 
-    def _prices(self, part: Layout, mask: Mask) -> tuple[Price, Price]:
+    def _prices(self, part: Placement, mask: Mask) -> tuple[Price, Price]:
         setting = Setting(part.mesh.planned_for(self.machine), self.shape)
         (candidate,) = candidates(part.mesh.ring, "gather", None)
         return Pricer.of(part, mask, setting).price(candidate)

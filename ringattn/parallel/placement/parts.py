@@ -13,7 +13,7 @@ from ringattn.documents import Documents
 from ringattn.kernels.spec import Range
 from ringattn.parallel.geometry.ranges import length, overlap, union
 from ringattn.parallel.mesh.shape import MeshShape
-from ringattn.parallel.placement.policies import Placement
+from ringattn.parallel.placement.policies import Positions
 
 Parts = Sequence[tuple[tuple[int, int], Sequence[int]]]  # (ring, ulysses), and numbers of documents
 
@@ -78,7 +78,7 @@ def compact(docs: Documents, tokens: Sequence[Range]) -> Documents:
     return Documents([size for _, size in held], starts, length(tokens))
 
 
-def spread(placement: Placement, tokens: Sequence[Range]) -> Placement:
+def spread(placement: Positions, tokens: Sequence[Range]) -> Positions:
     """A placement of the compact stream in indices of the whole one."""
     before = [0, *accumulate(stop - start for start, stop in tokens)]
     out = []

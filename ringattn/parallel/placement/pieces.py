@@ -9,11 +9,12 @@ import numpy as np
 import numpy.typing as npt
 
 from ringattn.documents import Documents
+from ringattn.kept import kept
 from ringattn.kernels.spec import Range
 from ringattn.mask import Band, Mask
 from ringattn.parallel.geometry.block_table import Ints
 from ringattn.parallel.geometry.blocks import Piece
-from ringattn.parallel.layout import Layout
+from ringattn.parallel.placement.placement import Placement
 
 TILE = 128  # inner rows are whole kernel tiles, counted from the piece's start
 
@@ -49,22 +50,18 @@ class Held:
     index: tuple[tuple[Range, ...], ...]  # of every position: the global ranges of its rows
 
     @classmethod
-    def of(cls, layout: Layout, mask: Mask) -> "Held":
-        """Kept with the layout."""
-        key = ("held", mask.chunk)
-        if key not in layout._plans:
-            layout._plans[key] = cls._of(layout, mask)
-        held: Held = layout._plans[key]
-        return held
+    def of(cls, placement: Placement, mask: Mask) -> "Held":
+        """Kept with the placement."""
+        return kept(placement, ("pieces", mask.chunk), lambda: cls._of(placement, mask))
 
     @classmethod
-    def _of(cls, layout: Layout, mask: Mask) -> "Held":
-        docs, placed = layout.docs.chunked(mask.chunk), layout.positions
+    def _of(cls, placement: Placement, mask: Mask) -> "Held":
+        docs, placed = placement.docs.chunked(mask.chunk), placement.positions
         begin, end = _array(bound for ranges in placed for span in ranges for bound in span).reshape(-1, 2).T
         counts = np.array([len(ranges) for ranges in placed])
         position = np.repeat(np.arange(len(placed)), counts)
         before = np.cumsum(end - begin) - (end - begin)
-        row = before - np.repeat(np.cumsum(layout.position_sizes) - layout.position_sizes, counts)
+        row = before - np.repeat(np.cumsum(placement.position_sizes) - placement.position_sizes, counts)
         number = np.flatnonzero(docs.lengths)
         start, length = _array(docs.starts)[number], _array(docs.lengths)[number]
         # Of every range the documents that begin before it ends and end after it begins.
@@ -80,7 +77,7 @@ class Held:
             last - start[found],
             row[at] + first - begin[at],
             length[found],
-            layout.position_sizes,
+            placement.position_sizes,
             placed,
         )
 

@@ -18,7 +18,7 @@ from ringattn.kernels.spec import Range
 from ringattn.parallel.geometry.ranges import touching
 from ringattn.parallel.placement.load import Load
 
-Placement = tuple[tuple[Range, ...], ...]
+Positions = tuple[tuple[Range, ...], ...]
 
 TILE = 128  # rows of a kernel tile: cuts are rounded to it
 MIN_TILES = 64  # a share of the tokens is at least this many roundings, so small inputs use a finer one
@@ -37,7 +37,7 @@ class Span(NamedTuple):
 Held = list[tuple[Span, int, int]]  # pieces of one position: tokens `[first, last)` of a span
 
 
-def contiguous(docs: Documents, load: Load, ring: int) -> Placement:
+def contiguous(docs: Documents, load: Load, ring: int) -> Positions:
     """Equal runs of the stream: position i holds tokens `[i T / ring, (i + 1) T / ring)`."""
     bounds = [index * docs.total // ring for index in range(ring + 1)]
     spans = _spans(docs, load)
@@ -54,7 +54,7 @@ def contiguous(docs: Documents, load: Load, ring: int) -> Placement:
     return _ordered(held)
 
 
-def zigzag(docs: Documents, load: Load, ring: int) -> Placement:
+def zigzag(docs: Documents, load: Load, ring: int) -> Positions:
     """Every document in 2 × ring near-equal slices, slice i and its mirror together (any length is allowed).
 
     Source: zhuzilin/ring-flash-attention, Megatron-LM; there documents must divide by 2 × ring. The positions rotate
@@ -69,7 +69,7 @@ def zigzag(docs: Documents, load: Load, ring: int) -> Placement:
     return _ordered(held)
 
 
-def balanced(docs: Documents, load: Load, ring: int, speeds: Sequence[float] | None = None) -> Placement:
+def balanced(docs: Documents, load: Load, ring: int, speeds: Sequence[float] | None = None) -> Positions:
     """Equal tokens and equal cost with at most two cuts per position: nested heads and tails, found by a window search.
 
     Sort the documents by cost per token. A window of T/P consecutive tokens of that order moves from below the average
@@ -218,7 +218,7 @@ def _queue(owners: list[tuple[int, int]]) -> list[tuple[int, int, int]]:
     return pieces
 
 
-def _ordered(held: list[Held]) -> Placement:
+def _ordered(held: list[Held]) -> Positions:
     """Ranges of every position: whole, heads (opening ones first), tails, padding; joined where they touch."""
     placement = []
     for pieces in held:

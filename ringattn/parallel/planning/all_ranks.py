@@ -3,8 +3,8 @@
 from dataclasses import replace
 
 from ringattn.mask import Mask
-from ringattn.parallel.layout import Layout
 from ringattn.parallel.placement.pieces import Held
+from ringattn.parallel.placement.placement import Placement
 from ringattn.parallel.plan.plan import AttentionPlan
 from ringattn.parallel.planning.options import check_heads, check_scheme
 from ringattn.parallel.planning.planner import chosen, only, plan_exchange, settled
@@ -13,7 +13,7 @@ from ringattn.parallel.schedules.schedule import Candidate, candidates, plan_sta
 
 
 def plan_group(
-    layout: Layout,
+    placement: Placement,
     mask: Mask,
     setting: Setting,
     scheme: str = "auto",
@@ -22,16 +22,16 @@ def plan_group(
     head_groups: int | None = None,
     head_chunks: int | None = None,
 ) -> list[AttentionPlan]:
-    """What `plan_attention` plans on each sequence rank of a layout that is not parted, by rank.
+    """What `plan_attention` plans on each sequence rank of one part of a layout, by rank.
 
     The pieces are looked up and the schedule is chosen once for all; ulysses ranks of a position share its stages.
     """
-    mesh = layout.mesh
+    mesh = placement.mesh
     check_scheme(scheme, mesh, stages)
     check_heads(head_groups, head_chunks)
-    held = Held.of(layout, mask)
+    held = Held.of(placement, mask)
     options = candidates(mesh.ring, scheme, stages)
-    pricer, choice = chosen(layout, mask, setting, options, memory_limit, head_chunks)
+    pricer, choice = chosen(placement, mask, setting, options, memory_limit, head_chunks)
 
     def planned(position: int, one: Candidate) -> AttentionPlan:
         return settled(plan_stages(held, pricer.demand, position, one), pricer.setting, choice.keep_keys)
@@ -41,7 +41,7 @@ def plan_group(
         forward = planned(position, choice.forward)
         backward = None if choice.backward == choice.forward else planned(position, choice.backward)
         for rank in range(mesh.ulysses):
-            exchange, why = plan_exchange(layout, pricer.setting, position, rank, forward, head_groups)
+            exchange, why = plan_exchange(placement, pricer.setting, position, rank, forward, head_groups)
             last = None if backward is None else replace(backward, exchange=exchange)
             reason = only(mesh, options) + choice.reason + why
             plans.append(replace(forward, exchange=exchange, backward=last, reason=reason))

@@ -5,11 +5,11 @@ from ringattn.parallel.mesh.shape import MeshShape
 SCHEMES = ("auto", "ring", "ulysses", "hybrid", "gather", "joint")
 
 
-def check_scheme(scheme: str, mesh: MeshShape, stages: int | None = None, parts: int = 0) -> None:
+def check_scheme(scheme: str, mesh: MeshShape, stages: int | None = None, parts: int = 1) -> None:
     """Raises ValueError, with the degrees, if `scheme` cannot run on the axes of `mesh`, or in several parts."""
     if scheme not in SCHEMES:
         raise ValueError(f"scheme must be one of {', '.join(SCHEMES)}, got {scheme!r}")
-    if parts and scheme != "auto":
+    if parts > 1 and scheme != "auto":
         raise ValueError(f'scheme must be "auto" where documents are on several meshes ({parts} parts), got "{scheme}"')
     degrees = f"the mesh has ring={mesh.ring} and ulysses={mesh.ulysses}"
     if mesh.sequence_size > 1:

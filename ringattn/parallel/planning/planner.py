@@ -4,6 +4,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from typing import Concatenate, ParamSpec
 
+from ringattn.kept import kept
 from ringattn.kernels.spec import Range
 from ringattn.mask import Mask
 from ringattn.parallel.choice.heads import choose_groups, chunk_counts
@@ -12,6 +13,7 @@ from ringattn.parallel.layout import Layout
 from ringattn.parallel.machine.machine import Machine
 from ringattn.parallel.mesh.shape import MeshShape
 from ringattn.parallel.placement.pieces import Held
+from ringattn.parallel.placement.placement import Placement
 from ringattn.parallel.plan.exchange import Exchange, exchange_plan
 from ringattn.parallel.plan.plan import AttentionPlan, PartedPlan
 from ringattn.parallel.plan.shape import Shape
@@ -69,15 +71,16 @@ def plan_parts(
     if memory_limit is not None and (not isinstance(memory_limit, int) or memory_limit < 0):
         raise ValueError(f"memory_limit must be None or a number of bytes >= 0, got {memory_limit!r}")
     check_heads(head_groups, head_chunks)
-    machines = [part.mesh.planned_for(machine) for part in layout.parts or (layout,)]
+    machines = [part.mesh.planned_for(machine) for part in layout.parts]
     shape = Shape(query_heads, key_heads, head_dim, value_dim or head_dim, itemsize)
     digests = tuple(one.digest for one in machines)
     key = (mask, shape, scheme, stages, keep_keys, wide_reduce, memory_limit, digests, head_groups, head_chunks)
-    if key not in layout._plans:
+
+    def make() -> PartedPlan:
         settings = [Setting(one, shape, keep_keys=keep_keys, wide_reduce=wide_reduce) for one in machines]
-        plans = _plans(layout, mask, settings, scheme, stages, memory_limit, head_groups, head_chunks)
-        layout._plans[key] = PartedPlan(tuple(plans))
-    return layout._plans[key]
+        return PartedPlan(tuple(_plans(layout, mask, settings, scheme, stages, memory_limit, head_groups, head_chunks)))
+
+    return kept(layout, key, make)
 
 
 def _whole(plan: Callable[Concatenate[Layout, P], PartedPlan]) -> Callable[Concatenate[Layout, P], AttentionPlan]:
@@ -89,7 +92,7 @@ def _whole(plan: Callable[Concatenate[Layout, P], PartedPlan]) -> Callable[Conca
 
         Raises ValueError naming the argument, with the numbers; on every rank or on none.
         """
-        if layout.parts:
+        if len(layout.parts) > 1:
             raise ValueError(f"layout must not be parted: plan_parts plans each of its {len(layout.parts)} parts")
         return plan(layout, *args, **kwargs).parts[0][1]
 
@@ -112,19 +115,20 @@ def _plans(
     """The plan of each part with its rows."""
     row, left = 0, memory_limit
     head_groups = head_groups or part_groups(layout)
-    for part, setting in zip(layout.parts or (layout,), settings, strict=True):
+    for part, setting in zip(layout.parts, settings, strict=True):
         options = candidates(part.mesh.ring, part_scheme(layout, part, scheme, left), stages)
         try:
             plan, taken = _plan(part, mask, setting, options, left, head_groups, head_chunks)
         except ValueError as error:
             raise (ValueError(f"memory_limit={memory_limit} for all parts: {error}") if row else error) from None
         left = None if left is None else left - taken
-        yield (row, row + part.tokens()), plan
-        row += part.tokens()
+        tokens = part.tokens(part.mesh.sequence_rank)
+        yield (row, row + tokens), plan
+        row += tokens
 
 
 def _plan(
-    layout: Layout,
+    placement: Placement,
     mask: Mask,
     setting: Setting,
     options: Sequence[Candidate],
@@ -133,13 +137,13 @@ def _plan(
     head_chunks: int | None,
 ) -> tuple[AttentionPlan, int]:
     """The plan of this rank, and the bytes that the buffers of any rank take at most."""
-    mesh, held = layout.mesh, Held.of(layout, mask)
-    pricer, choice = chosen(layout, mask, setting, options, memory_limit, head_chunks)
+    mesh, held = placement.mesh, Held.of(placement, mask)
+    pricer, choice = chosen(placement, mask, setting, options, memory_limit, head_chunks)
     plans = [
         plan_stages(held, pricer.demand, mesh.ring_rank, one)
         for one in dict.fromkeys((choice.forward, choice.backward))
     ]
-    exchange, why = plan_exchange(layout, pricer.setting, mesh.ring_rank, mesh.ulysses_rank, plans[0], head_groups)
+    exchange, why = plan_exchange(placement, pricer.setting, mesh.ring_rank, mesh.ulysses_rank, plans[0], head_groups)
     reason = only(mesh, options) + choice.reason + why
     plans = [replace(settled(plan, pricer.setting, choice.keep_keys), exchange=exchange) for plan in plans]
     backward = plans[1] if len(plans) > 1 else None
@@ -147,7 +151,7 @@ def _plan(
 
 
 def chosen(
-    layout: Layout,
+    placement: Placement,
     mask: Mask,
     setting: Setting,
     options: Sequence[Candidate],
@@ -158,8 +162,8 @@ def chosen(
     as fast as any; and the prices."""
     found: list[tuple[Pricer, Choice]] = []
     error = ValueError()
-    for chunks in chunk_counts(setting.on(layout), head_chunks, memory_limit):
-        pricer = Pricer.of(layout, mask, replace(setting, head_chunks=chunks))
+    for chunks in chunk_counts(setting.on(placement), head_chunks, memory_limit):
+        pricer = Pricer.of(placement, mask, replace(setting, head_chunks=chunks))
         try:
             found.append((pricer, choose(pricer, options, memory_limit)))
         except ValueError as refused:
@@ -194,30 +198,30 @@ def settled(plan: AttentionPlan, setting: Setting, keep_keys: bool) -> Attention
 
 
 def plan_exchange(
-    layout: Layout, setting: Setting, position: int, rank: int, plan: AttentionPlan, head_groups: int | None
+    placement: Placement, setting: Setting, position: int, rank: int, plan: AttentionPlan, head_groups: int | None
 ) -> tuple[Exchange | None, str]:
     """The exchange of an ulysses rank of a position with the stages of `plan`, and why in so many groups."""
     if setting.exchange is None:
         return None, ""
     heads = setting.shape.query_heads, setting.shape.key_heads
-    if layout.mesh.ring > 1 or setting.head_chunks > 1:  # every group would cast its keys anew, or its chunks
-        return exchange_plan(layout.deal(position), *heads, rank), ""
+    if placement.mesh.ring > 1 or setting.head_chunks > 1:  # every group would cast its keys anew, or its chunks
+        return exchange_plan(placement.deal(position), *heads, rank), ""
     groups, why = choose_groups(setting, plan.stages[0].calls, head_groups)
-    return exchange_plan(layout.deal(position), *heads, rank, groups), f"; {why}"
+    return exchange_plan(placement.deal(position), *heads, rank, groups), f"; {why}"
 
 
-def part_scheme(layout: Layout, part: Layout, scheme: str, memory_limit: int | None) -> str:
+def part_scheme(layout: Layout, part: Placement, scheme: str, memory_limit: int | None) -> str:
     """What is left of `scheme` to a part of `layout`, or to the whole of it.
 
     What a part waits for travels under the kernels of the others, so that nothing is faster than a gather, and it is
     the most accurate; but it may need too much memory.
     """
-    return "gather" if layout.parts and part.mesh.ring > 1 and memory_limit is None else scheme
+    return "gather" if len(layout.parts) > 1 and part.mesh.ring > 1 and memory_limit is None else scheme
 
 
 def part_groups(layout: Layout) -> int | None:
     """Groups of heads where the caller asks for no number: an exchange already travels under other parts' kernels."""
-    return 1 if layout.parts else None
+    return 1 if len(layout.parts) > 1 else None
 
 
 def only(mesh: MeshShape, options: Sequence[Candidate]) -> str:

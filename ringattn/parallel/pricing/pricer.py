@@ -3,19 +3,19 @@
 What positions need of one another is counted exactly; what kernels take is `kernel_times`' business.
 """
 
-from collections.abc import Callable, Hashable
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, NamedTuple, TypeVar
+from typing import NamedTuple
 
 import numpy as np
 
+from ringattn.kept import kept
 from ringattn.mask import Mask
 from ringattn.parallel.geometry.block_table import Floats, Ints
-from ringattn.parallel.layout import Layout
 from ringattn.parallel.machine.machine import CLASSES
 from ringattn.parallel.messages import exchange_messages
 from ringattn.parallel.placement.pieces import Held
+from ringattn.parallel.placement.placement import Placement
 from ringattn.parallel.pricing.kernel_times import Kernels, KernelTimes, linear
 from ringattn.parallel.pricing.memory import StageRows, exchange_bytes, exchange_message_bytes
 from ringattn.parallel.pricing.plan_cost import host_seconds
@@ -26,8 +26,6 @@ from ringattn.parallel.pricing.wire import exchange_loss, exchange_seconds, pull
 from ringattn.parallel.schedules.demand import Demand, per
 from ringattn.parallel.schedules.schedule import Candidate
 from ringattn.parallel.transport.buffers import message_buffers
-
-T = TypeVar("T")
 
 
 class _Wire(NamedTuple):
@@ -60,6 +58,10 @@ class _Moved:
     calls: Ints
 
 
+def _demand(placement: Placement, mask: Mask) -> Demand:
+    return kept(placement, ("demand", mask), lambda: Demand.of(Held.of(placement, mask), mask.band))
+
+
 @dataclass(frozen=True)
 class Pricer:
     """Prices of candidates; what they share is computed once."""
@@ -68,41 +70,25 @@ class Pricer:
     setting: Setting
 
     @classmethod
-    def of(cls, layout: Layout, mask: Mask, setting: Setting) -> "Pricer":
-        """Kept with the layout: its degrees, and then its plan, are chosen by the same prices."""
+    def of(cls, placement: Placement, mask: Mask, setting: Setting) -> "Pricer":
+        """Kept with the placement: degrees, and then plans, are chosen by the same prices."""
         choices = setting.keep_keys, setting.wide_reduce, setting.head_chunks
         key = ("prices", mask, setting.machine.digest, setting.shape, choices)
-        if key not in layout._plans:
-            if ("demand", mask) not in layout._plans:
-                layout._plans["demand", mask] = Demand.of(Held.of(layout, mask), mask.band)
-            layout._plans[key] = cls(layout._plans["demand", mask], setting.on(layout))
-        pricer: Pricer = layout._plans[key]
-        return pricer
+        return kept(placement, key, lambda: cls(_demand(placement, mask), setting.on(placement)))
 
     def price(self, candidate: Candidate, keep_keys: bool | None = None) -> tuple[Price, Price]:
         """Of the forward and of the backward pass; with keys kept if the setting says so, or what is said here."""
         if candidate.schedule == "joint" and not self.demand.joined:
             return self._joint.price(candidate, keep_keys)
         keep = bool(self.setting.keep_keys if keep_keys is None else keep_keys)
-        return self._once((candidate, keep), lambda: self._price(candidate, keep))
-
-    def _once(self, key: Hashable, found: Callable[[], T]) -> T:
-        """What `found` returns, which is called for one key once."""
-        if key not in self._kept:
-            self._kept[key] = found()
-        value: T = self._kept[key]
-        return value
+        return kept(self, (candidate, keep), lambda: self._price(candidate, keep))
 
     @cached_property
     def _joint(self) -> "Pricer":
         return Pricer(self.demand.joint, self.setting)
 
-    @cached_property
-    def _kept(self) -> dict[Hashable, Any]:
-        return {}
-
     def _price(self, candidate: Candidate, keep: bool) -> tuple[Price, Price]:
-        moved, setting, demand = self._once(candidate, lambda: self._moved(candidate)), self.setting, self.demand
+        moved, setting, demand = kept(self, candidate, lambda: self._moved(candidate)), self.setting, self.demand
         own = setting.own
         summed = demand.parted.summed_rows if candidate.gathers else demand.cut_rows * bool(len(moved.received))
         if setting.exchange is not None and setting.exchange.copied_keys and setting.wide_reduce:
@@ -121,8 +107,8 @@ class Pricer:
         pair_share = float(np.max(rows.largest_pair / np.maximum(demand.rows, 1), initial=0.0))
         # A buffer with all keys is kept in place of the position's own.
         share = setting.share
-        kept = np.maximum(rows.buffers.sum(0) - demand.rows * demand.joined, 0) * share.key_row_bytes
-        kept_share = float(np.max(kept / np.maximum(demand.rows * share.row_bytes, 1), initial=0.0))
+        all_kept = np.maximum(rows.buffers.sum(0) - demand.rows * demand.joined, 0) * share.key_row_bytes
+        kept_share = float(np.max(all_kept / np.maximum(demand.rows * share.row_bytes, 1), initial=0.0))
         exchanged = 0
         if setting.exchange is not None:
             exchanged = exchange_bytes(setting.shape, share, demand.rows, -(-demand.rows // setting.ulysses))
@@ -134,7 +120,7 @@ class Pricer:
                 bytes=size + exchanged,
                 messages=messages,
                 pair_share=pair_share,
-                kept=int(np.max(kept, initial=0)),
+                kept=int(np.max(all_kept, initial=0)),
                 kept_share=kept_share,
             )
             for direction, (size, messages) in enumerate(zip(sizes, self._message_buffers(rows, keep), strict=True))

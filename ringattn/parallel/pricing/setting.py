@@ -3,8 +3,8 @@
 from dataclasses import dataclass, replace
 from functools import cached_property
 
-from ringattn.parallel.layout import Layout
 from ringattn.parallel.machine.machine import Machine
+from ringattn.parallel.placement.placement import Placement
 from ringattn.parallel.plan.exchange import Exchange, exchange_plan
 from ringattn.parallel.plan.shape import Shape
 
@@ -27,11 +27,11 @@ class Setting:
     wide_reduce: bool = True
     head_chunks: int = 1
 
-    def on(self, layout: Layout) -> "Setting":
-        """The same with the exchange that the mesh of a layout (not parted) asks for."""
-        if layout.mesh.ulysses == 1:
+    def on(self, placement: Placement) -> "Setting":
+        """The same with the exchange that the mesh of a placement asks for."""
+        if placement.mesh.ulysses == 1:
             return replace(self, exchange=None)
-        return replace(self, exchange=exchange_plan(layout.deal(0), self.shape.query_heads, self.shape.key_heads, 0))
+        return replace(self, exchange=exchange_plan(placement.deal(0), self.shape.query_heads, self.shape.key_heads, 0))
 
     @property
     def ulysses(self) -> int:

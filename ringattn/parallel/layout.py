@@ -79,6 +79,7 @@ class Layout:
             raise ValueError(f"policy must be one of {', '.join(POLICIES)}, got {policy!r}")
         self.docs, self.mesh, self.policy, self.reason = docs, mesh, policy, ""
         self.masks = _masks(mask)
+        self.mask = self.masks[0][0]
 
         def on(one: MeshShape, some: Documents = docs, tokens: Sequence[Range] | None = None) -> Placement:
             return Placement(
@@ -127,7 +128,6 @@ class Layout:
         return resolved(self.policy, self.mesh)
 
     @cached_property
-    @untraced
     def positions(self) -> Positions:
         """Ordered global ranges `(start, stop)` of every ring position; of every rank where there are several parts."""
         if len(self.parts) == 1:
@@ -145,7 +145,6 @@ class Layout:
             return self.parts[0].ranges(rank)
         return touching(span for part in self.parts for span in part.ranges(rank))
 
-    @untraced
     def tokens(self, rank: int | None = None) -> int:
         """Number of tokens held by a sequence rank (default: this one)."""
         rank = self._rank(rank)

@@ -24,13 +24,13 @@ POLICIES = ("contiguous", "zigzag", "balanced")
 
 def area(layout: Layout, rank: int) -> int:
     """Allowed pairs of the queries of a rank, from the documents alone."""
-    docs = layout.docs.chunked(layout.mask.chunk)
+    docs = layout.docs.chunked(layout.masks[0][0].chunk)
     total = 0
     for begin, end in layout.ranges(rank):
         for start, size in zip(docs.starts, docs.lengths, strict=True):
             first, last = max(begin, start), min(end, start + size)
             if first < last:
-                total += layout.mask.band.area(first - start, last - start, size)
+                total += layout.masks[0][0].band.area(first - start, last - start, size)
     return total
 
 

@@ -13,6 +13,7 @@ from ringattn.parallel.mesh.shape import MeshShape
 from ringattn.parallel.placement import policies
 from ringattn.parallel.placement.load import Load
 from ringattn.parallel.placement.parts import compact, spread
+from ringattn.tracing import untraced
 
 POLICIES = ("contiguous", "zigzag", "balanced", "auto")
 
@@ -46,8 +47,9 @@ class Placement:
         self.placed = None if tokens is None else tuple(tokens)
         self.speeds = None if speeds is None else _checked_speeds(speeds, mesh, self.policy)
         timed = machine or (mesh.machine if policy == "auto" else None)
+        self.masks = tuple(masks)
         rates = () if timed is None else (timed.rate(head_dim, False), timed.rate(head_dim, True))
-        self.load = Load(tuple(masks), rates, 2 * head_dim)
+        self.load = Load(self.masks, rates, 2 * head_dim)
 
     @cached_property
     def held(self) -> Documents:
@@ -55,6 +57,7 @@ class Placement:
         return self.docs if self.placed is None else compact(self.docs, self.placed)
 
     @cached_property
+    @untraced
     def positions(self) -> policies.Positions:
         """Ordered global ranges `(start, stop)` of every ring position."""
         if self.policy == "balanced":

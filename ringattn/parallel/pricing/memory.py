@@ -8,8 +8,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from ringattn.parallel.messages import exchange_messages, rank_widths
 from ringattn.parallel.plan.exchange import Exchange
+from ringattn.parallel.plan.messages import exchange_messages, rank_widths
 from ringattn.parallel.plan.plan import AttentionPlan
 from ringattn.parallel.plan.shape import Shape
 from ringattn.parallel.transport.buffers import message_buffers

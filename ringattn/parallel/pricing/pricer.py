@@ -13,9 +13,9 @@ from ringattn.kept import kept
 from ringattn.mask import Mask
 from ringattn.parallel.geometry.block_table import Floats, Ints
 from ringattn.parallel.machine.machine import CLASSES
-from ringattn.parallel.messages import exchange_messages
 from ringattn.parallel.placement.pieces import Held
 from ringattn.parallel.placement.placement import Placement
+from ringattn.parallel.plan.messages import exchange_messages
 from ringattn.parallel.pricing.kernel_times import Kernels, KernelTimes, linear
 from ringattn.parallel.pricing.memory import StageRows, exchange_bytes, exchange_message_bytes
 from ringattn.parallel.pricing.plan_cost import host_seconds

@@ -7,8 +7,8 @@ from typing import Any, NamedTuple
 from ringattn.kernels.spec import Call
 from ringattn.parallel.geometry.block_table import BlockTable
 from ringattn.parallel.machine.machine import CLASSES, Machine, copy_seconds, merge_seconds, transfer_seconds
-from ringattn.parallel.messages import Widths, exchange_messages, rank_widths
 from ringattn.parallel.plan.exchange import Exchange
+from ringattn.parallel.plan.messages import Widths, exchange_messages, rank_widths
 from ringattn.parallel.plan.plan import AttentionPlan, Stage
 from ringattn.parallel.plan.route import Message
 from ringattn.parallel.plan.shape import Shape

@@ -18,7 +18,7 @@ from ringattn.parallel.machine.machine import Machine
 from ringattn.parallel.machine.shipped import SHIPPED
 from ringattn.parallel.plan.shape import Shape
 from ringattn.parallel.pricing.pricer import Pricer
-from ringattn.parallel.pricing.setting import Setting
+from ringattn.parallel.pricing.setting import PriceInputs
 from ringattn.parallel.schedules.schedule import candidates
 
 # Schemes on a mesh: of degrees that a layout chooses, and of other systems, nothing is predicted.
@@ -66,7 +66,7 @@ def compared(result: dict[str, Any], facts: dict[str, Any], machine: Machine) ->
     work = workload(result["workload"], facts["seed"])
     layout = Layout(work.docs, MeshShape(1, ring, ulysses), mask=work.mask)
     shape = Shape(query_heads, key_heads, facts["head_dim"], facts["head_dim"], 2)
-    pricer = Pricer.of(layout.parts[0], work.mask, Setting(machine, shape))
+    pricer = Pricer.of(layout.parts[0], work.mask, PriceInputs(machine, shape))
     cost = choose(pricer, candidates(ring, scheme, None), None).cost
     forward, backward = cost.forward.seconds * 1e3, cost.backward.seconds * 1e3
     measured = result["forward"], result["both"] - result["forward"]

@@ -123,9 +123,9 @@ def free_mesh(args: argparse.Namespace, ranks: int) -> Any:
 
 
 def setting(args: argparse.Namespace, placement: Any) -> Any:
-    """The `Setting` of the options for a placement on their mesh."""
+    """The `PriceInputs` of the options for a placement on their mesh."""
     from ringattn.parallel.plan.shape import Shape
-    from ringattn.parallel.pricing.setting import Setting
+    from ringattn.parallel.pricing.setting import PriceInputs
 
     shape = Shape(args.heads[0], args.heads[1], args.head_dim, args.head_dim)
-    return Setting(placement.mesh.machine, shape).on(placement)
+    return PriceInputs(placement.mesh.machine, shape).on(placement)

@@ -205,11 +205,11 @@ def alternatives(planned: dict[str, Any]) -> list[dict[str, Any]]:
     layout, mask, setting = planned["layout"], planned["mask"], planned["setting"]
     pricer = Pricer.of(layout, mask, setting)
     out = []
-    for candidate in candidates(layout.mesh.ring, "auto", None):
-        forward, backward = pricer.price(candidate)
+    for schedule in candidates(layout.mesh.ring, "auto", None):
+        forward, backward = pricer.price(schedule)
         out.append(
             {
-                "schedule": candidate.name,
+                "schedule": schedule.name,
                 "forward": forward.seconds,
                 "backward": backward.seconds,
                 "buffer_bytes": most_bytes((forward, backward)),

@@ -106,8 +106,7 @@ def test_the_choice_has_the_least_predicted_time(lengths: list[int]) -> None:
         taken = next(
             price
             for price in fitting
-            if (price.candidate.schedule, len(price.candidate.distances(8)))
-            == (chosen.schedule, len(chosen.stages) - 1)
+            if (price.schedule.kind, len(price.schedule.distances(8))) == (chosen.schedule, len(chosen.stages) - 1)
         )
         limit = best / (1 - GAIN) if chosen.schedule == "gather" else best
         assert taken.seconds <= limit

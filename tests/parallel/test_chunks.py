@@ -11,7 +11,7 @@ from ringattn.parallel.plan.shape import Shape
 from ringattn.parallel.planning.all_ranks import plan_group
 from ringattn.parallel.planning.planner import plan_attention
 from ringattn.parallel.pricing.memory import buffer_bytes
-from ringattn.parallel.pricing.setting import Setting
+from ringattn.parallel.pricing.setting import PriceInputs
 from tests.dense import Case, dense_attention
 from tests.parallel.ranks import attend
 from tests.parallel.test_late import errors
@@ -89,7 +89,7 @@ def test_the_reason_says_where_there_are_fewer_chunks_than_were_asked_for() -> N
 
 
 def test_wrong_numbers_of_chunks_are_refused() -> None:
-    layout, setting = Layout(DOCS, MeshShape(1, 2)), Setting(SHIPPED["H200"], SHAPE)
+    layout, setting = Layout(DOCS, MeshShape(1, 2)), PriceInputs(SHIPPED["H200"], SHAPE)
     with pytest.raises(ValueError, match="head_chunks must be None or an integer >= 1, got 0"):
         plan_group(layout.parts[0], Mask(), setting, head_chunks=0)
     with pytest.raises(ValueError, match="head_chunks must be None or an integer >= 1, got 0"):
@@ -101,7 +101,7 @@ def test_wrong_numbers_of_chunks_are_refused() -> None:
 @pytest.mark.parametrize("scheme", ["auto", "gather", "ring"])
 def test_a_limit_that_whole_heads_do_not_keep_is_kept_in_chunks(scheme: str) -> None:
     layout = Layout(Documents([200_000, 3000, 59_000]), MeshShape(1, 8))
-    setting = Setting(SHIPPED["H200"].by_copy_engines(), SHAPE)
+    setting = PriceInputs(SHIPPED["H200"].by_copy_engines(), SHAPE)
     free = plan_group(layout.parts[0], Mask(), setting, scheme, memory_limit=2**34)
     assert {plan.head_chunks for plan in free} == {1}
     least = [

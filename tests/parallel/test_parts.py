@@ -24,7 +24,7 @@ from ringattn.parallel.planning.agreement import common_digest
 from ringattn.parallel.planning.planner import plan_attention, plan_parts
 from ringattn.parallel.pricing.memory import buffer_bytes
 from ringattn.parallel.pricing.price import Price, together
-from ringattn.parallel.schedules.schedule import Candidate
+from ringattn.parallel.schedules.schedule import Schedule
 from tests.dense import Case
 from tests.features.test_compiled import compiled_and_not
 from tests.parallel.cases import HEADS, MASKS, documents, masks
@@ -94,7 +94,7 @@ def price(compute: float, waiting: float, lost: float) -> Price:
     """Of one position whose host is never waited for."""
     numbers = {name: np.array([x]) for name, x in {"compute": compute, "waiting": waiting, "lost": lost}.items()}
     rest = {"messages": 0, "pair_share": 0.0, "kept": 0, "kept_share": 0.0}
-    return Price(Candidate("local", 1), wire=np.zeros(1), host=np.zeros(1), bytes=0, **numbers, **rest)
+    return Price(Schedule("local", 1), wire=np.zeros(1), host=np.zeros(1), bytes=0, **numbers, **rest)
 
 
 def test_what_a_part_hides_of_the_other_disturbs_its_kernels() -> None:

@@ -14,8 +14,8 @@ from ringattn import Documents, Layout, Mask, MeshShape
 from ringattn.kernels.spec import Block, Call
 from ringattn.parallel.geometry.block_table import BlockTable
 from ringattn.parallel.machine.shipped import SHIPPED
-from ringattn.parallel.placement.pieces import Held
-from ringattn.parallel.schedules.demand import Demand, per
+from ringattn.parallel.placement.pieces import PieceTable
+from ringattn.parallel.schedules.demand import KeyDemand, per
 from ringattn.workloads import HISTOGRAMS
 from tests.parallel.cases import documents, masks
 
@@ -196,7 +196,7 @@ def test_balance_of_kernel_time(case: tuple[int, list[int]], load: tuple[list, f
         table = BlockTable.of(calls)
         for backward in (False, True):
             seconds += layers * per(table.call, machine.rate(128, backward).share_seconds(table, 256), len(sizes))
-    whole = Demand.of(Held.of(layout.parts[0], Mask(chunk=chunk)), Mask().band)
+    whole = KeyDemand.of(PieceTable.of(layout.parts[0], Mask(chunk=chunk)), Mask().band)
     times = per(whole.position, (seconds / sizes)[kind[whole.document]] * (whole.last - whole.first), ring)
     assert times.max() / times.mean() <= 1.02
 
@@ -216,7 +216,7 @@ def test_short_documents_are_balanced_by_time() -> None:
     rates = [machine.rate(128, backward) for backward in (False, True)]
 
     def spread(layout: Layout) -> float:
-        demand = Demand.of(Held.of(layout.parts[0], Mask()), Mask().band)
+        demand = KeyDemand.of(PieceTable.of(layout.parts[0], Mask()), Mask().band)
         times = per(demand.position, sum(rate.share_seconds(demand.gathered_blocks, 256) for rate in rates), 4)
         return float(times.max() / times.mean())
 

@@ -18,7 +18,7 @@ from ringattn.parallel.plan.shape import Shape
 from ringattn.parallel.planning.all_ranks import plan_group
 from ringattn.parallel.planning.planner import plan_attention
 from ringattn.parallel.pricing.plan_cost import plan_cost, rank_cost
-from ringattn.parallel.pricing.setting import Setting
+from ringattn.parallel.pricing.setting import PriceInputs
 from ringattn.parallel.simulation.simulate import Pass, Scenario, simulate
 from ringattn.parallel.simulation.traffic import Traffic
 
@@ -152,7 +152,7 @@ SCHEMES = st.sampled_from(["auto", "gather", "joint", "ring"])
 def group(lengths, mesh, scheme="auto", mask=Mask(), machine=SIMPLE, chunks=1):
     ring, ulysses = mesh
     layout = Layout(Documents(lengths), MeshShape(1, ring, ulysses), mask=mask)
-    setting = Setting(machine, SHAPE).on(layout.parts[0])
+    setting = PriceInputs(machine, SHAPE).on(layout.parts[0])
     return plan_group(layout.parts[0], mask, setting, scheme if ring > 1 else "auto", head_chunks=chunks)
 
 

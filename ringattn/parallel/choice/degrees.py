@@ -15,7 +15,7 @@ from ringattn.parallel.placement.parts import Parts
 from ringattn.parallel.placement.placement import Placement
 from ringattn.parallel.plan.shape import Shape
 from ringattn.parallel.pricing.pricer import Pricer
-from ringattn.parallel.pricing.setting import Setting
+from ringattn.parallel.pricing.setting import PriceInputs
 from ringattn.parallel.schedules.schedule import candidates
 
 # Higher ulysses degrees need less memory and cut no documents: fewer must be faster by this much to be taken.
@@ -91,6 +91,6 @@ def _seconds(placement: Placement, masks: Sequence[tuple[Mask, float]], shape: S
     options = candidates(placement.mesh.ring, "auto", None)
     total = 0.0
     for mask, layers in masks:
-        pricer = Pricer.of(placement, mask, Setting(machine, shape))
+        pricer = Pricer.of(placement, mask, PriceInputs(machine, shape))
         total += layers * choose(pricer, options, None).cost.total
     return total

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 from ringattn.kernels.spec import Call
 from ringattn.parallel.plan.exchange import HeadShare
-from ringattn.parallel.pricing.setting import Setting
+from ringattn.parallel.pricing.setting import PriceInputs
 from ringattn.parallel.pricing.wire import group_seconds
 
 HEAD_GROUPS = (1, 2, 4)
@@ -13,7 +13,7 @@ HEAD_GROUPS = (1, 2, 4)
 GROUPS_GAIN = 0.01  # more groups are more launches, which the host may not have the time for
 
 
-def choose_groups(setting: Setting, calls: Sequence[Call], asked: int | None) -> tuple[int, str]:
+def choose_groups(setting: PriceInputs, calls: Sequence[Call], asked: int | None) -> tuple[int, str]:
     """In how many groups the heads of an exchange travel, and why; the same on all ranks of a position.
 
     Arguments:
@@ -41,7 +41,7 @@ def choose_groups(setting: Setting, calls: Sequence[Call], asked: int | None) ->
     return best, (f"heads in {best} groups" if best > 1 else "heads in one group") + f" of {told}" * (len(priced) > 1)
 
 
-def chunk_counts(setting: Setting, asked: int | None, memory_limit: int | None) -> list[int]:
+def chunk_counts(setting: PriceInputs, asked: int | None, memory_limit: int | None) -> list[int]:
     """In how many chunks of heads an attention may be computed, in ascending order.
 
     Gradients of copied key heads are summed over all heads of a rank, so there they stay together.

@@ -26,7 +26,7 @@ from ringattn.parallel.plan.shape import Shape
 from ringattn.parallel.pricing.plan_cost import host_seconds
 from ringattn.parallel.pricing.price import Price, together
 from ringattn.parallel.pricing.pricer import Pricer
-from ringattn.parallel.pricing.setting import Setting
+from ringattn.parallel.pricing.setting import PriceInputs
 from ringattn.parallel.pricing.wire import exchange_seconds
 from ringattn.parallel.schedules.schedule import candidates
 
@@ -88,9 +88,9 @@ class Mixer:
         return total
 
     def _prices(self, part: Placement, mask: Mask) -> tuple[Price, Price]:
-        setting = Setting(part.mesh.planned_for(self.machine), self.shape)
-        (candidate,) = candidates(part.mesh.ring, "gather", None)
-        return Pricer.of(part, mask, setting).price(candidate)
+        setting = PriceInputs(part.mesh.planned_for(self.machine), self.shape)
+        (schedule,) = candidates(part.mesh.ring, "gather", None)
+        return Pricer.of(part, mask, setting).price(schedule)
 
     def _bounds(self, lengths: Sequence[int]) -> Iterator[tuple[float, int]]:
         """Numbers of documents to exchange, each with seconds that no mixture of so many takes less than.

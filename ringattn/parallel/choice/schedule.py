@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from ringattn.parallel.pricing.price import Price, most_bytes
 from ringattn.parallel.pricing.pricer import Pricer
 from ringattn.parallel.pricing.timeline import PlanCost
-from ringattn.parallel.schedules.schedule import Candidate
+from ringattn.parallel.schedules.schedule import Schedule
 
 PAIR_SHARE = 9  # without a limit: key rows in two buffers at a time, as a multiple of a rank's own
 # A ring rounds each query row several times, a gather once, and what a joint schedule waits for no kernel hides if the
@@ -25,14 +25,14 @@ KEPT_SHARE = 0.5
 class Choice:
     """The schedules of both passes, what they cost, and why; with kept keys both are one."""
 
-    forward: Candidate
-    backward: Candidate
+    forward: Schedule
+    backward: Schedule
     cost: PlanCost
     reason: str
     keep_keys: bool = False
 
 
-def choose(pricer: Pricer, options: Sequence[Candidate], memory_limit: int | None) -> Choice:
+def choose(pricer: Pricer, options: Sequence[Schedule], memory_limit: int | None) -> Choice:
     """The best of `options` in each direction; one for both if the forward pass keeps its keys.
 
     Where the setting leaves that open, keys are kept if it is predicted to be faster and they fit: in the limit, or
@@ -47,7 +47,7 @@ def choose(pricer: Pricer, options: Sequence[Candidate], memory_limit: int | Non
     setting = pricer.setting
     if len(options) > 1 and pricer.demand.band.hi not in (0, None):
         # With a window to the right a joint schedule is not one call, but one for every place where a document is cut.
-        options = [option for option in options if option.schedule != "joint"]
+        options = [option for option in options if option.kind != "joint"]
     if setting.keep_keys:
         found = _keeping(pricer, options, memory_limit)
     else:
@@ -57,7 +57,7 @@ def choose(pricer: Pricer, options: Sequence[Candidate], memory_limit: int | Non
     return replace(found, reason=f"{found.reason}; predicted for {setting.machine}")
 
 
-def _casting(pricer: Pricer, options: Sequence[Candidate], memory_limit: int | None) -> Choice:
+def _casting(pricer: Pricer, options: Sequence[Schedule], memory_limit: int | None) -> Choice:
     """Each pass by itself: keys are cast in both."""
     pairs: list[tuple[Price, ...]] = [pricer.price(option, False) for option in options]
     forward, backward = zip(*pairs, strict=True)
@@ -71,14 +71,14 @@ def _casting(pricer: Pricer, options: Sequence[Candidate], memory_limit: int | N
     return choice
 
 
-def _keeping(pricer: Pricer, options: Sequence[Candidate], memory_limit: int | None) -> Choice:
+def _keeping(pricer: Pricer, options: Sequence[Schedule], memory_limit: int | None) -> Choice:
     (first, last), reason = _pick("both passes", [pricer.price(option, True) for option in options], memory_limit)
     return _choice(first, last, reason, True)
 
 
 def _kept_if_better(pricer: Pricer, casting: Choice, memory_limit: int | None) -> Choice:
     """One of the schedules of `casting` for both passes with the keys kept, if it is faster and there is room."""
-    options = [one for one in dict.fromkeys((casting.forward, casting.backward)) if one.schedule != "local"]
+    options = [one for one in dict.fromkeys((casting.forward, casting.backward)) if one.kind != "local"]
     prices = {option: pricer.price(option, True) for option in options}
     if not any(price.kept for pair in prices.values() for price in pair):
         return casting
@@ -96,7 +96,7 @@ def _kept_if_better(pricer: Pricer, casting: Choice, memory_limit: int | None) -
 
 def _choice(first: Price, last: Price, reason: str, keep_keys: bool) -> Choice:
     cost = PlanCost(first.slowest, last.slowest, most_bytes((first, last)))
-    return Choice(first.candidate, last.candidate, cost, reason, keep_keys)
+    return Choice(first.schedule, last.schedule, cost, reason, keep_keys)
 
 
 def _pick(what: str, options: list[tuple[Price, ...]], memory_limit: int | None) -> tuple[tuple[Price, ...], str]:
@@ -107,20 +107,20 @@ def _pick(what: str, options: list[tuple[Price, ...]], memory_limit: int | None)
         if memory_limit is not None:
             raise ValueError(
                 f"memory_limit must leave room for the buffers of a schedule, got {memory_limit} bytes; the least that "
-                f"{what} needs is {most_bytes(least)} ({least[0].candidate.name})"
+                f"{what} needs is {most_bytes(least)} ({least[0].schedule.name})"
             )
         fitting = [least]
     best = min(fitting, key=_seconds)
     if _seconds(best) > (1 - GAIN) * _seconds(fitting[0]):
         best = fitting[0]
     waiting = sum(part.slowest.exposed for part in best)
-    text = f"{what} {best[0].candidate.name} {_seconds(best) * 1e3:.3f} ms, {waiting * 1e3:.3f} of it waiting"
+    text = f"{what} {best[0].schedule.name} {_seconds(best) * 1e3:.3f} ms, {waiting * 1e3:.3f} of it waiting"
     others = []
     for option in options:
         if option is not best:
             more = f"{(_seconds(option) / _seconds(best) - 1) * 100:+.1f} %" if _seconds(best) else "no slower"
             room = "" if option in fitting else f", too large with {most_bytes(option) / 2**20:,.0f} MiB"
-            others.append(f"{option[0].candidate.name} {more}{room}")
+            others.append(f"{option[0].schedule.name} {more}{room}")
     return best, f"{text} ({', '.join(others)})" if others else text
 
 

@@ -33,7 +33,7 @@ def inner_rows(first: int, last: int, length: int, band: Band) -> Range:
 
 
 @dataclass(frozen=True)
-class Held:
+class PieceTable:
     """Every position's pieces of the documents as attention sees them (chunks are documents).
 
     Columns of numbers, by position and row; planners look up the few pieces that they walk over.
@@ -50,12 +50,12 @@ class Held:
     index: tuple[tuple[Range, ...], ...]  # of every position: the global ranges of its rows
 
     @classmethod
-    def of(cls, placement: Placement, mask: Mask) -> "Held":
+    def of(cls, placement: Placement, mask: Mask) -> "PieceTable":
         """Kept with the placement."""
         return kept(placement, ("pieces", mask.chunk), lambda: cls._of(placement, mask))
 
     @classmethod
-    def _of(cls, placement: Placement, mask: Mask) -> "Held":
+    def _of(cls, placement: Placement, mask: Mask) -> "PieceTable":
         docs, placed = placement.docs.chunked(mask.chunk), placement.positions
         begin, end = _array(bound for ranges in placed for span in ranges for bound in span).reshape(-1, 2).T
         counts = np.array([len(ranges) for ranges in placed])

@@ -34,7 +34,7 @@ class Span(NamedTuple):
     nested: bool  # cut in nested heads and tails; else in consecutive runs
 
 
-Held = list[tuple[Span, int, int]]  # pieces of one position: tokens `[first, last)` of a span
+Shares = list[tuple[Span, int, int]]  # pieces of one position: tokens `[first, last)` of a span
 
 
 def contiguous(docs: Documents, load: Load, ring: int) -> Positions:
@@ -42,7 +42,7 @@ def contiguous(docs: Documents, load: Load, ring: int) -> Positions:
     bounds = [index * docs.total // ring for index in range(ring + 1)]
     spans = _spans(docs, load)
     starts = [span.start for span in spans]
-    held: list[Held] = [[] for _ in range(ring)]
+    held: list[Shares] = [[] for _ in range(ring)]
     for position, (begin, end) in enumerate(pairwise(bounds)):
         index = max(0, bisect_right(starts, begin) - 1)
         while index < len(spans) and spans[index].start < end:
@@ -60,7 +60,7 @@ def zigzag(docs: Documents, load: Load, ring: int) -> Positions:
     Source: zhuzilin/ring-flash-attention, Megatron-LM; there documents must divide by 2 × ring. The positions rotate
     from document to document so that the rows left over by the division do not always fall on the same one.
     """
-    held: list[Held] = [[] for _ in range(ring)]
+    held: list[Shares] = [[] for _ in range(ring)]
     for number, span in enumerate(_spans(docs, load)):
         bounds = [index * span.size // (2 * ring) for index in range(2 * ring + 1)]
         for index, (first, last) in enumerate(pairwise(bounds)):
@@ -85,7 +85,7 @@ def balanced(docs: Documents, load: Load, ring: int, speeds: Sequence[float] | N
     spans = sorted(_spans(docs, load), key=lambda span: (span.density, span.start))
     tiles = _tiles(spans, docs.total, ring)
     shares = _window_search(spans, list(accumulate(speeds or [1.0] * ring)), tiles)
-    held: list[Held] = [[] for _ in range(ring)]
+    held: list[Shares] = [[] for _ in range(ring)]
     for span, owners, tile in zip(spans, shares, tiles, strict=True):
         if len(owners) == 1:
             held[owners[0][0]].append((span, 0, span.size))
@@ -218,7 +218,7 @@ def _queue(owners: list[tuple[int, int]]) -> list[tuple[int, int, int]]:
     return pieces
 
 
-def _ordered(held: list[Held]) -> Positions:
+def _ordered(held: list[Shares]) -> Positions:
     """Ranges of every position: whole, heads (opening ones first), tails, padding; joined where they touch."""
     placement = []
     for pieces in held:
@@ -241,9 +241,9 @@ def _ordered(held: list[Held]) -> Positions:
     return tuple(placement)
 
 
-def _joined(pieces: Held) -> Held:
+def _joined(pieces: Shares) -> Shares:
     """Neighbouring pieces of one span made one."""
-    out: Held = []
+    out: Shares = []
     for span, first, last in pieces:
         if out and out[-1][0].start == span.start and out[-1][2] == first:
             out[-1] = (span, out[-1][1], last)

@@ -12,7 +12,7 @@ from ringattn.parallel.choice.schedule import GAIN, Choice, choose
 from ringattn.parallel.layout import Layout
 from ringattn.parallel.machine.machine import Machine
 from ringattn.parallel.mesh.shape import MeshShape
-from ringattn.parallel.placement.pieces import Held
+from ringattn.parallel.placement.pieces import PieceTable
 from ringattn.parallel.placement.placement import Placement
 from ringattn.parallel.plan.exchange import Exchange, exchange_plan
 from ringattn.parallel.plan.plan import AttentionPlan, PartedPlan
@@ -20,8 +20,8 @@ from ringattn.parallel.plan.shape import Shape
 from ringattn.parallel.planning.options import check_heads, check_scheme
 from ringattn.parallel.pricing.price import most_bytes
 from ringattn.parallel.pricing.pricer import Pricer
-from ringattn.parallel.pricing.setting import Setting
-from ringattn.parallel.schedules.schedule import Candidate, candidates, plan_stages
+from ringattn.parallel.pricing.setting import PriceInputs
+from ringattn.parallel.schedules.schedule import Schedule, candidates, plan_stages
 
 P = ParamSpec("P")
 
@@ -77,7 +77,7 @@ def plan_parts(
     key = (mask, shape, scheme, stages, keep_keys, wide_reduce, memory_limit, digests, head_groups, head_chunks)
 
     def make() -> PartedPlan:
-        settings = [Setting(one, shape, keep_keys=keep_keys, wide_reduce=wide_reduce) for one in machines]
+        settings = [PriceInputs(one, shape, keep_keys=keep_keys, wide_reduce=wide_reduce) for one in machines]
         return PartedPlan(tuple(_plans(layout, mask, settings, scheme, stages, memory_limit, head_groups, head_chunks)))
 
     return kept(layout, key, make)
@@ -105,7 +105,7 @@ plan_attention = _whole(plan_parts)
 def _plans(
     layout: Layout,
     mask: Mask,
-    settings: Sequence[Setting],
+    settings: Sequence[PriceInputs],
     scheme: str,
     stages: int | None,
     memory_limit: int | None,
@@ -130,14 +130,14 @@ def _plans(
 def _plan(
     placement: Placement,
     mask: Mask,
-    setting: Setting,
-    options: Sequence[Candidate],
+    setting: PriceInputs,
+    options: Sequence[Schedule],
     memory_limit: int | None,
     head_groups: int | None,
     head_chunks: int | None,
 ) -> tuple[AttentionPlan, int]:
     """The plan of this rank, and the bytes that the buffers of any rank take at most."""
-    mesh, held = placement.mesh, Held.of(placement, mask)
+    mesh, held = placement.mesh, PieceTable.of(placement, mask)
     pricer, choice = chosen(placement, mask, setting, options, memory_limit, head_chunks)
     plans = [
         plan_stages(held, pricer.demand, mesh.ring_rank, one)
@@ -153,8 +153,8 @@ def _plan(
 def chosen(
     placement: Placement,
     mask: Mask,
-    setting: Setting,
-    options: Sequence[Candidate],
+    setting: PriceInputs,
+    options: Sequence[Schedule],
     memory_limit: int | None,
     head_chunks: int | None,
 ) -> tuple[Pricer, Choice]:
@@ -185,7 +185,7 @@ def chunks_told(chunks: int, asked: int | None) -> str:
     return f"{told}; not in {asked}, as key heads do not part equally into so many, or are copied and summed together"
 
 
-def settled(plan: AttentionPlan, setting: Setting, keep_keys: bool) -> AttentionPlan:
+def settled(plan: AttentionPlan, setting: PriceInputs, keep_keys: bool) -> AttentionPlan:
     """The stages of a plan with what the setting says of how they are walked and their data travels, and whether keys
     are kept."""
     return replace(
@@ -198,7 +198,7 @@ def settled(plan: AttentionPlan, setting: Setting, keep_keys: bool) -> Attention
 
 
 def plan_exchange(
-    placement: Placement, setting: Setting, position: int, rank: int, plan: AttentionPlan, head_groups: int | None
+    placement: Placement, setting: PriceInputs, position: int, rank: int, plan: AttentionPlan, head_groups: int | None
 ) -> tuple[Exchange | None, str]:
     """The exchange of an ulysses rank of a position with the stages of `plan`, and why in so many groups."""
     if setting.exchange is None:
@@ -224,6 +224,6 @@ def part_groups(layout: Layout) -> int | None:
     return 1 if len(layout.parts) > 1 else None
 
 
-def only(mesh: MeshShape, options: Sequence[Candidate]) -> str:
+def only(mesh: MeshShape, options: Sequence[Schedule]) -> str:
     """What a plan's reason begins with if there was nothing to choose."""
     return f"only {options[0].name} was considered: " if len(options) == 1 and mesh.ring > 1 else ""

@@ -14,7 +14,7 @@ from ringattn.kernels.spec import Call
 from ringattn.parallel.geometry.block_table import BlockTable, Floats, Ints
 from ringattn.parallel.machine.machine import Machine
 from ringattn.parallel.plan.shape import Shape
-from ringattn.parallel.schedules.demand import Demand, per
+from ringattn.parallel.schedules.demand import KeyDemand, per
 
 # Seconds of the local stage, (positions), and of each later one, (stages, positions); forward and backward.
 Kernels = list[tuple[Floats, Floats]]
@@ -28,7 +28,7 @@ class KernelTimes:
         own: what a rank computes at a time: a chunk of its share of the heads.
     """
 
-    demand: Demand
+    demand: KeyDemand
     machine: Machine
     own: Shape
 

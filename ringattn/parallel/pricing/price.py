@@ -10,12 +10,12 @@ import numpy as np
 
 from ringattn.parallel.geometry.block_table import Floats
 from ringattn.parallel.pricing.timeline import DirectionCost
-from ringattn.parallel.schedules.schedule import Candidate
+from ringattn.parallel.schedules.schedule import Schedule
 
 
 @dataclass(frozen=True)
 class Price:
-    """A candidate in one direction, for every position as arrays: seconds of compute, wire and waiting, and bytes.
+    """A schedule in one direction, for every position as arrays: seconds of compute, wire and waiting, and bytes.
 
     Arguments:
         waiting: of kernels, for transfers.
@@ -27,7 +27,7 @@ class Price:
         kept_share: the same over q, k, v and out of the position, of which each rank saves its share.
     """
 
-    candidate: Candidate
+    schedule: Schedule
     compute: Floats
     wire: Floats
     waiting: Floats

@@ -13,18 +13,18 @@ from ringattn.kept import kept
 from ringattn.mask import Mask
 from ringattn.parallel.geometry.block_table import Floats, Ints
 from ringattn.parallel.machine.machine import CLASSES
-from ringattn.parallel.placement.pieces import Held
+from ringattn.parallel.placement.pieces import PieceTable
 from ringattn.parallel.placement.placement import Placement
 from ringattn.parallel.plan.messages import exchange_messages
 from ringattn.parallel.pricing.kernel_times import Kernels, KernelTimes, linear
 from ringattn.parallel.pricing.memory import StageRows, exchange_bytes, exchange_message_bytes
 from ringattn.parallel.pricing.plan_cost import host_seconds
 from ringattn.parallel.pricing.price import Price
-from ringattn.parallel.pricing.setting import Setting
+from ringattn.parallel.pricing.setting import PriceInputs
 from ringattn.parallel.pricing.timeline import StageCost, backward_timeline, disturbed, forward_timeline
 from ringattn.parallel.pricing.wire import exchange_loss, exchange_seconds, pulls
-from ringattn.parallel.schedules.demand import Demand, per
-from ringattn.parallel.schedules.schedule import Candidate
+from ringattn.parallel.schedules.demand import KeyDemand, per
+from ringattn.parallel.schedules.schedule import Schedule
 from ringattn.parallel.transport.buffers import message_buffers
 
 
@@ -38,7 +38,7 @@ class _Wire(NamedTuple):
 
 @dataclass(frozen=True)
 class _Moved:
-    """What a candidate computes and moves, whether its keys are kept or not; arrays are (stages, position).
+    """What a schedule computes and moves, whether its keys are kept or not; arrays are (stages, position).
 
     Arguments:
         received, sent: key rows.
@@ -58,46 +58,46 @@ class _Moved:
     calls: Ints
 
 
-def _demand(placement: Placement, mask: Mask) -> Demand:
-    return kept(placement, ("demand", mask), lambda: Demand.of(Held.of(placement, mask), mask.band))
+def _demand(placement: Placement, mask: Mask) -> KeyDemand:
+    return kept(placement, ("demand", mask), lambda: KeyDemand.of(PieceTable.of(placement, mask), mask.band))
 
 
 @dataclass(frozen=True)
 class Pricer:
     """Prices of candidates; what they share is computed once."""
 
-    demand: Demand
-    setting: Setting
+    demand: KeyDemand
+    setting: PriceInputs
 
     @classmethod
-    def of(cls, placement: Placement, mask: Mask, setting: Setting) -> "Pricer":
+    def of(cls, placement: Placement, mask: Mask, setting: PriceInputs) -> "Pricer":
         """Kept with the placement: degrees, and then plans, are chosen by the same prices."""
         choices = setting.keep_keys, setting.wide_reduce, setting.head_chunks
         key = ("prices", mask, setting.machine.digest, setting.shape, choices)
         return kept(placement, key, lambda: cls(_demand(placement, mask), setting.on(placement)))
 
-    def price(self, candidate: Candidate, keep_keys: bool | None = None) -> tuple[Price, Price]:
+    def price(self, schedule: Schedule, keep_keys: bool | None = None) -> tuple[Price, Price]:
         """Of the forward and of the backward pass; with keys kept if the setting says so, or what is said here."""
-        if candidate.schedule == "joint" and not self.demand.joined:
-            return self._joint.price(candidate, keep_keys)
+        if schedule.kind == "joint" and not self.demand.joined:
+            return self._joint.price(schedule, keep_keys)
         keep = bool(self.setting.keep_keys if keep_keys is None else keep_keys)
-        return kept(self, (candidate, keep), lambda: self._price(candidate, keep))
+        return kept(self, (schedule, keep), lambda: self._price(schedule, keep))
 
     @cached_property
     def _joint(self) -> "Pricer":
         return Pricer(self.demand.joint, self.setting)
 
-    def _price(self, candidate: Candidate, keep: bool) -> tuple[Price, Price]:
-        moved, setting, demand = kept(self, candidate, lambda: self._moved(candidate)), self.setting, self.demand
+    def _price(self, schedule: Schedule, keep: bool) -> tuple[Price, Price]:
+        moved, setting, demand = kept(self, schedule, lambda: self._moved(schedule)), self.setting, self.demand
         own = setting.own
-        summed = demand.parted.summed_rows if candidate.gathers else demand.cut_rows * bool(len(moved.received))
+        summed = demand.parted.summed_rows if schedule.gathers else demand.cut_rows * bool(len(moved.received))
         if setting.exchange is not None and setting.exchange.copied_keys and setting.wide_reduce:
             summed = 2 * demand.rows  # as of a plan that sums copies
         rows = StageRows(
             buffers=moved.received + moved.copied,
             received=moved.received,
             sent=moved.sent,
-            shared_q=0 if candidate.gathers else demand.cut_rows * bool(len(moved.received)),
+            shared_q=0 if schedule.gathers else demand.cut_rows * bool(len(moved.received)),
             shared_k=summed,
             most_sent=int(moved.sent.max(initial=0)),
             most_returned=int(moved.received.max(initial=0)),
@@ -115,7 +115,7 @@ class Pricer:
         sizes = rows.forward_bytes(own, keep), rows.backward_bytes(own, keep, setting.wide_reduce)
         forward, backward = (
             Price(
-                candidate,
+                schedule,
                 *self._times(moved, bool(direction), keep),
                 bytes=size + exchanged,
                 messages=messages,
@@ -166,22 +166,22 @@ class Pricer:
         travels = chunks * (cast.seconds + reduce.seconds).sum(0) + pulled
         return compute, travels + wire, exposed + pulled + wire, more, host
 
-    def _moved(self, candidate: Candidate) -> _Moved:
+    def _moved(self, schedule: Schedule) -> _Moved:
         setting, machine, own = self.setting, self.setting.machine, self.setting.own
-        by_class = self._rows(candidate.distances(self.demand.positions))
+        by_class = self._rows(schedule.distances(self.demand.positions))
         received, sent = (rows.sum(1) for rows in by_class)
-        copied = self._copied if candidate.gathers else np.zeros(self.demand.positions)
+        copied = self._copied if schedule.gathers else np.zeros(self.demand.positions)
         packed = received + sent + copied
         returned_bytes = own.wide_key_row_bytes if setting.wide_reduce else own.key_row_bytes
         return _Moved(
             received,
             sent,
             copied,
-            kernels=self._kernels.gathered if candidate.gathers else self._kernels.staged(received),
+            kernels=self._kernels.gathered if schedule.gathers else self._kernels.staged(received),
             cast=self._wire(*by_class, own.key_row_bytes, sent.max(1, initial=0)),
             reduce=self._wire(*by_class, returned_bytes, received.max(1, initial=0)),
             cast_copies=linear(packed, 2 * machine.copy_seconds, 2 * own.key_row_bytes / machine.copy_bandwidth),
-            calls=self.demand.parted.gathered_calls if candidate.gathers else self._calls + (len(received) > 0),
+            calls=self.demand.parted.gathered_calls if schedule.gathers else self._calls + (len(received) > 0),
         )
 
     @cached_property

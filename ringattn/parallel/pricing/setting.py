@@ -10,7 +10,7 @@ from ringattn.parallel.plan.shape import Shape
 
 
 @dataclass(frozen=True)
-class Setting:
+class PriceInputs:
     """What prices depend on beside the pieces.
 
     Arguments:
@@ -27,7 +27,7 @@ class Setting:
     wide_reduce: bool = True
     head_chunks: int = 1
 
-    def on(self, placement: Placement) -> "Setting":
+    def on(self, placement: Placement) -> "PriceInputs":
         """The same with the exchange that the mesh of a placement asks for."""
         if placement.mesh.ulysses == 1:
             return replace(self, exchange=None)

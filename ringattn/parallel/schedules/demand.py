@@ -8,7 +8,7 @@ import numpy.typing as npt
 
 from ringattn.mask import Band
 from ringattn.parallel.geometry.block_table import BlockTable, Ints, needs
-from ringattn.parallel.placement.pieces import Held, inner_rows, numbers_in
+from ringattn.parallel.placement.pieces import PieceTable, inner_rows, numbers_in
 from ringattn.parallel.plan.route import Route
 
 # Rows that a gather's buffer has more than once at most, so that the pieces of a document are one call: so many take,
@@ -17,7 +17,7 @@ REPEATED = 8192
 
 
 @dataclass(frozen=True)
-class Demand:
+class KeyDemand:
     """Every position's pieces as columns, and the key rows that positions need of one another."""
 
     positions: int
@@ -33,7 +33,7 @@ class Demand:
     joined: bool = False  # pieces that need no key from elsewhere are computed with the others, from one buffer
 
     @classmethod
-    def of(cls, held: Held, band: Band) -> "Demand":
+    def of(cls, held: PieceTable, band: Band) -> "KeyDemand":
         order = np.lexsort((held.first, held.position, held.document))
         columns = (held.position, held.document, held.first, held.last, held.length)
         position, document, first, last, length = (column[order] for column in columns)
@@ -46,8 +46,8 @@ class Demand:
         return needs(self.first, self.last, self.length, self.band)
 
     @cached_property
-    def parted(self) -> "Demand":
-        """The same with query pieces cut as `Held.parted` cuts them."""
+    def parted(self) -> "KeyDemand":
+        """The same with query pieces cut as `PieceTable.parted` cuts them."""
         if self.joined or (self.band.lo is None and self.band.hi in (0, None)):
             return self  # a piece sees all of its document's start, or nothing outside
         columns = self.first.tolist(), self.last.tolist(), self.length.tolist()
@@ -71,7 +71,7 @@ class Demand:
         )
 
     @cached_property
-    def joint(self) -> "Demand":
+    def joint(self) -> "KeyDemand":
         """The same where every piece waits for the keys from elsewhere."""
         return replace(self, joined=True)
 

@@ -17,15 +17,15 @@ from ringattn.kernels.spec import Block, Range
 from ringattn.mask import Band
 from ringattn.parallel.geometry.blocks import Piece, blocks_of, group_calls, join_full, shared_rows
 from ringattn.parallel.geometry.ranges import length, overlap, union
-from ringattn.parallel.placement.pieces import Held
+from ringattn.parallel.placement.pieces import PieceTable
 from ringattn.parallel.plan.plan import AttentionPlan, Stage
-from ringattn.parallel.schedules.demand import Demand
-from ringattn.parallel.schedules.stage_builder import Cast
+from ringattn.parallel.schedules.demand import KeyDemand
+from ringattn.parallel.schedules.stage_builder import StageBuilder
 
 Waiting = Callable[[int, int], list[Piece]]  # of a position and a document: its pieces that wait, ascending
 
 
-def plan_gather(held: Held, demand: Demand, position: int) -> AttentionPlan:
+def plan_gather(held: PieceTable, demand: KeyDemand, position: int) -> AttentionPlan:
     """The stages of a ring position, without an exchange; `demand` is that of `held`."""
 
     def waiting(reader: int, document: int) -> list[Piece]:
@@ -37,13 +37,13 @@ def plan_gather(held: Held, demand: Demand, position: int) -> AttentionPlan:
     return _plan("gather", held, demand.parted, position, local, documents, waiting)
 
 
-def plan_joint(held: Held, demand: Demand, position: int) -> AttentionPlan:
+def plan_joint(held: PieceTable, demand: KeyDemand, position: int) -> AttentionPlan:
     """The same, with all pieces waiting."""
     documents = list(dict.fromkeys(piece.document for piece in held.pieces(position)))
     return _plan("joint", held, demand.joint, position, [], documents, held.own)
 
 
-def _local_blocks(held: Held, position: int, band: Band) -> list[Block]:
+def _local_blocks(held: PieceTable, position: int, band: Band) -> list[Block]:
     """Those of pieces that see only keys of the position."""
     blocks = []
     for piece in held.pieces(position):
@@ -55,8 +55,8 @@ def _local_blocks(held: Held, position: int, band: Band) -> list[Block]:
 
 def _plan(
     schedule: str,
-    held: Held,
-    demand: Demand,
+    held: PieceTable,
+    demand: KeyDemand,
     position: int,
     local: list[Block],
     documents: list[int],
@@ -68,7 +68,7 @@ def _plan(
         demand: of the pieces that wait.
         documents: of the position, those that may have some.
     """
-    cast = Cast()
+    cast = StageBuilder()
     queries = [piece for document in documents for piece in waiting(position, document)]
     wanted = [held.needs(query, demand.band) for query in queries]
     runs = _shared_runs if _repeated(queries, wanted) > demand.most_repeated else _own_runs
@@ -134,7 +134,7 @@ def _shared_runs(keys: "_Keys", queries: list[Piece], wanted: list[Range]) -> li
 class _Keys:
     """The buffer of a position under construction."""
 
-    def __init__(self, cast: Cast, held: Held, position: int) -> None:
+    def __init__(self, cast: StageBuilder, held: PieceTable, position: int) -> None:
         self._cast, self._held, self._position = cast, held, position
         self._arrived: dict[int, list[Piece]] = defaultdict(list)  # by document, at their rows, each once
 

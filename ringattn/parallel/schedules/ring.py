@@ -8,13 +8,13 @@ from ringattn.kernels.spec import Block, Range
 from ringattn.mask import Band
 from ringattn.parallel.geometry.blocks import Piece, blocks_of, group_calls, join_full, shared_rows
 from ringattn.parallel.geometry.ranges import overlap, union
-from ringattn.parallel.placement.pieces import Held
+from ringattn.parallel.placement.pieces import PieceTable
 from ringattn.parallel.plan.plan import AttentionPlan, Stage
-from ringattn.parallel.schedules.demand import Demand
-from ringattn.parallel.schedules.stage_builder import Cast
+from ringattn.parallel.schedules.demand import KeyDemand
+from ringattn.parallel.schedules.stage_builder import StageBuilder
 
 
-def plan_ring(held: Held, demand: Demand, position: int, distances: list[range]) -> AttentionPlan:
+def plan_ring(held: PieceTable, demand: KeyDemand, position: int, distances: list[range]) -> AttentionPlan:
     """The stages of a ring position, without an exchange; `demand` is that of `held`.
 
     Arguments:
@@ -27,8 +27,8 @@ def plan_ring(held: Held, demand: Demand, position: int, distances: list[range])
 class _RingPlanner:
     """Stages of one position."""
 
-    held: Held
-    demand: Demand
+    held: PieceTable
+    demand: KeyDemand
     position: int
     distances: list[range]
 
@@ -63,9 +63,9 @@ class _RingPlanner:
     def _wanted(self, position: int, document: int) -> list[Range]:
         return union(self.held.needs(piece, self.band) for piece in self.held.own(position, document))
 
-    def _casts(self) -> list[Cast]:
+    def _casts(self) -> list[StageBuilder]:
         """The later stages, all in one pass over what travels."""
-        casts = [Cast() for _ in self.distances]
+        casts = [StageBuilder() for _ in self.distances]
         stage_of = {distance: cast for cast, span in zip(casts, self.distances, strict=True) for distance in span}
         for document in self.held.cut_documents(self.position):
             self._arrive(document, stage_of)
@@ -74,9 +74,9 @@ class _RingPlanner:
             cast.blocks = join_full(cast.blocks)
         return casts
 
-    def _arrive(self, document: int, stage_of: dict[int, Cast]) -> None:
+    def _arrive(self, document: int, stage_of: dict[int, StageBuilder]) -> None:
         """The keys of a document that this position needs, and its blocks over them."""
-        runs: dict[int, tuple[Cast, list[Piece]]] = {}
+        runs: dict[int, tuple[StageBuilder, list[Piece]]] = {}
         start = self.held.docs.starts[document]
         for piece, holder in self._runs(self.position, document):
             cast = stage_of.get((holder - self.position) % len(self.held.rows))
@@ -89,7 +89,7 @@ class _RingPlanner:
             for cast, pieces in runs.values():
                 cast.blocks += blocks_of(query, pieces, self.band)
 
-    def _leave(self, document: int, stage_of: dict[int, Cast]) -> None:
+    def _leave(self, document: int, stage_of: dict[int, StageBuilder]) -> None:
         """Local rows that other positions want, in the order of their buffers."""
         own = self.held.own(self.position, document)
         for reader in self.held.readers(document):

@@ -14,7 +14,7 @@ _Segments = dict[int, list[tuple[int, Range]]]  # by peer: the document, and its
 
 
 @dataclass
-class Cast:
+class StageBuilder:
     """One later stage: a buffer's rows, where they come from, and what this position sends.
 
     Messages are in the order of documents, and inside of one in that of its tokens, whatever the order of buffers.

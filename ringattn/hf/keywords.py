@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 GENERATION = "a parallelized model is for training; handle.undo() gives the plain model back, which can generate"
 REFUSED = {
     "output_attentions": "flash attention never forms the attention matrix",
-    "past_key_values": f"KV caches are for generation: {GENERATION}",
+    "past_key_values": f"KV caches are for generation, and so are the prefixes of PEFT's tuners: {GENERATION}",
     "encoder_hidden_states": "cross attention is not supported",
     "pixel_values": "a rank holds a part of the tokens only: compute inputs_embeds of the global batch, images "
     "included, and give them to shard_batch",
@@ -59,6 +59,14 @@ def _check_tokens(layout: Layout, args: tuple[Any, ...], kwargs: dict[str, Any])
     """One row of this rank's tokens, with their positions."""
     tokens = layout.tokens()
     inputs = {"input_ids": args[0]} if args else {}
+    embeddings = kwargs.get("inputs_embeds")
+    if isinstance(embeddings, Tensor) and embeddings.dim() == 3 and kwargs.get("position_ids") is None:
+        if virtual := max(0, embeddings.shape[1] - tokens):  # PEFT's tuners of prompts leave position_ids out
+            raise NotImplementedError(
+                f"inputs_embeds have {virtual} tokens more than the batch, and no position_ids, as PEFT's prompt "
+                "tuning makes them (PROMPT_TUNING, P_TUNING, CPT, ...): virtual tokens before the sequence would stand "
+                "before every rank's part of it, which is not supported"
+            )
     for name in ("input_ids", "inputs_embeds", "shift_labels"):
         x = inputs.get(name, kwargs.get(name))
         if isinstance(x, Tensor) and tuple(x.shape[:2]) != (1, tokens):

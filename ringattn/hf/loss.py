@@ -3,6 +3,7 @@
 T tokens of the stream.
 """
 
+import copy
 from collections.abc import Callable
 from typing import Any
 
@@ -39,6 +40,12 @@ class GlobalLoss:
 
     def __init__(self, local: Callable[..., Tensor], mesh: SequenceMesh) -> None:
         self.local, self.mesh, self.called = local, mesh, False
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "GlobalLoss":
+        return GlobalLoss(copy.deepcopy(self.local, memo), self.mesh)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"mesh": None}  # process groups cannot be pickled
 
     def __call__(self, *args: Any, **kwargs: Any) -> Tensor:
         self.called = True

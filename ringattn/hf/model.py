@@ -1,15 +1,20 @@
 """`parallelize`: a transformers model attends over the ranks of a mesh, until `Handle.undo`."""
 
+import copy
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch.distributed as dist
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 
 from ringattn.compiled import compiled_calls, reset_compiled_calls
+from ringattn.hf.adapters import check_adapters
 from ringattn.hf.attention import attend, features_of
+from ringattn.hf.changes import check_changes, same_parameters
 from ringattn.hf.keywords import check_keywords
+from ringattn.hf.local_draws import LocalDraws, fork_draws
 from ringattn.hf.loss import GlobalLoss
 from ringattn.hf.masks import note_mask
 from ringattn.hf.support import LengthLimit, check_model, length_limits, text_model
@@ -28,6 +33,8 @@ class Handle:
 
     Arguments:
         layers: attention layers that the configuration says there are.
+        draws: the random numbers of its forward passes.
+        adapters: those of PEFT that were looked at.
         calls: attention calls of each layer module in the forward pass that is being verified, the first one.
         asked: for each layer index the features (window, chunk, softcap, sinks) of its calls so far.
         without: features to leave out, by layer index: to see that they count. For checks only.
@@ -39,6 +46,8 @@ class Handle:
     options: dict[str, Any]
     layers: int
     limits: list[LengthLimit]
+    draws: LocalDraws
+    adapters: tuple[tuple[str, int], ...] = ()
     calls: dict[str, int] = field(default_factory=dict)
     asked: dict[int, frozenset[str]] = field(default_factory=dict)
     without: dict[int, tuple[str, ...]] = field(default_factory=dict)
@@ -79,6 +88,17 @@ class Handle:
             raise NotImplementedError(f"{name} called attention more than once in a forward pass: {several}")
         self.verified = True
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> "Handle":
+        """A copied model gets a handle of its own; a part that is copied alone (PEFT does that) stays with this one."""
+        if id(self.model) not in memo:
+            return self
+        copied = memo[id(self)] = object.__new__(Handle)
+        copied.__dict__ |= copy.deepcopy(self.__dict__, memo)
+        return copied
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"mesh": None}  # process groups cannot be pickled; `check_changes` says what to do
+
     def undo(self) -> None:
         """Give the model its own attention, mask and loss back. Without effect the second time."""
         model = self.model
@@ -114,8 +134,10 @@ def parallelize(model: Any, mesh: SequenceMesh, **options: Any) -> Handle:
     """
     from transformers import AttentionInterface, AttentionMaskInterface
 
-    model = unwrapped(model)
+    wrapped, model = model, unwrapped(model)
     before: Any = getattr(model, "_ringattn", None)
+    if before is not None and before.mesh is None:  # the ranks of a process that pickled it
+        before = before.undo()
     if before is not None:
         raise ValueError(f"model was parallelized already, on {before.mesh}; its handle's undo() reverts that")
     if not isinstance(mesh, SequenceMesh):
@@ -123,7 +145,9 @@ def parallelize(model: Any, mesh: SequenceMesh, **options: Any) -> Handle:
     if unknown := set(options) - OPTIONS:
         raise TypeError(f"parallelize got unknown options {sorted(unknown)}; it takes {sorted(OPTIONS)}")
     layers = check_model(model)
-    handle = Handle(model, mesh, options, layers, length_limits(model.config.get_text_config()))
+    check_adapters(wrapped)
+    draws = LocalDraws(mesh.device, dist.get_rank())
+    handle = Handle(model, mesh, options, layers, length_limits(model.config.get_text_config()), draws)
     AttentionInterface.register(NAME, attend)
     AttentionMaskInterface.register(NAME, note_mask)
     handle._implementation = model.config.get_text_config()._attn_implementation
@@ -136,6 +160,7 @@ def parallelize(model: Any, mesh: SequenceMesh, **options: Any) -> Handle:
             raise NotImplementedError(f"{type(model).__name__} does not let its attention be replaced")
         model.loss_function = GlobalLoss(model.loss_function, mesh)
         handle._hooks.append(model.register_forward_pre_hook(_before_forward, with_kwargs=True))
+        handle._hooks.append(model.register_forward_hook(_join_draws, always_call=True))
         handle._hooks.append(model.register_forward_hook(_after_forward, with_kwargs=True))
     except BaseException:
         handle.undo()
@@ -185,11 +210,20 @@ def _contains(config: Any, wanted: Any) -> bool:
 def _before_forward(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
     """Check the keywords. The handle is the model's own, since hooks go along when a model is copied."""
     handle: Handle = model._ringattn
+    changed = check_changes(handle)
     layout = check_keywords(handle, args, kwargs)
+    if changed:
+        same_parameters(model, handle.mesh)
     model.loss_function.called = False
     if not handle.verified:
         handle.calls.clear()
         reset_compiled_calls(layout)
+    fork_draws(model, handle.draws)
+
+
+def _join_draws(model: Any, args: Any, output: Any) -> None:
+    """Also after a forward pass that raised."""
+    model._ringattn.draws.join()
 
 
 def _after_forward(model: Any, args: Any, kwargs: dict[str, Any], output: Any) -> None:

@@ -158,6 +158,7 @@ def parallelize(model: Any, mesh: SequenceMesh, **options: Any) -> Handle:
         _set_attention(model, NAME)
         if model.config.get_text_config()._attn_implementation != NAME:
             raise NotImplementedError(f"{type(model).__name__} does not let its attention be replaced")
+        _check_reached(model)
         model.loss_function = GlobalLoss(model.loss_function, mesh)
         handle._hooks.append(model.register_forward_pre_hook(_before_forward, with_kwargs=True))
         handle._hooks.append(model.register_forward_hook(_join_draws, always_call=True))
@@ -189,6 +190,17 @@ def _set_attention(model: Any, name: str) -> None:
     for key in reversed(_path_to(model.config, model.config.get_text_config())):
         wanted = {key: wanted}
     model.set_attn_implementation(wanted)
+
+
+def _check_reached(model: Any) -> None:
+    """Layers that were copied (to make a model deeper) look at a configuration of their own."""
+    for path, layer in text_model(model).named_modules():
+        config = getattr(layer, "config", None)
+        if "Attention" in type(layer).__name__ and getattr(config, "_attn_implementation", NAME) != NAME:
+            raise NotImplementedError(
+                f"{type(model).__name__} has {type(layer).__name__} at {path} with a configuration of its own, which "
+                "does not let its attention be replaced: give it the model's (layer.config = model.config)"
+            )
 
 
 def _path_to(config: Any, wanted: Any) -> list[str]:

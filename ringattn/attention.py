@@ -177,7 +177,7 @@ class ParallelAttention(nn.Module):
         dropout_seed: int | None = None,
     ) -> Any:
         """q (t, H, D), k (t, K, D), v (t, K, V) of this rank -> out (t, H, V), with `return_lse` also lse (H, t)."""
-        if not torch.compiler.is_compiling() and not self._suits(layout):
+        if not torch.compiler.is_compiling() and not layout.is_on(self.mesh):
             raise ValueError(f"layout was made for {layout.mesh}, this attention for {self.mesh}")
         dropout_p = self.dropout_p if self.training else 0.0
         return parallel_attention(
@@ -191,9 +191,6 @@ class ParallelAttention(nn.Module):
             return_lse=return_lse,
             **self.options,
         )
-
-    def _suits(self, layout: Layout) -> bool:
-        return layout.mesh is self.mesh or layout.mesh == self.mesh or layout.mesh in self.mesh.alternatives
 
     def extra_repr(self) -> str:
         defaults = {name: parameter.default for name, parameter in signature(parallel_attention).parameters.items()}

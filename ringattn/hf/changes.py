@@ -87,7 +87,7 @@ def same_parameters(model: nn.Module, mesh: SequenceMesh) -> None:
 def _whole_parameters(model: nn.Module) -> Iterator[Tensor]:
     """Trainable parameters, if every rank holds all of them whole."""
     parts: list[Any] = list(model.modules())
-    if any(type(part).__name__ == "FullyShardedDataParallel" for part in parts) or getattr(model, "_tp_size", None):
+    if any(type(part).__name__ == "FullyShardedDataParallel" for part in parts):
         return
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     split = (isinstance(p, DTensor) or hasattr(p, "ds_id") or type(p).__name__ == "FlatParameter" for p in trained)

@@ -122,6 +122,10 @@ class Layout:
             for part in resolve_parts(self.docs, self.mesh, parts)
         )
 
+    def is_on(self, mesh: MeshShape) -> bool:
+        """Whether attention on `mesh` may take this layout: made for it, or for one of its alternatives."""
+        return self.mesh is mesh or self.mesh == mesh or self.mesh in mesh.alternatives
+
     @property
     def resolved_policy(self) -> str:
         if self.policy != "auto":

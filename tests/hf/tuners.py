@@ -17,7 +17,8 @@ TARGETS = {"target_modules": ["q_proj", "v_proj", "down_proj"]}
 BLOCKS = {"target_modules_bd_b": ["q_proj"], "nblocks": 2, "match_strict": False}
 CASES: dict[str, dict[str, Any]] = {
     "LORA": {"r": 4},
-    "LORA: lora_bias, bias, use_rslora": {"r": 4, "lora_bias": True, "use_rslora": True},
+    "LORA: lora_bias, use_rslora": {"r": 4, "lora_bias": True, "use_rslora": True},
+    "LORA: bias": {"r": 4, "bias": "lora_only"},
     "LORA: rank_pattern, alpha_pattern": {"r": 4, "rank_pattern": {"q_proj": 2}, "alpha_pattern": {"v_proj": 16}},
     "LORA: use_dora": {"r": 4, "use_dora": True},
     "LORA: target_modules of embeddings and head": {"r": 4, "target_modules": ["embed_tokens", "lm_head", "q_proj"]},
@@ -65,8 +66,8 @@ CASES: dict[str, dict[str, Any]] = {
     "VERA": {"r": 4},
     "WAVEFT": {"n_frequency": 20},
 }
-# Families other than qwen3: experts; and what adaption prompts know.
-FAMILY = {"LORA: target_parameters": "qwen3_moe", "ADAPTION_PROMPT": "llama"}
+# Families other than qwen3: biases, experts, and what adaption prompts know.
+FAMILY = {"LORA: bias": "qwen2", "LORA: target_parameters": "qwen3_moe", "ADAPTION_PROMPT": "llama"}
 NEEDS = {"ADAMSS": "sklearn"}
 
 

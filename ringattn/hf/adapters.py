@@ -64,7 +64,9 @@ REFUSED = {
     "SHADOW": "its second model attends to a rank's tokens alone",
     "XLORA": "it runs the model twice in a forward pass, of which one run cannot be checked",
 }
-_WEIGHTS = "its mask is drawn for weights, not for tokens, and must be equal on all ranks, which draw apart; set it to 0"
+_WEIGHTS = (
+    "its mask is drawn for weights, not for tokens, and must be equal on all ranks, which draw apart; set it to 0"
+)
 
 
 @dataclass(frozen=True)

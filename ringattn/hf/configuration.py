@@ -13,8 +13,8 @@ REFUSED = {
     "decoder_layerdrop": "layers are dropped by a draw that must be equal on all ranks, which draw apart; set it to 0",
     "layerdrop": "layers are dropped by a draw that must be equal on all ranks, which draw apart; set it to 0",
     "output_attentions": "flash attention never forms that matrix",
-    "output_router_logits": "the auxiliary loss of a router is a product of means over all tokens, of which a rank sees "
-    "a part; set it to False",
+    "output_router_logits": "the auxiliary loss of a router is a product of means over all tokens, of which a rank "
+    "sees a part; set it to False",
     "ple_layer_ids": "embeddings of n-grams need the tokens before a rank's first",
     "use_alibi": "an additive bias on the scores is not supported",
 }

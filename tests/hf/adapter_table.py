@@ -67,7 +67,7 @@ LORA_OPTIONS: dict[str, tuple[str, str]] = {
     "use_dora": ("tested", ""),
     "use_qalora": ("tested", ""),
     "use_rslora": ("tested", ""),
-    "velora_config": ("refused", "but for init_type='random', which is tested"),
+    "velora_config": ("refused", ""),
 }
 
 

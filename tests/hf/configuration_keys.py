@@ -16,17 +16,13 @@ _WHOLE = "of model types that are refused as a whole"
 _NO_HEADS = "transformers builds no heads that predict later tokens"
 _COEFFICIENT = "counts only with output_router_logits, which is refused"
 TOKEN_KEYS = {
-    "activation_dropout": _DRAWN,
     "dropout": _DRAWN,
-    "emb_pdrop": _DRAWN,
     "embd_pdrop": _DRAWN,
-    "embed_dropout": _DRAWN,
     "embedding_dropout": _DRAWN,
     "hidden_dropout": _DRAWN,
     "hidden_dropout_prob": _DRAWN,
     "input_jitter_noise": _DRAWN,
     "mlp_dropout": _DRAWN,
-    "resid_dropout": _DRAWN,
     "resid_pdrop": _DRAWN,
     "residual_dropout": _DRAWN,
     "router_jitter_noise": _DRAWN,
@@ -54,6 +50,10 @@ INERT_KEYS = {
 # Attention outside of transformers' interface, states that go from token to token, encoder-decoders.
 OF_REFUSED_TYPES = {
     "chunk_size",
+    "resid_dropout",
+    "embed_dropout",
+    "emb_pdrop",
+    "activation_dropout",
     "chunk_size_lm_head",
     "cross_attention_hidden_size",
     "cross_attn_k",

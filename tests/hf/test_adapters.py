@@ -101,7 +101,7 @@ GIVEN: dict[str, dict[str, Any]] = {
     "XLORA": {"hidden_size": 64, "xlora_depth": 1},
 }
 # Prompts change no model that could be looked at: they are seen by what they make of a batch.
-PROMPTS = {kind: "2 tokens more than the batch" for kind in ("CPT", "MULTITASK_PROMPT_TUNING", "PROMPT_TUNING")}
+PROMPTS = dict.fromkeys(("CPT", "MULTITASK_PROMPT_TUNING", "PROMPT_TUNING"), "2 tokens more than the batch")
 PROMPTS |= {"P_TUNING": PROMPTS["CPT"]} | dict.fromkeys(("CARTRIDGE", "PREFIX_TUNING"), "past_key_values is not")
 
 

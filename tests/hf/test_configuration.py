@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-transformers = pytest.importorskip("transformers")
+pytest.importorskip("transformers")
 
 from ringattn.hf import check_model, parallelize, shard_batch
 from ringattn.hf.configuration import REFUSED

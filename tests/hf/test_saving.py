@@ -9,7 +9,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-transformers = pytest.importorskip("transformers")
+pytest.importorskip("transformers")
 
 from ringattn.hf import parallelize, shard_batch
 from ringattn.hf.conformance import FORMS, alone
@@ -43,7 +43,9 @@ def saved(folder: str) -> None:
         assert "ringattn" not in text.read_text()
         assert "attn_implementation" not in text.read_text()
     assert "ringattn" not in model.config.to_json_string()
-    loaded = transformers.AutoModelForCausalLM.from_pretrained(own)
+    from transformers import AutoModelForCausalLM
+
+    loaded = AutoModelForCausalLM.from_pretrained(own)
     assert loaded.config._attn_implementation != "ringattn"
     assert not hasattr(loaded, "_ringattn")
     assert alone(loaded.eval(), FORM).loss.item() == pytest.approx(alone(plain, FORM).loss.item(), rel=1e-6)

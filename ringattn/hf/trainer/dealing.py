@@ -138,11 +138,13 @@ class ReplicaBatches(BatchSampler):
 
     def __init__(self, batches: Any, place: Place) -> None:
         self.batches, self.place = batches, place
-        self.batch_size, self.drop_last = getattr(batches, "batch_size", None), getattr(batches, "drop_last", False)
+        self.batch_size: Any = getattr(batches, "batch_size", None)
+        self.drop_last = getattr(batches, "drop_last", False)
 
     def set_epoch(self, epoch: int) -> None:
         self.place.set_epoch(epoch)
-        for part in (self.batches, getattr(self.batches, "sampler", None)):
+        parts: list[Any] = [self.batches, getattr(self.batches, "sampler", None)]
+        for part in parts:
             if hasattr(part, "set_epoch"):
                 part.set_epoch(epoch)
 

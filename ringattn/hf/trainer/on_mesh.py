@@ -138,7 +138,7 @@ class OnMesh(_Base):
     def set_initial_training_values(self, args: Any, dataloader: Any, *more: Any) -> Any:
         return super().set_initial_training_values(args, self._lockstep(dataloader), *more)
 
-    def _lockstep(self, loader: Any) -> Lockstep:
+    def _lockstep(self, loader: Any) -> Any:
         return Lockstep(loader, self.sequence_mesh, self._data_seed)
 
     def get_batch_samples(self, epoch_iterator: Iterator[Any], num_batches: int, device: Any) -> tuple[list[Any], Any]:
@@ -187,11 +187,11 @@ class OnMesh(_Base):
     ) -> EvalLoopOutput:
         """The mean loss over all targets of a data set. Collective; every rank returns the same."""
         self._tally.clear(metric_key_prefix)
-        loader: Any = self._lockstep(dataloader)
+        loader = self._lockstep(dataloader)
         output = super().evaluation_loop(loader, description, True, ignore_keys, metric_key_prefix)
-        output.metrics[f"{metric_key_prefix}_loss"] = self._tally.mean
+        metrics = (output.metrics or {}) | {f"{metric_key_prefix}_loss": self._tally.mean}
         rows = _rows_of(dataloader.dataset)
-        return output._replace(num_samples=len(rows) if has_length(rows) else self._tally.rows)
+        return output._replace(metrics=metrics, num_samples=len(rows) if has_length(rows) else self._tally.rows)
 
     @torch.no_grad()
     def prediction_step(

@@ -18,6 +18,7 @@ from tests.hf.trainer_runs import (
     Rows,
     Stream,
     collate,
+    failure,
     history,
     make_rows,
     mesh,
@@ -135,14 +136,6 @@ def sharded_by_rank(folder: str) -> str:
 
     trainer = Sampled(small_model(), arguments(folder), mesh=mesh(1, 2), train_dataset=Rows(4), data_collator=collate)
     return failure(trainer.train)
-
-
-def failure(call: Any) -> str:
-    try:
-        call()
-    except Exception as error:
-        return f"{type(error).__name__}: {error}"
-    return "none"
 
 
 def test_samplers_that_deal_to_ranks_are_refused(pool: Pools, tmp_path: Path) -> None:
@@ -290,10 +283,9 @@ def evaluated(folder: str, data: int, ring: int, stream: bool, rows: int, batch:
     trainer = trainer_of(
         mesh(data, ring), folder, {"per_device_eval_batch_size": batch}, eval_dataset=(Stream if stream else Rows)(rows)
     )
-    trainer.evaluate()
-    loader = trainer.get_eval_dataloader()
-    output = trainer.evaluation_loop(loader, "Evaluation")
-    return output.metrics["eval_loss"], output.num_samples, trainer._tally.steps
+    found = trainer.evaluate()
+    samples, steps = (found[f"eval_{name}_per_second"] * found["eval_runtime"] for name in ("samples", "steps"))
+    return found["eval_loss"], round(samples), round(steps)
 
 
 def alone(rows: int) -> float:

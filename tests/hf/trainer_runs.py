@@ -130,3 +130,12 @@ def same_history(found: dict[str, Any], expected: dict[str, Any], rel: float = 2
             assert abs(a - b) <= rel * abs(b) * (10 if key == "norm" else 1), (key, step, a, b)
     for name, weight in expected["weights"].items():
         assert (found["weights"][name] - weight).norm() <= 1e-3 * weight.norm(), name
+
+
+def failure(call: Any) -> str:
+    """What a call raises, in words."""
+    try:
+        call()
+    except Exception as error:
+        return f"{type(error).__name__}: {error}"
+    return "none"

@@ -21,15 +21,14 @@ STEPS = {"max_steps": 3}
 def trained(folder: str, ring: int, how: str) -> list[dict[str, Any]]:
     """The histories of one or two trainings."""
     where, rows = mesh(1, ring), Rows(6)
-    initial: dict[str, Any] = (
-        {"model_init": lambda: small_model()} if how in ("init", "trial") else {"model": small_model()}
-    )
+    again = how in ("init", "trial")
+    initial: dict[str, Any] = {"model_init": lambda: small_model()} if again else {"model": small_model()}
     trainer = trainer_of(where, folder, STEPS, train_dataset=rows, **initial)
     if how == "set":
         trainer.model = small_model(seed=1)
     histories = []
     for number in range(2 if again else 1):
-        with mock.patch("transformers.trainer_callback.hp_params", dict):  # knows trials of installed libraries only
+        with mock.patch("transformers.integrations.hp_params", dict):  # knows trials of installed libraries only
             trainer.train(trial={"learning_rate": 3e-3} if how == "trial" else None)
         assert trainer.model.config._attn_implementation == "ringattn", number
         histories.append(history(trainer))

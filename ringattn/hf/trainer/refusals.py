@@ -15,16 +15,18 @@ SFT = ("compute_loss", "prediction_step")
 LOOP = "parallelize(model, mesh) serves a loop of your own: take "
 KINDS = (
     (
-        "DPO|KTO|CPO|ORPO|BCO|TPO|NashMD|XPO|Prefer",
-        "a preference loss adds up the log-probabilities of each sequence before it compares them, and a rank holds a "
-        f"part of every sequence. {LOOP}log-probabilities of shift_labels from the logits of its local tokens, bring "
-        "them together with layout.unshard, add them up by document, and compute the loss from these sums",
-    ),
-    (
-        "GRPO|RLOO|PPO|Online|A2PO|GMPO|SDPO|IWOPD",
+        "GRPO|RLOO|PPO|Online|A2PO|GMPO|SDPO|NashMD|XPO",
         "it generates text between its steps, with logits of whole sequences, and a rank holds a part of every "
         f"sequence. {LOOP}completions of another copy of the model, and log-probabilities of shift_labels from the "
-        "logits of its local tokens, brought together with layout.unshard",
+        "logits of its local tokens, brought together with layout.unshard; multiply the loss by the number of ranks "
+        "where gradients are averaged over them",
+    ),
+    (
+        "DPO|KTO|CPO|ORPO|BCO|TPO|Prefer",
+        "a preference loss adds up the log-probabilities of each sequence before it compares them, and a rank holds a "
+        f"part of every sequence. {LOOP}log-probabilities of shift_labels from the logits of its local tokens, bring "
+        "them together with layout.unshard, add them up by document, compute the loss from these sums, and multiply it "
+        "by the number of ranks where gradients are averaged over them",
     ),
     (
         "Reward|PRM",
@@ -32,7 +34,7 @@ KINDS = (
         "on a data-parallel mesh without OnMesh",
     ),
     (
-        "Distill|GKD|GOLD|MiniLLM|SDFT",
+        "Distill|GKD|GOLD|MiniLLM|SDFT|OPD",
         "it compares logits with those of a teacher, who sees whole sequences, and a rank holds a part of every "
         f"sequence. {LOOP}teacher and student both parallelized on the same mesh, and compare their local logits",
     ),

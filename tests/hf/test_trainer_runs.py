@@ -110,8 +110,8 @@ def test_callbacks(pool: Pools, tmp_path: Path) -> None:
 
 
 def test_torch_compile(pool: Pools, tmp_path: Path) -> None:
-    """Two steps: the second one runs what the first one compiled."""
-    changes = {"torch_compile": True, "torch_compile_backend": "aot_eager", "max_steps": 2}
-    expected = pool(1).run(trained, str(tmp_path), 1, 1, {"max_steps": 2})[0]
+    """Later steps run what the first one compiled."""
+    changes = {"torch_compile": True, "torch_compile_backend": "aot_eager", "max_steps": 3}
+    expected = pool(1).run(trained, str(tmp_path), 1, 1, {"max_steps": 3})[0]
     for found in pool(2).run(trained, str(tmp_path), 1, 2, changes, timeout=300.0):
         same_history(found | {"weights": {}}, expected | {"weights": {}})

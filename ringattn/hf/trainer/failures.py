@@ -26,11 +26,13 @@ class FirstFailure:
         if self.depth:
             return
         if isinstance(error, Exception):
-            first = self._first(error)
-            told = error if first is None else RuntimeError(f"{first}; then here: {type(error).__name__}: {error}")
-            get_error_handler().record_exception(told)
-            if told is not error:
-                raise told from error
+            try:
+                if (first := self._first(error)) is not None:
+                    raise RuntimeError(f"{first}; then here: {type(error).__name__}: {error}") from error
+                get_error_handler().record_exception(error)
+            except RuntimeError as told:
+                get_error_handler().record_exception(told)
+                raise
         self.before = _told()
 
     def _first(self, error: Exception) -> str | None:

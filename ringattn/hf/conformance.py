@@ -192,7 +192,7 @@ def leak(model: Any, mesh: SequenceMesh, form: Form, document: int, policy: str 
     (logits * layout.shard(chosen * weights)).sum().backward()
     grad = leaves[0].grad
     assert grad is not None
-    gradient = layout.unshard(grad[0]).float().abs().amax(-1)
+    gradient = layout.unshard(grad[0, : layout.tokens()]).float().abs().amax(-1)
     inside = gradient[start : start + length]
     return Leak(float((gradient * (1 - chosen[:, 0])).max()), float(inside.min()))
 

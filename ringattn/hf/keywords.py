@@ -2,8 +2,11 @@
 
 from typing import TYPE_CHECKING, Any
 
+import torch
+import torch.distributed as dist
 from torch import Tensor
 
+from ringattn.hf.images import check_embeddings
 from ringattn.parallel.layout import Layout
 
 if TYPE_CHECKING:
@@ -15,14 +18,18 @@ REFUSED = {
     "past_key_values": f"KV caches are for generation: {GENERATION}",
     "encoder_hidden_states": "cross attention is not supported",
     "pixel_values": "a rank holds a part of the tokens only: compute inputs_embeds of the global batch, images "
-    "included, and give them to shard_batch",
+    "included, and give them to shard_batch as inputs_embeds (refused where a model needs to know more of an image)",
     "output_router_logits": "the auxiliary loss of a router is a product of means over all tokens, of which a rank "
     "sees a part",
 }
 
 
 def check_keywords(handle: "Handle", args: tuple[Any, ...], kwargs: dict[str, Any]) -> Layout:
-    """The layout of the batch. Raises ValueError or NotImplementedError naming the keyword; no communication."""
+    """The layout of the batch. Raises ValueError or NotImplementedError naming the keyword.
+
+    What depends on a rank's own tokens is agreed on, so that all sequence ranks raise or none; the rest is without
+    communication.
+    """
     for name, reason in REFUSED.items():
         value = kwargs.get(name)
         if value is not None and value is not False:
@@ -33,6 +40,8 @@ def check_keywords(handle: "Handle", args: tuple[Any, ...], kwargs: dict[str, An
             f"the model needs a batch from shard_batch (or the keywords of attention_kwargs(layout)), got "
             f"cu_seq_lens_q={_shown(layout)}; {GENERATION}"
         )
+    if not layout.is_on(handle.mesh):
+        raise ValueError(f"the batch was sharded on {layout.mesh}, the model is parallelized on {handle.mesh}")
     if kwargs.get("attention_mask") is not None:
         raise ValueError(
             f"attention_mask must be None, got {_shown(kwargs['attention_mask'])}: give padding and packing as "
@@ -51,6 +60,7 @@ def check_keywords(handle: "Handle", args: tuple[Any, ...], kwargs: dict[str, An
     keep = kwargs.get("logits_to_keep")
     if keep is not None and (isinstance(keep, Tensor) or keep != 0):
         raise ValueError(f"logits_to_keep must be 0, got {_shown(keep)}: the last tokens of a rank are not the last")
+    check_embeddings(handle.needs, handle.mesh, kwargs)
     _check_lengths(handle, layout, kwargs["position_ids"])
     return layout
 
@@ -76,9 +86,12 @@ def _check_tokens(layout: Layout, args: tuple[Any, ...], kwargs: dict[str, Any])
 
 
 def _check_lengths(handle: "Handle", layout: Layout, positions: Tensor) -> None:
-    if not handle.limits:  # reading the positions waits for the device
+    if not handle.limits:  # reading the positions waits for the device and for the other ranks
         return
-    longest = max([*layout.docs.lengths, int(positions.max()) + 1 if positions.numel() else 0])
+    last = positions.max().to(torch.int64) if positions.numel() else positions.new_tensor(-1, dtype=torch.int64)
+    last = last.reshape(1).to(handle.mesh.device)
+    dist.all_reduce(last, dist.ReduceOp.MAX, group=handle.mesh.sequence_group)
+    longest = max([*layout.docs.lengths, int(last) + 1])
     # Padding is one more document to whoever counts positions.
     longest = max([longest, *(stop - start for start, stop in layout.docs.padding)])
     for limit in handle.limits:

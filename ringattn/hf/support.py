@@ -63,6 +63,7 @@ def check_model(model: Any) -> int:
             f"{name} has a head that may look at a whole sequence; supported are heads that treat each token alone: "
             f"*{', *'.join(HEADS)}"
         )
+    _check_placement(name, model)
     _check_config(name, config)
     _check_positions(name, text)
     return len(layer_types)
@@ -101,6 +102,21 @@ def _rope_parameters(config: Any) -> list[dict[str, Any]]:
     parameters = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {}
     nested = [value for value in parameters.values() if isinstance(value, dict)]
     return nested if nested else [parameters]
+
+
+def _check_placement(name: str, model: Any) -> None:
+    """Every rank must hold whole layers on its one device: attention's heads and losses are counted by it."""
+    if (size := getattr(model, "_tp_size", None)) is not None and size > 1:
+        raise NotImplementedError(
+            f"{name} is tensor parallel over {size} ranks (tp_plan, or a distributed_config): its ranks hold parts of "
+            "the heads and all of the tokens, and cannot share the tokens too; load it without"
+        )
+    devices = set(map(str, getattr(model, "hf_device_map", {}).values()))
+    if len(devices) > 1:
+        raise NotImplementedError(
+            f"{name} is spread over the devices {', '.join(sorted(devices))} (device_map): a rank has one device; load "
+            "it without device_map, and shard its parameters over ranks with FSDP or DeepSpeed"
+        )
 
 
 def _check_config(name: str, config: Any) -> None:

@@ -10,12 +10,14 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+AUTO = "auto"
 BYTES = "bytes"
 BYTE_VOCABULARY = 256
 PIECE = 1 << 20
 """Characters that are tokenized at once: a tokenizer takes some 150 bytes for each."""
 MARGIN = 1 << 12
 _TRIES = 32
+_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json", "vocab.txt", "tekken.json")
 
 Ids = npt.NDArray[Any]
 
@@ -38,6 +40,11 @@ class Tokenizer:
     def dtype(self) -> npt.DTypeLike:
         """The smallest unsigned integers that hold every id."""
         return np.uint8 if self.vocab_size <= 1 << 8 else np.uint16 if self.vocab_size <= 1 << 16 else np.uint32
+
+
+def has_tokenizer(folder: str) -> bool:
+    """Whether a folder holds a saved tokenizer."""
+    return any((Path(folder).expanduser() / name).is_file() for name in _FILES)
 
 
 def load_tokenizer(source: str, add_eos: bool) -> Tokenizer:

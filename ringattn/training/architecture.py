@@ -76,13 +76,11 @@ def changed_config(config: Any, overrides: Mapping[str, Any]) -> tuple[Any, tupl
         return type(config).from_dict(values), changes
 
 
-def configured(
-    family: str | None, path: str | None, overrides: Mapping[str, Any]
-) -> tuple[Any, tuple[Change, ...]]:
+def configured(family: str | None, path: str | None, overrides: Mapping[str, Any]) -> tuple[Any, tuple[Change, ...]]:
     """A transformers configuration, and what the overrides changed in a saved one.
 
     Arguments:
-        family: `llama` or `qwen3`; with a path None, or what is saved there.
+        family: `llama` or `qwen3`, of a new model.
         path: the folder of a saved model, whose configuration counts but for the overrides. None for a new model, whose
             keys are the overrides, the rest being those of the family.
 
@@ -95,14 +93,15 @@ def configured(
     if path is None:
         config = _new_config(family, overrides)
     else:
-        saved = saved_config(path)
-        if family is not None and type(saved) is not type(_new_config(family, {})):
-            raise ValueError(
-                f"model.family={family}, but model.path={path!r} holds a {saved.model_type}; leave out the family"
-            )
-        config, changes = changed_config(saved, overrides)
+        config, changes = changed_config(saved_config(path), overrides)
     config.use_cache = False  # a cache makes stock packing leak across documents
     return config, changes
+
+
+def check_family(family: str, path: str, config: Any) -> None:
+    """Raises ValueError if what is saved at `path` is of another family."""
+    if type(config) is not type(_new_config(family, {})):
+        raise ValueError(f"model.family={family}, but model.path={path!r} holds a {config.model_type}: leave it out")
 
 
 def _new_config(family: str | None, values: Mapping[str, Any]) -> Any:

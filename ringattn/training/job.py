@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from omegaconf import DictConfig, OmegaConf
 
-from ringattn.training.architecture import configured
+from ringattn.training.architecture import check_family, configured
 from ringattn.training.checkpoint import TrainState, newest_checkpoint
 from ringattn.training.choices import with_saved_model
 from ringattn.training.config import check_model, completed, resolve, validate
@@ -86,6 +86,8 @@ def _model(cfg: DictConfig) -> tuple[Any, list[str]]:
     config, changes = configured(cfg.model.family, path, overrides)
     if path is None:
         return config, []
+    if cfg.model.family is not None:
+        check_family(cfg.model.family, path, config)
     _, differing = load_weights(config, path, list(cfg.model.allow_mismatch), shapes_only=True)
     changed = "with " + ", ".join(map(str, changes)) if changes else "as it was saved"
     notes = [f"model.path={path}: {changed}"]

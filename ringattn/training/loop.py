@@ -101,9 +101,7 @@ class Trainer:
         cfg, job = self.cfg, self.job
         return EngineOptions(
             config=job.model_config,
-            load=lambda: build_model(
-                job.model_config, cfg.run.seed, cfg.model.path, list(cfg.model.allow_mismatch)
-            ),
+            load=lambda: build_model(job.model_config, cfg.run.seed, cfg.model.path, list(cfg.model.allow_mismatch)),
             attach=lambda model: parallelize(
                 model,
                 self.mesh,

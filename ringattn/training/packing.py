@@ -144,7 +144,9 @@ class Packer:
         self.position = position or Position()
         self._order_of: tuple[int, npt.NDArray[np.int64]] | None = None
         if not 0 <= self.position.index <= len(corpus) or not 0 <= self.position.offset <= self._open_length():
-            raise ValueError(f"{self.position} is no place in a corpus of {len(corpus)} documents: it is of another one")
+            raise ValueError(
+                f"{self.position} is no place in a corpus of {len(corpus)} documents: it is of another one"
+            )
 
     @property
     def epoch(self) -> float:

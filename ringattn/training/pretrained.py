@@ -135,5 +135,3 @@ def _told(kind: str, names: Sequence[str]) -> list[str]:
     shown = sorted(names)[:_SHOWN]
     more = f" and {len(names) - len(shown)} more" if len(names) > len(shown) else ""
     return [f"{len(names)} {kind}: {', '.join(shown)}{more}"]
-
-

@@ -9,8 +9,9 @@ from omegaconf import OmegaConf
 
 from ringattn.training import config
 from ringattn.training.config import check_model, curve_differences, resolve, validate
-from ringattn.training.job import prepare, write_config
+from ringattn.training.job import prepare
 from ringattn.training.launched import Launch
+from ringattn.training.output import write_config
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 

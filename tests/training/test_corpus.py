@@ -7,7 +7,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from ringattn.training.corpus import matching_files, stdlib_corpus, stdlib_files, text_corpus
+from ringattn.training.corpus import stdlib_corpus, stdlib_files, text_corpus
+from ringattn.training.data.files import matching_files
 
 
 def test_stdlib_holds_every_file_at_its_true_length():

@@ -114,7 +114,8 @@ def _not_utf8(path: Path, byte: int, offset: int) -> ValueError:
     where = f"byte {offset:,}"
     if is_jsonl(path):
         with open(path, "rb") as file:
-            where += f", in line {1 + file.read(offset).count(b'\n'):,}"
+            line = 1 + file.read(offset).count(b"\n")
+        where += f", in line {line:,}"
     return ValueError(
         f"data.files: {str(path)!r} is not UTF-8: 0x{byte:02x} at {where}; convert it, as in iconv -f LATIN1 -t UTF-8"
     )

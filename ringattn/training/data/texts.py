@@ -38,7 +38,7 @@ def _records(path: Path, text_field: str) -> Iterator[tuple[str, int]]:
 
 
 def _text(path: Path, number: int, line: bytes, text_field: str) -> str:
-    where = f"line {number} of {str(path)!r}"
+    where = f"line {number} of {path}"
     try:
         record = json.loads(line)
     except (ValueError, RecursionError) as error:

@@ -106,9 +106,7 @@ def _saved(folder: str) -> Any:
     from transformers import AutoTokenizer
 
     try:
-        model = AutoTokenizer.from_pretrained(
-            Path(folder).expanduser(), local_files_only=True, trust_remote_code=False
-        )
+        model = AutoTokenizer.from_pretrained(Path(folder).expanduser(), local_files_only=True, trust_remote_code=False)
     except Exception as error:  # of transformers, tokenizers (in Rust), sentencepiece: of any type
         reason = str(error).strip().partition("\n")[0][:300]
         raise ValueError(f"data.tokenizer={folder!r} cannot be read: {type(error).__name__}: {reason}") from None

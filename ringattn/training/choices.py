@@ -70,7 +70,7 @@ def _kept(values: DictConfig, prefix: str, keys: Collection[str]) -> dict[str, A
     """The part of nested values whose full names are among the keys."""
     kept: dict[str, Any] = {}
     for key, value in values.items():
-        name = f"{prefix}{key}"
+        name = prefix + str(key)
         if isinstance(value, DictConfig) and name not in keys:
             if inner := _kept(value, f"{name}.", keys):
                 kept[str(key)] = inner

@@ -128,14 +128,21 @@ def resolve(cfg: DictConfig, shape: MeshShape, device_type: str) -> dict[str, An
     return resolved
 
 
-def check_model(cfg: DictConfig, model_config: Any, corpus: Corpus) -> None:
-    """Raises ValueError if the model's vocabulary or positions are too few for the data."""
+def check_vocabulary(cfg: DictConfig, model_config: Any, tokens: int) -> None:
+    """Raises ValueError if the model's vocabulary is smaller than that of the data."""
+    known = model_config.get_text_config().vocab_size
+    if tokens > known:
+        raise ValueError(f"model.config.vocab_size={known} is less than the {tokens} tokens of {_tokens_of(cfg)}")
+
+
+def _tokens_of(cfg: DictConfig) -> str:
+    tokenizer = cfg.data.get("tokenizer")
+    return f"data.name={cfg.data.name}" if tokenizer is None else f"data.tokenizer={tokenizer}"
+
+
+def check_positions(cfg: DictConfig, model_config: Any, corpus: Corpus) -> None:
+    """Raises ValueError if the model has fewer positions than the longest document of a pack."""
     text = model_config.get_text_config()
-    if corpus.vocab_size > text.vocab_size:
-        raise ValueError(
-            f"model.config.vocab_size={text.vocab_size} is less than the {corpus.vocab_size} tokens of "
-            f"data.name={cfg.data.name}"
-        )
     positions = getattr(text, "max_position_embeddings", None)
     longest = min(cfg.data.seq_len, corpus.longest)
     if positions is not None and longest > positions:

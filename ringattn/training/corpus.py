@@ -20,7 +20,7 @@ import numpy.typing as npt
 from ringattn.training.data.contents import contents_of
 from ringattn.training.data.kinds import is_jsonl
 from ringattn.training.data.store import FORMAT, open_store, write_store
-from ringattn.training.data.tokenizer import BYTE_VOCABULARY, load_tokenizer
+from ringattn.training.data.tokenizer import BYTE_VOCABULARY, Tokenizer, load_tokenizer
 
 
 @dataclass(frozen=True)
@@ -88,14 +88,17 @@ def stdlib_corpus() -> Corpus:
     return corpus_of([np.frombuffer(path.read_bytes(), np.uint8) for path in paths], BYTE_VOCABULARY)
 
 
-def text_corpus(files: Sequence[Path], tokenizer: str, text_field: str, add_eos: bool, cache: Path) -> Corpus:
+def text_corpus(
+    files: Sequence[Path], tokenizer: Tokenizer | str, text_field: str, add_eos: bool, cache: Path
+) -> Corpus:
     """Text files (one document each) and JSONL files (one document per line), tokenized once into `cache`.
 
     Arguments:
         files: `.jsonl` files hold one object per line; any other file is one document.
-        tokenizer: `bytes`, or the local folder of a Hugging Face tokenizer.
+        tokenizer: one that is loaded, or `bytes`, or the local folder of a Hugging Face tokenizer.
         text_field: key of the text in a JSONL object.
-        add_eos: end every document with the tokenizer's end-of-sequence token, if it has one.
+        add_eos: end every document with the tokenizer's end-of-sequence token, if it has one; counts for a tokenizer
+            that is to be loaded.
         cache: folder for the token store; it may be shared by processes and machines.
 
     Every process may call this at the same time: one writes the store under a file lock and the others wait for it,
@@ -104,7 +107,7 @@ def text_corpus(files: Sequence[Path], tokenizer: str, text_field: str, add_eos:
 
     Raises ValueError for a file, a tokenizer or a cache folder that cannot be used.
     """
-    encoder = load_tokenizer(tokenizer, add_eos)
+    encoder = load_tokenizer(tokenizer, add_eos) if isinstance(tokenizer, str) else tokenizer
     try:
         cache.mkdir(parents=True, exist_ok=True)
         with _locked(cache / "contents.lock"):

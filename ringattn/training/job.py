@@ -11,10 +11,10 @@ from omegaconf import DictConfig, OmegaConf
 from ringattn.training.architecture import check_family, configured
 from ringattn.training.checkpoint import TrainState, newest_checkpoint
 from ringattn.training.choices import with_saved_model
-from ringattn.training.config import check_model, completed, resolve, validate
+from ringattn.training.config import check_positions, check_vocabulary, completed, resolve, validate
 from ringattn.training.corpus import Corpus, stdlib_corpus, text_corpus
 from ringattn.training.data.files import matching_files
-from ringattn.training.data.tokenizer import BYTES, has_tokenizer
+from ringattn.training.data.tokenizer import BYTE_VOCABULARY, BYTES, has_tokenizer, load_tokenizer
 from ringattn.training.fitness import check_attention, check_head_chunks
 from ringattn.training.launched import Launch, pick_device
 from ringattn.training.output import check_output
@@ -71,8 +71,8 @@ def prepare(cfg: DictConfig, launch: Launch, chosen: Collection[str] | None = No
     config, notes = _model(resolved)
     empty = check_attention(config)
     check_head_chunks(cfg, shape, config)
-    corpus = load_corpus(resolved)
-    check_model(resolved, config, corpus)
+    corpus = load_corpus(resolved, config)
+    check_positions(resolved, config, corpus)
     if found is not None:
         state, said = check_resume(resolved, output, found[1], launch, corpus, config, empty)
         found, notes = (found[0], state), notes + said
@@ -101,14 +101,16 @@ def _model(cfg: DictConfig) -> tuple[Any, list[str]]:
     return config, notes
 
 
-def load_corpus(cfg: DictConfig) -> Corpus:
-    """The corpus of `data`; the first process to ask for a text corpus tokenizes it, the others wait."""
-    if cfg.data.name == "stdlib":
+def load_corpus(cfg: DictConfig, model_config: Any) -> Corpus:
+    """The corpus of `data`; the first process to ask for a text corpus tokenizes it, the others wait.
+
+    Raises ValueError, before anything is tokenized, for more tokens than the model knows.
+    """
+    data = cfg.data
+    if data.name == "stdlib":
+        check_vocabulary(cfg, model_config, BYTE_VOCABULARY)
         return stdlib_corpus()
-    return text_corpus(
-        matching_files(list(cfg.data.files)),
-        cfg.data.tokenizer,
-        cfg.data.text_field,
-        cfg.data.add_eos,
-        Path(cfg.data.cache).expanduser(),
-    )
+    tokenizer = load_tokenizer(data.tokenizer, data.add_eos)
+    check_vocabulary(cfg, model_config, tokenizer.vocab_size)
+    files = matching_files(list(data.files))
+    return text_corpus(files, tokenizer, data.text_field, data.add_eos, Path(data.cache).expanduser())

@@ -36,7 +36,7 @@ def load_weights(config: Any, path: str, allow: Sequence[str] = (), shapes_only:
     _check_files(folder, path)
     try:
         with _own_report():
-            model, info = AutoModelForCausalLM.from_pretrained(
+            loaded: Any = AutoModelForCausalLM.from_pretrained(
                 folder,
                 config=config,
                 dtype=torch.float32,
@@ -48,6 +48,7 @@ def load_weights(config: Any, path: str, allow: Sequence[str] = (), shapes_only:
             )
     except Exception as error:
         raise ValueError(f"model.path={path!r}: the weights cannot be read: {reason_of(error)}") from None
+    model, info = loaded
     return model, _differences(info, path, allow)
 
 
@@ -111,9 +112,6 @@ def _differences(info: Mapping[str, Any], path: str, allow: Sequence[str]) -> st
             for name, saved, wanted in info["mismatched_keys"]
         },
     }
-    names = {name for found in kinds.values() for name in found}
-    if unused := [pattern for pattern in allow if not any(fnmatchcase(name, pattern) for name in names)]:
-        raise ValueError(f"model.allow_mismatch: no weight that differs matches {', '.join(map(repr, unused))}")
     allowed, refused = [], []
     for kind, found in kinds.items():
         permitted = {name for name in found if any(fnmatchcase(name, pattern) for pattern in allow)}
@@ -126,6 +124,9 @@ def _differences(info: Mapping[str, Any], path: str, allow: Sequence[str]) -> st
             "what you want, name them in model.allow_mismatch: missing ones are drawn at random, unexpected ones left "
             "out"
         )
+    names = {name for found in kinds.values() for name in found}
+    if unused := [pattern for pattern in allow if not any(fnmatchcase(name, pattern) for name in names)]:
+        raise ValueError(f"model.allow_mismatch: no weight that differs matches {', '.join(map(repr, unused))}")
     return "; ".join(allowed)
 
 

@@ -1,4 +1,4 @@
-"""From text to token ids: bytes, or a saved Hugging Face tokenizer, told apart by what they are and not by their path."""
+"""From text to token ids: bytes, or a saved Hugging Face tokenizer, known by what it does and not by its path."""
 
 import hashlib
 import json

@@ -144,9 +144,7 @@ class Packer:
         self.position = position or Position()
         self._order_of: tuple[int, npt.NDArray[np.int64]] | None = None
         if not 0 <= self.position.index <= len(corpus) or not 0 <= self.position.offset <= self._open_length():
-            raise ValueError(
-                f"{self.position} is no place in this corpus of {len(corpus)} documents"
-            )
+            raise ValueError(f"{self.position} is no place in this corpus of {len(corpus)} documents")
 
     @property
     def epoch(self) -> float:

@@ -55,7 +55,9 @@ def test_a_saved_model_trains_as_it_is_whatever_the_option(option, saved, tmp_pa
     job = prepared(*arguments, "run.output=/nowhere")
     assert job.model_config.rope_parameters["rope_type"] == "llama3"
     assert job.model_config.max_position_embeddings == 512
-    assert read_metrics(tmp_path / "out" / "metrics.jsonl")[0]["loss"] == pytest.approx(loss_alone(saved, job), rel=1e-5)
+    assert read_metrics(tmp_path / "out" / "metrics.jsonl")[0]["loss"] == pytest.approx(
+        loss_alone(saved, job), rel=1e-5
+    )
     assert f"model.path={saved}: as it was saved" in out
     kept = json.loads((tmp_path / "out" / "model.json").read_text())
     assert (kept["vocab_size"], kept["rope_parameters"]["rope_type"]) == (300, "llama3")
@@ -183,7 +185,9 @@ def test_a_configuration_that_changed_in_its_folder_is_noticed(copied, tmp_path)
 def test_force_does_not_take_the_weights_of_another_model(tmp_path):
     output = f"run.output={tmp_path}"
     with_checkpoint(tmp_path, "model.config.hidden_size=64")
-    with pytest.raises(ValueError, match=r"another model .* 21 weights differ: lm_head\.weight \(256, 64\) → \(256, 32\)"):
+    with pytest.raises(
+        ValueError, match=r"another model .* 21 weights differ: lm_head\.weight \(256, 64\) → \(256, 32\)"
+    ):
         prepared(output, "model.config.hidden_size=32", "run.resume=force")
 
 

@@ -50,7 +50,8 @@ def _recursive(pattern: Path) -> Iterator[Path]:
     root, wanted = Path(*pattern.parts[:fixed]), pattern.parts[fixed:]
     if wanted[-1] == "**":
         wanted = (*wanted, "*")
-    yield from (path for path in _below(root) if _fits(path.relative_to(root).parts, wanted))
+    if root.is_dir():
+        yield from (path for path in _below(root) if _fits(path.relative_to(root).parts, wanted))
 
 
 def _fits(parts: Sequence[str], wanted: Sequence[str]) -> bool:

@@ -18,7 +18,7 @@ class Meter:
     """
 
     def __init__(self, what: str, total: int) -> None:
-        self._what, self._total, self._done = what, total, 0
+        self._what, self._total, self._done = what, total, 0.0
         self._began = time.monotonic()
         self._due = self._began + FIRST
         self._bar: Any = None
@@ -27,7 +27,7 @@ class Meter:
 
             self._bar = tqdm(total=total, desc=what, unit="B", unit_scale=True, dynamic_ncols=True, delay=1)
 
-    def add(self, count: int) -> None:
+    def add(self, count: float) -> None:
         """So many bytes more are done."""
         self._done += count
         if self._bar is not None:

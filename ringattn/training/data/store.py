@@ -83,10 +83,10 @@ def _write_tokens(
         for content in contents:
             for text, size in texts_of(content.path, text_field):
                 written = 0
-                for ids in tokenizer.pieces(text):
+                for ids, characters in tokenizer.pieces(text):
                     out.write(ids.astype(tokenizer.dtype).tobytes())
                     written += len(ids)
+                    meter.add(size * characters / max(len(text), 1))
                 offsets.append(offsets[-1] + written)
-                meter.add(size)
             content.check_unchanged()
     return np.frombuffer(offsets, np.int64)

@@ -27,12 +27,13 @@ class Tokenizer:
     """A function from text to token ids.
 
     Arguments:
-        pieces: the ids of a text, in one or more arrays that follow each other.
+        pieces: the ids of a text, in one or more arrays that follow each other, each with the number of characters
+            that it is of.
         vocab_size: every id is smaller.
         fingerprint: changes when the ids of any text may change.
     """
 
-    pieces: Callable[[str], Iterator[Ids]]
+    pieces: Callable[[str], Iterator[tuple[Ids, int]]]
     vocab_size: int
     fingerprint: str
 
@@ -53,7 +54,7 @@ def load_tokenizer(source: str, add_eos: bool) -> Tokenizer:
     Raises ValueError for a folder without a tokenizer that can be read.
     """
     if source == BYTES:
-        return Tokenizer(lambda text: iter([np.frombuffer(text.encode("utf-8"), np.uint8)]), BYTE_VOCABULARY, BYTES)
+        return Tokenizer(_bytes, BYTE_VOCABULARY, BYTES)
     model = _saved(source)
     eos = model.eos_token_id if add_eos else None
     vocab_size = 1 + max(model.get_vocab().values(), default=-1)  # len(model) is less where ids have gaps
@@ -63,16 +64,19 @@ def load_tokenizer(source: str, add_eos: bool) -> Tokenizer:
     def encode(text: str) -> Ids:
         return np.asarray(model(text, add_special_tokens=False)["input_ids"], np.int64)
 
-    def pieces(text: str) -> Iterator[Ids]:
+    def pieces(text: str) -> Iterator[tuple[Ids, int]]:
         yield from in_pieces(encode, text)
         if eos is not None:
-            yield np.asarray([eos], np.int64)
+            yield np.asarray([eos], np.int64), 0
 
     return Tokenizer(pieces, vocab_size, _fingerprint(model, source, eos))
 
 
-def in_pieces(encode: Callable[[str], Ids], text: str, size: int = PIECE, margin: int = MARGIN) -> Iterator[Ids]:
+def in_pieces(
+    encode: Callable[[str], Ids], text: str, size: int = PIECE, margin: int = MARGIN
+) -> Iterator[tuple[Ids, int]]:
     """The ids of a text, tokenized `size` characters and more at a time: what `encode(text)` gives, in less memory.
+    With each piece comes the number of its characters.
 
     A text is cut where a word ends and a space begins, and only where the text on both sides of the cut, `margin`
     characters each, gives the same ids with the cut and without. Where no such place is found, as in a text without
@@ -84,7 +88,7 @@ def in_pieces(encode: Callable[[str], Ids], text: str, size: int = PIECE, margin
         while end < len(text) and not (cut := _cut(encode, text, begin, end, margin)):
             end += size
         end = cut if end < len(text) else len(text)
-        yield encode(text[begin:end])
+        yield encode(text[begin:end]), end - begin
         begin = end
 
 
@@ -100,6 +104,10 @@ def _cut(encode: Callable[[str], Ids], text: str, begin: int, end: int, margin: 
         if (tries := tries + 1) == _TRIES:
             break
     return 0
+
+
+def _bytes(text: str) -> Iterator[tuple[Ids, int]]:
+    yield np.frombuffer(text.encode("utf-8"), np.uint8), len(text)
 
 
 def _saved(folder: str) -> Any:

@@ -3,6 +3,7 @@
 import json
 import os
 import resource
+import tracemalloc
 from multiprocessing import get_context
 from pathlib import Path
 
@@ -103,6 +104,22 @@ def test_a_cache_of_another_format_is_left_alone(tmp_path):
     assert read_all(open_text([path], cache)) == [b"text"]
     (folder / "store.json").write_text('{"format": 1}')
     assert read_all(open_text([path], cache)) == [b"text"]
+
+
+@pytest.mark.parametrize("tokenizer", ["bytes", "words"])
+def test_a_long_line_takes_a_few_times_its_bytes(tokenizer, tmp_path):
+    """Lists of Python integers would take 8 to 36 bytes for each token."""
+    size = 4_000_000
+    name = tokenizer if tokenizer == "bytes" else save_words(tmp_path / "t", "?", "a", "b")
+    text = "a b " * (size // 4)
+    (tmp_path / "a.jsonl").write_text(json.dumps({"text": text}))
+    open_text([tmp_path / "a.jsonl"], tmp_path / "before", name)  # imports and caches count for no line
+    tracemalloc.start()
+    corpus = open_text([tmp_path / "a.jsonl"], tmp_path / "cache", name)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert corpus.total == (size if tokenizer == "bytes" else size // 2)
+    assert peak < 9 * size
 
 
 def limited(path: Path, cache: Path) -> str:

@@ -4,6 +4,7 @@ import json
 import os
 import resource
 import tracemalloc
+from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
 
@@ -11,6 +12,7 @@ import numpy as np
 import pytest
 
 from ringattn.training.corpus import stdlib_corpus, stdlib_files, text_corpus
+from ringattn.training.data import tokenizer as data_tokenizer
 from ringattn.training.data.files import matching_files
 
 
@@ -107,13 +109,16 @@ def test_a_cache_of_another_format_is_left_alone(tmp_path):
 
 
 @pytest.mark.parametrize("tokenizer", ["bytes", "words"])
-def test_a_long_line_takes_a_few_times_its_bytes(tokenizer, tmp_path):
-    """Lists of Python integers would take 8 to 36 bytes for each token."""
-    size = 4_000_000
+def test_a_long_line_takes_a_few_times_its_bytes(tokenizer, tmp_path, monkeypatch):
+    """Lists of Python integers would take 8 to 36 bytes for each token. A piece is as small against the line as it is
+    against lines that are long."""
+    monkeypatch.setattr(data_tokenizer, "in_pieces", partial(data_tokenizer.in_pieces, size=1 << 16))
+    size = 1_000_000
     name = tokenizer if tokenizer == "bytes" else save_words(tmp_path / "t", "?", "a", "b")
     text = "a b " * (size // 4)
     (tmp_path / "a.jsonl").write_text(json.dumps({"text": text}))
-    open_text([tmp_path / "a.jsonl"], tmp_path / "before", name)  # imports and caches count for no line
+    (tmp_path / "b.txt").write_text("a")
+    open_text([tmp_path / "b.txt"], tmp_path / "cache", name)  # imports count for no line
     tracemalloc.start()
     corpus = open_text([tmp_path / "a.jsonl"], tmp_path / "cache", name)
     peak = tracemalloc.get_traced_memory()[1]

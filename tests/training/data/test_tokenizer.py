@@ -94,23 +94,8 @@ def encode(request):
     return lambda text: np.asarray(tokenizer.encode(text, add_special_tokens=False).ids, np.int64)
 
 
-PARTS = [
-    "word",
-    "Another",
-    "été",
-    "日本語",
-    " ",
-    "  ",
-    "\n",
-    "\n\n",
-    "\t",
-    "1234567",
-    "don't",
-    "<|two words|>",
-    ".",
-    "…",
-    "é",
-]
+PARTS = ["word", "Another", "été", "日本語", " ", "  ", "\n", "\n\n", "\t", "1234567", "don't", "<|two words|>", "."]
+PARTS += ["…", "e\u0301"]
 words = st.lists(st.sampled_from(PARTS), max_size=120).map("".join)
 
 

@@ -76,7 +76,7 @@ def completed(cfg: DictConfig) -> DictConfig:
 
     Raises ValueError for a key that does not exist, and for one that must be there.
     """
-    plain: dict[str, Any] = OmegaConf.to_container(cfg, resolve=True)  # type: ignore[assignment]
+    plain: dict[str, Any] = OmegaConf.to_container(cfg)  # type: ignore[assignment]
     given = {name for key in flat(plain) for name in _and_above(key)}
     known = KEYS | {*OF_TEXT, *OF_DEEPSPEED}
     unknown = [key for key in flat(plain) if key not in known and not key.startswith("model.config.")]

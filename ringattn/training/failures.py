@@ -13,9 +13,10 @@ from functools import wraps
 from typing import ParamSpec, TypeVar
 
 import torch.distributed as dist
-from torch.distributed.elastic.multiprocessing.errors import record
+from torch.distributed.elastic.multiprocessing.errors import ErrorHandler, record
 
 _KEY = "ringattn/first-failure"
+SILENT = "the connection to another rank was lost, and no rank said why: it was killed, or its machine is gone"
 PATIENCE = 3.0
 """Seconds that a rank waits which only lost its connections: torchrun ends it meanwhile, and reports the first."""
 
@@ -30,7 +31,7 @@ class PeerFailed(RuntimeError):
 def naming_first_failure(work: Callable[P, R]) -> Callable[P, R]:
     """Wraps what all ranks run between the start and the end of their process group.
 
-    An exception of a lost connection becomes PeerFailed with the rank and the message of the first to fail, where it
+    An exception of a lost connection becomes PeerFailed with the rank and the message of the first to fail, if that
     could still say so.
     """
 
@@ -45,20 +46,18 @@ def naming_first_failure(work: Callable[P, R]) -> Callable[P, R]:
             deadline = time.monotonic() + PATIENCE
             while (first := _first()) is None and time.monotonic() < deadline:
                 time.sleep(0.1)
-            if first is None:
-                raise
             time.sleep(max(0.0, deadline - time.monotonic()))
-            raise PeerFailed(first) from error
+            raise PeerFailed(first or SILENT) from error
 
     return wrapped
 
 
 def reported(main: Callable[[], None]) -> Callable[[], object]:
     """Wraps the main function of a recipe: torchrun repeats at its end what an exception of a rank says."""
-    return record(main)
+    return record(main, _Brief())
 
 
-def report_refusal(message: str) -> bool:
+def report(message: str) -> bool:
     """Hands a message to torchrun, which repeats it at its end. False if this process was not started by it."""
     path = os.environ.get("TORCHELASTIC_ERROR_FILE")
     if path is None:
@@ -67,6 +66,13 @@ def report_refusal(message: str) -> bool:
     with open(path, "w") as file:
         json.dump({"message": said}, file)
     return True
+
+
+class _Brief(ErrorHandler):
+    """Reports the message alone: the traceback stands above, and the end of a screen is short."""
+
+    def record_exception(self, e: BaseException) -> None:
+        report(_said(e))
 
 
 def _lost_connection(error: BaseException) -> bool:
@@ -80,12 +86,14 @@ def _lost_connection(error: BaseException) -> bool:
 
 
 def _claim(error: Exception) -> None:
-    rank = dist.get_rank() if dist.is_initialized() else int(os.environ.get("RANK", "0"))
-    said = f"rank {rank} failed first: {type(error).__name__}: {error}"
     try:
-        _store().compare_set(_KEY, "", said)
+        _store().compare_set(_KEY, "", f"rank {dist.get_rank()} failed first: {_said(error)}")
     except Exception:  # the store went with its rank: nobody is left to tell
         return
+
+
+def _said(error: BaseException) -> str:
+    return f"{type(error).__name__}: {error}"
 
 
 def _first() -> str | None:

@@ -7,7 +7,7 @@ from typing import NoReturn
 from hydra.errors import HydraException
 from omegaconf.errors import OmegaConfBaseException
 
-from ringattn.training.failures import report_refusal
+from ringattn.training.failures import report
 from ringattn.training.launched import is_first, speaks_for_machine
 
 HINT = "To append to your config use "
@@ -20,7 +20,7 @@ def refuse(error: Exception) -> NoReturn:
     each machine: a file may be missing on one machine only.
     """
     message = _message(error)
-    reported = report_refusal(message)
+    reported = report(message)
     if is_first(os.environ):
         print(f"error: {message}", file=sys.stderr, flush=True)
     elif not reported and speaks_for_machine(os.environ):

@@ -35,7 +35,7 @@ def load_weights(config: Any, path: str, allow: Sequence[str] = (), shapes_only:
     folder = Path(path).expanduser()
     _check_files(folder, path)
     try:
-        with _own_report():
+        with _own_report(bar=not shapes_only and sys.stderr.isatty()):
             loaded: Any = AutoModelForCausalLM.from_pretrained(
                 folder,
                 config=config,
@@ -53,19 +53,19 @@ def load_weights(config: Any, path: str, allow: Sequence[str] = (), shapes_only:
 
 
 @contextmanager
-def _own_report() -> Iterator[None]:
-    """What differs is told here, and not by a table of transformers on every rank; no bar of its own in a log file."""
+def _own_report(bar: bool) -> Iterator[None]:
+    """What differs is told here, and not by a table of transformers on every rank; its progress bar only with `bar`."""
     from transformers.utils import logging
 
-    verbosity, bar = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    verbosity, enabled = logging.get_verbosity(), logging.is_progress_bar_enabled()
     logging.set_verbosity_error()
-    if not sys.stderr.isatty():
+    if not bar:
         logging.disable_progress_bar()
     try:
         yield
     finally:
         logging.set_verbosity(verbosity)
-        if bar:
+        if enabled:
             logging.enable_progress_bar()
 
 

@@ -55,6 +55,8 @@ def contents_of(files: Sequence[Path], memory: Path) -> list[Content]:
     found = {path: known[str(path)][-1] for path in files if known.get(str(path), [])[:-1] == list(stamps[path])}
     fresh = [path for path in files if path not in found]
     if fresh:
+        for path in fresh:  # all of them before any is read through
+            _check_head(path)
         with Meter("reading", sum(stamps[path][0] for path in fresh)) as meter:
             for path in fresh:
                 found[path] = _read_through(path, meter)
@@ -75,14 +77,20 @@ def _stamp(path: Path) -> tuple[int, ...]:
     return status.st_size, status.st_mtime_ns, status.st_ctime_ns, status.st_ino
 
 
+def _check_head(path: Path) -> None:
+    try:
+        with open(path, "rb") as file:
+            check_kind(path, file.read(HEAD))
+    except OSError as error:
+        raise ValueError(f"data.files: {str(path)!r} cannot be read: {error.strerror}") from None
+
+
 def _read_through(path: Path, meter: Meter) -> str:
     """The digest of a file, if it is text."""
     digest, done, rest = hashlib.sha256(), 0, b""
     try:
         with open(path, "rb") as file:
             while part := file.read(_PART):
-                if not done:
-                    check_kind(path, part[:HEAD])
                 digest.update(part)
                 rest = _unfinished(path, rest + part, done - len(rest))
                 done += len(part)

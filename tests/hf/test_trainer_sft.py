@@ -124,3 +124,28 @@ def test_routers(pool: Pools, tmp_path: Path) -> None:
 def test_other_losses(pool: Pools, tmp_path: Path) -> None:
     told = pool(1).run(made, str(tmp_path), "llama", {"loss_type": "dft"})[0]
     assert told.startswith("NotImplementedError: loss_type='dft' is not supported: OnMesh has the mean")
+
+
+def offloaded(folder: str, offload: bool) -> list[float]:
+    from trl import SFTConfig, SFTTrainer
+
+    from ringattn import init_mesh
+    from ringattn.hf.trainer import OnMesh
+
+    class Mine(OnMesh, SFTTrainer):
+        pass
+
+    config = SFTConfig(output_dir=folder, activation_offloading=offload, **(QUIET | {"use_cpu": False, "max_steps": 3}))
+    trainer = Mine(
+        small_model().cuda(), config, mesh=init_mesh(ring=2), train_dataset=rows("text", 8, 0),
+        processing_class=tokenizer(),
+    )  # fmt: skip
+    trainer.train()
+    return [loss for _, loss in history(trainer)["loss"]]
+
+
+@pytest.mark.gpu(2)
+def test_activation_offloading(pool: Pools, tmp_path: Path) -> None:
+    expected = pool(2, "cuda").run(offloaded, str(tmp_path), False)[0]
+    for found in pool(2, "cuda").run(offloaded, str(tmp_path), True):
+        assert found == pytest.approx(expected, rel=1e-3)

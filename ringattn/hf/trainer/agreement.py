@@ -66,6 +66,18 @@ def agree(batches: Sequence[Batch], mesh: SequenceMesh, error: Exception | None 
     return [replica[0] for replica in replicas]
 
 
+def check_averaged(norm: float, mesh: SequenceMesh) -> None:
+    """Raises RuntimeError on every rank if the norms of their gradients differ. Collective over all ranks."""
+    norms = torch.tensor([norm, -norm], dtype=torch.float64, device=mesh.device)
+    dist.all_reduce(norms, dist.ReduceOp.MAX)
+    most, least = norms[0].item(), -norms[1].item()
+    if most - least > 1e-3 * most:
+        raise RuntimeError(
+            f"gradients differ between ranks, their norms are {least:.6g} to {most:.6g}: nothing averages them over "
+            "all ranks, as DistributedDataParallel, FSDP2 and DeepSpeed do"
+        )
+
+
 def fingerprint(batches: Sequence[Batch]) -> int:
     """62 bits of everything in the batches: names, types, shapes, values."""
     digest = hashlib.blake2b(digest_size=8)

@@ -16,12 +16,12 @@ from ringattn.hf.metadata import METADATA
 from ringattn.hf.model import parallelize, unwrapped
 from ringattn.hf.options import check_arguments, check_trainer
 from ringattn.hf.support import check_model
-from ringattn.hf.trainer.agreement import Idle, in_step
+from ringattn.hf.trainer.agreement import Idle, check_averaged, in_step
 from ringattn.hf.trainer.dealing import ReplicaRows, deal
 from ringattn.hf.trainer.evaluation import Tally
 from ringattn.hf.trainer.failures import FirstFailure
 from ringattn.hf.trainer.lockstep import Lockstep
-from ringattn.hf.trainer.refusals import check_class
+from ringattn.hf.trainer.refusals import check_class, check_place
 from ringattn.hf.trainer.tokens import count_tokens
 from ringattn.parallel.mesh import SequenceMesh
 
@@ -60,7 +60,9 @@ class OnMesh(_Base):
         self.sequence_mesh, self.policy = mesh, policy
         self._failures, self._tally = FirstFailure(), Tally(mesh)
         self._spent: Any = None  # an iterator of which no replica has a batch left
+        self._averaged = False  # gradients were seen to be equal on all ranks
         super().__init__(*args, **kwargs)
+        check_place(self.args, self.accelerator, mesh)
         # Rows of a batch stay with their replica: the loss counts targets itself, over all ranks.
         self.model_accepts_loss_kwargs = True
         self._check()
@@ -174,6 +176,14 @@ class OnMesh(_Base):
             batch["num_items_in_batch"] = num_items_in_batch
         outputs = model(**shard_batch(batch, None, self.sequence_mesh, self.policy))
         return (outputs.loss, outputs) if return_outputs else outputs.loss
+
+    def _get_grad_norm(self, model: Any, grad_norm: Any = None) -> Any:
+        """The norm of a step's gradient. At the first one it is compared: whoever wraps the model has to average."""
+        norm = super()._get_grad_norm(model, grad_norm)
+        if not self._averaged:
+            check_averaged(float(norm), self.sequence_mesh)
+            self._averaged = True
+        return norm
 
     # Evaluation
 

@@ -9,6 +9,7 @@ from unittest import mock
 
 import pytest
 import torch
+import torch.distributed as dist
 
 pytest.importorskip("transformers")
 pytest.importorskip("accelerate", reason="transformers.Trainer needs accelerate (pip install 'ringattn[hf]')")
@@ -112,6 +113,23 @@ def test_callbacks(pool: Pools, tmp_path: Path) -> None:
     assert (steps, batches) == (6, 9)
     for found in pool(2).run(with_callbacks, str(tmp_path / "2"), 2):
         assert found == (seen, batches, steps)
+
+
+def stopped_by_one(folder: str) -> tuple[int, int]:
+    """Rank 1 finds after its second step that its time is up."""
+    from transformers import TrainerCallback
+
+    class Clock(TrainerCallback):
+        def on_step_end(self, args: Any, state: Any, control: Any, **keywords: Any) -> None:
+            control.should_training_stop |= dist.get_rank() == 1 and state.global_step == 2
+
+    trainer = trainer_of(mesh(1, 2), folder, STEPS, train_dataset=Rows(6), callbacks=[Clock()])
+    trainer.train()
+    return trainer.state.global_step, len(trainer.state.log_history)
+
+
+def test_a_decision_of_one_rank(pool: Pools, tmp_path: Path) -> None:
+    assert pool(2).run(stopped_by_one, str(tmp_path)) == [(2, 3), (2, 3)]
 
 
 @contextlib.contextmanager

@@ -97,6 +97,33 @@ def test_the_same_curve(pool: Pools, tmp_path: Path) -> None:
         assert [x for _, x in found["loss"]] == pytest.approx([x for _, x in expected["loss"]], rel=2e-5), name
 
 
+def adapted(folder: str, ring: int) -> dict[str, Any]:
+    from peft import LoraConfig
+    from trl import SFTConfig, SFTTrainer
+
+    from ringattn.hf.trainer import OnMesh
+
+    class Mine(OnMesh, SFTTrainer):
+        pass
+
+    config = SFTConfig(
+        output_dir=folder, bf16=False, gradient_checkpointing=False, **(QUIET | {"max_steps": 3, "learning_rate": 0.1})
+    )
+    trainer = Mine(
+        small_model(), config, mesh=mesh(1, ring), train_dataset=rows("text", 8, 0), processing_class=tokenizer(),
+        peft_config=LoraConfig(r=4, target_modules=["q_proj", "v_proj"]),
+    )  # fmt: skip
+    trainer.train()
+    return history(trainer) | {"weights": {}}
+
+
+def test_adapters(pool: Pools, tmp_path: Path) -> None:
+    pytest.importorskip("peft", reason="PEFT is not installed (pip install 'ringattn[hf]')")
+    expected = pool(1).run(adapted, str(tmp_path), 1)[0]
+    for found in pool(2).run(adapted, str(tmp_path), 2):
+        same_history(found, expected)
+
+
 def made(folder: str, family: str, changes: dict[str, Any]) -> str:
     from trl import SFTConfig, SFTTrainer
 

@@ -68,7 +68,7 @@ def check_class(kind: type, mixin: type) -> None:
 
 
 def check_place(arguments: Any, accelerator: Any, mesh: SequenceMesh) -> None:
-    """Raises ValueError where Accelerate sees other devices or fewer ranks than the mesh: nobody would average gradients.
+    """Raises ValueError where Accelerate sees other devices or fewer ranks than the mesh: gradients would be lost.
 
     NotImplementedError for a version of FSDP that has not been tried.
     """

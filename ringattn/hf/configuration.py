@@ -22,7 +22,8 @@ REFUSED = {
 
 def check_configuration(model: Any) -> None:
     """Raises NotImplementedError naming the first key that asks for what is not supported, in whichever part."""
-    for config in (model.config, model.config.get_text_config()):
+    configs = (model.config, model.config.get_text_config())
+    for config in configs[: 1 if configs[0] is configs[1] else 2]:
         for key, reason in REFUSED.items():
             if value := getattr(config, key, None):
                 raise NotImplementedError(f"{type(model).__name__} has {key}={value!r}: {reason}")

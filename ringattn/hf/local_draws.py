@@ -31,30 +31,47 @@ class LocalDraws:
     Arguments:
         device: whose default generator the model draws from.
         rank: of this process among all of the job: replicas too draw apart.
+        parts: the modules of the model, kept because a walk through thousands takes milliseconds.
     """
 
     device: torch.device
     rank: int
-    _outside: list[Tensor] = field(default_factory=list, repr=False)
+    parts: list[nn.Module] = field(default_factory=list, repr=False)
+    _outside: Tensor | None = field(default=None, repr=False)
+    _owner: nn.Module | None = field(default=None, repr=False)
 
     @torch.compiler.disable
-    def fork(self) -> None:
-        """The generator becomes this rank's own, until `join`."""
-        state = self._state()
-        self._outside.append(state)
-        digest = hashlib.blake2b(state.numpy().tobytes(), digest_size=8).digest()
+    def fork(self, owner: nn.Module) -> None:
+        """Before `owner` runs: the generator is this rank's own until `join`, if any part of the model is in training
+        mode, and may draw. Without effect inside of another module that has forked it.
+
+        Raises NotImplementedError for dropout in a CUDA graph that is being captured: there it cannot be forked.
+        """
+        if self._owner is not None:
+            return
+        parts = self.parts or list(owner.modules())
+        if not any(part.training for part in parts):
+            return
+        if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
+            if any(isinstance(part, _DropoutNd) and part.training and part.p for part in parts):
+                raise NotImplementedError(
+                    f"{type(owner).__name__} has dropout: ranks cannot draw apart in a CUDA graph"
+                )
+            return
+        self._owner, self._outside = owner, self._state()
+        digest = hashlib.blake2b(self._outside.numpy().tobytes(), digest_size=8).digest()
         self._seed((int.from_bytes(digest, "little") + self.rank) % 2**63)
 
     @torch.compiler.disable
-    def join(self) -> None:
-        """Back to the state that `fork` found, and one draw further. Without effect if there was no `fork`."""
-        if not self._outside:
+    def join(self, owner: nn.Module) -> None:
+        """After `owner` ran: back to the state that its `fork` found, and one draw further."""
+        if self._owner is not owner or self._outside is None:
             return
-        state = self._outside.pop()
         if self.device.type == "cpu":
-            torch.set_rng_state(state)
+            torch.set_rng_state(self._outside)
         else:
-            torch.get_device_module(self.device).set_rng_state(state, self.device)
+            torch.get_device_module(self.device).set_rng_state(self._outside, self.device)
+        self._owner = self._outside = None
         torch.rand((), device=self.device)
 
     def _state(self) -> Tensor:
@@ -71,18 +88,16 @@ class LocalDraws:
                 module.manual_seed(seed)
 
 
-@torch.compiler.disable
-def fork_draws(model: nn.Module, draws: LocalDraws) -> None:
-    """Before a forward pass in which any part of a model is in training mode, and so may draw.
+def fork_before(module: Any, args: Any) -> None:
+    """A forward pre-hook of a parallelized model, and of its decoder, which a caller may run by itself."""
+    if (handle := getattr(module, "_ringattn", None)) is not None:
+        handle.draws.fork(module)
 
-    Raises NotImplementedError for dropout in a CUDA graph that is being captured: its generator cannot be forked.
-    """
-    if not any(module.training for module in model.modules()):
-        return
-    if not (torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()):
-        draws.fork()
-    elif any(isinstance(module, _DropoutNd) and module.training and module.p for module in model.modules()):
-        raise NotImplementedError(f"{type(model).__name__} has dropout: in a CUDA graph ranks cannot draw apart")
+
+def join_after(module: Any, args: Any, output: Any) -> None:
+    """A forward hook, to be called after a forward pass that raised, too."""
+    if (handle := getattr(module, "_ringattn", None)) is not None:
+        handle.draws.join(module)
 
 
 def check_draws(model: Any) -> None:

@@ -17,7 +17,7 @@ from ringattn.hf.changes import check_changes, same_parameters
 from ringattn.hf.empty import layout_of, put_in, take_out
 from ringattn.hf.images import EmbeddingNeeds, embedding_needs
 from ringattn.hf.keywords import check_keywords
-from ringattn.hf.local_draws import LocalDraws, fork_draws
+from ringattn.hf.local_draws import LocalDraws, fork_before, join_after
 from ringattn.hf.loss import GlobalLoss, check_is_share
 from ringattn.hf.masks import note_mask
 from ringattn.hf.same_batch import check_same_batch
@@ -171,9 +171,10 @@ def parallelize(model: Any, mesh: SequenceMesh, **options: Any) -> Handle:
         _check_reached(model)
         _take_loss(handle)
         handle._hooks.append(model.register_forward_pre_hook(_before_forward, with_kwargs=True))
-        handle._hooks.append(model.register_forward_hook(_join_draws, always_call=True))
         handle._hooks.append(model.register_forward_hook(_after_forward, with_kwargs=True))
         for inner in _decoders(model):
+            handle._hooks.append(inner.register_forward_pre_hook(fork_before))
+            handle._hooks.append(inner.register_forward_hook(join_after, always_call=True))
             handle._hooks.append(inner.register_forward_pre_hook(put_in, with_kwargs=True))
             handle._hooks.append(inner.register_forward_hook(take_out, with_kwargs=True))
     except BaseException:
@@ -271,6 +272,7 @@ def _before_forward(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -
     layout = check_keywords(handle, args, kwargs)
     if changed:
         same_parameters(model, handle.mesh)
+        handle.draws.parts = [*model.modules()]
     _take_loss(handle)
     model.loss_function.expect()
     handle.calls.clear()
@@ -278,12 +280,6 @@ def _before_forward(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -
         handle._called.clear()
         check_same_batch(layout, handle.mesh)
     reset_compiled_calls(layout)
-    fork_draws(model, handle.draws)
-
-
-def _join_draws(model: Any, args: Any, output: Any) -> None:
-    """Also after a forward pass that raised."""
-    model._ringattn.draws.join()
 
 
 def _after_forward(model: Any, args: Any, kwargs: dict[str, Any], output: Any) -> None:

@@ -79,7 +79,7 @@ KEYS: dict[str, tuple[str, int]] = {
 }
 
 
-def drawn(key: str, data: int) -> list[torch.Tensor]:
+def drawn(key: str, data: int, part: str = "") -> list[torch.Tensor]:
     mesh = mesh_of(2, 1) if data == 1 else init_mesh(data=2, device_type="cpu")
     family, _ = KEYS[key]
     if key == "lora_dropout":
@@ -89,16 +89,38 @@ def drawn(key: str, data: int) -> list[torch.Tensor]:
         model = tiny_model(tiny_config(read_config(family), **(still | {key: 0.5})))
     parallelize(model.train(), mesh)
     torch.manual_seed(0)
-    draws = drawn_in(model, batch_on(mesh, EQUAL, "contiguous"))
+    batch = batch_on(mesh, EQUAL, "contiguous")
+    if part:
+        batch = {name: batch[name] for name in ("input_ids", "position_ids", "cu_seq_lens_q", "use_cache")}
+    draws = drawn_in(model.get_submodule(part), batch)
     assert not (draws.masks and draws.noise)
     return [mask.flatten() for mask in (draws.masks or draws.noise)]
 
 
-@pytest.mark.parametrize(("key", "data"), [*((key, 1) for key in KEYS), ("resid_pdrop", 2)])
-def test_ranks_draw_apart(pool: Pools, key: str, data: int) -> None:
+@pytest.mark.parametrize(
+    ("key", "data", "part"),
+    [*((key, 1, "") for key in KEYS), ("resid_pdrop", 2, ""), ("resid_pdrop", 1, "transformer")],
+)
+def test_ranks_draw_apart(pool: Pools, key: str, data: int, part: str) -> None:
     """Shards of equal size and generators of equal state: were the draws equal, so were all their elements."""
-    first, second = pool(2).run(drawn, key, data)
+    first, second = pool(2).run(drawn, key, data, part)
     assert len(first) == len(second) == KEYS[key][1]
+    assert abs(correlation(first, second)) < 0.1
+
+
+def drawn_by_adapters() -> list[torch.Tensor]:
+    """`from_pretrained` leaves a model in evaluation mode, PEFT's new layers are in training mode."""
+    model = adapted("LORA", lora_dropout=0.5, r=4, **TARGETS).eval()
+    for path, layer in model.named_modules():
+        layer.training = "lora_dropout" in path
+    parallelize(model, mesh_of(2, 1))
+    torch.manual_seed(0)
+    return drawn_in(model, batch_on(mesh_of(2, 1), EQUAL, "contiguous")).masks
+
+
+def test_adapters_alone_in_training(pool: Pools) -> None:
+    first, second = pool(2).run(drawn_by_adapters)
+    assert len(first) == len(second) == 12
     assert abs(correlation(first, second)) < 0.1
 
 

@@ -8,15 +8,13 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
-from torch.utils.data import DistributedSampler
-
-pytest.importorskip("transformers")
-pytest.importorskip("accelerate", reason="transformers.Trainer needs accelerate (pip install 'ringattn[hf]')")
+from torch.utils.data import DataLoader, DistributedSampler
 
 from tests.hf.trainer_runs import (
     Recorder,
     Rows,
     Stream,
+    arguments,
     collate,
     failure,
     history,
@@ -27,6 +25,9 @@ from tests.hf.trainer_runs import (
     trainer_of,
 )
 from tests.pool import Pools
+
+transformers = pytest.importorskip("transformers")
+pytest.importorskip("accelerate", reason="transformers.Trainer needs accelerate (pip install 'ringattn[hf]')")
 
 
 def trained(folder: str, data: int, ring: int, rows: int, stream: bool, changes: dict[str, Any]) -> dict[str, Any]:
@@ -100,8 +101,6 @@ def rows_read(folder: str, kind: str, count: int) -> list[tuple[int, ...]]:
                 return super()._get_train_sampler(*args)
             return DistributedSampler(rows, where.data, where.data_rank, seed=3)
 
-    from tests.hf.trainer_runs import arguments
-
     Sampled(small_model(), arguments(folder, **changes), mesh=where, train_dataset=rows, data_collator=recorder).train()
     return [
         tuple(ids[mask.bool()].tolist())
@@ -132,8 +131,6 @@ def sharded_by_rank(folder: str) -> str:
         def _get_train_sampler(self, *args: Any) -> Any:
             return DistributedSampler(self.train_dataset, dist.get_world_size(), dist.get_rank())
 
-    from tests.hf.trainer_runs import arguments
-
     trainer = Sampled(small_model(), arguments(folder), mesh=mesh(1, 2), train_dataset=Rows(4), data_collator=collate)
     return failure(trainer.train)
 
@@ -142,6 +139,39 @@ def test_samplers_that_deal_to_ranks_are_refused(pool: Pools, tmp_path: Path) ->
     for rank, told in enumerate(pool(2).run(sharded_by_rank, str(tmp_path))):
         assert told.startswith(f"ValueError: DistributedSampler deals rows to 2 ranks of which this is {rank}")
         assert "expected the replicas: 1 of which this is 0" in told
+
+
+def with_own_loader(folder: str, data: int, ring: int, kind: str) -> dict[str, Any] | str:
+    """A Trainer that makes its data loader itself."""
+    from ringattn.hf.trainer import OnMesh
+
+    class Loading(transformers.Trainer):
+        def get_train_dataloader(self) -> Any:
+            if kind == "list":
+                return [collate([row]) for row in self.train_dataset]
+            loader = DataLoader(self.train_dataset, 2 // data, collate_fn=collate)
+            return self.accelerator.prepare_data_loader(loader) if kind == "prepared" else loader
+
+    class Mine(OnMesh, Loading):
+        pass
+
+    trainer = Mine(small_model(), arguments(folder), mesh=mesh(data, ring), policy="contiguous", train_dataset=Rows(5))
+    told = failure(trainer.train)
+    return history(trainer) if told == "none" else told
+
+
+@pytest.mark.parametrize("kind", ["plain", "prepared"])
+def test_loaders_of_ones_own(pool: Pools, kind: str, tmp_path: Path) -> None:
+    expected = pool(1).run(with_own_loader, str(tmp_path), 1, 1, kind)[0]
+    assert expected["steps"] == 3
+    for data, ring in ((1, 2), (2, 1)):
+        for found in pool(2).run(with_own_loader, str(tmp_path), data, ring, kind):
+            same_history(found, expected)
+
+
+def test_what_is_no_loader(pool: Pools, tmp_path: Path) -> None:
+    told = pool(1).run(with_own_loader, str(tmp_path), 1, 1, "list")[0]
+    assert told == "ValueError: the data loader must be a torch.utils.data.DataLoader, got list"
 
 
 def seeded_by_rank(folder: str) -> str:
@@ -179,7 +209,6 @@ class Drawing:
 def drawn(folder: str, data: int, ring: int, changes: dict[str, Any], checkpoint: str | None) -> list[torch.Tensor]:
     """The batches of this rank, of a model with dropout."""
     from ringattn.hf.trainer import SequenceTrainer
-    from tests.hf.trainer_runs import arguments
 
     seen = []
 
@@ -288,10 +317,21 @@ def evaluated(folder: str, data: int, ring: int, stream: bool, rows: int, batch:
     return found["eval_loss"], round(samples), round(steps)
 
 
-def alone(rows: int) -> float:
+def evaluated_by_name(folder: str) -> dict[str, float]:
+    sets = {"short": Rows(1), "long": Rows(4, seed=1)}
+    return trainer_of(mesh(2, 1), folder, eval_dataset=sets).evaluate()
+
+
+def test_evaluation_of_several_sets(pool: Pools, tmp_path: Path) -> None:
+    for found in pool(2).run(evaluated_by_name, str(tmp_path)):
+        assert found["eval_short_loss"] == pytest.approx(alone(1), rel=2e-6)
+        assert found["eval_long_loss"] == pytest.approx(alone(4, seed=1), rel=2e-6)
+
+
+def alone(rows: int, seed: int = 0) -> float:
     """The mean over all targets of rows, each run alone through transformers' own model."""
     model, total, targets = small_model().double(), 0.0, 0
-    for row in make_rows(rows):
+    for row in make_rows(rows, seed):
         ids = torch.tensor([row["input_ids"]])
         logits = model(input_ids=ids).logits[0, :-1]
         total += torch.nn.functional.cross_entropy(logits, ids[0, 1:], reduction="sum").item()

@@ -1,14 +1,20 @@
 """Options of a training, on the ranks of a sequence and in one process."""
 
+import contextlib
+import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
+import torch
+import torch.distributed as dist
 
 pytest.importorskip("transformers")
 pytest.importorskip("accelerate", reason="transformers.Trainer needs accelerate (pip install 'ringattn[hf]')")
 
-from tests.hf.trainer_runs import Rows, history, mesh, same_history, trainer_of
+from tests.hf.trainer_runs import Rows, failure, history, mesh, same_history, trainer_of
 from tests.pool import Pools
 
 STEPS = {"max_steps": 4}
@@ -107,6 +113,134 @@ def test_callbacks(pool: Pools, tmp_path: Path) -> None:
     assert (steps, batches) == (6, 9)
     for found in pool(2).run(with_callbacks, str(tmp_path / "2"), 2):
         assert found == (seen, batches, steps)
+
+
+def stopped_by_one(folder: str) -> tuple[int, int]:
+    """Rank 1 finds after its second step that its time is up."""
+    from transformers import TrainerCallback
+
+    class Clock(TrainerCallback):
+        def on_step_end(self, args: Any, state: Any, control: Any, **keywords: Any) -> None:
+            control.should_training_stop |= dist.get_rank() == 1 and state.global_step == 2
+
+    trainer = trainer_of(mesh(1, 2), folder, STEPS, train_dataset=Rows(6), callbacks=[Clock()])
+    trainer.train()
+    return trainer.state.global_step, len(trainer.state.log_history)
+
+
+def test_a_decision_of_one_rank(pool: Pools, tmp_path: Path) -> None:
+    assert pool(2).run(stopped_by_one, str(tmp_path)) == [(2, 3), (2, 3)]
+
+
+@contextlib.contextmanager
+def taken_for_a_gpu() -> Iterator[None]:
+    """Accelerate shards models on GPUs only; on CPUs, taken for them, what it does works as well."""
+    from accelerate.state import AcceleratorState, PartialState
+    from accelerate.utils import DistributedType
+
+    place = ("gloo", DistributedType.MULTI_GPU)
+    AcceleratorState._reset_state(True)
+    try:
+        with (
+            mock.patch.dict(os.environ, ACCELERATE_TORCH_DEVICE="cpu"),
+            mock.patch.object(PartialState, "_prepare_backend", return_value=place),
+        ):
+            yield
+    finally:
+        AcceleratorState._reset_state(True)
+
+
+def sharded(folder: str, changes: dict[str, Any]) -> tuple[dict[str, Any], float, str]:
+    options = STEPS | {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2, "use_cpu": False} | changes
+    with taken_for_a_gpu():
+        trainer = trainer_of(mesh(1, 2), folder, options, train_dataset=Rows(6), eval_dataset=Rows(3, seed=1))
+        trainer.train()
+        loss = trainer.evaluate()["eval_loss"]
+        return history(trainer) | {"weights": {}}, loss, type(trainer.model_wrapped).__name__
+
+
+def unsharded(folder: str) -> tuple[dict[str, Any], float]:
+    options = STEPS | {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2}
+    trainer = trainer_of(mesh(1, 1), folder, options, train_dataset=Rows(6), eval_dataset=Rows(3, seed=1))
+    trainer.train()
+    loss = trainer.evaluate()["eval_loss"]
+    return history(trainer) | {"weights": {}}, loss
+
+
+def test_fsdp(pool: Pools, tmp_path: Path) -> None:
+    expected, loss = pool(1).run(unsharded, str(tmp_path))[0]
+    changes = {"fsdp": True, "fsdp_config": {"transformer_layer_cls_to_wrap": ["LlamaDecoderLayer"]}}
+    for found, found_loss, kind in pool(2).run(sharded, str(tmp_path), changes):
+        assert kind == "FSDPLlamaForCausalLM"
+        same_history(found, expected)
+        assert found_loss == pytest.approx(loss, rel=2e-5)
+
+
+@pytest.mark.parametrize("stage", [2, 3])
+def test_deepspeed(pool: Pools, stage: int, tmp_path: Path) -> None:
+    pytest.importorskip("deepspeed", reason="DeepSpeed is not installed (pip install 'ringattn[deepspeed]')")
+    sizes = ("train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "train_batch_size", "gradient_clipping")
+    expected, loss = pool(1).run(unsharded, str(tmp_path))[0]
+    changes = {"deepspeed": {"zero_optimization": {"stage": stage}} | dict.fromkeys(sizes, "auto")}
+    for found, found_loss, kind in pool(2).run(sharded, str(tmp_path), changes, timeout=300.0):
+        assert kind == "DeepSpeedEngine"
+        same_history(found, expected)
+        assert found_loss == pytest.approx(loss, rel=2e-5)
+
+
+def scaled(folder: str) -> dict[str, Any]:
+    """What fp16=True does, which Accelerate does on GPUs only: autocast to float16 and a scaled loss."""
+    trainer = trainer_of(mesh(1, 2), folder, STEPS | {"per_device_train_batch_size": 2}, train_dataset=Rows(6))
+    trainer.accelerator.state._mixed_precision = "fp16"
+    trainer.accelerator.native_amp, trainer.accelerator.scaler = True, torch.amp.GradScaler("cpu")
+    try:
+        trainer.train()
+    finally:
+        trainer.accelerator.state._mixed_precision = "no"
+    assert trainer.accelerator.scaler.get_scale() == 2.0**16
+    return history(trainer)
+
+
+def test_fp16(pool: Pools, tmp_path: Path) -> None:
+    exact = pool(1).run(trained, str(tmp_path), 1, 1, {})[0]
+    for found in pool(2).run(scaled, str(tmp_path)):
+        for key in ("loss", "norm"):
+            for (_, value), (_, expected) in zip(found[key], exact[key], strict=True):
+                assert value == pytest.approx(expected, rel=1e-2)
+                assert value != expected
+
+
+def misplaced(folder: str) -> str:
+    """A CPU that Accelerate is not told of: it would take every rank for a job of its own."""
+    from accelerate.state import AcceleratorState
+
+    AcceleratorState._reset_state(True)
+    try:
+        return failure(lambda: trainer_of(mesh(1, 2), folder, {"use_cpu": False}, train_dataset=Rows(6)))
+    finally:
+        AcceleratorState._reset_state(True)
+
+
+def test_ranks_that_accelerate_does_not_see(pool: Pools, tmp_path: Path) -> None:
+    if torch.cuda.is_available():
+        pytest.skip("Accelerate sees GPUs by itself")
+    for told in pool(2).run(misplaced, str(tmp_path)):
+        assert told == (
+            "ValueError: Accelerate must see the 2 processes of the mesh on cpu, it sees 1 processes on cpu; "
+            "use_cpu=True tells it"
+        )
+
+
+def unwrapped_training(folder: str) -> str:
+    """A wrapper that leaves the gradients of each rank as they are."""
+    trainer = trainer_of(mesh(1, 2), folder, STEPS, train_dataset=Rows(6))
+    trainer.accelerator.prepare_model = lambda model, **_: model
+    return failure(trainer.train)
+
+
+def test_gradients_that_nobody_averages(pool: Pools, tmp_path: Path) -> None:
+    for told in pool(2).run(unwrapped_training, str(tmp_path)):
+        assert told.startswith("RuntimeError: gradients differ between ranks, their norms are ")
 
 
 def test_torch_compile(pool: Pools, tmp_path: Path) -> None:

@@ -97,6 +97,33 @@ def test_the_same_curve(pool: Pools, tmp_path: Path) -> None:
         assert [x for _, x in found["loss"]] == pytest.approx([x for _, x in expected["loss"]], rel=2e-5), name
 
 
+def adapted(folder: str, ring: int) -> dict[str, Any]:
+    from peft import LoraConfig
+    from trl import SFTConfig, SFTTrainer
+
+    from ringattn.hf.trainer import OnMesh
+
+    class Mine(OnMesh, SFTTrainer):
+        pass
+
+    config = SFTConfig(
+        output_dir=folder, bf16=False, gradient_checkpointing=False, **(QUIET | {"max_steps": 3, "learning_rate": 0.1})
+    )
+    trainer = Mine(
+        small_model(), config, mesh=mesh(1, ring), train_dataset=rows("text", 8, 0), processing_class=tokenizer(),
+        peft_config=LoraConfig(r=4, target_modules=["q_proj", "v_proj"]),
+    )  # fmt: skip
+    trainer.train()
+    return history(trainer) | {"weights": {}}
+
+
+def test_adapters(pool: Pools, tmp_path: Path) -> None:
+    pytest.importorskip("peft", reason="PEFT is not installed (pip install 'ringattn[hf]')")
+    expected = pool(1).run(adapted, str(tmp_path), 1)[0]
+    for found in pool(2).run(adapted, str(tmp_path), 2):
+        same_history(found, expected)
+
+
 def made(folder: str, family: str, changes: dict[str, Any]) -> str:
     from trl import SFTConfig, SFTTrainer
 
@@ -124,3 +151,28 @@ def test_routers(pool: Pools, tmp_path: Path) -> None:
 def test_other_losses(pool: Pools, tmp_path: Path) -> None:
     told = pool(1).run(made, str(tmp_path), "llama", {"loss_type": "dft"})[0]
     assert told.startswith("NotImplementedError: loss_type='dft' is not supported: OnMesh has the mean")
+
+
+def offloaded(folder: str, offload: bool) -> list[float]:
+    from trl import SFTConfig, SFTTrainer
+
+    from ringattn import init_mesh
+    from ringattn.hf.trainer import OnMesh
+
+    class Mine(OnMesh, SFTTrainer):
+        pass
+
+    config = SFTConfig(output_dir=folder, activation_offloading=offload, **(QUIET | {"use_cpu": False, "max_steps": 3}))
+    trainer = Mine(
+        small_model().cuda(), config, mesh=init_mesh(ring=2), train_dataset=rows("text", 8, 0),
+        processing_class=tokenizer(),
+    )  # fmt: skip
+    trainer.train()
+    return [loss for _, loss in history(trainer)["loss"]]
+
+
+@pytest.mark.gpu(2)
+def test_activation_offloading(pool: Pools, tmp_path: Path) -> None:
+    expected = pool(2, "cuda").run(offloaded, str(tmp_path), False)[0]
+    for found in pool(2, "cuda").run(offloaded, str(tmp_path), True):
+        assert found == pytest.approx(expected, rel=1e-3)

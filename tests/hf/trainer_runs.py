@@ -1,5 +1,6 @@
 """What worker processes of the Trainer's tests run: a tiny model, rows, and one training with its history."""
 
+import gc
 from functools import cache
 from typing import Any
 
@@ -104,6 +105,7 @@ def trainer_of(where: SequenceMesh, folder: str, changes: dict[str, Any] | None 
     """A SequenceTrainer for rows; keywords of its own win."""
     from ringattn.hf.trainer import SequenceTrainer
 
+    gc.freeze()  # Accelerate collects garbage before every training, else among all modules
     defaults: dict[str, Any] = {"data_collator": collate, "policy": "contiguous"}
     if "model_init" not in keywords:
         defaults["model"] = small_model()

@@ -22,12 +22,13 @@ ARGUMENTS: dict[str, Option] = {
     "compute_metrics": Option(refusal=Refusal("any", LOGITS, lambda _: True)),
     "preprocess_logits_for_metrics": Option(refusal=Refusal("any", LOGITS, lambda _: True)),
     "callbacks": Option(
-        f"{RUNS}::test_callbacks", note="run on every rank; a decision to stop, save or evaluate must be that of all"
+        f"{RUNS}::test_callbacks",
+        note="run on every rank; what one rank decides after a step (to stop, save, evaluate, log) all do",
     ),
     "optimizers": Option(inert="gradients come to them averaged, the same on every rank"),
     "optimizer_cls_and_kwargs": Option(inert="gradients come to them averaged, the same on every rank"),
     "formatting_func": Option(inert="works on the data set, the same on every rank"),
-    "peft_config": Option(f"{MODEL}::test_adapters", note="see the table of PEFT's types"),
+    "peft_config": Option("test_trainer_sft.py::test_adapters"),
     "quantization_config": Option(inert="for loading the model"),
 }
 

@@ -159,7 +159,14 @@ TRAINING: dict[str, Option] = {
     ),
     "group_by_length": Option(f"{DATA}::test_every_row_once"),
     "fsdp": Option(f"{RUNS}::test_fsdp"),
-    "fsdp_config": Option(f"{RUNS}::test_fsdp"),
+    "fsdp_config": Option(
+        f"{RUNS}::test_fsdp",
+        refusal=Refusal(
+            "with version 1 or xla",
+            "only FSDP2 has been tried",
+            lambda value: isinstance(value, dict) and (str(value.get("version", 2)) == "1" or value.get("xla", False)),
+        ),
+    ),
     "deepspeed": Option(f"{RUNS}::test_deepspeed"),
 }
 

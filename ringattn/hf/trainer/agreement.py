@@ -17,6 +17,7 @@ from ringattn.hf.trainer.randomness import set_aside
 from ringattn.parallel.mesh import SequenceMesh
 
 Batch = Mapping[str, Any]
+CONTROL = ("should_training_stop", "should_epoch_stop", "should_save", "should_evaluate", "should_log")
 LOWEST = torch.iinfo(torch.int64).min
 
 
@@ -49,7 +50,8 @@ def in_step(batches: Iterator[Batch], wanted: int, mesh: SequenceMesh, fill: boo
 
 def agree(batches: Sequence[Batch], mesh: SequenceMesh, error: Exception | None = None) -> list[int]:
     """How many batches each replica has. Collective over all ranks; see `in_step` for what it raises."""
-    mine = [len(batches), fingerprint(batches), int(error is not None)]
+    content = fingerprint(batches) if mesh.sequence_size > 1 else 0
+    mine = [len(batches), content, int(error is not None)]
     table = torch.full((mesh.data, 6), LOWEST)
     table[mesh.data_rank] = torch.tensor([sign * number for number in mine for sign in (1, -1)])
     table = table.to(mesh.device)
@@ -64,6 +66,29 @@ def agree(batches: Sequence[Batch], mesh: SequenceMesh, error: Exception | None 
             "data set, its order and the collator must be the same on every rank, and so must their seeds"
         )
     return [replica[0] for replica in replicas]
+
+
+def agree_on_control(control: Any, mesh: SequenceMesh) -> None:
+    """What a callback decides on one rank (by its clock, say) is decided on all: else they would wait for each other.
+
+    Collective over all ranks.
+    """
+    asked = torch.tensor([getattr(control, name) for name in CONTROL], dtype=torch.int64, device=mesh.device)
+    dist.all_reduce(asked, dist.ReduceOp.MAX)
+    for name, value in zip(CONTROL, asked.tolist(), strict=True):
+        setattr(control, name, bool(value))
+
+
+def check_averaged(norm: float, mesh: SequenceMesh) -> None:
+    """Raises RuntimeError on every rank if the norms of their gradients differ. Collective over all ranks."""
+    norms = torch.tensor([norm, -norm], dtype=torch.float64, device=mesh.device)
+    dist.all_reduce(norms, dist.ReduceOp.MAX)
+    most, least = norms[0].item(), -norms[1].item()
+    if most - least > 1e-3 * most:
+        raise RuntimeError(
+            f"gradients differ between ranks, their norms are {least:.6g} to {most:.6g}: nothing averages them over "
+            "all ranks, as DistributedDataParallel, FSDP2 and DeepSpeed do"
+        )
 
 
 def fingerprint(batches: Sequence[Batch]) -> int:

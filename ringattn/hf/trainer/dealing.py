@@ -23,6 +23,23 @@ KEPT = ("num_workers", "collate_fn", "pin_memory", "timeout", "multiprocessing_c
         "persistent_workers", "in_order")  # fmt: skip
 
 
+def with_loaders_kept(accelerator: Any, make: Any, *args: Any) -> Any:
+    """The data loader that `make(*args)` returns, as it is before Accelerate deals it to all ranks."""
+    prepare = accelerator.prepare
+
+    def keep(first: Any, *rest: Any, **keywords: Any) -> Any:
+        return first if not rest and isinstance(first, DataLoader) else prepare(first, *rest, **keywords)
+
+    def keep_loader(loader: DataLoader, *_: Any, **__: Any) -> DataLoader:
+        return loader
+
+    accelerator.prepare, accelerator.prepare_data_loader = keep, keep_loader
+    try:
+        return make(*args)
+    finally:
+        del accelerator.prepare, accelerator.prepare_data_loader
+
+
 def deal(loader: DataLoader, mesh: SequenceMesh, seed: int, seedable: bool = True) -> DataLoader:
     """The loader of this rank's replica.
 
@@ -37,6 +54,8 @@ def deal(loader: DataLoader, mesh: SequenceMesh, seed: int, seedable: bool = Tru
     """
     from accelerate.data_loader import DataLoaderShard, SeedableRandomSampler
 
+    if not isinstance(loader, DataLoader):
+        raise ValueError(f"the data loader must be a torch.utils.data.DataLoader, got {type(loader).__name__}")
     options = {name: getattr(loader, name) for name in KEPT}
     options["worker_init_fn"] = _of_replica(loader.worker_init_fn, mesh)
     place = Place(mesh, seed, dealt=already_dealt(loader, mesh))

@@ -16,13 +16,14 @@ from ringattn.hf.metadata import METADATA
 from ringattn.hf.model import parallelize, unwrapped
 from ringattn.hf.options import check_arguments, check_trainer
 from ringattn.hf.support import check_model
-from ringattn.hf.trainer.agreement import Idle, in_step
-from ringattn.hf.trainer.dealing import ReplicaRows, deal
+from ringattn.hf.trainer.agreement import Idle, agree_on_control, check_averaged, in_step
+from ringattn.hf.trainer.dealing import ReplicaRows, deal, with_loaders_kept
 from ringattn.hf.trainer.evaluation import Tally
 from ringattn.hf.trainer.failures import FirstFailure
 from ringattn.hf.trainer.lockstep import Lockstep
-from ringattn.hf.trainer.refusals import check_class
+from ringattn.hf.trainer.refusals import check_class, check_place
 from ringattn.hf.trainer.tokens import count_tokens
+from ringattn.parallel.layout import POLICIES
 from ringattn.parallel.mesh import SequenceMesh
 
 if TYPE_CHECKING:
@@ -52,6 +53,8 @@ class OnMesh(_Base):
     def __init__(self, *args: Any, mesh: SequenceMesh, policy: str = "auto", **kwargs: Any) -> None:
         if not isinstance(mesh, SequenceMesh):
             raise ValueError(f"mesh must come from init_mesh, got {type(mesh).__name__}")
+        if policy not in POLICIES:
+            raise ValueError(f"policy must be one of {', '.join(POLICIES)}, got {policy!r}")
         check_class(type(self), OnMesh)
         given = inspect.signature(super().__init__).bind_partial(*args, **kwargs).arguments
         if given.get("args") is not None:
@@ -60,7 +63,9 @@ class OnMesh(_Base):
         self.sequence_mesh, self.policy = mesh, policy
         self._failures, self._tally = FirstFailure(), Tally(mesh)
         self._spent: Any = None  # an iterator of which no replica has a batch left
+        self._averaged = False  # gradients were seen to be equal on all ranks
         super().__init__(*args, **kwargs)
+        check_place(self.args, self.accelerator, mesh)
         # Rows of a batch stay with their replica: the loss counts targets itself, over all ranks.
         self.model_accepts_loss_kwargs = True
         self._check()
@@ -117,16 +122,7 @@ class OnMesh(_Base):
 
     def _dealt(self, make: Any, *args: Any) -> DataLoader:
         """A data loader of the stock Trainer, dealt to the replicas rather than to all ranks."""
-        prepare = self.accelerator.prepare
-
-        def keep(first: Any, *rest: Any) -> Any:
-            return first if not rest and isinstance(first, DataLoader) else prepare(first, *rest)
-
-        self.accelerator.prepare = keep
-        try:
-            loader = make(*args)
-        finally:
-            self.accelerator.prepare = prepare
+        loader = with_loaders_kept(self.accelerator, make, *args)
         seedable = getattr(self.args.accelerator_config, "use_seedable_sampler", True)
         return deal(loader, self.sequence_mesh, self._data_seed, seedable)
 
@@ -174,6 +170,18 @@ class OnMesh(_Base):
             batch["num_items_in_batch"] = num_items_in_batch
         outputs = model(**shard_batch(batch, None, self.sequence_mesh, self.policy))
         return (outputs.loss, outputs) if return_outputs else outputs.loss
+
+    def _get_grad_norm(self, model: Any, grad_norm: Any = None) -> Any:
+        """The norm of a step's gradient. At the first one it is compared: whoever wraps the model has to average."""
+        norm = super()._get_grad_norm(model, grad_norm)
+        if not self._averaged and norm is not None:
+            check_averaged(float(norm), self.sequence_mesh)
+            self._averaged = True
+        return norm
+
+    def _maybe_log_save_evaluate(self, *args: Any, **kwargs: Any) -> None:
+        agree_on_control(self.control, self.sequence_mesh)
+        super()._maybe_log_save_evaluate(*args, **kwargs)
 
     # Evaluation
 

@@ -1,6 +1,11 @@
 """Trainer classes that cannot be put on a mesh, refused by name with what to do instead."""
 
 import re
+from typing import Any
+
+import torch.distributed as dist
+
+from ringattn.parallel.mesh import SequenceMesh
 
 # Methods that OnMesh replaces without calling those of the class below it.
 REPLACED = (
@@ -60,6 +65,27 @@ def check_class(kind: type, mixin: type) -> None:
                 f"compute would be lost. Define them in the class that derives from OnMesh instead: there they get "
                 "the batch of the whole sequence, and super() has the loss over all its ranks"
             )
+
+
+def check_place(arguments: Any, accelerator: Any, mesh: SequenceMesh) -> None:
+    """Raises ValueError where Accelerate sees other devices or fewer ranks than the mesh: gradients would be lost.
+
+    NotImplementedError for a version of FSDP that has not been tried.
+    """
+    if arguments.n_gpu > 1:
+        raise ValueError(
+            f"a process must have one device, and this one sees {arguments.n_gpu}: start it with torchrun, or make one "
+            "visible by CUDA_VISIBLE_DEVICES"
+        )
+    ranks = dist.get_world_size()
+    if (accelerator.num_processes, accelerator.device.type) != (ranks, mesh.device_type):
+        raise ValueError(
+            f"Accelerate must see the {ranks} processes of the mesh on {mesh.device_type}, it sees "
+            f"{accelerator.num_processes} processes on {accelerator.device.type}"
+            + ("; use_cpu=True tells it" if mesh.device_type == "cpu" else "")
+        )
+    if getattr(getattr(accelerator.state, "fsdp_plugin", None), "fsdp_version", 2) == 1:
+        raise NotImplementedError("FSDP version 1 is not supported: use version 2, fsdp_config={'version': 2}")
 
 
 def _reason(name: str) -> str:

@@ -24,6 +24,7 @@ from ringattn.parallel.mesh.mesh import SequenceMesh
 from ringattn.parallel.mesh.shape import MeshShape
 from ringattn.parallel.planning.agreement import check_plan
 from ringattn.parallel.planning.planner import plan_parts
+from ringattn.parallel.transport.process_groups import CLOSED
 from ringattn.parallel.transport.protocol import Transport
 from ringattn.tracing import untraced
 
@@ -57,6 +58,8 @@ def prepare(
     kind. It was checked for that kind, so only what is not part of it is checked again.
     """
     warn_of_unknown()
+    if isinstance(layout, Layout) and layout.mesh.closed:
+        raise ValueError(CLOSED)
     try:
         key = _kind(q, k, v, sinks, settings)
         jobs = kept_already(layout, key)

@@ -106,6 +106,8 @@ class Silent:
 
     def wait(self) -> None: ...
 
+    def close(self) -> None: ...
+
 
 @dataclass
 class Ours:

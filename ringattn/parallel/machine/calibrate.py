@@ -25,6 +25,7 @@ from ringattn.parallel.machine.kernel_rate import KernelRate
 from ringattn.parallel.machine.machine import Link, Machine
 from ringattn.parallel.plan.route import Route
 from ringattn.parallel.transport.collective import GroupTransport
+from ringattn.parallel.transport.process_groups import destroy
 from ringattn.parallel.transport.protocol import Transport
 from ringattn.parallel.transport.symmetric import SymmetricTransport, why_not
 
@@ -229,6 +230,7 @@ class Calibration:
             for primitive, transport in transports.items():
                 samples = [self._message(group, size, primitive, transport) for size in self.messages]
                 found[link_class, primitive] = fit_link(samples, base.links[link_class, primitive].disturbance)
+        destroy(mesh.get_all_groups())
         return found
 
     def _message(

@@ -4,8 +4,7 @@ from dataclasses import dataclass, field
 
 from ringattn.parallel.machine.machine import Machine
 from ringattn.parallel.machine.shipped import SHIPPED
-
-AXES = ("data", "ring", "ulysses")
+from ringattn.parallel.transport.process_groups import AXES
 
 
 @dataclass(frozen=True)
@@ -41,6 +40,11 @@ class MeshShape:
     def planned_for(self, machine: Machine | None = None) -> Machine:
         """Whose speed plans are made for: the one that is asked for, else the mesh's, else the shipped H200."""
         return machine or self.machine or SHIPPED["H200"]
+
+    @property
+    def closed(self) -> bool:
+        """Whether its process groups may be gone."""
+        return False
 
     @property
     def ring_rank(self) -> int:

@@ -6,6 +6,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ringattn.parallel.plan.route import Route
+from ringattn.parallel.transport.process_groups import CLOSED
 from ringattn.parallel.transport.protocol import Pending
 
 
@@ -32,6 +33,7 @@ class GroupTransport:
     def __init__(self, group: dist.ProcessGroup, reason: str = "") -> None:
         self.group = group
         self.reason = reason
+        self.closed = False
 
     def buffer(self, route: Route, like: Tensor) -> Tensor:
         return like.new_empty(route.sent)
@@ -40,7 +42,13 @@ class GroupTransport:
         return x
 
     def exchange(self, send: Tensor, receive: Tensor, route: Route) -> Pending:
+        if self.closed:
+            raise ValueError(CLOSED)
         # A mismatch between two ranks aborts every process; one between a rank's own numbers can be told here.
         assert (send.numel(), receive.numel()) == (route.sent, route.received), (send.shape, receive.shape, route)
         sizes = list(route.receives), list(route.sends)
         return _Work(dist.all_to_all_single(receive, send, *sizes, group=self.group, async_op=True), [send, receive])
+
+    def close(self) -> None:
+        self.closed = True
+        del self.group

@@ -39,3 +39,6 @@ class Transport(Protocol):
             send, receive: flat, contiguous: a message for (or from) each rank, end to end in the order of ranks.
             route: sizes in elements.
         """
+
+    def close(self) -> None:
+        """Let go of the group and of all buffers. Whatever is asked for afterwards is a ValueError."""

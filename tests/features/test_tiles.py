@@ -10,9 +10,10 @@ from torch.nn.attention.flex_attention import FlexKernelOptions
 
 from ringattn.kernels.backends.cpu import CpuFlash
 from ringattn.kernels.spec import CallSpec
+from ringattn.kernels.tuning import tuned_backend
 from ringattn.kernels.tuning.measured import MeasuredCall
 from ringattn.kernels.tuning.tiles import MOST, Tile, shared_memory_limit, tiles, tiles_here
-from ringattn.kernels.tuning.tuner import Event, Tuner, tuned_backend
+from ringattn.kernels.tuning.tuner import Event, Tuner
 
 SPEC = CallSpec("cuda", torch.bfloat16, 128, 128, 32, 8)
 KIB = 1024

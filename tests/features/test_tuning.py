@@ -13,8 +13,9 @@ import torch.distributed as dist
 from ringattn.kernels import registry, selftest
 from ringattn.kernels.backends.cpu import CpuFlash
 from ringattn.kernels.spec import CallSpec
+from ringattn.kernels.tuning import tuned_backend
 from ringattn.kernels.tuning.store import SCHEMA, Store
-from ringattn.kernels.tuning.tuner import Choice, Event, Key, Problem, Tuner, bucket, digest, timed_ms, tuned_backend
+from ringattn.kernels.tuning.tuner import Choice, Event, Key, Problem, Tuner, bucket, digest, timed_ms
 from tests.pool import Pools
 
 FAST, SLOW, WRONG = {"tile": 1}, {"tile": 2}, {"tile": 3}

@@ -8,8 +8,8 @@ from unittest import mock
 import pytest
 
 from ringattn.parallel.machine.shipped import SHIPPED
+from ringattn.parallel.mesh import mesh as module
 from ringattn.parallel.mesh.mesh import SequenceMesh, init_mesh
-from ringattn.parallel.mesh.mesh import mesh as module
 from tests.pool import Pools
 
 FAR = "its ranks are on 2 hosts"

@@ -5,8 +5,8 @@ on in all families and under both kinds of gradient checkpointing. It is the `La
 wrapper moves to a device, and the only truth about documents. Nothing is inferred from local positions or masks.
 
 `support.py` says which models can be exact, `masks.py` and `attention.py` are what transformers calls, `metadata.py`
-reads documents from a batch, `trainer.py` is for `transformers.Trainer`, `conformance.py` compares with documents run
-alone. Nothing here imports transformers before it is used.
+reads documents from a batch, `trainer/` is for `transformers.Trainer`, `options/` knows its options, `conformance.py`
+compares with documents run alone. Nothing here imports transformers before it is used.
 """
 
 from ringattn.hf.batch import attention_kwargs, shard_batch

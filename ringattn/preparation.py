@@ -20,6 +20,7 @@ from ringattn.parallel.layout import Layout
 from ringattn.parallel.mesh import SequenceMesh
 from ringattn.parallel.plan_check import check_plan
 from ringattn.parallel.planner import plan_parts
+from ringattn.parallel.process_groups import CLOSED
 from ringattn.parallel.stages import Job
 from ringattn.parallel.transport import Transport
 
@@ -53,6 +54,8 @@ def prepare(
     kind. It was checked for that kind, so only what is not part of it is checked again.
     """
     warn_of_unknown()
+    if isinstance(layout, Layout) and layout.mesh.closed:
+        raise ValueError(CLOSED)
     try:
         key = _kind(q, k, v, sinks, settings)
         jobs = layout._plans.get(key)

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 GENERATION = "a parallelized model is for training; handle.undo() gives the plain model back, which can generate"
 REFUSED = {
     "output_attentions": "flash attention never forms the attention matrix",
-    "past_key_values": f"KV caches are for generation: {GENERATION}",
+    "past_key_values": f"KV caches are for generation, and so are the prefixes of PEFT's tuners: {GENERATION}",
     "encoder_hidden_states": "cross attention is not supported",
     "pixel_values": "a rank holds a part of the tokens only: compute inputs_embeds of the global batch, images "
     "included, and give them to shard_batch as inputs_embeds (refused where a model needs to know more of an image)",
@@ -69,6 +69,7 @@ def _check_tokens(layout: Layout, args: tuple[Any, ...], kwargs: dict[str, Any])
     """One row of this rank's tokens, with their positions."""
     tokens = layout.tokens()
     inputs = {"input_ids": args[0]} if args else {}
+    _check_virtual(tokens, kwargs)
     for name in ("input_ids", "inputs_embeds", "shift_labels"):
         x = inputs.get(name, kwargs.get(name))
         if isinstance(x, Tensor) and tuple(x.shape[:2]) != (1, tokens):
@@ -82,6 +83,19 @@ def _check_tokens(layout: Layout, args: tuple[Any, ...], kwargs: dict[str, Any])
     if positions.dim() not in (2, 3) or tuple(positions.shape[-2:]) != (1, tokens):
         raise ValueError(
             f"position_ids must be (1, {tokens}), or (axes, 1, {tokens}) for M-RoPE, got {tuple(positions.shape)}"
+        )
+
+
+def _check_virtual(tokens: int, kwargs: dict[str, Any]) -> None:
+    """PEFT's tuners of prompts change no model: they are told by tokens in front of the batch, without position_ids."""
+    embeddings = kwargs.get("inputs_embeds")
+    if kwargs.get("position_ids") is not None or not isinstance(embeddings, Tensor) or embeddings.dim() != 3:
+        return
+    if (virtual := embeddings.shape[1] - tokens) > 0:
+        raise NotImplementedError(
+            f"inputs_embeds have {virtual} tokens more than the batch, and no position_ids, as PEFT's prompt tuning "
+            "makes them (PROMPT_TUNING, P_TUNING, CPT, ...): virtual tokens before the sequence would stand before "
+            "every rank's part of it, which is not supported"
         )
 
 

@@ -3,6 +3,7 @@
 T tokens of the stream.
 """
 
+import copy
 from collections.abc import Callable
 from typing import Any
 
@@ -93,6 +94,12 @@ class GlobalLoss:
         if loss is result or loss is None or result is None:
             return loss is result
         return bool((loss.detach() == result.detach()).all())  # a wrapper's cast, say
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "GlobalLoss":
+        return GlobalLoss(copy.deepcopy(self.local, memo), self.mesh)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"mesh": None, "result": None}  # neither process groups nor graphs can be pickled
 
     def __call__(self, *args: Any, **kwargs: Any) -> Tensor:
         if kwargs.get("num_items_in_batch") is None or kwargs.get("shift_labels") is None:

@@ -1,18 +1,23 @@
 """`parallelize`: a transformers model attends over the ranks of a mesh, until `Handle.undo`."""
 
+import copy
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 
 from ringattn.compiled import compiled_calls, reset_compiled_calls
+from ringattn.hf.adapters import check_adapters
 from ringattn.hf.attention import attend, features_of
+from ringattn.hf.changes import check_changes, same_parameters
 from ringattn.hf.empty import layout_of, put_in, take_out
 from ringattn.hf.images import EmbeddingNeeds, embedding_needs
 from ringattn.hf.keywords import check_keywords
+from ringattn.hf.local_draws import LocalDraws, fork_before, join_after
 from ringattn.hf.loss import GlobalLoss, check_is_share
 from ringattn.hf.masks import note_mask
 from ringattn.hf.same_batch import check_same_batch
@@ -32,6 +37,8 @@ class Handle:
 
     Arguments:
         layers: attention layers that the configuration says there are.
+        draws: the random numbers of its forward passes.
+        adapters: those of PEFT that were looked at.
         limits, needs: what batches must keep to, see `LengthLimit` and `EmbeddingNeeds`.
         calls: attention calls of each layer module in the newest forward pass.
         asked: for each layer index the features (window, chunk, softcap, sinks) of its calls so far.
@@ -45,6 +52,8 @@ class Handle:
     layers: int
     limits: list[LengthLimit]
     needs: EmbeddingNeeds
+    draws: LocalDraws
+    adapters: tuple[tuple[str, int], ...] = ()
     calls: dict[str, int] = field(default_factory=dict)
     asked: dict[int, frozenset[str]] = field(default_factory=dict)
     without: dict[int, tuple[str, ...]] = field(default_factory=dict)
@@ -89,6 +98,17 @@ class Handle:
             raise NotImplementedError(f"{name} called attention more than once in a forward pass: {several}")
         self.verified = True
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> "Handle":
+        """A copied model gets a handle of its own; a part that is copied alone (PEFT does that) stays with this one."""
+        if id(self.model) not in memo:
+            return self
+        copied = memo[id(self)] = object.__new__(Handle)
+        copied.__dict__ |= copy.deepcopy(self.__dict__, memo)
+        return copied
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"mesh": None}  # process groups cannot be pickled; `check_changes` says what to do
+
     def undo(self) -> None:
         """Give the model its own attention, mask and loss back. Without effect the second time."""
         model = self.model
@@ -124,8 +144,10 @@ def parallelize(model: Any, mesh: SequenceMesh, **options: Any) -> Handle:
     """
     from transformers import AttentionInterface, AttentionMaskInterface
 
-    model = unwrapped(model)
+    wrapped, model = model, unwrapped(model)
     before: Any = getattr(model, "_ringattn", None)
+    if before is not None and before.mesh is None:  # the ranks of a process that pickled it
+        before = before.undo()
     if before is not None:
         raise ValueError(f"model was parallelized already, on {before.mesh}; its handle's undo() reverts that")
     if not isinstance(mesh, SequenceMesh):
@@ -133,8 +155,9 @@ def parallelize(model: Any, mesh: SequenceMesh, **options: Any) -> Handle:
     if unknown := set(options) - OPTIONS:
         raise TypeError(f"parallelize got unknown options {sorted(unknown)}; it takes {sorted(OPTIONS)}")
     layers = check_model(model)
+    check_adapters(wrapped)
     limits, needs = length_limits(model.config.get_text_config()), embedding_needs(model)
-    handle = Handle(model, mesh, options, layers, limits, needs)
+    handle = Handle(model, mesh, options, layers, limits, needs, LocalDraws(mesh.device, dist.get_rank()))
     AttentionInterface.register(NAME, attend)
     AttentionMaskInterface.register(NAME, note_mask)
     handle._implementation = model.config.get_text_config()._attn_implementation
@@ -145,10 +168,13 @@ def parallelize(model: Any, mesh: SequenceMesh, **options: Any) -> Handle:
         _set_attention(model, NAME)
         if model.config.get_text_config()._attn_implementation != NAME:
             raise NotImplementedError(f"{type(model).__name__} does not let its attention be replaced")
+        _check_reached(model)
         _take_loss(handle)
         handle._hooks.append(model.register_forward_pre_hook(_before_forward, with_kwargs=True))
         handle._hooks.append(model.register_forward_hook(_after_forward, with_kwargs=True))
         for inner in _decoders(model):
+            handle._hooks.append(inner.register_forward_pre_hook(fork_before))
+            handle._hooks.append(inner.register_forward_hook(join_after, always_call=True))
             handle._hooks.append(inner.register_forward_pre_hook(put_in, with_kwargs=True))
             handle._hooks.append(inner.register_forward_hook(take_out, with_kwargs=True))
     except BaseException:
@@ -178,6 +204,17 @@ def _set_attention(model: Any, name: str) -> None:
     for key in reversed(_path_to(model.config, model.config.get_text_config())):
         wanted = {key: wanted}
     model.set_attn_implementation(wanted)
+
+
+def _check_reached(model: Any) -> None:
+    """Layers that were copied (to make a model deeper) look at a configuration of their own."""
+    for path, layer in text_model(model).named_modules():
+        config = getattr(layer, "config", None)
+        if "Attention" in type(layer).__name__ and getattr(config, "_attn_implementation", NAME) != NAME:
+            raise NotImplementedError(
+                f"{type(model).__name__} has {type(layer).__name__} at {path} with a configuration of its own, which "
+                "does not let its attention be replaced: give it the model's (layer.config = model.config)"
+            )
 
 
 def _path_to(config: Any, wanted: Any) -> list[str]:
@@ -230,8 +267,12 @@ def _check_attention(handle: Handle) -> None:
 def _before_forward(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
     """Check the keywords. The handle is the model's own, since hooks go along when a model is copied."""
     handle: Handle = model._ringattn
+    changed = check_changes(handle)
     _check_attention(handle)
     layout = check_keywords(handle, args, kwargs)
+    if changed:
+        same_parameters(model, handle.mesh)
+        handle.draws.parts = [*model.modules()]
     _take_loss(handle)
     model.loss_function.expect()
     handle.calls.clear()

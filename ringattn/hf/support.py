@@ -10,11 +10,14 @@ from typing import Any
 
 from torch import nn
 
+from ringattn.hf.configuration import check_configuration
+from ringattn.hf.local_draws import check_draws
+
 LAYER_TYPES = frozenset({"full_attention", "sliding_attention", "chunked_attention"})
 # Heads that treat each token alone. Others pool over a sequence, of which a rank sees a part.
 HEADS = ("Model", "ForCausalLM", "LMHeadModel", "ForConditionalGeneration", "ForImageTextToText")
 # Layers that carry something from token to token, by a part of their class's name.
-RECURRENT = re.compile("Mamba|Recurrent|Rwkv|SSM|DeltaNet|LinearAttention|LightningAttention|ShortConv")
+RECURRENT = re.compile("Mamba|Recurrent|Rwkv|SSM|DeltaNet|LinearAttention|LightningAttention|ShortConv|NGram")
 # Attention layers that count positions themselves, and what is done about it.
 COUNTING = {"Llama4TextAttention": "see length_limits"}
 
@@ -51,6 +54,8 @@ def check_model(model: Any) -> int:
     text = text_model(model)
     for path, layer in text.named_modules():
         kind = type(layer).__name__
+        if isinstance(layer, nn.modules.batchnorm._BatchNorm):
+            raise NotImplementedError(f"{name} has {kind} at {path}: its statistics are of a rank's tokens alone")
         if isinstance(layer, nn.Conv1d | nn.RNNBase) or RECURRENT.search(kind):
             raise NotImplementedError(
                 f"{name} has {kind} at {path}, which carries something from token to token and cannot be split over a "
@@ -64,7 +69,8 @@ def check_model(model: Any) -> int:
             f"*{', *'.join(HEADS)}"
         )
     _check_placement(name, model)
-    _check_config(name, config)
+    check_configuration(model)
+    check_draws(model)
     _check_positions(name, text)
     return len(layer_types)
 
@@ -117,21 +123,6 @@ def _check_placement(name: str, model: Any) -> None:
             f"{name} is spread over the devices {', '.join(sorted(devices))} (device_map): a rank has one device; load "
             "it without device_map, and shard its parameters over ranks with FSDP or DeepSpeed"
         )
-
-
-def _check_config(name: str, config: Any) -> None:
-    """Keys that ask for something which depends on more than one token, or on how many there are."""
-    if getattr(config, "add_cross_attention", False) or getattr(config, "cross_attention_layers", None):
-        raise NotImplementedError(f"{name} has cross attention (to an encoder or to images), which is not supported")
-    if getattr(config, "output_router_logits", False):
-        raise NotImplementedError(
-            f"{name} has output_router_logits=True: the auxiliary loss of its router is a product of means over all "
-            "tokens, of which a rank sees a part; set it to False"
-        )
-    if getattr(config, "output_attentions", False):
-        raise NotImplementedError(f"{name} has output_attentions=True: flash attention never forms that matrix")
-    if getattr(config, "alibi", False) or getattr(config, "use_alibi", False):
-        raise NotImplementedError(f"{name} has alibi=True: an additive bias on the scores is not supported")
 
 
 def _check_positions(name: str, text: Any) -> None:

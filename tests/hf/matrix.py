@@ -120,6 +120,8 @@ def document(rows: list[Row], seconds: float) -> str:
         "called once; each layer asks for the features that its configuration says; leaving one feature out of "
         f"one layer moves the logits by more than {COUNTS:g} (the smallest such change is shown).",
         "",
+        "PEFT's adapters, configuration keys and random draws have a page of their own: [peft.md](peft.md).",
+        "",
         f"| family | features | {' | '.join(MESHES)} | least change |",
         f"| --- | --- | {' | '.join('---' for _ in MESHES)} | --- |",
     ]

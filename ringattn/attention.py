@@ -13,8 +13,9 @@ from ringattn.mask import Mask
 from ringattn.names import accept_aliases
 from ringattn.parallel.executor import run
 from ringattn.parallel.layout import Layout
-from ringattn.parallel.mesh import SequenceMesh
+from ringattn.parallel.mesh import MeshShape, SequenceMesh
 from ringattn.preparation import Settings, prepare
+from ringattn.tracing import untraced
 
 _CAUSAL = Mask()
 
@@ -109,14 +110,29 @@ def parallel_attention(
         head_chunks=head_chunks,
         return_lse=return_lse,
     )
+    return _attention(q, k, v, sinks, layout, settings)
+
+
+def _attention(
+    q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None, layout: Layout, settings: Settings, *meshes: str
+) -> Any:
+    """`parallel_attention`. A compiled call refuses layouts of other meshes than these, in words (none: takes all)."""
     q, k, v = (_autocast(x) for x in (q, k, v))
     if torch.compiler.is_compiling():
         from ringattn.compiled import attend
 
-        out, lse = attend(q, k, v, sinks, layout, settings)
+        out, lse = attend(q, k, v, sinks, layout, settings, *meshes)
     else:
-        out, lse = run(prepare(q, k, v, sinks, layout, settings), q, k, v, sinks)
-    return (out, lse) if return_lse else out
+        out, lse = compute(q, k, v, sinks, layout, settings)
+    return (out, lse) if settings.return_lse else out
+
+
+@untraced
+def compute(
+    q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None, layout: Layout, settings: Settings
+) -> tuple[Tensor, Tensor]:
+    """out (t, H, V) and lse (H, t), outside of compiled graphs."""
+    return run(prepare(q, k, v, sinks, layout, settings), q, k, v, sinks)
 
 
 class ParallelAttention(nn.Module):
@@ -145,7 +161,10 @@ class ParallelAttention(nn.Module):
         head_chunks: int | None = None,
     ) -> None:
         super().__init__()
+        if not isinstance(mesh, MeshShape):
+            raise ValueError(f"mesh must come from init_mesh, got {type(mesh).__name__}")
         self.mesh = mesh
+        self._meshes = tuple(map(str, (mesh, *mesh.alternatives)))
         self.sinks: Tensor | None
         if isinstance(sinks, nn.Parameter):
             self.sinks = sinks
@@ -180,17 +199,8 @@ class ParallelAttention(nn.Module):
         if not torch.compiler.is_compiling() and not layout.is_on(self.mesh):
             raise ValueError(f"layout was made for {layout.mesh}, this attention for {self.mesh}")
         dropout_p = self.dropout_p if self.training else 0.0
-        return parallel_attention(
-            q,
-            k,
-            v,
-            layout,
-            sinks=self.sinks,
-            dropout_p=dropout_p,
-            dropout_seed=dropout_seed,
-            return_lse=return_lse,
-            **self.options,
-        )
+        settings = Settings(**self.options, dropout_p=dropout_p, dropout_seed=dropout_seed, return_lse=return_lse)
+        return _attention(q, k, v, self.sinks, layout, settings, *self._meshes)
 
     def extra_repr(self) -> str:
         defaults = {name: parameter.default for name, parameter in signature(parallel_attention).parameters.items()}

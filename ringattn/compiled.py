@@ -7,11 +7,13 @@ parts of the layout that have one end to end.
 """
 
 import math
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from ringattn.attention import compute
 from ringattn.kernels.spec import accumulation_dtype
 from ringattn.mask import Mask
 from ringattn.parallel.executor import backward_parts, forward_parts, joined_lse
@@ -19,33 +21,57 @@ from ringattn.parallel.layout import Layout
 from ringattn.parallel.numbered import by_number
 from ringattn.parallel.rows import part
 from ringattn.parallel.stages import Job, Saved
-from ringattn.preparation import Settings, prepare
+from ringattn.preparation import Settings, check_kinds, prepare
 
 _CALLS = "compiled calls"
 _INPUTS = "Tensor q, Tensor k, Tensor v, Tensor? sinks, Tensor layout"
 _CONSTANTS = (
     "bool causal, int left, int right, int? chunk, float? softmax_scale, float? softcap, float dropout_p, "
     "bool deterministic, str backend, str scheme, int? stages, bool wide_reduce, int? memory_limit, "
-    "int? head_groups, int? head_chunks, bool return_lse"
+    "int? head_groups, int? head_chunks, bool return_lse, str[] meshes"
 )
 
 
 def attend(
-    q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None, layout: Layout, settings: Settings
+    q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None, layout: Layout, settings: Settings, *meshes: str
 ) -> tuple[Tensor, Tensor]:
     """out (t, H, V) and lse (H, t); what `parallel_attention` calls while a graph is traced.
 
-    Keys are cast again in the backward pass: a graph has no place for buffers whose shapes it does not know.
+    Arguments:
+        meshes: of which the layout must be, in words. The operator looks, which sees every layout, and not the trace.
+
+    Keys are cast again in the backward pass: a graph has no place for buffers whose shapes it does not know. Dropout
+    breaks the graph, and fullgraph=True refuses it.
     """
+    check_kinds(layout, settings)
     if settings.dropout_p:
-        raise NotImplementedError("dropout under torch.compile: its seed would compile a graph for every step")
+        return _outside(q, k, v, sinks, layout, settings, *meshes)
     mask, (left, right) = settings.mask, settings.mask.window
     constants = (mask.causal, left, right, mask.chunk, settings.softmax_scale, settings.softcap, settings.dropout_p)
     constants += (settings.deterministic, settings.backend, settings.scheme, settings.stages)  # type: ignore[assignment]
     constants += (settings.wide_reduce, settings.memory_limit, settings.head_groups, settings.head_chunks)  # type: ignore[assignment]
-    constants += (settings.return_lse,)  # type: ignore[assignment]
+    constants += (settings.return_lse, list(meshes))  # type: ignore[assignment]
     out, lse, *_ = _attend(q, k, v, sinks, layout._number, *constants)
     return out, lse
+
+
+@torch.compiler.disable(reason="attention dropout, whose seed would compile another graph at every step")
+def _outside(
+    q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None, layout: Layout, settings: Settings, *meshes: str
+) -> tuple[Tensor, Tensor]:
+    _check_mesh(layout, meshes)
+    return compute(q, k, v, sinks, layout, settings)
+
+
+def _check_mesh(layout: Layout, meshes: Sequence[str]) -> None:
+    if meshes and str(layout.mesh) not in meshes:
+        raise ValueError(f"layout was made for {layout.mesh}, this attention for {meshes[0]}")
+
+
+@torch.compiler.disable(reason="layouts and plans are made by the host, before a graph")
+def on_host(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """A call that a graph is broken off for; see `ringattn.tracing`."""
+    return function(*args, **kwargs)
 
 
 def compiled_calls(layout: Layout) -> int:
@@ -57,9 +83,11 @@ def reset_compiled_calls(layout: Layout) -> None:
     layout._plans.pop(_CALLS, None)
 
 
-def _jobs(q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None, layout: Tensor, *constants: Any) -> tuple[Job, ...]:
+def _jobs(q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None, number: Tensor, *constants: Any) -> tuple[Job, ...]:
+    layout: Layout = by_number(number)
     causal, left, right, chunk, scale, softcap, dropout_p, *rest = constants
-    deterministic, backend, scheme, stages, wide, memory_limit, head_groups, head_chunks, lse = rest
+    deterministic, backend, scheme, stages, wide, memory_limit, head_groups, head_chunks, lse, meshes = rest
+    _check_mesh(layout, meshes)
     settings = Settings(
         mask=Mask(causal, (left, right), chunk),
         softmax_scale=scale,
@@ -77,7 +105,7 @@ def _jobs(q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None, layout: Tensor,
         head_chunks=head_chunks,
         return_lse=lse,
     )
-    return prepare(q, k, v, sinks, by_number(int(layout)), settings)
+    return prepare(q, k, v, sinks, layout, settings)
 
 
 @torch.library.custom_op(
@@ -88,7 +116,7 @@ def _jobs(q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None, layout: Tensor,
 def _attend(q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None, layout: Tensor, *constants: Any) -> tuple[Any, ...]:
     """out, lse, and what the backward pass needs of parts with an exchange: q, k, v, out end to end; and lse."""
     jobs = _jobs(q, k, v, sinks, layout, *constants)
-    plans = by_number(int(layout))._plans
+    plans = by_number(layout)._plans
     plans[_CALLS] = plans.get(_CALLS, 0) + 1
     out = q.new_empty(q.shape[0], q.shape[1], v.shape[2])
     done = forward_parts(jobs, q, k, v, sinks, out, keep=False)

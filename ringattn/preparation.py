@@ -20,6 +20,7 @@ from ringattn.parallel.layout import Layout
 from ringattn.parallel.mesh import SequenceMesh
 from ringattn.parallel.plan_check import check_plan
 from ringattn.parallel.planner import plan_parts
+from ringattn.parallel.process_groups import CLOSED
 from ringattn.parallel.stages import Job
 from ringattn.parallel.transport import Transport
 
@@ -53,6 +54,8 @@ def prepare(
     kind. It was checked for that kind, so only what is not part of it is checked again.
     """
     warn_of_unknown()
+    if isinstance(layout, Layout) and layout.mesh.closed:
+        raise ValueError(CLOSED)
     try:
         key = _kind(q, k, v, sinks, settings)
         jobs = layout._plans.get(key)
@@ -145,10 +148,7 @@ def _backend(spec: CallSpec, layout: Layout, name: str) -> Backend:
 def _check(q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None, layout: Layout, settings: Settings) -> CallSpec:
     """Everything that can be wrong with the arguments, before any communication."""
     mask, softcap, dropout_p = settings.mask, settings.softcap, settings.dropout_p
-    if not isinstance(layout, Layout):
-        raise ValueError(f"layout must be a Layout, got {type(layout).__name__}")
-    if not isinstance(mask, Mask):
-        raise ValueError(f"mask must be a Mask, got {type(mask).__name__}")
+    check_kinds(layout, settings)
     for name, x in (("q", q), ("k", k), ("v", v)):
         if not isinstance(x, Tensor) or x.dim() != 3:
             came = tuple(x.shape) if isinstance(x, Tensor) else type(x).__name__
@@ -168,7 +168,6 @@ def _check(q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None, layout: Layout
         raise ValueError(f"v must have as many heads as k, {k.shape[1]}, got {v.shape[1]}")
     if 0 in q.shape[1:] or 0 in v.shape[1:] or q.shape[1] % k.shape[1]:
         raise ValueError(f"the query heads must be a multiple of the key heads, got {q.shape[1]} and {k.shape[1]}")
-    _check_numbers(settings)
     if not 0.0 <= dropout_p < 1.0:
         raise ValueError(f"dropout_p must be in [0, 1), got {dropout_p}")
     if dropout_p:
@@ -195,6 +194,15 @@ def _check(q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None, layout: Layout
         dropout_p=dropout_p,
         deterministic=settings.deterministic or DETERMINISTIC.read() == "on",
     )
+
+
+def check_kinds(layout: Layout, settings: Settings) -> None:
+    """What must be looked at before anything is asked of it, or handed to an operator."""
+    if not isinstance(layout, Layout):
+        raise ValueError(f"layout must be a Layout, got {type(layout).__name__}")
+    if not isinstance(settings.mask, Mask):
+        raise ValueError(f"mask must be a Mask, got {type(settings.mask).__name__}")
+    _check_numbers(settings)
 
 
 def _check_numbers(settings: Settings) -> None:

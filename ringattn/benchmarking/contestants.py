@@ -105,6 +105,8 @@ class Silent:
 
     def wait(self) -> None: ...
 
+    def close(self) -> None: ...
+
 
 @dataclass
 class Ours:

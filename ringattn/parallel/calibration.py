@@ -22,6 +22,7 @@ from ringattn.kernels.tuning import device_name, timed_ms
 from ringattn.parallel.fitting import Sample, fit_link, fit_rate, worst_error
 from ringattn.parallel.machine import Link, Machine
 from ringattn.parallel.plan import Route
+from ringattn.parallel.process_groups import destroy
 from ringattn.parallel.rates import BlockTable, KernelRate
 from ringattn.parallel.symmetric import SymmetricTransport, why_not
 from ringattn.parallel.transport import GroupTransport, Transport
@@ -227,6 +228,7 @@ class Calibration:
             for primitive, transport in transports.items():
                 samples = [self._message(group, size, primitive, transport) for size in self.messages]
                 found[link_class, primitive] = fit_link(samples, base.links[link_class, primitive].disturbance)
+        destroy(mesh.get_all_groups())
         return found
 
     def _message(

@@ -24,6 +24,7 @@ from ringattn.parallel.parts import Parts, compact, resolve_parts, spread
 from ringattn.parallel.placement import Load, Placement
 from ringattn.parallel.plan import Shape
 from ringattn.parallel.ranges import length, overlap, touching
+from ringattn.tracing import untraced
 
 POLICIES = ("contiguous", "zigzag", "balanced", "auto")
 
@@ -56,6 +57,9 @@ class Layout:
     Raises ValueError for a wrong argument.
     """
 
+    __slots__ = ("__dict__", "__weakref__", "_number")  # what a number keeps alive shares all but the number
+
+    @untraced
     def __init__(
         self,
         docs: Documents,
@@ -92,7 +96,21 @@ class Layout:
             self._take_parts(parts, machine, shape)
         elif mesh.alternatives:
             self._take_degrees(machine, shape)
-        self._number = torch.tensor(number_of(self))
+        self._take_number()
+
+    def _take_number(self) -> None:
+        """A tensor that stands for this layout in compiled graphs, and keeps a twin with the same state alive."""
+        twin = object.__new__(Layout)
+        twin.__dict__ = self.__dict__
+        self._number = number_of(twin)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Of a copy: numbers belong to one process, and what was planned may hold its process groups."""
+        return self.__dict__ | {"_plans": {}}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._take_number()
 
     def _take_degrees(self, machine: Machine | None, shape: Shape) -> None:
         """Become the layout on those of the mesh's alternatives which are predicted to be fastest."""
@@ -133,6 +151,7 @@ class Layout:
         return "balanced" if self.mesh.ring > 1 else "contiguous"
 
     @cached_property
+    @untraced
     def positions(self) -> Placement:
         """Ordered global ranges `(start, stop)` of every ring position."""
         if self.parts:

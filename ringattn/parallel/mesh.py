@@ -3,17 +3,18 @@
 import os
 from dataclasses import dataclass, field, replace
 from functools import cached_property
+from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.device_mesh import DeviceMesh
 
 from ringattn.parallel.machine import Machine
 from ringattn.parallel.machines import SHIPPED, local_machine
+from ringattn.parallel.process_groups import AXES, CLOSED, Lease, check_alike
 from ringattn.parallel.symmetric import open_transport, why_not
 from ringattn.parallel.transport import Transport
 
-AXES = ("data", "ring", "ulysses")
 TRANSPORTS = ("auto", "collective", "copy")
 
 
@@ -52,6 +53,11 @@ class MeshShape:
         return machine or self.machine or SHIPPED["H200"]
 
     @property
+    def closed(self) -> bool:
+        """Whether its process groups may be gone."""
+        return False
+
+    @property
     def ring_rank(self) -> int:
         return self.sequence_rank // self.ulysses
 
@@ -65,15 +71,53 @@ class SequenceMesh(MeshShape):
     """The mesh of a running job.
 
     `device_mesh` has the dimensions ("data", "ring", "ulysses"). The groups hold this rank's peers on one axis (or on
-    both sequence axes, ordered by `sequence_rank`); an axis of size 1 has a group of one.
+    both sequence axes, ordered by `sequence_rank`); an axis of size 1 has a group of one. Equal meshes have the same
+    groups, which are open until all those meshes are closed (`with init_mesh(...) as mesh:` does it) or the default
+    process group is destroyed.
     """
 
     data_rank: int = 0
     device_type: str = "cpu"
     device_mesh: DeviceMesh = field(kw_only=True, repr=False, compare=False)
+    # Of one dimension, "sequence".
+    sequence_mesh: DeviceMesh = field(default=None, kw_only=True, repr=False, compare=False)  # type: ignore[assignment]
+    lease: Lease | None = field(default=None, kw_only=True, repr=False, compare=False)
     # Why the ranks of an axis do not read each other's memory by copy engines; "" where they do.
     ring_reason: str = field(default="not asked for", kw_only=True, repr=False, compare=False)
     ulysses_reason: str = field(default="not asked for", kw_only=True, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.lease is not None:
+            self.lease.holds(self)
+
+    @property
+    def closed(self) -> bool:
+        return self.lease is not None and self.lease.closed
+
+    def close(self) -> None:
+        """Give the process groups back: those that no other open mesh uses are destroyed. Collective.
+
+        This mesh and its alternatives cannot be used any more: attentions, models and layouts on them raise a
+        ValueError, also the backward passes of what they computed before. Without effect the second time.
+        """
+        if self.lease is not None:
+            self.lease.close()
+
+    def forget(self) -> None:
+        """Let go of all groups, so that their memory, sockets and threads are freed. What `close` calls."""
+        for axis in ("ring", "ulysses"):
+            self.__dict__.pop(f"{axis}_group", None)
+            if (transport := self.__dict__.pop(f"{axis}_transport", None)) is not None:
+                transport.close()
+        self.__dict__.pop("sequence_group", None)
+        self.__dict__.update(device_mesh=_Closed(), sequence_mesh=_Closed())
+
+    def __enter__(self) -> "SequenceMesh":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
 
     def __deepcopy__(self, memo: object) -> "SequenceMesh":
         return self  # process groups cannot be copied, and a copied model attends over the same ranks
@@ -100,12 +144,18 @@ class SequenceMesh(MeshShape):
         return open_transport(self.ulysses_group, self.ulysses_reason)
 
     @cached_property
-    def sequence_mesh(self) -> DeviceMesh:
-        return self.device_mesh["ring", "ulysses"]._flatten("sequence")
-
-    @cached_property
     def sequence_group(self) -> dist.ProcessGroup:
         return self.sequence_mesh.get_group()
+
+
+class _Closed:
+    """In place of the `DeviceMesh` of a closed mesh."""
+
+    def __getattr__(self, name: str) -> Any:
+        raise ValueError(CLOSED)
+
+    def __getitem__(self, name: object) -> Any:
+        raise ValueError(CLOSED)
 
 
 def resolve_mesh(
@@ -164,6 +214,8 @@ def init_mesh(
 ) -> SequenceMesh:
     """Build the mesh of this job; collective over all ranks, and initialises the default process group if needed.
 
+    Meshes of equal degrees and device type share their process groups: making another one opens nothing.
+
     Arguments:
         data, ring, ulysses: degrees; omitted ones are inferred as in `resolve_mesh`.
         device_type: "cuda" or "cpu"; default: cuda where there is one.
@@ -178,8 +230,8 @@ def init_mesh(
     The mesh's `machine`, for which plans are made, is this machine's calibration or the shipped one
     (`ringattn.parallel.machines.local_machine`); where ranks would differ all take rank 0's.
 
-    Raises ValueError, before any communication, when the degrees do not fit the world size; NotImplementedError on
-    every rank where transport="copy" cannot be had.
+    Raises ValueError, before any communication, when the degrees do not fit the world size, and on every rank where
+    ranks have different meshes open; NotImplementedError on every rank where transport="copy" cannot be had.
     """
     if transport not in TRANSPORTS:
         raise ValueError(f"transport must be one of {', '.join(TRANSPORTS)}, got {transport!r}")
@@ -194,28 +246,45 @@ def init_mesh(
     )  # fmt: skip
     if not dist.is_initialized() and world_size == 1:
         _init_single_process(device_type)
-    mesh = _mesh(shape, device_type, captured=captured)
+    lease = Lease()
+    try:
+        return _leased(lease, shape, device_type, sequence is not None, local_size, transport, captured)
+    except BaseException:
+        lease.close()
+        raise
+
+
+def _leased(
+    lease: Lease,
+    shape: MeshShape,
+    device_type: str,
+    free: bool,
+    local_size: int | None,
+    transport: str,
+    captured: bool,
+) -> SequenceMesh:
+    """A mesh of a shape, or one that leaves the degrees to layouts. Collective."""
+    check_alike(lambda: _device(device_type))
+    mesh = _mesh(lease, shape, device_type, captured=captured)
     _open_groups(mesh)
     machine = mesh.machine
     mesh = _with_transport(mesh, transport)
-    if sequence is None:
+    if not free:
         return mesh
     degrees = mesh.parted(local_size)[1:]
-    others = [_mesh(MeshShape(shape.data, *pair), device_type, machine) for pair in degrees]
+    others = [_mesh(lease, MeshShape(shape.data, *pair), device_type, machine) for pair in degrees]
     for other in others:
-        # The same ranks in the same order.
-        other.__dict__.update(sequence_mesh=mesh.sequence_mesh, sequence_group=mesh.sequence_group)
         _open_groups(other)
     others = [_with_transport(other, transport) for other in others]
-    free = replace(mesh, device_mesh=mesh.device_mesh, alternatives=(mesh, *others))
-    free.__dict__.update(sequence_mesh=mesh.sequence_mesh, sequence_group=mesh.sequence_group)
-    return free
+    return replace(mesh, alternatives=(mesh, *others))
 
 
-def _mesh(shape: MeshShape, device_type: str, machine: Machine | None = None, captured: bool = False) -> SequenceMesh:
+def _mesh(
+    lease: Lease, shape: MeshShape, device_type: str, machine: Machine | None = None, captured: bool = False
+) -> SequenceMesh:
     """Collective; the first one initialises the default process group, if there is none."""
     sizes = (shape.data, shape.ring, shape.ulysses)
-    device_mesh = init_device_mesh(device_type, sizes, mesh_dim_names=AXES)
+    device_mesh = lease.axes(device_type, sizes)
     rank = dist.get_rank()
     if machine is None:
         machine = _agreed_machine(device_type)
@@ -227,6 +296,8 @@ def _mesh(shape: MeshShape, device_type: str, machine: Machine | None = None, ca
         data_rank=rank // shape.sequence_size,
         device_type=device_type,
         device_mesh=device_mesh,
+        sequence_mesh=lease.sequence(device_mesh),
+        lease=lease,
     )
 
 
@@ -274,15 +345,10 @@ def _with_transport(mesh: SequenceMesh, transport: str) -> SequenceMesh:
             ulysses = _first_of_all(why_not(mesh.ulysses_group), mesh.sequence_group)
     if transport == "copy" and (told := _first_of_all(ring or ulysses, None)):
         raise NotImplementedError(f'transport="copy" cannot be had: {told}')
-    kept: dict[str, object] = {
-        name: mesh.__dict__[name] for name in ("sequence_mesh", "sequence_group") if name in mesh.__dict__
-    }
     machine = mesh.machine
     if machine is not None:
         machine = machine.by_copy_engines(ring=not ring, ulysses=not ulysses)
-    mesh = replace(mesh, device_mesh=mesh.device_mesh, machine=machine, ring_reason=ring, ulysses_reason=ulysses)
-    mesh.__dict__.update(kept)
-    return mesh
+    return replace(mesh, machine=machine, ring_reason=ring, ulysses_reason=ulysses)
 
 
 def _first_of_all(reason: str, group: dist.ProcessGroup | None) -> str:

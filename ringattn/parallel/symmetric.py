@@ -22,6 +22,7 @@ from ringattn.parallel.driver import capture_number, memcpy, raw_stream
 from ringattn.parallel.memory import SMALLEST, half_bytes
 from ringattn.parallel.messages import PULLED
 from ringattn.parallel.plan import Route
+from ringattn.parallel.process_groups import CLOSED
 from ringattn.parallel.transport import GroupTransport, Transport
 
 UNIT = 16  # bytes that a pull moves at once
@@ -73,6 +74,7 @@ class SymmetricTransport:
 
     def __init__(self, group: dist.ProcessGroup, memory: PeerMemory | None = None) -> None:
         self.group = group
+        self.closed = False
         self.rank, self.ranks = dist.get_rank(group), dist.get_world_size(group)
         self._stream = torch.cuda.Stream(priority=-1)
         self._memory = memory
@@ -87,7 +89,17 @@ class SymmetricTransport:
         self._filled, self._read = Event(), Event()
         self._free, self._done = (Event(), Event()), (Event(), Event())  # of each half: may be written; was received
 
+    def close(self) -> None:
+        if self._memory is not None and dist.is_initialized():
+            torch.cuda.synchronize()
+            dist.barrier(self.group)  # nobody reads the buffers any more
+        self.closed, self._memory = True, None
+        self._of_graphs.clear()
+        del self.group
+
     def buffer(self, route: Route, like: Tensor) -> Tensor:
+        if self.closed:
+            raise ValueError(CLOSED)
         assert not self._given, "a message is sent before the next one is written"
         if self._pull is not None:
             self._pull.begin()

@@ -11,6 +11,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ringattn.parallel.plan import Route
+from ringattn.parallel.process_groups import CLOSED
 
 
 class Pending(Protocol):
@@ -42,6 +43,9 @@ class Transport(Protocol):
             route: sizes in elements.
         """
 
+    def close(self) -> None:
+        """Let go of the group and of all buffers. Whatever is asked for afterwards is a ValueError."""
+
 
 class _Work:
     """Owns the work of an exchange and the tensors that it uses, until the wait."""
@@ -66,6 +70,7 @@ class GroupTransport:
     def __init__(self, group: dist.ProcessGroup, reason: str = "") -> None:
         self.group = group
         self.reason = reason
+        self.closed = False
 
     def buffer(self, route: Route, like: Tensor) -> Tensor:
         return like.new_empty(route.sent)
@@ -74,7 +79,13 @@ class GroupTransport:
         return x
 
     def exchange(self, send: Tensor, receive: Tensor, route: Route) -> Pending:
+        if self.closed:
+            raise ValueError(CLOSED)
         # A mismatch between two ranks aborts every process; one between a rank's own numbers can be told here.
         assert (send.numel(), receive.numel()) == (route.sent, route.received), (send.shape, receive.shape, route)
         sizes = list(route.receives), list(route.sends)
         return _Work(dist.all_to_all_single(receive, send, *sizes, group=self.group, async_op=True), [send, receive])
+
+    def close(self) -> None:
+        self.closed = True
+        del self.group

@@ -55,6 +55,7 @@ def test_few_tokens_with_checkpointing(pool: Pools, reentrant: bool) -> None:
 def one_token(kind: str) -> dict[str, Any]:
     """What callers see of a batch of one token on two ranks: shapes by rank, and whether a backward pass ends."""
     mesh, model = mesh_of(2, 1), model_of("llama")
+    model.zero_grad()  # kept by the worker, whatever ran before
     handle = parallelize(model, mesh)
     try:
         ids = torch.tensor([[5]])
@@ -98,6 +99,7 @@ def test_outputs_of_one_token_on_two_ranks(pool: Pools, kind: str) -> None:
 def without_targets() -> float:
     """One token has no target: the loss is 0, on every rank, and so are all gradients."""
     mesh, model = mesh_of(2, 1), model_of("llama")
+    model.zero_grad()  # kept by the worker, whatever ran before
     handle = parallelize(model, mesh)
     try:
         ids = torch.tensor([[5]])

@@ -6,8 +6,8 @@ wrapper moves to a device, and the only truth about documents. Nothing is inferr
 
 `support.py`, `configuration.py` and `adapters.py` say which models can be exact, `changes.py` looks again before every
 forward pass, `local_draws.py` is about random numbers, `masks.py` and `attention.py` are what transformers calls,
-`metadata.py` reads documents from a batch, `trainer.py` is for `transformers.Trainer`, `conformance.py` compares with
-documents run alone. Nothing here imports transformers before it is used.
+`metadata.py` reads documents from a batch, `trainer/` is for `transformers.Trainer`, `options/` knows its options,
+`conformance.py` compares with documents run alone. Nothing here imports transformers before it is used.
 """
 
 from ringattn.hf.batch import attention_kwargs, shard_batch

@@ -20,6 +20,7 @@ from ringattn.parallel.mesh.mesh import SequenceMesh
 if TYPE_CHECKING:
     from ringattn.hf.model import Handle
 
+_CHUNK = 2**24
 # Integers as wide as an element, by its number of bytes: sums of them do not depend on their order.
 _INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
@@ -62,19 +63,16 @@ def check_preparation(model: nn.Module) -> None:
 
 @torch.compiler.disable
 def same_parameters(model: nn.Module, mesh: SequenceMesh) -> None:
-    """Raises ValueError on every rank of a sequence if they train different numbers. Collective.
+    """Raises ValueError on every rank of a sequence if they hold different numbers. Collective.
 
-    New weights, such as an adapter's factors, are drawn from a generator that a script may seed by the rank. Parameters
-    that an engine has split over ranks are left out, all of them if any is.
+    New weights, such as an adapter's factors, are drawn from a generator that a script may seed by the rank. A model
+    that an engine has split over ranks is left out.
     """
-    parameters = list(_whole_parameters(model))
+    tensors = list(_whole_tensors(model))
     mine = torch.zeros(2, dtype=torch.int64, device=mesh.device)
-    mine[0] = len(parameters)
-    for parameter in parameters:
-        whole = parameter.detach().contiguous()
-        bits = torch.view_as_real(whole) if whole.is_complex() else whole
-        bits = bits.view(_INTEGERS[bits.element_size()])
-        mine[1] = mine[1] * 31 + bits.sum(dtype=torch.int64).to(mine.device)
+    mine[0] = len(tensors)
+    for tensor in tensors:
+        mine[1] = mine[1] * 31 + _checksum(tensor).to(mine.device)
     bounds = torch.cat([mine, ~mine])  # ~x = -x - 1 keeps the order of even the smallest number
     dist.all_reduce(bounds, dist.ReduceOp.MAX, group=mesh.sequence_group)
     if not torch.equal(bounds[:2], ~bounds[2:]):
@@ -84,12 +82,29 @@ def same_parameters(model: nn.Module, mesh: SequenceMesh) -> None:
         )
 
 
-def _whole_parameters(model: nn.Module) -> Iterator[Tensor]:
-    """Trainable parameters, if every rank holds all of them whole."""
-    parts: list[Any] = list(model.modules())
-    if any(type(part).__name__ == "FullyShardedDataParallel" for part in parts):
+def _checksum(tensor: Tensor) -> Tensor:
+    """The sum of a tensor's bits as integers, in parts, since their 64-bit copies take memory."""
+    whole = tensor.detach().contiguous()
+    bits = torch.view_as_real(whole) if whole.is_complex() else whole
+    parts = bits.view(_INTEGERS[bits.element_size()]).flatten().split(_CHUNK)
+    return torch.stack([part.sum(dtype=torch.int64) for part in parts]).sum()
+
+
+def _whole_tensors(model: nn.Module) -> Iterator[Tensor]:
+    """What every rank must hold alike: parameters, and what adapters keep besides; nothing if ranks hold parts."""
+    modules: list[Any] = list(model.modules())
+    parameters = list(model.parameters())
+    split = (isinstance(p, DTensor) or hasattr(p, "ds_id") or type(p).__name__ == "FlatParameter" for p in parameters)
+    if any(split) or any(type(module).__name__ == "FullyShardedDataParallel" for module in modules):
         return
-    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    split = (isinstance(p, DTensor) or hasattr(p, "ds_id") or type(p).__name__ == "FlatParameter" for p in trained)
-    if not any(split):
-        yield from (p for p in trained if p.device.type != "meta")
+    kept = [value for module in modules if type(module).__module__.startswith("peft.") for value in _values(module)]
+    for tensor in [*parameters, *kept]:
+        if type(tensor) in (nn.Parameter, Tensor) and tensor.device.type != "meta":
+            yield tensor
+
+
+def _values(module: nn.Module) -> Iterator[Any]:
+    """Buffers of an adapter's layer, and the projections and indices that it keeps in dictionaries by adapter."""
+    for value in vars(module).values():
+        if isinstance(value, dict):
+            yield from value.values()

@@ -43,6 +43,7 @@ class Change:
 def saved_config(path: str) -> Any:
     """The transformers configuration in a folder. Raises ValueError naming `model.path` if there is none to train."""
     import transformers
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
     folder = Path(path).expanduser()
     if not (folder / "config.json").is_file():
@@ -53,6 +54,8 @@ def saved_config(path: str) -> Any:
         config = transformers.AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     except Exception as error:  # whatever a broken file leads to
         raise ValueError(f"model.path={path!r}: config.json cannot be read: {reason_of(error)}") from None
+    if config.model_type not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
+        raise ValueError(f"model.path={path!r} holds a {config.model_type}, which is no causal language model")
     if getattr(config, "quantization_config", None):
         raise ValueError(
             f"model.path={path!r} holds quantized weights (quantization_config in config.json), which cannot be "

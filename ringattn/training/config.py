@@ -2,6 +2,7 @@
 
 import importlib.util
 import math
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -42,7 +43,8 @@ INTEGERS: dict[str, int] = {
     "run.keep": 1,
     "run.log_every": 1,
 }
-# Allowed interval, both ends included.
+LARGEST = {"run.seed": 2**32 - 1}  # what every library's generator takes
+# Allowed interval, both ends included, of finite numbers.
 NUMBERS: dict[str, tuple[float, float]] = {
     "model.lr": (0.0, math.inf),
     "model.lr_from_path": (0.0, math.inf),
@@ -116,13 +118,15 @@ def resolve(cfg: DictConfig, shape: MeshShape, device_type: str) -> dict[str, An
     resolved: dict[str, Any] = OmegaConf.to_container(cfg, resolve=True)  # type: ignore[assignment]
     resolved["parallel"].update(data=shape.data, ring=shape.ring, ulysses=shape.ulysses)
     resolved["data"]["packs_per_step"] = cfg.data.packs_per_step or shape.data
+    if cfg.model.path is not None:
+        resolved["model"]["path"] = os.path.abspath(os.path.expanduser(cfg.model.path))
     resolved["model"]["config"] = resolved["model"]["config"] or {}
     resolved["model"]["allow_mismatch"] = resolved["model"]["allow_mismatch"] or []
     if cfg.optim.lr is None:
         resolved["optim"]["lr"] = cfg.model.lr if cfg.model.path is None else cfg.model.lr_from_path
     if cfg.data.get("tokenizer") == AUTO:
         own = cfg.model.path is not None and has_tokenizer(cfg.model.path)
-        resolved["data"]["tokenizer"] = cfg.model.path if own else BYTES
+        resolved["data"]["tokenizer"] = resolved["model"]["path"] if own else BYTES
     if cfg.run.dtype == "auto":
         resolved["run"]["dtype"] = "bfloat16" if device_type == "cuda" else "float32"
     return resolved
@@ -191,23 +195,33 @@ def _check_values(cfg: DictConfig) -> None:
         value = OmegaConf.select(cfg, key)
         if value is None and key in OPTIONAL:
             continue
-        if not isinstance(value, int) or isinstance(value, bool) or value < smallest:
-            raise ValueError(f"{key} must be an integer of at least {smallest}, got {value!r}")
+        largest = LARGEST.get(key)
+        if not _is_integer(value) or value < smallest or (largest is not None and value > largest):
+            most = "" if largest is None else f" and at most {largest}"
+            raise ValueError(f"{key} must be an integer of at least {smallest}{most}, got {value!r}")
     for key, (low, high) in NUMBERS.items():
         value = OmegaConf.select(cfg, key)
         if value is None and key in OPTIONAL:
             continue
-        if not isinstance(value, int | float) or isinstance(value, bool) or not low <= value <= high:
-            raise ValueError(f"{key} must be a number from {low} to {high}, got {value!r}")
+        if not _is_number(value) or not low <= value <= high:
+            raise ValueError(f"{key} must be a finite number from {low} to {high}, got {value!r}")
     for key in SWITCHES:
         if not isinstance(value := OmegaConf.select(cfg, key), bool):
             raise ValueError(f"{key} must be true or false, got {value!r}")
     for key in TEXTS:
         _check_text(cfg, key)
     betas = OmegaConf.to_container(cfg.optim.betas) if OmegaConf.is_list(cfg.optim.betas) else cfg.optim.betas
-    good = isinstance(betas, list) and len(betas) == 2 and all(isinstance(b, int | float) and 0 <= b < 1 for b in betas)
+    good = isinstance(betas, list) and len(betas) == 2 and all(_is_number(b) and 0 <= b < 1 for b in betas)
     if not good:
         raise ValueError(f"optim.betas must be two numbers in [0, 1), got {betas!r}")
+
+
+def _is_integer(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _is_number(value: Any) -> bool:
+    return _is_integer(value) or (isinstance(value, float) and math.isfinite(value))
 
 
 def _check_text(cfg: DictConfig, key: str) -> None:
@@ -286,7 +300,7 @@ def _check_engine(cfg: DictConfig) -> None:
     if not deepspeed_available():
         raise ValueError("engine=deepspeed needs the package: pip install 'ringattn[deepspeed]', or use engine=fsdp2")
     stage = cfg.engine.zero_stage
-    if stage not in (1, 2, 3):
+    if not _is_integer(stage) or stage not in (1, 2, 3):
         raise ValueError(f"engine.zero_stage must be 1, 2 or 3, got {stage!r}")
 
 

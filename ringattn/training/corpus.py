@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from ringattn.training.data.contents import contents_of
+from ringattn.training.data.contents import Content, contents_of
 from ringattn.training.data.kinds import is_jsonl
 from ringattn.training.data.store import FORMAT, open_store, write_store
 from ringattn.training.data.tokenizer import BYTE_VOCABULARY, Tokenizer, load_tokenizer
@@ -108,31 +108,37 @@ def text_corpus(
     Raises ValueError for a file, a tokenizer or a cache folder that cannot be used.
     """
     encoder = load_tokenizer(tokenizer, add_eos) if isinstance(tokenizer, str) else tokenizer
+    contents = _contents(files, cache)
+    kinds = [(content.digest, is_jsonl(content.path)) for content in contents]
+    key = json.dumps([FORMAT, kinds, encoder.fingerprint, text_field])
+    fingerprint = hashlib.sha256(key.encode()).hexdigest()[:16]
+    folder = cache / fingerprint
+    store = open_store(folder)
     try:
-        cache.mkdir(parents=True, exist_ok=True)
-        with _locked(cache / "contents.lock"):
-            contents = contents_of(files, cache / "contents.json")
-        kinds = [(content.digest, is_jsonl(content.path)) for content in contents]
-        key = json.dumps([FORMAT, kinds, encoder.fingerprint, text_field])
-        fingerprint = hashlib.sha256(key.encode()).hexdigest()[:16]
-        store = open_store(cache / fingerprint)
         if store is None:
             with _locked(cache / f"{fingerprint}.lock"):
-                store = open_store(cache / fingerprint)
-                if store is None:
-                    write_store(cache / fingerprint, contents, text_field, encoder)
-                    store = open_store(cache / fingerprint)
+                store = open_store(folder) or write_store(folder, contents, text_field, encoder)
     except OSError as error:
         raise ValueError(f"data.cache={str(cache)!r} cannot be used: {error.strerror or error}") from None
-    assert store is not None
     if not len(store.tokens):
         raise ValueError("data.files hold no text at all")
     return Corpus(store.tokens, store.offsets, store.vocab_size, fingerprint)
 
 
+def _contents(files: Sequence[Path], cache: Path) -> list[Content]:
+    """The files by their contents, read by one process at a time: the next ones find them remembered."""
+    memory = cache / "contents.json"
+    try:
+        with _locked(cache / "contents.lock"):
+            return contents_of(files, memory)
+    except OSError:  # a cache that cannot be written to may hold the tokens all the same
+        return contents_of(files, memory, remember=False)
+
+
 @contextmanager
 def _locked(path: Path) -> Iterator[None]:
     """Alone among the processes that ask for the same lock; waits for the others."""
+    path.parent.mkdir(parents=True, exist_ok=True)
     with open(path, "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         yield

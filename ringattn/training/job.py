@@ -71,7 +71,7 @@ def prepare(cfg: DictConfig, launch: Launch, chosen: Collection[str] | None = No
     config, notes = _model(resolved)
     empty = check_attention(config)
     check_head_chunks(cfg, shape, config)
-    corpus = load_corpus(resolved, config)
+    corpus = load_corpus(resolved, config, output)
     check_positions(resolved, config, corpus)
     if found is not None:
         state, said = check_resume(resolved, output, found[1], launch, corpus, config, empty)
@@ -101,7 +101,7 @@ def _model(cfg: DictConfig) -> tuple[Any, list[str]]:
     return config, notes
 
 
-def load_corpus(cfg: DictConfig, model_config: Any) -> Corpus:
+def load_corpus(cfg: DictConfig, model_config: Any, output: Path) -> Corpus:
     """The corpus of `data`; the first process to ask for a text corpus tokenizes it, the others wait.
 
     Raises ValueError, before anything is tokenized, for more tokens than the model knows.
@@ -112,5 +112,6 @@ def load_corpus(cfg: DictConfig, model_config: Any) -> Corpus:
         return stdlib_corpus()
     tokenizer = load_tokenizer(data.tokenizer, data.add_eos)
     check_vocabulary(cfg, model_config, tokenizer.vocab_size)
-    files = matching_files(list(data.files))
-    return text_corpus(files, tokenizer, data.text_field, data.add_eos, Path(data.cache).expanduser())
+    cache = Path(data.cache).expanduser()
+    files = matching_files(list(data.files), own=(output, cache.resolve()))
+    return text_corpus(files, tokenizer, data.text_field, data.add_eos, cache)

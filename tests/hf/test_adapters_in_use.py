@@ -137,6 +137,27 @@ def drawn_by_rank(when: str) -> None:
     model(**local_batch())
 
 
+def drawn_apart(what: str) -> None:
+    """What no gradient reaches: the places of a sparse adapter, whose values are all zero, or a frozen weight."""
+    from peft import get_peft_model
+
+    model = base_model()
+    if what == "places":
+        config = config_of("SHIRA", r=4, random_seed=dist.get_rank(), **TARGETS)
+    else:
+        config = config_of("IA3", target_modules=["k_proj"], feedforward_modules=[])
+        model.lm_head.weight.data += dist.get_rank()
+    model = get_peft_model(model, config)
+    parallelize(model, mesh_of(2, 1))
+    model(**local_batch())
+
+
+@pytest.mark.parametrize("what", ["places", "frozen"])
+def test_what_is_not_trained_differs_between_ranks(pool: Pools, what: str) -> None:
+    with pytest.raises(ValueError, match="the ranks of a sequence hold different parameters"):
+        pool(2).run(drawn_apart, what)
+
+
 @pytest.mark.parametrize("when", ["before", "after", "later"])
 def test_factors_that_differ_between_ranks(pool: Pools, when: str) -> None:
     with pytest.raises(ValueError, match="the ranks of a sequence hold different parameters"):
@@ -144,7 +165,7 @@ def test_factors_that_differ_between_ranks(pool: Pools, when: str) -> None:
 
 
 def frozen_only() -> float:
-    """Nothing is trained, and buffers and frozen weights in other dtypes are not compared."""
+    """Buffers of the model itself are its own business."""
     model = base_model().requires_grad_(False)
     model.register_buffer("noise", torch.full((2,), float(dist.get_rank())))
     parallelize(model, mesh_of(2, 1))

@@ -11,7 +11,6 @@ import torch.distributed as dist
 from torch.utils.data import DataLoader, DistributedSampler
 
 from tests.hf.trainer_runs import (
-    Recorder,
     Rows,
     Stream,
     arguments,
@@ -79,10 +78,10 @@ def resumed(folder: str, data: int, ring: int, rows: int, changes: dict[str, Any
 
 
 def rows_read(folder: str, kind: str, count: int) -> list[tuple[int, ...]]:
-    """What this rank's replica read in one epoch of two ranks."""
+    """What this rank's replica trained on in one epoch of two ranks."""
     from ringattn.hf.trainer import SequenceTrainer
 
-    where, recorder = mesh(2, 1), Recorder()
+    where, read = mesh(2, 1), []
     rows: Any = Stream(count) if kind == "stream" else Rows(count)
     changes: dict[str, Any] = {"max_steps": (count + 1) // 2} if kind.startswith("stream") else {}
     if kind in ("random", "sequential", "group_by_length", "batch_rebalance"):
@@ -94,6 +93,8 @@ def rows_read(folder: str, kind: str, count: int) -> list[tuple[int, ...]]:
         rows = Dataset.from_list(make_rows(count)).to_iterable_dataset(num_shards=2)
         if kind == "streamed by node":
             rows = split_dataset_by_node(rows, rank=where.data_rank, world_size=where.data)
+        if kind == "streamed in workers":  # each of which reads a part, and has a last round of its own
+            changes |= {"dataloader_num_workers": 2, "dataloader_multiprocessing_context": "fork"}
 
     class Sampled(SequenceTrainer):
         def _get_train_sampler(self, *args: Any) -> Any:
@@ -101,26 +102,28 @@ def rows_read(folder: str, kind: str, count: int) -> list[tuple[int, ...]]:
                 return super()._get_train_sampler(*args)
             return DistributedSampler(rows, where.data, where.data_rank, seed=3)
 
-    Sampled(small_model(), arguments(folder, **changes), mesh=where, train_dataset=rows, data_collator=recorder).train()
-    return [
-        tuple(ids[mask.bool()].tolist())
-        for batch in recorder.batches
-        for ids, mask in zip(batch["input_ids"], batch["attention_mask"], strict=True)
-    ]
+        def compute_loss(self, model: Any, inputs: Any, *args: Any, **keywords: Any) -> Any:
+            trained = (inputs["labels"] != -100).any(dim=1)
+            for ids, mask in zip(inputs["input_ids"][trained], inputs["attention_mask"][trained], strict=True):
+                read.append(tuple(ids[mask.bool()].tolist()))
+            return super().compute_loss(model, inputs, *args, **keywords)
+
+    Sampled(small_model(), arguments(folder, **changes), mesh=where, train_dataset=rows, data_collator=collate).train()
+    return read
 
 
 KINDS = ("random", "sequential", "group_by_length", "batch_rebalance", "distributed", "stream", "streamed",
-         "streamed by node")  # fmt: skip
+         "streamed by node", "streamed in workers")  # fmt: skip
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_every_row_once(pool: Pools, kind: str, tmp_path: Path) -> None:
     if kind.startswith("streamed"):
         pytest.importorskip("datasets")
-    for count in (16,) if kind == "distributed" else (16, 13):
+    for count in (16,) if kind == "distributed" else (13,) if "workers" in kind else (16, 13):
         read = pool(2).run(rows_read, str(tmp_path), kind, count)
         assert sorted(read[0] + read[1]) == sorted(tuple(row["input_ids"]) for row in make_rows(count))
-        assert abs(len(read[0]) - len(read[1])) <= (1 if kind != "batch_rebalance" else 2)
+        assert abs(len(read[0]) - len(read[1])) <= (2 if kind == "batch_rebalance" else 1)
 
 
 def sharded_by_rank(folder: str) -> str:
@@ -174,14 +177,15 @@ def test_what_is_no_loader(pool: Pools, tmp_path: Path) -> None:
     assert told == "ValueError: the data loader must be a torch.utils.data.DataLoader, got list"
 
 
-def seeded_by_rank(folder: str) -> str:
-    trainer = trainer_of(mesh(2, 1), folder, {"seed": 1 + dist.get_rank()}, train_dataset=Rows(6))
+def seeded_by_rank(folder: str, name: str) -> str:
+    trainer = trainer_of(mesh(2, 1), folder, {name: 1 + dist.get_rank()}, train_dataset=Rows(6))
     return failure(trainer.train)
 
 
-def test_seeds_that_differ(pool: Pools, tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", ["seed", "data_seed"])
+def test_seeds_that_differ(pool: Pools, name: str, tmp_path: Path) -> None:
     told = "ValueError: data_seed (or seed) must be the same on every rank, got [1, 2]"
-    assert pool(2).run(seeded_by_rank, str(tmp_path)) == [told, told]
+    assert pool(2).run(seeded_by_rank, str(tmp_path), name) == [told, told]
 
 
 def given_unequal_sets(folder: str) -> str:

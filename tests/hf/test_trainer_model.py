@@ -57,6 +57,22 @@ def stock(how: str) -> float:
     return small_model(seed=1 if how == "set" else 0)(input_ids=ids, labels=ids).loss.item()
 
 
+def determined(folder: str) -> list[bool]:
+    """Whether attention is asked for the same gradients from run to run."""
+    found = []
+    for full in (False, True):
+        try:
+            trainer = trainer_of(mesh(1, 1), folder, {"full_determinism": full}, train_dataset=Rows(1))
+            found.append(trainer.model._ringattn.options.get("deterministic", False))
+        finally:
+            torch.use_deterministic_algorithms(False)
+    return found
+
+
+def test_full_determinism(pool: Pools, tmp_path: Path) -> None:
+    assert pool(1).run(determined, str(tmp_path))[0] == [False, True]
+
+
 def on_another_mesh(folder: str) -> str:
     model = small_model()
     parallelize(model, mesh_of(2, 1))

@@ -41,7 +41,7 @@ def test_every_option_of_transformers_is_known() -> None:
 
 
 def test_every_option_of_trl_is_known() -> None:
-    trl = pytest.importorskip("trl", reason="TRL is not installed (pip install 'ringattn[hf]')")
+    trl = pytest.importorskip("trl", reason="TRL is not installed (pip install 'ringattn[dev]')")
     assert names(trl.SFTConfig) - set(TRAINING) - set(SFT) == set()
     assert parameters(trl.SFTTrainer) - set(ARGUMENTS) == set()
 

@@ -179,7 +179,7 @@ WORDS = {
 
 def test_trainers_of_other_losses(pool: Pools, tmp_path: Path) -> None:
     """Every one that TRL has: what it is, and what to do instead."""
-    trl = pytest.importorskip("trl", reason="TRL is not installed (pip install 'ringattn[hf]')")
+    trl = pytest.importorskip("trl", reason="TRL is not installed (pip install 'ringattn[dev]')")
     have = {name for name in trl.__all__ if name.endswith("Trainer")} - {"SFTTrainer"}
     assert have <= set(WORDS)
     names = [name for name in WORDS if name in have or "." in name]

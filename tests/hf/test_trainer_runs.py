@@ -14,22 +14,29 @@ import torch.distributed as dist
 pytest.importorskip("transformers")
 pytest.importorskip("accelerate", reason="transformers.Trainer needs accelerate (pip install 'ringattn[hf]')")
 
-from tests.hf.trainer_runs import Rows, failure, history, mesh, same_history, trainer_of
+from tests.hf.trainer_runs import Rows, failure, history, mesh, same_history, small_model, trainer_of
 from tests.pool import Pools
 
 STEPS = {"max_steps": 4}
-CHECKPOINTS = {"gradient_checkpointing", "activation_checkpointing", "reentrant"}
 OPTIONS: dict[str, dict[str, Any]] = {
     "none": {},
-    "gradient_checkpointing": {"gradient_checkpointing": True},
-    "activation_checkpointing": {"activation_checkpointing": True},
+    "gradient_checkpointing": {"gradient_checkpointing": True, "label_names": ["labels"]},
+    "activation_checkpointing": {
+        "activation_checkpointing": True,
+        "activation_checkpointing_kwargs": {"use_reentrant": True},
+    },
     "reentrant": {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": True}},
-    "average_tokens_across_devices": {"average_tokens_across_devices": False, "gradient_accumulation_steps": 2},
-    "max_grad_norm": {"max_grad_norm": 0.1},
-    "eval_on_start": {"eval_on_start": True, "eval_strategy": "steps", "eval_steps": 2},
-    "label_names": {"label_names": ["labels"]},
-    "logging_steps": {"logging_steps": 2},
+    "many": {
+        "average_tokens_across_devices": False,
+        "gradient_accumulation_steps": 2,
+        "max_grad_norm": 0.1,
+        "logging_steps": 2,
+        "eval_on_start": True,
+        "eval_strategy": "steps",
+        "eval_steps": 2,
+    },
 }
+CHANGE_NOTHING = ("gradient_checkpointing", "activation_checkpointing", "reentrant")
 
 
 def trained(folder: str, data: int, ring: int, changes: dict[str, Any]) -> dict[str, Any]:
@@ -48,9 +55,10 @@ def test_options_of_training(pool: Pools, data: int, tmp_path: Path) -> None:
     for name, ranks in zip(OPTIONS, two, strict=True):
         for found in ranks:
             same_history(found, expected[name])
-    for name in (*CHECKPOINTS, "label_names"):
+    for name in CHANGE_NOTHING:
         same_history(expected[name], expected["none"])
-    assert len(expected["eval_on_start"]["eval"]) == 3
+    assert [step for step, _ in expected["many"]["eval"]] == [0, 2, 4]
+    assert [step for step, _ in expected["many"]["loss"]] == [2, 4]
 
 
 def test_bf16(pool: Pools, tmp_path: Path) -> None:
@@ -113,6 +121,45 @@ def test_callbacks(pool: Pools, tmp_path: Path) -> None:
     assert (steps, batches) == (6, 9)
     for found in pool(2).run(with_callbacks, str(tmp_path / "2"), 2):
         assert found == (seen, batches, steps)
+
+
+class Averaged(torch.optim.SGD):
+    """Evaluates with the weights that it began with, as schedule-free optimizers do with an average of them."""
+
+    def __init__(self, parameters: Any) -> None:
+        super().__init__(parameters, lr=0.1)
+        self.first = [p.detach().clone() for group in self.param_groups for p in group["params"]]
+        self.kept: list[torch.Tensor] | None = None
+
+    def _put(self, weights: list[torch.Tensor]) -> None:
+        for p, value in zip((p for group in self.param_groups for p in group["params"]), weights, strict=True):
+            p.data.copy_(value)
+
+    def eval(self) -> None:
+        if self.kept is None:
+            self.kept = [p.detach().clone() for group in self.param_groups for p in group["params"]]
+            self._put(self.first)
+
+    def train(self) -> None:
+        if self.kept is not None:
+            self._put(self.kept)
+            self.kept = None
+
+
+def with_modes(folder: str) -> list[float]:
+    model = small_model()
+    changes = STEPS | {"eval_on_start": True, "eval_strategy": "steps", "eval_steps": 2}
+    trainer = trainer_of(
+        mesh(1, 2), folder, changes, model=model, train_dataset=Rows(6), eval_dataset=Rows(3, seed=1),
+        optimizers=(Averaged(model.parameters()), None),
+    )  # fmt: skip
+    trainer.train()
+    return [loss for _, loss in history(trainer)["eval"]]
+
+
+def test_optimizers_with_modes(pool: Pools, tmp_path: Path) -> None:
+    for first, *later in pool(2).run(with_modes, str(tmp_path)):
+        assert later == pytest.approx([first, first], rel=1e-6)
 
 
 def stopped_by_one(folder: str) -> tuple[int, int]:

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 pytest.importorskip("transformers")
-pytest.importorskip("trl", reason="TRL is not installed (pip install 'ringattn[hf]')")
+pytest.importorskip("trl", reason="TRL is not installed (pip install 'ringattn[dev]')")
 
 from tests.hf.trainer_runs import QUIET, failure, history, mesh, same_history, small_model
 from tests.pool import Pools

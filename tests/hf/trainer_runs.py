@@ -68,18 +68,6 @@ def collate(rows: list[Row]) -> dict[str, torch.Tensor]:
     }
 
 
-class Recorder:
-    """A collator that keeps what it made."""
-
-    def __init__(self, collate: Any = collate) -> None:
-        self.collate, self.batches = collate, []
-
-    def __call__(self, rows: list[Row]) -> dict[str, torch.Tensor]:
-        batch = self.collate(rows)
-        self.batches.append(batch)
-        return batch
-
-
 def arguments(folder: str, **changes: Any) -> Any:
     from transformers import TrainingArguments
 

@@ -1,14 +1,17 @@
 """The recipe as a user starts it: up to the point where it would train, in this process; or whole, in a fork."""
 
 import socket
+from functools import cache
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 from hydra import compose, initialize_config_dir
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import open_dict
 
+from ringattn.training import job
 from ringattn.training.choices import chosen_by_user
 from ringattn.training.job import Job, prepare
 from ringattn.training.launched import Launch
@@ -34,6 +37,9 @@ SIZES: dict[str, Any] = {
 }
 
 
+_stdlib = cache(job.stdlib_corpus)  # the same for every test
+
+
 def save_model(folder: Path, seed: int = 0, **changes: Any) -> Any:
     """Saves a tiny Llama with Llama 3.1's rotary scaling, as another program would have."""
     from transformers import LlamaConfig, LlamaForCausalLM
@@ -53,7 +59,8 @@ def prepared(*overrides: str, ranks: int = 1) -> Job:
         HydraConfig.instance().set_config(cfg)
         with open_dict(cfg):
             del cfg["hydra"]
-        return prepare(cfg, Launch("single", 0, ranks, 0, ranks, "127.0.0.1", 0), chosen_by_user(cfg))
+        with mock.patch.object(job, "stdlib_corpus", _stdlib):
+            return prepare(cfg, Launch("single", 0, ranks, 0, ranks, "127.0.0.1", 0), chosen_by_user(cfg))
 
 
 def started(tmp_path: Path, *arguments: str, **variables: str) -> tuple[int | None, str, str]:

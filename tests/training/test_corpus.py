@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from ringattn.training import corpus as corpus_module
 from ringattn.training.corpus import stdlib_corpus, stdlib_files, text_corpus
 from ringattn.training.data import tokenizer as data_tokenizer
 from ringattn.training.data.files import matching_files
@@ -145,6 +146,21 @@ def test_a_cache_that_is_full_is_named_and_keeps_no_half_store(tmp_path):
     assert said.startswith(f"data.cache='{cache}' cannot be used: File too large"), said
     assert not [left for left in cache.iterdir() if left.is_dir()]
     assert len(read_all(open_text([path], cache))[0]) == 500_000
+
+
+def test_a_cache_that_can_only_be_read_serves_what_it_holds(tmp_path, monkeypatch):
+    path, cache = tmp_path / "a.txt", tmp_path / "cache"
+    path.write_text("text")
+    first = open_text([path], cache)
+
+    def sealed(path: Path):
+        raise OSError(30, "Read-only file system")
+
+    monkeypatch.setattr(corpus_module, "_locked", sealed)
+    assert open_text([path], cache).fingerprint == first.fingerprint
+    path.write_text("other")
+    with pytest.raises(ValueError, match=r"data\.cache=.* cannot be used: Read-only file system"):
+        open_text([path], cache)
 
 
 @pytest.mark.parametrize("place", ["file", "/proc/nothing", "/dev/full"])

@@ -43,6 +43,10 @@ from tests.training.test_saved_models import with_checkpoint
         (["model.config=5"], ["model.config", "5"]),
         (["model.allow_mismatch=lm_head", "model.path=/x"], ["model.allow_mismatch must be a list"]),
         (["optim.lr=fast"], ["optim.lr", "fast"]),
+        (["optim.lr=.inf"], ["optim.lr", "inf"]),
+        (["optim.clip=.inf"], ["optim.clip", "inf"]),
+        (["model.lr=.nan"], ["model.lr", "nan"]),
+        (["run.seed=99999999999999999999"], ["run.seed", "4294967295"]),
         (["optim.betas=null"], ["optim.betas"]),
         (["optim.betas=[a,b]"], ["optim.betas"]),
         (["data.seq_len='4096'"], ["data.seq_len", "'4096'"]),
@@ -206,6 +210,18 @@ def test_the_tokenizer_is_the_models_own_unless_another_is_named(tmp_path):
     assert any("data.name=stdlib is read as bytes" in note for note in prepared(path, "data.seq_len=64").notes)
 
 
+def test_what_a_run_writes_is_not_its_data(tmp_path, monkeypatch):
+    """As in a folder where one starts the recipe with data.files=[.]."""
+    (tmp_path / "a.txt").write_text("x" * 30)
+    output, cache = tmp_path / "outputs" / "run", tmp_path / "tokens"
+    own = ("data=text", f"data.files=[{tmp_path}]", "data.seq_len=16", f"run.output={output}", f"data.cache={cache}")
+    with_checkpoint(output, *own[:3], own[4])
+    (output / "loss.png").write_bytes(b"\x89PNG")
+    job = prepared(*own)
+    assert len(job.corpus) == 1
+    assert job.resume is not None
+
+
 def test_too_many_tokens_are_refused_before_they_are_written(tmp_path):
     words = save_words(tmp_path / "t", *map(str, range(299)), "?", "x")
     own = ("data=text", texts(tmp_path / "data", 30), f"data.cache={tmp_path / 'cache'}", f"data.tokenizer={words}")
@@ -294,8 +310,3 @@ def test_tokenizing_and_training_tell_about_themselves(tmp_path):
 def test_hydra_says_where_the_kind_of_a_value_is_wrong():
     with pytest.raises(HydraException, match=r"data\.files"):
         prepared("data=text", "data.files={a: b}")
-
-
-def test_hydra_says_it_where_a_group_has_no_such_option():
-    with pytest.raises(HydraException, match="llama_9b"):
-        prepared("model=llama_9b")

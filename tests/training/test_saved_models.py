@@ -283,6 +283,10 @@ def invent_a_type(folder: Path) -> None:
     (folder / "config.json").write_text('{"model_type": "llama99"}')
 
 
+def encode_only(folder: Path) -> None:
+    (folder / "config.json").write_text('{"model_type": "clip"}')
+
+
 def keep_an_adapter(folder: Path) -> None:
     (folder / "config.json").rename(folder / "adapter_config.json")
 
@@ -298,6 +302,7 @@ def keep_an_adapter(folder: Path) -> None:
         (quantize, ["quantized"]),
         (break_config, ["config.json", "cannot be read"]),
         (invent_a_type, ["config.json", "llama99"]),
+        (encode_only, ["clip", "causal"]),
         (keep_an_adapter, ["PEFT adapter"]),
     ],
 )

@@ -25,7 +25,7 @@ ARGUMENTS: dict[str, Option] = {
         f"{RUNS}::test_callbacks",
         note="run on every rank; what one rank decides after a step (to stop, save, evaluate, log) all do",
     ),
-    "optimizers": Option(inert="gradients come to them averaged, the same on every rank"),
+    "optimizers": Option(f"{RUNS}::test_optimizers_with_modes"),
     "optimizer_cls_and_kwargs": Option(inert="gradients come to them averaged, the same on every rank"),
     "formatting_func": Option(inert="works on the data set, the same on every rank"),
     "peft_config": Option("test_trainer_sft.py::test_adapters"),

@@ -36,7 +36,7 @@ INERT: dict[str, tuple[str, ...]] = {
     "of the process group, which is there already when init_mesh has made it": (
         "ddp_backend", "ddp_timeout", "local_rank",
     ),
-    "of a rank's device": ("tf32", "torch_empty_cache_steps", "full_determinism", "jit_mode_eval"),
+    "of a rank's device": ("tf32", "torch_empty_cache_steps", "jit_mode_eval"),
     "batches come with use_cache=False; it stays in the configuration that is saved": ("use_cache",),
     "does nothing without use_liger_kernel, which is refused": ("liger_kernel_config",),
     "how torch.compile works, not what it computes": ("torch_compile_backend", "torch_compile_mode"),
@@ -76,8 +76,8 @@ TRAINING: dict[str, Option] = {
     "label_smoothing_factor": Option(
         refusal=Refusal("other than 0", "the loss is the model's own, and the smoother needs logits of whole sequences")
     ),
-    "bf16": Option(f"{RUNS}::test_options_of_training"),
-    "fp16": Option(f"{RUNS}::test_fp16", note="needs CUDA"),
+    "bf16": Option(f"{RUNS}::test_bf16"),
+    "fp16": Option(f"{RUNS}::test_fp16", note="for GPUs only, as in Accelerate"),
     "bf16_full_eval": Option(f"{RUNS}::test_evaluation_in_half_precision"),
     "fp16_full_eval": Option(f"{RUNS}::test_evaluation_in_half_precision"),
     "activation_checkpointing": Option(f"{RUNS}::test_options_of_training"),
@@ -125,6 +125,7 @@ TRAINING: dict[str, Option] = {
     "load_best_model_at_end": Option(f"{MODEL}::test_the_best_model_is_loaded_at_the_end"),
     "metric_for_best_model": Option(f"{MODEL}::test_the_best_model_is_loaded_at_the_end"),
     "greater_is_better": Option(f"{MODEL}::test_the_best_model_is_loaded_at_the_end"),
+    "full_determinism": Option(f"{MODEL}::test_full_determinism", note="of the attention too"),
     "seed": Option(f"{DATA}::test_seeds_that_differ", note="must be the same on every rank"),
     "data_seed": Option(f"{DATA}::test_seeds_that_differ", note="must be the same on every rank"),
     "use_cpu": Option("test_trainer.py::test_the_same_curve"),
@@ -140,9 +141,9 @@ TRAINING: dict[str, Option] = {
         f"{DATA}::test_replicas_with_different_numbers_of_batches", note="drops what is no batch of all replicas"
     ),
     "dataloader_num_workers": Option(
-        f"{DATA}::test_draws_of_the_collator", note="workers of the ranks of a sequence draw the same"
+        f"{DATA}::test_draws_in_workers", note="workers of the ranks of a sequence draw the same"
     ),
-    "dataloader_persistent_workers": Option(f"{DATA}::test_draws_of_the_collator"),
+    "dataloader_persistent_workers": Option(f"{DATA}::test_draws_in_workers"),
     "dataloader_in_order": Option(
         refusal=Refusal("False", "ranks of a sequence would get their batches in different orders", lambda x: not x)
     ),

@@ -21,7 +21,7 @@ from ringattn.hf.trainer.dealing import ReplicaRows, deal, with_loaders_kept
 from ringattn.hf.trainer.evaluation import Tally
 from ringattn.hf.trainer.failures import FirstFailure
 from ringattn.hf.trainer.lockstep import Lockstep
-from ringattn.hf.trainer.refusals import check_class, check_place
+from ringattn.hf.trainer.refusals import check_class, check_counts, check_place
 from ringattn.hf.trainer.tokens import count_tokens
 from ringattn.parallel.layout import POLICIES
 from ringattn.parallel.mesh.mesh import SequenceMesh
@@ -73,6 +73,7 @@ class OnMesh(_Base):
     def _check(self) -> None:
         """Raises for options, arguments and a model that became unfit since they were checked last."""
         check_arguments(self.args)
+        check_counts(self.args, Trainer)
         check_trainer(vars(self))
         check_model(unwrapped(self.model))
 
@@ -91,7 +92,8 @@ class OnMesh(_Base):
     def _put_on_mesh(self, model: Any) -> None:
         handle = getattr(unwrapped(model), "_ringattn", None)
         if handle is None:
-            parallelize(model, self.sequence_mesh)
+            options = {"deterministic": True} if self.args.full_determinism else {}
+            parallelize(model, self.sequence_mesh, **options)
         elif handle.mesh != self.sequence_mesh:
             raise ValueError(f"model was parallelized on {handle.mesh}, the Trainer's mesh is {self.sequence_mesh}")
 

@@ -88,5 +88,15 @@ def check_place(arguments: Any, accelerator: Any, mesh: SequenceMesh) -> None:
         raise NotImplementedError("FSDP version 1 is not supported: use version 2, fsdp_config={'version': 2}")
 
 
+def check_counts(arguments: Any, trainer: type) -> None:
+    """Raises NotImplementedError where tokens seen would be counted once for each rank of a sequence."""
+    asked = getattr(arguments, "include_num_input_tokens_seen", "no") not in (False, "no")
+    if asked and not hasattr(trainer, "_track_num_input_tokens"):
+        raise NotImplementedError(
+            "include_num_input_tokens_seen is not supported with this version of transformers, which counts the tokens "
+            "of a sequence once for each of its ranks"
+        )
+
+
 def _reason(name: str) -> str:
     return next((reason for names, reason in KINDS if re.search(names, name)), OTHER)

@@ -43,12 +43,14 @@ class Content:
             raise ValueError(f"data.files: {str(self.path)!r} was changed while it was read; start again")
 
 
-def contents_of(files: Sequence[Path], memory: Path) -> list[Content]:
+def contents_of(files: Sequence[Path], memory: Path, remember: bool = True) -> list[Content]:
     """Checks and hashes files; those that `memory`, a JSON file, knows by their stamps are not read again.
 
-    The memory only spares time: without it, or with one that cannot be read, the result is the same.
+    The memory only spares time: without it, or with one that cannot be read, the result is the same. With `remember`
+    the files are written into it.
 
-    Raises ValueError for a file that is no UTF-8 text, naming the file and the byte.
+    Raises ValueError for a file that is no UTF-8 text, naming the file and the byte, and OSError for a memory that
+    cannot be written.
     """
     known = _remembered(memory)
     stamps = {path: _stamp(path) for path in files}
@@ -62,7 +64,8 @@ def contents_of(files: Sequence[Path], memory: Path) -> list[Content]:
                 found[path] = _read_through(path, meter)
         now = time.time_ns()
         settled = [path for path in fresh if max(stamps[path][1:3]) + _SETTLED_NS < now]
-        _remember(memory, known | {str(path): [*stamps[path], found[path]] for path in settled})
+        if remember:
+            _remember(memory, known | {str(path): [*stamps[path], found[path]] for path in settled})
     contents = [Content(path, found[path], stamps[path]) for path in files]
     for content in contents:
         content.check_unchanged()

@@ -8,17 +8,18 @@ from glob import glob, has_magic
 from pathlib import Path
 
 
-def matching_files(patterns: Sequence[str]) -> list[Path]:
+def matching_files(patterns: Sequence[str], own: Sequence[Path] = ()) -> list[Path]:
     """The files of some paths, folders or glob patterns (`**` stands for any folders), sorted by path.
 
     A file that several patterns or links lead to comes once. Links to folders are followed. Hidden files and folders
-    (`.name`) are passed over below a folder or a wildcard, and taken where a pattern names them.
+    (`.name`) are passed over below a folder or a wildcard, and taken where a pattern names them. So is what the run
+    itself writes, below the folders `own`: it would be other data at the next start.
 
     Raises ValueError for a pattern that matches nothing, a link that leads nowhere and a folder that cannot be read.
     """
     found: dict[Path, Path] = {}
     for pattern in patterns:
-        files = sorted(_matches(pattern))
+        files = [path for path in sorted(_matches(pattern)) if not any(path.resolve().is_relative_to(f) for f in own)]
         if not files:
             raise ValueError(f"data.files: {pattern!r} matches no file")
         for path in files:

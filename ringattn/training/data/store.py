@@ -36,8 +36,8 @@ class Store:
     vocab_size: int
 
 
-def write_store(folder: Path, contents: Sequence[Content], text_field: str, tokenizer: Tokenizer) -> None:
-    """Writes tokens.bin, offsets.npy and, last, store.json; without that a store is not complete.
+def write_store(folder: Path, contents: Sequence[Content], text_field: str, tokenizer: Tokenizer) -> Store:
+    """Writes tokens.bin, offsets.npy and, last, store.json; without that a store is not complete. Opens it.
 
     Raises ValueError for a file that holds no documents, or that changes meanwhile; then nothing is left behind, and
     so it is after an OSError of a disk that is full.
@@ -57,6 +57,9 @@ def write_store(folder: Path, contents: Sequence[Content], text_field: str, toke
     documents, tokens = len(offsets) - 1, int(offsets[-1])
     took = clock(time.monotonic() - began)
     print(f"tokenized {documents:,} documents, {tokens:,} tokens in {took} into {folder}", flush=True)
+    store = open_store(folder)
+    assert store is not None
+    return store
 
 
 def open_store(folder: Path) -> Store | None:

@@ -228,3 +228,12 @@ def not_a_mesh(folder: str) -> str:
 def test_what_is_no_mesh(pool: Pools, tmp_path: Path) -> None:
     told = pool(1).run(not_a_mesh, str(tmp_path))[0]
     assert told == "ValueError: mesh must come from init_mesh, got DeviceMesh"
+
+
+def of_policy(folder: str) -> str:
+    return failure(lambda: trainer_of(mesh(1, 1), folder, policy="spiral"))
+
+
+def test_a_policy_that_there_is_not(pool: Pools, tmp_path: Path) -> None:
+    told = pool(1).run(of_policy, str(tmp_path))[0]
+    assert told == "ValueError: policy must be one of contiguous, zigzag, balanced, auto, got 'spiral'"

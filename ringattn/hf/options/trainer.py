@@ -4,6 +4,7 @@ from ringattn.hf.options.option import Option, Refusal
 
 LOGITS = "a rank holds a part of the logits only"
 DATA = "test_trainer_data.py"
+FIGURES = "test_trainer_figures.py"
 RUNS = "test_trainer_runs.py"
 MODEL = "test_trainer_model.py"
 
@@ -16,7 +17,7 @@ ARGUMENTS: dict[str, Option] = {
         note="makes the batch of a whole sequence; what it draws is the same on all ranks of it",
     ),
     "train_dataset": Option(f"{DATA}::test_every_row_once", note="the whole one on every rank; rows are dealt here"),
-    "eval_dataset": Option(f"{DATA}::test_evaluation_counts_every_row_once", note="the same; one or several"),
+    "eval_dataset": Option(f"{FIGURES}::test_evaluation_counts_every_row_once", note="the same; one or several"),
     "processing_class": Option(inert="for the collator and files"),
     "compute_loss_func": Option(refusal=Refusal("any", LOGITS, lambda _: True)),
     "compute_metrics": Option(refusal=Refusal("any", LOGITS, lambda _: True)),
@@ -34,7 +35,7 @@ ARGUMENTS: dict[str, Option] = {
 
 METHODS: dict[str, Option] = {
     "train": Option("test_trainer.py::test_the_same_curve"),
-    "evaluate": Option(f"{DATA}::test_evaluation_counts_every_row_once"),
+    "evaluate": Option(f"{FIGURES}::test_evaluation_counts_every_row_once"),
     "predict": Option(refusal=Refusal("", LOGITS)),
     "hyperparameter_search": Option(
         f"{MODEL}::test_models_that_are_set_later", note="the model of every trial is parallelized"

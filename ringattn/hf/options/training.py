@@ -3,6 +3,7 @@
 from ringattn.hf.options.option import Option, Refusal
 
 DATA = "test_trainer_data.py"
+FIGURES = "test_trainer_figures.py"
 RUNS = "test_trainer_runs.py"
 MODEL = "test_trainer_model.py"
 
@@ -53,7 +54,7 @@ TRAINING: dict[str, Option] = {
         note="rows of a batch for each replica, not for each rank",
     ),
     "per_device_eval_batch_size": Option(
-        f"{DATA}::test_evaluation_counts_every_row_once", note="rows of a batch for each replica, not for each rank"
+        f"{FIGURES}::test_evaluation_counts_every_row_once", note="rows of a batch for each replica, not for each rank"
     ),
     "num_train_epochs": Option(
         f"{DATA}::test_replicas_with_different_numbers_of_batches",
@@ -106,9 +107,9 @@ TRAINING: dict[str, Option] = {
     ),
     "logging_steps": Option(f"{RUNS}::test_options_of_training"),
     "include_num_input_tokens_seen": Option(
-        f"{DATA}::test_tokens_seen", note="tokens of the batches of all replicas, each counted once"
+        f"{FIGURES}::test_tokens_seen", note="tokens of the batches of all replicas, each counted once"
     ),
-    "include_tokens_per_second": Option(f"{DATA}::test_tokens_seen"),
+    "include_tokens_per_second": Option(f"{FIGURES}::test_tokens_seen"),
     "eval_strategy": Option("test_trainer.py::test_the_same_curve", note="the loss is the mean over all targets"),
     "eval_steps": Option("test_trainer.py::test_the_same_curve"),
     "eval_on_start": Option(f"{RUNS}::test_options_of_training"),

@@ -3,8 +3,10 @@
 import argparse
 import importlib
 import inspect
+import os
 import pkgutil
 import re
+import signal
 import sys
 from collections.abc import Sequence
 
@@ -15,7 +17,25 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run one sub-command; returns the exit code: 2 for wrong arguments, otherwise what the command says."""
     parser = make_parser()
     args = parser.parse_args(join_negative(sys.argv[1:] if argv is None else argv))
-    return args.run(args)
+    try:
+        code = args.run(args)
+        sys.stdout.flush()
+    except KeyboardInterrupt:
+        return 128 + signal.SIGINT
+    except OSError as error:
+        if not isinstance(error, BrokenPipeError):  # that is `head`, which has read enough
+            print(f"{args.parser.prog}: error: {error}", file=sys.stderr)
+        _give_up_stdout()
+        return 1
+    return code
+
+
+def _give_up_stdout() -> None:
+    """What cannot be written now must not be tried again at exit, with a traceback."""
+    try:
+        sys.stdout.flush()
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def make_parser() -> argparse.ArgumentParser:

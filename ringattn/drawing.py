@@ -26,7 +26,7 @@ Colour = tuple[float, float, float]
 
 def check_drawing(path: str) -> None:
     """Raises ValueError if `path` is no .png or .svg, or matplotlib is missing."""
-    if Path(path).suffix not in (".png", ".svg"):
+    if Path(path).suffix.lower() not in (".png", ".svg"):
         raise ValueError(f"a picture is a .png or .svg file, got {path!r}")
     try:
         import matplotlib  # noqa: F401

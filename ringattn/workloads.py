@@ -27,12 +27,13 @@ class Histogram:
         (bin_,) = random.choices(self.bins, [weight for *_, weight in self.bins])
         return random.randint(bin_[0], bin_[1])
 
-    def pack(self, tokens: int, seed: int, longest: int | None = None) -> list[int]:
+    def pack(self, tokens: int, seed: int, longest: int | None = None, most: int | None = None) -> list[int]:
         """Lengths of one packed stream of exactly `tokens` tokens, the same for the same seed.
 
         Arguments:
             longest: no document is longer (default: no limit but the stream's); longer draws are cut to it, and so is
                 the last document to what is left.
+            most: documents; of more a ValueError.
         """
         if tokens < 1:
             raise ValueError(f"tokens must be >= 1, got {tokens}")
@@ -42,6 +43,8 @@ class Histogram:
         lengths: list[int] = []
         left = tokens
         while left:
+            if most is not None and len(lengths) == most:
+                raise ValueError(f"expected at most {most} documents, and there are more in {tokens} tokens")
             lengths.append(min(self.draw(random), longest or tokens, left))
             left -= lengths[-1]
         return lengths
@@ -76,7 +79,11 @@ def read_lengths(path: Path) -> list[int]:
     Raises ValueError naming the file and the line.
     """
     lengths: list[int] = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+    try:
+        text = path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is not text: byte {error.start} is no UTF-8") from None
+    for number, line in enumerate(text.splitlines(), 1):
         for word in line.partition("#")[0].replace(",", " ").split():
             if not word.isdecimal():
                 raise ValueError(f"{path}, line {number}: a document length must be an integer >= 0, got {word!r}")

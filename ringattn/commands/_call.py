@@ -2,17 +2,23 @@
 
 import argparse
 import math
+from collections.abc import Callable
 from typing import Any
 
 DTYPES = ("bfloat16", "float16", "float32", "float64")
+# What the options take at most: whatever is larger would run for hours, fill the memory or overflow, without a word.
+TOKENS = 1 << 31  # areas of masks are integers of 64 bits
+HEADS, DIM = 1024, 1024
+RANKS = 4096
+SELF_TEST = 1 << 17  # query heads of a key head × head dim: self-tests take seconds
 
 
 def add_call_arguments(parser: argparse.ArgumentParser) -> None:
     call = parser.add_argument_group("the attention call")
     call.add_argument("--dtype", choices=DTYPES, default="bfloat16", help="default bfloat16")
     call.add_argument("--heads", type=heads, default=(32, 8), metavar="H/K", help="query/key heads, default 32/8")
-    call.add_argument("--head-dim", type=positive, default=128, metavar="D", help="of queries and keys, default 128")
-    call.add_argument("--value-dim", type=positive, metavar="V", help="of values, default that of keys")
+    call.add_argument("--head-dim", type=head_dim, default=128, metavar="D", help="of queries and keys, default 128")
+    call.add_argument("--value-dim", type=head_dim, metavar="V", help="of values, default that of keys")
     call.add_argument("--window", type=window, default=(-1, -1), metavar="L,R", help="inclusive, -1 is open")
     call.add_argument("--softcap", type=softcap, default=0.0, metavar="X", help="0 is off")
     call.add_argument("--dropout", type=dropout, default=0.0, metavar="P", help="attention dropout, in [0, 1)")
@@ -21,11 +27,17 @@ def add_call_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def call_spec(args: argparse.Namespace) -> Any:
-    """The `CallSpec` of the options."""
+    """The `CallSpec` of the options. Ends the program where backends could not be tested within seconds."""
     import torch
 
     from ringattn.kernels.spec import CallSpec
 
+    group, dim = args.heads[0] // args.heads[1], max(args.head_dim, args.value_dim or 0)
+    if group * dim > SELF_TEST:
+        args.parser.error(
+            f"--heads {args.heads[0]}/{args.heads[1]} with head dim {dim}: expected at most {SELF_TEST} query heads of "
+            f"a key head × head dim, got {group * dim}"
+        )
     return CallSpec(
         device=args.device or ("cuda" if torch.cuda.is_available() else "cpu"),
         dtype=getattr(torch, args.dtype),
@@ -40,6 +52,22 @@ def call_spec(args: argparse.Namespace) -> Any:
     )
 
 
+def check_device(args: argparse.Namespace, count: int = 1) -> None:
+    """Ends the program if `--device cuda` asks for devices that are not there."""
+    import torch
+
+    if args.device == "cuda" and torch.cuda.device_count() < count:
+        args.parser.error(f"--device cuda needs {count} CUDA devices, found {torch.cuda.device_count()}")
+
+
+def check_backend(args: argparse.Namespace) -> None:
+    """Ends the program if `--backend` names none."""
+    from ringattn.kernels.registry import backends
+
+    if args.backend not in (names := ["auto", *backends()]):
+        args.parser.error(f"--backend must be one of {', '.join(names)}, got {args.backend!r}")
+
+
 def describe(args: argparse.Namespace, device: str) -> str:
     """The call in words, for people."""
     dims = str(args.head_dim) if args.value_dim in (None, args.head_dim) else f"{args.head_dim}/{args.value_dim}"
@@ -52,27 +80,38 @@ def describe(args: argparse.Namespace, device: str) -> str:
     return ", ".join(words)
 
 
-def positive(text: str) -> int:
-    value = _integer(text)
-    if value is None or value < 1:
-        raise argparse.ArgumentTypeError(f"expected an integer >= 1, got {text!r}")
-    return value
+def integer(most: int) -> Callable[[str], int]:
+    """The type of an option from 1 to `most`."""
+
+    def parse(text: str) -> int:
+        value = _integer(text)
+        if value is None or not 1 <= value <= most:
+            raise argparse.ArgumentTypeError(f"expected an integer from 1 to {most}, got {text!r}")
+        return value
+
+    return parse
+
+
+tokens, ranks, head_dim = integer(TOKENS), integer(RANKS), integer(DIM)
 
 
 def heads(text: str) -> tuple[int, int]:
     """`32/8`, or `32` for as many key heads."""
     query, _, key = text.partition("/")
     pair = _integer(query), _integer(key) if "/" in text else _integer(query)
-    if pair[0] is None or pair[1] is None or min(pair[0], pair[1]) < 1 or pair[0] % pair[1]:
-        raise argparse.ArgumentTypeError(f"expected query/key heads, the first a multiple of the other, got {text!r}")
+    if pair[0] is None or pair[1] is None or not 1 <= pair[1] <= pair[0] <= HEADS or pair[0] % pair[1]:
+        raise argparse.ArgumentTypeError(
+            f"expected query/key heads, the first a multiple of the other and at most {HEADS}, got {text!r}"
+        )
     return pair[0], pair[1]
 
 
 def window(text: str) -> tuple[int, int]:
     pair = [_integer(part) for part in text.split(",")]
-    if len(pair) != 2 or pair[0] is None or pair[1] is None or min(pair[0], pair[1]) < -1:
-        raise argparse.ArgumentTypeError(f"expected LEFT,RIGHT, integers >= -1 (-1 is open), got {text!r}")
-    return pair[0], pair[1]
+    left, right = pair if len(pair) == 2 else (None, None)
+    if left is None or right is None or not (-1 <= left <= TOKENS and -1 <= right <= TOKENS):
+        raise argparse.ArgumentTypeError(f"expected LEFT,RIGHT, integers from -1 (open) to {TOKENS}, got {text!r}")
+    return left, right
 
 
 def softcap(text: str) -> float:

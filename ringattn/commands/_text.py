@@ -1,9 +1,21 @@
 """Text in columns, for terminals."""
 
+import sys
 import textwrap
 from collections.abc import Sequence
 
 WIDTH = 96
+
+
+def note(text: str) -> None:
+    """Tell somebody who waits at a terminal; programs and files get nothing."""
+    if sys.stderr.isatty():
+        print(text, file=sys.stderr, flush=True)
+
+
+def first_line(error: BaseException) -> str:
+    """What went wrong, without what libraries tell about it on further lines."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
 def row(label: str, text: str, gap: str = "  ", pad: int = 0) -> list[str]:

@@ -4,9 +4,12 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from ringattn.commands._call import heads, positive, window
+from ringattn.commands._call import TOKENS, head_dim, heads, window
+from ringattn.commands._call import tokens as token_count
+from ringattn.commands._files import file, reason
 from ringattn.parallel.layout import POLICIES
 
+DOCUMENTS = 1 << 18  # planned within a minute
 COPY, GRAPH = "+copy", "+graph"  # after the name of a machine, in this order
 
 
@@ -15,16 +18,16 @@ def add_workload_arguments(parser: argparse.ArgumentParser) -> None:
 
     documents = parser.add_argument_group("the documents")
     source = documents.add_mutually_exclusive_group()
-    source.add_argument("--lengths", metavar="FILE", help="document lengths: integers in a text file")
+    source.add_argument("--lengths", type=file, metavar="FILE", help="document lengths: integers in a text file")
     source.add_argument("--histogram", choices=sorted(HISTOGRAMS), help="draw them from a published histogram")
-    documents.add_argument("--longest", type=positive, metavar="N", help="cut drawn documents to N tokens")
+    documents.add_argument("--longest", type=token_count, metavar="N", help="cut drawn documents to N tokens")
     documents.add_argument("--seed", type=int, default=0, metavar="N", help="of the draw, default 0")
     documents.add_argument("--window", type=window, default=(-1, -1), metavar="L,R", help="inclusive, -1 is open")
-    documents.add_argument("--chunk", type=positive, metavar="C", help="attend inside chunks of C tokens only")
+    documents.add_argument("--chunk", type=token_count, metavar="C", help="attend inside chunks of C tokens only")
     documents.add_argument("--bidirectional", action="store_true", help="keys after a query are seen too")
     call = parser.add_argument_group("the attention and the machine")
     call.add_argument("--heads", type=heads, default=(32, 8), metavar="H/K", help="query/key heads, default 32/8")
-    call.add_argument("--head-dim", type=positive, default=128, metavar="D", help="default 128, in bfloat16")
+    call.add_argument("--head-dim", type=head_dim, default=128, metavar="D", help="default 128, in bfloat16")
     call.add_argument("--policy", choices=POLICIES, default="auto", help="who holds which tokens")
     call.add_argument(
         "--machine",
@@ -45,20 +48,34 @@ def mask(args: argparse.Namespace) -> Any:
 def lengths(args: argparse.Namespace, tokens: int | None, seed: int) -> list[int]:
     """Lengths of the documents, together `tokens` (None: all of the file); one document if no source was named.
 
-    Raises ValueError for a file that is wrong or too short.
+    Raises ValueError for a file that is wrong or too short, and for more tokens or documents than can be planned.
     """
+    if args.longest is not None and args.histogram is None:
+        raise ValueError(f"--longest {args.longest} cuts documents that are drawn: it needs --histogram")
+    if tokens is not None and tokens > TOKENS:
+        raise ValueError(f"expected a stream of at most {TOKENS} tokens, got {tokens}")
+    found = _lengths(args, tokens, seed)
+    if sum(found) > TOKENS:
+        raise ValueError(f"--lengths {args.lengths} has {sum(found)} tokens, expected at most {TOKENS}")
+    pieces = len(found) if args.chunk is None else sum(-(-size // args.chunk) for size in found)
+    if pieces > DOCUMENTS:
+        raise ValueError(f"expected at most {DOCUMENTS} documents and chunks of documents, got {pieces}")
+    return found
+
+
+def _lengths(args: argparse.Namespace, tokens: int | None, seed: int) -> list[int]:
     from ringattn.workloads import HISTOGRAMS, cut_to, read_lengths
 
     if args.lengths is not None:
         try:
-            found = read_lengths(Path(args.lengths))
+            found = read_lengths(args.lengths)
         except OSError as error:
-            raise ValueError(f"--lengths {args.lengths} cannot be read: {error.strerror}") from None
+            raise ValueError(f"--lengths {args.lengths} cannot be read: {reason(error)}") from None
         return found if tokens is None else cut_to(found, tokens)
     if tokens is None:
         raise ValueError("--tokens is needed, unless --lengths names the documents")
     if args.histogram is not None:
-        return HISTOGRAMS[args.histogram].pack(tokens, seed, args.longest)
+        return HISTOGRAMS[args.histogram].pack(tokens, seed, args.longest, DOCUMENTS)
     return [tokens]
 
 
@@ -91,10 +108,15 @@ def _plain(name: str | None) -> Any:
         return SHIPPED["H200"] if MACHINE.read() is None else local_machine("cpu")
     if name in SHIPPED:
         return SHIPPED[name]
-    path = Path(name)
+    path = Path(name).expanduser()
     if not path.is_file():
         raise ValueError(f"--machine must be {', '.join(SHIPPED)} or a calibration file, got {name!r}")
-    return Machine.from_json(path.read_text(encoding="utf-8"))
+    try:
+        return Machine.from_json(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ValueError(f"--machine {name} cannot be read: {reason(error)}") from None
+    except ValueError as error:
+        raise ValueError(f"--machine {name}: {error}") from None
 
 
 def mesh(args: argparse.Namespace, ring: int, ulysses: int) -> Any:

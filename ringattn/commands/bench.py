@@ -11,11 +11,14 @@ kept in RINGATTN_CACHE_DIR, with hardware and versions, and every later mesh pla
 import argparse
 import json
 import os
-from pathlib import Path
+import sys
 from typing import Any
 
-from ringattn.commands._call import DTYPES, heads, positive
-from ringattn.commands._text import row
+from ringattn.commands._call import DTYPES, check_backend, check_device, head_dim, heads, integer
+from ringattn.commands._files import check_target, file
+from ringattn.commands._text import first_line, row
+
+DAY = 86400
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -23,10 +26,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--device", choices=("cuda", "cpu"), help="default cuda if there is a device")
     parser.add_argument("--dtype", choices=DTYPES, help="default bfloat16, on CPUs float32")
     parser.add_argument("--heads", type=heads, default=(8, 2), metavar="H/K", help="query/key heads, default 8/2")
-    parser.add_argument("--head-dim", type=positive, nargs="+", default=[128], metavar="D", help="default 128")
+    parser.add_argument("--head-dim", type=head_dim, nargs="+", default=[128], metavar="D", help="default 128")
     parser.add_argument("--backend", default="auto", help="kernel backend, default auto")
-    parser.add_argument("--seconds", type=positive, default=30, metavar="N", help="for the timed runs, default 30")
-    parser.add_argument("--out", type=Path, metavar="FILE", help="store here instead of the cache")
+    parser.add_argument("--seconds", type=integer(DAY), default=30, metavar="N", help="for the timed runs, default 30")
+    parser.add_argument(
+        "--out", type=file, metavar="FILE", help="store here instead of the cache; missing folders are made"
+    )
     parser.add_argument("--json", action="store_true", help="print the stored JSON")
 
 
@@ -37,6 +42,7 @@ def run(args: argparse.Namespace) -> int:
     from ringattn.parallel.mesh.mesh import init_mesh
 
     device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    check(args, device)
     launched = int(os.environ.get("WORLD_SIZE", "1")) > 1
     started = launched and not dist.is_initialized()
     if launched:
@@ -45,12 +51,27 @@ def run(args: argparse.Namespace) -> int:
         init_mesh(device_type=device)
     try:
         report = measure(args, device)
+    except (NotImplementedError, MemoryError, RuntimeError) as error:
+        print(f"ringattn bench: error: this cannot be measured: {first_line(error)}", file=sys.stderr)
+        return 1
     finally:
         if started:
             dist.destroy_process_group()
     if not launched or os.environ.get("RANK", "0") == "0":
         print(json.dumps(report["machine"], indent=1) if args.json else render(report))
     return 0
+
+
+def check(args: argparse.Namespace, device: str) -> None:
+    """Ends the program for what cannot be measured or stored."""
+    from ringattn.parallel.machine.shipped import calibration_path
+
+    check_device(args)
+    check_backend(args)
+    try:
+        check_target("--out" if args.out else "RINGATTN_CACHE_DIR:", args.out or calibration_path(device))
+    except ValueError as error:
+        args.parser.error(str(error))
 
 
 def measure(args: argparse.Namespace, device: str) -> dict[str, Any]:

@@ -9,12 +9,15 @@ if everything is right, 1 if something is not, 2 for wrong arguments.
 
 import argparse
 import json
+import math
 import tempfile
 from pathlib import Path
 from typing import Any
 
-from ringattn.commands._call import positive
-from ringattn.commands._text import row
+from ringattn.commands._call import check_backend, check_device, integer
+from ringattn.commands._text import first_line, row
+
+PROCESSES = 64  # of this machine
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -24,28 +27,39 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="PATH_OR_CONFIG",
         help="folder, config.json or a model type such as gpt_oss; of a multimodal one the text decoder",
     )
-    parser.add_argument("--ring", type=positive, default=1, metavar="N", help="degree of the ring axis, default 1")
-    parser.add_argument("--ulysses", type=positive, default=1, metavar="N", help="of the ulysses axis, default 1")
+    parser.add_argument(
+        "--ring", type=integer(PROCESSES), default=1, metavar="N", help="degree of the ring axis, default 1"
+    )
+    parser.add_argument(
+        "--ulysses", type=integer(PROCESSES), default=1, metavar="N", help="of the ulysses axis, default 1"
+    )
     parser.add_argument("--real", action="store_true", help="sizes and weights of the folder, not a tiny model")
     parser.add_argument("--device", choices=("cpu", "cuda"), help="default cuda if there are enough devices")
     parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help="default by device")
     parser.add_argument("--policy", choices=("auto", "contiguous", "zigzag", "balanced"), default="contiguous")
     parser.add_argument("--scheme", choices=("auto", "ring", "gather", "joint", "ulysses", "hybrid"), default="auto")
     parser.add_argument("--backend", default="auto", metavar="NAME", help="kernel backend, default auto")
-    parser.add_argument("--tolerance", type=float, metavar="X", help="largest relative error, default by dtype")
+    parser.add_argument("--tolerance", type=tolerance, metavar="X", help="largest relative error, default by dtype")
     parser.add_argument("--json", action="store_true", help="the findings as one JSON list")
 
 
 def run(args: argparse.Namespace) -> int:
     try:
         from ringattn.hf.check import Request
+        from ringattn.hf.support import check_decoder
         from ringattn.hf.tiny import read_config
 
-        read_config(args.model)
+        config = read_config(args.model)
     except ImportError as error:
         args.parser.error(f"this command needs transformers: {error}")
-    except (ValueError, OSError) as error:
-        args.parser.error(f"--model: {error}")
+    except ValueError as error:
+        args.parser.error(f"--model: {first_line(error)}")
+    check_backend(args)
+    check_device(args, args.ring * args.ulysses)
+    if args.ring * args.ulysses > PROCESSES:
+        args.parser.error(
+            f"--ring × --ulysses must be at most {PROCESSES} processes of this machine, got {args.ring * args.ulysses}"
+        )
     if args.real and not Path(args.model).expanduser().is_dir():
         args.parser.error(f"--real needs a folder with weights, got --model {args.model}")
     device = args.device or _device(args.ring * args.ulysses)
@@ -61,7 +75,11 @@ def run(args: argparse.Namespace) -> int:
         backend=args.backend,
         tolerance=args.tolerance,
     )
-    findings = launched(request)
+    try:
+        check_decoder(config, whole=args.real)
+        findings = launched(request)
+    except NotImplementedError as refusal:
+        findings = [{"name": "supported", "ok": False, "detail": str(refusal)}]
     print(json.dumps(findings, indent=2) if args.json else render(request, findings))
     return 0 if all(finding["ok"] for finding in findings) else 1
 
@@ -80,9 +98,25 @@ def launched(request: Any) -> list[dict[str, Any]]:
         try:
             multiprocessing.spawn(work, (request, store.port, str(answer)), nprocs=request.ranks)
         except (multiprocessing.ProcessRaisedException, multiprocessing.ProcessExitedException) as error:
-            last = str(error).strip().splitlines()[-1]
-            return [{"name": "runs", "ok": False, "detail": last}]
+            return [{"name": "runs", "ok": False, "detail": raised(str(error))}]
         return json.loads(answer.read_text())
+
+
+def raised(trace: str) -> str:
+    """The first line of what was raised, out of a traceback: messages may have many."""
+    lines = trace.strip().splitlines()
+    deepest = max((number for number, line in enumerate(lines) if line.startswith("  File ")), default=-1)
+    return next((line for line in lines[deepest + 1 :] if line[:1].strip()), lines[-1])
+
+
+def tolerance(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not 0 < value < math.inf:
+        raise argparse.ArgumentTypeError(f"expected a number > 0, got {text!r}")
+    return value
 
 
 def render(request: Any, findings: list[dict[str, Any]]) -> str:

@@ -12,29 +12,32 @@ from pathlib import Path
 from typing import Any
 
 from ringattn.commands import _workload
-from ringattn.commands._call import positive
-from ringattn.commands._text import row, table
+from ringattn.commands._call import HEADS, RANKS, TOKENS, integer, ranks, tokens
+from ringattn.commands._files import check_target, file
+from ringattn.commands._text import note, row, table
 from ringattn.parallel.planning.options import SCHEMES
 
 SHOWN = 64  # ranks in the table; of more the slowest
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--tokens", type=positive, metavar="T", help="of the packed stream, e.g. 262144")
-    parser.add_argument("--ring", type=positive, default=1, metavar="R", help="ranks that pass keys, default 1")
-    parser.add_argument("--ulysses", type=positive, default=1, metavar="U", help="ranks that exchange heads, default 1")
-    parser.add_argument("--sequence", type=positive, metavar="N", help="ranks, in place of the two: degrees are chosen")
+    parser.add_argument("--tokens", type=tokens, metavar="T", help="of the packed stream, e.g. 262144")
+    parser.add_argument("--ring", type=ranks, default=1, metavar="R", help="ranks that pass keys, default 1")
+    parser.add_argument("--ulysses", type=ranks, default=1, metavar="U", help="ranks that exchange heads, default 1")
+    parser.add_argument("--sequence", type=ranks, metavar="N", help="ranks, in place of the two: degrees are chosen")
     parser.add_argument("--scheme", choices=SCHEMES, default="auto", help="default auto")
-    parser.add_argument("--stages", type=positive, metavar="N", help="of --scheme ring, the local one included")
-    parser.add_argument("--memory", type=positive, metavar="MIB", help="what a rank's buffers may take")
+    parser.add_argument("--stages", type=ranks, metavar="N", help="of --scheme ring, the local one included")
+    parser.add_argument("--memory", type=integer(TOKENS), metavar="MIB", help="what a rank's buffers may take")
     parser.add_argument(
         "--head-chunks",
-        type=positive,
+        type=integer(HEADS),
         metavar="N",
         help="of heads, computed one after another in buffers of one; default: 1, or the fastest that keep --memory",
     )
     _workload.add_workload_arguments(parser)
-    parser.add_argument("--draw", metavar="FILE", help="write a picture: .png or .svg")
+    parser.add_argument(
+        "--draw", type=file, metavar="FILE", help="write a picture: .png or .svg; missing folders are made"
+    )
     parser.add_argument("--json", action="store_true", help="the table as one JSON object")
 
 
@@ -43,7 +46,8 @@ def run(args: argparse.Namespace) -> int:
 
     try:
         if args.draw is not None:
-            check_drawing(args.draw)
+            check_drawing(str(args.draw))
+            check_target("--draw", args.draw)
         layout, parts = plan(args)
     except ValueError as error:
         args.parser.error(str(error))
@@ -55,7 +59,7 @@ def run(args: argparse.Namespace) -> int:
         print("\n\n".join([*chosen_degrees(layout), *map(render, reports)]))
     for number, (planned, report) in enumerate(zip(parts, reports, strict=True), 1):
         if args.draw is not None:
-            path = Path(args.draw)
+            path: Path = args.draw
             draw(planned, report, str(path.with_stem(f"{path.stem}-{number}") if len(layout.parts) > 1 else path))
     return 0
 
@@ -72,6 +76,11 @@ def plan(args: argparse.Namespace) -> tuple[Any, list[dict[str, Any]]]:
     mask = _workload.mask(args)
     if args.sequence is not None and (args.ring, args.ulysses) != (1, 1):
         raise ValueError(f"--sequence {args.sequence} leaves --ring and --ulysses to the documents")
+    size = args.sequence or args.ring * args.ulysses
+    if size > RANKS:
+        raise ValueError(f"--ring × --ulysses must be at most {RANKS} ranks, got {size}")
+    if size > SHOWN:
+        note(f"{size} ranks are planned, priced on every mesh and played through: that takes a while")
     if args.sequence is None:
         layout = Layout(documents, _workload.mesh(args, args.ring, args.ulysses), args.policy, mask)
     else:
@@ -158,15 +167,17 @@ def rank_report(planned: dict[str, Any], rank: int) -> dict[str, Any]:
     from ringattn.parallel.simulation.traffic import Traffic
 
     setting, layout, plan = planned["setting"], planned["layout"], planned["plans"][rank]
-    traffic = planned.setdefault("traffic", received_and_sent(Traffic(planned["plans"], setting.shape, False)))
+    if "traffic" not in planned:
+        planned["traffic"] = received_and_sent(Traffic(planned["plans"], setting.shape, False))
+    received, sent = planned["traffic"]
     pairs = sum(int(BlockTable.of(stage.calls).areas.sum()) for stage in plan.stages)
     cost = rank_cost(setting.machine, plan, setting.shape)
     return {
         "rank": rank,
         "tokens": layout.tokens(rank),
         "area": pairs * setting.shape.share(plan.exchange).query_heads / setting.shape.query_heads,
-        "received_bytes": traffic[0][rank],
-        "sent_bytes": traffic[1][rank],
+        "received_bytes": received[rank],
+        "sent_bytes": sent[rank],
         "stages": len(plan.stages),
         "head_chunks": plan.head_chunks,
         "buffer_bytes": int(cost.buffer_bytes),

@@ -9,25 +9,36 @@ measured here; the rates are those of --machine.
 import argparse
 import json
 import time
+from collections.abc import Callable
 from typing import Any
 
 from ringattn.commands import _workload
-from ringattn.commands._call import positive
-from ringattn.commands._text import row, table
+from ringattn.commands._call import HEADS, RANKS, integer, ranks
+from ringattn.commands._call import tokens as token_count
+from ringattn.commands._files import check_target, file
+from ringattn.commands._text import note, row, table
 
 GPUS = (8, 16, 32, 64, 128, 256, 512, 1024)
+PACKS = 1000
+SLOWEST = 1e6
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--gpus", type=integers, default=GPUS, metavar="N,N", help="default 8,16,...,1024")
+    parser.add_argument("--gpus", type=numbers(ranks), metavar="N,N", help="default 8,16,...,1024")
     parser.add_argument(
-        "--tokens-per-gpu", type=integers, default=(32768,), metavar="N,N", help="of the packed stream, default 32768"
+        "--tokens-per-gpu",
+        type=numbers(token_count),
+        default=(32768,),
+        metavar="N,N",
+        help="of the packed stream, default 32768",
     )
-    parser.add_argument("--ulysses", type=positive, default=8, metavar="U", help="at most, default 8; the rest is ring")
-    parser.add_argument("--packs", type=positive, default=1, metavar="N", help="packs of a histogram, default 1")
+    parser.add_argument(
+        "--ulysses", type=integer(HEADS), default=8, metavar="U", help="at most, default 8; the rest is ring"
+    )
+    parser.add_argument("--packs", type=integer(PACKS), metavar="N", help="packs of a histogram, default 1")
     parser.add_argument(
         "--groups",
-        type=integers,
+        type=numbers(ranks),
         metavar="N,N",
         help="instead of --gpus: sequence groups of these sizes share the documents of a step by their cost",
     )
@@ -36,7 +47,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--slow-link", type=slow_link, metavar="RANK:node|network:FACTOR", help="a rank whose port is slower"
     )
     _workload.add_workload_arguments(parser)
-    parser.add_argument("--draw", metavar="FILE", help="write efficiency against GPUs: .png or .svg")
+    parser.add_argument(
+        "--draw",
+        type=file,
+        metavar="FILE",
+        help="write efficiency against GPUs: .png or .svg; missing folders are made",
+    )
     parser.add_argument("--json", action="store_true", help="the table as one JSON object")
 
 
@@ -45,7 +61,8 @@ def run(args: argparse.Namespace) -> int:
 
     try:
         if args.draw is not None:
-            check_drawing(args.draw)
+            check_drawing(str(args.draw))
+            check_target("--draw", args.draw)
         report = examine(args)
     except ValueError as error:
         args.parser.error(str(error))
@@ -55,19 +72,22 @@ def run(args: argparse.Namespace) -> int:
         for point in report["points"]:
             label = f"{point['tokens_per_gpu']:,} tokens per GPU"
             curves.setdefault(label, []).append((point["gpus"], point["efficiency"]["both"]))
-        draw_scaling(curves, f"{report['documents']}, heads {report['heads']}, {report['machine']['name']}", args.draw)
+        draw_scaling(
+            curves, f"{report['documents']}, heads {report['heads']}, {report['machine']['name']}", str(args.draw)
+        )
     return 0
 
 
 def examine(args: argparse.Namespace) -> dict[str, Any]:
     """Everything that the report says, as plain values; times in seconds."""
     machine = _workload.machine(args)
+    check(args)
     if args.groups is None:
-        points = [point(args, gpus, tokens) for tokens in args.tokens_per_gpu for gpus in args.gpus]
+        points = [point(args, gpus, tokens) for tokens in args.tokens_per_gpu for gpus in args.gpus or GPUS]
     else:
         points = [grouped_point(args, tokens) for tokens in args.tokens_per_gpu]
     return {
-        "documents": args.histogram or (args.lengths if args.lengths is not None else "one document"),
+        "documents": args.histogram or (str(args.lengths) if args.lengths is not None else "one document"),
         "heads": f"{args.heads[0]}/{args.heads[1]}",
         "head_dim": args.head_dim,
         "machine": {"name": machine.name, "gpus_per_node": machine.gpus_per_node, **machine.provenance},
@@ -79,10 +99,26 @@ def examine(args: argparse.Namespace) -> dict[str, Any]:
     }
 
 
+def check(args: argparse.Namespace) -> None:
+    """Raises ValueError for options that would say nothing, or two things."""
+    if args.packs is not None and args.histogram is None:
+        raise ValueError(f"--packs {args.packs} draws documents several times: it needs --histogram")
+    if args.groups is None:
+        return
+    if sum(args.groups) > RANKS:
+        raise ValueError(f"--groups must have at most {RANKS} GPUs together, got {sum(args.groups)}")
+    for name in ("gpus", "packs", "straggler", "slow_link"):
+        if getattr(args, name) is not None:
+            raise ValueError(
+                f"--{name.replace('_', '-')} is of one sequence group, and --groups has several sizes of them"
+            )
+
+
 def point(args: argparse.Namespace, gpus: int, tokens_per_gpu: int) -> dict[str, Any]:
     """All packs of one number of GPUs: means of their times."""
+    note(f"{gpus} GPUs with {tokens_per_gpu} tokens each")
     began = time.perf_counter()
-    seeds = range(args.seed, args.seed + (args.packs if args.histogram else 1))
+    seeds = range(args.seed, args.seed + (args.packs or 1))
     packs = [_workload.lengths(args, gpus * tokens_per_gpu, seed) for seed in seeds]
     done = [attention(args, lengths, gpus) for lengths in packs]
     return {
@@ -231,8 +267,9 @@ def render(report: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def integers(text: str) -> tuple[int, ...]:
-    return tuple(positive(part) for part in text.split(","))
+def numbers(parse: Callable[[str], int]) -> Callable[[str], tuple[int, ...]]:
+    """The type of an option with several of them."""
+    return lambda text: tuple(parse(part) for part in text.split(","))
 
 
 def slow_rank(text: str) -> tuple[int, float]:
@@ -258,8 +295,8 @@ def _factor(part: str, text: str) -> float:
         factor = float(part)
     except ValueError:
         factor = 0.0
-    if not 1 <= factor < float("inf"):
-        raise argparse.ArgumentTypeError(f"expected a factor >= 1 last, got {text!r}")
+    if not 1 <= factor <= SLOWEST:
+        raise argparse.ArgumentTypeError(f"expected a factor from 1 to {SLOWEST:g} last, got {text!r}")
     return factor
 
 

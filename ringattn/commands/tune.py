@@ -8,19 +8,22 @@ import argparse
 import json
 from typing import Any
 
-from ringattn.commands._call import add_call_arguments, call_spec, describe, positive
+from ringattn.commands._call import add_call_arguments, call_spec, check_device, describe, integer, tokens
 from ringattn.commands._text import row
+
+DOCUMENTS = 1 << 16
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_call_arguments(parser)
-    parser.add_argument("--length", type=positive, default=8192, metavar="N", help="of each document, default 8192")
-    parser.add_argument("--documents", type=positive, default=1, metavar="N", help="in the batch, default 1")
+    parser.add_argument("--length", type=tokens, default=8192, metavar="N", help="of each document, default 8192")
+    parser.add_argument("--documents", type=integer(DOCUMENTS), default=1, metavar="N", help="in the batch, default 1")
     parser.add_argument("--what", choices=("backend", "flex"), default="backend", help="default backend")
     parser.add_argument("--json", action="store_true", help="the same as one JSON object")
 
 
 def run(args: argparse.Namespace) -> int:
+    check_device(args)
     report = measure(args)
     print(json.dumps(report, indent=2) if args.json else render(report))
     return 1 if report["error"] else 0

@@ -23,6 +23,7 @@ from ringattn.hf.conformance import (
     together,
 )
 from ringattn.hf.model import Handle, parallelize
+from ringattn.hf.support import check_decoder
 from ringattn.hf.tiny import read_config, tiny_config, tiny_model, with_parameters_in
 from ringattn.parallel.mesh.mesh import SequenceMesh, init_mesh
 
@@ -129,6 +130,7 @@ def examine(request: Request, mesh: SequenceMesh) -> Iterator[Finding]:
 def built(request: Request) -> Any:
     """The model of a request, on the CPU."""
     config = read_config(request.model)
+    check_decoder(config, whole=request.real)
     dtype = getattr(torch, request.dtype)
     if not request.real:
         return with_parameters_in(tiny_model(tiny_config(config)), dtype)

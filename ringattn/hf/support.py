@@ -37,6 +37,20 @@ class LengthLimit:
     local: bool = False
 
 
+def check_decoder(config: Any, whole: bool) -> None:
+    """Raises NotImplementedError unless AutoModelForCausalLM builds a decoder from a configuration, or (not `whole`)
+    from the text part of it."""
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
+
+    if not whole and not config.is_encoder_decoder:
+        config = config.get_text_config()
+    name = type(config).__name__
+    if config.is_encoder_decoder:
+        raise NotImplementedError(f"{name} is of an encoder-decoder; only decoders are supported")
+    if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
+        raise NotImplementedError(f"{name} is of no causal language model of transformers; only decoders are supported")
+
+
 def check_model(model: Any) -> int:
     """The number of attention layers of a transformers model, which may be on the meta device.
 

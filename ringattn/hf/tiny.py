@@ -79,10 +79,15 @@ def read_config(source: str) -> Any:
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
     path = Path(source).expanduser()
-    if path.is_file() or (path / "config.json").is_file():
-        return AutoConfig.from_pretrained(path, local_files_only=True)
-    if source in CONFIG_MAPPING:
-        return AutoConfig.for_model(source)
+    try:
+        if path.is_file() or (path / "config.json").is_file():
+            # Without the question whether code of the folder may run, which waits for an answer.
+            return AutoConfig.from_pretrained(path, local_files_only=True, trust_remote_code=False)
+        if source in CONFIG_MAPPING:
+            return AutoConfig.for_model(source)
+    except Exception as error:  # transformers raises of all kinds, from validators of single fields too
+        told = " ".join(str(error).split())
+        raise ValueError(f"{source!r} cannot be read as a configuration: {type(error).__name__}: {told}") from error
     raise ValueError(
         f"expected a folder with a config.json, such a file, or a model type of transformers, got {source!r}"
     )

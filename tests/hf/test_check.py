@@ -33,11 +33,61 @@ def test_wrong_arguments(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> 
     for argv, words in (
         (["--model", "no_such_model"], "got 'no_such_model'"),
         (["--model", "llama", "--real"], "--real needs a folder"),
-        (["--model", "llama", "--ring", "0"], "integer >= 1"),
+        (["--model", "llama", "--ring", "0"], "an integer from 1 to 64, got '0'"),
+        (["--model", str(tmp_path / "missing")], "expected a folder with a config.json"),
+        (["--model", str(tmp_path)], "expected a folder with a config.json"),
+        (["--model", ""], "expected a folder with a config.json"),
     ):
         with pytest.raises(SystemExit, match="2"):
             main(["check", *argv])
         assert words in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("config", "words"),
+    [
+        ("{", "is not a valid JSON file"),
+        ("[1]", "Should have a `model_type` key"),
+        ("{}", "Should have a `model_type` key"),
+        ('{"model_type": "nope"}', "model type `nope`"),
+        ('{"model_type": "llama", "num_attention_heads": "x"}', "'num_attention_heads' expected int, got str"),
+        ('{"model_type": "llama", "hidden_size": 64, "num_attention_heads": 7}', "not a multiple"),
+        ('{"model_type": "mine", "auto_map": {"AutoConfig": "x.Y"}}', "custom code"),
+    ],
+)
+def test_configurations_that_cannot_be_read(
+    config: str, words: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """One line that names the folder, at once: no question whether its code may run."""
+    (tmp_path / "config.json").write_text(config)
+    with pytest.raises(SystemExit, match="2"), mock.patch("builtins.input", side_effect=AssertionError("asked")):
+        main(["check", "--model", str(tmp_path)])
+    last = capsys.readouterr().err.splitlines()[-1]
+    assert last.startswith("ringattn check: error: --model: ")
+    assert str(tmp_path) in last
+    assert words in last
+
+
+@pytest.mark.parametrize(
+    ("model", "words"),
+    [
+        ("t5", "T5Config is of an encoder-decoder"),
+        ("whisper", "WhisperConfig is of an encoder-decoder"),
+        ("encoder-decoder", "EncoderDecoderConfig is of an encoder-decoder"),
+        ("vit", "ViTConfig is of no causal language model"),
+        ("clip", "CLIPTextConfig is of no causal language model"),
+        ("qwen2_vl", "Qwen2VLTextConfig is of no causal language model"),
+        ("musicgen", "MusicgenConfig is of an encoder-decoder"),
+    ],
+)
+def test_models_that_are_no_decoders(model: str, words: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """Refused by name before any process starts."""
+    with mock.patch("ringattn.commands.check.launched", side_effect=AssertionError("started")):
+        assert main(["check", "--model", model, "--device", "cpu", "--json"]) == 1
+    (finding,) = json.loads(capsys.readouterr().out)
+    assert (finding["name"], finding["ok"]) == ("supported", False)
+    assert words in finding["detail"]
+    assert "Model type should be one of" not in finding["detail"]
 
 
 def findings_of(request: Request, sabotage: str | None) -> list[Finding]:

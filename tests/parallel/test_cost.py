@@ -1,6 +1,7 @@
 """Prices of plans: timelines by hand, machines through JSON, closed forms against the plans themselves."""
 
 import json
+import math
 from dataclasses import replace
 from typing import Any
 from unittest import mock
@@ -92,6 +93,28 @@ def test_copy_engines_are_priced_on_the_axes_that_have_them() -> None:
 def test_other_json_is_refused(text: str) -> None:
     with pytest.raises(ValueError, match="not the JSON of a machine"):
         Machine.from_json(text)
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (lambda fields: fields["links"].pop("node/copy"), "links must have node/copy"),
+        (
+            lambda fields: fields["links"]["node/p2p"].update(bandwidth=0.0),
+            "links node/p2p must be a number > 0, got 0",
+        ),
+        (lambda fields: fields.update(copy_bandwidth=math.nan), "copy_bandwidth must be a number > 0, got nan"),
+        (lambda fields: fields.update(merge_bandwidth=-1.0), "merge_bandwidth must be a number > 0, got -1"),
+        (lambda fields: fields.update(gpus_per_node=0), "gpus_per_node must be an integer >= 1, got 0"),
+        (lambda fields: fields.update(rates=fields["rates"][:1]), "kernels of both directions"),
+        (lambda fields: fields["rates"][0].update(flops=math.inf), r"rates\[0\].flops must be a number > 0, got inf"),
+    ],
+)
+def test_a_machine_that_plans_would_fail_on_is_refused(change: Any, words: str) -> None:
+    fields = json.loads(H200.to_json())
+    change(fields)
+    with pytest.raises(ValueError, match=words):
+        Machine.from_json(json.dumps(fields))
 
 
 def test_shipped_machines_are_found_by_name() -> None:

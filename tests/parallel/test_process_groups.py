@@ -33,7 +33,7 @@ def opened() -> tuple[int, int]:
 def attended(mesh: SequenceMesh) -> torch.Tensor:
     """The whole output and the key gradients of an attention, on every rank."""
     layout = Layout(Documents([20, 5, 7]), mesh)
-    x = torch.randn(32, 4, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    x = torch.randn(32, 4, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(0)).to(mesh.device)
     q, k, v = (layout.shard(x).clone().requires_grad_() for _ in range(3))
     out = parallel_attention(q, k, v, layout)
     out.square().sum().backward()
@@ -95,6 +95,23 @@ def calibrated() -> list[tuple[int, int]]:
 def test_measuring_links_leaves_nothing_open(pool: Pools) -> None:
     for first, *others in pool(2).run(calibrated):
         assert others == [first, first]
+
+
+def on_devices(transport: str) -> list[torch.Tensor]:
+    found = []
+    for _ in range(3):
+        with init_mesh(ring=2, device_type="cuda", transport=transport) as mesh:
+            found.append(attended(mesh).cpu())
+        with pytest.raises(ValueError, match="mesh was closed"):
+            attended(mesh)
+    return found
+
+
+@pytest.mark.gpu(2)
+@pytest.mark.parametrize("transport", ["collective", "copy"])
+def test_meshes_of_devices_are_opened_and_closed_again(pool: Pools, transport: str) -> None:
+    for first, *others in pool(2, "cuda").run(on_devices, transport, timeout=300):
+        assert all(torch.equal(first, other) for other in others)
 
 
 def shared() -> None:

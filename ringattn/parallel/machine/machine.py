@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
@@ -10,6 +11,7 @@ from typing import Any
 from ringattn.parallel.machine.kernel_rate import KernelRate
 
 CLASSES = ("node", "network")
+PRIMITIVES = ("p2p", "all_to_all", "copy")
 MOVED_BY = {"ring": "p2p", "ulysses": "all_to_all"}  # the primitive that moves the data of a mesh axis
 
 
@@ -104,6 +106,21 @@ class Machine:
         }
         return json.dumps(fields, indent=1, sort_keys=True)
 
+    def _check(self) -> None:
+        """Raises ValueError if a number that plans divide by, or a link or kernel that they ask for, is missing."""
+        if not isinstance(self.gpus_per_node, int) or self.gpus_per_node < 1:
+            raise ValueError(f"gpus_per_node must be an integer >= 1, got {self.gpus_per_node!r}")
+        if missing := sorted({(a, b) for a in CLASSES for b in PRIMITIVES} - set(self.links)):
+            raise ValueError(f"links must have {', '.join(map('/'.join, missing))}")
+        if {rate.backward for rate in self.rates} != {False, True}:
+            raise ValueError("rates must have kernels of both directions, forward and backward")
+        speeds = {f"links {'/'.join(key)}": link.bandwidth for key, link in self.links.items()}
+        speeds |= {"copy_bandwidth": self.copy_bandwidth, "merge_bandwidth": self.merge_bandwidth}
+        speeds |= {f"rates[{number}].flops": rate.flops for number, rate in enumerate(self.rates)}
+        for name, speed in speeds.items():
+            if not 0 < speed < math.inf:
+                raise ValueError(f"{name} must be a number > 0, got {speed}")
+
     @classmethod
     def from_json(cls, text: str) -> "Machine":
         """Raises ValueError for text that is no machine."""
@@ -112,7 +129,9 @@ class Machine:
             links = {tuple(key.split("/")): Link(**link) for key, link in fields.pop("links").items()}
             rates = tuple(KernelRate(**rate) for rate in fields.pop("rates"))
             engines = tuple(fields.pop("engines", ()))  # files of calibrations may be without it
-            return cls(links=links, rates=rates, engines=engines, **fields)
+            machine = cls(links=links, rates=rates, engines=engines, **fields)
+            machine._check()
+            return machine
         except (TypeError, KeyError, AttributeError, ValueError) as error:
             raise ValueError(f"not the JSON of a machine: {type(error).__name__}: {error}") from error
 

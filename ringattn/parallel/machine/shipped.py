@@ -141,7 +141,10 @@ def local_machine(device_type: str) -> Machine:
             raise ValueError(
                 f"{MACHINE.name} must be {', '.join(SHIPPED)} or the path of a calibration file, got {chosen!r}"
             )
-        return Machine.from_json(Path(chosen).read_text(encoding="utf-8"))
+        try:
+            return Machine.from_json(Path(chosen).read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            raise ValueError(f"{MACHINE.name}={chosen} cannot be read: {error}") from error
     path = calibration_path(device_type)
     try:
         return Machine.from_json(path.read_text(encoding="utf-8"))

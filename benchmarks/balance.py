@@ -14,10 +14,10 @@ from statistics import mean
 import numpy as np
 
 from ringattn import Documents, Layout, Mask, MeshShape
-from ringattn.parallel.demand import Demand, per
-from ringattn.parallel.held import Held
-from ringattn.parallel.machine import Machine
-from ringattn.parallel.machines import SHIPPED
+from ringattn.parallel.machine.machine import Machine
+from ringattn.parallel.machine.shipped import SHIPPED
+from ringattn.parallel.placement.pieces import PieceTable
+from ringattn.parallel.schedules.demand import KeyDemand, per
 from ringattn.workloads import HISTOGRAMS
 
 POLICIES = ("balanced", "balanced by time", "zigzag", "contiguous")
@@ -37,7 +37,7 @@ def balance(lengths: list[int], ring: int, policy: str, machine: Machine = SHIPP
     """What a policy makes of a pack; "balanced by time" is "balanced" with the machine's kernel times."""
     timed = policy == "balanced by time"
     layout = Layout(Documents(lengths), MeshShape(1, ring), policy.split()[0], machine=machine if timed else None)
-    demand = Demand.of(Held.of(layout, Mask()), Mask().band)
+    demand = KeyDemand.of(PieceTable.of(layout.parts[0], Mask()), Mask().band)
     blocks = demand.gathered_blocks
     seconds = sum(machine.rate(128, backward).share_seconds(blocks, 256) for backward in (False, True))
     areas, times = (per(demand.position, np.asarray(x, dtype=float), ring) for x in (blocks.areas, seconds))

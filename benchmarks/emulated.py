@@ -12,12 +12,12 @@ from ringattn import Documents, Layout, Mask, MeshShape
 from ringattn.kernels.registry import choose
 from ringattn.kernels.selftest import adds
 from ringattn.kernels.spec import CallSpec, Options
-from ringattn.parallel.executor import backward_parts, forward_parts
-from ringattn.parallel.machine import Machine
-from ringattn.parallel.plan import Route
-from ringattn.parallel.planner import plan_attention
-from ringattn.parallel.stages import Job
-from ringattn.parallel.transport import Pending
+from ringattn.parallel.execution.executor import backward_parts, forward_parts
+from ringattn.parallel.execution.job import Job
+from ringattn.parallel.machine.machine import Machine
+from ringattn.parallel.plan.route import Route
+from ringattn.parallel.planning.planner import plan_attention
+from ringattn.parallel.transport.protocol import Pending
 
 
 class _Mail:

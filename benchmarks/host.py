@@ -32,11 +32,11 @@ from torch import Tensor
 
 from ringattn import Documents, Layout, parallel_attention
 from ringattn.kernels import registry, selftest
-from ringattn.kernels.fa3 import FlashAttention3
-from ringattn.kernels.fa4 import FlashAttention4
+from ringattn.kernels.backends.fa3 import FlashAttention3
+from ringattn.kernels.backends.fa4 import FlashAttention4
 from ringattn.kernels.spec import Backend, Block, Call, Capability, Grads, Options, Sum
-from ringattn.parallel.mesh import SequenceMesh
-from ringattn.parallel.plan import Route
+from ringattn.parallel.mesh.mesh import SequenceMesh
+from ringattn.parallel.plan.route import Route
 
 CALLS = 40  # layer calls of one run, as many as a model has layers
 RUNS = 10  # of each process
@@ -148,10 +148,10 @@ def nothing_computed() -> Iterator[None]:
             ("ringattn.kernels.registry.backends", lambda: known),
             ("ringattn.kernels.selftest._run", lambda *_: None),
             ("ringattn.kernels.selftest._adds_right", lambda *_: True),
-            ("ringattn.parallel.rows.take_rows", lambda *_: None),
-            ("ringattn.parallel.rows.add_rows", lambda *_: None),
-            ("ringattn.parallel.ulysses.pack_heads", lambda *_: None),
-            ("ringattn.parallel.ulysses.unpack_heads", lambda *_: None),
+            ("ringattn.parallel.execution.key_transfers.take_rows", lambda *_: None),
+            ("ringattn.parallel.execution.key_transfers.add_rows", lambda *_: None),
+            ("ringattn.parallel.execution.head_exchange.pack_heads", lambda *_: None),
+            ("ringattn.parallel.execution.head_exchange.unpack_heads", lambda *_: None),
         ):
             stack.enter_context(mock.patch(target, value))
         yield
@@ -185,10 +185,10 @@ def no_packages() -> Iterator[None]:
     with ExitStack() as stack:
         stack.enter_context(mock.patch.dict(sys.modules, null_fa4=interface))
         for target, value in (
-            ("ringattn.kernels.fa4._kernels", lambda: (interface._flash_attn_fwd, interface._flash_attn_bwd)),
-            ("ringattn.kernels.fa3._kernels", lambda: operators),
-            ("ringattn.kernels.fa3.parameters", lambda _: names),
-            ("ringattn.kernels.unpack_triton.unpack_into", lambda *_: None),
+            ("ringattn.kernels.backends.fa4._kernels", lambda: (interface._flash_attn_fwd, interface._flash_attn_bwd)),
+            ("ringattn.kernels.backends.fa3._kernels", lambda: operators),
+            ("ringattn.kernels.backends.fa3.parameters", lambda _: names),
+            ("ringattn.kernels.backends.fa4_unpack_triton.unpack_into", lambda *_: None),
         ):
             stack.enter_context(mock.patch(target, value))
         yield

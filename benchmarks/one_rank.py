@@ -29,10 +29,11 @@ from ringattn.benchmarking.problem import Heads, spec_of
 from ringattn.benchmarking.workloads import Workload, workload
 from ringattn.kernels.registry import choose
 from ringattn.kernels.spec import Grads, Options
-from ringattn.parallel.machines import local_machine
-from ringattn.parallel.mesh import MeshShape, SequenceMesh
-from ringattn.parallel.planner import plan_attention
-from ringattn.parallel.ulysses import exchange_plan
+from ringattn.parallel.machine.shipped import local_machine
+from ringattn.parallel.mesh.mesh import SequenceMesh
+from ringattn.parallel.mesh.shape import MeshShape
+from ringattn.parallel.plan.exchange import exchange_plan
+from ringattn.parallel.planning.planner import plan_attention
 
 CALLS, REPEATS = 4, 3
 
@@ -152,7 +153,7 @@ def one_rank(work: Workload, heads: Heads, contestant: str, rank: int, backend: 
         step()
     transport.filling = False
     step()
-    parts = [f"{len(part.docs)} on {part.mesh.ring} × {part.mesh.ulysses}" for part in layout.parts or (layout,)]
+    parts = [f"{len(part.docs)} on {part.mesh.ring} × {part.mesh.ulysses}" for part in layout.parts]
     return measured(step, transport.arrived), ", ".join(parts)
 
 

@@ -15,8 +15,8 @@ from datetime import date
 from random import Random
 
 from ringattn import Documents, Layout, Mask, MeshShape
-from ringattn.parallel.machines import SHIPPED
-from ringattn.parallel.planner import plan_parts
+from ringattn.parallel.machine.shipped import SHIPPED
+from ringattn.parallel.planning.planner import plan_parts
 
 CASES = ((200, 8), (1000, 64), (10_000, 1024))
 

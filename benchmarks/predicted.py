@@ -13,11 +13,13 @@ from typing import Any
 
 from ringattn import Layout, MeshShape
 from ringattn.benchmarking.workloads import workload
-from ringattn.parallel.choice import candidates, choose
-from ringattn.parallel.machine import Machine
-from ringattn.parallel.machines import SHIPPED
-from ringattn.parallel.plan import Shape
-from ringattn.parallel.pricing import Pricer, Setting
+from ringattn.parallel.choice.schedule import choose
+from ringattn.parallel.machine.machine import Machine
+from ringattn.parallel.machine.shipped import SHIPPED
+from ringattn.parallel.plan.shape import Shape
+from ringattn.parallel.pricing.pricer import Pricer
+from ringattn.parallel.pricing.setting import PriceInputs
+from ringattn.parallel.schedules.schedule import candidates
 
 # Schemes on a mesh: of degrees that a layout chooses, and of other systems, nothing is predicted.
 PREDICTED = re.compile(r"(?!usp)\w+:\d+x\d+")
@@ -64,7 +66,7 @@ def compared(result: dict[str, Any], facts: dict[str, Any], machine: Machine) ->
     work = workload(result["workload"], facts["seed"])
     layout = Layout(work.docs, MeshShape(1, ring, ulysses), mask=work.mask)
     shape = Shape(query_heads, key_heads, facts["head_dim"], facts["head_dim"], 2)
-    pricer = Pricer.of(layout, work.mask, Setting(machine, shape))
+    pricer = Pricer.of(layout.parts[0], work.mask, PriceInputs(machine, shape))
     cost = choose(pricer, candidates(ring, scheme, None), None).cost
     forward, backward = cost.forward.seconds * 1e3, cost.backward.seconds * 1e3
     measured = result["forward"], result["both"] - result["forward"]

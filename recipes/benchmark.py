@@ -20,6 +20,7 @@ import torch.distributed as dist
 from hydra.errors import HydraException
 from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
+from yaml import YAMLError
 
 from ringattn.benchmarking.peers import versions
 from ringattn.benchmarking.problem import Heads, Problem, spec_of
@@ -30,7 +31,8 @@ from ringattn.benchmarking.suite import Result, measure
 from ringattn.benchmarking.timing import Timer
 from ringattn.benchmarking.workloads import Workload, workload
 from ringattn.kernels.registry import choose
-from ringattn.parallel.mesh import TRANSPORTS
+from ringattn.parallel.mesh.mesh import TRANSPORTS
+from ringattn.training.failures import naming_first_failure, reported
 from ringattn.training.launched import Launch, current, export, pick_device
 from ringattn.training.refusal import refuse
 
@@ -92,6 +94,7 @@ def slowed(cfg: DictConfig, launch: Launch) -> Slow | None:
     return Slow(float(cfg.slow), ranks)
 
 
+@naming_first_failure
 def run(
     cfg: DictConfig,
     heads: Heads,
@@ -145,6 +148,6 @@ if __name__ == "__main__":
     # Hydra prints and exits by itself, on every rank, unless asked for its exceptions.
     os.environ["HYDRA_FULL_ERROR"] = "1"
     try:
-        main()
-    except (HydraException, OmegaConfBaseException) as error:
+        reported(main)()
+    except (HydraException, OmegaConfBaseException, YAMLError) as error:
         refuse(error)

@@ -10,7 +10,10 @@ import hydra
 from hydra.errors import HydraException
 from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
+from yaml import YAMLError
 
+from ringattn.training.choices import chosen_by_user
+from ringattn.training.failures import reported
 from ringattn.training.job import prepare
 from ringattn.training.launched import current
 from ringattn.training.refusal import refuse
@@ -20,7 +23,7 @@ from ringattn.training.refusal import refuse
 def main(cfg: DictConfig) -> None:
     """Refuses before any process group starts, then trains."""
     try:
-        job = prepare(cfg, current())
+        job = prepare(cfg, current(), chosen_by_user(cfg))
     except (ValueError, OmegaConfBaseException) as error:
         refuse(error)
     # Imported late: a refusal must not wait for torch.distributed and transformers.
@@ -33,6 +36,6 @@ if __name__ == "__main__":
     # Hydra prints and exits by itself, on every rank, unless asked for its exceptions.
     os.environ["HYDRA_FULL_ERROR"] = "1"
     try:
-        main()
-    except (HydraException, OmegaConfBaseException) as error:
+        reported(main)()
+    except (HydraException, OmegaConfBaseException, YAMLError) as error:
         refuse(error)

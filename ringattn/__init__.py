@@ -4,7 +4,8 @@ from ringattn.attention import ParallelAttention, parallel_attention
 from ringattn.documents import Documents
 from ringattn.mask import Mask
 from ringattn.parallel.layout import Layout
-from ringattn.parallel.mesh import MeshShape, SequenceMesh, init_mesh
+from ringattn.parallel.mesh.mesh import SequenceMesh, init_mesh
+from ringattn.parallel.mesh.shape import MeshShape
 
 __version__ = "0.1.0"
 __all__ = [

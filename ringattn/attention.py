@@ -11,11 +11,10 @@ from torch import Tensor, nn
 
 from ringattn.mask import Mask
 from ringattn.names import accept_aliases
-from ringattn.parallel.executor import run
 from ringattn.parallel.layout import Layout
-from ringattn.parallel.mesh import MeshShape, SequenceMesh
-from ringattn.preparation import Settings, prepare
-from ringattn.tracing import untraced
+from ringattn.parallel.mesh.mesh import SequenceMesh
+from ringattn.parallel.mesh.shape import MeshShape
+from ringattn.preparation import Settings, compute
 
 _CAUSAL = Mask()
 
@@ -127,14 +126,6 @@ def _attention(
     return (out, lse) if settings.return_lse else out
 
 
-@untraced
-def compute(
-    q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None, layout: Layout, settings: Settings
-) -> tuple[Tensor, Tensor]:
-    """out (t, H, V) and lse (H, t), outside of compiled graphs."""
-    return run(prepare(q, k, v, sinks, layout, settings), q, k, v, sinks)
-
-
 class ParallelAttention(nn.Module):
     """`parallel_attention` with its configuration kept; `sinks` may be a parameter.
 
@@ -196,14 +187,11 @@ class ParallelAttention(nn.Module):
         dropout_seed: int | None = None,
     ) -> Any:
         """q (t, H, D), k (t, K, D), v (t, K, V) of this rank -> out (t, H, V), with `return_lse` also lse (H, t)."""
-        if not torch.compiler.is_compiling() and not self._suits(layout):
+        if not torch.compiler.is_compiling() and not layout.is_on(self.mesh):
             raise ValueError(f"layout was made for {layout.mesh}, this attention for {self.mesh}")
         dropout_p = self.dropout_p if self.training else 0.0
         settings = Settings(**self.options, dropout_p=dropout_p, dropout_seed=dropout_seed, return_lse=return_lse)
         return _attention(q, k, v, self.sinks, layout, settings, *self._meshes)
-
-    def _suits(self, layout: Layout) -> bool:
-        return layout.mesh is self.mesh or layout.mesh == self.mesh or layout.mesh in self.mesh.alternatives
 
     def extra_repr(self) -> str:
         defaults = {name: parameter.default for name, parameter in signature(parallel_attention).parameters.items()}

@@ -7,23 +7,22 @@ parts of the layout that have one end to end.
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ringattn.attention import compute
 from ringattn.kernels.spec import accumulation_dtype
 from ringattn.mask import Mask
-from ringattn.parallel.executor import backward_parts, forward_parts, joined_lse
+from ringattn.numbered import by_number
+from ringattn.parallel.execution.accumulator import part
+from ringattn.parallel.execution.executor import backward_parts, forward_parts, joined_lse
+from ringattn.parallel.execution.job import Job, Saved
 from ringattn.parallel.layout import Layout
-from ringattn.parallel.numbered import by_number
-from ringattn.parallel.rows import part
-from ringattn.parallel.stages import Job, Saved
-from ringattn.preparation import Settings, check_kinds, prepare
+from ringattn.preparation import Settings, check_kinds, compute, prepare
 
-_CALLS = "compiled calls"
+_CALLS = "_compiled_calls"
 _INPUTS = "Tensor q, Tensor k, Tensor v, Tensor? sinks, Tensor layout"
 _CONSTANTS = (
     "bool causal, int left, int right, int? chunk, float? softmax_scale, float? softcap, float dropout_p, "
@@ -68,19 +67,13 @@ def _check_mesh(layout: Layout, meshes: Sequence[str]) -> None:
         raise ValueError(f"layout was made for {layout.mesh}, this attention for {meshes[0]}")
 
 
-@torch.compiler.disable(reason="layouts and plans are made by the host, before a graph")
-def on_host(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-    """A call that a graph is broken off for; see `ringattn.tracing`."""
-    return function(*args, **kwargs)
-
-
 def compiled_calls(layout: Layout) -> int:
     """Forward calls of the operator on this layout: a graph cannot tell by itself that attention ran."""
-    return layout._plans.get(_CALLS, 0)
+    return layout.__dict__.get(_CALLS, 0)
 
 
 def reset_compiled_calls(layout: Layout) -> None:
-    layout._plans.pop(_CALLS, None)
+    layout.__dict__.pop(_CALLS, None)
 
 
 def _jobs(q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None, number: Tensor, *constants: Any) -> tuple[Job, ...]:
@@ -116,8 +109,8 @@ def _jobs(q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None, number: Tensor,
 def _attend(q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None, layout: Tensor, *constants: Any) -> tuple[Any, ...]:
     """out, lse, and what the backward pass needs of parts with an exchange: q, k, v, out end to end; and lse."""
     jobs = _jobs(q, k, v, sinks, layout, *constants)
-    plans = by_number(layout)._plans
-    plans[_CALLS] = plans.get(_CALLS, 0) + 1
+    counts = by_number(layout).__dict__
+    counts[_CALLS] = counts.get(_CALLS, 0) + 1
     out = q.new_empty(q.shape[0], q.shape[1], v.shape[2])
     done = forward_parts(jobs, q, k, v, sinks, out, keep=False)
     lses = [

@@ -12,17 +12,21 @@ from typing import NamedTuple
 from torch import Tensor
 
 from ringattn.environment import AUTOTUNE, DETERMINISTIC, of_a_call, warn_of_unknown
+from ringattn.kept import kept, kept_already
 from ringattn.kernels.registry import choose
 from ringattn.kernels.selftest import adds
 from ringattn.kernels.spec import Backend, CallSpec, Options
 from ringattn.mask import Mask
+from ringattn.parallel.execution.executor import run
+from ringattn.parallel.execution.job import Job
 from ringattn.parallel.layout import Layout
-from ringattn.parallel.mesh import SequenceMesh
-from ringattn.parallel.plan_check import check_plan
-from ringattn.parallel.planner import plan_parts
-from ringattn.parallel.process_groups import CLOSED
-from ringattn.parallel.stages import Job
-from ringattn.parallel.transport import Transport
+from ringattn.parallel.mesh.mesh import SequenceMesh
+from ringattn.parallel.mesh.shape import MeshShape
+from ringattn.parallel.planning.agreement import check_plan
+from ringattn.parallel.planning.planner import plan_parts
+from ringattn.parallel.transport.process_groups import CLOSED
+from ringattn.parallel.transport.protocol import Transport
+from ringattn.tracing import untraced
 
 
 class Settings(NamedTuple):
@@ -58,17 +62,25 @@ def prepare(
         raise ValueError(CLOSED)
     try:
         key = _kind(q, k, v, sinks, settings)
-        jobs = layout._plans.get(key)
+        jobs = kept_already(layout, key)
     except (AttributeError, TypeError):  # something is not what it should be: the check tells
         key = jobs = None
     if jobs is None:
         jobs = _settle(q, k, v, sinks, layout, settings)
         if key is not None:
-            layout._plans[key] = jobs
+            kept(layout, key, lambda: jobs)
     if not settings.dropout_p:
         return jobs
     dropout = settings.dropout_p, _seed(settings)
     return tuple(replace(job, dropout=dropout) for job in jobs)
+
+
+@untraced
+def compute(
+    q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None, layout: Layout, settings: Settings
+) -> tuple[Tensor, Tensor]:
+    """out (t, H, V) and lse (H, t), outside of compiled graphs."""
+    return run(prepare(q, k, v, sinks, layout, settings), q, k, v, sinks)
 
 
 def _kind(q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None, settings: Settings) -> Hashable:
@@ -110,8 +122,8 @@ def _settle(
     check_plan(plans, layout)
     scale = spec.head_dim**-0.5 if settings.softmax_scale is None else float(settings.softmax_scale)
     jobs = []
-    for part, (rows, plan) in zip(layout.parts or (layout,), plans.parts, strict=True):
-        ring, ulysses = _transports(part)
+    for part, (rows, plan) in zip(layout.parts, plans.parts, strict=True):
+        ring, ulysses = _transports(part.mesh)
         jobs.append(
             Job(
                 plan=plan,
@@ -135,14 +147,15 @@ def _backend(spec: CallSpec, layout: Layout, name: str) -> Backend:
     """The backend of a call, kept with the layout; with RINGATTN_AUTOTUNE=on the fastest by measurement."""
     if AUTOTUNE.read() != "on":
         return choose(spec, name)
-    key = ("backend", spec, name)
-    if key not in layout._plans:
-        from ringattn.kernels.tuned_backend import tuned_backend
+
+    def measured() -> Backend:
+        from ringattn.kernels.tuning.tuned_backend import tuned_backend
 
         mesh = layout.mesh
         group = mesh.sequence_group if isinstance(mesh, SequenceMesh) and mesh.sequence_size > 1 else None
-        layout._plans[key] = tuned_backend(spec, layout.docs.lengths, name, group)
-    return layout._plans[key]
+        return tuned_backend(spec, layout.docs.lengths, name, group)
+
+    return kept(layout, ("backend", spec, name), measured)
 
 
 def _check(q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None, layout: Layout, settings: Settings) -> CallSpec:
@@ -238,8 +251,7 @@ def _check_mesh(layout: Layout, q: Tensor) -> None:
         raise ValueError(f"q must be on the device type of the mesh, {mesh.device_type}, got {q.device}")
 
 
-def _transports(layout: Layout) -> tuple[Transport | None, Transport | None]:
-    mesh = layout.mesh
+def _transports(mesh: MeshShape) -> tuple[Transport | None, Transport | None]:
     if not isinstance(mesh, SequenceMesh):
         return None, None
     ring = mesh.ring_transport if mesh.ring > 1 else None

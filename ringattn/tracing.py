@@ -21,7 +21,7 @@ def untraced(function: Callable[P, R]) -> Callable[P, R]:
     def call(*args: P.args, **kwargs: P.kwargs) -> R:
         if not torch.compiler.is_compiling():
             return function(*args, **kwargs)
-        from ringattn.compiled import on_host  # imports the compiler
+        from ringattn.graph_break import on_host  # imports the compiler
 
         return on_host(function, *args, **kwargs)
 

@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 import torch
 
 from ringattn import Documents, Mask
-from ringattn.kernels.reference import kept_pairs
+from ringattn.kernels.backends.reference import kept_pairs
 
 
 @dataclass(frozen=True)

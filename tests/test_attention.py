@@ -10,8 +10,8 @@ from ringattn import Documents, Layout, MeshShape, ParallelAttention, init_mesh,
 from ringattn.environment import warn_of_unknown
 from ringattn.kernels.registry import choose, explain
 from ringattn.kernels.spec import CallSpec
-from ringattn.kernels.tuned_backend import tuner
-from ringattn.parallel.mesh import resolve_mesh
+from ringattn.kernels.tuning.tuned_backend import tuner
+from ringattn.parallel.mesh.shape import resolve_mesh
 from tests.parallel.ranks import mesh_of
 from tests.pool import Pools
 

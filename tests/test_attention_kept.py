@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from ringattn import Documents, Layout, Mask, MeshShape, parallel_attention, preparation
-from ringattn.parallel.stages import Job
+from ringattn.parallel.execution.job import Job
 from ringattn.preparation import Settings, prepare
 
 
@@ -147,9 +147,9 @@ def test_a_dropout_seed_is_of_its_call(layout: Layout) -> None:
     first, second, again = dropped(1), dropped(2), dropped(1)
     assert torch.equal(first, again)
     assert not torch.equal(first, second)
-    kept = len(layout._plans)
+    kept = len(layout._kept)
     dropped(3)
-    assert len(layout._plans) == kept, "one answer serves all seeds"
+    assert len(layout._kept) == kept, "one answer serves all seeds"
     for seed in (None, -1, 1.5):
         with pytest.raises(ValueError, match="dropout_seed must be an integer >= 0"):
             dropped(seed)

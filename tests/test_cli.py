@@ -14,9 +14,10 @@ import torch
 
 from ringattn.cli import join_negative, main
 from ringattn.commands import _machine
-from ringattn.kernels import registry, tuned_backend
+from ringattn.kernels import registry
 from ringattn.kernels.registry import explain
 from ringattn.kernels.spec import CallSpec
+from ringattn.kernels.tuning import tuned_backend
 from tests.test_import import ROOT
 
 SMALL = ["--heads", "4/2", "--head-dim", "16", "--device", "cpu"]

@@ -5,7 +5,7 @@ import torch
 from torch import Tensor
 
 from ringattn import Documents, Layout, MeshShape
-from ringattn.parallel.machines import SHIPPED
+from ringattn.parallel.machine.shipped import SHIPPED
 
 
 def of_one_rank(x: Tensor, lengths: list[int]) -> tuple[Tensor, Tensor]:

@@ -11,11 +11,12 @@ from torch import Tensor
 
 from ringattn.attention import parallel_attention
 from ringattn.benchmarking.problem import Placed, Problem
-from ringattn.parallel.executor import run
+from ringattn.parallel.execution.executor import run
 from ringattn.parallel.layout import Layout
-from ringattn.parallel.mesh import SequenceMesh
-from ringattn.parallel.plan import PartedPlan, Route
-from ringattn.parallel.planner import plan_parts
+from ringattn.parallel.mesh.mesh import SequenceMesh
+from ringattn.parallel.plan.plan import PartedPlan
+from ringattn.parallel.plan.route import Route
+from ringattn.parallel.planning.planner import plan_parts
 from ringattn.preparation import Settings, prepare
 
 FILLING = 4  # calls that are filled with random numbers: the first, which are not timed
@@ -150,12 +151,12 @@ class Ours:
 def _choice(plans: PartedPlan, layout: Layout) -> str:
     """Of each part degrees, and the schedules of the forward and, if another, of the backward pass."""
     out = []
-    for part, (_, plan) in zip(layout.parts or (layout,), plans.parts, strict=True):
+    for part, (_, plan) in zip(layout.parts, plans.parts, strict=True):
         names = dict.fromkeys(
             one.schedule if one.schedule != "ring" else f"ring of {len(one.stages)} stages"
             for one in (plan, plan.backward or plan)
         )
-        documents = f"{len(part.docs)} on " if layout.parts else ""
+        documents = f"{len(part.docs)} on " if len(layout.parts) > 1 else ""
         groups = f", {plan.exchange.groups} head groups" if plan.exchange and plan.exchange.groups > 1 else ""
         out.append(f"{documents}{part.mesh.ring} × {part.mesh.ulysses} {'/'.join(names)}{groups}")
     return ", ".join(out)

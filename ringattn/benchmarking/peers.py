@@ -27,7 +27,7 @@ from ringattn.benchmarking.problem import Problem
 from ringattn.kernels.registry import choose
 from ringattn.kernels.spec import Range
 from ringattn.parallel.layout import Layout
-from ringattn.parallel.mesh import MeshShape
+from ringattn.parallel.mesh.shape import MeshShape
 
 DISTRIBUTIONS = ("ring-flash-attn", "yunchang")
 

@@ -11,8 +11,8 @@ from ringattn.benchmarking.problem import Problem
 from ringattn.kernels.registry import choose
 from ringattn.kernels.spec import Call, Grads, Options
 from ringattn.parallel.layout import Layout
-from ringattn.parallel.mesh import MeshShape
-from ringattn.parallel.planner import plan_attention
+from ringattn.parallel.mesh.shape import MeshShape
+from ringattn.parallel.planning.planner import plan_attention
 
 
 class PlainUlysses:

@@ -16,9 +16,9 @@ from ringattn.benchmarking.workloads import Workload
 from ringattn.kernels.registry import choose
 from ringattn.kernels.spec import CallSpec, Grads, Options
 from ringattn.parallel.layout import Layout
-from ringattn.parallel.mesh import MeshShape
-from ringattn.parallel.planner import plan_attention
-from ringattn.parallel.ulysses import exchange_plan
+from ringattn.parallel.mesh.shape import MeshShape
+from ringattn.parallel.plan.exchange import exchange_plan
+from ringattn.parallel.planning.planner import plan_attention
 
 NAMES = "out", "dq", "dk", "dv"
 SAMPLES = 2048  # rows whose results are compared

@@ -12,8 +12,9 @@ from ringattn.benchmarking.captured import SUFFIX, Captured
 from ringattn.benchmarking.contestants import Contestant, Ours
 from ringattn.benchmarking.peers import RingFlashAttnLlama3, RingFlashAttnZigzag, TorchContextParallel, Usp
 from ringattn.benchmarking.plain_ulysses import PlainUlysses
-from ringattn.parallel.mesh import MeshShape, SequenceMesh, init_mesh
-from ringattn.parallel.planner import check_scheme
+from ringattn.parallel.mesh.mesh import SequenceMesh, init_mesh
+from ringattn.parallel.mesh.shape import MeshShape
+from ringattn.parallel.planning.options import check_scheme
 
 
 @dataclass(frozen=True)

@@ -99,8 +99,8 @@ def _plain(name: str | None) -> Any:
     import torch
 
     from ringattn.environment import MACHINE
-    from ringattn.parallel.machine import Machine
-    from ringattn.parallel.machines import SHIPPED, local_machine
+    from ringattn.parallel.machine.machine import Machine
+    from ringattn.parallel.machine.shipped import SHIPPED, local_machine
 
     if name is None:
         if torch.cuda.is_available():
@@ -144,10 +144,10 @@ def free_mesh(args: argparse.Namespace, ranks: int) -> Any:
     return replace(every[0], alternatives=every)
 
 
-def setting(args: argparse.Namespace, layout: Any) -> Any:
-    """The `Setting` of the options for a layout that was made for their mesh."""
-    from ringattn.parallel.plan import Shape
-    from ringattn.parallel.pricing import Setting
+def setting(args: argparse.Namespace, placement: Any) -> Any:
+    """The `PriceInputs` of the options for a placement on their mesh."""
+    from ringattn.parallel.plan.shape import Shape
+    from ringattn.parallel.pricing.setting import PriceInputs
 
     shape = Shape(args.heads[0], args.heads[1], args.head_dim, args.head_dim)
-    return Setting(layout.mesh.machine, shape).on(layout)
+    return PriceInputs(placement.mesh.machine, shape).on(placement)

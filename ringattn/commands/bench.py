@@ -39,7 +39,7 @@ def run(args: argparse.Namespace) -> int:
     import torch
     import torch.distributed as dist
 
-    from ringattn.parallel.mesh import init_mesh
+    from ringattn.parallel.mesh.mesh import init_mesh
 
     device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
     check(args, device)
@@ -64,7 +64,7 @@ def run(args: argparse.Namespace) -> int:
 
 def check(args: argparse.Namespace, device: str) -> None:
     """Ends the program for what cannot be measured or stored."""
-    from ringattn.parallel.machines import calibration_path, local_machine
+    from ringattn.parallel.machine.shipped import calibration_path, local_machine
 
     check_device(args)
     check_backend(args)
@@ -79,8 +79,8 @@ def measure(args: argparse.Namespace, device: str) -> dict[str, Any]:
     """The calibration, and where the first rank of each node stored it."""
     import torch
 
-    from ringattn.parallel.calibration import Calibration
-    from ringattn.parallel.machines import keep, local_machine, write
+    from ringattn.parallel.machine.calibrate import Calibration
+    from ringattn.parallel.machine.shipped import keep, local_machine, write
 
     dtype = args.dtype or ("bfloat16" if device == "cuda" else "float32")
     calibration = Calibration(

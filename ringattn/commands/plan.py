@@ -15,7 +15,7 @@ from ringattn.commands import _workload
 from ringattn.commands._call import HEADS, RANKS, TOKENS, integer, ranks, tokens
 from ringattn.commands._files import check_target, file
 from ringattn.commands._text import note, row, table
-from ringattn.parallel.planner import SCHEMES
+from ringattn.parallel.planning.options import SCHEMES
 
 SHOWN = 64  # ranks in the table; of more the slowest
 
@@ -53,23 +53,24 @@ def run(args: argparse.Namespace) -> int:
         args.parser.error(str(error))
     reports = [examine(planned) for planned in parts]
     if args.json:
-        whole = {"reason": layout.reason, "parts": reports} if layout.parts else reports[0]
+        whole = {"reason": layout.reason, "parts": reports} if len(layout.parts) > 1 else reports[0]
         print(json.dumps(whole, indent=2))
     else:
         print("\n\n".join([*chosen_degrees(layout), *map(render, reports)]))
     for number, (planned, report) in enumerate(zip(parts, reports, strict=True), 1):
         if args.draw is not None:
             path: Path = args.draw
-            draw(planned, report, str(path.with_stem(f"{path.stem}-{number}") if layout.parts else path))
+            draw(planned, report, str(path.with_stem(f"{path.stem}-{number}") if len(layout.parts) > 1 else path))
     return 0
 
 
 def plan(args: argparse.Namespace) -> tuple[Any, list[dict[str, Any]]]:
     """The layout, and the objects that the report and the picture speak of: of each part, or of the whole."""
     from ringattn import Documents, Layout
-    from ringattn.parallel.group import plan_group
-    from ringattn.parallel.memory import buffer_bytes
-    from ringattn.parallel.planner import check_scheme, part_groups, part_scheme
+    from ringattn.parallel.planning.all_ranks import plan_group
+    from ringattn.parallel.planning.options import check_scheme
+    from ringattn.parallel.planning.planner import part_groups, part_scheme
+    from ringattn.parallel.pricing.memory import buffer_bytes
 
     documents = Documents(_workload.lengths(args, args.tokens, args.seed))
     mask = _workload.mask(args)
@@ -88,7 +89,7 @@ def plan(args: argparse.Namespace) -> tuple[Any, list[dict[str, Any]]]:
     check_scheme(args.scheme, layout.mesh, args.stages, len(layout.parts))
     left = None if args.memory is None else args.memory << 20
     planned = []
-    for part in layout.parts or (layout,):
+    for part in layout.parts:
         setting = _workload.setting(args, part)
         plans = plan_group(
             part,
@@ -113,14 +114,14 @@ def chosen_degrees(layout: Any) -> list[str]:
     if not layout.reason:
         return []
     lines = row("degrees", layout.reason)
-    if layout.parts:
+    if len(layout.parts) > 1:
         lines += row("parts", "each is described by itself; what one waits for travels while another computes")
     return ["\n".join(lines)]
 
 
 def examine(planned: dict[str, Any]) -> dict[str, Any]:
     """Everything that the report says, as plain values; times in seconds."""
-    from ringattn.parallel.simulation import simulate
+    from ringattn.parallel.simulation.simulate import simulate
 
     layout, setting, plans = planned["layout"], planned["setting"], planned["plans"]
     mesh, shape, machine = layout.mesh, setting.shape, setting.machine
@@ -140,7 +141,7 @@ def examine(planned: dict[str, Any]) -> dict[str, Any]:
         "heads": [shape.query_heads, shape.key_heads],
         "head_dim": shape.head_dim,
         "machine": {"name": machine.name, **machine.provenance},
-        "policy": layout.resolved_policy,
+        "policy": layout.policy,
         "schedule": {name: schedule_of(plans[0], name == "backward") for name in passes},
         "reason": plans[0].reason,
         "seconds": {name: one.seconds for name, one in passes.items()},
@@ -161,9 +162,9 @@ def schedule_of(plan: Any, backward: bool) -> str:
 
 def rank_report(planned: dict[str, Any], rank: int) -> dict[str, Any]:
     """One rank: what it holds, computes, sends and receives (forward), and its predicted seconds."""
-    from ringattn.parallel.cost import rank_cost
-    from ringattn.parallel.rates import BlockTable
-    from ringattn.parallel.traffic import Traffic
+    from ringattn.parallel.geometry.block_table import BlockTable
+    from ringattn.parallel.pricing.plan_cost import rank_cost
+    from ringattn.parallel.simulation.traffic import Traffic
 
     setting, layout, plan = planned["setting"], planned["layout"], planned["plans"][rank]
     if "traffic" not in planned:
@@ -208,17 +209,18 @@ def received_and_sent(traffic: Any) -> tuple[list[float], list[float]]:
 
 def alternatives(planned: dict[str, Any]) -> list[dict[str, Any]]:
     """Every schedule of this mesh with its predicted seconds and memory."""
-    from ringattn.parallel.choice import candidates
-    from ringattn.parallel.pricing import Pricer, most_bytes
+    from ringattn.parallel.pricing.price import most_bytes
+    from ringattn.parallel.pricing.pricer import Pricer
+    from ringattn.parallel.schedules.schedule import candidates
 
     layout, mask, setting = planned["layout"], planned["mask"], planned["setting"]
     pricer = Pricer.of(layout, mask, setting)
     out = []
-    for candidate in candidates(layout.mesh.ring, "auto", None):
-        forward, backward = pricer.price(candidate)
+    for schedule in candidates(layout.mesh.ring, "auto", None):
+        forward, backward = pricer.price(schedule)
         out.append(
             {
-                "schedule": candidate.name,
+                "schedule": schedule.name,
                 "forward": forward.seconds,
                 "backward": backward.seconds,
                 "buffer_bytes": most_bytes((forward, backward)),
@@ -229,9 +231,9 @@ def alternatives(planned: dict[str, Any]) -> list[dict[str, Any]]:
 
 def meshes(planned: dict[str, Any]) -> list[dict[str, Any]]:
     """The best schedules of every ring × ulysses with as many ranks, heads and memory permitting."""
-    from ringattn import Layout
-    from ringattn.parallel.choice import candidates
-    from ringattn.parallel.planner import chosen
+    from ringattn.parallel.placement.placement import Placement
+    from ringattn.parallel.planning.planner import chosen
+    from ringattn.parallel.schedules.schedule import candidates
 
     args, layout, mask, setting = planned["args"], planned["layout"], planned["mask"], planned["setting"]
     ranks, node = layout.mesh.sequence_size, setting.machine.gpus_per_node
@@ -240,7 +242,7 @@ def meshes(planned: dict[str, Any]) -> list[dict[str, Any]]:
         if ulysses > setting.shape.query_heads or ulysses > node > 1:
             continue
         mesh = _workload.mesh(args, ranks // ulysses, ulysses)
-        other = Layout(layout.docs, mesh, layout.policy, mask, tokens=layout.placed)
+        other = Placement(layout.docs, mesh, args.policy, ((mask, 1.0),), tokens=layout.placed)
         options = candidates(other.mesh.ring, "auto", None)
         try:
             _, choice = chosen(

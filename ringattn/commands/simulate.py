@@ -175,14 +175,15 @@ def attention(args: argparse.Namespace, lengths: list[int], gpus: int) -> dict[s
     """One attention of one pack: simulated and ideal seconds of both passes."""
     from ringattn import Documents, Layout
     from ringattn.commands.plan import schedule_of
-    from ringattn.parallel.group import plan_group
-    from ringattn.parallel.simulation import simulate
+    from ringattn.parallel.planning.all_ranks import plan_group
+    from ringattn.parallel.simulation.simulate import simulate
 
     ulysses = largest_divisor(gpus, min(args.ulysses, args.heads[0]))
     mask = _workload.mask(args)
     layout = Layout(Documents(lengths), _workload.mesh(args, gpus // ulysses, ulysses), args.policy, mask)
-    setting = _workload.setting(args, layout)
-    plans = plan_group(layout, mask, setting)
+    (placement,) = layout.parts
+    setting = _workload.setting(args, placement)
+    plans = plan_group(placement, mask, setting)
     out: dict[str, Any] = {
         "mesh": f"{gpus // ulysses}×{ulysses}",
         "area": sum(mask.band.area(0, size, size) for size in layout.docs.chunked(mask.chunk).lengths),
@@ -198,16 +199,16 @@ def attention(args: argparse.Namespace, lengths: list[int], gpus: int) -> dict[s
 def ideal_seconds(setting: Any, documents: Any, mask: Any, backward: bool) -> float:
     """The kernels of the whole pack on one GPU: what no number of GPUs can share better than evenly."""
     from ringattn import Layout, MeshShape
-    from ringattn.parallel.cost import call_seconds
-    from ringattn.parallel.group import plan_group
+    from ringattn.parallel.planning.all_ranks import plan_group
+    from ringattn.parallel.pricing.kernel_times import call_seconds
 
-    layout = Layout(documents, MeshShape(), mask=mask)
-    (plan,) = plan_group(layout, mask, setting.on(layout))
+    (whole,) = Layout(documents, MeshShape(), mask=mask).parts
+    (plan,) = plan_group(whole, mask, setting.on(whole))
     return sum(call_seconds(setting.machine, call, setting.shape, backward) for call in plan.stages[0].calls)
 
 
 def scenario(args: argparse.Namespace, gpus: int) -> Any:
-    from ringattn.parallel.simulation import Scenario
+    from ringattn.parallel.simulation.simulate import Scenario
 
     for name, slow in (("--straggler", args.straggler), ("--slow-link", args.slow_link)):
         if slow is not None and slow[0] >= gpus:

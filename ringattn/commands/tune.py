@@ -31,8 +31,8 @@ def run(args: argparse.Namespace) -> int:
 
 def measure(args: argparse.Namespace) -> dict[str, Any]:
     """Every candidate with its time or the reason against it, the best of them, and where that is kept."""
-    from ringattn.kernels.tuned_backend import backend_problem, flex_problem
-    from ringattn.kernels.tuning import Event, Tuner
+    from ringattn.kernels.tuning.tuned_backend import backend_problem, flex_problem
+    from ringattn.kernels.tuning.tuner import Event, Tuner
 
     spec = call_spec(args)
     make = backend_problem if args.what == "backend" else flex_problem

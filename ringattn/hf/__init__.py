@@ -4,9 +4,10 @@ The layout of a batch travels to every attention layer as the keyword `cu_seq_le
 on in all families and under both kinds of gradient checkpointing. It is the `Layout` itself: host integers that no
 wrapper moves to a device, and the only truth about documents. Nothing is inferred from local positions or masks.
 
-`support.py` says which models can be exact, `masks.py` and `attention.py` are what transformers calls, `metadata.py`
-reads documents from a batch, `trainer.py` is for `transformers.Trainer`, `conformance.py` compares with documents run
-alone. Nothing here imports transformers before it is used.
+`support.py`, `configuration.py` and `adapters.py` say which models can be exact, `changes.py` looks again before every
+forward pass, `local_draws.py` is about random numbers, `masks.py` and `attention.py` are what transformers calls,
+`metadata.py` reads documents from a batch, `trainer/` is for `transformers.Trainer`, `options/` knows its options,
+`conformance.py` compares with documents run alone. Nothing here imports transformers before it is used.
 """
 
 from ringattn.hf.batch import attention_kwargs, shard_batch

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ringattn.attention import parallel_attention
+from ringattn.hf.empty import Placeholder, attend_to_none, layout_of
 from ringattn.hf.masks import MaskNote
 from ringattn.mask import Mask
 from ringattn.parallel.layout import Layout
@@ -62,11 +63,18 @@ def attend(
 ) -> tuple[Tensor, None]:
     """The AttentionInterface function: (1, H, t, D), (1, K, t, D), (1, K, t, V) -> (1, t, H, V)."""
     handle: Handle | None = getattr(module, "_ringattn", None)
-    layout = kwargs.pop("cu_seq_lens_q", None)
-    if handle is None or not isinstance(layout, Layout):
+    given = kwargs.pop("cu_seq_lens_q", None)
+    layout = layout_of(given)
+    if handle is None:
         raise ValueError(
-            "ringattn's attention needs parallelize(model, mesh) and a batch from shard_batch (or the keywords of "
-            f"attention_kwargs(layout)); got cu_seq_lens_q={type(layout).__name__}"
+            "ringattn's attention needs parallelize(model, mesh), and this model was not given to it: it shares its "
+            'configuration, or the name attn_implementation="ringattn" in it, with one that was. Give each model a '
+            "configuration of its own (copy.deepcopy(config))"
+        )
+    if not isinstance(layout, Layout):
+        raise ValueError(
+            "ringattn's attention needs a batch from shard_batch (or the keywords of attention_kwargs(layout)); got "
+            f"cu_seq_lens_q={type(layout).__name__}"
         )
     if attention_mask is not None and not isinstance(attention_mask, MaskNote):
         raise ValueError(
@@ -85,6 +93,9 @@ def attend(
     for feature in handle.without.get(getattr(module, "layer_idx", -1), ()):
         options = _without(options, feature)
     q, k, v = (x[0].transpose(0, 1) for x in _one_dtype(module, query, key, value))
+    if isinstance(given, Placeholder):
+        out = parallel_attention(q[:0], k[:0], v[:0], layout, **options, **handle.options)
+        return attend_to_none(out)[None], None
     return parallel_attention(q, k, v, layout, **options, **handle.options)[None], None
 
 

@@ -12,10 +12,12 @@ from torch import Tensor
 from ringattn.documents import Documents
 from ringattn.hf.loss import IGNORE_INDEX, shifted_labels
 from ringattn.hf.metadata import METADATA, check_metadata, documents_of
+from ringattn.hf.same_batch import note_batch
 from ringattn.mask import Mask
 from ringattn.parallel.layout import Layout
-from ringattn.parallel.mesh import SequenceMesh
+from ringattn.parallel.mesh.mesh import SequenceMesh
 
+LABELS = ("labels", "shift_labels")
 # Keywords that are no tokens and go through as they are.
 THROUGH = ("use_cache", "return_dict", "output_hidden_states", "logits_to_keep")
 
@@ -32,6 +34,7 @@ def shard_batch(
     Arguments:
         batch: input_ids or inputs_embeds, (B, S) or (S,), and (B, S, hidden); optionally
             labels (B, S), *not* shifted, -100 where there is no target;
+            shift_labels (B, S), each token's own target: they win over labels, as in transformers;
             position_ids (B, S), or (axes, B, S) for M-RoPE; by default positions count from 0 in every document;
             num_items_in_batch: targets that the loss is divided by, of more than this batch;
             attention_mask, segment_ids or seq_idx, cu_seq_lens_q and _k, max_length_q and _k: see below;
@@ -40,8 +43,8 @@ def shard_batch(
             `ringattn.hf.metadata.documents_of`. What the batch says besides must agree with them.
         policy, mask: those of `Layout`; for a model with several masks pairs (mask, number of layers).
 
-    Returns: input_ids, position_ids (1, t), ...; with labels also labels, shift_labels (1, t) and the number of targets
-    in the T tokens; and the layout, as `cu_seq_lens_q`: `layout.unshard(logits[0]).view(B, S, -1)` brings logits back.
+    Returns: input_ids, position_ids (1, t), ...; with targets also labels, shift_labels (1, t) and their number in
+    the T tokens; and the layout, as `cu_seq_lens_q`: `layout.unshard(logits[0]).view(B, S, -1)` brings logits back.
     Raises ValueError naming a key that is malformed, unknown or contradicts another one.
     """
     rows, size = _shape(batch)
@@ -52,9 +55,11 @@ def shard_batch(
     else:
         check_metadata(batch, docs, rows, size)
     layout = Layout(docs, mesh, policy, mask=mask)
+    if batch.get("input_ids") is not None:
+        note_batch(layout, batch["input_ids"])
     local: dict[str, Any] = {}
     for name, value in batch.items():
-        if name in METADATA or name == "labels" or value is None:
+        if name in METADATA or name in LABELS or value is None:
             continue
         if name in THROUGH or name == "num_items_in_batch":
             local[name] = value
@@ -65,9 +70,10 @@ def shard_batch(
     if "position_ids" not in local:
         device = next(x.device for x in local.values() if isinstance(x, Tensor))
         local["position_ids"] = layout.position_ids(device)[None]
-    if batch.get("labels") is not None:
-        labels = _stream("labels", batch["labels"], rows, size)
-        targets = shifted_labels(labels, docs)
+    targets = _targets(batch, docs, rows, size)
+    if targets is not None:
+        # Models compute a loss where there are labels, from shift_labels where there are these.
+        labels = targets if batch.get("labels") is None else _labels("labels", batch, rows, size)
         local["labels"] = layout.shard(labels)[None]
         local["shift_labels"] = layout.shard(targets)[None]
         local.setdefault("num_items_in_batch", (targets != IGNORE_INDEX).sum())
@@ -82,8 +88,30 @@ def attention_kwargs(layout: Layout) -> dict[str, Any]:
 def count_targets(batch: Mapping[str, Any]) -> Tensor:
     """Number of targets in a global batch whose documents it says itself: what its loss is divided by."""
     rows, size = _shape(batch)
-    labels = _stream("labels", batch["labels"], rows, size)
-    return (shifted_labels(labels, documents_of(batch, rows, size)) != IGNORE_INDEX).sum()
+    targets = _targets(batch, documents_of(batch, rows, size), rows, size)
+    if targets is None:
+        raise ValueError(f"batch must hold labels or shift_labels, got the keys {sorted(batch)}")
+    return (targets != IGNORE_INDEX).sum()
+
+
+def _targets(batch: Mapping[str, Any], docs: Documents, rows: int, size: int) -> Tensor | None:
+    """Each token's target, (T,), -100 where it has none; None for a batch without labels.
+
+    Raises ValueError for a target of padding, which sees nothing.
+    """
+    if batch.get("shift_labels") is None:
+        return None if batch.get("labels") is None else shifted_labels(_labels("labels", batch, rows, size), docs)
+    targets = _labels("shift_labels", batch, rows, size)
+    for start, stop in docs.padding:
+        if bool((targets[start:stop] != IGNORE_INDEX).any()):
+            raise ValueError(
+                f"shift_labels must be {IGNORE_INDEX} in padding, got a target in tokens {start} to {stop}"
+            )
+    return targets
+
+
+def _labels(name: str, batch: Mapping[str, Any], rows: int, size: int) -> Tensor:
+    return _stream(name, batch[name], rows, size)
 
 
 def _shape(batch: Mapping[str, Any]) -> tuple[int, int]:

@@ -25,7 +25,7 @@ from ringattn.hf.conformance import (
 from ringattn.hf.model import Handle, parallelize
 from ringattn.hf.support import check_decoder
 from ringattn.hf.tiny import read_config, tiny_config, tiny_model, with_parameters_in
-from ringattn.parallel.mesh import SequenceMesh, init_mesh
+from ringattn.parallel.mesh.mesh import SequenceMesh, init_mesh
 
 TOLERANCE = 1e-5
 COUNTS = 1e-3

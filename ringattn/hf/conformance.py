@@ -15,7 +15,7 @@ from ringattn.hf.attention import FEATURES, layer_type
 from ringattn.hf.batch import shard_batch
 from ringattn.hf.loss import IGNORE_INDEX, shifted_labels
 from ringattn.hf.model import Handle
-from ringattn.parallel.mesh import SequenceMesh
+from ringattn.parallel.mesh.mesh import SequenceMesh
 
 
 @dataclass(frozen=True)
@@ -192,7 +192,7 @@ def leak(model: Any, mesh: SequenceMesh, form: Form, document: int, policy: str 
     (logits * layout.shard(chosen * weights)).sum().backward()
     grad = leaves[0].grad
     assert grad is not None
-    gradient = layout.unshard(grad[0]).float().abs().amax(-1)
+    gradient = layout.unshard(grad[0, : layout.tokens()]).float().abs().amax(-1)
     inside = gradient[start : start + length]
     return Leak(float((gradient * (1 - chosen[:, 0])).max()), float(inside.min()))
 

@@ -2,8 +2,11 @@
 
 from typing import TYPE_CHECKING, Any
 
+import torch
+import torch.distributed as dist
 from torch import Tensor
 
+from ringattn.hf.images import check_embeddings
 from ringattn.parallel.layout import Layout
 
 if TYPE_CHECKING:
@@ -12,17 +15,21 @@ if TYPE_CHECKING:
 GENERATION = "a parallelized model is for training; handle.undo() gives the plain model back, which can generate"
 REFUSED = {
     "output_attentions": "flash attention never forms the attention matrix",
-    "past_key_values": f"KV caches are for generation: {GENERATION}",
+    "past_key_values": f"KV caches are for generation, and so are the prefixes of PEFT's tuners: {GENERATION}",
     "encoder_hidden_states": "cross attention is not supported",
     "pixel_values": "a rank holds a part of the tokens only: compute inputs_embeds of the global batch, images "
-    "included, and give them to shard_batch",
+    "included, and give them to shard_batch as inputs_embeds (refused where a model needs to know more of an image)",
     "output_router_logits": "the auxiliary loss of a router is a product of means over all tokens, of which a rank "
     "sees a part",
 }
 
 
 def check_keywords(handle: "Handle", args: tuple[Any, ...], kwargs: dict[str, Any]) -> Layout:
-    """The layout of the batch. Raises ValueError or NotImplementedError naming the keyword; no communication."""
+    """The layout of the batch. Raises ValueError or NotImplementedError naming the keyword.
+
+    What depends on a rank's own tokens is agreed on, so that all sequence ranks raise or none; the rest is without
+    communication.
+    """
     for name, reason in REFUSED.items():
         value = kwargs.get(name)
         if value is not None and value is not False:
@@ -33,6 +40,8 @@ def check_keywords(handle: "Handle", args: tuple[Any, ...], kwargs: dict[str, An
             f"the model needs a batch from shard_batch (or the keywords of attention_kwargs(layout)), got "
             f"cu_seq_lens_q={_shown(layout)}; {GENERATION}"
         )
+    if not layout.is_on(handle.mesh):
+        raise ValueError(f"the batch was sharded on {layout.mesh}, the model is parallelized on {handle.mesh}")
     if kwargs.get("attention_mask") is not None:
         raise ValueError(
             f"attention_mask must be None, got {_shown(kwargs['attention_mask'])}: give padding and packing as "
@@ -51,6 +60,7 @@ def check_keywords(handle: "Handle", args: tuple[Any, ...], kwargs: dict[str, An
     keep = kwargs.get("logits_to_keep")
     if keep is not None and (isinstance(keep, Tensor) or keep != 0):
         raise ValueError(f"logits_to_keep must be 0, got {_shown(keep)}: the last tokens of a rank are not the last")
+    check_embeddings(handle.needs, handle.mesh, kwargs)
     _check_lengths(handle, layout, kwargs["position_ids"])
     return layout
 
@@ -59,6 +69,7 @@ def _check_tokens(layout: Layout, args: tuple[Any, ...], kwargs: dict[str, Any])
     """One row of this rank's tokens, with their positions."""
     tokens = layout.tokens()
     inputs = {"input_ids": args[0]} if args else {}
+    _check_virtual(tokens, kwargs)
     for name in ("input_ids", "inputs_embeds", "shift_labels"):
         x = inputs.get(name, kwargs.get(name))
         if isinstance(x, Tensor) and tuple(x.shape[:2]) != (1, tokens):
@@ -75,10 +86,26 @@ def _check_tokens(layout: Layout, args: tuple[Any, ...], kwargs: dict[str, Any])
         )
 
 
-def _check_lengths(handle: "Handle", layout: Layout, positions: Tensor) -> None:
-    if not handle.limits:  # reading the positions waits for the device
+def _check_virtual(tokens: int, kwargs: dict[str, Any]) -> None:
+    """PEFT's tuners of prompts change no model: they are told by tokens in front of the batch, without position_ids."""
+    embeddings = kwargs.get("inputs_embeds")
+    if kwargs.get("position_ids") is not None or not isinstance(embeddings, Tensor) or embeddings.dim() != 3:
         return
-    longest = max([*layout.docs.lengths, int(positions.max()) + 1 if positions.numel() else 0])
+    if (virtual := embeddings.shape[1] - tokens) > 0:
+        raise NotImplementedError(
+            f"inputs_embeds have {virtual} tokens more than the batch, and no position_ids, as PEFT's prompt tuning "
+            "makes them (PROMPT_TUNING, P_TUNING, CPT, ...): virtual tokens before the sequence would stand before "
+            "every rank's part of it, which is not supported"
+        )
+
+
+def _check_lengths(handle: "Handle", layout: Layout, positions: Tensor) -> None:
+    if not handle.limits:  # reading the positions waits for the device and for the other ranks
+        return
+    last = positions.max().to(torch.int64) if positions.numel() else positions.new_tensor(-1, dtype=torch.int64)
+    last = last.reshape(1).to(handle.mesh.device)
+    dist.all_reduce(last, dist.ReduceOp.MAX, group=handle.mesh.sequence_group)
+    longest = max([*layout.docs.lengths, int(last) + 1])
     # Padding is one more document to whoever counts positions.
     longest = max([longest, *(stop - start for start, stop in layout.docs.padding)])
     for limit in handle.limits:

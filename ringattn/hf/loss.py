@@ -3,6 +3,7 @@
 T tokens of the stream.
 """
 
+import copy
 from collections.abc import Callable
 from typing import Any
 
@@ -12,7 +13,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from ringattn.documents import Documents
-from ringattn.parallel.mesh import SequenceMesh
+from ringattn.parallel.mesh.mesh import SequenceMesh
 
 IGNORE_INDEX = -100
 
@@ -30,25 +31,85 @@ def shifted_labels(labels: Tensor, docs: Documents) -> Tensor:
     return targets
 
 
+def check_is_share(function: Callable[..., Any], vocabulary: int, device: torch.device) -> None:
+    """Raises NotImplementedError unless a loss function is a share of a mean, which ranks may add up.
+
+    That is: a sum over targets, each by itself, divided by `num_items_in_batch`, and 0 without any target. It is tried
+    with four tokens of random logits, the same on every rank. A mean over the targets that one call sees, the usual
+    thing to write, would be added up to a multiple of itself.
+    """
+    name = getattr(function, "__qualname__", type(function).__name__)
+    wanted = (
+        f"model.loss_function is {name}, and ranks add up what it returns for their tokens: it must be the sum over "
+        "the targets in shift_labels, each by itself, divided by num_items_in_batch (a scalar tensor)"
+    )
+    logits = torch.randn(1, 4, vocabulary, generator=torch.Generator().manual_seed(0)).to(device)
+    labels = torch.arange(4, device=device)[None] % vocabulary
+    targets = labels.roll(-1, 1).index_fill(1, torch.tensor([1], device=device), IGNORE_INDEX)
+
+    def share(tokens: slice, count: int, shift_labels: Tensor = targets) -> float:
+        with torch.no_grad():
+            value = function(
+                logits=logits[:, tokens],
+                labels=labels[:, tokens],
+                vocab_size=vocabulary,
+                shift_labels=shift_labels[:, tokens].contiguous(),
+                num_items_in_batch=torch.tensor(count, device=device),
+            )
+        return float(value)
+
+    try:
+        whole, halved = share(slice(0, 4), 3), share(slice(0, 4), 6)
+        parts = share(slice(0, 3), 3) + share(slice(3, 4), 3)
+        none = share(slice(0, 4), 3, torch.full_like(targets, IGNORE_INDEX))
+    except Exception as error:
+        raise NotImplementedError(f"{wanted}; called like that it raises {type(error).__name__}: {error}") from error
+    for what, found, right in (
+        ("with twice num_items_in_batch", halved, whole / 2),
+        ("of two parts, added up,", parts, whole),
+        ("without a target", none, 0.0),
+    ):
+        if not abs(found - right) <= 1e-4 * max(1.0, abs(whole)):
+            raise NotImplementedError(f"{wanted}; {what} it returns {found:.5g} instead of {right:.5g}")
+
+
 class GlobalLoss:
     """A model's loss function, as the mean over the targets of all ranks: of every part and every replica.
 
     `num_items_in_batch` counts the targets of this replica's whole stream (or of all the streams of an accumulated
-    step); replicas are added up here. `called` tells whether the model computed its loss here at all.
+    step); replicas are added up here. `result` is what was returned since `expect`, to see that the model's loss is it.
     """
 
     def __init__(self, local: Callable[..., Tensor], mesh: SequenceMesh) -> None:
-        self.local, self.mesh, self.called = local, mesh, False
+        self.local, self.mesh = local, mesh
+        self.result: Tensor | None = None
+
+    def expect(self) -> None:
+        """A forward pass begins."""
+        self.result = None
+
+    def is_whole(self, loss: Tensor | None) -> bool:
+        """Whether a model's loss is what was computed here, nothing added and nothing left out; then forgets it."""
+        result, self.result = self.result, None
+        if loss is result or loss is None or result is None:
+            return loss is result
+        return bool((loss.detach() == result.detach()).all())  # a wrapper's cast, say
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "GlobalLoss":
+        return GlobalLoss(copy.deepcopy(self.local, memo), self.mesh)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"mesh": None, "result": None}  # neither process groups nor graphs can be pickled
 
     def __call__(self, *args: Any, **kwargs: Any) -> Tensor:
-        self.called = True
         if kwargs.get("num_items_in_batch") is None or kwargs.get("shift_labels") is None:
             raise ValueError("the loss of a sharded batch needs shift_labels and num_items_in_batch from shard_batch")
         targets = torch.as_tensor(kwargs["num_items_in_batch"], device=kwargs["shift_labels"].device).clone()
         if self.mesh.data > 1:
             dist.all_reduce(targets, group=self.mesh.device_mesh.get_group("data"))
         kwargs["num_items_in_batch"] = targets.clamp_min(1)
-        return _SumOverRanks.apply(self.local(*args, **kwargs))
+        self.result = _SumOverRanks.apply(self.local(*args, **kwargs))
+        return self.result
 
 
 class _SumOverRanks(torch.autograd.Function):

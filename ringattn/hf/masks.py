@@ -23,8 +23,17 @@ class MaskNote:
             raise AttributeError(name)
         raise NotImplementedError(f"the model works on its attention mask itself ({name}), which is not supported")
 
-    def __getitem__(self, index: Any) -> Any:
-        raise NotImplementedError("the model works on its attention mask itself (by index), which is not supported")
+    def __getitem__(self, index: Any) -> "MaskNote":
+        """All of it, as Gemma 4 takes it for layers that share their keys. Raises NotImplementedError for a part."""
+        parts = index if isinstance(index, tuple) else (index,)
+        if all(
+            isinstance(part, slice) and (part.start or 0, part.stop, part.step or 1) == (0, None, 1) for part in parts
+        ):
+            return self
+        raise NotImplementedError(
+            f"the model takes a part of its attention mask ({index}), as if it knew where its tokens are: only models "
+            "that leave the mask to their attention layers are supported"
+        )
 
     def __repr__(self) -> str:
         return f"MaskNote({self.mask})"
@@ -38,7 +47,6 @@ def note_mask(
     kv_length: Any = None,
     q_offset: Any = 0,
     kv_offset: Any = 0,
-    use_vmap: bool = False,
     **kwargs: Any,
 ) -> MaskNote:
     """The AttentionMaskInterface function: no matrix is made, and a mask that would be lost is refused."""
@@ -46,8 +54,6 @@ def note_mask(
         raise NotImplementedError("this version of transformers asks for masks in a way that ringattn does not know")
     if attention_mask is not None:
         raise ValueError("attention_mask must be None: give padding and packing as documents, through shard_batch")
-    if use_vmap:
-        raise NotImplementedError("the model asks for a custom mask (prefix or image tokens), which is not supported")
     if q_length != kv_length or _nonzero(q_offset) or _nonzero(kv_offset):
         raise NotImplementedError(
             f"the model asks for a mask of {q_length} queries on {kv_length} keys: KV caches are for generation, "
@@ -94,12 +100,29 @@ def _parts(function: Any) -> Iterator[tuple[str, Any]]:
             yield from _parts(part)
     elif known and name == "remap_positions_for_packed_sequence" and "mask_function" in cells:
         yield from _parts(cells["mask_function"])
+    elif known and name == "or_masks" and "mask_functions" in cells:
+        first, *others = cells["mask_functions"]
+        if not all(_without_blocks(other) for other in others):
+            raise NotImplementedError(
+                "the model asks for a mask of tokens that see each other in both directions (of an image, a prefix), "
+                "which is not supported"
+            )
+        yield from _parts(first)
     elif known and name in PARTS and (PARTS[name] is None or isinstance(cells.get(PARTS[name]), int)):
         yield name, cells.get(PARTS[name] or "")
     else:
         raise NotImplementedError(
             f"the model asks for a mask made by {name} (image tokens, prefixes, blocks, ...), which is not supported"
         )
+
+
+def _without_blocks(function: Any) -> bool:
+    """Whether a part of a union of masks adds nothing: blocks of image tokens in a batch that has none."""
+    name = getattr(function, "__qualname__", "").partition(".")[0]
+    if getattr(function, "__module__", None) != MADE_BY or name != "blockwise_overlay":
+        return False
+    cells = dict(zip(function.__code__.co_freevars, function.__closure__ or (), strict=True))
+    return "block_sequence_ids" in cells and not bool((cells["block_sequence_ids"].cell_contents >= 0).any())
 
 
 def _nonzero(offset: Any) -> bool:

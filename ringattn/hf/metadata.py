@@ -20,8 +20,8 @@ METADATA = (*SEGMENTS, *CUMULATIVE, *LONGEST, "attention_mask")
 def documents_of(batch: Mapping[str, Any], rows: int, size: int) -> Documents:
     """The documents of a global batch of `rows` × `size` tokens, from its metadata.
 
-    In this order: cu_seq_lens_q, segment_ids (or seq_idx; negative is padding), position_ids with the attention_mask,
-    the attention_mask, position_ids, and without any of them one document for each row.
+    In this order: cu_seq_lens_q, segment_ids (or seq_idx; negative is padding, 0 is a document), position_ids with the
+    attention_mask, the attention_mask, position_ids, and without any of them one document for each row.
     Raises ValueError if a source is malformed or two of them disagree.
     """
     found = _told_by(batch, rows, size) or _guessed(batch, rows, size)
@@ -70,8 +70,21 @@ def _told_by(batch: Mapping[str, Any], rows: int, size: int) -> dict[str, Docume
             found[name] = _cumulative(name, batch[name], rows * size)
     for name in SEGMENTS:
         if batch.get(name) is not None:
-            found[name] = Documents.from_segment_ids(_rows(name, batch[name], rows, size))
+            found[name] = Documents.from_segment_ids(_segments(name, batch[name], rows, size))
     return found
+
+
+def _segments(name: str, values: Any, rows: int, size: int) -> Tensor:
+    """Ids of (B, S) tokens. Raises ValueError for 0 after other ids, which in other libraries is padding."""
+    ids = _rows(name, values, rows, size)
+    falls = (ids[:, 1:] == 0) & (ids[:, :-1] > 0)
+    if bool(falls.any()):
+        row, token = (int(x) for x in falls.nonzero()[0])
+        raise ValueError(
+            f"{name} must be negative in padding, got 0 after {int(ids[row, token])} at token {token + 1} of row {row}"
+            f": 0 is a document like any other here. Where it stands for padding give {name} - 1"
+        )
+    return ids
 
 
 def _guessed(batch: Mapping[str, Any], rows: int, size: int) -> dict[str, Documents]:

@@ -1,19 +1,28 @@
 """`parallelize`: a transformers model attends over the ranks of a mesh, until `Handle.undo`."""
 
+import copy
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
+import torch.distributed as dist
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 
 from ringattn.compiled import compiled_calls, reset_compiled_calls
+from ringattn.hf.adapters import check_adapters
 from ringattn.hf.attention import attend, features_of
+from ringattn.hf.changes import check_changes, same_parameters
+from ringattn.hf.empty import layout_of, put_in, take_out
+from ringattn.hf.images import EmbeddingNeeds, embedding_needs
 from ringattn.hf.keywords import check_keywords
-from ringattn.hf.loss import GlobalLoss
+from ringattn.hf.local_draws import LocalDraws, fork_before, join_after
+from ringattn.hf.loss import GlobalLoss, check_is_share
 from ringattn.hf.masks import note_mask
+from ringattn.hf.same_batch import check_same_batch
 from ringattn.hf.support import LengthLimit, check_model, length_limits, text_model
-from ringattn.parallel.mesh import SequenceMesh
+from ringattn.parallel.mesh.mesh import SequenceMesh
 
 # Only "ringattn" works: transformers treats names that hold "flash" or "/" in ways of its own.
 NAME = "ringattn"
@@ -28,7 +37,10 @@ class Handle:
 
     Arguments:
         layers: attention layers that the configuration says there are.
-        calls: attention calls of each layer module in the forward pass that is being verified, the first one.
+        draws: the random numbers of its forward passes.
+        adapters: those of PEFT that were looked at.
+        limits, needs: what batches must keep to, see `LengthLimit` and `EmbeddingNeeds`.
+        calls: attention calls of each layer module in the newest forward pass.
         asked: for each layer index the features (window, chunk, softcap, sinks) of its calls so far.
         without: features to leave out, by layer index: to see that they count. For checks only.
         verified: a forward pass ran in which every attention layer called exactly once.
@@ -39,12 +51,16 @@ class Handle:
     options: dict[str, Any]
     layers: int
     limits: list[LengthLimit]
+    needs: EmbeddingNeeds
+    draws: LocalDraws
+    adapters: tuple[tuple[str, int], ...] = ()
     calls: dict[str, int] = field(default_factory=dict)
     asked: dict[int, frozenset[str]] = field(default_factory=dict)
     without: dict[int, tuple[str, ...]] = field(default_factory=dict)
     verified: bool = False
     _implementation: str = ""
     _loss: Callable[..., Any] | None = field(default=None, repr=False)
+    _called: list[nn.Module] = field(default_factory=list, repr=False)
     _hooks: list[RemovableHandle] = field(default_factory=list, repr=False)
 
     @property
@@ -54,16 +70,18 @@ class Handle:
 
     def note(self, module: nn.Module, options: dict[str, Any]) -> None:
         """An attention layer calls."""
-        if self.verified:
-            return
         index = getattr(module, "layer_idx", None)
         key = f"layer {index}" if index is not None else f"{type(module).__name__} {id(module)}"
         self.calls[key] = self.calls.get(key, 0) + 1
+        if self.verified:
+            return
+        self._called.append(module)
         if isinstance(index, int):
             self.asked[index] = self.asked.get(index, frozenset()) | features_of(options)
 
     def verify(self, compiled: int = 0) -> None:
-        """Raises NotImplementedError if attention did not run here once per layer: some models ignore its name.
+        """Raises NotImplementedError if attention did not run here once per layer: some models ignore its name, and
+        others are changed after their first forward pass.
 
         Arguments:
             compiled: calls from inside of compiled layers, which are counted but not told apart.
@@ -71,13 +89,25 @@ class Handle:
         name = type(self.model).__name__
         ran = len(self.calls) + compiled
         if ran != self.layers:
+            reason = "this was changed after its first forward pass" if self.verified else "it cannot be replaced"
             raise NotImplementedError(
-                f"{name} ran {ran} of its {self.layers} attention layers through ringattn: its attention cannot be "
-                "replaced"
+                f"{name} ran {ran} of its {self.layers} attention layers through ringattn: as for its attention, "
+                f"{reason}"
             )
         if several := {key: count for key, count in self.calls.items() if count != 1}:
             raise NotImplementedError(f"{name} called attention more than once in a forward pass: {several}")
         self.verified = True
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "Handle":
+        """A copied model gets a handle of its own; a part that is copied alone (PEFT does that) stays with this one."""
+        if id(self.model) not in memo:
+            return self
+        copied = memo[id(self)] = object.__new__(Handle)
+        copied.__dict__ |= copy.deepcopy(self.__dict__, memo)
+        return copied
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"mesh": None}  # process groups cannot be pickled; `check_changes` says what to do
 
     def undo(self) -> None:
         """Give the model its own attention, mask and loss back. Without effect the second time."""
@@ -114,8 +144,10 @@ def parallelize(model: Any, mesh: SequenceMesh, **options: Any) -> Handle:
     """
     from transformers import AttentionInterface, AttentionMaskInterface
 
-    model = unwrapped(model)
+    wrapped, model = model, unwrapped(model)
     before: Any = getattr(model, "_ringattn", None)
+    if before is not None and before.mesh is None:  # the ranks of a process that pickled it
+        before = before.undo()
     if before is not None:
         raise ValueError(f"model was parallelized already, on {before.mesh}; its handle's undo() reverts that")
     if not isinstance(mesh, SequenceMesh):
@@ -123,7 +155,9 @@ def parallelize(model: Any, mesh: SequenceMesh, **options: Any) -> Handle:
     if unknown := set(options) - OPTIONS:
         raise TypeError(f"parallelize got unknown options {sorted(unknown)}; it takes {sorted(OPTIONS)}")
     layers = check_model(model)
-    handle = Handle(model, mesh, options, layers, length_limits(model.config.get_text_config()))
+    check_adapters(wrapped)
+    limits, needs = length_limits(model.config.get_text_config()), embedding_needs(model)
+    handle = Handle(model, mesh, options, layers, limits, needs, LocalDraws(mesh.device, dist.get_rank()))
     AttentionInterface.register(NAME, attend)
     AttentionMaskInterface.register(NAME, note_mask)
     handle._implementation = model.config.get_text_config()._attn_implementation
@@ -134,9 +168,15 @@ def parallelize(model: Any, mesh: SequenceMesh, **options: Any) -> Handle:
         _set_attention(model, NAME)
         if model.config.get_text_config()._attn_implementation != NAME:
             raise NotImplementedError(f"{type(model).__name__} does not let its attention be replaced")
-        model.loss_function = GlobalLoss(model.loss_function, mesh)
+        _check_reached(model)
+        _take_loss(handle)
         handle._hooks.append(model.register_forward_pre_hook(_before_forward, with_kwargs=True))
         handle._hooks.append(model.register_forward_hook(_after_forward, with_kwargs=True))
+        for inner in _decoders(model):
+            handle._hooks.append(inner.register_forward_pre_hook(fork_before))
+            handle._hooks.append(inner.register_forward_hook(join_after, always_call=True))
+            handle._hooks.append(inner.register_forward_pre_hook(put_in, with_kwargs=True))
+            handle._hooks.append(inner.register_forward_hook(take_out, with_kwargs=True))
     except BaseException:
         handle.undo()
         raise
@@ -166,6 +206,17 @@ def _set_attention(model: Any, name: str) -> None:
     model.set_attn_implementation(wanted)
 
 
+def _check_reached(model: Any) -> None:
+    """Layers that were copied (to make a model deeper) look at a configuration of their own."""
+    for path, layer in text_model(model).named_modules():
+        config = getattr(layer, "config", None)
+        if "Attention" in type(layer).__name__ and getattr(config, "_attn_implementation", NAME) != NAME:
+            raise NotImplementedError(
+                f"{type(model).__name__} has {type(layer).__name__} at {path} with a configuration of its own, which "
+                "does not let its attention be replaced: give it the model's (layer.config = model.config)"
+            )
+
+
 def _path_to(config: Any, wanted: Any) -> list[str]:
     """Keys of sub-configurations that lead from `config` to `wanted`."""
     if config is wanted:
@@ -182,23 +233,67 @@ def _contains(config: Any, wanted: Any) -> bool:
     return any(part is wanted or (part is not None and _contains(part, wanted)) for part in inner)
 
 
+def _decoders(model: Any) -> list[nn.Module]:
+    """The model and its parts down to the decoder of its text, which a caller may run by themselves."""
+    text = text_model(model)
+    return list(dict.fromkeys([model, model.base_model, text, text.base_model]))
+
+
+def _take_loss(handle: Handle) -> None:
+    """Make the model's loss function, also one that was set since, the mean over all ranks."""
+    model = handle.model
+    if isinstance(model.loss_function, GlobalLoss):
+        return
+    config = model.config.get_text_config()
+    device = next((p.device for p in model.parameters() if p.device.type != "meta"), torch.device("cpu"))
+    check_is_share(model.loss_function, config.vocab_size, device)
+    handle._loss = model.__dict__.get("_loss_function")
+    model.loss_function = GlobalLoss(model.loss_function, handle.mesh)
+
+
+def _check_attention(handle: Handle) -> None:
+    """Raises NotImplementedError if the model was given another attention since it was parallelized."""
+    model = handle.model
+    configs = [model.config.get_text_config(), *(layer.config for layer in handle._called if hasattr(layer, "config"))]
+    found = next((config._attn_implementation for config in configs if config._attn_implementation != NAME), NAME)
+    if found != NAME:
+        raise NotImplementedError(
+            f"{type(model).__name__} has attn_implementation={found!r} by now, which would attend to a rank's own "
+            f"tokens: it was parallelized, and something set it since (set_attn_implementation, or a model that "
+            "shares its configuration). handle.undo() gives the plain model back; parallelize makes it ringattn again"
+        )
+
+
 def _before_forward(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
     """Check the keywords. The handle is the model's own, since hooks go along when a model is copied."""
     handle: Handle = model._ringattn
+    changed = check_changes(handle)
+    _check_attention(handle)
     layout = check_keywords(handle, args, kwargs)
-    model.loss_function.called = False
+    if changed:
+        same_parameters(model, handle.mesh)
+        handle.draws.parts = [*model.modules()]
+    _take_loss(handle)
+    model.loss_function.expect()
+    handle.calls.clear()
     if not handle.verified:
-        handle.calls.clear()
-        reset_compiled_calls(layout)
+        handle._called.clear()
+        check_same_batch(layout, handle.mesh)
+    reset_compiled_calls(layout)
 
 
 def _after_forward(model: Any, args: Any, kwargs: dict[str, Any], output: Any) -> None:
-    """Verify the first forward pass, and that every loss came from here."""
+    """Verify that every attention layer and every loss came from here."""
     handle: Handle = model._ringattn
-    if not handle.verified:
-        handle.verify(compiled_calls(kwargs["cu_seq_lens_q"]))
-    if kwargs.get("labels") is not None and not model.loss_function.called:
+    handle.verify(compiled_calls(layout_of(kwargs["cu_seq_lens_q"])))
+    if kwargs.get("labels") is not None and not model.loss_function.is_whole(_loss_of(output)):
         raise NotImplementedError(
-            f"{type(model).__name__} computes its loss itself, on a rank's tokens alone: leave labels out of its "
-            "keywords and compute the loss from logits and shift_labels"
+            f"{type(model).__name__} computes its loss itself, or adds something to it, on a rank's tokens alone: "
+            "leave labels out of its keywords and compute the loss from logits and shift_labels"
         )
+
+
+def _loss_of(output: Any) -> Any:
+    """The loss of a ModelOutput, or of the tuple that stands for one: a scalar in front."""
+    first = output[0] if isinstance(output, tuple) else getattr(output, "loss", None)
+    return first if isinstance(first, torch.Tensor) and first.dim() == 0 else None

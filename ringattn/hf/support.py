@@ -10,11 +10,14 @@ from typing import Any
 
 from torch import nn
 
+from ringattn.hf.configuration import check_configuration
+from ringattn.hf.local_draws import check_draws
+
 LAYER_TYPES = frozenset({"full_attention", "sliding_attention", "chunked_attention"})
 # Heads that treat each token alone. Others pool over a sequence, of which a rank sees a part.
 HEADS = ("Model", "ForCausalLM", "LMHeadModel", "ForConditionalGeneration", "ForImageTextToText")
 # Layers that carry something from token to token, by a part of their class's name.
-RECURRENT = re.compile("Mamba|Recurrent|Rwkv|SSM|DeltaNet|LinearAttention|LightningAttention|ShortConv")
+RECURRENT = re.compile("Mamba|Recurrent|Rwkv|SSM|DeltaNet|LinearAttention|LightningAttention|ShortConv|NGram")
 # Attention layers that count positions themselves, and what is done about it.
 COUNTING = {"Llama4TextAttention": "see length_limits"}
 
@@ -65,6 +68,8 @@ def check_model(model: Any) -> int:
     text = text_model(model)
     for path, layer in text.named_modules():
         kind = type(layer).__name__
+        if isinstance(layer, nn.modules.batchnorm._BatchNorm):
+            raise NotImplementedError(f"{name} has {kind} at {path}: its statistics are of a rank's tokens alone")
         if isinstance(layer, nn.Conv1d | nn.RNNBase) or RECURRENT.search(kind):
             raise NotImplementedError(
                 f"{name} has {kind} at {path}, which carries something from token to token and cannot be split over a "
@@ -77,7 +82,9 @@ def check_model(model: Any) -> int:
             f"{name} has a head that may look at a whole sequence; supported are heads that treat each token alone: "
             f"*{', *'.join(HEADS)}"
         )
-    _check_config(name, config)
+    _check_placement(name, model)
+    check_configuration(model)
+    check_draws(model)
     _check_positions(name, text)
     return len(layer_types)
 
@@ -117,19 +124,19 @@ def _rope_parameters(config: Any) -> list[dict[str, Any]]:
     return nested if nested else [parameters]
 
 
-def _check_config(name: str, config: Any) -> None:
-    """Keys that ask for something which depends on more than one token, or on how many there are."""
-    if getattr(config, "add_cross_attention", False) or getattr(config, "cross_attention_layers", None):
-        raise NotImplementedError(f"{name} has cross attention (to an encoder or to images), which is not supported")
-    if getattr(config, "output_router_logits", False):
+def _check_placement(name: str, model: Any) -> None:
+    """Every rank must hold whole layers on its one device: attention's heads and losses are counted by it."""
+    if (size := getattr(model, "_tp_size", None)) is not None and size > 1:
         raise NotImplementedError(
-            f"{name} has output_router_logits=True: the auxiliary loss of its router is a product of means over all "
-            "tokens, of which a rank sees a part; set it to False"
+            f"{name} is tensor parallel over {size} ranks (tp_plan, or a distributed_config): its ranks hold parts of "
+            "the heads and all of the tokens, and cannot share the tokens too; load it without"
         )
-    if getattr(config, "output_attentions", False):
-        raise NotImplementedError(f"{name} has output_attentions=True: flash attention never forms that matrix")
-    if getattr(config, "alibi", False) or getattr(config, "use_alibi", False):
-        raise NotImplementedError(f"{name} has alibi=True: an additive bias on the scores is not supported")
+    devices = set(map(str, getattr(model, "hf_device_map", {}).values()))
+    if len(devices) > 1:
+        raise NotImplementedError(
+            f"{name} is spread over the devices {', '.join(sorted(devices))} (device_map): a rank has one device; load "
+            "it without device_map, and shard its parameters over ranks with FSDP or DeepSpeed"
+        )
 
 
 def _check_positions(name: str, text: Any) -> None:

@@ -8,7 +8,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ringattn.kernels.launch import launch, power_of_two
+from ringattn.kernels.movement.launch import launch, power_of_two
 
 TILE = 2048  # elements of one program: with 4 warps every thread moves 16, as whole vectors
 

@@ -11,16 +11,16 @@ from functools import cache
 
 from ringattn.environment import BACKEND, logger
 from ringattn.kernels import selftest
-from ringattn.kernels.cpu import CpuFlash
-from ringattn.kernels.fa2 import FlashAttention2
-from ringattn.kernels.fa3 import FlashAttention3
-from ringattn.kernels.fa4 import FlashAttention4
-from ringattn.kernels.flex import FlexAttention
-from ringattn.kernels.npu import NpuFusion
-from ringattn.kernels.reference import Reference
+from ringattn.kernels.backends.cpu import CpuFlash
+from ringattn.kernels.backends.fa2 import FlashAttention2
+from ringattn.kernels.backends.fa3 import FlashAttention3
+from ringattn.kernels.backends.fa4 import FlashAttention4
+from ringattn.kernels.backends.flex import FlexAttention
+from ringattn.kernels.backends.npu import NpuFusion
+from ringattn.kernels.backends.reference import Reference
+from ringattn.kernels.backends.torch_flash import TorchFlash
+from ringattn.kernels.backends.xpu import XpuFlash
 from ringattn.kernels.spec import Backend, CallSpec, Capability
-from ringattn.kernels.torch_flash import TorchFlash
-from ringattn.kernels.xpu import XpuFlash
 
 ENTRY_POINTS = "ringattn.kernels"
 

@@ -11,7 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ringattn.kernels.reference import Reference
+from ringattn.kernels.backends.reference import Reference
 from ringattn.kernels.spec import Backend, Block, Call, CallSpec, Dropout, Grads, Options, Sum
 
 # Documents of the case: queries and keys of each block. Unequal lengths, single tokens and several kernel tiles.

@@ -3,10 +3,9 @@
 T tokens of the stream, t tokens of this rank.
 """
 
-import math
 from bisect import bisect_right
-from collections.abc import Hashable, Sequence
-from functools import cached_property, partial
+from collections.abc import Sequence
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -14,19 +13,20 @@ import torch.distributed as dist
 from torch.autograd.function import once_differentiable
 
 from ringattn.documents import Documents
+from ringattn.kept import kept
 from ringattn.kernels.spec import Range, to_device
 from ringattn.mask import Mask
-from ringattn.parallel import placement
-from ringattn.parallel.machine import Machine
-from ringattn.parallel.mesh import MeshShape, SequenceMesh
-from ringattn.parallel.numbered import number_of
-from ringattn.parallel.parts import Parts, compact, resolve_parts, spread
-from ringattn.parallel.placement import Load, Placement
-from ringattn.parallel.plan import Shape
-from ringattn.parallel.ranges import length, overlap, touching
+from ringattn.numbered import number_of
+from ringattn.parallel.choice.degrees import choose_degrees
+from ringattn.parallel.geometry.ranges import length, overlap, touching
+from ringattn.parallel.machine.machine import Machine
+from ringattn.parallel.mesh.mesh import SequenceMesh
+from ringattn.parallel.mesh.shape import MeshShape
+from ringattn.parallel.placement.parts import Parts, resolve_parts
+from ringattn.parallel.placement.placement import POLICIES, Placement, resolved
+from ringattn.parallel.placement.policies import Positions
+from ringattn.parallel.plan.shape import Shape
 from ringattn.tracing import untraced
-
-POLICIES = ("contiguous", "zigzag", "balanced", "auto")
 
 
 class Layout:
@@ -35,7 +35,7 @@ class Layout:
     Arguments:
         docs: the documents of the global stream.
         mesh: a `SequenceMesh`, or a `MeshShape` for planning without processes. One with `alternatives` leaves the
-            degrees to the layout: its `mesh` is then the one whose attention is predicted to be fastest.
+            degrees to the layout: those are taken whose attention is predicted to be fastest.
         policy: "contiguous" (equal runs of the stream), "zigzag" (every document cut over all ring positions),
             "balanced" (equal tokens and equal cost with few cuts), or "auto": balanced where there is a ring axis, else
             contiguous.
@@ -48,13 +48,11 @@ class Layout:
         speeds: of each ring position, positive, for "balanced" and "auto": tokens and cost are in proportion to them.
         parts: on a mesh with `alternatives`, which degrees each document gets, in place of the layout's own choice:
             pairs ((ring, ulysses), numbers of documents), every document in one of them.
-        tokens: ascending ranges of the stream that are placed, with all of `docs` in them; default: the whole stream.
 
-    A layout of several `parts` is *parted*: each of them is a layout of some of the documents, over all ranks, and a
-    rank holds the tokens of one after those of another. Its mesh is the one with alternatives. Else `parts` is empty.
-    Tokens are placed on ring positions; a position's tokens are dealt in equal runs to its ulysses ranks. A layout is
-    not to be changed. It is no dataclass because FSDP takes those in a model's keywords apart, and copies them.
-    Raises ValueError for a wrong argument.
+    Its `parts` are one placement or more, each of some of the documents over all ranks. A rank holds the tokens of one
+    after those of another. `mesh` is the mesh of a single part, and that with the alternatives where there are several.
+    A layout is not to be changed. It is no dataclass because FSDP takes those in a model's keywords apart, and copies
+    them. Raises ValueError for a wrong argument.
     """
 
     __slots__ = ("__dict__", "__weakref__", "_number")  # what a number keeps alive shares all but the number
@@ -72,7 +70,6 @@ class Layout:
         heads: tuple[int, int] = (32, 8),
         speeds: Sequence[float] | None = None,
         parts: Parts | None = None,
-        tokens: Sequence[Range] | None = None,
     ) -> None:
         if not isinstance(docs, Documents):
             raise ValueError(f"docs must be Documents, got {type(docs).__name__}; build one with Documents(lengths)")
@@ -80,22 +77,32 @@ class Layout:
             raise ValueError(f"mesh must come from init_mesh (or be a MeshShape), got {type(mesh).__name__}")
         if policy not in POLICIES:
             raise ValueError(f"policy must be one of {', '.join(POLICIES)}, got {policy!r}")
-        self.docs, self.mesh, self.policy = docs, mesh, policy
-        self.parts: tuple[Layout, ...] = ()
-        self.placed = None if tokens is None else tuple(tokens)
-        masks = _masks(mask)
-        self.mask = masks[0][0]
-        self.speeds = None if speeds is None else _speeds(speeds, mesh, self.resolved_policy)
-        timed = machine or (mesh.machine if policy == "auto" else None)
-        rates = () if timed is None else (timed.rate(head_dim, False), timed.rate(head_dim, True))
-        self.load = Load(masks, rates, 2 * head_dim)
-        self.reason = ""
-        self._plans: dict[Hashable, Any] = {}
-        shape = Shape(*heads, head_dim, head_dim, 2)
+        self.docs, self.mesh, self.policy, self.reason = docs, mesh, policy, ""
+        self.masks = _masks(mask)
+        self.mask = self.masks[0][0]
+
+        def on(one: MeshShape, some: Documents = docs, tokens: Sequence[Range] | None = None) -> Placement:
+            return Placement(
+                some, one, policy, self.masks, machine=machine, head_dim=head_dim, speeds=speeds, tokens=tokens
+            )
+
+        def parted(wanted: Parts) -> tuple[Placement, ...]:
+            return tuple(on(part.mesh, part.docs, part.tokens) for part in resolve_parts(docs, mesh, wanted))
+
+        if speeds is not None and (parts is not None or mesh.alternatives):
+            raise ValueError("speeds are of the positions of one ring, and here documents may be on several meshes")
         if parts is not None:
-            self._take_parts(parts, machine, shape)
+            self.parts = parted(parts)
         elif mesh.alternatives:
-            self._take_degrees(machine, shape)
+            # The other policies say themselves where each token is.
+            mixed = parted if policy in ("auto", "balanced") else None
+            shape = Shape(*heads, head_dim, head_dim, 2)
+            chosen = choose_degrees(mesh.alternatives, on, self.masks, shape, machine, mixed)
+            self.parts, self.reason = chosen.parts, chosen.reason
+        else:
+            self.parts = (on(mesh),)
+        if len(self.parts) == 1:
+            self.mesh = self.parts[0].mesh
         self._take_number()
 
     def _take_number(self) -> None:
@@ -106,87 +113,42 @@ class Layout:
 
     def __getstate__(self) -> dict[str, Any]:
         """Of a copy: numbers belong to one process, and what was planned may hold its process groups."""
-        return self.__dict__ | {"_plans": {}}
+        return self.__dict__ | {"_kept": {}}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
         self._take_number()
 
-    def _take_degrees(self, machine: Machine | None, shape: Shape) -> None:
-        """Become the layout on those of the mesh's alternatives which are predicted to be fastest."""
-        from ringattn.parallel.degrees import choose_degrees  # it makes layouts
-
-        options: dict[str, Any] = {"machine": machine, "head_dim": shape.head_dim}
-
-        def on(mesh: MeshShape, parts: Parts | None = None) -> Layout:
-            return Layout(self.docs, mesh, self.policy, self.load.masks, parts=parts, **options)
-
-        if self.speeds is not None:
-            raise ValueError("speeds are of the positions of one ring, and this mesh leaves the degrees to the layout")
-        # The other policies say themselves where each token is.
-        parted = partial(on, self.mesh) if self.policy in ("auto", "balanced") else None
-        chosen = choose_degrees(self.mesh.alternatives, on, self.load.masks, shape, machine, parted)
-        self.mesh, self.reason = chosen.layout.mesh, chosen.reason
-        self.parts, self._plans = chosen.layout.parts, chosen.layout._plans
-        if not self.parts:
-            self.positions = chosen.layout.positions
-
-    def _take_parts(self, parts: Parts, machine: Machine | None, shape: Shape) -> None:
-        if self.speeds is not None:
-            raise ValueError("speeds are of the positions of one ring, and parts have several rings")
-        options: dict[str, Any] = {"machine": machine, "head_dim": shape.head_dim}
-        self.parts = tuple(
-            Layout(part.docs, part.mesh, self.policy, self.load.masks, tokens=part.tokens, **options)
-            for part in resolve_parts(self.docs, self.mesh, parts)
-        )
+    def is_on(self, mesh: MeshShape) -> bool:
+        """Whether attention on `mesh` may take this layout: made for it, or for one of its alternatives."""
+        return self.mesh is mesh or self.mesh == mesh or self.mesh in mesh.alternatives
 
     @property
     def resolved_policy(self) -> str:
-        if self.policy != "auto":
-            return self.policy
-        return "balanced" if self.mesh.ring > 1 else "contiguous"
+        return resolved(self.policy, self.mesh)
 
     @cached_property
-    @untraced
-    def positions(self) -> Placement:
-        """Ordered global ranges `(start, stop)` of every ring position."""
-        if self.parts:
-            ranks = range(self.mesh.sequence_size)
-            return tuple(touching(span for part in self.parts for span in part.ranges(rank)) for rank in ranks)
-        docs = self.docs if self.placed is None else compact(self.docs, self.placed)
-        if self.resolved_policy == "balanced":
-            placed = placement.balanced(docs, self.load, self.mesh.ring, self.speeds)
-        else:
-            place = {"contiguous": placement.contiguous, "zigzag": placement.zigzag}[self.resolved_policy]
-            placed = place(docs, self.load, self.mesh.ring)
-        return placed if self.placed is None else spread(placed, self.placed)
+    def positions(self) -> Positions:
+        """Ordered global ranges `(start, stop)` of every ring position; of every rank where there are several parts."""
+        if len(self.parts) == 1:
+            return self.parts[0].positions
+        return tuple(self.ranges(rank) for rank in range(self.mesh.sequence_size))
 
     @cached_property
     def position_sizes(self) -> tuple[int, ...]:
         return tuple(length(ranges) for ranges in self.positions)
 
-    def deal(self, position: int) -> tuple[Range, ...]:
-        """Rows of a ring position that each of its ulysses ranks holds."""
-        rows, ranks = self.position_sizes[position], self.mesh.ulysses
-        return tuple((rank * rows // ranks, (rank + 1) * rows // ranks) for rank in range(ranks))
-
     def ranges(self, rank: int | None = None) -> tuple[Range, ...]:
         """Ordered global ranges held by a sequence rank (default: this one)."""
         rank = self._rank(rank)
-        position, part = divmod(rank, self.mesh.ulysses)
-        begin, end = self.deal(position)[part]
-        out, row = [], 0
-        for start, stop in self.positions[position]:
-            first, last = overlap((begin - row, end - row), (0, stop - start))
-            if first < last:
-                out.append((start + first, start + last))
-            row += stop - start
-        return tuple(out)
+        if len(self.parts) == 1:
+            return self.parts[0].ranges(rank)
+        return touching(span for part in self.parts for span in part.ranges(rank))
 
     def tokens(self, rank: int | None = None) -> int:
         """Number of tokens held by a sequence rank (default: this one)."""
-        begin, end = self.deal(self._rank(rank) // self.mesh.ulysses)[self._rank(rank) % self.mesh.ulysses]
-        return end - begin
+        rank = self._rank(rank)
+        return sum(part.tokens(rank) for part in self.parts)
 
     def indices(self, rank: int | None = None) -> torch.Tensor:
         """Global indices held by a sequence rank (default: this one), in its local order: (t,) int64 on the host."""
@@ -229,22 +191,21 @@ class Layout:
                 f"x must have the {self.tokens()} tokens of sequence rank {self.mesh.sequence_rank} in dim {dim}, got "
                 f"shape {tuple(x.shape)}"
             )
-        if self.placed is not None:
-            raise ValueError("x must be of a layout of the whole stream, and this is one of its parts")
         if grad not in ("same", "partial"):
             raise ValueError(f'grad must be "same" or "partial", got {grad!r}')
         return _Unshard.apply(x.movedim(dim, 0), self, grad).movedim(0, dim)
 
     def _gather_order(self, device: torch.device) -> torch.Tensor:
         """Row of each global token in the ranks' tensors laid end to end, each padded to the longest. Kept."""
-        key = ("gather order", device)
-        if key not in self._plans:
+
+        def make() -> torch.Tensor:
             order = torch.empty(self.docs.total, dtype=torch.int64, device="cpu")
             for rank in range(self.mesh.sequence_size):
                 indices = self.indices(rank)
                 order[indices] = torch.arange(len(indices), device="cpu") + rank * self._longest
-            self._plans[key] = to_device(order, device)
-        return self._plans[key]
+            return to_device(order, device)
+
+        return kept(self, ("gather order", device), make)
 
     @cached_property
     def _longest(self) -> int:
@@ -257,16 +218,10 @@ class Layout:
         return rank
 
     def __str__(self) -> str:
-        if self.parts:
-            head = f"{self.docs} on {self.mesh.sequence_size} ranks in {len(self.parts)} parts"
-            return "\n".join([head, *(f"  {line}" for part in self.parts for line in str(part).splitlines())])
-        docs = self.docs if self.placed is None else compact(self.docs, self.placed)
-        head = f"{docs} on ring {self.mesh.ring} × ulysses {self.mesh.ulysses}, {self.resolved_policy}"
-        rows = [
-            f"  position {index}: {size} tokens in {len(ranges)} ranges"
-            for index, (size, ranges) in enumerate(zip(self.position_sizes, self.positions, strict=True))
-        ]
-        return "\n".join([head, *rows])
+        if len(self.parts) == 1:
+            return str(self.parts[0])
+        head = f"{self.docs} on {self.mesh.sequence_size} ranks in {len(self.parts)} parts"
+        return "\n".join([head, *(f"  {line}" for part in self.parts for line in str(part).splitlines())])
 
 
 class _Unshard(torch.autograd.Function):
@@ -306,14 +261,6 @@ def _masks(mask: Mask | Sequence[tuple[Mask, float]] | None) -> tuple[tuple[Mask
     if not pairs:
         raise ValueError("mask must be a Mask, or pairs (Mask, number of layers > 0), got none")
     return tuple((pair[0], float(pair[1])) for pair in pairs)
-
-
-def _speeds(speeds: Sequence[float], mesh: MeshShape, policy: str) -> tuple[float, ...]:
-    if policy != "balanced":
-        raise ValueError(f'speeds belongs to policy="balanced", got policy="{policy}"')
-    if len(speeds) != mesh.ring or not all(0 < speed < math.inf for speed in speeds):
-        raise ValueError(f"speeds must be {mesh.ring} positive numbers, one per ring position, got {list(speeds)}")
-    return tuple(float(speed) for speed in speeds)
 
 
 def _concatenated(parts: list[torch.Tensor]) -> torch.Tensor:

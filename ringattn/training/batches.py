@@ -20,11 +20,13 @@ class Batch(Generic[T]):
         micro: this replica's packs, one per micro-step, after `prepare`.
         plans: the packs of all replicas, in the packer's order.
         position: of the stream after this batch: a checkpoint written after this step stores it.
+        epoch: passes over the corpus after this batch, as in 1.25.
     """
 
     micro: tuple[T, ...]
     plans: tuple[PackPlan, ...]
     position: Position | GroupedPosition
+    epoch: float
 
     @property
     def targets(self) -> int:
@@ -59,7 +61,7 @@ def batches(
     while True:
         plans = packer.step(packs_per_step)
         mine = tuple(prepare(read_pack(plan, packer.corpus)) for plan in plans[replica::replicas])
-        yield Batch(mine, plans, packer.position)
+        yield Batch(mine, plans, packer.position, packer.epoch)
 
 
 class Prefetcher(Generic[T]):

@@ -48,11 +48,17 @@ def complete_checkpoints(root: Path) -> list[Path]:
 
 
 def newest_checkpoint(root: Path) -> tuple[Path, TrainState] | None:
-    """The newest complete checkpoint and its state."""
+    """The newest complete checkpoint and its state. Raises ValueError if its marker cannot be read."""
     found = complete_checkpoints(root)
     if not found:
         return None
-    return found[-1], TrainState(**json.loads((found[-1] / MARKER).read_text()))
+    marker = found[-1] / MARKER
+    try:
+        return found[-1], TrainState(**json.loads(marker.read_text()))
+    except (OSError, ValueError, TypeError) as error:
+        raise ValueError(
+            f"{marker} cannot be read: {error}; remove {found[-1].name} to go on from the checkpoint before it"
+        ) from None
 
 
 def save_checkpoint(

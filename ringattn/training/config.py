@@ -2,6 +2,7 @@
 
 import importlib.util
 import math
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -10,9 +11,11 @@ import torch
 from omegaconf import DictConfig, OmegaConf
 
 from ringattn.kernels.registry import backends
-from ringattn.parallel.mesh import MeshShape, resolve_mesh
-from ringattn.parallel.planner import check_scheme
-from ringattn.training.corpus import Corpus, matching_files
+from ringattn.parallel.mesh.shape import MeshShape, resolve_mesh
+from ringattn.parallel.planning.options import check_scheme
+from ringattn.training.corpus import Corpus
+from ringattn.training.data.files import matching_files
+from ringattn.training.data.tokenizer import AUTO, BYTES, has_tokenizer
 from ringattn.training.engines.deepspeed import available as deepspeed_available
 
 CHOICES: dict[str, tuple[str, ...]] = {
@@ -24,7 +27,7 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "run.dtype": ("auto", "float32", "bfloat16"),
     "run.resume": ("auto", "force"),
 }
-# Smallest allowed value; None as a value of the configuration is allowed for the keys of OPTIONAL.
+# Smallest allowed value.
 INTEGERS: dict[str, int] = {
     "data.seq_len": 1,
     "data.packs_per_step": 1,
@@ -40,10 +43,11 @@ INTEGERS: dict[str, int] = {
     "run.keep": 1,
     "run.log_every": 1,
 }
-OPTIONAL = {"data.packs_per_step", "data.delay"}
-OPTIONAL |= {"parallel.data", "parallel.ring", "parallel.ulysses", "parallel.head_chunks"}
-# Allowed interval, both ends included.
+LARGEST = {"run.seed": 2**32 - 1}  # what every library's generator takes
+# Allowed interval, both ends included, of finite numbers.
 NUMBERS: dict[str, tuple[float, float]] = {
+    "model.lr": (0.0, math.inf),
+    "model.lr_from_path": (0.0, math.inf),
     "optim.lr": (0.0, math.inf),
     "optim.warmup_ratio": (0.0, 1.0),
     "optim.min_ratio": (0.0, 1.0),
@@ -52,24 +56,43 @@ NUMBERS: dict[str, tuple[float, float]] = {
     "optim.clip": (0.0, math.inf),
 }
 SWITCHES = ("data.pad", "engine.checkpoint_layers", "parallel.ulysses_across_nodes", "run.tensorboard")
-# Keys that are checked elsewhere; below model.config every key of the transformers configuration is allowed.
-OTHER_KEYS = {
-    "model.name",
-    "model.family",
-    "model.path",
-    "model.config",
-    "data.files",
-    "data.text_field",
-    "data.tokenizer",
-    "data.add_eos",
-    "data.cache",
-    "optim.betas",
-    "engine.zero_stage",
-    "run.output",
-}
+TEXTS = ("model.name", "model.family", "model.path", "run.output")
+# Keys that only one option of their group has.
+OF_TEXT = ("data.files", "data.text_field", "data.tokenizer", "data.add_eos", "data.cache")
+OF_DEEPSPEED = ("engine.zero_stage",)
+# May be null, which is the same as left out.
+OPTIONAL = {"data.packs_per_step", "data.delay", "parallel.data", "parallel.ring", "parallel.ulysses"}
+OPTIONAL |= {"parallel.head_chunks", "optim.lr"}
+OPTIONAL |= {"model.family", "model.path", "model.config", "model.lr", "model.lr_from_path", "model.allow_mismatch"}
+# Below model.config every key of the transformers configuration is allowed.
+KEYS = {*CHOICES, *INTEGERS, *NUMBERS, *SWITCHES, *TEXTS, "model.config", "model.allow_mismatch", "optim.betas"}
 # What may differ between two starts in the same folder without changing the curve, beside `parallel` and most of `run`.
-SAME_CURVE = {"data.prefetch", "data.cache", "engine.checkpoint_layers"}
+# Files and tokenizer count by their contents, which the corpus' fingerprint holds, and learning rates as optim.lr.
+SAME_CURVE = {"data.prefetch", "data.cache", "data.files", "data.tokenizer", "engine.checkpoint_layers"}
+SAME_CURVE |= {"model.name", "model.lr", "model.lr_from_path", "model.allow_mismatch"}
 CURVE_OF_RUN = ("run.seed", "run.steps", "run.dtype")
+
+
+def completed(cfg: DictConfig) -> DictConfig:
+    """The configuration with null for every key that may be left out.
+
+    Raises ValueError for a key that does not exist, and for one that must be there.
+    """
+    plain: dict[str, Any] = OmegaConf.to_container(cfg)  # type: ignore[assignment]
+    given = {name for key in flat(plain) for name in _and_above(key)}
+    known = KEYS | {*OF_TEXT, *OF_DEEPSPEED}
+    unknown = [key for key in flat(plain) if key not in known and not key.startswith("model.config.")]
+    if unknown:
+        raise ValueError(f"unknown key {', '.join(sorted(unknown))}; the keys are in configs/, each with a comment")
+    needed = KEYS - OPTIONAL
+    needed |= set(OF_TEXT) if OmegaConf.select(cfg, "data.name") == "text" else set()
+    needed |= set(OF_DEEPSPEED) if OmegaConf.select(cfg, "engine.name") == "deepspeed" else set()
+    if missing := sorted(needed - given):
+        raise ValueError(f"the configuration has no {', '.join(missing)}; each is in a file of configs/")
+    cfg = cfg.copy()
+    for key in sorted(OPTIONAL - given):
+        OmegaConf.update(cfg, key, None, force_add=True)
+    return cfg
 
 
 def validate(cfg: DictConfig, world_size: int, ranks_per_node: int, device_type: str) -> MeshShape:
@@ -77,8 +100,9 @@ def validate(cfg: DictConfig, world_size: int, ranks_per_node: int, device_type:
 
     Raises ValueError naming the key, what it holds and what it may hold.
     """
-    _check_keys(cfg)
+    cfg = completed(cfg)
     _check_values(cfg)
+    _check_model_keys(cfg)
     shape = _check_mesh(cfg, world_size, ranks_per_node)
     _check_device(cfg, device_type)
     _check_engine(cfg)
@@ -90,22 +114,39 @@ def validate(cfg: DictConfig, world_size: int, ranks_per_node: int, device_type:
 
 def resolve(cfg: DictConfig, shape: MeshShape, device_type: str) -> dict[str, Any]:
     """The configuration as plain values, with what was left open filled in; this is what the output folder keeps."""
+    cfg = completed(cfg)
     resolved: dict[str, Any] = OmegaConf.to_container(cfg, resolve=True)  # type: ignore[assignment]
     resolved["parallel"].update(data=shape.data, ring=shape.ring, ulysses=shape.ulysses)
     resolved["data"]["packs_per_step"] = cfg.data.packs_per_step or shape.data
+    if cfg.model.path is not None:
+        resolved["model"]["path"] = os.path.abspath(os.path.expanduser(cfg.model.path))
+    resolved["model"]["config"] = resolved["model"]["config"] or {}
+    resolved["model"]["allow_mismatch"] = resolved["model"]["allow_mismatch"] or []
+    if cfg.optim.lr is None:
+        resolved["optim"]["lr"] = cfg.model.lr if cfg.model.path is None else cfg.model.lr_from_path
+    if cfg.data.get("tokenizer") == AUTO:
+        own = cfg.model.path is not None and has_tokenizer(cfg.model.path)
+        resolved["data"]["tokenizer"] = resolved["model"]["path"] if own else BYTES
     if cfg.run.dtype == "auto":
         resolved["run"]["dtype"] = "bfloat16" if device_type == "cuda" else "float32"
     return resolved
 
 
-def check_model(cfg: DictConfig, model_config: Any, corpus: Corpus) -> None:
-    """Raises ValueError if the model's vocabulary or positions are too few for the data."""
+def check_vocabulary(cfg: DictConfig, model_config: Any, tokens: int) -> None:
+    """Raises ValueError if the model's vocabulary is smaller than that of the data."""
+    known = model_config.get_text_config().vocab_size
+    if tokens > known:
+        raise ValueError(f"model.config.vocab_size={known} is less than the {tokens} tokens of {_tokens_of(cfg)}")
+
+
+def _tokens_of(cfg: DictConfig) -> str:
+    tokenizer = cfg.data.get("tokenizer")
+    return f"data.name={cfg.data.name}" if tokenizer is None else f"data.tokenizer={tokenizer}"
+
+
+def check_positions(cfg: DictConfig, model_config: Any, corpus: Corpus) -> None:
+    """Raises ValueError if the model has fewer positions than the longest document of a pack."""
     text = model_config.get_text_config()
-    if corpus.vocab_size > text.vocab_size:
-        raise ValueError(
-            f"model.config.vocab_size={text.vocab_size} is less than the {corpus.vocab_size} tokens of "
-            f"data.name={cfg.data.name}"
-        )
     positions = getattr(text, "max_position_embeddings", None)
     longest = min(cfg.data.seq_len, corpus.longest)
     if positions is not None and longest > positions:
@@ -117,7 +158,7 @@ def check_model(cfg: DictConfig, model_config: Any, corpus: Corpus) -> None:
 
 def curve_differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[tuple[str, Any, Any]]:
     """Keys whose values would change the loss curve: (key, old value, new value). Absent and null are the same."""
-    before, after = _flat(old), _flat(new)
+    before, after = flat(old), flat(new)
     missing = "(absent)"
     keys = sorted(key for key in before.keys() | after.keys() if before.get(key) != after.get(key))
     return [(key, before.get(key, missing), after.get(key, missing)) for key in keys if _shapes_curve(key)]
@@ -130,23 +171,20 @@ def _shapes_curve(key: str) -> bool:
     return group != "parallel" and key not in SAME_CURVE
 
 
-def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+def flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested values by their full names, as in `data.seq_len`."""
     out: dict[str, Any] = {}
     for key, value in values.items():
         if isinstance(value, Mapping):
-            out |= _flat(value, f"{prefix}{key}.")
+            out |= flat(value, f"{prefix}{key}.")
         else:
-            out[prefix + key] = value
+            out[f"{prefix}{key}"] = value
     return out
 
 
-def _check_keys(cfg: DictConfig) -> None:
-    """Hydra refuses a key that is not there, but `+key=value` adds one: a misspelt key must not pass unread."""
-    known = {*CHOICES, *INTEGERS, *NUMBERS, *SWITCHES, *OTHER_KEYS}
-    plain: dict[str, Any] = OmegaConf.to_container(cfg, resolve=True)  # type: ignore[assignment]
-    unknown = [key for key in _flat(plain) if key not in known and not key.startswith("model.config.")]
-    if unknown:
-        raise ValueError(f"unknown key {', '.join(sorted(unknown))}; the keys are in configs/, each with a comment")
+def _and_above(key: str) -> list[str]:
+    parts = key.split(".")
+    return [".".join(parts[:count]) for count in range(1, len(parts) + 1)]
 
 
 def _check_values(cfg: DictConfig) -> None:
@@ -157,19 +195,64 @@ def _check_values(cfg: DictConfig) -> None:
         value = OmegaConf.select(cfg, key)
         if value is None and key in OPTIONAL:
             continue
-        if not isinstance(value, int) or isinstance(value, bool) or value < smallest:
-            raise ValueError(f"{key} must be an integer of at least {smallest}, got {value!r}")
+        largest = LARGEST.get(key)
+        if not _is_integer(value) or value < smallest or (largest is not None and value > largest):
+            most = "" if largest is None else f" and at most {largest}"
+            raise ValueError(f"{key} must be an integer of at least {smallest}{most}, got {value!r}")
     for key, (low, high) in NUMBERS.items():
         value = OmegaConf.select(cfg, key)
-        if not isinstance(value, int | float) or isinstance(value, bool) or not low <= value <= high:
-            raise ValueError(f"{key} must be a number from {low} to {high}, got {value!r}")
+        if value is None and key in OPTIONAL:
+            continue
+        if not _is_number(value) or not low <= value <= high:
+            raise ValueError(f"{key} must be a finite number from {low} to {high}, got {value!r}")
     for key in SWITCHES:
         if not isinstance(value := OmegaConf.select(cfg, key), bool):
             raise ValueError(f"{key} must be true or false, got {value!r}")
+    for key in TEXTS:
+        _check_text(cfg, key)
     betas = OmegaConf.to_container(cfg.optim.betas) if OmegaConf.is_list(cfg.optim.betas) else cfg.optim.betas
-    good = isinstance(betas, list) and len(betas) == 2 and all(isinstance(b, int | float) and 0 <= b < 1 for b in betas)
+    good = isinstance(betas, list) and len(betas) == 2 and all(_is_number(b) and 0 <= b < 1 for b in betas)
     if not good:
         raise ValueError(f"optim.betas must be two numbers in [0, 1), got {betas!r}")
+
+
+def _is_integer(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _is_number(value: Any) -> bool:
+    return _is_integer(value) or (isinstance(value, float) and math.isfinite(value))
+
+
+def _check_text(cfg: DictConfig, key: str) -> None:
+    value = OmegaConf.select(cfg, key)
+    if (value is None and key in OPTIONAL) or (isinstance(value, str) and value):
+        return
+    hint = f"; write \"{key}='{value}'\"" if isinstance(value, int | float) else ""
+    raise ValueError(f"{key} must be text, got {value!r}{hint}")
+
+
+def _check_texts(cfg: DictConfig, key: str, example: str) -> None:
+    value = OmegaConf.select(cfg, key)
+    if value is None and key in OPTIONAL:
+        return
+    if not OmegaConf.is_list(value):
+        raise ValueError(f"{key} must be a list, got {value!r}; write '{key}=[{example}]'")
+    for one in value:
+        if not isinstance(one, str) or not one:
+            raise ValueError(f"{key} must be a list of texts, got {one!r} in it; write '{key}=[{example}]'")
+
+
+def _check_model_keys(cfg: DictConfig) -> None:
+    model = cfg.model
+    if model.config is not None and not OmegaConf.is_dict(model.config):
+        raise ValueError(f"model.config must hold keys of the transformers configuration, got {model.config!r}")
+    _check_texts(cfg, "model.allow_mismatch", "lm_head.*")
+    if model.allow_mismatch and model.path is None:
+        raise ValueError("model.allow_mismatch is about the weights at model.path, which is null")
+    rate = "model.lr" if model.path is None else "model.lr_from_path"
+    if cfg.optim.lr is None and OmegaConf.select(cfg, rate) is None:
+        raise ValueError(f"optim.lr is null, and so is {rate}, which it would be; give one of them")
 
 
 def _check_mesh(cfg: DictConfig, world_size: int, ranks_per_node: int) -> MeshShape:
@@ -217,7 +300,7 @@ def _check_engine(cfg: DictConfig) -> None:
     if not deepspeed_available():
         raise ValueError("engine=deepspeed needs the package: pip install 'ringattn[deepspeed]', or use engine=fsdp2")
     stage = cfg.engine.zero_stage
-    if stage not in (1, 2, 3):
+    if not _is_integer(stage) or stage not in (1, 2, 3):
         raise ValueError(f"engine.zero_stage must be 1, 2 or 3, got {stage!r}")
 
 
@@ -240,15 +323,16 @@ def _check_data(cfg: DictConfig, shape: MeshShape) -> None:
         return
     if not isinstance(cfg.data.add_eos, bool):
         raise ValueError(f"data.add_eos must be true or false, got {cfg.data.add_eos!r}")
-    if not OmegaConf.is_list(cfg.data.files):
-        raise ValueError(f"data.files must be a list, got {cfg.data.files!r}; write 'data.files=[/path/to/texts]'")
+    _check_texts(cfg, "data.files", "/path/to/texts")
     if not cfg.data.files:
         raise ValueError("data.files is empty; give paths: data=text 'data.files=[/path/to/texts]'")
+    for key in ("data.text_field", "data.tokenizer", "data.cache"):
+        _check_text(cfg, key)
     matching_files(list(cfg.data.files))
     tokenizer = cfg.data.tokenizer
-    if tokenizer != "bytes" and not Path(str(tokenizer)).expanduser().is_dir():
+    if tokenizer not in (AUTO, BYTES) and not Path(tokenizer).expanduser().is_dir():
         raise ValueError(
-            f"data.tokenizer={tokenizer!r} must be `bytes` or the folder of a saved Hugging Face tokenizer"
+            f"data.tokenizer={tokenizer!r} must be `auto`, `bytes` or the folder of a saved Hugging Face tokenizer"
         )
 
 

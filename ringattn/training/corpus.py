@@ -7,20 +7,20 @@ import fcntl
 import hashlib
 import json
 import os
-import shutil
 import sysconfig
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
-from glob import glob
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-BYTE_VOCABULARY = 256
-
-Encoder = Callable[[str], Sequence[int]]
+from ringattn.training.data.contents import Content, contents_of
+from ringattn.training.data.kinds import is_jsonl
+from ringattn.training.data.store import FORMAT, open_store, write_store
+from ringattn.training.data.tokenizer import BYTE_VOCABULARY, Tokenizer, load_tokenizer
 
 
 @dataclass(frozen=True)
@@ -88,97 +88,57 @@ def stdlib_corpus() -> Corpus:
     return corpus_of([np.frombuffer(path.read_bytes(), np.uint8) for path in paths], BYTE_VOCABULARY)
 
 
-def matching_files(patterns: Sequence[str]) -> list[Path]:
-    """The files of some paths, folders or glob patterns, sorted. Raises ValueError for one that matches nothing."""
-    found: set[Path] = set()
-    for pattern in patterns:
-        path = Path(pattern).expanduser()
-        matches = path.rglob("*") if path.is_dir() else map(Path, glob(str(path), recursive=True))
-        files = {match for match in matches if match.is_file()}
-        if not files:
-            raise ValueError(f"data.files: {pattern!r} matches no file")
-        found |= files
-    return sorted(found)
-
-
-def text_corpus(files: Sequence[Path], tokenizer: str, text_field: str, add_eos: bool, cache: Path) -> Corpus:
+def text_corpus(
+    files: Sequence[Path], tokenizer: Tokenizer | str, text_field: str, add_eos: bool, cache: Path
+) -> Corpus:
     """Text files (one document each) and JSONL files (one document per line), tokenized once into `cache`.
 
     Arguments:
         files: `.jsonl` files hold one object per line; any other file is one document.
-        tokenizer: `bytes`, or the local folder of a Hugging Face tokenizer.
+        tokenizer: one that is loaded, or `bytes`, or the local folder of a Hugging Face tokenizer.
         text_field: key of the text in a JSONL object.
-        add_eos: end every document with the tokenizer's end-of-sequence token, if it has one.
+        add_eos: end every document with the tokenizer's end-of-sequence token, if it has one; counts for a tokenizer
+            that is to be loaded.
         cache: folder for the token store; it may be shared by processes and machines.
 
     Every process may call this at the same time: one writes the store under a file lock and the others wait for it,
-    with no collective.
+    with no collective. The store, and the fingerprint of the corpus, are those of what the files and the tokenizer
+    hold: neither a path nor a time counts.
+
+    Raises ValueError for a file, a tokenizer or a cache folder that cannot be used.
     """
-    stat = [(str(path.resolve()), path.stat().st_size, path.stat().st_mtime_ns) for path in files]
-    key = json.dumps([stat, tokenizer, text_field, add_eos])
+    encoder = load_tokenizer(tokenizer, add_eos) if isinstance(tokenizer, str) else tokenizer
+    contents = _contents(files, cache)
+    kinds = [(content.digest, is_jsonl(content.path)) for content in contents]
+    key = json.dumps([FORMAT, kinds, encoder.fingerprint, text_field])
     fingerprint = hashlib.sha256(key.encode()).hexdigest()[:16]
     folder = cache / fingerprint
-    if not (folder / "store.json").exists():
-        cache.mkdir(parents=True, exist_ok=True)
-        with open(cache / f"{fingerprint}.lock", "w") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX)
-            if not (folder / "store.json").exists():
-                encode, vocab_size = _encoder(tokenizer, add_eos)
-                _write_store(folder, _texts(files, text_field), encode, vocab_size)
-    return _open_store(folder, fingerprint)
-
-
-def _texts(files: Sequence[Path], text_field: str) -> Iterator[str]:
-    for path in files:
-        if path.suffix != ".jsonl":
-            yield path.read_text(encoding="utf-8", errors="replace")
-            continue
-        with open(path, encoding="utf-8") as lines:
-            for number, line in enumerate(lines, 1):
-                if not line.strip():
-                    continue
-                try:
-                    record = json.loads(line)
-                except json.JSONDecodeError as error:
-                    raise ValueError(f"data.files: line {number} of {path} is not JSON: {error}") from None
-                if not isinstance(record, dict) or not isinstance(record.get(text_field), str):
-                    raise ValueError(f"data.text_field={text_field!r} is no text in line {number} of {path}")
-                yield record[text_field]
-
-
-def _encoder(tokenizer: str, add_eos: bool) -> tuple[Encoder, int]:
-    """The function from text to token ids, and its vocabulary size."""
-    if tokenizer == "bytes":
-        return lambda text: text.encode("utf-8"), BYTE_VOCABULARY
-    from transformers import AutoTokenizer
-
-    model = AutoTokenizer.from_pretrained(tokenizer, local_files_only=True)
-    model.model_max_length = 1 << 62  # documents may be longer than the model that the tokenizer was made for
-    tail = [model.eos_token_id] if add_eos and model.eos_token_id is not None else []
-    return lambda text: [*model(text, add_special_tokens=False)["input_ids"], *tail], len(model)
-
-
-def _write_store(folder: Path, texts: Iterator[str], encode: Encoder, vocab_size: int) -> None:
-    """Writes tokens.bin, offsets.npy and, last, store.json; a store without store.json is not complete."""
-    shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir(parents=True)
-    dtype = np.uint8 if vocab_size <= 1 << 8 else np.uint16 if vocab_size <= 1 << 16 else np.uint32
-    offsets = [0]
-    with open(folder / "tokens.bin", "wb") as out:
-        for text in texts:
-            ids = np.asarray(list(encode(text)), dtype)
-            out.write(ids.tobytes())
-            offsets.append(offsets[-1] + len(ids))
-    np.save(folder / "offsets.npy", np.asarray(offsets, np.int64))
-    partial = folder / "store.json.partial"
-    partial.write_text(json.dumps({"vocab_size": vocab_size, "dtype": np.dtype(dtype).name}))
-    os.replace(partial, folder / "store.json")
-
-
-def _open_store(folder: Path, fingerprint: str) -> Corpus:
-    description = json.loads((folder / "store.json").read_text())
-    offsets = np.load(folder / "offsets.npy")
-    if offsets[-1] == 0:
+    store = open_store(folder)
+    try:
+        if store is None:
+            with _locked(cache / f"{fingerprint}.lock"):
+                store = open_store(folder) or write_store(folder, contents, text_field, encoder)
+    except OSError as error:
+        raise ValueError(f"data.cache={str(cache)!r} cannot be used: {error.strerror or error}") from None
+    if not len(store.tokens):
         raise ValueError("data.files hold no text at all")
-    tokens = np.memmap(folder / "tokens.bin", dtype=description["dtype"], mode="r")
-    return Corpus(tokens, offsets, description["vocab_size"], fingerprint)
+    return Corpus(store.tokens, store.offsets, store.vocab_size, fingerprint)
+
+
+def _contents(files: Sequence[Path], cache: Path) -> list[Content]:
+    """The files by their contents, read by one process at a time: the next ones find them remembered."""
+    memory = cache / "contents.json"
+    try:
+        with _locked(cache / "contents.lock"):
+            return contents_of(files, memory)
+    except OSError:  # a cache that cannot be written to may hold the tokens all the same
+        return contents_of(files, memory, remember=False)
+
+
+@contextmanager
+def _locked(path: Path) -> Iterator[None]:
+    """Alone among the processes that ask for the same lock; waits for the others."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with open(path, "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield

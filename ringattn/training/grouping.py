@@ -109,6 +109,11 @@ class GroupedPacker:
         self.corpus, self.seq_len, self.cost, self.delay = corpus, seq_len, cost, delay
         self._usual = usual_attention(corpus, seq_len, cost)
 
+    @property
+    def epoch(self) -> float:
+        """Passes over the corpus that were read so far, by documents."""
+        return self._stream.epoch
+
     def step(self, packs: int) -> tuple[PackPlan, ...]:
         """Plans the packs of one step, cheapest first, and moves on. Neighbours, which run together, cost alike."""
         position = self.position

@@ -1,6 +1,6 @@
 """Everything about a run that is decided before a process group exists: one place to refuse, and nothing to hang."""
 
-import json
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -8,12 +8,18 @@ from typing import Any
 import torch
 from omegaconf import DictConfig, OmegaConf
 
-from ringattn import hf
+from ringattn.training.architecture import check_family, configured
 from ringattn.training.checkpoint import TrainState, newest_checkpoint
-from ringattn.training.config import check_model, curve_differences, resolve, validate
-from ringattn.training.corpus import Corpus, matching_files, stdlib_corpus, text_corpus
+from ringattn.training.choices import with_saved_model
+from ringattn.training.config import check_positions, check_vocabulary, completed, resolve, validate
+from ringattn.training.corpus import Corpus, stdlib_corpus, text_corpus
+from ringattn.training.data.files import matching_files
+from ringattn.training.data.tokenizer import BYTE_VOCABULARY, BYTES, has_tokenizer, load_tokenizer
+from ringattn.training.fitness import check_attention, check_head_chunks
 from ringattn.training.launched import Launch, pick_device
-from ringattn.training.models import empty_model, model_config
+from ringattn.training.output import check_output
+from ringattn.training.pretrained import load_weights
+from ringattn.training.resume import check_resume
 
 
 @dataclass(frozen=True)
@@ -27,7 +33,8 @@ class Job:
         output: the run's folder.
         corpus: its documents.
         model_config: its transformers configuration.
-        resume: newest complete checkpoint and its state, or None for a first start.
+        resume: newest complete checkpoint and the state to go on from, or None for a first start.
+        notes: what the user should know about what was decided for them.
     """
 
     cfg: DictConfig
@@ -37,6 +44,7 @@ class Job:
     corpus: Corpus
     model_config: Any
     resume: tuple[Path, TrainState] | None
+    notes: tuple[str, ...] = ()
 
     @property
     def done(self) -> bool:
@@ -44,83 +52,66 @@ class Job:
         return self.resume is not None and self.resume[1].step >= self.cfg.run.steps
 
 
-def prepare(cfg: DictConfig, launch: Launch) -> Job:
+def prepare(cfg: DictConfig, launch: Launch, chosen: Collection[str] | None = None) -> Job:
     """Checks a configuration against this machine, its data and the output folder. No collective.
+
+    Arguments:
+        chosen: the `model` keys that the user set (see `choices.py`): with a path only these change the saved
+            configuration. None for all that `cfg` has.
 
     Raises ValueError with one message that names the key and the numbers.
     """
     device = pick_device(launch)
+    cfg = with_saved_model(completed(cfg), chosen)
     shape = validate(cfg, launch.world_size, launch.ranks_per_node, device.type)
-    resolved = resolve(cfg, shape, device.type)
+    resolved = OmegaConf.create(resolve(cfg, shape, device.type))
     output = Path(cfg.run.output).expanduser().resolve()
-    if output.exists() and not output.is_dir():
-        raise ValueError(f"run.output={cfg.run.output} is a file; it must be a folder")
-    family_overrides = resolved["model"]["config"] or {}
-    model = model_config(cfg.model.family, cfg.model.path, family_overrides)
-    corpus = load_corpus(cfg)
-    _check_attention(model)
-    check_model(cfg, model, corpus)
-    resume = newest_checkpoint(output / "checkpoints")
-    if resume is not None:
-        _check_resume(cfg, resolved, output, resume[1], launch, corpus)
-    return Job(OmegaConf.create(resolved), launch, device, output, corpus, model, resume)
+    found = newest_checkpoint(output / "checkpoints")
+    check_output(output, str(cfg.run.output), write=found is None or found[1].step < cfg.run.steps)
+    config, notes = _model(resolved)
+    empty = check_attention(config)
+    check_head_chunks(cfg, shape, config)
+    corpus = load_corpus(resolved, config, output)
+    check_positions(resolved, config, corpus)
+    if found is not None:
+        state, said = check_resume(resolved, output, found[1], launch, corpus, config, empty)
+        found, notes = (found[0], state), notes + said
+    return Job(resolved, launch, device, output, corpus, config, found, tuple(notes))
 
 
-def _check_attention(config: Any) -> None:
-    """Raises ValueError for a model whose attention cannot be computed over a sequence axis."""
-    try:
-        hf.check_model(empty_model(config))
-    except NotImplementedError as error:
-        raise ValueError(f"model: {error}") from None
+def _model(cfg: DictConfig) -> tuple[Any, list[str]]:
+    """The configuration of the model, and what is to be said about it."""
+    path = cfg.model.path
+    overrides: Any = OmegaConf.to_container(cfg.model.config)
+    config, changes = configured(cfg.model.family, path, overrides)
+    if path is None:
+        return config, []
+    if cfg.model.family is not None:
+        check_family(cfg.model.family, path, config)
+    _, differing = load_weights(config, path, list(cfg.model.allow_mismatch), shapes_only=True)
+    changed = "with " + ", ".join(map(str, changes)) if changes else "as it was saved"
+    notes = [f"model.path={path}: {changed}"]
+    if differing:
+        notes.append(f"weights that differ, as model.allow_mismatch permits: {differing}")
+    if cfg.data.get("tokenizer", BYTES) == BYTES and has_tokenizer(path):
+        notes.append(
+            f"warning: data.name={cfg.data.name} is read as bytes, but the model has a tokenizer of its own, whose ids "
+            f"mean something else; data=text data.tokenizer={path} uses it"
+        )
+    return config, notes
 
 
-def load_corpus(cfg: DictConfig) -> Corpus:
-    """The corpus of `data`; the first process to ask for a text corpus tokenizes it, the others wait."""
-    if cfg.data.name == "stdlib":
+def load_corpus(cfg: DictConfig, model_config: Any, output: Path) -> Corpus:
+    """The corpus of `data`; the first process to ask for a text corpus tokenizes it, the others wait.
+
+    Raises ValueError, before anything is tokenized, for more tokens than the model knows.
+    """
+    data = cfg.data
+    if data.name == "stdlib":
+        check_vocabulary(cfg, model_config, BYTE_VOCABULARY)
         return stdlib_corpus()
-    return text_corpus(
-        matching_files(list(cfg.data.files)),
-        str(cfg.data.tokenizer),
-        cfg.data.text_field,
-        cfg.data.add_eos,
-        Path(cfg.data.cache).expanduser(),
-    )
-
-
-def write_config(cfg: DictConfig, output: Path) -> None:
-    """Writes the resolved configuration as `config.yaml`."""
-    output.mkdir(parents=True, exist_ok=True)
-    partial = output / "config.yaml.partial"
-    OmegaConf.save(cfg, partial)
-    partial.replace(output / "config.yaml")
-
-
-def _check_resume(
-    cfg: DictConfig, resolved: dict[str, Any], output: Path, state: TrainState, launch: Launch, corpus: Corpus
-) -> None:
-    if state.engine != cfg.engine.name:
-        raise ValueError(
-            f"engine.name={cfg.engine.name}, but the checkpoint in {output} was written by {state.engine} and only it "
-            "can read it; choose another run.output"
-        )
-    if state.engine == "deepspeed" and state.world_size != launch.world_size:
-        raise ValueError(
-            f"the DeepSpeed checkpoint in {output} was written by {state.world_size} ranks and {launch.world_size} "
-            "were started; start as many, or choose another run.output"
-        )
-    if cfg.run.resume == "force":
-        return
-    if state.corpus != corpus.fingerprint:
-        raise ValueError(
-            f"the documents of data.name={cfg.data.name} changed since the checkpoint in {output}; choose another "
-            "run.output, or go on all the same with run.resume=force"
-        )
-    saved = output / "config.yaml"
-    old: Any = OmegaConf.to_container(OmegaConf.load(saved)) if saved.is_file() else resolved
-    differences = curve_differences(old, resolved)
-    if differences:
-        shown = "; ".join(f"{key} was {json.dumps(a)} and is now {json.dumps(b)}" for key, a, b in differences)
-        raise ValueError(
-            f"{output} holds a run with another configuration: {shown}. Choose another run.output, or go on from its "
-            "checkpoint all the same with run.resume=force"
-        )
+    tokenizer = load_tokenizer(data.tokenizer, data.add_eos)
+    check_vocabulary(cfg, model_config, tokenizer.vocab_size)
+    cache = Path(data.cache).expanduser()
+    files = matching_files(list(data.files), own=(output, cache.resolve()))
+    return text_corpus(files, tokenizer, data.text_field, data.add_eos, cache)

@@ -49,6 +49,11 @@ def is_first(environ: Mapping[str, str]) -> bool:
     return environ.get("RANK", environ.get("SLURM_PROCID", "0")) == "0"
 
 
+def speaks_for_machine(environ: Mapping[str, str]) -> bool:
+    """Whether this process is the first of its machine; also true if the launch cannot be read."""
+    return environ.get("LOCAL_RANK", environ.get("SLURM_LOCALID", "0")) == "0"
+
+
 def export(launch: Launch, environ: MutableMapping[str, str]) -> None:
     """Sets what `torch.distributed.init_process_group` reads."""
     environ.update(
@@ -70,8 +75,10 @@ def pick_device(launch: Launch) -> torch.device:
         return torch.device("cpu")
     count = torch.cuda.device_count()
     # srun may show each task its own GPU only, as number 0.
-    index = 0 if count == 1 and launch.kind == "slurm" else launch.local_rank
-    if index >= count:
+    alone = count == 1 and launch.kind == "slurm"
+    index = 0 if alone else launch.local_rank
+    # On every rank of the machine: those that have a GPU would wait for the others.
+    if launch.ranks_per_node > count and not alone:
         raise ValueError(
             f"{launch.ranks_per_node} ranks were started on a machine with {count} GPUs; one GPU per rank is needed"
         )

@@ -19,12 +19,14 @@ from ringattn.training.batches import Batch, Prefetcher, batches
 from ringattn.training.checkpoint import TrainState, load_random_states, save_checkpoint
 from ringattn.training.config import compute_dtype
 from ringattn.training.engines import Engine, EngineOptions, build_engine
+from ringattn.training.failures import naming_first_failure
 from ringattn.training.flops import StepFlops, peak_flops
 from ringattn.training.grouping import DocumentCost, GroupedPacker, GroupedPosition
-from ringattn.training.job import Job, write_config
+from ringattn.training.job import Job
 from ringattn.training.loss import backward_loss, share, token_loss_sum
 from ringattn.training.metrics import StepMetrics, peak_memory_gib
 from ringattn.training.models import build_model, empty_model
+from ringattn.training.output import write_config
 from ringattn.training.packing import Pack, Packer, Position
 from ringattn.training.report import Report
 from ringattn.training.schedule import Schedule
@@ -99,7 +101,7 @@ class Trainer:
         cfg, job = self.cfg, self.job
         return EngineOptions(
             config=job.model_config,
-            load=lambda: build_model(job.model_config, cfg.run.seed, cfg.model.path),
+            load=lambda: build_model(job.model_config, cfg.run.seed, cfg.model.path, list(cfg.model.allow_mismatch)),
             attach=lambda model: parallelize(
                 model,
                 self.mesh,
@@ -215,9 +217,11 @@ class Trainer:
             seconds=seconds,
             tokens=self.tokens,
             targets=batch.targets,
+            epoch=batch.epoch,
         )
 
 
+@naming_first_failure
 def train(job: Job) -> None:
     """Runs a prepared job to its end, or to a checkpoint if a signal asks to stop. Collective."""
     rank0 = job.launch.rank == 0
@@ -227,19 +231,17 @@ def train(job: Job) -> None:
         return
     _quiet_libraries()
     trainer = Trainer(job)
-    try:
-        _same_checkpoint_everywhere(job)
-        if rank0:
-            write_config(job.cfg, job.output)
-        report = Report(job, trainer.step, trainer.engine.num_parameters, enabled=rank0)
-        with report:
-            done = trainer.run(report)
-        if rank0:
-            state = "done" if done else f"stopped after step {trainer.step}; start again with the same command to go on"
-            print(f"{state}: {job.output}", flush=True)
-        dist.barrier()
-    finally:
-        dist.destroy_process_group()
+    _same_checkpoint_everywhere(job)
+    if rank0:
+        write_config(job.cfg, job.output, job.model_config)
+    with Report(job, trainer.step, trainer.engine.num_parameters, enabled=rank0) as report:
+        done = trainer.run(report)
+    if rank0:
+        state = "done" if done else f"stopped after step {trainer.step}; start again with the same command to go on"
+        print(f"{state}: {job.output}", flush=True)
+    dist.barrier()
+    # Not where something was raised: the others would hear of lost connections before they can hear of the reason.
+    dist.destroy_process_group()
 
 
 def _same_checkpoint_everywhere(job: Job) -> None:

@@ -10,6 +10,8 @@ from typing import Any
 
 import torch
 
+from ringattn.training.data.meter import clock
+
 
 @dataclass(frozen=True)
 class StepMetrics:
@@ -26,6 +28,7 @@ class StepMetrics:
         seconds: of the step, waiting for data included.
         tokens: seen since the start of the run.
         targets: tokens that the loss counts in this step.
+        epoch: passes over the corpus since the start of the run, as in 1.25.
     """
 
     step: int
@@ -39,14 +42,17 @@ class StepMetrics:
     seconds: float
     tokens: int
     targets: int
+    epoch: float = 0.0
 
-    def line(self, steps: int) -> str:
-        """For people."""
+    def line(self, steps: int, left: float | None = None) -> str:
+        """For people; `left` seconds are expected to the last step."""
+        rest = "" if left is None else f"  {clock(left)} left"
         mfu = "" if self.mfu is None else f"  mfu {self.mfu:.1%}"
         return (
-            f"step {self.step:>{len(str(steps))}}/{steps}  loss {self.loss:.4f}  grad {self.grad_norm:.3f}  "
+            f"step {self.step:>{len(str(steps))}}/{steps}  epoch {self.epoch:.2f}  loss {self.loss:.4f}  "
+            f"grad {self.grad_norm:.3f}  "
             f"lr {self.lr:.2e}  {self.tokens_per_second:,.0f} tokens/s{mfu}  {self.peak_memory_gib:.2f} GiB  "
-            f"{self.seconds:.2f} s"
+            f"{self.seconds:.2f} s{rest}"
         )
 
 
@@ -59,15 +65,18 @@ def peak_memory_gib(device: torch.device) -> float:
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """The records of a metrics.jsonl; a last line that a killed process left unfinished is passed over."""
+    """The records of a metrics.jsonl, up to a line that is none, such as one that a killed process left unfinished."""
     if not path.is_file():
         return []
     records = []
-    for line in path.read_text().splitlines():
+    for line in path.read_text(errors="replace").splitlines():
         try:
-            records.append(json.loads(line))
+            record = json.loads(line)
         except json.JSONDecodeError:
             break
+        if not isinstance(record, dict) or not isinstance(record.get("step"), int):
+            break
+        records.append(record)
     return records
 
 
@@ -95,6 +104,7 @@ class Progress:
 
     def __init__(self, step: int, steps: int, every: int) -> None:
         self._steps, self._every = steps, every
+        self._seconds = 0.0  # of a step, smoothed: the first ones, which compile and allocate, are forgotten
         self._bar: Any = None
         if sys.stderr.isatty():
             from tqdm import tqdm
@@ -103,13 +113,15 @@ class Progress:
 
     def update(self, metrics: StepMetrics) -> None:
         """Shows a step."""
+        self._seconds = 0.9 * self._seconds + 0.1 * metrics.seconds if self._seconds else metrics.seconds
         if self._bar is not None:
             self._bar.set_postfix_str(
-                f"loss {metrics.loss:.3f}, {metrics.tokens_per_second:,.0f} tokens/s", refresh=False
+                f"epoch {metrics.epoch:.2f}, loss {metrics.loss:.3f}, {metrics.tokens_per_second:,.0f} tokens/s",
+                refresh=False,
             )
             self._bar.update()
         elif metrics.step % self._every == 0 or metrics.step in (1, self._steps):
-            print(metrics.line(self._steps), flush=True)
+            print(metrics.line(self._steps, self._seconds * (self._steps - metrics.step)), flush=True)
 
     def close(self) -> None:
         """Ends the bar's line."""

@@ -1,58 +1,33 @@
 """Models from transformers: a small Llama, the shapes of Llama-3.1-8B and Qwen3-8B, or a local checkpoint."""
 
-from collections.abc import Mapping
-from pathlib import Path
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import CheckpointImpl, checkpoint_wrapper
 
-# The configuration class and the architecture of each `model.family`.
-FAMILIES = {
-    "llama": ("LlamaConfig", "LlamaForCausalLM"),
-    "qwen3": ("Qwen3Config", "Qwen3ForCausalLM"),
-}
+from ringattn.training.architecture import configured
+from ringattn.training.pretrained import load_weights
 
 
-def model_config(family: str, path: str | None, overrides: Mapping[str, Any]) -> Any:
-    """The transformers configuration: of a local checkpoint if `path` is given, else of a family; then the overrides.
-
-    Raises ValueError for a family, a folder or a key of the configuration that does not exist.
-    """
-    import transformers
-
-    if path is not None:
-        folder = Path(path).expanduser()
-        if not (folder / "config.json").is_file():
-            raise ValueError(f"model.path={path!r} holds no config.json; it must be the folder of a saved model")
-        config = transformers.AutoConfig.from_pretrained(folder, local_files_only=True)
-    elif family in FAMILIES:
-        config = getattr(transformers, FAMILIES[family][0])()
-    else:
-        raise ValueError(f"model.family must be one of {sorted(FAMILIES)}, got {family!r}")
-    for key, value in overrides.items():
-        if not hasattr(config, key):
-            raise ValueError(f"model.config.{key}: {type(config).__name__} has no such key")
-        setattr(config, key, value)
-    if path is None:  # derived fields (head_dim, layer types) are computed from the final values
-        config = type(config)(**{**dict(overrides)})
-    config.use_cache = False  # a cache makes stock packing leak across documents
-    return config
+def model_config(family: str | None, path: str | None, overrides: Mapping[str, Any]) -> Any:
+    """The configuration of `configured` alone."""
+    return configured(family, path, overrides)[0]
 
 
-def build_model(config: Any, seed: int, path: str | None = None) -> nn.Module:
+def build_model(config: Any, seed: int, path: str | None = None, allow: Sequence[str] = ()) -> nn.Module:
     """The whole model in float32 on the CPU: with weights drawn from `seed`, or those of the checkpoint at `path`.
 
-    Same seed, same weights, whatever the number of ranks or the engine; the caller's random state is not touched.
+    Same seed, same weights, whatever the number of ranks or the engine, those that a checkpoint lacks (by patterns of
+    `allow`, see `load_weights`) included; the caller's random state is not touched.
     """
     from transformers import AutoModelForCausalLM
 
-    if path is not None:
-        folder = Path(path).expanduser()
-        return AutoModelForCausalLM.from_pretrained(folder, config=config, dtype=torch.float32, local_files_only=True)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
+        if path is not None:
+            return load_weights(config, path, allow)[0]
         return AutoModelForCausalLM.from_config(config, dtype=torch.float32)
 
 

@@ -130,7 +130,7 @@ class Packer:
             padded and the document is split, its rest opening the next pack.
         position: where to go on.
 
-    Raises ValueError for an empty corpus or seq_len < 1.
+    Raises ValueError for an empty corpus, seq_len < 1 or a position that is not in the corpus.
     """
 
     def __init__(
@@ -143,6 +143,19 @@ class Packer:
         self.corpus, self.seq_len, self.seed, self.pad = corpus, seq_len, seed, pad
         self.position = position or Position()
         self._order_of: tuple[int, npt.NDArray[np.int64]] | None = None
+        if not 0 <= self.position.index <= len(corpus) or not 0 <= self.position.offset <= self._open_length():
+            raise ValueError(f"{self.position} is no place in this corpus of {len(corpus)} documents")
+
+    @property
+    def epoch(self) -> float:
+        """Passes over the corpus so far, by documents, as in 1.25."""
+        at = self.position
+        return at.epoch + (at.index + at.offset / max(self._open_length(), 1)) / len(self.corpus)
+
+    def _open_length(self) -> int:
+        """Tokens of the document that comes next, 0 at the end of an epoch."""
+        order = self._order(self.position.epoch)
+        return self.corpus.length(int(order[self.position.index])) if self.position.index < len(order) else 0
 
     def next(self) -> PackPlan:
         """Plans the next pack and moves on."""

@@ -55,8 +55,10 @@ def _opening(job: Job, step: int, parameters: int) -> str:
     cfg, corpus = job.cfg, job.corpus
     p = cfg.parallel
     plot = "" if importlib.util.find_spec("matplotlib") else "\nno loss.png: matplotlib is not installed"
+    notes = "".join(f"{note}\n" for note in job.notes)
     return (
-        f"{cfg.model.name}: {parameters:,} parameters, {cfg.run.dtype}, {cfg.engine.name}\n"
+        f"{notes}{cfg.model.name}: {parameters:,} parameters, {cfg.run.dtype}, {cfg.engine.name}, "
+        f"lr {cfg.optim.lr:g}\n"
         f"{cfg.data.name}: {len(corpus):,} documents, {corpus.total:,} tokens; packs of "
         f"{cfg.data.seq_len:,} tokens, {cfg.data.packs_per_step} a step\n"
         f"{job.launch.world_size} ranks on {job.device.type}: data {p.data} × ring {p.ring} × ulysses {p.ulysses}, "

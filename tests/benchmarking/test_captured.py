@@ -21,7 +21,7 @@ from ringattn.benchmarking.slow import Slow
 from ringattn.benchmarking.suite import CAPTURED_CEILING, CEILING, Result, measure
 from ringattn.benchmarking.timing import Timer
 from ringattn.benchmarking.workloads import workload
-from ringattn.parallel.plan import Route
+from ringattn.parallel.plan.route import Route
 from tests.benchmarking.test_suite import FACTS
 from tests.pool import Pools
 

@@ -7,10 +7,10 @@ import pytest
 
 from ringattn import Documents, Layout, Mask, MeshShape
 from ringattn.cli import main
-from ringattn.parallel.cost import rank_cost
-from ringattn.parallel.machines import SHIPPED
-from ringattn.parallel.plan import Shape
-from ringattn.parallel.planner import plan_attention, plan_parts
+from ringattn.parallel.machine.shipped import SHIPPED
+from ringattn.parallel.plan.shape import Shape
+from ringattn.parallel.planning.planner import plan_attention, plan_parts
+from ringattn.parallel.pricing.plan_cost import rank_cost
 
 SMALL = ["plan", "--heads", "8/2", "--head-dim", "64", "--machine", "H200"]
 

@@ -14,7 +14,7 @@ import torch
 from ringattn.cli import main, make_parser
 from ringattn.commands import _call, check, doctor
 from ringattn.commands._files import check_target
-from ringattn.parallel.machines import SHIPPED
+from ringattn.parallel.machine.shipped import SHIPPED
 from ringattn.workloads import HISTOGRAMS
 from tests.test_import import ROOT
 
@@ -214,7 +214,9 @@ def test_a_calibration_that_cannot_be_measured_or_kept(
     monkeypatch.setenv("RINGATTN_CACHE_DIR", "/proc/cache")
     assert "RINGATTN_CACHE_DIR: /proc/cache/machine-" in refused(capsys, *argv)
     monkeypatch.delenv("RINGATTN_CACHE_DIR")
-    with mock.patch("ringattn.parallel.calibration.Calibration.run", side_effect=RuntimeError("out of memory\nmore")):
+    with mock.patch(
+        "ringattn.parallel.machine.calibrate.Calibration.run", side_effect=RuntimeError("out of memory\nmore")
+    ):
         assert main([*argv, "--out", os.devnull]) == 1
     assert capsys.readouterr().err == "ringattn bench: error: this cannot be measured: out of memory\n"
 

@@ -7,7 +7,8 @@ import pytest
 import torch
 
 from ringattn import Documents, Layout, Mask, MeshShape, parallel_attention
-from ringattn.kernels import flex, selftest
+from ringattn.kernels import selftest
+from ringattn.kernels.backends import flex
 from ringattn.kernels.registry import backends
 from ringattn.kernels.spec import Block, Call, CallSpec
 

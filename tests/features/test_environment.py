@@ -12,8 +12,8 @@ import torch
 
 from ringattn import Documents, Layout, MeshShape, attention, environment, preparation
 from ringattn.cli import main
-from ringattn.kernels.reference import Reference
-from ringattn.kernels.tuning import Tuner
+from ringattn.kernels.backends.reference import Reference
+from ringattn.kernels.tuning.tuner import Tuner
 
 PACKAGE = Path(environment.__file__).parent
 

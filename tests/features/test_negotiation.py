@@ -11,7 +11,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ringattn import Documents, Layout, Mask, MeshShape, ParallelAttention, parallel_attention
-from ringattn.kernels import fa3, registry
+from ringattn.kernels import registry
+from ringattn.kernels.backends import fa3
 from ringattn.kernels.spec import Backend, CallSpec
 from ringattn.names import ALIASES, canonical
 from tests.features import hf

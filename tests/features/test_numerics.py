@@ -10,11 +10,11 @@ from torch import Tensor
 
 from ringattn import Documents, Layout, Mask, MeshShape, parallel_attention
 from ringattn.kernels import registry, selftest
-from ringattn.kernels.fa2 import FlashAttention2
+from ringattn.kernels.backends.fa2 import FlashAttention2
+from ringattn.kernels.backends.reference import Reference, kept_pairs
 from ringattn.kernels.merge import merge_
-from ringattn.kernels.reference import Reference, kept_pairs
 from ringattn.kernels.spec import Block, Call, CallSpec, Grads, Options
-from ringattn.parallel.transport import GroupTransport
+from ringattn.parallel.transport.collective import GroupTransport
 from tests.dense import Case, dense_attention, relative_error
 from tests.features import hf
 from tests.parallel.ranks import attend, mesh_of

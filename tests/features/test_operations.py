@@ -12,10 +12,11 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from ringattn import Documents, Layout, Mask, MeshShape, environment, parallel_attention
-from ringattn.kernels import flex, registry
+from ringattn.drawing import area, picture
+from ringattn.kernels import registry
+from ringattn.kernels.backends import flex
 from ringattn.kernels.spec import Backend, Block, Call, Capability, Options
-from ringattn.parallel.picture import area, picture
-from ringattn.parallel.planner import plan_attention
+from ringattn.parallel.planning.planner import plan_attention
 from tests.dense import Case, dense_attention
 from tests.features import hf
 from tests.kernels.test_registry import BUILTIN, SPEC, Entry, Fake, clear, plug

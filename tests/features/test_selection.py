@@ -15,14 +15,15 @@ from torch import Tensor
 from ringattn import Documents, Layout, MeshShape, parallel_attention
 from ringattn.cli import main
 from ringattn.commands import doctor
-from ringattn.kernels import fa2, fa4, flex, registry, selftest
-from ringattn.kernels.cpu import CpuFlash
-from ringattn.kernels.fa4 import FlashAttention4
-from ringattn.kernels.flex import FlexAttention
-from ringattn.kernels.npu import NpuFusion
-from ringattn.kernels.reference import Reference
+from ringattn.kernels import registry, selftest
+from ringattn.kernels.backends import fa2, fa4, flex
+from ringattn.kernels.backends.cpu import CpuFlash
+from ringattn.kernels.backends.fa4 import FlashAttention4
+from ringattn.kernels.backends.flex import FlexAttention
+from ringattn.kernels.backends.npu import NpuFusion
+from ringattn.kernels.backends.reference import Reference
+from ringattn.kernels.backends.xpu import XpuFlash
 from ringattn.kernels.spec import Backend, Block, Call, CallSpec, Capability, Options
-from ringattn.kernels.xpu import XpuFlash
 from tests.kernels.test_conformance import present
 from tests.kernels.test_probing import both_modules, empty_site, install
 from tests.kernels.test_registry import BUILTIN, ORDER, SPEC, Entry, Fake, broken, clear, plug

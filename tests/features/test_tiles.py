@@ -8,12 +8,12 @@ import pytest
 import torch
 from torch.nn.attention.flex_attention import FlexKernelOptions
 
-from ringattn.kernels import tuned_backend
-from ringattn.kernels.cpu import CpuFlash
-from ringattn.kernels.measured import MeasuredCall
+from ringattn.kernels.backends.cpu import CpuFlash
 from ringattn.kernels.spec import CallSpec
-from ringattn.kernels.tiles import MOST, Tile, shared_memory_limit, tiles, tiles_here
-from ringattn.kernels.tuning import Event, Tuner
+from ringattn.kernels.tuning import tuned_backend
+from ringattn.kernels.tuning.measured import MeasuredCall
+from ringattn.kernels.tuning.tiles import MOST, Tile, shared_memory_limit, tiles, tiles_here
+from ringattn.kernels.tuning.tuner import Event, Tuner
 
 SPEC = CallSpec("cuda", torch.bfloat16, 128, 128, 32, 8)
 KIB = 1024

@@ -10,11 +10,12 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from ringattn.kernels import registry, selftest, tuned_backend
-from ringattn.kernels.cpu import CpuFlash
+from ringattn.kernels import registry, selftest
+from ringattn.kernels.backends.cpu import CpuFlash
 from ringattn.kernels.spec import CallSpec
-from ringattn.kernels.tuning import Choice, Event, Key, Problem, Tuner, bucket, digest, timed_ms
-from ringattn.kernels.tuning_store import SCHEMA, Store
+from ringattn.kernels.tuning import tuned_backend
+from ringattn.kernels.tuning.store import SCHEMA, Store
+from ringattn.kernels.tuning.tuner import Choice, Event, Key, Problem, Tuner, bucket, digest, timed_ms
 from tests.pool import Pools
 
 FAST, SLOW, WRONG = {"tile": 1}, {"tile": 2}, {"tile": 3}

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from ringattn.kernels.tuning_store import SCHEMA, Store, default_folder
+from ringattn.kernels.tuning.store import SCHEMA, Store, default_folder
 
 FAST = {"tile": 1}
 

@@ -10,9 +10,10 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from ringattn import Documents, Layout, Mask, MeshShape, parallel_attention
-from ringattn.kernels import registry, selftest, torch_flash
-from ringattn.kernels.flex import FlexAttention
-from ringattn.kernels.reference import Reference
+from ringattn.kernels import registry, selftest
+from ringattn.kernels.backends import torch_flash
+from ringattn.kernels.backends.flex import FlexAttention
+from ringattn.kernels.backends.reference import Reference
 from ringattn.kernels.spec import Backend, Block, Call, Grads, Options
 from ringattn.names import canonical
 from tests.dense import Case, dense_attention

@@ -1,7 +1,13 @@
 """The families of the conformance matrix, as tiny random models: a model type and what differs from its defaults."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from functools import cache
 from typing import Any
+from unittest.mock import patch
+
+from ringattn.documents import Documents
+from ringattn.parallel.placement import policies
 
 WINDOW = {"sliding_window": 5}
 GQA = {"num_key_value_heads": 2}  # where the default has as many key heads as query heads
@@ -48,8 +54,19 @@ MESHES: dict[str, tuple[int, int, str, str]] = {
     "zigzag 2": (2, 1, "zigzag", "auto"),
     "ulysses 2": (1, 2, "auto", "ulysses"),
     "hybrid 2×2": (2, 2, "contiguous", "hybrid"),
-    "empty rank": (2, 1, "balanced", "gather"),  # its cuts are rounded to 128 tokens, and there are 32
+    "empty rank": (2, 1, "contiguous", "gather"),  # see `placed_on`
 }
+
+
+@contextmanager
+def placed_on(mesh: str) -> Iterator[None]:
+    """On the mesh "empty rank" the second position holds every token and the first none; else without effect."""
+
+    def on_the_second(docs: Documents, load: policies.Load, ring: int) -> policies.Positions:
+        return (), *policies.zigzag(docs, load, 1), *[()] * (ring - 2)
+
+    with patch.object(policies, "contiguous", on_the_second) if mesh == "empty rank" else nullcontext():
+        yield
 
 
 @cache

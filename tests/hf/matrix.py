@@ -16,10 +16,11 @@ from pathlib import Path
 
 import torch
 
+from ringattn import Layout
 from ringattn.hf import conformance
 from ringattn.hf.conformance import FORMS, Errors, Form, Outcome
 from ringattn.hf.model import parallelize
-from tests.hf.families import FAMILIES, MESHES, SINCE, model_of
+from tests.hf.families import FAMILIES, MESHES, SINCE, model_of, placed_on
 from tests.hf.refusals import REFUSALS
 from tests.parallel.ranks import mesh_of
 from tests.pool import Pools
@@ -71,12 +72,15 @@ def row(family: str, mesh_name: str, forms: tuple[Form, ...] = FORMS) -> Row:
     truths = {form.name: truth_of(family, form) for form in forms}
     handle = parallelize(model, mesh, scheme=scheme)
     try:
-        errors = {
-            form.name: conformance.differences(conformance.together(model, mesh, form, policy), truths[form.name])
-            for form in forms
-        }
-        leak = conformance.leak(model, mesh, FORMS[3], 1, policy)
-        changes = conformance.feature_changes(model, mesh, handle, FORMS[0])
+        with placed_on(mesh_name):
+            held = [Layout(FORMS[0].docs, mesh, policy).tokens(rank) for rank in range(mesh.sequence_size)]
+            assert (0 in held) == (mesh_name == "empty rank")
+            errors = {
+                form.name: conformance.differences(conformance.together(model, mesh, form, policy), truths[form.name])
+                for form in forms
+            }
+            leak = conformance.leak(model, mesh, FORMS[3], 1, policy)
+            changes = conformance.feature_changes(model, mesh, handle, FORMS[0])
     finally:
         handle.undo()
     expected = conformance.expected_features(model)
@@ -115,6 +119,8 @@ def document(rows: list[Row], seconds: float) -> str:
         "gradient of one document's logits in the embeddings of the others is exactly 0; every attention layer was "
         "called once; each layer asks for the features that its configuration says; leaving one feature out of "
         f"one layer moves the logits by more than {COUNTS:g} (the smallest such change is shown).",
+        "",
+        "PEFT's adapters, configuration keys and random draws have a page of their own: [peft.md](peft.md).",
         "",
         f"| family | features | {' | '.join(MESHES)} | least change |",
         f"| --- | --- | {' | '.join('---' for _ in MESHES)} | --- |",

@@ -107,6 +107,15 @@ MALFORMED: dict[str, tuple[dict[str, Any], str]] = {
         "segment_ids and cu_seq_lens_q disagree",
     ),
     "segments come back": ({"input_ids": IDS, "segment_ids": [[0] * 6, [1, 1, 2, 2, 1, 1]]}, "comes back at token 4"),
+    "zero as padding": (
+        {"input_ids": IDS, "segment_ids": [[1, 1, 1, 2, 2, 0], [1] * 6]},
+        "segment_ids must be negative in padding, got 0 after 2 at token 5 of row 0",
+    ),
+    "target in padding": (
+        {"input_ids": IDS, "shift_labels": IDS, "segment_ids": [[0, 0, 0, -1, -1, -1], [1] * 6]},
+        "shift_labels must be -100 in padding, got a target in tokens 3 to 6",
+    ),
+    "shift_labels": ({"input_ids": IDS, "shift_labels": IDS[:, :5]}, "shift_labels must have a row for each token"),
     "positions and cu_seqlens": (
         {"input_ids": IDS, "cu_seq_lens_q": [0, 6, 9, 12], "position_ids": torch.arange(6).repeat(2, 1)},
         "disagree about where documents begin",
@@ -176,6 +185,24 @@ def test_every_token_goes_to_one_rank(rows: int, ring: int, ulysses: int, seed: 
         assert torch.equal(local["shift_labels"][0], shifted_labels(ids.flatten(), docs)[mine])
         assert local["num_items_in_batch"] == rows * size - len([size for size in docs.lengths if size])
     assert torch.equal(torch.cat(seen).sort().values, ids.flatten())
+
+
+@pytest.mark.parametrize("beside_labels", [False, True])
+def test_shift_labels_win_over_labels(beside_labels: bool) -> None:
+    """As in transformers: they are targets already, also across what `labels` would have said."""
+    targets = torch.tensor([[5, X, 7, 8, X, X], [X, 1, 2, 3, 4, 5]])
+    batch = {"input_ids": IDS, "shift_labels": targets} | ({"labels": IDS} if beside_labels else {})
+    seen = []
+    for rank in range(2):
+        local = shard_batch(batch, None, MeshShape(1, 2, 1, rank), policy="zigzag")
+        assert torch.equal(local["shift_labels"][0], targets.flatten()[local["input_ids"][0]])
+        assert local["labels"].shape == local["shift_labels"].shape  # models compute no loss without
+        assert local["num_items_in_batch"] == 8
+        seen.append(local["input_ids"][0])
+    assert torch.equal(torch.cat(seen).sort().values, IDS.flatten())
+    assert count_targets(batch) == 8
+    with pytest.raises(ValueError, match="must hold labels or shift_labels"):
+        count_targets({"input_ids": IDS})
 
 
 def test_shifted_labels_stay_in_their_document() -> None:

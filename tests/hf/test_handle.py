@@ -33,8 +33,7 @@ def undone() -> None:
     handle.undo()
     assert (model.loss_function, model.config._attn_implementation) == (loss, implementation)
     assert {name: set(vars(module)) for name, module in model.named_modules()} == before
-    assert not model._forward_hooks
-    assert not model._forward_pre_hooks
+    assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
     assert torch.equal(alone(model, FORMS[3]).logits, first.logits)
     assert model.generate(torch.arange(1, 5)[None], max_new_tokens=2, use_cache=True).shape == (1, 6)
     parallelize(model, mesh_of(1, 1)).undo()  # and again
@@ -84,26 +83,37 @@ def test_layers_that_do_not_call_once(pool: Pools, kind: str, words: str) -> Non
 class OwnLossForCausalLM(transformers.LlamaForCausalLM):
     """Computes its loss from labels by itself, as some models do."""
 
-    def forward(self, *args: Any, labels: Any = None, **kwargs: Any) -> Any:
+    def forward(self, *args: Any, labels: Any = None, return_dict: bool = True, **kwargs: Any) -> Any:
         output = super().forward(*args, **kwargs)
         output.loss = output.logits.mean()
-        return output
+        return output if return_dict else (output.loss, output.logits)
 
 
-def own_loss() -> None:
-    model = OwnLossForCausalLM(tiny_config(read_config("llama")))
+class PenaltyForCausalLM(transformers.LlamaForCausalLM):
+    """Adds something of a rank's own tokens to the loss."""
+
+    def forward(self, *args: Any, return_dict: bool = True, **kwargs: Any) -> Any:
+        output = super().forward(*args, **kwargs)
+        output.loss = output.loss + 0.1 * output.logits.float().square().mean()
+        return output if return_dict else output.to_tuple()
+
+
+def own_loss(kind: type, return_dict: bool) -> None:
+    model = kind(tiny_config(read_config("llama")))
     parallelize(model, mesh_of(1, 1))
     ids = torch.arange(8)[None]
-    model(**shard_batch({"input_ids": ids, "labels": ids}, None, mesh_of(1, 1)))
+    model(**shard_batch({"input_ids": ids, "labels": ids}, None, mesh_of(1, 1)), return_dict=return_dict)
 
 
-def test_a_loss_that_does_not_come_here_is_refused(pool: Pools) -> None:
-    with pytest.raises(NotImplementedError, match="OwnLossForCausalLM computes its loss itself"):
-        pool(1).run(own_loss)
+@pytest.mark.parametrize("return_dict", [True, False])
+@pytest.mark.parametrize("kind", [OwnLossForCausalLM, PenaltyForCausalLM])
+def test_a_loss_that_does_not_come_here_is_refused(pool: Pools, kind: type, return_dict: bool) -> None:
+    with pytest.raises(NotImplementedError, match=f"{kind.__name__} computes its loss itself, or adds something"):
+        pool(1).run(own_loss, kind, return_dict)
 
 
 def multimodal() -> tuple[torch.Tensor, torch.Tensor]:
-    """Logits of a text decoder inside of a multimodal model, on embeddings with images in them."""
+    """Logits of a text decoder inside of a multimodal model, on embeddings of text."""
     from transformers import Gemma3Config, Gemma3ForConditionalGeneration, SiglipVisionConfig
 
     vision = SiglipVisionConfig(
@@ -127,7 +137,8 @@ def multimodal() -> tuple[torch.Tensor, torch.Tensor]:
     assert model.config.text_config._attn_implementation == "ringattn"
     assert not any(hasattr(module, "_ringattn") for module in model.model.vision_tower.modules())
     model.model.vision_tower(torch.randn(1, 3, 16, 16))  # still works by itself
-    local = shard_batch({"inputs_embeds": embeddings}, docs, mesh, policy="zigzag")
+    batch = {"inputs_embeds": embeddings, "token_type_ids": torch.zeros(1, 20, dtype=torch.int64)}
+    local = shard_batch(batch, docs, mesh, policy="zigzag")
     return torch.cat(parts), local["cu_seq_lens_q"].unshard(model(**local).logits[0].detach())
 
 
@@ -210,18 +221,35 @@ def test_layers_compiled_one_by_one(pool: Pools, family: str) -> None:
         assert all(e.within(1e-5) for e in errors), errors
 
 
+def shared_keys(ring: int, ulysses: int) -> Any:
+    """Gemma 4 with layers that take the keys of an earlier one, as its small models have."""
+    types, wide = ["sliding_attention", "full_attention"] * 2, {1: {"head_dim": 32}, 3: {"head_dim": 32}}
+    options: dict[str, Any] = {"num_kv_shared_layers": 2, "num_hidden_layers": 4, "layer_types": types}
+    model = fresh("gemma4_text", per_layer_config=wide, **options)
+    truth = alone(model, FORMS[4])
+    parallelize(model, mesh_of(ring, ulysses))
+    return differences(together(model, mesh_of(ring, ulysses), FORMS[4], "zigzag"), truth)
+
+
+@pytest.mark.parametrize(("ring", "ulysses"), [(1, 1), (2, 1), (1, 2)])
+def test_layers_that_share_keys(pool: Pools, ring: int, ulysses: int) -> None:
+    for errors in pool(ring * ulysses).run(shared_keys, ring, ulysses):
+        assert errors.within(1e-5), errors
+
+
 def copied() -> None:
     """A deep copy (an average of weights, say) attends over the same ranks, with a handle of its own."""
     model = fresh()
     parallelize(model, mesh_of(1, 1))
+    hooks = [len(module._forward_hooks) for module in model.modules()]
     other = copy.deepcopy(model)
     local = shard_batch({"input_ids": torch.arange(8)[None]}, None, mesh_of(1, 1))
     assert torch.equal(other(**local).logits, model(**local).logits)
     assert other._ringattn.model is other
     other._ringattn.undo()
     assert (other.config._attn_implementation, model.config._attn_implementation) == ("eager", "ringattn")
-    assert len(model._forward_hooks) == 1
-    assert not other._forward_hooks
+    assert [len(module._forward_hooks) for module in model.modules()] == hooks
+    assert not any(module._forward_hooks or module._forward_pre_hooks for module in other.modules())
 
 
 def test_copies_work(pool: Pools) -> None:

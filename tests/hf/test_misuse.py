@@ -77,6 +77,13 @@ def test_calls(pool: Pools, name: str) -> None:
         pool(1).run(misused, name)
 
 
+def marked(**attributes: Any) -> Any:
+    """A model as from_pretrained leaves it with tp_plan or device_map."""
+    model = fresh()
+    model.__dict__.update(attributes)
+    return model
+
+
 MODELS: dict[str, tuple[Callable[[], Any], dict[str, Any], type[Exception], str]] = {
     "no model": (lambda: torch.nn.Linear(2, 2), {}, ValueError, "got Linear"),
     "option": (fresh, {"shceme": "ring"}, TypeError, "shceme"),
@@ -97,6 +104,13 @@ MODELS: dict[str, tuple[Callable[[], Any], dict[str, Any], type[Exception], str]
         {},
         NotImplementedError,
         "output_router_logits=True",
+    ),
+    "tensor parallel": (lambda: marked(_tp_size=2), {}, NotImplementedError, "tensor parallel over 2 ranks"),
+    "several devices": (
+        lambda: marked(hf_device_map={"model.layers.0": 0, "model.layers.1": 1}),
+        {},
+        NotImplementedError,
+        r"spread over the devices 0, 1 \(device_map\)",
     ),
     "cross attention": (lambda: fresh("gpt2", add_cross_attention=True), {}, NotImplementedError, "cross attention"),
 }
@@ -187,6 +201,21 @@ def contradiction(kind: str) -> None:
 def test_mask_and_keywords_that_disagree(pool: Pools, kind: str) -> None:
     with pytest.raises(NotImplementedError, match="MistralAttention contradicts itself"):
         pool(1).run(contradiction, kind)
+
+
+def part_of_a_mask(index: Any) -> None:
+    from ringattn.hf.masks import MaskNote
+    from ringattn.mask import Mask
+
+    note = MaskNote(Mask())
+    assert note[:, :, slice(0, None), :] is note
+    _ = note[index]
+
+
+@pytest.mark.parametrize("index", [0, (slice(None), slice(-1, None)), (None, slice(None)), slice(0, 3)])
+def test_models_that_take_a_part_of_their_mask(index: Any) -> None:
+    with pytest.raises(NotImplementedError, match="takes a part of its attention mask"):
+        part_of_a_mask(index)
 
 
 def custom_mask(kind: str) -> None:

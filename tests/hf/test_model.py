@@ -112,6 +112,51 @@ def test_replicas_count_their_targets_together(pool: Pools) -> None:
         torch.testing.assert_close(other, gradient, rtol=1e-5, atol=1e-6)
 
 
+def shift_labels_loss(beside_labels: bool) -> tuple[float, float]:
+    """Ours, and transformers' own on one process, of targets that are not those of the labels."""
+    ids = torch.randint(0, 97, (1, 20), generator=torch.Generator().manual_seed(1))
+    targets = ids.roll(-3, 1).masked_fill(torch.arange(20) % 5 == 0, -100)
+    batch = {"input_ids": ids, "shift_labels": targets} | ({"labels": ids} if beside_labels else {})
+    model = model_of("LlamaForCausalLM")
+    stock = model(input_ids=ids, labels=ids, shift_labels=targets, use_cache=False).loss
+    mesh = mesh_of(2, 1)
+    parallelize(model, mesh)
+    return float(model(**shard_batch(batch, None, mesh)).loss), float(stock)
+
+
+@pytest.mark.parametrize("beside_labels", [False, True])
+def test_the_loss_of_shift_labels(pool: Pools, beside_labels: bool) -> None:
+    for loss, stock in pool(2).run(shift_labels_loss, beside_labels):
+        assert loss == pytest.approx(stock, rel=1e-6)
+
+
+def own_losses(kind: str) -> tuple[torch.Tensor, torch.Tensor]:
+    """The gradient of a loss of one's own, as the README says how, and of the same loss of documents alone."""
+    ids = torch.randint(0, 97, (DOCS.total,), generator=torch.Generator().manual_seed(1))
+    _, _, truth = alone("LlamaForCausalLM", ids)
+    mesh, model = mesh_of(2, 2), model_of("LlamaForCausalLM")
+    parallelize(model, mesh)
+    batch = shard_batch({"input_ids": ids, "labels": ids}, DOCS, mesh)
+    layout, targets, count = batch["cu_seq_lens_q"], batch.pop("shift_labels")[0], batch.pop("num_items_in_batch")
+    del batch["labels"]
+    logits = model(**batch).logits[0].float()
+    if kind == "of tokens":
+        loss = torch.nn.functional.cross_entropy(logits, targets, ignore_index=-100, reduction="sum") / count
+        (loss * dist.get_world_size()).backward()
+    else:
+        whole, all_targets = layout.unshard(logits, grad="same"), layout.unshard(targets)
+        (torch.nn.functional.cross_entropy(whole, all_targets) * mesh.sequence_size).backward()
+    gradient = model.lm_head.weight.grad
+    dist.all_reduce(gradient)
+    return gradient / dist.get_world_size(), truth[-1]
+
+
+@pytest.mark.parametrize("kind", ["of tokens", "of the whole stream"])
+def test_losses_of_ones_own(pool: Pools, kind: str) -> None:
+    for gradient, truth in pool(4).run(own_losses, kind):
+        torch.testing.assert_close(gradient, truth, rtol=1e-5, atol=1e-6)
+
+
 def autocast_loss(autocast: bool) -> torch.Tensor:
     mesh = mesh_of(2, 1)
     model = model_of("LlamaForCausalLM", num_hidden_layers=1)

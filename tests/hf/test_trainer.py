@@ -143,17 +143,17 @@ def test_what_needs_all_logits_is_refused(pool: Pools, what: str, tmp_path: Path
 
 
 def different_batches(kind: str) -> None:
-    from ringattn.hf.trainer import same_batch
+    from ringattn.hf.trainer.agreement import agree
 
     mesh = mesh_of(2, 1)
     ids = torch.arange(6)
     if mesh.sequence_rank == 1:
         ids = ids.flip(0) if kind == "order" else ids[:4] if kind == "length" else ids
-    same_batch({"input_ids": ids[None]}, mesh)
+    agree([{"input_ids": ids[None]}], mesh)
 
 
 @pytest.mark.parametrize("kind", ["order", "length"])
 def test_ranks_with_different_batches(pool: Pools, kind: str) -> None:
     pool(2).run(different_batches, "same")
-    with pytest.raises(ValueError, match="got different batches"):
+    with pytest.raises(ValueError, match="got different batches: input_ids of batch 0 differ on ranks 0 to 1"):
         pool(2).run(different_batches, kind)

@@ -1,11 +1,11 @@
-"""What `ringattn.kernels.fa4_sums` relies on in flash-attn-4: accumulators in an order of their own, a last step."""
+"""What `backends.fa4_sums` relies on in flash-attn-4: accumulators in an order of their own, a last step."""
 
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ringattn.kernels.reference import Reference
+from ringattn.kernels.backends.reference import Reference
 from ringattn.kernels.spec import Block, Call, Grads, Options
 
 TILE, MULTIPLE, CLUSTER = 32, 32, 2

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ringattn.kernels.reference import Reference
+from ringattn.kernels.backends.reference import Reference
 from ringattn.kernels.spec import Block, Call, Grads, Options
 
 Record = list[dict[str, Any]]  # the keyword arguments of every launch

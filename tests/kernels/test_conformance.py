@@ -8,11 +8,11 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from ringattn import Documents, Layout, Mask, MeshShape, parallel_attention
-from ringattn.kernels.reference import Reference
+from ringattn.kernels.backends.reference import Reference
 from ringattn.kernels.registry import backends, explain, refusal
 from ringattn.kernels.selftest import adds
 from ringattn.kernels.spec import Backend, Block, Call, CallSpec, Grads, Options, Sum, accumulation_dtype
-from ringattn.parallel.blocks import Piece, blocks_of, group_calls, join_full
+from ringattn.parallel.geometry.blocks import Piece, blocks_of, group_calls, join_full
 
 DEVICES = ["cpu"] + (["cuda"] if torch.cuda.is_available() else [])
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)

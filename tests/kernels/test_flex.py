@@ -13,9 +13,9 @@ from torch import Tensor
 
 pytest.importorskip("torch.nn.attention.flex_attention")
 
-from ringattn.kernels.flex import FlexAttention, block_mask, row_bounds
+from ringattn.kernels.backends.flex import FlexAttention, block_mask, row_bounds
+from ringattn.kernels.backends.reference import Reference, allowed_pairs
 from ringattn.kernels.merge import finite_lse, merge_
-from ringattn.kernels.reference import Reference, allowed_pairs
 from ringattn.kernels.selftest import failure, forget
 from ringattn.kernels.spec import Block, Call, CallSpec, Dropout, Grads, Options
 
@@ -223,7 +223,7 @@ def counter(monkeypatch: pytest.MonkeyPatch) -> Any:
     from torch._dynamo.testing import CompileCounterWithBackend
     from torch.nn.attention import flex_attention
 
-    from ringattn.kernels import flex
+    from ringattn.kernels.backends import flex
 
     counting, compile_ = CompileCounterWithBackend("aot_eager"), torch.compile
     monkeypatch.setattr(flex_attention, "_validate_device", lambda *tensors: None)

@@ -8,8 +8,8 @@ import torch
 
 pytest.importorskip("triton")
 
-from ringattn.kernels import launch as module
-from ringattn.kernels.launch import launch, power_of_two
+from ringattn.kernels.movement import launch as module
+from ringattn.kernels.movement.launch import launch, power_of_two
 
 
 @dataclass

@@ -7,7 +7,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ringattn.kernels.pack import Slot, Slots, pack_heads, unpack_heads
+from ringattn.kernels.movement.heads import pack_heads, unpack_heads
+from ringattn.kernels.movement.slots import Slot, Slots
 from tests.kernels.interpreter import interpreted, run_interpreted, starts_the_interpreter
 
 
@@ -84,7 +85,7 @@ def test_triton_on_a_device(case: Packed) -> None:
 @settings(max_examples=25)
 @given(case=cases())
 def test_triton_interpreted(case: Packed) -> None:
-    from ringattn.kernels import pack_triton
+    from ringattn.kernels.movement import heads_triton as pack_triton
 
     message = torch.full_like(case.message, 7.0)
     slots, heads = case.slots.tables(message.device)

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from ringattn.kernels import fa2, fa3, fa4, npu, torch_flash, xpu
+from ringattn.kernels.backends import fa2, fa3, fa4, npu, torch_flash, xpu
 from ringattn.kernels.spec import Backend, Block, Call, Grads, Options
 from tests.kernels import fakes
 

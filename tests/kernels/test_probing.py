@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from ringattn.kernels import fa2, fa3, fa4, npu, xpu
+from ringattn.kernels.backends import fa2, fa3, fa4, npu, xpu
 from ringattn.kernels.probing import parameters, require
 from tests.kernels import fakes
 

@@ -18,7 +18,7 @@ def transfers(draw: st.DrawFn) -> tuple[int, int, list[tuple[int, int]]]:
 
 
 def check(case: tuple[int, int, list[tuple[int, int]]], device: str) -> None:
-    from ringattn.kernels.pull_triton import pull
+    from ringattn.kernels.movement.pull_triton import pull
 
     rank, start, messages = case
     memory = [torch.randn(4000 * UNITS, device=device).bfloat16() for _ in messages]

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ringattn.kernels import registry, selftest
-from ringattn.kernels.reference import Reference
+from ringattn.kernels.backends.reference import Reference
 from ringattn.kernels.spec import Backend, Call, CallSpec, Capability, Grads, Options
 
 SPEC = CallSpec("cpu", torch.float32, 16, 16, 4, 2)

@@ -8,7 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from ringattn.kernels.rows import Addition, Additions, add_rows, row_index, take_rows
+from ringattn.kernels.movement.additions import Addition, Additions
+from ringattn.kernels.movement.rows import add_rows, row_index, take_rows
 from tests.kernels.interpreter import interpreted, run_interpreted, starts_the_interpreter
 
 
@@ -121,7 +122,7 @@ def test_triton_on_a_device(taken: Taken, added: Added) -> None:
 @settings(max_examples=25)
 @given(taken=takes(), added=adds())
 def test_triton_interpreted(taken: Taken, added: Added) -> None:
-    from ringattn.kernels import rows_triton
+    from ringattn.kernels.movement import rows_triton
 
     target = taken.target[:, : taken.expected.shape[1]]
     if target.numel():

@@ -5,7 +5,7 @@ import itertools
 import pytest
 import torch
 
-from ringattn.kernels.reference import Reference
+from ringattn.kernels.backends.reference import Reference
 from ringattn.kernels.spec import Block, Call, Options
 
 

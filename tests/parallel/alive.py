@@ -11,8 +11,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from ringattn.kernels.spec import Options
-from ringattn.parallel import executor, rows, stages
-from ringattn.parallel.plan import AttentionPlan, Route, Shape
+from ringattn.parallel.execution import executor, stages
+from ringattn.parallel.execution import key_transfers as rows
+from ringattn.parallel.plan.plan import AttentionPlan
+from ringattn.parallel.plan.route import Route
+from ringattn.parallel.plan.shape import Shape
 
 
 class Alive(TorchDispatchMode):

@@ -8,10 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ringattn.parallel.plan import Route
-from ringattn.parallel.stages import Job
-from ringattn.parallel.symmetric import SymmetricTransport
-from ringattn.parallel.transport import Pending, Transport
+from ringattn.parallel.execution.job import Job
+from ringattn.parallel.plan.route import Route
+from ringattn.parallel.transport.protocol import Pending, Transport
+from ringattn.parallel.transport.symmetric import SymmetricTransport
 
 CYCLES = 5_000_000  # of a GPU: some milliseconds, longer than any kernel of these tests
 

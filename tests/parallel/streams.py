@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from typing import Any
 from unittest import mock
 
-import ringattn.parallel.symmetric as symmetric
+import ringattn.parallel.transport.symmetric as symmetric
 
 
 @dataclass(eq=False)

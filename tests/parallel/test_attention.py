@@ -8,7 +8,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from ringattn import Documents, Mask
-from ringattn.parallel import demand
+from ringattn.parallel.schedules import demand
 from tests.dense import Case, dense_attention
 from tests.parallel.cases import HEADS, MASKS, documents, masks
 from tests.parallel.ranks import attend

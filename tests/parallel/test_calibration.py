@@ -11,10 +11,10 @@ import torch.distributed as dist
 
 from ringattn import Documents, Layout, Mask, init_mesh, parallel_attention
 from ringattn.cli import main
-from ringattn.parallel.calibration import Calibration
-from ringattn.parallel.machine import Machine
-from ringattn.parallel.machines import SHIPPED, calibration_path, keep, local_machine, write
-from ringattn.parallel.planner import plan_attention
+from ringattn.parallel.machine.calibrate import Calibration
+from ringattn.parallel.machine.machine import Machine
+from ringattn.parallel.machine.shipped import SHIPPED, calibration_path, keep, local_machine, write
+from ringattn.parallel.planning.planner import plan_attention
 from tests.pool import Pools
 
 TINY = Calibration(
@@ -50,8 +50,8 @@ def test_bench_stores_what_later_meshes_plan_for(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setenv("RINGATTN_CACHE_DIR", str(tmp_path))
-    monkeypatch.setattr("ringattn.parallel.calibration.GRIDS", {"cpu": TINY.grid})
-    monkeypatch.setattr("ringattn.parallel.calibration.COPIES", {"cpu": TINY.copies})
+    monkeypatch.setattr("ringattn.parallel.machine.calibrate.GRIDS", {"cpu": TINY.grid})
+    monkeypatch.setattr("ringattn.parallel.machine.calibrate.COPIES", {"cpu": TINY.copies})
     monkeypatch.delenv("WORLD_SIZE", raising=False)
     assert local_machine("cpu") == SHIPPED["CPU"]
     arguments = ["bench", "--calibrate", "--device", "cpu", "--head-dim", "8", "--heads", "2/1", "--seconds", "1"]

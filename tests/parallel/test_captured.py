@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from ringattn import Documents, Layout, Mask, SequenceMesh
-from ringattn.parallel.executor import run
+from ringattn.parallel.execution.executor import run
 from ringattn.preparation import Settings, prepare
 from tests.dense import Case, dense_attention, relative_error
 from tests.parallel.late import late

@@ -10,14 +10,15 @@ from hypothesis import strategies as st
 
 from benchmarks.emulated import attention
 from ringattn import Documents, Layout, Mask, MeshShape
-from ringattn.parallel.choice import GAIN, PAIR_SHARE, candidates
-from ringattn.parallel.cost import plan_cost
-from ringattn.parallel.machine import Link, Machine
-from ringattn.parallel.machines import SHIPPED
-from ringattn.parallel.memory import buffer_bytes
-from ringattn.parallel.plan import Shape
-from ringattn.parallel.plan_check import common_digest
-from ringattn.parallel.planner import plan_attention, plan_parts
+from ringattn.parallel.choice.schedule import GAIN, PAIR_SHARE
+from ringattn.parallel.machine.machine import Link, Machine
+from ringattn.parallel.machine.shipped import SHIPPED
+from ringattn.parallel.plan.shape import Shape
+from ringattn.parallel.planning.agreement import common_digest
+from ringattn.parallel.planning.planner import plan_attention, plan_parts
+from ringattn.parallel.pricing.memory import buffer_bytes
+from ringattn.parallel.pricing.plan_cost import plan_cost
+from ringattn.parallel.schedules.schedule import candidates
 from tests.parallel.cases import documents, masks
 from tests.parallel.test_cost import pricer
 
@@ -105,8 +106,7 @@ def test_the_choice_has_the_least_predicted_time(lengths: list[int]) -> None:
         taken = next(
             price
             for price in fitting
-            if (price.candidate.schedule, len(price.candidate.distances(8)))
-            == (chosen.schedule, len(chosen.stages) - 1)
+            if (price.schedule.kind, len(price.schedule.distances(8))) == (chosen.schedule, len(chosen.stages) - 1)
         )
         limit = best / (1 - GAIN) if chosen.schedule == "gather" else best
         assert taken.seconds <= limit

@@ -12,25 +12,22 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ringattn import Documents, Layout, Mask, MeshShape
-from ringattn.parallel import demand
-from ringattn.parallel.choice import candidates
-from ringattn.parallel.cost import (
-    StageCost,
-    backward_timeline,
-    exchange_seconds,
-    forward_timeline,
-    plan_cost,
-    rank_cost,
-)
-from ringattn.parallel.demand import Demand
-from ringattn.parallel.held import Held
-from ringattn.parallel.machine import Machine, transfer_seconds
-from ringattn.parallel.machines import SHIPPED, shipped
-from ringattn.parallel.memory import buffer_bytes
-from ringattn.parallel.plan import AttentionPlan, Shape
-from ringattn.parallel.planner import plan_attention
-from ringattn.parallel.pricing import Pricer, Setting
-from ringattn.parallel.ulysses import exchange_plan
+from ringattn.parallel.machine.machine import Machine, transfer_seconds
+from ringattn.parallel.machine.shipped import SHIPPED, shipped
+from ringattn.parallel.placement.pieces import PieceTable
+from ringattn.parallel.plan.exchange import exchange_plan
+from ringattn.parallel.plan.plan import AttentionPlan
+from ringattn.parallel.plan.shape import Shape
+from ringattn.parallel.planning.planner import plan_attention
+from ringattn.parallel.pricing.memory import buffer_bytes
+from ringattn.parallel.pricing.plan_cost import plan_cost, rank_cost
+from ringattn.parallel.pricing.pricer import Pricer
+from ringattn.parallel.pricing.setting import PriceInputs
+from ringattn.parallel.pricing.timeline import StageCost, backward_timeline, forward_timeline
+from ringattn.parallel.pricing.wire import exchange_seconds
+from ringattn.parallel.schedules import demand
+from ringattn.parallel.schedules.demand import KeyDemand
+from ringattn.parallel.schedules.schedule import candidates
 from tests.parallel.cases import documents, masks
 
 H200 = SHIPPED["H200"]
@@ -149,8 +146,11 @@ def plans_of(
 
 
 def pricer(layout: Layout, mask: Mask, machine: Machine = H200, chunks: int = 1) -> Pricer:
-    exchange = exchange_plan(layout.deal(0), 32, 8, 0) if layout.mesh.ulysses > 1 else None
-    return Pricer(Demand.of(Held.of(layout, mask), mask.band), Setting(machine, SHAPE, exchange, head_chunks=chunks))
+    exchange = exchange_plan(layout.parts[0].deal(0), 32, 8, 0) if layout.mesh.ulysses > 1 else None
+    return Pricer(
+        KeyDemand.of(PieceTable.of(layout.parts[0], mask), mask.band),
+        PriceInputs(machine, SHAPE, exchange, head_chunks=chunks),
+    )
 
 
 @settings(max_examples=120)
@@ -171,19 +171,19 @@ def test_counted_rows_are_those_of_the_plans(
 
 def counted_as_planned(docs: Documents, mask: Mask, ring: int, policy: str, scheme: tuple[str, int | None]) -> None:
     plans = plans_of(docs, mask, (ring, 1), policy, *scheme)
-    candidate = candidates(ring, *scheme)[0]
+    schedule = candidates(ring, *scheme)[0]
     prices = pricer(plans[0][0], mask)
-    received, sent = prices._rows(candidate.distances(ring))
+    received, sent = prices._rows(schedule.distances(ring))
     for rank, (_, plan) in enumerate(plans):
         for number, stage in enumerate(plan.stages[1:]):
             for messages, counted in ((stage.receives, received), (stage.sends, sent)):
                 near = sum(message.rows for message in messages if message.peer // 8 == rank // 8)
                 assert counted[number, :, rank].tolist() == [near, sum(m.rows for m in messages) - near]
-        if candidate.gathers:
+        if schedule.gathers:
             gathered = (prices.demand.joint if scheme[0] == "joint" else prices.demand).parted
             assert gathered.received_rows[rank] + gathered.copied_rows[rank] == plan.stages[1].rows
     # The memory that all ranks reckon with is enough for each of them.
-    forward, backward = prices.price(candidate, plans[0][1].keep_keys)
+    forward, backward = prices.price(schedule, plans[0][1].keep_keys)
     for rank, (_, plan) in enumerate(plans):
         assert buffer_bytes(plan, SHAPE) <= max(forward.bytes[rank], backward.bytes[rank])
 
@@ -209,8 +209,8 @@ def test_closed_forms_are_near_the_prices_of_plans(
         plans = plans_of(Documents(PACKS[name]), Mask(), mesh, "balanced", *scheme, machine, chunks)
         assert {plan.head_chunks for _, plan in plans} == {chunks}
         exact = plan_cost(machine, [plan for _, plan in plans], SHAPE)
-        prices, (candidate,) = pricer(plans[0][0], Mask(), machine, chunks), candidates(mesh[0], *scheme)
-        closed = prices.price(candidate, plans[0][1].keep_keys)
+        prices, (schedule,) = pricer(plans[0][0], Mask(), machine, chunks), candidates(mesh[0], *scheme)
+        closed = prices.price(schedule, plans[0][1].keep_keys)
         assert closed[0].seconds == pytest.approx(exact.forward.seconds, rel=tolerance)
         assert closed[1].seconds == pytest.approx(exact.backward.seconds, rel=tolerance)
 

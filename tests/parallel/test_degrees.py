@@ -8,11 +8,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ringattn import Documents, Layout, Mask, MeshShape, init_mesh, parallel_attention
-from ringattn.parallel.degrees import MIXTURE_GAIN, RING_AXIS_GAIN, choose_degrees
-from ringattn.parallel.machine import Link, Machine
-from ringattn.parallel.machines import SHIPPED
-from ringattn.parallel.plan import Shape
-from ringattn.parallel.planner import plan_parts
+from ringattn.parallel.choice.degrees import MIXTURE_GAIN, RING_AXIS_GAIN, choose_degrees
+from ringattn.parallel.machine.machine import Link, Machine
+from ringattn.parallel.machine.shipped import SHIPPED
+from ringattn.parallel.plan.shape import Shape
+from ringattn.parallel.planning.planner import plan_parts
 from tests.dense import Case, dense_attention, relative_error
 from tests.pool import Pools
 
@@ -38,21 +38,21 @@ def test_the_fastest_degrees_are_chosen_on_every_rank(lengths: list[int]) -> Non
     layouts = [Layout(docs, parted(8, rank)) for rank in range(8)]
     assert len({layout.reason for layout in layouts}) == len({layout.positions for layout in layouts}) == 1
     alone = [
-        choose_degrees([mesh], lambda mesh: Layout(docs, mesh), masks, SHAPE, SHIPPED["H200"])
+        choose_degrees([mesh], lambda mesh: Layout(docs, mesh).parts[0], masks, SHAPE, SHIPPED["H200"])
         for mesh in parted(8).alternatives
     ]
-    if layouts[0].parts:
+    if len(layouts[0].parts) > 1:
         mixed = choose_degrees(
             parted(8).alternatives,
-            lambda mesh: Layout(docs, mesh),
+            lambda mesh: Layout(docs, mesh).parts[0],
             masks,
             SHAPE,
             SHIPPED["H200"],
-            lambda parts: Layout(docs, parted(8), parts=parts),
+            lambda parts: Layout(docs, parted(8), parts=parts).parts,
         )
         assert mixed.seconds <= min(one.seconds for one in alone) * (1 - MIXTURE_GAIN)
         return
-    (best,) = [one for one in alone if one.layout.mesh.ulysses == layouts[0].mesh.ulysses]
+    (best,) = [one for one in alone if one.parts[0].mesh.ulysses == layouts[0].mesh.ulysses]
     assert best.seconds <= min(one.seconds for one in alone) / (1 - RING_AXIS_GAIN)
 
 

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ringattn.parallel.events import Work
+from ringattn.parallel.simulation.event_queue import Work
 
 
 @st.composite

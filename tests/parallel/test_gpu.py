@@ -6,9 +6,9 @@ import torch
 from ringattn import Documents, Layout, Mask, MeshShape, parallel_attention
 from ringattn.kernels.registry import explain
 from ringattn.kernels.spec import CallSpec
-from ringattn.parallel.memory import StageRows
-from ringattn.parallel.plan import Shape
-from ringattn.parallel.planner import plan_attention
+from ringattn.parallel.plan.shape import Shape
+from ringattn.parallel.planning.planner import plan_attention
+from ringattn.parallel.pricing.memory import StageRows
 from tests.dense import Case, dense_attention, relative_error
 from tests.parallel.ranks import attend, mesh_of
 from tests.pool import Pools

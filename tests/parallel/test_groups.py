@@ -4,9 +4,9 @@ import pytest
 import torch
 
 from ringattn import Documents, Layout, Mask, MeshShape
-from ringattn.parallel.machines import SHIPPED
-from ringattn.parallel.planner import plan_attention
-from ringattn.parallel.ulysses import exchange_plan
+from ringattn.parallel.machine.shipped import SHIPPED
+from ringattn.parallel.plan.exchange import exchange_plan
+from ringattn.parallel.planning.planner import plan_attention
 from tests.dense import Case, dense_attention
 from tests.parallel.ranks import attend, mesh_of
 from tests.parallel.test_choice import with_links

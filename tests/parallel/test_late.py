@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from ringattn import Documents, Layout, Mask, SequenceMesh
-from ringattn.parallel.executor import run
+from ringattn.parallel.execution.executor import run
 from ringattn.preparation import Settings, prepare
 from tests.dense import Case, dense_attention, relative_error
 from tests.parallel.late import Late, late

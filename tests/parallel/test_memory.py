@@ -11,18 +11,23 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from ringattn import Documents, Layout, Mask, MeshShape, init_mesh, parallel_attention
-from ringattn.parallel.choice import candidates
-from ringattn.parallel.demand import Demand
-from ringattn.parallel.executor import run
-from ringattn.parallel.group import plan_group
-from ringattn.parallel.held import Held
-from ringattn.parallel.machine import Machine
-from ringattn.parallel.machines import SHIPPED
-from ringattn.parallel.memory import SMALLEST, StageRows, buffer_bytes, half_bytes, largest_messages, message_buffers
-from ringattn.parallel.plan import AttentionPlan, Route, Shape
-from ringattn.parallel.planner import plan_attention
-from ringattn.parallel.pricing import Pricer, Setting, most_bytes
-from ringattn.parallel.transport import Transport
+from ringattn.parallel.execution.executor import run
+from ringattn.parallel.machine.machine import Machine
+from ringattn.parallel.machine.shipped import SHIPPED
+from ringattn.parallel.placement.pieces import PieceTable
+from ringattn.parallel.plan.plan import AttentionPlan
+from ringattn.parallel.plan.route import Route
+from ringattn.parallel.plan.shape import Shape
+from ringattn.parallel.planning.all_ranks import plan_group
+from ringattn.parallel.planning.planner import plan_attention
+from ringattn.parallel.pricing.memory import StageRows, buffer_bytes, largest_messages
+from ringattn.parallel.pricing.price import most_bytes
+from ringattn.parallel.pricing.pricer import Pricer
+from ringattn.parallel.pricing.setting import PriceInputs
+from ringattn.parallel.schedules.demand import KeyDemand
+from ringattn.parallel.schedules.schedule import candidates
+from ringattn.parallel.transport.buffers import SMALLEST, half_bytes, message_buffers
+from ringattn.parallel.transport.protocol import Transport
 from ringattn.preparation import Settings, prepare
 from tests.parallel.alive import most_alive, most_of_exchange
 from tests.parallel.cases import documents, masks
@@ -175,9 +180,9 @@ def test_no_rank_needs_more_than_all_reckon_with(
 ) -> None:
     machine = H200.by_copy_engines(*axes)
     layout = Layout(docs, MeshShape(1, *degrees), "contiguous", mask)
-    setting = Setting(machine, SHAPE, keep_keys=keep_keys, wide_reduce=wide).on(layout)
+    setting = PriceInputs(machine, SHAPE, keep_keys=keep_keys, wide_reduce=wide).on(layout.parts[0])
     with contextlib.suppress(ValueError):  # the limit is too small
-        plans = plan_group(layout, mask, setting, memory_limit=limit)
+        plans = plan_group(layout.parts[0], mask, setting, memory_limit=limit)
         for plan in plans:
             assert limit is None or buffer_bytes(plan, SHAPE) <= limit
 
@@ -187,11 +192,11 @@ def test_no_rank_needs_more_than_all_reckon_with(
 @pytest.mark.parametrize("scheme", ["gather", "joint", "ring"])
 def test_prices_state_what_plans_do(scheme: str, keep_keys: bool, chunks: int) -> None:
     layout = Layout(PACKED, MeshShape(1, 4, 2))
-    setting = Setting(COPY, SHAPE, keep_keys=keep_keys, head_chunks=chunks).on(layout)
-    plans = plan_group(layout, Mask(), setting, scheme, head_chunks=chunks)
+    setting = PriceInputs(COPY, SHAPE, keep_keys=keep_keys, head_chunks=chunks).on(layout.parts[0])
+    plans = plan_group(layout.parts[0], Mask(), setting, scheme, head_chunks=chunks)
     assert {plan.head_chunks for plan in plans} == {chunks}
     stated = max(buffer_bytes(plan, SHAPE) for plan in plans)
-    pricer = Pricer(Demand.of(Held.of(layout, Mask()), Mask().band), setting)
+    pricer = Pricer(KeyDemand.of(PieceTable.of(layout.parts[0], Mask()), Mask().band), setting)
     prices = pricer.price(candidates(4, scheme, None)[0])
     assert stated <= most_bytes(prices) <= 1.2 * stated
 

@@ -7,9 +7,9 @@ from unittest import mock
 
 import pytest
 
-from ringattn.parallel import mesh as module
-from ringattn.parallel.machines import SHIPPED
-from ringattn.parallel.mesh import SequenceMesh, init_mesh
+from ringattn.parallel.machine.shipped import SHIPPED
+from ringattn.parallel.mesh import mesh as module
+from ringattn.parallel.mesh.mesh import SequenceMesh, init_mesh
 from tests.pool import Pools
 
 FAR = "its ranks are on 2 hosts"

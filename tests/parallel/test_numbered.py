@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from ringattn import Documents, Layout, MeshShape
-from ringattn.parallel.numbered import by_number, number_of
+from ringattn.kept import kept
+from ringattn.numbered import by_number, number_of
 
 
 class Thing:
@@ -58,9 +59,9 @@ def test_a_layout_goes_when_the_last_reference_goes() -> None:
 def test_copies_have_numbers_of_their_own(duplicate: Any) -> None:
     """Of a process that loads workers' batches, too: numbers of theirs are other layouts here."""
     layout = Layout(Documents([5, 3]), MeshShape(1, 2))
-    layout._plans["kept"] = object()
+    kept(layout, "kept", object)
     other = duplicate(layout)
     assert int(other._number) != int(layout._number)
     assert by_number(other._number).__dict__ is other.__dict__
-    assert (other.positions, other._plans) == (layout.positions, {})
-    assert "kept" in layout._plans
+    assert (other.positions, other._kept) == (layout.positions, {})
+    assert "kept" in layout._kept

@@ -15,14 +15,16 @@ from hypothesis import strategies as st
 
 from ringattn import Documents, Layout, Mask, MeshShape, ParallelAttention, parallel_attention
 from ringattn.benchmarking.workloads import workload
-from ringattn.parallel.degrees import MIXTURE_GAIN, choose_degrees
-from ringattn.parallel.machines import SHIPPED
-from ringattn.parallel.memory import buffer_bytes
-from ringattn.parallel.parts import Parts
-from ringattn.parallel.plan import Shape
-from ringattn.parallel.plan_check import common_digest
-from ringattn.parallel.planner import plan_attention, plan_parts
-from ringattn.parallel.pricing import Candidate, Price, together
+from ringattn.parallel.choice.degrees import MIXTURE_GAIN, choose_degrees
+from ringattn.parallel.machine.shipped import SHIPPED
+from ringattn.parallel.placement.parts import Parts
+from ringattn.parallel.placement.placement import Placement
+from ringattn.parallel.plan.shape import Shape
+from ringattn.parallel.planning.agreement import common_digest
+from ringattn.parallel.planning.planner import plan_attention, plan_parts
+from ringattn.parallel.pricing.memory import buffer_bytes
+from ringattn.parallel.pricing.price import Price, together
+from ringattn.parallel.schedules.schedule import Schedule
 from tests.dense import Case
 from tests.features.test_compiled import compiled_and_not
 from tests.parallel.cases import HEADS, MASKS, documents, masks
@@ -57,7 +59,7 @@ def test_every_token_has_one_place(data: st.DataObject, docs: Documents, size: i
     layout = Layout(docs, free_shape(size), mask=mask, parts=parts)
     assert len(layout.parts) == len(parts)
     assert_every_token_once(layout)
-    assert layout.mesh is free_shape(size)
+    assert layout.mesh is (free_shape(size) if len(parts) > 1 else layout.parts[0].mesh)
     x = torch.arange(docs.total)
     whole = Layout(docs, MeshShape())
     positions = torch.empty_like(x)
@@ -67,7 +69,7 @@ def test_every_token_has_one_place(data: st.DataObject, docs: Documents, size: i
         assert local.ranges() == layout.ranges(rank)
         assert local.tokens() == len(local.indices()) == layout.tokens(rank)
         assert torch.equal(local.shard(x), local.indices())
-        assert torch.equal(local.indices(), torch.cat([part.indices() for part in local.parts]))
+        assert torch.equal(local.indices(), torch.cat([indices_of(part, rank) for part in local.parts]))
         assert torch.equal(local.position_ids(), positions[local.indices()])
 
 
@@ -92,7 +94,7 @@ def price(compute: float, waiting: float, lost: float) -> Price:
     """Of one position whose host is never waited for."""
     numbers = {name: np.array([x]) for name, x in {"compute": compute, "waiting": waiting, "lost": lost}.items()}
     rest = {"messages": 0, "pair_share": 0.0, "kept": 0, "kept_share": 0.0}
-    return Price(Candidate("local", 1), wire=np.zeros(1), host=np.zeros(1), bytes=0, **numbers, **rest)
+    return Price(Schedule("local", 1), wire=np.zeros(1), host=np.zeros(1), bytes=0, **numbers, **rest)
 
 
 def test_what_a_part_hides_of_the_other_disturbs_its_kernels() -> None:
@@ -106,8 +108,8 @@ def test_without_disturbance_a_mixture_is_predicted_to_be_faster() -> None:
     quiet = replace(H200, links={key: replace(link, disturbance=0.0) for key, link in H200.links.items()})
     every = tuple(replace(mesh, machine=quiet) for mesh in free_shape(8).alternatives)
     docs, mesh = workload("packed256k", 3).docs, replace(every[0], alternatives=every)
-    assert Layout(docs, mesh).parts
-    assert not Layout(docs, free_shape(8)).parts
+    assert len(Layout(docs, mesh).parts) == 2
+    assert len(Layout(docs, free_shape(8)).parts) == 1
 
 
 def test_a_mixture_beats_gather_and_ulysses_where_a_pack_mixes_both() -> None:
@@ -120,14 +122,14 @@ def test_a_mixture_beats_gather_and_ulysses_where_a_pack_mixes_both() -> None:
         alone = seconds_of(docs, (8, 1)), seconds_of(docs, (1, 8))
         both = choose_degrees(
             layout.mesh.alternatives,
-            lambda mesh, docs=docs: Layout(docs, mesh),
+            lambda mesh, docs=docs: Layout(docs, mesh).parts[0],
             ((Mask(), 1.0),),
             Shape(32, 8, 128, 128),
             H200,
-            lambda parts, docs=docs: Layout(docs, free_shape(8), parts=parts),
+            lambda parts, docs=docs: Layout(docs, free_shape(8), parts=parts).parts,
         )
         assert both.seconds < (1 - MIXTURE_GAIN) * min(alone)
-        assert [part.docs for part in both.layout.parts] == [part.docs for part in layout.parts]
+        assert [part.docs for part in both.parts] == [part.docs for part in layout.parts]
 
 
 def test_several_nodes_exchange_inside_each() -> None:
@@ -140,19 +142,19 @@ def test_several_nodes_exchange_inside_each() -> None:
 def seconds_of(docs: Documents, degrees: tuple[int, int]) -> float:
     (mesh,) = [mesh for mesh in free_shape(8).alternatives if (mesh.ring, mesh.ulysses) == degrees]
     return choose_degrees(
-        [mesh], lambda mesh: Layout(docs, mesh), ((Mask(), 1.0),), Shape(32, 8, 128, 128), H200
+        [mesh], lambda mesh: Layout(docs, mesh).parts[0], ((Mask(), 1.0),), Shape(32, 8, 128, 128), H200
     ).seconds
 
 
 @pytest.mark.parametrize("lengths", [[262_144], [300] * 40, [0, 0], []])
 def test_one_kind_of_documents_stays_on_one_mesh(lengths: list[int]) -> None:
-    assert Layout(Documents(lengths), free_shape(8)).parts == ()
+    assert len(Layout(Documents(lengths), free_shape(8)).parts) == 1
 
 
 def test_a_policy_that_was_asked_for_is_kept() -> None:
     docs = workload("hist256k", 3).docs
-    assert Layout(docs, free_shape(8), "zigzag").parts == ()
-    assert Layout(docs, free_shape(8), "balanced").parts
+    assert len(Layout(docs, free_shape(8), "zigzag").parts) == 1
+    assert len(Layout(docs, free_shape(8), "balanced").parts) == 2
 
 
 def test_every_rank_plans_the_same() -> None:
@@ -164,8 +166,8 @@ def test_every_rank_plans_the_same() -> None:
     for layout, plan in zip(layouts, plans, strict=True):
         assert plan is plan_parts(layout, Mask(), 32, 8)
         assert [rows for rows, _ in plan.parts] == [
-            (0, layout.parts[0].tokens()),
-            (layout.parts[0].tokens(), layout.tokens()),
+            (0, layout.parts[0].tokens(layout.mesh.sequence_rank)),
+            (layout.parts[0].tokens(layout.mesh.sequence_rank), layout.tokens()),
         ]
         assert "rows 0-" in str(plan)
         assert "in 2 parts" in str(layout)
@@ -197,8 +199,10 @@ def test_wrong_parts_are_named() -> None:
         plan_parts(layout, Mask(), 4, 2, "ring")
     with pytest.raises(ValueError, match="plan_parts plans each of its 2 parts"):
         plan_attention(layout, Mask(), 4, 2)
-    with pytest.raises(ValueError, match="one of its parts"):
-        layout.parts[0].unshard(torch.zeros(layout.parts[0].tokens()))
+
+
+def indices_of(part: Placement, rank: int) -> torch.Tensor:
+    return torch.cat([torch.arange(0), *(torch.arange(*span) for span in part.ranges(rank))])
 
 
 def attend(case: Case, size: int, parts: Parts) -> dict[str, torch.Tensor]:

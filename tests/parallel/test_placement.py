@@ -12,10 +12,10 @@ from hypothesis import strategies as st
 from benchmarks.balance import balance
 from ringattn import Documents, Layout, Mask, MeshShape
 from ringattn.kernels.spec import Block, Call
-from ringattn.parallel.demand import Demand, per
-from ringattn.parallel.held import Held
-from ringattn.parallel.machines import SHIPPED
-from ringattn.parallel.rates import BlockTable
+from ringattn.parallel.geometry.block_table import BlockTable
+from ringattn.parallel.machine.shipped import SHIPPED
+from ringattn.parallel.placement.pieces import PieceTable
+from ringattn.parallel.schedules.demand import KeyDemand, per
 from ringattn.workloads import HISTOGRAMS
 from tests.parallel.cases import documents, masks
 
@@ -24,13 +24,13 @@ POLICIES = ("contiguous", "zigzag", "balanced")
 
 def area(layout: Layout, rank: int) -> int:
     """Allowed pairs of the queries of a rank, from the documents alone."""
-    docs = layout.docs.chunked(layout.mask.chunk)
+    docs = layout.docs.chunked(layout.masks[0][0].chunk)
     total = 0
     for begin, end in layout.ranges(rank):
         for start, size in zip(docs.starts, docs.lengths, strict=True):
             first, last = max(begin, start), min(end, start + size)
             if first < last:
-                total += layout.mask.band.area(first - start, last - start, size)
+                total += layout.masks[0][0].band.area(first - start, last - start, size)
     return total
 
 
@@ -153,7 +153,7 @@ LOADS = (
 def costs(layout: Layout) -> list[float]:
     """Pairs of every position, summed over the layers."""
     out = [0.0] * layout.mesh.ring
-    for mask, layers in layout.load.masks:
+    for mask, layers in layout.masks:
         docs = layout.docs.chunked(mask.chunk)
         for position in range(layout.mesh.ring):
             for begin, end in layout.positions[position]:
@@ -180,11 +180,14 @@ def test_balance_of_all_masks_and_of_several(case: tuple[int, list[int]], load: 
 @settings(max_examples=25)
 @given(case=long_lengths(32768), load=st.sampled_from(LOADS))
 def test_balance_of_kernel_time(case: tuple[int, list[int]], load: tuple[list, float]) -> None:
-    """A token costs its part of what the machine takes for its document, over all layers."""
+    """A token costs its part of what the machine takes for its document, over all layers; for its chunk, where these
+    are what all layers see: a short last chunk is cheaper than the others."""
     ring, lengths = case
     machine = SHIPPED["H200"]
     layout = Layout(Documents(lengths), MeshShape(1, ring), "balanced", load[0], machine=machine)
     assert_every_token_once(layout)
+    chunk = layout.parts[0].load.chunk
+    lengths = list(Documents(lengths).chunked(chunk).lengths)
     sizes, kind = np.unique(lengths, return_inverse=True)
     seconds = np.zeros(len(sizes))
     for mask, layers in load[0]:
@@ -193,7 +196,7 @@ def test_balance_of_kernel_time(case: tuple[int, list[int]], load: tuple[list, f
         table = BlockTable.of(calls)
         for backward in (False, True):
             seconds += layers * per(table.call, machine.rate(128, backward).share_seconds(table, 256), len(sizes))
-    whole = Demand.of(Held.of(layout, Mask()), Mask().band)
+    whole = KeyDemand.of(PieceTable.of(layout.parts[0], Mask(chunk=chunk)), Mask().band)
     times = per(whole.position, (seconds / sizes)[kind[whole.document]] * (whole.last - whole.first), ring)
     assert times.max() / times.mean() <= 1.02
 
@@ -213,7 +216,7 @@ def test_short_documents_are_balanced_by_time() -> None:
     rates = [machine.rate(128, backward) for backward in (False, True)]
 
     def spread(layout: Layout) -> float:
-        demand = Demand.of(Held.of(layout, Mask()), Mask().band)
+        demand = KeyDemand.of(PieceTable.of(layout.parts[0], Mask()), Mask().band)
         times = per(demand.position, sum(rate.share_seconds(demand.gathered_blocks, 256) for rate in rates), 4)
         return float(times.max() / times.mean())
 

@@ -10,11 +10,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ringattn import Documents, Layout, Mask, MeshShape
-from ringattn.kernels.reference import allowed_pairs
-from ringattn.parallel import demand
-from ringattn.parallel.held import TILE, inner_rows
-from ringattn.parallel.plan import AttentionPlan
-from ringattn.parallel.planner import plan_attention, plan_parts
+from ringattn.kernels.backends.reference import allowed_pairs
+from ringattn.parallel.placement.pieces import TILE, inner_rows
+from ringattn.parallel.plan.plan import AttentionPlan
+from ringattn.parallel.planning.planner import plan_attention, plan_parts
+from ringattn.parallel.schedules import demand
 from tests.parallel.cases import documents, masks
 from tests.parallel.test_choice import with_links
 

@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 
 from ringattn import Documents, Layout, ParallelAttention, SequenceMesh, init_mesh, parallel_attention
-from ringattn.parallel.machines import SHIPPED
+from ringattn.parallel.machine.shipped import SHIPPED
 from tests.parallel.test_calibration import TINY
 from tests.pool import Pool, Pools
 

@@ -8,11 +8,12 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ringattn.kernels.reference import allowed_pairs
+from ringattn.kernels.backends.reference import allowed_pairs
 from ringattn.kernels.spec import Block, Call
-from ringattn.parallel.fitting import Sample, fit_link, fit_rate, worst_error
-from ringattn.parallel.machine import Link
-from ringattn.parallel.rates import BlockTable, KernelRate, area
+from ringattn.parallel.geometry.block_table import BlockTable, area
+from ringattn.parallel.machine.fit import Sample, fit_link, fit_rate, worst_error
+from ringattn.parallel.machine.kernel_rate import KernelRate
+from ringattn.parallel.machine.machine import Link
 
 UNIT = KernelRate(64, False, flops=1.0, query_tile=4, key_tile=3, units=1)
 

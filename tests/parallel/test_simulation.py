@@ -9,16 +9,18 @@ from hypothesis import strategies as st
 
 from ringattn import Documents, Layout, Mask, MeshShape
 from ringattn.kernels.spec import Block, Call
-from ringattn.parallel.cost import plan_cost, rank_cost
-from ringattn.parallel.group import plan_group
-from ringattn.parallel.machine import Link, Machine
-from ringattn.parallel.machines import SHIPPED
-from ringattn.parallel.plan import AttentionPlan, Message, Shape, Stage
-from ringattn.parallel.planner import plan_attention
-from ringattn.parallel.pricing import Setting
-from ringattn.parallel.rates import KernelRate
-from ringattn.parallel.simulation import Pass, Scenario, simulate
-from ringattn.parallel.traffic import Traffic
+from ringattn.parallel.machine.kernel_rate import KernelRate
+from ringattn.parallel.machine.machine import Link, Machine
+from ringattn.parallel.machine.shipped import SHIPPED
+from ringattn.parallel.plan.plan import AttentionPlan, Stage
+from ringattn.parallel.plan.route import Message
+from ringattn.parallel.plan.shape import Shape
+from ringattn.parallel.planning.all_ranks import plan_group
+from ringattn.parallel.planning.planner import plan_attention
+from ringattn.parallel.pricing.plan_cost import plan_cost, rank_cost
+from ringattn.parallel.pricing.setting import PriceInputs
+from ringattn.parallel.simulation.simulate import Pass, Scenario, simulate
+from ringattn.parallel.simulation.traffic import Traffic
 
 # A call takes a second, a byte a second, a batch half a second; copies and merges are free.
 SIMPLE = Machine(
@@ -150,8 +152,8 @@ SCHEMES = st.sampled_from(["auto", "gather", "joint", "ring"])
 def group(lengths, mesh, scheme="auto", mask=Mask(), machine=SIMPLE, chunks=1):
     ring, ulysses = mesh
     layout = Layout(Documents(lengths), MeshShape(1, ring, ulysses), mask=mask)
-    setting = Setting(machine, SHAPE).on(layout)
-    return plan_group(layout, mask, setting, scheme if ring > 1 else "auto", head_chunks=chunks)
+    setting = PriceInputs(machine, SHAPE).on(layout.parts[0])
+    return plan_group(layout.parts[0], mask, setting, scheme if ring > 1 else "auto", head_chunks=chunks)
 
 
 @settings(max_examples=40, deadline=None)

@@ -15,9 +15,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-import ringattn.parallel.symmetric as symmetric
-from ringattn.parallel.plan import Route
-from ringattn.parallel.symmetric import SymmetricTransport
+import ringattn.parallel.transport.symmetric as symmetric
+from ringattn.parallel.plan.route import Route
+from ringattn.parallel.transport.symmetric import SymmetricTransport
 from tests.parallel.streams import Device, Node, ancestors, as_cuda
 
 HALF = 1 << 12

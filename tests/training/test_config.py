@@ -8,9 +8,10 @@ from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 
 from ringattn.training import config
-from ringattn.training.config import check_model, curve_differences, resolve, validate
-from ringattn.training.job import prepare, write_config
+from ringattn.training.config import check_positions, check_vocabulary, curve_differences, resolve, validate
+from ringattn.training.job import prepare
 from ringattn.training.launched import Launch
+from ringattn.training.output import write_config
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 
@@ -128,10 +129,11 @@ def test_models_that_do_not_fit(override, words, tmp_path):
     assert all(word in str(error.value) for word in words), str(error.value)
 
 
-def test_check_model_accepts_the_default():
+def test_the_default_model_fits_its_data():
     pytest.importorskip("transformers")
     job = single(compose_with("run.output=/nowhere"))
-    check_model(job.cfg, job.model_config, job.corpus)
+    check_vocabulary(job.cfg, job.model_config, job.corpus.vocab_size)
+    check_positions(job.cfg, job.model_config, job.corpus)
     assert job.resume is None
     assert not job.done
 

@@ -1,13 +1,20 @@
 """Corpora: true lengths, one tokenization, clear refusals."""
 
 import json
+import os
+import resource
+import tracemalloc
+from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from ringattn.training.corpus import matching_files, stdlib_corpus, stdlib_files, text_corpus
+from ringattn.training import corpus as corpus_module
+from ringattn.training.corpus import stdlib_corpus, stdlib_files, text_corpus
+from ringattn.training.data import tokenizer as data_tokenizer
+from ringattn.training.data.files import matching_files
 
 
 def test_stdlib_holds_every_file_at_its_true_length():
@@ -46,6 +53,123 @@ def test_the_store_is_written_once_and_anew_when_a_file_changes(tmp_path):
     assert (cache / again.fingerprint / "tokens.bin").stat().st_mtime_ns == stamp
     path.write_text("second!")
     assert read_all(open_text([path], cache)) == [b"second!"]
+
+
+def test_neither_a_time_nor_a_place_counts(tmp_path):
+    path, cache = tmp_path / "a.txt", tmp_path / "cache"
+    path.write_text("text")
+    first = open_text([path], cache).fingerprint
+    os.utime(path, (0, 0))
+    assert open_text([path], cache).fingerprint == first
+    path.rename(tmp_path / "b.txt")
+    assert open_text([tmp_path / "b.txt"], cache).fingerprint == first
+    (tmp_path / "b.txt").rename(tmp_path / "b.jsonl")
+    (tmp_path / "b.jsonl").write_text('{"text": "text"}')
+    assert open_text([tmp_path / "b.jsonl"], cache).fingerprint != first
+
+
+def save_words(folder: Path, *words: str) -> str:
+    tokenizers = pytest.importorskip("tokenizers")
+    transformers = pytest.importorskip("transformers")
+    model = tokenizers.Tokenizer(tokenizers.models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="?"))
+    model.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+    transformers.PreTrainedTokenizerFast(tokenizer_object=model).save_pretrained(folder)
+    return str(folder)
+
+
+def test_another_tokenizer_in_the_same_folder_gives_other_tokens(tmp_path):
+    (tmp_path / "a.txt").write_text("a b")
+    files, cache = [tmp_path / "a.txt"], tmp_path / "cache"
+    first = open_text(files, cache, save_words(tmp_path / "t", "?", "a", "b"))
+    other = open_text(files, cache, save_words(tmp_path / "t", "?", "b", "a"))
+    again = open_text(files, cache, save_words(tmp_path / "elsewhere", "?", "a", "b"))
+    assert [corpus.read(0, 0, 2).tolist() for corpus in (first, other, again)] == [[1, 2], [2, 1], [1, 2]]
+    assert first.fingerprint == again.fingerprint != other.fingerprint
+
+
+@pytest.mark.parametrize("name", ["tokens.bin", "offsets.npy", "store.json"])
+@pytest.mark.parametrize("length", [0, -1])
+def test_a_store_that_is_not_whole_is_written_again(name, length, tmp_path):
+    """As a machine that lost power leaves it: renamed, and without its last bytes."""
+    path, cache = tmp_path / "a.txt", tmp_path / "cache"
+    path.write_text("some text")
+    damaged = cache / open_text([path], cache).fingerprint / name
+    damaged.write_bytes(damaged.read_bytes()[:length])
+    assert read_all(open_text([path], cache)) == [b"some text"]
+
+
+def test_a_cache_of_another_format_is_left_alone(tmp_path):
+    """Stores used to be named after paths and times; one that has the name of today's by chance is made anew."""
+    path, cache = tmp_path / "a.txt", tmp_path / "cache"
+    path.write_text("text")
+    folder = cache / open_text([path], cache).fingerprint
+    np.save(folder / "offsets.npy", np.asarray([0, 3, 9]))
+    assert read_all(open_text([path], cache)) == [b"text"]
+    (folder / "store.json").write_text('{"format": 1}')
+    assert read_all(open_text([path], cache)) == [b"text"]
+
+
+@pytest.mark.parametrize("tokenizer", ["bytes", "words"])
+def test_a_long_line_takes_a_few_times_its_bytes(tokenizer, tmp_path, monkeypatch):
+    """Lists of Python integers would take 8 to 36 bytes for each token. A piece is as small against the line as it is
+    against lines that are long."""
+    monkeypatch.setattr(data_tokenizer, "in_pieces", partial(data_tokenizer.in_pieces, size=1 << 16))
+    size = 1_000_000
+    name = tokenizer if tokenizer == "bytes" else save_words(tmp_path / "t", "?", "a", "b")
+    text = "a b " * (size // 4)
+    (tmp_path / "a.jsonl").write_text(json.dumps({"text": text}))
+    (tmp_path / "b.txt").write_text("a")
+    open_text([tmp_path / "b.txt"], tmp_path / "cache", name)  # imports count for no line
+    tracemalloc.start()
+    corpus = open_text([tmp_path / "a.jsonl"], tmp_path / "cache", name)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert corpus.total == (size if tokenizer == "bytes" else size // 2)
+    assert peak < 9 * size
+
+
+def limited(path: Path, cache: Path) -> str:
+    """What is said where no file may grow beyond 64 KiB, as on a disk that is full."""
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 16, 1 << 16))
+    try:
+        open_text([path], cache)
+    except ValueError as error:
+        return str(error)
+    return ""
+
+
+def test_a_cache_that_is_full_is_named_and_keeps_no_half_store(tmp_path):
+    path, cache = tmp_path / "a.txt", tmp_path / "cache"
+    path.write_text("much " * 100_000)
+    with get_context("fork").Pool(1) as pool:
+        said = pool.apply(limited, (path, cache))
+    assert said.startswith(f"data.cache='{cache}' cannot be used: File too large"), said
+    assert not [left for left in cache.iterdir() if left.is_dir()]
+    assert len(read_all(open_text([path], cache))[0]) == 500_000
+
+
+def test_a_cache_that_can_only_be_read_serves_what_it_holds(tmp_path, monkeypatch):
+    path, cache = tmp_path / "a.txt", tmp_path / "cache"
+    path.write_text("text")
+    first = open_text([path], cache)
+
+    def sealed(path: Path):
+        raise OSError(30, "Read-only file system")
+
+    monkeypatch.setattr(corpus_module, "_locked", sealed)
+    assert open_text([path], cache).fingerprint == first.fingerprint
+    path.write_text("other")
+    with pytest.raises(ValueError, match=r"data\.cache=.* cannot be used: Read-only file system"):
+        open_text([path], cache)
+
+
+@pytest.mark.parametrize("place", ["file", "/proc/nothing", "/dev/full"])
+def test_a_cache_that_cannot_be_made_is_named(place, tmp_path):
+    (tmp_path / "file").write_text("")
+    (tmp_path / "a.txt").write_text("text")
+    cache = tmp_path / place / "cache"
+    with pytest.raises(ValueError, match=f"data.cache='{cache}' cannot be used: "):
+        open_text([tmp_path / "a.txt"], cache)
 
 
 def test_an_unfinished_store_is_written_again(tmp_path):

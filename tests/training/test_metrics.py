@@ -41,10 +41,18 @@ def test_a_new_run_starts_an_empty_file(tmp_path):
     assert read_metrics(path) == []
 
 
+@pytest.mark.parametrize("line", ["5", "[]", '{"loss": 1}', '{"step": "1"}', "{"])
+def test_what_is_no_record_ends_the_records(tmp_path, line):
+    path = tmp_path / "metrics.jsonl"
+    path.write_text(f'{{"step": 1}}\n{line}\n{{"step": 2}}\n')
+    assert read_metrics(path) == [{"step": 1}]
+
+
 def test_the_line_for_people_has_the_numbers():
     line = metrics(2).line(120)
     assert "step   2/120" in line
     assert "loss 0.5000" in line
+    assert metrics(2).line(120, 3725).endswith("1:02:05 left")
 
 
 def test_flops_by_hand():

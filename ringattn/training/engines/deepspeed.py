@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from ringattn.parallel.mesh import SequenceMesh
+from ringattn.parallel.mesh.mesh import SequenceMesh
 from ringattn.training.engines.interface import EngineOptions
 from ringattn.training.models import checkpoint_layers, parameter_groups
 

@@ -17,7 +17,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
-from ringattn.parallel.mesh import SequenceMesh
+from ringattn.parallel.mesh.mesh import SequenceMesh
 from ringattn.training.engines.interface import EngineOptions
 from ringattn.training.models import checkpoint_layers, decoder_layers, empty_model, parameter_groups
 

@@ -8,8 +8,6 @@ from typing import Any, Protocol
 import torch
 from torch import nn
 
-from ringattn.parallel.mesh import SequenceMesh
-
 
 @dataclass(frozen=True)
 class EngineOptions:
@@ -65,16 +63,3 @@ class Engine(Protocol):
 
     def load(self, folder: Path) -> None:
         """Reads what `save` wrote."""
-
-
-def build_engine(name: str, mesh: SequenceMesh, options: EngineOptions) -> Engine:
-    """`fsdp2` or `deepspeed`. Collective. Raises ValueError for another name."""
-    if name == "fsdp2":
-        from ringattn.training.engines.fsdp2 import FSDP2Engine
-
-        return FSDP2Engine(mesh, options)
-    if name == "deepspeed":
-        from ringattn.training.engines.deepspeed import DeepSpeedEngine
-
-        return DeepSpeedEngine(mesh, options)
-    raise ValueError(f"engine.name must be fsdp2 or deepspeed, got {name!r}")

@@ -1,0 +1,106 @@
+"""What embeddings of a multimodal model do not say by themselves, where images, videos or sounds are in them.
+
+A decoder may need to know which tokens are of an image: because those see each other in both directions, because their
+features enter in several layers, or because their positions count on several axes. Given embeddings alone it would
+compute something else, without a word. All of it is read from the model: its forward passes and its mask builder.
+"""
+
+import inspect
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from ringattn.hf.support import text_model
+from ringattn.parallel.mesh.mesh import SequenceMesh
+
+# What every decoder's forward pass takes; anything else is one more way into it.
+_USUAL = frozenset(
+    {
+        "attention_mask",
+        "cache",
+        "cache_position",
+        "input_ids",
+        "inputs_embeds",
+        "kwargs",
+        "labels",
+        "logits_to_keep",
+        "output_attentions",
+        "output_hidden_states",
+        "past_key_values",
+        "position_ids",
+        "return_dict",
+        "use_cache",
+    }
+)
+# Arguments of transformers' mask builder by which tokens of a block see each other.
+_BLOCKS = ("block_sequence_ids", "or_mask_function")
+_MARKS = "token_type_ids"
+
+
+@dataclass(frozen=True)
+class EmbeddingNeeds:
+    """What a model needs beside `inputs_embeds`.
+
+    Arguments:
+        marks: the keyword that says which tokens are of an image, where those see each other; "" where none do.
+        several: keywords by which features enter the decoder beside its embeddings.
+        axes: positions of image tokens count on several axes (M-RoPE).
+    """
+
+    marks: str = ""
+    several: tuple[str, ...] = ()
+    axes: bool = False
+
+
+def embedding_needs(model: Any) -> EmbeddingNeeds:
+    """Of a model, which may be on the meta device; a model of text alone needs nothing."""
+    text = text_model(model)
+    if text is model:
+        return EmbeddingNeeds()
+    around = [part for part in model.modules() if part is not text and any(inner is text for inner in part.modules())]
+    sources = "".join(inspect.getsource(type(part).forward) for part in around)
+    taken = list(inspect.signature(model.forward).parameters)
+    marks = next((name for name in taken if name.endswith(_MARKS)), _MARKS)
+    several = sorted(set(inspect.signature(text.base_model.forward).parameters) - _USUAL)
+    return EmbeddingNeeds(
+        marks if any(word in sources for word in _BLOCKS) else "",
+        tuple(several),
+        any(hasattr(part, "get_rope_index") for part in around),
+    )
+
+
+def check_embeddings(needs: EmbeddingNeeds, mesh: SequenceMesh, kwargs: dict[str, Any]) -> None:
+    """Raises NotImplementedError or ValueError where a forward pass would take images for text.
+
+    Collective over the sequence ranks where tokens are marked: an image is refused on all of them.
+    """
+    marks = kwargs.get(needs.marks) if needs.marks else None
+    if isinstance(marks, Tensor):
+        found = marks.ne(0).any().to(torch.int64).reshape(1).to(mesh.device)
+        dist.all_reduce(found, dist.ReduceOp.MAX, group=mesh.sequence_group)
+        if found.item():
+            raise NotImplementedError(
+                f"{needs.marks} mark tokens of an image, and those see each other in both directions in this model: "
+                "masks with blocks are not supported"
+            )
+    if kwargs.get("inputs_embeds") is None:
+        return
+    if needs.marks and marks is None:
+        raise NotImplementedError(
+            f"inputs_embeds without {needs.marks}: tokens of an image see each other in both directions in this model, "
+            "which is not supported, and embeddings do not tell whether there are any. Give input_ids for text, or "
+            f"{needs.marks} of 0"
+        )
+    if needs.several:
+        raise NotImplementedError(
+            f"inputs_embeds are not all that this model's decoder takes of an image: features enter by "
+            f"{', '.join(needs.several)} too, which is not supported. Give input_ids for text"
+        )
+    if needs.axes and kwargs["position_ids"].dim() != 3:
+        raise ValueError(
+            "position_ids must be (axes, B, S) beside inputs_embeds of this model, whose image tokens count on several "
+            "axes: give those of the model's get_rope_index to shard_batch (for text all axes are equal)"
+        )

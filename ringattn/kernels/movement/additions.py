@@ -1,0 +1,69 @@
+"""Which rows of received gradients are added to which, in what order, as tables that kernels read."""
+
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import pairwise
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ringattn.kernels.spec import Range, to_device
+
+Pair = tuple[Tensor, Tensor]
+
+
+TILE = 16  # rows that one program adds up
+
+
+class Addition(NamedTuple):
+    """Rows `target` of a sum get the rows from `source` on: of the message if `remote`, else of the local pair."""
+
+    target: Range
+    source: int
+    remote: bool
+
+
+@dataclass(frozen=True)
+class Additions:
+    """What is added to which rows, in an order that never changes; the targets may overlap."""
+
+    parts: tuple[Addition, ...]
+
+    @cached_property
+    def segments(self) -> list[tuple[Range, list[Addition]]]:
+        """The target rows cut where the parts that meet there change, and those parts, in order."""
+        bounds = sorted({bound for part in self.parts for bound in part.target})
+        place = {bound: number for number, bound in enumerate(bounds)}
+        meeting: list[list[Addition]] = [[] for _ in bounds]
+        for part in self.parts:
+            for number in range(place[part.target[0]], place[part.target[1]]):
+                meeting[number].append(part)
+        spans = zip(pairwise(bounds), meeting, strict=False)
+        return [(span, parts) for span, parts in spans if parts]
+
+    def tables(self, device: torch.device) -> tuple[Tensor, Tensor]:
+        """For the fused kernel, int32 on `device`, made once.
+
+        Returns tiles (n, 5): first row, rows, offset in the segment, first and last source; sources (m, 2): the row
+        that belongs to the segment's first, and whether it is remote.
+        """
+        kept: dict[torch.device, tuple[Tensor, Tensor]] = self.__dict__.setdefault("_tables", {})
+        if device not in kept:
+            kept[device] = tuple(to_device(torch.from_numpy(table), device) for table in self._host_tables())  # type: ignore[assignment]
+        return kept[device]
+
+    def _host_tables(self) -> tuple[Any, Any]:
+        tiles: list[Any] = []
+        sources: list[tuple[int, int]] = []
+        for (start, stop), parts in self.segments:
+            begin = len(sources)
+            sources += [(part.source + start - part.target[0], int(part.remote)) for part in parts]
+            offsets = np.arange(0, stop - start, TILE)
+            table = np.empty((len(offsets), 5), dtype=np.int32)
+            table[:, 0], table[:, 1] = start + offsets, np.minimum(stop - start - offsets, TILE)
+            table[:, 2], table[:, 3], table[:, 4] = offsets, begin, len(sources)
+            tiles.append(table)
+        empty = np.empty((0, 5), dtype=np.int32)
+        return np.concatenate([empty, *tiles]), np.array(sources, dtype=np.int32).reshape(-1, 2)

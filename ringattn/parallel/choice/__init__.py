@@ -1,0 +1,1 @@
+"""Which schedule, which heads, which degrees, which mixture of them is best."""

@@ -1,0 +1,1 @@
+"""Walking a plan: stages, transfers of keys, exchanges of heads, sums."""

@@ -1,0 +1,283 @@
+"""Running a plan: one autograd function for every scheme, and the exchange of heads around the stages.
+
+Legend: t local tokens, n tokens of the ring position (n = t without an exchange), H and K query and key heads (after
+the exchange: this rank's), D head dim, V value head dim. `q_tHD`, `lse_Hn`.
+"""
+
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
+from functools import cached_property
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from ringattn.kernels.merge import apply_sinks_, sinks_grad
+from ringattn.parallel.execution.accumulator import Accumulator, part
+from ringattn.parallel.execution.head_exchange import Columns, Returning, joined, to_heads, to_tokens
+from ringattn.parallel.execution.job import Job, Saved, Steps, T
+from ringattn.parallel.execution.stages import backward_stages, forward_stages
+from ringattn.parallel.plan.exchange import Exchange
+from ringattn.parallel.transport.protocol import Transport
+
+
+def together(passes: Sequence[Steps[T]]) -> list[T]:
+    """The results of several passes that take turns at their transfers."""
+    results: dict[int, T] = {}
+    while len(results) < len(passes):
+        for number, steps in enumerate(passes):
+            if number not in results:
+                try:
+                    next(steps)
+                except StopIteration as stop:
+                    results[number] = stop.value
+    return [results[number] for number in range(len(passes))]
+
+
+def run(jobs: Sequence[Job], q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Attention of the local tokens: q (t, H, D), k (t, K, D), v (t, K, V) -> out (t, H, V), lse (H, t).
+
+    Arguments:
+        jobs: of the parts, whose rows are those of the tensors one after another.
+
+    Collective over the sequence ranks, and so is its backward pass: the loss of every rank must depend on its `out`,
+    and several calls may be in flight as long as all ranks go through them in the same order. The lse has no gradient,
+    and is of this rank's tokens only if the jobs ask for it.
+    """
+    return _Attention.apply(q, k, v, sinks, jobs)
+
+
+def without_autocast(x: Tensor) -> AbstractContextManager[object]:
+    """The reference backend's sums are matrix products too, and must stay as wide as they are."""
+    if not torch.is_autocast_enabled(x.device.type):
+        return nullcontext()
+    return torch.autocast(x.device.type, enabled=False)
+
+
+class _Attention(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None, jobs: Sequence[Job]
+    ) -> tuple[Tensor, Tensor]:
+        out = q.new_empty(q.shape[0], q.shape[1], v.shape[2])
+        done = forward_parts(jobs, q, k, v, sinks, out, keep=any(ctx.needs_input_grad[:3]))
+        ctx.jobs, ctx.kept = jobs, [len(one.kept) for one in done]
+        ctx.save_for_backward(sinks, *(x for one in done for of in (*one.saved, one.kept) for x in of))
+        lse = joined_lse([one.lse for one in done]) if jobs[0].return_lse else done[0].lse
+        ctx.mark_non_differentiable(lse)
+        ctx.set_materialize_grads(False)
+        # What is saved of several parts are views of `out`, and must not keep the graph alive that keeps them.
+        return out if len(jobs) == 1 else out.detach(), lse
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        dout = grads[0]
+        if dout is None:  # out was not used; see `run`
+            return None, None, None, None, None
+        sinks, *tensors = ctx.saved_tensors
+        saved, kept = [], []
+        for job, count in zip(ctx.jobs, ctx.kept, strict=True):
+            saved.append([Saved(*tensors[5 * number : 5 * number + 5]) for number in range(len(job.groups))])
+            tensors = tensors[5 * len(job.groups) :]
+            kept.append(tensors[:count])
+            tensors = tensors[count:]
+        return *backward_parts(ctx.jobs, dout, saved, sinks, kept), None
+
+
+class Forward(NamedTuple):
+    """The forward pass of a job, beside its output."""
+
+    lse: Tensor  # (H, t), but of this rank's tokens only if the job asks for it
+    saved: list[Saved]  # what the backward pass needs of each group of heads
+    kept: list[Tensor]  # cast keys and values
+
+
+def forward_parts(
+    jobs: Sequence[Job], q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None, out: Tensor, keep: bool
+) -> list[Forward]:
+    """The forward pass of each part, on its rows of the rank's tensors, into those of `out`. What one waits for travels
+    while another is computed. `keep`: those whose plans say so keep their cast keys."""
+    with without_autocast(q):
+        passes = []
+        for job in jobs:
+            own_q, own_k, own_v, own_out = (part(x, job.rows) for x in (q, k, v, out))
+            passes.append(forward_pass(job, own_q, own_k, own_v, sinks, own_out, keep and job.plan.keep_keys))
+        return together(passes)
+
+
+def backward_parts(
+    jobs: Sequence[Job],
+    dout: Tensor,
+    saved: Sequence[Sequence[Saved]],
+    sinks: Tensor | None,
+    kept: Sequence[list[Tensor]],
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    """dq (t, H, D), dk (t, K, D), dv (t, K, V) of the rank's tokens and the gradient of the sinks (H,)."""
+    job, of = jobs[0], saved[0][0]
+    shapes = (job.query_heads, of.k.shape[2]), (job.key_heads, of.k.shape[2]), (job.key_heads, of.v.shape[2])
+    grads = _LocalGrads(dout, shapes)
+    with without_autocast(dout):
+        passes = [
+            backward_pass(job, part(dout, job.rows), own, sinks, keys, grads)
+            for job, own, keys in zip(jobs, saved, kept, strict=True)
+        ]
+        dsinks = [one for one in together(passes) if one is not None]
+    dq, dk, dv = grads.tensors
+    return dq, dk, dv, sum(dsinks[1:], dsinks[0]) if dsinks else None
+
+
+class _LocalGrads:
+    """Gradients of the rank's q, k and v, made when the first of its parts has something to write."""
+
+    def __init__(self, dout: Tensor, shapes: Sequence[tuple[int, int]]) -> None:
+        self._dout, self._shapes = dout, shapes
+
+    @cached_property
+    def tensors(self) -> list[Tensor]:
+        return [self._dout.new_empty(self._dout.shape[0], *shape) for shape in self._shapes]
+
+    def of(self, job: Job) -> list[Tensor]:
+        return [part(x, job.rows) for x in self.tensors]
+
+
+def joined_lse(parts: Sequence[Tensor]) -> Tensor:
+    """The rank's (H, t) of its parts' ones."""
+    return parts[0] if len(parts) == 1 else torch.cat(list(parts), 1)
+
+
+def forward_pass(
+    job: Job, q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None, out: Tensor, keep: bool
+) -> Steps[Forward]:
+    """The forward pass of q (t, H, D), k (t, K, D), v (t, K, V) into out (t, H, V)."""
+    q, k, v = q.contiguous(), k.contiguous(), v.contiguous()
+    if job.plan.exchange is not None and job.ulysses is not None:
+        return (yield from _exchanged_forward(job, job.plan.exchange, job.ulysses, (q, k, v), sinks, out, keep))
+    lse, kept = yield from forward_stages(job, q, k, v, out, keep)
+    if sinks is not None:
+        apply_sinks_(out, lse, sinks)
+    return Forward(lse, [Saved.of(job, q, k, v, out, lse, kept)], kept)
+
+
+def _exchanged_forward(
+    job: Job,
+    exchange: Exchange,
+    ulysses: Transport,
+    tensors: tuple[Tensor, Tensor, Tensor],
+    sinks: Tensor | None,
+    local_out: Tensor,
+    keep: bool,
+) -> Steps[Forward]:
+    """While a group of heads is computed the queries of the next arrive and the output of the last leaves."""
+    q, k, v = tensors
+    arriving = to_heads([q], [k, v], exchange, ulysses)
+    saved, returning = [], []
+    keys: list[Tensor] = []
+    kept: list[Tensor] = []
+    for group in job.groups:
+        yield
+        queries, *first = arriving.wait()
+        keys = first or keys
+        if group.group + 1 < exchange.groups:
+            arriving = to_heads([q], [], exchange, ulysses, group.group + 1)
+        own = [x[:, slice(*exchange.share.group(group.group, exchange.groups)[1])] for x in keys]
+        out = queries.new_empty(*queries.shape[:2], v.shape[2])
+        lse, kept = yield from forward_stages(group, queries, own[0], own[1], out, keep)
+        if sinks is not None:
+            apply_sinks_(out, lse, sinks[slice(*group.heads)])
+        saved.append(Saved.of(group, queries, own[0], own[1], out, lse, kept))
+        back = [to_tokens(out.flatten(1), [Columns("query", out.shape[2])], exchange, ulysses, group.group)]
+        if job.return_lse:
+            back.append(to_tokens(lse.T, [Columns("query", 1)], exchange, ulysses, group.group))
+        returning.append(back)
+    yield
+    local_lse = lse.new_empty(exchange.own_rows, job.query_heads, 1) if job.return_lse else None
+    for back in returning:
+        for one, target in zip(back, (local_out, local_lse), strict=False):
+            assert target is not None
+            one.wait([target])
+    return Forward(lse if local_lse is None else local_lse.squeeze(-1).T, saved, kept)
+
+
+def backward_pass(
+    job: Job, dout: Tensor, saved: Sequence[Saved], sinks: Tensor | None, kept: list[Tensor], grads: _LocalGrads
+) -> Steps[Tensor | None]:
+    """dq (t, H, D), dk (t, K, D), dv (t, K, V) of the local tokens into `grads`; the gradient of the sinks (H,)."""
+    dout = dout.contiguous()
+    if job.plan.exchange is not None and job.ulysses is not None:
+        return (yield from _exchanged_backward(job, job.plan.exchange, job.ulysses, dout, saved, sinks, kept, grads))
+    (of,) = saved
+    dsinks = None if sinks is None else sinks_grad(dout, of.out, of.lse, sinks)
+    for grad in (yield from backward_stages(job.backward, dout, of, kept, grads.of(job))):
+        grad.finish()
+    return dsinks
+
+
+def _exchanged_backward(
+    job: Job,
+    exchange: Exchange,
+    ulysses: Transport,
+    dout: Tensor,
+    saved: Sequence[Saved],
+    sinks: Tensor | None,
+    kept: list[Tensor],
+    local_grads: _LocalGrads,
+) -> Steps[Tensor | None]:
+    """While a group of heads is computed the output's gradient of the next arrives and that of the last's queries
+    leaves. Gradients of keys leave with the last, or after it if they are wider."""
+    head_dim, value_dim = saved[0].k.shape[2], saved[0].v.shape[2]
+    queries, keys = [Columns("query", head_dim)], [Columns("key", head_dim), Columns("key", value_dim)]
+    dsinks = None if sinks is None else torch.zeros_like(sinks)  # of other ranks' heads; it is summed over the ranks
+    arriving = to_heads([dout], [], exchange, ulysses)
+    returning: list[tuple[Returning, int, int]] = []  # what travels, and which of the gradients it fills
+    totals: list[Tensor] = []
+    for group, of in zip(job.groups, saved, strict=True):
+        yield
+        (own_dout,) = arriving.wait()
+        number = group.group
+        if number + 1 < exchange.groups:
+            arriving = to_heads([dout], [], exchange, ulysses, number + 1)
+        if sinks is not None and dsinks is not None:
+            heads = slice(*group.heads)
+            dsinks[heads] = sinks_grad(own_dout, of.out, of.lse, sinks[heads])
+        with_keys = number + 1 == exchange.groups and not job.plan.sums_copies
+        columns = queries + keys if with_keys else queries
+        message, rows = joined(columns, dout, exchange, ulysses, number)
+        direct = with_keys and exchange.groups == 1  # kernels write where the gradients leave from
+        targets = rows if direct else [rows[0], *of.new_key_grads()]
+        dq, *grads = yield from backward_stages(group.backward, own_dout, of, kept, targets)
+        dq.finish()
+        if direct:
+            for grad in grads:
+                grad.finish()
+        else:
+            totals = _added(totals, group, grads)
+            for target, total in zip(rows[1:], totals, strict=False):
+                target.copy_(total)
+        returning.append((to_tokens(message, columns, exchange, ulysses, number), 0, len(columns)))
+    if job.plan.sums_copies:
+        wide = torch.cat([total.flatten(1) for total in totals], 1)
+        returning.append((to_tokens(wide, keys, exchange, ulysses), 1, 3))
+        del wide
+    # What is computed from goes before what it became is put in its places.
+    del arriving, own_dout, message, rows, targets, dq, grads, totals
+    yield
+    for one, first, last in returning:
+        one.wait(local_grads.of(job)[first:last])
+    return dsinks
+
+
+def _added(totals: list[Tensor], group: Job, grads: Sequence[Accumulator]) -> list[Tensor]:
+    """Gradients of all the rank's key heads, in the precision of sums, with those of a group of query heads added."""
+    exchange = group.plan.exchange
+    assert exchange is not None
+    if exchange.groups == 1:
+        return [grad.sums() for grad in grads]
+    if not totals:
+        shapes = [(len(grad.rows), len(exchange.share.keys), grad.rows.shape[2]) for grad in grads]
+        totals = [grad.rows.new_zeros(shape, dtype=grad.dtype) for grad, shape in zip(grads, shapes, strict=True)]
+    first, last = exchange.share.group(group.group, exchange.groups)[1]
+    for total, grad in zip(totals, grads, strict=True):
+        total[:, first:last] += grad.sums()
+    return totals

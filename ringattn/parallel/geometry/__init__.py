@@ -1,0 +1,1 @@
+"""Ranges, blocks and tables of blocks: integers."""

@@ -1,0 +1,1 @@
+"""Speeds of a machine: kernel rates, links, shipped numbers, calibration."""

@@ -1,0 +1,1 @@
+"""The ranks: data × ring × ulysses."""

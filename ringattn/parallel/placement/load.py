@@ -1,0 +1,70 @@
+"""What makes tokens expensive: the cost that a placement evens out."""
+
+import math
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+
+from ringattn.mask import Mask
+from ringattn.parallel.geometry.block_table import BlockTable, Floats, Ints
+from ringattn.parallel.machine.kernel_rate import KernelRate
+
+
+@dataclass(frozen=True)
+class Load:
+    """What makes tokens expensive.
+
+    Arguments:
+        masks: masks of a model with the number of layers that each has: their costs are added.
+        rates: kernels of the forward and of the backward pass, if time is to be balanced; without, the number of
+            allowed pairs.
+        dims: head dim and value dim together, which rates need.
+    """
+
+    masks: tuple[tuple[Mask, float], ...]
+    rates: tuple[KernelRate, ...] = ()
+    dims: int = 256
+
+    @property
+    def chunk(self) -> int | None:
+        """The chunk that all masks have, if they have one: then chunks are documents of their own."""
+        chunks = {mask.chunk for mask, _ in self.masks}
+        return chunks.pop() if len(chunks) == 1 else None
+
+    def costs(self, sizes: Ints) -> Floats:
+        """Cost of whole documents of these lengths."""
+        total = np.zeros(len(sizes))
+        for mask, layers in self.masks:
+            if mask.chunk is None:
+                total += layers * self._cost(sizes, mask)
+            else:
+                chunk = self._cost(np.array([mask.chunk]), mask)[0]
+                total += layers * (chunk * (sizes // mask.chunk) + self._cost(sizes % mask.chunk, mask))
+        return total
+
+    def _cost(self, sizes: Ints, mask: Mask) -> Floats:
+        """Of documents under the band of one mask."""
+        left, right = (-1 if side is None else abs(side) for side in (mask.band.lo, mask.band.hi))
+        open_side = np.zeros_like(sizes)
+        table = BlockTable(sizes, sizes, open_side + left, open_side + right, open_side, 1)
+        if not self.rates:
+            return table.areas.astype(np.float64)
+        return sum((rate.share_seconds(table, self.dims) for rate in self.rates), np.zeros(len(sizes)))
+
+    def nested(self, size: int) -> bool:
+        """Whether a document is best cut in nested heads and tails.
+
+        A window or chunk shorter than half the document makes cost per token flat: then few cuts matter more.
+        """
+        return size <= 2 * self._reach
+
+    @cached_property
+    def _reach(self) -> float:
+        """How far back queries of a causal mask see, of the one whose see farthest; negative without such a mask."""
+        reaches = [
+            min(math.inf if mask.band.lo is None else -mask.band.lo, mask.chunk or math.inf)
+            for mask, _ in self.masks
+            if mask.band.hi == 0
+        ]
+        return max(reaches, default=-math.inf)

@@ -1,0 +1,252 @@
+"""Which ring position holds which tokens: the three placements, as pure functions of integers.
+
+A placement is, per ring position, its ordered ranges `(start, stop)` of global indices. Inside a position whole
+documents come first, then head pieces (a head that opens its document before the others, since it needs no remote
+key), then tail pieces, then padding: so every kernel call reads and writes one contiguous run of rows.
+"""
+
+from bisect import bisect_right
+from collections.abc import Sequence
+from itertools import accumulate, chain, pairwise
+from operator import attrgetter
+from typing import NamedTuple
+
+import numpy as np
+
+from ringattn.documents import Documents
+from ringattn.kernels.spec import Range
+from ringattn.parallel.geometry.ranges import touching
+from ringattn.parallel.placement.load import Load
+
+Positions = tuple[tuple[Range, ...], ...]
+
+TILE = 128  # rows of a kernel tile: cuts are rounded to it
+MIN_TILES = 64  # a share of the tokens is at least this many roundings, so small inputs use a finer one
+
+
+class Span(NamedTuple):
+    """A run of tokens whose cost is balanced as one: a document as attention sees it, or padding (no cost)."""
+
+    start: int
+    size: int
+    cost: float
+    density: float  # cost per token
+    nested: bool  # cut in nested heads and tails; else in consecutive runs
+
+
+Shares = list[tuple[Span, int, int]]  # pieces of one position: tokens `[first, last)` of a span
+
+
+def contiguous(docs: Documents, load: Load, ring: int) -> Positions:
+    """Equal runs of the stream: position i holds tokens `[i T / ring, (i + 1) T / ring)`."""
+    bounds = [index * docs.total // ring for index in range(ring + 1)]
+    spans = _spans(docs, load)
+    starts = [span.start for span in spans]
+    held: list[Shares] = [[] for _ in range(ring)]
+    for position, (begin, end) in enumerate(pairwise(bounds)):
+        index = max(0, bisect_right(starts, begin) - 1)
+        while index < len(spans) and spans[index].start < end:
+            span = spans[index]
+            first, last = max(begin, span.start) - span.start, min(end, span.start + span.size) - span.start
+            if first < last:
+                held[position].append((span, first, last))
+            index += 1
+    return _ordered(held)
+
+
+def zigzag(docs: Documents, load: Load, ring: int) -> Positions:
+    """Every document in 2 × ring near-equal slices, slice i and its mirror together (any length is allowed).
+
+    Source: zhuzilin/ring-flash-attention, Megatron-LM; there documents must divide by 2 × ring. The positions rotate
+    from document to document so that the rows left over by the division do not always fall on the same one.
+    """
+    held: list[Shares] = [[] for _ in range(ring)]
+    for number, span in enumerate(_spans(docs, load)):
+        bounds = [index * span.size // (2 * ring) for index in range(2 * ring + 1)]
+        for index, (first, last) in enumerate(pairwise(bounds)):
+            if first < last:
+                held[(min(index, 2 * ring - 1 - index) + number) % ring].append((span, first, last))
+    return _ordered(held)
+
+
+def balanced(docs: Documents, load: Load, ring: int, speeds: Sequence[float] | None = None) -> Positions:
+    """Equal tokens and equal cost with at most two cuts per position: nested heads and tails, found by a window search.
+
+    Sort the documents by cost per token. A window of T/P consecutive tokens of that order moves from below the average
+    cost to above it, so at one place it costs exactly the average: give it to a position, remove it, and the rest has
+    the same average. Shares of one causal document are nested heads and tails, whose cost is proportional to their
+    tokens whatever their sizes: the largest outermost, which minimises the keys that must move.
+    Cuts are rounded to `TILE` rows, or finer in a document whose rows cost more than the average row: so a rounding
+    never moves more cost than `TILE` average rows have.
+
+    Arguments:
+        speeds: of every position; tokens and cost are then in proportion to them.
+    """
+    spans = sorted(_spans(docs, load), key=lambda span: (span.density, span.start))
+    tiles = _tiles(spans, docs.total, ring)
+    shares = _window_search(spans, list(accumulate(speeds or [1.0] * ring)), tiles)
+    held: list[Shares] = [[] for _ in range(ring)]
+    for span, owners, tile in zip(spans, shares, tiles, strict=True):
+        if len(owners) == 1:
+            held[owners[0][0]].append((span, 0, span.size))
+            continue
+        pieces = _nest(span.size, owners, tile) if span.nested else _queue(owners)
+        for position, first, last in pieces:
+            held[position].append((span, first, last))
+    return _ordered(held)
+
+
+def _spans(docs: Documents, load: Load) -> tuple[Span, ...]:
+    """Documents as attention sees them (chunks are documents of their own) and padding, in stream order, none empty.
+
+    Kept with the documents, which are placed on several meshes where the degrees are open.
+    """
+    kept: dict[Load, tuple[Span, ...]] = docs.__dict__.setdefault("_spans", {})
+    if load not in kept:
+        kept[load] = tuple(sorted(_spans_of(docs, load), key=attrgetter("start")))
+    return kept[load]
+
+
+def _spans_of(docs: Documents, load: Load) -> list[Span]:
+    parts = docs.chunked(load.chunk)
+    spans = [Span(start, stop - start, 0.0, 0.0, False) for start, stop in docs.padding]
+    costs = load.costs(np.array(parts.lengths, dtype=np.int64)).tolist()
+    for start, size, cost in zip(parts.starts, parts.lengths, costs, strict=True):
+        if size:
+            spans.append(Span(start, size, cost, cost / size, load.nested(size)))
+    return spans
+
+
+def _tiles(spans: list[Span], total: int, ring: int) -> list[int]:
+    """Rows that cuts of each span are rounded to, a power of two."""
+    coarsest = min(TILE, max(1, total // (ring * MIN_TILES)))
+    mean = sum(span.cost for span in spans) / max(total, 1)
+    density = np.array([span.density or mean or 1.0 for span in spans])
+    rows = np.maximum(1.0, coarsest * np.minimum(1.0, mean / density))
+    return (1 << (np.frexp(rows)[1] - 1)).tolist()
+
+
+def _window_search(spans: list[Span], bounds: list[float], tiles: list[int]) -> list[list[tuple[int, int]]]:
+    """Tokens of every span given to every position: per span, sorted by density, a list of `(position, tokens)`.
+
+    Arguments:
+        bounds: what all positions up to each shall have, of the last of them.
+    """
+    left = np.array([span.size for span in spans], dtype=np.int64)
+    density = np.array([span.density for span in spans])
+    tokens, cost = int(left.sum()), float((left * density).sum())
+    shares: list[list[tuple[int, int]]] = [[] for _ in spans]
+    given, given_cost = 0, 0.0
+    for position, bound in enumerate(bounds):
+        # What all positions so far shall have, less what they got: a rounding is made up for by the next position.
+        want = int(bound * tokens // bounds[-1]) - given
+        goal = bound * cost / bounds[-1] - given_cost
+        taken = left if position == len(bounds) - 1 else _window(left, density, want, goal, tiles)
+        owned = np.flatnonzero(taken)
+        for index, share in zip(owned.tolist(), taken[owned].tolist(), strict=True):
+            shares[index].append((position, share))
+        left = left - taken
+        given += int(taken.sum())
+        given_cost += float((taken * density).sum())
+    return shares
+
+
+def _window(left: np.ndarray, density: np.ndarray, want: int, goal: float, tiles: list[int]) -> np.ndarray:
+    """Tokens that a window of `want` tokens and cost `goal` takes from every span; `left` are those not given away."""
+    if want <= 0:
+        return np.zeros_like(left)
+    ends = np.cumsum(left)
+    begins = ends - left
+    costs = np.concatenate([[0.0], np.cumsum(left * density)])
+
+    def cost_before(token: int) -> float:
+        # `item`: this is called 40 times a position, and numbers of Python are faster than those of numpy.
+        index = int(ends.searchsorted(token))
+        return costs.item(index) + (token - begins.item(index)) * density.item(index) if token else 0.0
+
+    low, high = 0, int(ends[-1]) - want
+    while low < high:
+        middle = (low + high) // 2
+        if cost_before(middle + want) - cost_before(middle) < goal:
+            low = middle + 1
+        else:
+            high = middle
+    return _rounded_window(left, ends, low, want, tiles)
+
+
+def _rounded_window(left: np.ndarray, ends: np.ndarray, start: int, want: int, tiles: list[int]) -> np.ndarray:
+    """The window `[start, start + want)` with what it takes from a cut span rounded to tiles.
+
+    The end of the expensive rows is rounded first, and the other end makes up for the tokens.
+    """
+    first = int(np.searchsorted(ends, start, side="right"))
+    last = int(np.searchsorted(ends, start + want, side="left"))
+    taken = np.zeros_like(left)
+    if first < last:
+        taken[last] = _rounded(start + want - int(ends[last - 1]), int(left[last]), tiles[last])
+        taken[first + 1 : last] = left[first + 1 : last]
+        want -= int(taken.sum())
+    taken[first] = _rounded(max(want, 0), int(left[first]), tiles[first])
+    return taken
+
+
+def _rounded(tokens: int, available: int, tile: int) -> int:
+    """`tokens` to the nearest number of tiles, or all there is."""
+    return min((tokens + tile // 2) // tile * tile, available) if tokens < available else available
+
+
+def _nest(size: int, owners: list[tuple[int, int]], tile: int) -> list[tuple[int, int, int]]:
+    """Nested heads and tails of one document, the largest share outermost: `(position, first, last)` pieces."""
+    pieces = []
+    first, last = 0, size
+    order = sorted(owners, key=lambda share: (-share[1], share[0]))
+    for position, tokens in order[:-1]:
+        head = (tokens + tile) // (2 * tile) * tile  # half of the share, to the nearest tile
+        pieces += [(position, first, first + head), (position, last - (tokens - head), last)]
+        first, last = first + head, last - (tokens - head)
+    pieces += [(position, first, last) for position, _ in order[-1:]]
+    return [piece for piece in pieces if piece[1] < piece[2]]
+
+
+def _queue(owners: list[tuple[int, int]]) -> list[tuple[int, int, int]]:
+    """Consecutive runs of one document in the order of positions."""
+    pieces = []
+    first = 0
+    for position, tokens in sorted(owners):
+        pieces.append((position, first, first + tokens))
+        first += tokens
+    return pieces
+
+
+def _ordered(held: list[Shares]) -> Positions:
+    """Ranges of every position: whole, heads (opening ones first), tails, padding; joined where they touch."""
+    placement = []
+    for pieces in held:
+        pieces = _joined(sorted(pieces, key=lambda piece: piece[0].start + piece[1]))
+        # The first of two pieces of one document is its head; a piece that is alone counts as a tail.
+        heads = {a[0].start + a[1] for a, b in pairwise(pieces) if a[0].start == b[0].start}
+        rooms: list[list[Range]] = [[] for _ in range(5)]
+        for span, first, last in pieces:
+            begin = span.start + first
+            if not span.cost:
+                room = 4
+            elif last - first == span.size:
+                room = 0
+            elif first == 0:
+                room = 1
+            else:
+                room = 2 if begin in heads else 3
+            rooms[room].append((begin, span.start + last))
+        placement.append(touching(chain.from_iterable(rooms)))
+    return tuple(placement)
+
+
+def _joined(pieces: Shares) -> Shares:
+    """Neighbouring pieces of one span made one."""
+    out: Shares = []
+    for span, first, last in pieces:
+        if out and out[-1][0].start == span.start and out[-1][2] == first:
+            out[-1] = (span, out[-1][1], last)
+        else:
+            out.append((span, first, last))
+    return out

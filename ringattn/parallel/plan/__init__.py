@@ -1,0 +1,1 @@
+"""A plan as frozen data: shapes, routes, exchanges of heads, stages."""

@@ -1,0 +1,1 @@
+"""What a schedule takes: seconds and bytes."""

@@ -1,0 +1,1 @@
+"""All ranks of a step in one process."""

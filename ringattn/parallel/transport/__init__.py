@@ -1,0 +1,1 @@
+"""How bytes move between ranks: a protocol, collectives, symmetric memory, message buffers."""

@@ -1,0 +1,66 @@
+"""Whether a model fits: the recipe's mesh, its attention, its checkpoint. On the meta device, before anything runs."""
+
+from typing import Any
+
+from omegaconf import DictConfig
+from torch import nn
+
+from ringattn import hf
+from ringattn.parallel.mesh.shape import MeshShape
+from ringattn.training.architecture import reason_of
+from ringattn.training.models import empty_model
+
+# Attention dropout by the names that configurations give it.
+DROPOUTS = ("attention_dropout", "attn_pdrop", "attention_probs_dropout_prob")
+
+
+def check_attention(config: Any) -> nn.Module:
+    """The model without weights. Raises ValueError if it cannot be built, or split over a sequence axis."""
+    text = config.get_text_config()
+    queries, keys = text.num_attention_heads, getattr(text, "num_key_value_heads", None)
+    if text.num_hidden_layers < 1:
+        raise ValueError(f"model.config.num_hidden_layers must be at least 1, got {text.num_hidden_layers}")
+    if keys is not None and (keys < 1 or queries % keys):
+        raise ValueError(
+            f"model.config.num_attention_heads={queries} must be a multiple of model.config.num_key_value_heads={keys}"
+        )
+    for key in DROPOUTS:
+        if getattr(text, key, 0.0):
+            raise ValueError(
+                f"model.config.{key}={getattr(text, key)}: attention dropout has no seed that ranks share; set "
+                f"model.config.{key}=0 (with + before it where it is not in the file)"
+            )
+    try:
+        model = empty_model(config)
+    except Exception as error:  # whatever wrong values lead to inside of transformers
+        raise ValueError(f"model.config: {type(config).__name__} makes no model: {reason_of(error)}") from None
+    try:
+        hf.check_model(model)
+    except NotImplementedError as error:
+        raise ValueError(f"model: {error}") from None
+    return model
+
+
+def check_head_chunks(cfg: DictConfig, shape: MeshShape, config: Any) -> None:
+    """Raises ValueError for chunks into which the key heads of a rank do not part: fewer would be taken unnoticed."""
+    chunks = cfg.parallel.head_chunks or 1
+    text = config.get_text_config()
+    heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
+    if chunks > 1 and (heads % shape.ulysses or (heads // shape.ulysses) % chunks):
+        raise ValueError(
+            f"parallel.head_chunks={chunks} must divide the {heads} key heads of the model over "
+            f"{shape.ulysses} ulysses ranks, {heads / shape.ulysses:g} each"
+        )
+
+
+def check_same_shapes(saved: nn.Module, model: nn.Module) -> None:
+    """Raises ValueError if the weights of a checkpoint do not fit a model."""
+    before = {name: tuple(value.shape) for name, value in saved.named_parameters()}
+    now = {name: tuple(value.shape) for name, value in model.named_parameters()}
+    differing = [name for name in sorted(before.keys() | now.keys()) if before.get(name) != now.get(name)]
+    if differing:
+        shown = ", ".join(f"{name} {before.get(name)} → {now.get(name)}" for name in differing[:3])
+        raise ValueError(
+            f"the checkpoint is of another model and cannot go on as this one, not even with run.resume=force: "
+            f"{len(differing)} weights differ: {shown}"
+        )

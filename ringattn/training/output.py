@@ -1,0 +1,64 @@
+"""The folder of a run: whether it can be written to, and what it keeps of the run's configuration."""
+
+import json
+import os
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from omegaconf import DictConfig, OmegaConf
+
+CONFIG, MODEL = "config.yaml", "model.json"
+# Not of the model, but of how it is stored and by what.
+_OF_STORING = ("architectures", "dtype", "torch_dtype", "transformers_version")
+
+
+def check_output(output: Path, given: str, write: bool) -> None:
+    """Raises ValueError if `output` is no folder or, with `write`, cannot be written to. It is not made."""
+    if output.exists() and not output.is_dir():
+        raise ValueError(f"run.output={given} is a file; it must be a folder")
+    if not write:
+        return
+    folder = output / "checkpoints"
+    existing = next(path for path in (folder, *folder.parents) if os.path.lexists(path))
+    try:
+        with tempfile.TemporaryFile(dir=existing) as probe:
+            probe.write(bytes(4096))
+    except OSError as error:
+        raise ValueError(f"run.output={given}: nothing can be written in {existing}: {error.strerror}") from None
+
+
+def write_config(cfg: DictConfig, output: Path, model_config: Any = None) -> None:
+    """Writes the resolved configuration as `config.yaml`, and the model's whole transformers configuration."""
+    output.mkdir(parents=True, exist_ok=True)
+    partial = output / f"{CONFIG}.partial"
+    OmegaConf.save(cfg, partial)
+    partial.replace(output / CONFIG)
+    if model_config is not None:
+        partial = output / f"{MODEL}.partial"
+        partial.write_text(json.dumps(model_values(model_config), indent=2, sort_keys=True) + "\n")
+        partial.replace(output / MODEL)
+
+
+def model_values(model_config: Any) -> dict[str, Any]:
+    """What a transformers configuration says about the model, as JSON has it."""
+    values = json.loads(model_config.to_json_string(use_diff=False))
+    return {key: value for key, value in values.items() if key not in _OF_STORING and not key.startswith("_")}
+
+
+def read_config(output: Path) -> tuple[dict[str, Any] | None, dict[str, Any] | None]:
+    """What `write_config` wrote: the configuration and the model's, None for one that is not there.
+
+    Raises ValueError for a file that cannot be read.
+    """
+    path = output / CONFIG
+    try:
+        cfg: Any = OmegaConf.to_container(OmegaConf.load(path)) if path.is_file() else None
+        path = output / MODEL
+        model = json.loads(path.read_text()) if path.is_file() else None
+    except Exception as error:  # of YAML, OmegaConf or JSON
+        raise ValueError(f"{path} cannot be read: {str(error).partition(chr(10))[0]}") from None
+    for name, value in ((CONFIG, cfg), (MODEL, model)):
+        if value is not None and not isinstance(value, dict):
+            raise ValueError(f"{output / name} does not hold a configuration")
+    return cfg, model

@@ -30,9 +30,10 @@ from ringattn.benchmarking.slow import Slow
 from ringattn.benchmarking.suite import Result, measure
 from ringattn.benchmarking.timing import Timer
 from ringattn.benchmarking.workloads import Workload, workload
+from ringattn.first_failure import FirstFailure
 from ringattn.kernels.registry import choose
 from ringattn.parallel.mesh.mesh import TRANSPORTS
-from ringattn.training.failures import naming_first_failure, reported
+from ringattn.training.failures import reported
 from ringattn.training.launched import Launch, current, export, pick_device
 from ringattn.training.refusal import refuse
 
@@ -94,7 +95,7 @@ def slowed(cfg: DictConfig, launch: Launch) -> Slow | None:
     return Slow(float(cfg.slow), ranks)
 
 
-@naming_first_failure
+@FirstFailure()
 def run(
     cfg: DictConfig,
     heads: Heads,

@@ -14,12 +14,12 @@ import torch
 import torch.distributed as dist
 
 from ringattn import Layout, init_mesh
+from ringattn.first_failure import FirstFailure
 from ringattn.hf import attention_kwargs, parallelize
 from ringattn.training.batches import Batch, Prefetcher, batches
 from ringattn.training.checkpoint import TrainState, load_random_states, save_checkpoint
 from ringattn.training.config import compute_dtype
 from ringattn.training.engines import Engine, EngineOptions, build_engine
-from ringattn.training.failures import naming_first_failure
 from ringattn.training.flops import StepFlops, peak_flops
 from ringattn.training.grouping import DocumentCost, GroupedPacker, GroupedPosition
 from ringattn.training.job import Job
@@ -221,7 +221,7 @@ class Trainer:
         )
 
 
-@naming_first_failure
+@FirstFailure()
 def train(job: Job) -> None:
     """Runs a prepared job to its end, or to a checkpoint if a signal asks to stop. Collective."""
     rank0 = job.launch.rank == 0

@@ -8,63 +8,9 @@ import sys
 from pathlib import Path
 
 import pytest
-import torch.distributed as dist
 
-from ringattn.training import failures
-from ringattn.training.failures import PeerFailed, naming_first_failure, reported
+from ringattn.training.failures import reported
 from tests.training.forked import ROOT
-
-LOST = RuntimeError("[/pytorch/third_party/gloo/gloo/transport/tcp/pair.cc:547] Connection closed by peer [127.0.0.1]")
-
-
-@pytest.fixture
-def store(monkeypatch) -> dist.HashStore:
-    found = dist.HashStore()
-    monkeypatch.setattr(failures, "_store", lambda: found)
-    monkeypatch.setattr(failures, "PATIENCE", 0.2)
-    return found
-
-
-def fails(error: Exception, rank: int, monkeypatch) -> Exception:
-    """What comes out of a rank that fails with `error`."""
-    monkeypatch.setattr(dist, "get_rank", lambda: rank)
-
-    @naming_first_failure
-    def work() -> None:
-        raise error
-
-    with pytest.raises(Exception, match=r".") as raised:
-        work()
-    return raised.value
-
-
-def test_who_lost_a_connection_names_the_first_to_fail(store, monkeypatch):
-    fault = ArithmeticError("the fault")
-    assert fails(fault, 3, monkeypatch) is fault
-    assert fails(ValueError("a later one"), 2, monkeypatch).args == ("a later one",)
-    for lost in (LOST, dist.DistBackendError("NCCL"), ConnectionResetError("reset")):
-        found = fails(lost, 0, monkeypatch)
-        assert isinstance(found, PeerFailed)
-        assert str(found) == "rank 3 failed first: ArithmeticError: the fault"
-        assert found.__cause__ is lost
-
-
-def test_a_rank_that_was_killed_says_nothing(store, monkeypatch):
-    assert "killed" in str(fails(LOST, 0, monkeypatch))
-    wrapped = RuntimeError("a library's own words")
-    wrapped.__cause__ = LOST
-    assert "killed" in str(fails(wrapped, 1, monkeypatch))
-
-
-def test_a_store_that_went_with_its_rank_hides_no_error(monkeypatch):
-    def gone():
-        raise dist.DistNetworkError("no store")
-
-    monkeypatch.setattr(failures, "_store", gone)
-    monkeypatch.setattr(failures, "PATIENCE", 0.2)
-    fault = ArithmeticError("the fault")
-    assert fails(fault, 3, monkeypatch) is fault
-    assert isinstance(fails(LOST, 0, monkeypatch), PeerFailed)
 
 
 def test_torchrun_is_told_the_message_alone(tmp_path, monkeypatch):

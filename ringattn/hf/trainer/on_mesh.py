@@ -11,6 +11,7 @@ from torch.utils.data import DataLoader
 from transformers import Trainer
 from transformers.trainer_utils import EvalLoopOutput, has_length
 
+from ringattn.first_failure import FirstFailure
 from ringattn.hf.batch import count_targets, shard_batch
 from ringattn.hf.metadata import METADATA
 from ringattn.hf.model import parallelize, unwrapped
@@ -19,7 +20,7 @@ from ringattn.hf.support import check_model
 from ringattn.hf.trainer.agreement import Idle, agree_on_control, check_averaged, in_step
 from ringattn.hf.trainer.dealing import ReplicaRows, deal, with_loaders_kept
 from ringattn.hf.trainer.evaluation import Tally
-from ringattn.hf.trainer.failures import FirstFailure
+from ringattn.hf.trainer.failures import told_to_torchrun
 from ringattn.hf.trainer.lockstep import Lockstep
 from ringattn.hf.trainer.refusals import check_class, check_counts, check_place
 from ringattn.hf.trainer.tokens import count_tokens
@@ -98,12 +99,12 @@ class OnMesh(_Base):
             raise ValueError(f"model was parallelized on {handle.mesh}, the Trainer's mesh is {self.sequence_mesh}")
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
-        with self._failures:
+        with told_to_torchrun(), self._failures:
             self._check()
             return super().train(*args, **kwargs)
 
     def evaluate(self, *args: Any, **kwargs: Any) -> Any:
-        with self._failures:
+        with told_to_torchrun(), self._failures:
             self._check()
             return super().evaluate(*args, **kwargs)
 

@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch._functorch import config as functorch
+from torch.library import opcheck
 from torch.utils.checkpoint import checkpoint
 
 from ringattn import Documents, Layout, MeshShape, ParallelAttention, parallel_attention
@@ -232,7 +233,7 @@ def test_the_operators_are_what_they_declare(sinks: bool) -> None:
     logits = torch.randn(4, dtype=torch.float64, requires_grad=True) if sinks else None
     constants = (True, 9, 0, None, None, 0.0, 0.0, False, "auto", "auto", None, True, None, None, None, True, [])
     inputs = (*heads_of(layout), logits, layout._number, *constants)
-    torch.library.opcheck(torch.ops.ringattn.attend.default, inputs)
+    opcheck(torch.ops.ringattn.attend.default, inputs)
     plain = tuple(x.detach() if isinstance(x, Tensor) else x for x in inputs)
     results = torch.ops.ringattn.attend.default(*plain)
-    torch.library.opcheck(torch.ops.ringattn.attend_backward.default, (torch.ones_like(results[0]), *results, *plain))
+    opcheck(torch.ops.ringattn.attend_backward.default, (torch.ones_like(results[0]), *results, *plain))

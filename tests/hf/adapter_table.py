@@ -86,17 +86,7 @@ def refusal_rows() -> Iterator[str]:
         yield f"| `{key}` | {'tested' if key in TOKEN_KEYS else 'inert'} | {reason} |"
 
 
-def page(rows: list[str]) -> str:
-    import peft
-    import transformers
-
-    lists = list(refusal_rows())
-    kinds, options = len(REFUSED), len(REFUSED) + len(RULES)
-    keys = options + len(LORA_OPTIONS)
-    masks = ", ".join(f"`{option}` ({kind})" for kind, option in TOKEN_MASKS.items())
-    versions = f"peft {peft.__version__}, transformers {transformers.__version__}, torch {torch.__version__}"
-    stamp = f"{datetime.now(UTC):%Y-%m-%d}; {versions}, Python {platform.python_version()}, float32 on gloo"
-    return f"""# Adapters, configuration keys and random draws: what is exact, and what is refused
+PAGE = """# Adapters, configuration keys and random draws: what is exact, and what is refused
 
 Made by `python -m tests.hf.adapter_table docs/peft.md`; not to be edited.
 
@@ -115,19 +105,19 @@ trained (the limit is 1e-5).
 
 | adapter | loss | gradients |
 | --- | --- | --- |
-{chr(10).join(rows)}
+{exact}
 
 Refused, by their type:
 
 | type | reason |
 | --- | --- |
-{chr(10).join(lists[:kinds])}
+{kinds}
 
 Refused, by an option:
 
 | type | option | reason |
 | --- | --- | --- |
-{chr(10).join(lists[kinds:options])}
+{options}
 
 A type that is on neither list, of a later version of PEFT, is refused until somebody has looked at it: whether an
 adapter treats each token alone cannot be seen from outside. Merge it into the weights, or add a case to
@@ -141,7 +131,7 @@ gradients: call it after they are averaged over ranks.
 
 | option | | |
 | --- | --- | --- |
-{chr(10).join(lists[options:keys])}
+{lora}
 
 `adapter_names` picks an adapter for each row of a batch, in evaluation: a packed batch is one row, and takes one name.
 
@@ -149,7 +139,7 @@ gradients: call it after they are averaged over ranks.
 
 | key | | |
 | --- | --- | --- |
-{chr(10).join(lists[keys:])}
+{keys}
 
 ## Random draws
 
@@ -160,6 +150,26 @@ checkpointing) draw what they drew. Outside, the generator is as equal as before
 `ringattn/hf/local_draws.py`. Dropout of attention is refused: its mask belongs to pairs of tokens of different ranks.
 Masks over tokens are drawn by {masks}.
 """
+
+
+def page(rows: list[str]) -> str:
+    """The page, with the rows of the adapters that were measured."""
+    import peft
+    import transformers
+
+    lists = list(refusal_rows())
+    kinds, options = len(REFUSED), len(REFUSED) + len(RULES)
+    keys = options + len(LORA_OPTIONS)
+    versions = f"peft {peft.__version__}, transformers {transformers.__version__}, torch {torch.__version__}"
+    return PAGE.format(
+        stamp=f"{datetime.now(UTC):%Y-%m-%d}; {versions}, Python {platform.python_version()}, float32 on gloo",
+        exact="\n".join(rows),
+        kinds="\n".join(lists[:kinds]),
+        options="\n".join(lists[kinds:options]),
+        lora="\n".join(lists[options:keys]),
+        keys="\n".join(lists[keys:]),
+        masks=", ".join(f"`{option}` ({kind})" for kind, option in TOKEN_MASKS.items()),
+    )
 
 
 def main(path: str) -> None:

@@ -102,11 +102,12 @@ def _targets(batch: Mapping[str, Any], docs: Documents, rows: int, size: int) ->
     if batch.get("shift_labels") is None:
         return None if batch.get("labels") is None else shifted_labels(_labels("labels", batch, rows, size), docs)
     targets = _labels("shift_labels", batch, rows, size)
-    for start, stop in docs.padding:
-        if bool((targets[start:stop] != IGNORE_INDEX).any()):
-            raise ValueError(
-                f"shift_labels must be {IGNORE_INDEX} in padding, got a target in tokens {start} to {stop}"
-            )
+    padded = [targets[start:stop] for start, stop in docs.padding]
+    if padded and bool((torch.cat(padded) != IGNORE_INDEX).any()):
+        start, stop = next(
+            span for span, part in zip(docs.padding, padded, strict=True) if (part != IGNORE_INDEX).any()
+        )
+        raise ValueError(f"shift_labels must be {IGNORE_INDEX} in padding, got a target in tokens {start} to {stop}")
     return targets
 
 

@@ -11,25 +11,25 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ringattn.kept import kept
+from ringattn.kept import kept, kept_already
 from ringattn.parallel.layout import Layout
 from ringattn.parallel.mesh.mesh import SequenceMesh
 
-_KEY = "checksum of the batch"
+_KEY = "ids of the batch"
 
 
 def note_batch(layout: Layout, ids: Tensor) -> None:
-    """Keep a checksum of the whole batch's ids, of any shape, with its layout. Does not wait for the device."""
-    ids = ids.flatten().to(torch.int64)
-    kept(layout, _KEY, lambda: ((ids + 1) * torch.arange(1, len(ids) + 1, device=ids.device)).sum())
+    """Keep the whole batch's ids, of any shape, with its layout: they are looked at once, before a first forward pass."""
+    kept(layout, _KEY, lambda: ids)
 
 
 def check_same_batch(layout: Layout, mesh: SequenceMesh) -> None:
     """Raises ValueError on every sequence rank if these hold different documents or ids. Collective over them."""
     docs = layout.docs
     digest = hashlib.blake2b(repr((docs.lengths, docs.starts, docs.total, layout.policy)).encode(), digest_size=7)
-    ids = kept(layout, _KEY, lambda: torch.zeros((), dtype=torch.int64, device="cpu"))
-    mine = torch.tensor([int.from_bytes(digest.digest(), "big"), int(ids), docs.total], device="cpu")
+    ids = kept_already(layout, _KEY)
+    checksum = 0 if ids is None else _checksum(ids)
+    mine = torch.tensor([int.from_bytes(digest.digest(), "big"), checksum, docs.total], device="cpu")
     bounds = torch.cat([mine, -mine]).to(mesh.device)
     dist.all_reduce(bounds, dist.ReduceOp.MAX, group=mesh.sequence_group)
     highest, lowest = bounds.cpu().split(3)
@@ -41,3 +41,9 @@ def check_same_batch(layout: Layout, mesh: SequenceMesh) -> None:
         f"{int(highest[2])} tokens). Every rank gives shard_batch the whole batch, the same one: the data set, its "
         "order, the collator and their seeds must be those of the replica, not of the rank"
     )
+
+
+def _checksum(ids: Tensor) -> int:
+    """A number that other ids, or the same ones in another order, hardly share."""
+    ids = ids.flatten().to(torch.int64)
+    return int(((ids + 1) * torch.arange(1, len(ids) + 1, device=ids.device)).sum())

@@ -12,9 +12,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ringattn.kernels.backends.rows import pack_keys, rows_of_heads, unpack_keys
 from ringattn.kernels.backends.torch_flash import is_causal, longest_keys
 from ringattn.kernels.probing import require, why_missing
-from ringattn.kernels.spec import Call, CallSpec, Capability, Grads, Options, pack_keys, rows_of_heads, unpack_keys
+from ringattn.kernels.spec import Call, CallSpec, Capability, Grads, Options
 
 Kernels = tuple[Callable[..., Any], Callable[..., Any]]
 

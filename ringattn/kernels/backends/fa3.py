@@ -20,8 +20,9 @@ import torch
 from torch import Tensor
 
 from ringattn.kernels.backends.fa2 import keyless_weightless
+from ringattn.kernels.backends.rows import rows_of_heads
 from ringattn.kernels.probing import parameters, require, why_missing
-from ringattn.kernels.spec import Call, Capability, Grads, Options, rows_of_heads
+from ringattn.kernels.spec import Call, Capability, Grads, Options
 
 LIBRARY = "RINGATTN_FA3_LIBRARY"
 _MODULES = ("flash_attn_3._C", "flash_attn_interface")  # of a source build; importing one registers the operators

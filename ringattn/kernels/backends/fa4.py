@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 
 from ringattn.kernels.backends.fa4_sums import backward_into
+from ringattn.kernels.backends.rows import rows_of_heads
 from ringattn.kernels.probing import require, why_missing
-from ringattn.kernels.spec import Call, Capability, Grads, Options, rows_of_heads
+from ringattn.kernels.spec import Call, Capability, Grads, Options
 
 _NEEDED = {"cu_seqlens_q", "cu_seqlens_k", "seqused_k", "window_size_left", "window_size_right", "softcap"}
 

@@ -10,7 +10,8 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from ringattn.kernels.spec import Call, Capability, Grads, Options, pack_keys, unpack_keys
+from ringattn.kernels.backends.rows import pack_keys, unpack_keys
+from ringattn.kernels.spec import Call, Capability, Grads, Options
 
 
 class TorchFlash:

@@ -19,7 +19,7 @@ _KEY = "ids of the batch"
 
 
 def note_batch(layout: Layout, ids: Tensor) -> None:
-    """Keep the whole batch's ids, of any shape, with its layout: they are looked at once, before a first forward pass."""
+    """Keep the whole batch's ids, of any shape, with its layout, for the comparison before a first forward pass."""
     kept(layout, _KEY, lambda: ids)
 
 

@@ -130,8 +130,9 @@ def parallelize(model: Any, mesh: SequenceMesh, **options: Any) -> Handle:
 
     Its `loss` becomes the mean over all targets of the global batch, the same number on every rank. The
     gradient is scaled so that the *average* of the parameters' gradients over all ranks, which FSDP, DDP and DeepSpeed
-    take, is the gradient of that mean. Of a multimodal model the text decoder alone is changed: give it the embeddings
-    of the global batch (`inputs_embeds`), images included.
+    take, is the gradient of that mean. Of a multimodal model the text decoder alone is changed. It takes text, and
+    embeddings of the global batch with images in them (`inputs_embeds`) where these are all that it needs to know of an
+    image; else they are refused, see `ringattn.hf.images`.
 
     Arguments:
         model: a decoder from transformers whose attention goes through its AttentionInterface; also inside of PEFT,

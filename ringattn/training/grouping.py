@@ -111,7 +111,7 @@ class GroupedPacker:
 
     @property
     def epoch(self) -> float:
-        """Passes over the corpus that were read so far, by documents."""
+        """Passes over the corpus that were read so far, by tokens."""
         return self._stream.epoch
 
     def step(self, packs: int) -> tuple[PackPlan, ...]:

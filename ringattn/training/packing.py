@@ -143,14 +143,18 @@ class Packer:
         self.corpus, self.seq_len, self.seed, self.pad = corpus, seq_len, seed, pad
         self.position = position or Position()
         self._order_of: tuple[int, npt.NDArray[np.int64]] | None = None
+        self._before: tuple[int, npt.NDArray[np.int64]] | None = None
         if not 0 <= self.position.index <= len(corpus) or not 0 <= self.position.offset <= self._open_length():
             raise ValueError(f"{self.position} is no place in this corpus of {len(corpus)} documents")
 
     @property
     def epoch(self) -> float:
-        """Passes over the corpus so far, by documents, as in 1.25."""
+        """Passes over the corpus so far, by tokens, as in 1.25."""
         at = self.position
-        return at.epoch + (at.index + at.offset / max(self._open_length(), 1)) / len(self.corpus)
+        if self._before is None or self._before[0] != at.epoch:
+            ordered = np.diff(self.corpus.offsets)[self._order(at.epoch)]
+            self._before = (at.epoch, np.concatenate([[0], np.cumsum(ordered)]))
+        return at.epoch + (int(self._before[1][at.index]) + at.offset) / self.corpus.total
 
     def _open_length(self) -> int:
         """Tokens of the document that comes next, 0 at the end of an epoch."""

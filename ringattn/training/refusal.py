@@ -2,9 +2,12 @@
 
 import os
 import sys
-from typing import NoReturn
+from collections.abc import Iterator
+from difflib import get_close_matches
+from typing import Any, NoReturn
 
 from hydra.errors import HydraException
+from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
 from ringattn.training.failures import report
@@ -35,7 +38,35 @@ def _message(error: Exception) -> str:
         for line in str(error).splitlines()
         if not line.startswith(HINT) or line.startswith(f"{HINT}+model.config.")
     ]
-    missing = isinstance(error, HydraException) and isinstance(error.__cause__, OmegaConfBaseException)
-    if missing and not any(HINT in line for line in lines):
-        lines.append(str(error.__cause__).splitlines()[0] + "; the keys are in configs/, each with a comment")
+    cause = error.__cause__
+    advised = any(HINT in line for line in lines)
+    if isinstance(error, HydraException) and isinstance(cause, OmegaConfBaseException) and not advised:
+        near = _nearest_keys(str(error).partition("'")[2].partition("'")[0], cause.parent_node)
+        meant = f"did you mean {' or '.join(near)}? The" if near else "the"
+        lines.append(f"There is no key {cause.full_key!r}; {meant} keys are in configs/, each with a comment")
     return "\n".join(lines)
+
+
+def _nearest_keys(unknown: str, node: Any) -> list[str]:
+    """Keys of the configuration around `node` that may be meant: of the same group and written alike, or else of any
+    group and with the same or nearly the same last word."""
+    if node is None:
+        return []
+    words = {path: path.rpartition(".")[2] for path in _paths(node._get_root()) if not path.startswith("hydra.")}
+    group, _, word = unknown.rpartition(".")
+    beside = {path: own for path, own in words.items() if path.rpartition(".")[0] == group}
+    for candidates, likeness in ((beside, 0.6), (words, 0.85)):
+        near = get_close_matches(word, set(candidates.values()), 2, likeness)
+        if near:
+            return [path for own in near for path, found in candidates.items() if found == own]
+    return []
+
+
+def _paths(config: DictConfig, before: str = "") -> Iterator[str]:
+    """The full name of every key that has a value."""
+    for key in config:
+        node = config._get_node(key)
+        if isinstance(node, DictConfig) and not (node._is_none() or node._is_missing() or node._is_interpolation()):
+            yield from _paths(node, f"{before}{key!s}.")
+        else:
+            yield f"{before}{key!s}"

@@ -105,6 +105,17 @@ def test_replicas_partition_the_stream(lengths, seq_len, replicas, micro_steps):
             assert torch.equal(found[replica].micro[micro].tokens, read_pack(plan, corpus).tokens)
 
 
+@given(st.lists(st.integers(0, 40), min_size=1, max_size=12).filter(any), st.integers(1, 30), st.integers(0, 3))
+def test_the_epoch_counts_tokens(lengths, seq_len, seed):
+    """One long document among many short ones is not a small share of the corpus."""
+    corpus = corpus_of([np.zeros(length, np.int64) for length in lengths], 4)
+    packer = Packer(corpus, seq_len, seed)
+    for packs in range(1, 2 * corpus.total // seq_len + 2):
+        packer.next()
+        assert packer.epoch == pytest.approx(packs * seq_len / corpus.total)
+        assert Packer(corpus, seq_len, seed, position=packer.position).epoch == packer.epoch
+
+
 def test_orders_differ_between_epochs_and_seeds():
     corpus = counted_corpus([1] * 50)
 

@@ -1,0 +1,4 @@
+"""What is alive at a time in training, and where: each feature is one file, exact, and of use on any model.
+
+`tiled_loss`: the loss of a head without its logits. `tiled_rows`: an MLP in tiles of tokens.
+"""

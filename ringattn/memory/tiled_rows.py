@@ -1,0 +1,186 @@
+"""Modules that look at one token at a time, such as an MLP, in tiles of tokens.
+
+An MLP holds several rows of its wide inner size for every token: 84 KB a token in an 8B model, against 8 KB of the
+hidden state. In tiles only its input is kept, and each tile is computed again in the backward pass. (The idea is of
+ALST, arXiv 2506.13996.)
+
+Two things are different from a checkpoint around each tile. Gradients of parameters are added up over the tiles in
+float32 and handed out once, so that they lose nothing with the number of tiles, and an engine reduces them once. And
+beneath a checkpoint of the whole layer the module's forward pass does not run a third time: see `_Input`.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+TILE = 8192  # tokens
+
+
+def tiled_rows(function: Callable[[Tensor], Tensor], x: Tensor, parameters: Sequence[Tensor], tile: int) -> Tensor:
+    """`function(x)`, computed in tiles of tokens, and computed again in the backward pass.
+
+    Exact for every function of one token at a time. Random draws are repeated in the backward pass; they are others
+    than those of `function(x)` in one piece.
+
+    Arguments:
+        function: from (..., n, E) to (..., n, F), for any number n of tokens.
+        x: (..., t, E).
+        parameters: all that `function` uses and that may want a gradient.
+        tile: tokens of a tile, at least 1.
+
+    Returns: (..., t, F).
+    """
+    if not isinstance(tile, int) or isinstance(tile, bool) or tile < 1:
+        raise ValueError(f"tile must be a number of tokens >= 1, got {tile!r}")
+    wanted = [one for one in parameters if one.requires_grad]
+    if x.shape[-2] <= tile or not torch.is_grad_enabled() or not (x.requires_grad or wanted):
+        # One tile is what it is; and without gradients nothing is kept but the output.
+        return function(x) if x.shape[-2] <= tile else _forward(function, x, tile)
+    if x.requires_grad:
+        x = _Input.apply(x)
+        return _TiledRows.apply(x, x.grad_fn, function, tile, *wanted)
+    return _TiledRows.apply(x, None, function, tile, *wanted)
+
+
+class TiledModule:
+    """A module whose forward pass is tiled from now on; `undo` gives it back.
+
+    Arguments:
+        module: takes one tensor (..., t, E), tokens in the last dimension but one, and returns one; each token's row
+            depends on that row alone.
+        tile: tokens of a tile.
+    """
+
+    def __init__(self, module: nn.Module, tile: int = TILE) -> None:
+        if not isinstance(tile, int) or isinstance(tile, bool) or tile < 1:
+            raise ValueError(f"tile must be a number of tokens >= 1, got {tile!r}")
+        self.module, self.tile, self._plain = module, tile, module.forward
+        module.forward = self
+
+    def undo(self) -> None:
+        """The module as it was."""
+        if self.module.__dict__.get("forward") is self:
+            del self.module.forward
+            if self.module.forward != self._plain:  # it had been replaced before
+                self.module.forward = self._plain
+
+    @torch.compiler.disable
+    def __call__(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        if args or kwargs:
+            more = ", ".join((*(type(one).__name__ for one in args), *kwargs))
+            raise NotImplementedError(
+                f"a tiled {type(self.module).__name__} takes one tensor and nothing else, got also {more}"
+            )
+        return tiled_rows(self._tile, x, list(self.module.parameters()), self.tile)
+
+    def _tile(self, x: Tensor) -> Tensor:
+        out = self._plain(x)
+        if not isinstance(out, Tensor) or out.shape[:-1] != x.shape[:-1]:
+            what = tuple(out.shape) if isinstance(out, Tensor) else type(out).__name__
+            raise NotImplementedError(
+                f"a tiled {type(self.module).__name__} must return one tensor with a row for each of "
+                f"{tuple(x.shape)}, got {what}"
+            )
+        return out
+
+
+class _Input(torch.autograd.Function):
+    """The same tensor; only this keeps it for the backward pass, and `_TiledRows` reads it here.
+
+    A checkpoint around a layer computes the layer again until all that was kept is there. As nothing after this is
+    kept, the tiles are not computed then: they would be, a third time, if `_TiledRows` itself kept its input, which
+    autograd notes only when its forward pass is over.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        ctx.save_for_backward(x)
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Tensor:
+        return grads[0]
+
+
+class _TiledRows(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, node: Any, function: Callable[[Tensor], Tensor], tile: int, *parameters: Tensor
+    ) -> Tensor:
+        ctx.node, ctx.function, ctx.tile, ctx.parameters = node, function, tile, parameters
+        ctx.input = x.detach() if node is None else None
+        ctx.modes = _Modes(x.device)
+        return _forward(function, x, tile)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        (x,) = (ctx.input,) if ctx.node is None else ctx.node.saved_tensors
+        dout, dx = grads[0], torch.empty_like(x) if ctx.needs_input_grad[0] else None
+        sums: list[Tensor | None] = [None] * len(ctx.parameters)
+        with ctx.modes.again():
+            for rows in _tiles(x, ctx.tile):
+                own = x[rows].detach().requires_grad_(dx is not None)
+                with torch.enable_grad():
+                    out = ctx.function(own)
+                wanted = ctx.parameters if dx is None else (own, *ctx.parameters)
+                found = list(torch.autograd.grad(out, wanted, dout[rows], allow_unused=True))
+                if dx is not None:
+                    dx[rows] = found.pop(0)
+                _add(sums, found)
+        return dx, None, None, None, *sums
+
+
+def _forward(function: Callable[[Tensor], Tensor], x: Tensor, tile: int) -> Tensor:
+    """All tiles one after another into one tensor."""
+    out: Tensor | None = None
+    with torch.no_grad():
+        for rows in _tiles(x, tile):
+            part = function(x[rows])
+            if out is None:
+                out = part.new_empty(*x.shape[:-1], part.shape[-1])
+            out[rows] = part
+    assert out is not None
+    return out
+
+
+def _tiles(x: Tensor, tile: int) -> Iterator[tuple[Any, ...]]:
+    for first in range(0, x.shape[-2], tile):
+        yield ..., slice(first, first + tile), slice(None)
+
+
+def _add(sums: list[Tensor | None], found: Sequence[Tensor | None]) -> None:
+    """Adds gradients in float32 at least."""
+    for number, grad in enumerate(found):
+        if grad is None:
+            continue
+        total = sums[number]
+        if total is None:
+            sums[number] = grad.to(torch.promote_types(grad.dtype, torch.float32))
+        else:
+            total += grad
+
+
+class _Modes:
+    """Autocast and random states of the forward pass, for the pass that repeats it."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.kind = device.type
+        self.autocast = torch.get_autocast_dtype(self.kind), torch.is_autocast_enabled(self.kind)
+        self.cpu = torch.get_rng_state()
+        self.devices: dict[torch.device, Tensor] = {}
+        if device.type == "cuda" and not torch.cuda.is_current_stream_capturing():
+            self.devices[device] = torch.cuda.get_rng_state(device)
+
+    @contextmanager
+    def again(self) -> Iterator[None]:
+        """As it was, and after that what was before."""
+        with torch.random.fork_rng(list(self.devices)), torch.autocast(self.kind, *self.autocast):
+            torch.set_rng_state(self.cpu)
+            for device, state in self.devices.items():
+                torch.cuda.set_rng_state(state, device)
+            yield

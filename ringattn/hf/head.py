@@ -1,0 +1,310 @@
+"""A Hugging Face model's head and loss in tiles of tokens, for any family whose head is a linear layer.
+
+Between head and loss families do different things to their logits: Gemma divides, takes a tanh and multiplies, Cohere
+and Granite scale. What a model does is asked of its own code, once and before training: its forward pass runs with an
+empty decoder and a head that returns a tensor which notes what is done to it. From then on the head, when targets are
+announced, returns the loss in the disguise of logits (`LossAsLogits`). That lets the same things be done to it, in the
+same order, and nothing else: they have been done already, tile by tile.
+
+The loss is made inside of the head's forward pass, since that is where FSDP and ZeRO hold its weight whole: it is
+gathered once, and its gradient is reduced once.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from ringattn.memory.tiled_loss import TILE, tiled_loss
+
+# What may be done to logits: these, with numbers as other arguments, ...
+_ELEMENTWISE = {"div", "mul", "add", "sub", "tanh", "neg"}
+# ... and what leaves values as they are, since tiles of logits are in float32 anyway.
+_CASTS = {"to", "float", "contiguous", "clone", "type", "half", "bfloat16"}
+# What engines and output classes ask of a tensor without looking at its values.
+_METHODS = {"register_hook", "requires_grad_", "is_floating_point", "is_complex", "is_contiguous", "element_size",
+            "get_device", "retain_grad"}  # fmt: skip
+_PROPERTIES = {"dtype", "device", "layout", "requires_grad", "grad_fn", "is_leaf", "is_cuda", "is_cpu", "is_sparse",
+               "is_nested", "is_quantized", "is_meta", "output_nr", "retains_grad"}  # fmt: skip
+
+T = TypeVar("T", bound="_Disguised")
+
+
+@dataclass(frozen=True)
+class Step:
+    """One thing that a model does to its logits: a function of torch by name, and its other arguments."""
+
+    name: str
+    numbers: tuple[float, ...] = ()
+
+    def on(self, x: Tensor) -> Tensor:
+        """It done to a tile of logits."""
+        function: Callable[..., Tensor] = getattr(torch, self.name)
+        return function(x, *self.numbers)
+
+    def __str__(self) -> str:
+        return f"{self.name}({', '.join(map(str, ('logits', *self.numbers)))})"
+
+
+class TiledHead:
+    """The head of a model, which from now on makes the loss of announced targets in tiles; `undo` gives it back.
+
+    Arguments:
+        model: a Hugging Face model with a loss; it may be on the meta device. Its head must be an `nn.Linear`.
+        tile: tokens of a tile.
+
+    Raises NotImplementedError for a head or a model that it cannot do exactly, ValueError for a tile below 1.
+    """
+
+    def __init__(self, model: nn.Module, tile: int = TILE) -> None:
+        if not isinstance(tile, int) or isinstance(tile, bool) or tile < 1:
+            raise ValueError(f"tile must be a number of tokens >= 1, got {tile!r}")
+        self.head, self.tile = _linear_head(model), tile
+        self.steps = steps_after_head(model, self.head)
+        self._announced: tuple[Tensor, float | Tensor] | None = None
+        self._plain = self.head.forward
+        self.head.forward = self  # type: ignore[method-assign]
+
+    def announce(self, targets: Tensor, scale: float | Tensor) -> None:
+        """The next forward pass is of these targets: any shape, one for each token, -100 for none.
+
+        Arguments:
+            scale: what the sum of their losses is multiplied with.
+        """
+        self._announced = targets, scale
+
+    @torch.compiler.disable
+    def __call__(self, hidden: Tensor) -> Tensor:
+        if self._announced is None:
+            return self._plain(hidden)
+        (targets, scale), self._announced = self._announced, None
+        if targets.numel() != hidden.shape[:-1].numel():
+            raise ValueError(
+                f"the head was given {hidden.shape[:-1].numel()} tokens and {targets.numel()} targets: with a tiled "
+                "loss logits_to_keep must be left out"
+            )
+        head = self.head
+        loss = tiled_loss(
+            hidden.flatten(0, -2),
+            head.weight,
+            targets.flatten(),
+            bias=head.bias,
+            transform=self._transform if self.steps else None,
+            scale=scale,
+            tile=self.tile,
+        )
+        return LossAsLogits.of(loss, torch.Size((*hidden.shape[:-1], head.out_features)), self.steps)
+
+    def undo(self) -> None:
+        """The head as it was."""
+        if self.head.__dict__.get("forward") is self:
+            del self.head.forward
+
+    def _transform(self, logits: Tensor) -> Tensor:
+        for step in self.steps:
+            logits = step.on(logits)
+        return logits
+
+
+class _Disguised(Tensor):
+    """A tensor that only lets certain things be done to it."""
+
+    def at_step(self: T, step: Step) -> T:
+        """It after one thing that changes values."""
+        raise NotImplementedError
+
+    @classmethod
+    def __torch_function__(
+        cls, func: Callable[..., Any], types: Sequence[type], args: Sequence[Any] = (), kwargs: Any = None
+    ) -> Any:
+        name, kwargs = getattr(func, "__name__", str(func)), kwargs or {}
+        own = args[0] if args and isinstance(args[0], _Disguised) else None
+        if own is not None and name.rstrip("_") in _ELEMENTWISE | _CASTS:
+            if name.rstrip("_") in _CASTS:
+                return own
+            numbers = (*args[1:], *kwargs.values())
+            if all(isinstance(one, int | float) for one in numbers):
+                return own.at_step(Step(name.rstrip("_"), tuple(numbers)))
+        if own is not None and name == "__get__":
+            name = func.__self__.__name__  # type: ignore[attr-defined]
+            if name in ("shape", "ndim"):
+                return own.pretended if name == "shape" else len(own.pretended)
+            if name in _PROPERTIES:
+                with torch._C.DisableTorchFunctionSubclass():
+                    return func(*args)
+        if own is not None and name in ("size", "dim"):
+            return len(own.pretended) if name == "dim" else own.pretended[args[1]] if args[1:] else own.pretended
+        if own is not None and name in _METHODS:
+            with torch._C.DisableTorchFunctionSubclass():
+                return func(*args, **kwargs)
+        told = ", ".join("logits" if one is own else type(one).__name__ for one in args)
+        raise NotImplementedError(
+            f"{name}({told}): with a tiled loss there are no logits, only a tile of them at a time. Turn it off "
+            "(loss_tile=None) for what needs them, or leave the labels out"
+        )
+
+    pretended: torch.Size
+
+
+class NotedLogits(_Disguised):
+    """Notes what is done to it."""
+
+    steps: list[Step]
+
+    @classmethod
+    def of(cls, shape: torch.Size) -> "NotedLogits":
+        """One of logits of this shape."""
+        made = torch.zeros(()).as_subclass(cls)
+        made.pretended, made.steps = shape, []
+        return made
+
+    def at_step(self, step: Step) -> "NotedLogits":
+        self.steps.append(step)
+        return self
+
+
+class LossAsLogits(_Disguised):
+    """A loss that a model takes for its logits; its data and its place in autograd's graph are the loss's."""
+
+    steps: tuple[Step, ...]
+    done: int
+
+    @classmethod
+    def of(cls, loss: Tensor, shape: torch.Size, steps: tuple[Step, ...], done: int = 0) -> "LossAsLogits":
+        """A loss (a scalar) for logits of this shape, to which `done` of `steps` were done."""
+        made = loss.as_subclass(cls)
+        made.pretended, made.steps, made.done = shape, steps, done
+        return made
+
+    def at_step(self, step: Step) -> "LossAsLogits":
+        if self.steps[self.done : self.done + 1] != (step,):
+            raise NotImplementedError(
+                f"the model does {step} where it did {_told(self.steps[self.done :])} when its head was looked at: "
+                "its loss cannot be tiled"
+            )
+        return LossAsLogits.of(self._plain(), self.pretended, self.steps, self.done + 1)
+
+    def loss(self) -> Tensor:
+        """The loss, a plain tensor. Raises NotImplementedError if the model left out what it did before."""
+        if self.done != len(self.steps):
+            raise NotImplementedError(
+                f"the model left out {_told(self.steps[self.done :])}, which it did when its head was looked at: its "
+                "loss cannot be tiled"
+            )
+        return self._plain()
+
+    def _plain(self) -> Tensor:
+        with torch._C.DisableTorchFunctionSubclass():
+            return self.as_subclass(Tensor)
+
+
+def steps_after_head(model: nn.Module, head: nn.Linear) -> tuple[Step, ...]:
+    """What a model does to its logits before its loss, asked of its own code. No weight is read.
+
+    Raises NotImplementedError for anything that cannot be done to each tile by itself.
+    """
+    found: list[NotedLogits] = []
+
+    def note(hidden: Tensor) -> NotedLogits:
+        found.append(NotedLogits.of(torch.Size((*hidden.shape[:-1], head.out_features))))
+        return found[0]
+
+    def stop(logits: Any = None, *args: Any, **kwargs: Any) -> Tensor:
+        if len(found) != 1 or logits is not found[0]:
+            raise NotImplementedError(f"the loss of {type(model).__name__} is not made of what its head returns")
+        raise _Noted
+
+    ids = torch.zeros(1, 2, dtype=torch.long, device=head.weight.device)
+    try:
+        with _instead(model, head, note, stop), torch.no_grad():
+            type(model).forward(model, input_ids=ids, labels=ids, use_cache=False)
+    except _Noted:
+        return tuple(found[0].steps)
+    except NotImplementedError as error:
+        raise NotImplementedError(f"{type(model).__name__} cannot have a tiled loss: {error}") from None
+    except Exception as error:
+        raise NotImplementedError(
+            f"{type(model).__name__} cannot have a tiled loss: what it does to its logits could not be seen "
+            f"({type(error).__name__}: {error})"
+        ) from error
+    raise NotImplementedError(f"{type(model).__name__} cannot have a tiled loss: it calls no loss_function with logits")
+
+
+class _Noted(Exception):
+    """The loss was reached."""
+
+
+class _Stub(nn.Module):
+    """Stands for a decoder: returns one hidden state whatever it is given. Attributes are the decoder's."""
+
+    def __init__(self, hidden: Tensor, decoder: nn.Module) -> None:
+        super().__init__()
+        self.__dict__.update(hidden=hidden, decoder=decoder)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.__dict__["decoder"], name)
+
+    def forward(self, *args: Any, **kwargs: Any) -> "_Outputs":
+        return _Outputs(self.hidden)
+
+
+class _Outputs:
+    """A decoder's outputs, of which only the last hidden state is there."""
+
+    def __init__(self, hidden: Tensor) -> None:
+        self.last_hidden_state = hidden
+
+    def __getitem__(self, key: Any) -> Any:
+        return self.last_hidden_state if key in (0, "last_hidden_state") else None
+
+    def __getattr__(self, name: str) -> None:
+        if name.startswith("__"):
+            raise AttributeError(name)
+
+    def get(self, name: str, default: Any = None) -> Any:
+        return default
+
+
+@contextmanager
+def _instead(model: Any, head: nn.Linear, note: Callable[..., Any], stop: Callable[..., Any]) -> Iterator[None]:
+    """The model with an empty decoder, a head that notes, and a loss function that stops."""
+    prefix = model.base_model_prefix
+    decoder = model._modules.get(prefix)
+    if decoder is None or any(module is head for module in decoder.modules()):
+        raise NotImplementedError(f"its decoder, {prefix!r}, does not stand beside its head")
+    hidden = torch.zeros(1, 2, head.in_features, dtype=head.weight.dtype, device=head.weight.device)
+    before = model.__dict__.get("_loss_function", _NONE)
+    model._modules[prefix], model._loss_function = _Stub(hidden, decoder), stop
+    head.forward = note  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        model._modules[prefix] = decoder
+        del head.forward
+        if before is _NONE:
+            del model._loss_function
+        else:
+            model._loss_function = before
+
+
+_NONE = object()
+
+
+def _linear_head(model: Any) -> nn.Linear:
+    """The head; raises NotImplementedError naming what it is instead of a plain linear layer."""
+    head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+    if type(head) is not nn.Linear:
+        told = "no head" if head is None else f"a {type(head).__name__} as its head"
+        raise NotImplementedError(f"{type(model).__name__} has {told}: a tiled loss needs an nn.Linear")
+    if head._forward_hooks or head._forward_pre_hooks or "forward" in head.__dict__:
+        raise NotImplementedError(
+            f"the head of {type(model).__name__} has hooks or a forward pass of its own, which a tiled loss passes by"
+        )
+    return head
+
+
+def _told(steps: Sequence[Step]) -> str:
+    return ", ".join(map(str, steps)) or "nothing"

@@ -17,7 +17,9 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 IGNORE_INDEX = -100
-TILE = 1024  # tokens: 0.5 GiB of logits at 128,256 words; from here on products take as long a token as larger ones
+# Tokens: 1 GiB of logits at 128,256 words. On an H200 it takes 3.7 % longer than all logits at once with Llama-8B's
+# head, 4096 tokens 0.9 % and 1024 tokens 12 %, as each tile reads and writes the whole gradient of the head.
+TILE = 2048
 
 Transform = Callable[[Tensor], Tensor]
 

@@ -20,7 +20,10 @@ from torch.autograd.function import once_differentiable
 TILE = 8192  # tokens
 
 
-def tiled_rows(function: Callable[[Tensor], Tensor], x: Tensor, parameters: Sequence[Tensor], tile: int) -> Tensor:
+Rows = Callable[[Tensor], Tensor]
+
+
+def tiled_rows(function: Rows, x: Tensor, parameters: Sequence[Tensor], tile: int, again: Rows | None = None) -> Tensor:
     """`function(x)`, computed in tiles of tokens, and computed again in the backward pass.
 
     Exact for every function of one token at a time. Random draws are repeated in the backward pass; they are others
@@ -31,6 +34,7 @@ def tiled_rows(function: Callable[[Tensor], Tensor], x: Tensor, parameters: Sequ
         x: (..., t, E).
         parameters: all that `function` uses and that may want a gradient.
         tile: tokens of a tile, at least 1.
+        again: what is called instead in the backward pass, where nobody looks at the values of what it returns.
 
     Returns: (..., t, F).
     """
@@ -42,8 +46,8 @@ def tiled_rows(function: Callable[[Tensor], Tensor], x: Tensor, parameters: Sequ
         return function(x) if x.shape[-2] <= tile else _forward(function, x, tile)
     if x.requires_grad:
         x = _Input.apply(x)
-        return _TiledRows.apply(x, x.grad_fn, function, tile, *wanted)
-    return _TiledRows.apply(x, None, function, tile, *wanted)
+        return _TiledRows.apply(x, x.grad_fn, (function, again or function), tile, *wanted)
+    return _TiledRows.apply(x, None, (function, again or function), tile, *wanted)
 
 
 class TiledModule:
@@ -59,6 +63,8 @@ class TiledModule:
         if not isinstance(tile, int) or isinstance(tile, bool) or tile < 1:
             raise ValueError(f"tile must be a number of tokens >= 1, got {tile!r}")
         self.module, self.tile, self._plain = module, tile, module.forward
+        self._last: nn.Linear | None = None  # the layer whose output is the module's
+        self._looked = False
         module.forward = self
 
     def undo(self) -> None:
@@ -75,10 +81,14 @@ class TiledModule:
             raise NotImplementedError(
                 f"a tiled {type(self.module).__name__} takes one tensor and nothing else, got also {more}"
             )
-        return tiled_rows(self._tile, x, list(self.module.parameters()), self.tile)
+        return tiled_rows(self._tile, x, list(self.module.parameters()), self.tile, self._tile_again)
 
     def _tile(self, x: Tensor) -> Tensor:
-        out = self._plain(x)
+        if self._looked:
+            out = self._plain(x)
+        else:
+            out, self._last = _with_last_layer(self.module, self._plain, x)
+            self._looked = True
         if not isinstance(out, Tensor) or out.shape[:-1] != x.shape[:-1]:
             what = tuple(out.shape) if isinstance(out, Tensor) else type(out).__name__
             raise NotImplementedError(
@@ -86,6 +96,78 @@ class TiledModule:
                 f"{tuple(x.shape)}, got {what}"
             )
         return out
+
+    def _tile_again(self, x: Tensor) -> Tensor:
+        """As `_tile`, for the gradients alone: the last linear layer, a ninth of an MLP's work, is not computed."""
+        if self._last is None or _has_hooks(self._last):
+            return self._tile(x)
+        modes = _Modes(x.device)
+        with _uncomputed(self._last) as made:
+            out = self._plain(x)
+        if len(made) == 1 and out is made[0] and out._version == 0:
+            return out
+        with modes.again():  # this time the module went another way
+            return self._tile(x)
+
+
+def _with_last_layer(module: nn.Module, function: Rows, x: Tensor) -> tuple[Tensor, nn.Linear | None]:
+    """What a module's function returns, and the linear layer whose output that is, if it is one."""
+    outputs: list[tuple[nn.Linear, Tensor]] = []
+    hooks = [
+        layer.register_forward_hook(lambda layer, _, out: outputs.append((layer, out)))
+        for layer in module.modules()
+        if type(layer) is nn.Linear and not _has_hooks(layer)
+    ]
+    try:
+        out = function(x)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return out, next((layer for layer, made in reversed(outputs) if made is out), None)
+
+
+def _has_hooks(layer: nn.Module) -> bool:
+    """Whether anyone else would see what the layer returns, or has replaced what it does."""
+    return bool(layer._forward_hooks or layer._forward_pre_hooks or "forward" in layer.__dict__)
+
+
+@contextmanager
+def _uncomputed(layer: nn.Linear) -> Iterator[list[Tensor]]:
+    """A linear layer that returns memory as it finds it, with the gradients of what should be there."""
+    made: list[Tensor] = []
+
+    def forward(x: Tensor) -> Tensor:
+        weight: Tensor = layer.weight
+        bias: Tensor | None = layer.bias
+        if torch.is_autocast_enabled(x.device.type):
+            dtype = torch.get_autocast_dtype(x.device.type)
+            x, weight, bias = x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
+        made.append(_Uncomputed.apply(x, weight, bias))
+        return made[-1]
+
+    layer.forward = forward  # type: ignore[method-assign, assignment]
+    try:
+        yield made
+    finally:
+        del layer.forward
+
+
+class _Uncomputed(torch.autograd.Function):
+    """x (..., E), weight (F, E), bias (F,) -> memory of x @ weight.T + bias, without its values."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        return x.new_empty(*x.shape[:-1], weight.shape[0])
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight = ctx.saved_tensors
+        dout, wanted = grads[0], ctx.needs_input_grad
+        rows = dout.flatten(0, -2)
+        dx = dout @ weight if wanted[0] else None
+        return dx, rows.T @ x.flatten(0, -2) if wanted[1] else None, rows.sum(0) if wanted[2] else None
 
 
 class _Input(torch.autograd.Function):
@@ -108,10 +190,9 @@ class _Input(torch.autograd.Function):
 
 class _TiledRows(torch.autograd.Function):
     @staticmethod
-    def forward(
-        ctx: Any, x: Tensor, node: Any, function: Callable[[Tensor], Tensor], tile: int, *parameters: Tensor
-    ) -> Tensor:
-        ctx.node, ctx.function, ctx.tile, ctx.parameters = node, function, tile, parameters
+    def forward(ctx: Any, x: Tensor, node: Any, functions: tuple[Rows, Rows], tile: int, *parameters: Tensor) -> Tensor:
+        function, ctx.again = functions
+        ctx.node, ctx.tile, ctx.parameters = node, tile, parameters
         ctx.input = x.detach() if node is None else None
         ctx.modes = _Modes(x.device)
         return _forward(function, x, tile)
@@ -126,7 +207,7 @@ class _TiledRows(torch.autograd.Function):
             for rows in _tiles(x, ctx.tile):
                 own = x[rows].detach().requires_grad_(dx is not None)
                 with torch.enable_grad():
-                    out = ctx.function(own)
+                    out = ctx.again(own)
                 wanted = ctx.parameters if dx is None else (own, *ctx.parameters)
                 found = list(torch.autograd.grad(out, wanted, dout[rows], allow_unused=True))
                 if dx is not None:
@@ -135,7 +216,7 @@ class _TiledRows(torch.autograd.Function):
         return dx, None, None, None, *sums
 
 
-def _forward(function: Callable[[Tensor], Tensor], x: Tensor, tile: int) -> Tensor:
+def _forward(function: Rows, x: Tensor, tile: int) -> Tensor:
     """All tiles one after another into one tensor."""
     out: Tensor | None = None
     with torch.no_grad():

@@ -141,6 +141,60 @@ def test_autocast_of_the_forward_pass_counts_in_the_backward_pass():
     assert dtypes == [torch.bfloat16] * 4
 
 
+class Counted(MLP):
+    """An MLP whose end varies."""
+
+    end = "plain"
+
+    def forward(self, x: Tensor) -> Tensor:
+        inner = F.dropout(F.silu(self.gate(x)) * self.up(x), self.dropout)
+        out = self.down(inner)
+        if self.end == "in place":
+            out *= self.down.bias
+        elif self.end == "other layer":
+            out = out + self.gate(x)[..., :SIZE]
+        elif self.end == "read":
+            out = self.down(out[..., :1] * inner)
+        elif self.end == "varies":
+            out = out * 2 if (x.sum() > 0) else out
+        return out
+
+
+@pytest.mark.parametrize("end", ["plain", "in place", "other layer", "read", "varies"])
+@pytest.mark.parametrize("dropout", [0.0, 0.5])
+def test_a_last_layer_that_is_not_computed_again_changes_no_gradient(end, dropout):
+    """Also where its output is changed, read, or not what the module returns, in some tiles or in all."""
+    mlp = Counted(dropout=dropout)
+    mlp.end = end
+    x = torch.randn(1, 24, SIZE, dtype=torch.float64)
+
+    def each_tile(x: Tensor) -> Tensor:
+        return torch.cat([mlp(part) for part in x.split(5, 1)], 1)
+
+    torch.manual_seed(4)
+    wanted = gradients(each_tile, x, mlp)
+    TiledModule(mlp, 5)
+    torch.manual_seed(4)
+    found = gradients(mlp, x, mlp)
+    for one, other in zip(found, wanted, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-11, atol=1e-11)
+
+
+def test_the_last_layer_is_not_computed_again():
+    mlp = MLP()
+    TiledModule(mlp, 5)
+    x = torch.randn(1, 20, SIZE, dtype=torch.float64, requires_grad=True)
+    out = mlp(x)
+    calls = []
+    plain = F.linear
+    try:
+        F.linear = lambda *args: calls.append(1) or plain(*args)
+        out.sum().backward()
+    finally:
+        F.linear = plain
+    assert len(calls) == 2 * 4  # gate and up of four tiles
+
+
 @pytest.mark.parametrize("tile", [0, -1, 2.5, True])
 def test_a_tile_is_a_number_of_tokens(tile):
     with pytest.raises(ValueError, match=f"tile must be a number of tokens >= 1, got {tile}"):

@@ -16,8 +16,10 @@ from ringattn.parallel.layout import Layout
 from ringattn.parallel.mesh.mesh import SequenceMesh
 from ringattn.parallel.plan.plan import PartedPlan
 from ringattn.parallel.plan.route import Route
+from ringattn.parallel.plan.shape import Shape
 from ringattn.parallel.planning.planner import plan_parts
-from ringattn.preparation import Settings, prepare
+from ringattn.preparation import prepare
+from ringattn.settings import AttentionOptions
 
 FILLING = 4  # calls that are filled with random numbers: the first, which are not timed
 
@@ -127,10 +129,12 @@ class Ours:
         start = time.perf_counter()
         heads = problem.heads.query, problem.heads.key
         layout = Layout(problem.workload.docs, self.mesh, mask=mask, heads=heads, head_dim=problem.heads.dim)
-        plans = plan_parts(layout, mask, *heads, self.scheme, **self.options)
+        keywords = {"mask": mask, "backend": problem.backend, "scheme": self.scheme, **self.options}
+        options = AttentionOptions(**keywords)
+        shape = Shape(*heads, problem.heads.dim, problem.heads.dim, problem.tensors[0].dtype.itemsize)
+        plans = plan_parts(layout, shape, options)
         planning = (time.perf_counter() - start) * 1e3
         leaves, dout = problem.inputs(layout)
-        keywords = {"mask": mask, "backend": problem.backend, "scheme": self.scheme, **self.options}
         calls, arrived = count(), list[Tensor]()
 
         def attend() -> Tensor:
@@ -140,7 +144,7 @@ class Ours:
             nothing = Silent(next(calls) < FILLING, arrived)
             jobs = [
                 replace(job, ring=job.ring and nothing, ulysses=job.ulysses and nothing)
-                for job in prepare(*leaves, None, layout, Settings(**keywords))
+                for job in prepare(*leaves, None, layout, options)
             ]
             torch.autograd.grad(run(jobs, *leaves, None)[0], leaves, dout)
 

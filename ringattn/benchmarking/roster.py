@@ -15,6 +15,7 @@ from ringattn.benchmarking.plain_ulysses import PlainUlysses
 from ringattn.parallel.mesh.mesh import SequenceMesh, init_mesh
 from ringattn.parallel.mesh.shape import MeshShape
 from ringattn.parallel.planning.options import check_scheme
+from ringattn.settings import AttentionOptions
 
 
 @dataclass(frozen=True)
@@ -126,7 +127,7 @@ def _ours(name: str, ranks: int) -> Maker:
             f"got {name!r}"
         )
     degrees = _degrees(name, parts[2], parts[3], ranks)
-    check_scheme(parts[1], MeshShape(1, *degrees))
+    check_scheme(AttentionOptions(scheme=parts[1]), MeshShape(1, *degrees))
     return partial(_on_mesh, name, parts[1], degrees, options)
 
 

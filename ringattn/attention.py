@@ -115,7 +115,11 @@ def parallel_attention(
 def _attention(
     q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None, layout: Layout, options: AttentionOptions, *meshes: str
 ) -> Any:
-    """`parallel_attention`. A compiled call refuses layouts of other meshes than these, in words (none: takes all)."""
+    """`parallel_attention`, inside of a compiled graph and outside.
+
+    Arguments:
+        meshes: in words, those on which a compiled call takes layouts; none: any.
+    """
     q, k, v = (_autocast(x) for x in (q, k, v))
     if torch.compiler.is_compiling():
         from ringattn.compiled import attend
@@ -209,7 +213,7 @@ class ParallelAttention(nn.Module):
 
 
 def _autocast(x: Tensor) -> Tensor:
-    """Under autocast what a matrix product would get: so also the wire carries the narrow dtype."""
+    """Under autocast, x in the dtype that a matrix product would get, so that transfers carry the narrow dtype too."""
     if not isinstance(x, Tensor) or x.dtype != torch.float32 or not torch.amp.is_autocast_available(x.device.type):
         return x
     return x.to(torch.get_autocast_dtype(x.device.type)) if torch.is_autocast_enabled(x.device.type) else x

@@ -1,6 +1,6 @@
 """From the arguments of a call to what the executor runs: checked, then plans, backend and transports settled.
 
-All of it is before any communication, and kept with the layout for calls of the same kind.
+All of it happens before any communication, and is kept with the layout for calls of the same kind.
 """
 
 from collections.abc import Hashable
@@ -125,7 +125,7 @@ def _backend(spec: CallSpec, layout: Layout, name: str) -> Backend:
 def _check(
     q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None, layout: Layout, options: AttentionOptions
 ) -> CallSpec:
-    """Everything that can be wrong with the arguments, before any communication."""
+    """What the kernel is asked for. Raises ValueError for whatever is wrong with the arguments."""
     check_kinds(layout, options)
     for name, x in (("q", q), ("k", k), ("v", v)):
         if not isinstance(x, Tensor) or x.dim() != 3:
@@ -146,6 +146,7 @@ def _check(
         raise ValueError(f"v must have as many heads as k, {k.shape[1]}, got {v.shape[1]}")
     if 0 in q.shape[1:] or 0 in v.shape[1:] or q.shape[1] % k.shape[1]:
         raise ValueError(f"the query heads must be a multiple of the key heads, got {q.shape[1]} and {k.shape[1]}")
+    options.check()
     options.dropout()
     if sinks is not None and not isinstance(sinks, Tensor):
         raise ValueError(f"sinks must be a tensor of one logit per query head, got {type(sinks).__name__}")
@@ -173,7 +174,7 @@ def check_kinds(layout: Layout, options: AttentionOptions) -> None:
     """What must be looked at before anything is asked of it, or handed to an operator."""
     if not isinstance(layout, Layout):
         raise ValueError(f"layout must be a Layout, got {type(layout).__name__}")
-    options.check()
+    options.check_kinds()
 
 
 def _check_mesh(layout: Layout, q: Tensor) -> None:

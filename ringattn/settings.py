@@ -45,14 +45,17 @@ class AttentionOptions(NamedTuple):
 
         Raises ValueError naming the argument, what came and what was expected.
         """
-        if not isinstance(self.mask, Mask):
-            raise ValueError(f"mask must be a Mask, got {type(self.mask).__name__}")
+        self.check_kinds()
         self._check_numbers()
         self._check_schedule()
         self._check_heads()
 
-    def _check_numbers(self) -> None:
-        """Of scores and probabilities."""
+    def check_kinds(self) -> None:
+        """The part of `check` without which `to_constants` fails: a compiled graph leaves the rest to its operator,
+        whose errors reach the caller as they are.
+        """
+        if not isinstance(self.mask, Mask):
+            raise ValueError(f"mask must be a Mask, got {type(self.mask).__name__}")
         for name in ("softmax_scale", "softcap", "dropout_p"):
             value = getattr(self, name)
             if value is None and name != "dropout_p":
@@ -60,6 +63,9 @@ class AttentionOptions(NamedTuple):
             # Kernels take them as host numbers: a tensor would be waited for at every call, and would get no gradient.
             if not isinstance(value, Real):
                 raise ValueError(f"{name} must be a number, which has no gradient, got {type(value).__name__}")
+
+    def _check_numbers(self) -> None:
+        """Scale, cap and dropout of the scores."""
         if self.softmax_scale is not None and isnan(self.softmax_scale):
             raise ValueError(f"softmax_scale must be a number, got {self.softmax_scale}")
         if not 0.0 <= self.dropout_p < 1.0:
@@ -83,6 +89,7 @@ class AttentionOptions(NamedTuple):
             raise ValueError(f"memory_limit must be None or a number of bytes >= 0, got {limit!r}")
 
     def _check_heads(self) -> None:
+        """In how many groups or chunks heads go."""
         groups, chunks = self.head_groups, self.head_chunks
         for name, value in (("head_groups", groups), ("head_chunks", chunks)):
             if value is not None and (not isinstance(value, int) or value < 1):

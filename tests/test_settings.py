@@ -100,6 +100,20 @@ def test_wrong_options_are_refused_by_name(options: dict[str, Any], words: str) 
         parallel_attention(q, k, v, layout, **options)
 
 
+def test_a_compiled_call_refuses_wrong_options_as_well() -> None:
+    layout = Layout(Documents([8]), MeshShape())
+    q, k, v = (torch.randn(8, heads, 8) for heads in (4, 4, 4))
+
+    @torch.compile(fullgraph=True, backend="eager")
+    def attend(memory_limit: int, softmax_scale: float) -> torch.Tensor:
+        return parallel_attention(q, k, v, layout, memory_limit=memory_limit, softmax_scale=softmax_scale)
+
+    with pytest.raises(ValueError, match="memory_limit must be None or a number of bytes >= 0, got -1"):
+        attend(-1, 1.0)
+    with pytest.raises(ValueError, match="softmax_scale must be a number, got nan"):
+        attend(2**30, float("nan"))
+
+
 @pytest.mark.parametrize("seed", [None, -1, 1.5])
 def test_a_wrong_seed_is_refused_where_something_is_dropped(seed: Any) -> None:
     assert AttentionOptions(dropout_seed=seed).dropout() is None

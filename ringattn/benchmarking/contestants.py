@@ -1,7 +1,7 @@
 """Who computes it: what a contestant is, and this package on a mesh with a scheme."""
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import count
 from typing import Any, Protocol
@@ -113,12 +113,11 @@ class Silent:
 
 @dataclass
 class Ours:
-    """`parallel_attention` with a scheme on a mesh of all ranks, and other keywords of its."""
+    """`parallel_attention` on a mesh of all ranks, with options of which each problem sets mask and backend."""
 
     name: str
     mesh: SequenceMesh
-    scheme: str
-    options: Mapping[str, Any] = field(default_factory=dict)
+    options: AttentionOptions = AttentionOptions()
     peer = False
 
     def missing(self, problem: Problem) -> str | None:
@@ -129,8 +128,7 @@ class Ours:
         start = time.perf_counter()
         heads = problem.heads.query, problem.heads.key
         layout = Layout(problem.workload.docs, self.mesh, mask=mask, heads=heads, head_dim=problem.heads.dim)
-        keywords = {"mask": mask, "backend": problem.backend, "scheme": self.scheme, **self.options}
-        options = AttentionOptions(**keywords)
+        options = self.options._replace(mask=mask, backend=problem.backend)
         shape = Shape(*heads, problem.heads.dim, problem.heads.dim, problem.tensors[0].dtype.itemsize)
         plans = plan_parts(layout, shape, options)
         planning = (time.perf_counter() - start) * 1e3
@@ -138,7 +136,7 @@ class Ours:
         calls, arrived = count(), list[Tensor]()
 
         def attend() -> Tensor:
-            return parallel_attention(*leaves, layout, **keywords)
+            return parallel_attention(*leaves, layout, **options._asdict())
 
         def silent() -> None:
             nothing = Silent(next(calls) < FILLING, arrived)

@@ -16,8 +16,10 @@ from ringattn.parallel.execution.executor import backward_parts, forward_parts
 from ringattn.parallel.execution.job import Job
 from ringattn.parallel.machine.machine import Machine
 from ringattn.parallel.plan.route import Route
+from ringattn.parallel.plan.shape import Shape
 from ringattn.parallel.planning.planner import plan_attention
 from ringattn.parallel.transport.protocol import Pending
+from ringattn.settings import AttentionOptions
 
 
 class _Mail:
@@ -80,7 +82,8 @@ def attention(
     def rank_of(rank: int) -> None:
         layout = layouts[rank]
         named = scheme if ring > 1 else "auto"
-        plan = plan_attention(layout, mask, heads, key_heads, named, stages, keep_keys=False, machine=machine)
+        options = AttentionOptions(mask, scheme=named, stages=stages, keep_keys=False)
+        plan = plan_attention(layout, Shape(heads, key_heads, dim, dim), options, machine)
         transport = ThreadTransport(mail, rank)
         q, k, v, dout = (layout.shard(x[name]) for name in ("q", "k", "v", "dout"))
         job = Job(

@@ -33,7 +33,9 @@ from ringattn.parallel.machine.shipped import local_machine
 from ringattn.parallel.mesh.mesh import SequenceMesh
 from ringattn.parallel.mesh.shape import MeshShape
 from ringattn.parallel.plan.exchange import exchange_plan
+from ringattn.parallel.plan.shape import Shape
 from ringattn.parallel.planning.planner import plan_attention
+from ringattn.settings import AttentionOptions
 
 CALLS, REPEATS = 4, 3
 
@@ -100,7 +102,8 @@ def alone(work: Workload, heads: Heads, ranks: int, backend: str) -> Measured:
         choose(spec_of(work, own, torch.device("cuda"), torch.bfloat16), backend),
         Options(heads.dim**-0.5),
     )
-    calls = plan_attention(Layout(work.docs, MeshShape()), work.mask, own.query, own.key).stages[0].calls
+    shape = Shape(own.query, own.key, own.dim, own.dim)
+    calls = plan_attention(Layout(work.docs, MeshShape()), shape, AttentionOptions(work.mask)).stages[0].calls
     q, out, dout, dq = (random(total, own.query, heads.dim) for _ in range(4))
     k, v, dk, dv = (random(total, own.key, heads.dim) for _ in range(4))
 

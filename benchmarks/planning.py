@@ -14,8 +14,9 @@ import time
 from datetime import date
 from random import Random
 
-from ringattn import Documents, Layout, Mask, MeshShape
+from ringattn import Documents, Layout, MeshShape
 from ringattn.parallel.machine.shipped import SHIPPED
+from ringattn.parallel.plan.shape import Shape
 from ringattn.parallel.planning.planner import plan_parts
 
 CASES = ((200, 8), (1000, 64), (10_000, 1024))
@@ -39,7 +40,7 @@ def _of_rank(lengths: list[int], ring: int, rank: int, policy: str) -> tuple[flo
         layout = Layout(docs, mesh, "auto" if policy == "open" else policy)
         _ = layout.positions
         placed = time.perf_counter()
-        plan_parts(layout, Mask(), 32, 8)
+        plan_parts(layout, Shape(32, 8, 128, 128))
         times.append((placed - begin, time.perf_counter() - placed))
     return min(a for a, _ in times), min(b for _, b in times)
 

@@ -11,14 +11,13 @@ from datetime import date
 from pathlib import Path
 from typing import Any
 
-from ringattn import Documents, Layout, Mask, MeshShape
+from ringattn import Documents, Layout, MeshShape
 from ringattn.cli import make_parser
 from ringattn.commands.simulate import examine
 from ringattn.drawing import draw_scaling
 from ringattn.parallel.machine.shipped import SHIPPED
 from ringattn.parallel.plan.shape import Shape
 from ringattn.parallel.planning.all_ranks import plan_group
-from ringattn.parallel.pricing.setting import PriceInputs
 from ringattn.parallel.simulation.simulate import simulate
 from ringattn.workloads import HISTOGRAMS
 
@@ -89,7 +88,7 @@ def check_rows() -> list[str]:
         flops, times = 0.0, [0.0, 0.0]
         for pack in packs:
             (layout,) = Layout(Documents(pack), MeshShape(1, 1, 8, machine=machine)).parts
-            plans = plan_group(layout, Mask(), PriceInputs(machine, shape).on(layout))
+            plans = plan_group(layout, shape, machine=machine)
             flops += 4 * 32 * 128 * sum(n * (n + 1) // 2 for n in pack) / 8
             times = [t + simulate(machine, plans, shape, bool(n)).seconds for n, t in enumerate(times)]
         found = flops / times[0] / 1e12, 3.5 * flops / sum(times) / 1e12

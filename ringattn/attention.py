@@ -3,7 +3,6 @@
 Shapes: t tokens of this rank, H query heads, K key/value heads, D head dim, V value head dim.
 """
 
-from inspect import signature
 from typing import Any
 
 import torch
@@ -14,7 +13,8 @@ from ringattn.names import accept_aliases
 from ringattn.parallel.layout import Layout
 from ringattn.parallel.mesh.mesh import SequenceMesh
 from ringattn.parallel.mesh.shape import MeshShape
-from ringattn.preparation import Settings, compute
+from ringattn.preparation import compute
+from ringattn.settings import AttentionOptions
 
 _CAUSAL = Mask()
 
@@ -92,7 +92,7 @@ def parallel_attention(
     Raises ValueError for a wrong argument, NotImplementedError for what no backend can do exactly; both before any
     communication.
     """
-    settings = Settings(
+    options = AttentionOptions(
         mask=_CAUSAL if mask is None else mask,
         softmax_scale=softmax_scale,
         softcap=softcap,
@@ -109,21 +109,25 @@ def parallel_attention(
         head_chunks=head_chunks,
         return_lse=return_lse,
     )
-    return _attention(q, k, v, sinks, layout, settings)
+    return _attention(q, k, v, sinks, layout, options)
 
 
 def _attention(
-    q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None, layout: Layout, settings: Settings, *meshes: str
+    q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None, layout: Layout, options: AttentionOptions, *meshes: str
 ) -> Any:
-    """`parallel_attention`. A compiled call refuses layouts of other meshes than these, in words (none: takes all)."""
+    """`parallel_attention`, inside of a compiled graph and outside.
+
+    Arguments:
+        meshes: in words, those on which a compiled call takes layouts; none: any.
+    """
     q, k, v = (_autocast(x) for x in (q, k, v))
     if torch.compiler.is_compiling():
         from ringattn.compiled import attend
 
-        out, lse = attend(q, k, v, sinks, layout, settings, *meshes)
+        out, lse = attend(q, k, v, sinks, layout, options, *meshes)
     else:
-        out, lse = compute(q, k, v, sinks, layout, settings)
-    return (out, lse) if settings.return_lse else out
+        out, lse = compute(q, k, v, sinks, layout, options)
+    return (out, lse) if options.return_lse else out
 
 
 class ParallelAttention(nn.Module):
@@ -161,21 +165,26 @@ class ParallelAttention(nn.Module):
             self.sinks = sinks
         else:
             self.register_buffer("sinks", sinks)
-        self.dropout_p = dropout_p
-        self.options: dict[str, Any] = {
-            "mask": _CAUSAL if mask is None else mask,
-            "softmax_scale": softmax_scale,
-            "softcap": softcap,
-            "deterministic": deterministic,
-            "backend": backend,
-            "scheme": scheme,
-            "stages": stages,
-            "keep_keys": keep_keys,
-            "wide_reduce": wide_reduce,
-            "memory_limit": memory_limit,
-            "head_groups": head_groups,
-            "head_chunks": head_chunks,
-        }
+        self.options = AttentionOptions(
+            mask=_CAUSAL if mask is None else mask,
+            softmax_scale=softmax_scale,
+            softcap=softcap,
+            dropout_p=dropout_p,
+            deterministic=deterministic,
+            backend=backend,
+            scheme=scheme,
+            stages=stages,
+            keep_keys=keep_keys,
+            wide_reduce=wide_reduce,
+            memory_limit=memory_limit,
+            head_groups=head_groups,
+            head_chunks=head_chunks,
+        )
+
+    @property
+    def dropout_p(self) -> float:
+        """In training; in evaluation nothing is dropped."""
+        return self.options.dropout_p
 
     def forward(
         self,
@@ -189,20 +198,22 @@ class ParallelAttention(nn.Module):
         """q (t, H, D), k (t, K, D), v (t, K, V) of this rank -> out (t, H, V), with `return_lse` also lse (H, t)."""
         if not torch.compiler.is_compiling() and not layout.is_on(self.mesh):
             raise ValueError(f"layout was made for {layout.mesh}, this attention for {self.mesh}")
-        dropout_p = self.dropout_p if self.training else 0.0
-        settings = Settings(**self.options, dropout_p=dropout_p, dropout_seed=dropout_seed, return_lse=return_lse)
-        return _attention(q, k, v, self.sinks, layout, settings, *self._meshes)
+        options = self.options
+        if return_lse or dropout_seed is not None or not self.training:
+            dropout_p = options.dropout_p if self.training else 0.0
+            options = options._replace(dropout_p=dropout_p, dropout_seed=dropout_seed, return_lse=return_lse)
+        return _attention(q, k, v, self.sinks, layout, options, *self._meshes)
 
     def extra_repr(self) -> str:
-        defaults = {name: parameter.default for name, parameter in signature(parallel_attention).parameters.items()}
-        shown = {"mask": self.options["mask"]}
-        given = {"dropout_p": self.dropout_p} | self.options
-        shown |= {name: value for name, value in given.items() if value != defaults[name]}
+        """The mask, and what differs from the defaults."""
+        defaults = AttentionOptions()._asdict()
+        given = self.options._asdict()
+        shown = {"mask": given.pop("mask")} | {name: value for name, value in given.items() if value != defaults[name]}
         return ", ".join(f"{name}={value}" for name, value in shown.items())
 
 
 def _autocast(x: Tensor) -> Tensor:
-    """Under autocast what a matrix product would get: so also the wire carries the narrow dtype."""
+    """Under autocast, x in the dtype that a matrix product would get, so that transfers carry the narrow dtype too."""
     if not isinstance(x, Tensor) or x.dtype != torch.float32 or not torch.amp.is_autocast_available(x.device.type):
         return x
     return x.to(torch.get_autocast_dtype(x.device.type)) if torch.is_autocast_enabled(x.device.type) else x

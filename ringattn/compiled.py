@@ -8,31 +8,39 @@ parts of the layout that have one end to end.
 
 import math
 from collections.abc import Sequence
-from typing import Any
+from types import NoneType
+from typing import Any, get_args
 
 import torch
 from torch import Tensor
 
 from ringattn.kernels.spec import accumulation_dtype
-from ringattn.mask import Mask
 from ringattn.numbered import by_number
 from ringattn.parallel.execution.accumulator import part
 from ringattn.parallel.execution.executor import backward_parts, forward_parts, joined_lse
 from ringattn.parallel.execution.job import Job, Saved
 from ringattn.parallel.layout import Layout
-from ringattn.preparation import Settings, check_kinds, compute, prepare
+from ringattn.preparation import check_kinds, compute, prepare
+from ringattn.settings import AttentionOptions
 
 _CALLS = "_compiled_calls"
-_INPUTS = "Tensor q, Tensor k, Tensor v, Tensor? sinks, Tensor layout"
-_CONSTANTS = (
-    "bool causal, int left, int right, int? chunk, float? softmax_scale, float? softcap, float dropout_p, "
-    "bool deterministic, str backend, str scheme, int? stages, bool wide_reduce, int? memory_limit, "
-    "int? head_groups, int? head_chunks, bool return_lse, str[] meshes"
-)
+_SCHEMA_TYPES = {bool: "bool", int: "int", float: "float", str: "str", tuple[int, int]: "int[]"}
+
+
+def _schema_type(of: Any) -> str:
+    """The type of an operator's argument, in the words of operator schemas."""
+    if of in _SCHEMA_TYPES:
+        return _SCHEMA_TYPES[of]
+    (inner,) = (one for one in get_args(of) if one is not NoneType)
+    return f"{_SCHEMA_TYPES[inner]}?"
+
+
+_CONSTANTS = ", ".join(f"{_schema_type(of)} {name}" for name, of in AttentionOptions.constant_types().items())
+_ARGUMENTS = f"Tensor q, Tensor k, Tensor v, Tensor? sinks, Tensor layout, {_CONSTANTS}, str[] meshes"
 
 
 def attend(
-    q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None, layout: Layout, settings: Settings, *meshes: str
+    q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None, layout: Layout, options: AttentionOptions, *meshes: str
 ) -> tuple[Tensor, Tensor]:
     """out (t, H, V) and lse (H, t); what `parallel_attention` calls while a graph is traced.
 
@@ -42,24 +50,21 @@ def attend(
     Keys are cast again in the backward pass: a graph has no place for buffers whose shapes it does not know. Dropout
     breaks the graph, and fullgraph=True refuses it.
     """
-    check_kinds(layout, settings)
-    if settings.dropout_p:
-        return _outside(q, k, v, sinks, layout, settings, *meshes)
-    mask, (left, right) = settings.mask, settings.mask.window
-    constants = (mask.causal, left, right, mask.chunk, settings.softmax_scale, settings.softcap, settings.dropout_p)
-    constants += (settings.deterministic, settings.backend, settings.scheme, settings.stages)  # type: ignore[assignment]
-    constants += (settings.wide_reduce, settings.memory_limit, settings.head_groups, settings.head_chunks)  # type: ignore[assignment]
-    constants += (settings.return_lse, list(meshes))  # type: ignore[assignment]
-    out, lse, *_ = _attend(q, k, v, sinks, layout._number, *constants)
+    check_kinds(layout, options)
+    if options.dropout_p:
+        return _outside(q, k, v, sinks, layout, options, *meshes)
+    # A seed without dropout would only compile another graph for every number.
+    constants = options._replace(keep_keys=False, dropout_seed=None).to_constants()
+    out, lse, *_ = _attend(q, k, v, sinks, layout._number, *constants, list(meshes))
     return out, lse
 
 
 @torch.compiler.disable(reason="attention dropout, whose seed would compile another graph at every step")
 def _outside(
-    q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None, layout: Layout, settings: Settings, *meshes: str
+    q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None, layout: Layout, options: AttentionOptions, *meshes: str
 ) -> tuple[Tensor, Tensor]:
     _check_mesh(layout, meshes)
-    return compute(q, k, v, sinks, layout, settings)
+    return compute(q, k, v, sinks, layout, options)
 
 
 def _check_mesh(layout: Layout, meshes: Sequence[str]) -> None:
@@ -78,33 +83,15 @@ def reset_compiled_calls(layout: Layout) -> None:
 
 def _jobs(q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None, number: Tensor, *constants: Any) -> tuple[Job, ...]:
     layout: Layout = by_number(number)
-    causal, left, right, chunk, scale, softcap, dropout_p, *rest = constants
-    deterministic, backend, scheme, stages, wide, memory_limit, head_groups, head_chunks, lse, meshes = rest
+    *values, meshes = constants
     _check_mesh(layout, meshes)
-    settings = Settings(
-        mask=Mask(causal, (left, right), chunk),
-        softmax_scale=scale,
-        softcap=softcap,
-        dropout_p=dropout_p,
-        dropout_seed=None,
-        deterministic=deterministic,
-        backend=backend,
-        scheme=scheme,
-        stages=stages,
-        keep_keys=False,
-        wide_reduce=wide,
-        memory_limit=memory_limit,
-        head_groups=head_groups,
-        head_chunks=head_chunks,
-        return_lse=lse,
-    )
-    return prepare(q, k, v, sinks, layout, settings)
+    return prepare(q, k, v, sinks, layout, AttentionOptions.from_constants(values))
 
 
 @torch.library.custom_op(
     "ringattn::attend",
     mutates_args=(),
-    schema=f"({_INPUTS}, {_CONSTANTS}) -> (Tensor, Tensor, Tensor, Tensor)",
+    schema=f"({_ARGUMENTS}) -> (Tensor, Tensor, Tensor, Tensor)",
 )
 def _attend(q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None, layout: Tensor, *constants: Any) -> tuple[Any, ...]:
     """out, lse, and what the backward pass needs of parts with an exchange: q, k, v, out end to end; and lse."""
@@ -138,7 +125,7 @@ def _(q: Tensor, k: Tensor, v: Tensor, *_: Any) -> tuple[Tensor, Tensor, Tensor,
 @torch.library.custom_op(
     "ringattn::attend_backward",
     mutates_args=(),
-    schema=f"(Tensor dout, Tensor out, Tensor lse, Tensor saved, Tensor saved_lse, {_INPUTS}, {_CONSTANTS}) "
+    schema=f"(Tensor dout, Tensor out, Tensor lse, Tensor saved, Tensor saved_lse, {_ARGUMENTS}) "
     "-> (Tensor, Tensor, Tensor, Tensor)",
 )
 def _attend_backward(

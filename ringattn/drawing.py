@@ -83,6 +83,7 @@ def _sampled(index: Sequence[Range], samples: npt.NDArray[np.int64]) -> Sampled:
 
 
 def _inside(sampled: Sampled, span: Range) -> Sampled:
+    """Of sampled pixels and rows those whose row is in `span`."""
     first, last = np.searchsorted(sampled[1], span)
     return sampled[0][first:last], sampled[1][first:last]
 
@@ -125,7 +126,7 @@ def draw_plan(
 
 
 def rank_colours(count: int) -> list[Colour]:
-    """Colours that neighbours can be told apart by; of many, a scale."""
+    """Colours by which neighbours can be told apart; for more than ten, a colour scale."""
     import matplotlib
 
     if count <= 10:
@@ -136,13 +137,14 @@ def rank_colours(count: int) -> list[Colour]:
 
 
 def lightened(colour: Colour, stage: int, stages: int) -> Colour:
-    """Stage 0 in the full colour, later ones lighter."""
+    """A colour for a stage: full for stage 0, and lighter the later a stage is."""
     share = 0.0 if stage == 0 else 0.35 + 0.35 * (stage - 1) / max(1, stages - 2)
     red, green, blue = (part + (1 - part) * share for part in colour)
     return red, green, blue
 
 
 def _draw_mask(axes: Any, plans: Sequence[AttentionPlan], ulysses: int, tokens: int, colours: list[Colour]) -> None:
+    """The square of all queries and keys, each pair in the colour of who computes it."""
     from matplotlib.patches import Patch
 
     drawn = _draw_blocks(axes, plans, (0, tokens), colours)
@@ -160,7 +162,7 @@ def _draw_mask(axes: Any, plans: Sequence[AttentionPlan], ulysses: int, tokens: 
 
 
 def _draw_corner(axes: Any, plans: Sequence[AttentionPlan], tokens: int, colours: list[Colour]) -> None:
-    """Documents too short to be seen: a few of them larger, where the mask is empty."""
+    """Show a few documents enlarged, in the empty corner of a mask whose documents are too short to be seen."""
     size = tokens // 8
     while size > 256 and (mask_image(plans, (tokens // 2, tokens // 2 + size), 64)[0] >= 0).mean() < 8 * SPARSE:
         size //= 2
@@ -171,7 +173,7 @@ def _draw_corner(axes: Any, plans: Sequence[AttentionPlan], tokens: int, colours
 
 
 def _draw_blocks(axes: Any, plans: Sequence[AttentionPlan], tokens: Range, colours: list[Colour]) -> float:
-    """Returns the share of the square that is computed."""
+    """Draw the pairs of a span of tokens; returns the share of its square that is computed."""
     from matplotlib.ticker import FuncFormatter, MaxNLocator
 
     owner, when = mask_image(plans, tokens)
@@ -234,6 +236,7 @@ def _draw_timeline(axes: Any, done: Pass, ulysses: int, colours: list[Colour], s
 
 
 def _name_stage(axes: Any, span: Span, top: int, seconds: float) -> None:
+    """Write the number of its stage on a kernel that is long enough to hold it."""
     if span.kind == "compute" and span.end - span.begin > 0.03 * seconds:
         axes.text((span.begin + span.end) / 2 * 1e3, top - 0.16, str(span.stage), ha="center", va="center", fontsize=7)
 

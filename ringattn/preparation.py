@@ -1,13 +1,10 @@
 """From the arguments of a call to what the executor runs: checked, then plans, backend and transports settled.
 
-All of it is before any communication, and kept with the layout for calls of the same kind.
+All of it happens before any communication, and is kept with the layout for calls of the same kind.
 """
 
 from collections.abc import Hashable
 from dataclasses import replace
-from math import isnan
-from numbers import Real
-from typing import NamedTuple
 
 from torch import Tensor
 
@@ -16,41 +13,22 @@ from ringattn.kept import kept, kept_already
 from ringattn.kernels.registry import choose
 from ringattn.kernels.selftest import adds
 from ringattn.kernels.spec import Backend, CallSpec, Options
-from ringattn.mask import Mask
 from ringattn.parallel.execution.executor import run
 from ringattn.parallel.execution.job import Job
 from ringattn.parallel.layout import Layout
 from ringattn.parallel.mesh.mesh import SequenceMesh
 from ringattn.parallel.mesh.shape import MeshShape
+from ringattn.parallel.plan.shape import Shape
 from ringattn.parallel.planning.agreement import check_plan
 from ringattn.parallel.planning.planner import plan_parts
 from ringattn.parallel.transport.process_groups import CLOSED
 from ringattn.parallel.transport.protocol import Transport
+from ringattn.settings import AttentionOptions
 from ringattn.tracing import untraced
 
 
-class Settings(NamedTuple):
-    """The keywords of `parallel_attention`, but for the tensors."""
-
-    mask: Mask = Mask()
-    softmax_scale: float | None = None
-    softcap: float | None = 0.0
-    dropout_p: float = 0.0
-    dropout_seed: int | None = None
-    deterministic: bool = False
-    backend: str = "auto"
-    scheme: str = "auto"
-    stages: int | None = None
-    keep_keys: bool | None = None
-    wide_reduce: bool = True
-    memory_limit: int | None = None
-    head_groups: int | None = None
-    head_chunks: int | None = None
-    return_lse: bool = False
-
-
 def prepare(
-    q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None, layout: Layout, settings: Settings
+    q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None, layout: Layout, options: AttentionOptions
 ) -> tuple[Job, ...]:
     """Check the arguments of `parallel_attention` and settle plans, backend and transports. No communication.
 
@@ -61,66 +39,52 @@ def prepare(
     if isinstance(layout, Layout) and layout.mesh.closed:
         raise ValueError(CLOSED)
     try:
-        key = _kind(q, k, v, sinks, settings)
+        key = _kind(q, k, v, sinks, options)
         jobs = kept_already(layout, key)
     except (AttributeError, TypeError):  # something is not what it should be: the check tells
         key = jobs = None
     if jobs is None:
-        jobs = _settle(q, k, v, sinks, layout, settings)
+        jobs = _settle(q, k, v, sinks, layout, options)
         if key is not None:
             kept(layout, key, lambda: jobs)
-    if not settings.dropout_p:
+    if not options.dropout_p:
         return jobs
-    dropout = settings.dropout_p, _seed(settings)
+    dropout = options.dropout()
     return tuple(replace(job, dropout=dropout) for job in jobs)
 
 
 @untraced
 def compute(
-    q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None, layout: Layout, settings: Settings
+    q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None, layout: Layout, options: AttentionOptions
 ) -> tuple[Tensor, Tensor]:
     """out (t, H, V) and lse (H, t), outside of compiled graphs."""
-    return run(prepare(q, k, v, sinks, layout, settings), q, k, v, sinks)
+    return run(prepare(q, k, v, sinks, layout, options), q, k, v, sinks)
 
 
-def _kind(q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None, settings: Settings) -> Hashable:
+def _kind(q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None, options: AttentionOptions) -> Hashable:
     """All that `_check` and `_settle` depend on beside the layout; equal for the calls that one answer suits."""
-    if settings.dropout_seed is not None:  # another one at every call
-        settings = settings._replace(dropout_seed=None)
+    if options.dropout_seed is not None:  # another one at every call
+        options = options._replace(dropout_seed=None)
     return (
         (q.shape, q.dtype, q.device),
         (k.shape, k.dtype, k.device),
         (v.shape, v.dtype, v.device),
         None if sinks is None else (sinks.shape, sinks.device),
-        settings,
+        options,
         of_a_call(),
     )
 
 
 def _settle(
-    q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None, layout: Layout, settings: Settings
+    q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None, layout: Layout, options: AttentionOptions
 ) -> tuple[Job, ...]:
     """What `prepare` keeps; its dropout has no seed yet."""
-    spec = _check(q, k, v, sinks, layout, settings)
-    chosen = _backend(spec, layout, settings.backend)
-    plans = plan_parts(
-        layout,
-        settings.mask,
-        spec.query_heads,
-        spec.key_heads,
-        settings.scheme,
-        settings.stages,
-        settings.keep_keys,
-        settings.wide_reduce,
-        head_dim=spec.head_dim,
-        value_dim=spec.value_dim,
-        itemsize=spec.dtype.itemsize,
-        memory_limit=settings.memory_limit,
-        head_groups=settings.head_groups,
-        head_chunks=settings.head_chunks,
-    )
+    spec = _check(q, k, v, sinks, layout, options)
+    chosen = _backend(spec, layout, options.backend)
+    shape = Shape(spec.query_heads, spec.key_heads, spec.head_dim, spec.value_dim, spec.dtype.itemsize)
+    plans = plan_parts(layout, shape, options)
     check_plan(plans, layout)
-    scale = spec.head_dim**-0.5 if settings.softmax_scale is None else float(settings.softmax_scale)
+    scale = spec.head_dim**-0.5 if options.softmax_scale is None else float(options.softmax_scale)
     jobs = []
     for part, (rows, plan) in zip(layout.parts, plans.parts, strict=True):
         ring, ulysses = _transports(part.mesh)
@@ -137,7 +101,7 @@ def _settle(
                 device=q.device,
                 query_heads=spec.query_heads,
                 key_heads=spec.key_heads,
-                return_lse=settings.return_lse,
+                return_lse=options.return_lse,
             )
         )
     return tuple(jobs)
@@ -158,10 +122,11 @@ def _backend(spec: CallSpec, layout: Layout, name: str) -> Backend:
     return kept(layout, ("backend", spec, name), measured)
 
 
-def _check(q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None, layout: Layout, settings: Settings) -> CallSpec:
-    """Everything that can be wrong with the arguments, before any communication."""
-    mask, softcap, dropout_p = settings.mask, settings.softcap, settings.dropout_p
-    check_kinds(layout, settings)
+def _check(
+    q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None, layout: Layout, options: AttentionOptions
+) -> CallSpec:
+    """What the kernel is asked for. Raises ValueError for whatever is wrong with the arguments."""
+    check_kinds(layout, options)
     for name, x in (("q", q), ("k", k), ("v", v)):
         if not isinstance(x, Tensor) or x.dim() != 3:
             came = tuple(x.shape) if isinstance(x, Tensor) else type(x).__name__
@@ -181,12 +146,8 @@ def _check(q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None, layout: Layout
         raise ValueError(f"v must have as many heads as k, {k.shape[1]}, got {v.shape[1]}")
     if 0 in q.shape[1:] or 0 in v.shape[1:] or q.shape[1] % k.shape[1]:
         raise ValueError(f"the query heads must be a multiple of the key heads, got {q.shape[1]} and {k.shape[1]}")
-    if not 0.0 <= dropout_p < 1.0:
-        raise ValueError(f"dropout_p must be in [0, 1), got {dropout_p}")
-    if dropout_p:
-        _seed(settings)
-    if softcap is not None and not softcap >= 0.0:
-        raise ValueError(f"softcap must be >= 0 (0 or None is off), got {softcap}")
+    options.check()
+    options.dropout()
     if sinks is not None and not isinstance(sinks, Tensor):
         raise ValueError(f"sinks must be a tensor of one logit per query head, got {type(sinks).__name__}")
     if sinks is not None and (sinks.shape != (q.shape[1],) or sinks.device != q.device):
@@ -202,43 +163,18 @@ def _check(q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None, layout: Layout
         value_dim=v.shape[2],
         query_heads=q.shape[1],
         key_heads=k.shape[1],
-        window=mask.window != (-1, -1),
-        softcap=softcap or 0.0,
-        dropout_p=dropout_p,
-        deterministic=settings.deterministic or DETERMINISTIC.read() == "on",
+        window=options.mask.window != (-1, -1),
+        softcap=options.softcap or 0.0,
+        dropout_p=options.dropout_p,
+        deterministic=options.deterministic or DETERMINISTIC.read() == "on",
     )
 
 
-def check_kinds(layout: Layout, settings: Settings) -> None:
+def check_kinds(layout: Layout, options: AttentionOptions) -> None:
     """What must be looked at before anything is asked of it, or handed to an operator."""
     if not isinstance(layout, Layout):
         raise ValueError(f"layout must be a Layout, got {type(layout).__name__}")
-    if not isinstance(settings.mask, Mask):
-        raise ValueError(f"mask must be a Mask, got {type(settings.mask).__name__}")
-    _check_numbers(settings)
-
-
-def _check_numbers(settings: Settings) -> None:
-    for name in ("softmax_scale", "softcap", "dropout_p"):
-        value = getattr(settings, name)
-        if value is None and name != "dropout_p":
-            continue
-        # Kernels take them as host numbers: a tensor would have to be waited for at every call, and get no gradient.
-        if not isinstance(value, Real):
-            raise ValueError(f"{name} must be a number, which has no gradient, got {type(value).__name__}")
-    if settings.softmax_scale is not None and isnan(settings.softmax_scale):
-        raise ValueError(f"softmax_scale must be a number, got {settings.softmax_scale}")
-
-
-def _seed(settings: Settings) -> int:
-    """The dropout seed, which is no part of what is kept. Raises ValueError if it is none."""
-    seed = settings.dropout_seed
-    if not isinstance(seed, int) or seed < 0:
-        raise ValueError(
-            f"dropout_seed must be an integer >= 0 with dropout_p={settings.dropout_p}, the same on every rank, got "
-            f"{seed!r}"
-        )
-    return seed
+    options.check_kinds()
 
 
 def _check_mesh(layout: Layout, q: Tensor) -> None:

@@ -10,7 +10,8 @@ import torch
 
 from ringattn import Documents, Layout, Mask, MeshShape, parallel_attention, preparation
 from ringattn.parallel.execution.job import Job
-from ringattn.preparation import Settings, prepare
+from ringattn.preparation import prepare
+from ringattn.settings import AttentionOptions
 
 
 def tensors(tokens: int = 20, heads: int = 4, key_heads: int = 2, dim: int = 8) -> list[torch.Tensor]:
@@ -30,7 +31,7 @@ def layout(monkeypatch: pytest.MonkeyPatch) -> Layout:
 
 def settled(layout: Layout, x: list[torch.Tensor] | None = None, **keywords: Any) -> Job:
     q, k, v = tensors() if x is None else x
-    (job,) = prepare(q, k, v, None, layout, Settings(**keywords))
+    (job,) = prepare(q, k, v, None, layout, AttentionOptions(**keywords))
     return job
 
 

@@ -12,8 +12,9 @@ from torch._functorch import config as functorch
 from torch.library import opcheck
 from torch.utils.checkpoint import checkpoint
 
-from ringattn import Documents, Layout, MeshShape, ParallelAttention, parallel_attention
+from ringattn import Documents, Layout, Mask, MeshShape, ParallelAttention, parallel_attention
 from ringattn.numbered import by_number
+from ringattn.settings import AttentionOptions
 from tests.features.test_compiled import Layer
 from tests.parallel.ranks import mesh_of
 from tests.pool import Pools
@@ -231,8 +232,8 @@ def test_the_operators_are_what_they_declare(sinks: bool) -> None:
 
     layout = Layout(Documents([20, 5]), MeshShape())
     logits = torch.randn(4, dtype=torch.float64, requires_grad=True) if sinks else None
-    constants = (True, 9, 0, None, None, 0.0, 0.0, False, "auto", "auto", None, True, None, None, None, True, [])
-    inputs = (*heads_of(layout), logits, layout._number, *constants)
+    options = AttentionOptions(Mask(window=(9, 0)), keep_keys=False, return_lse=True)
+    inputs = (*heads_of(layout), logits, layout._number, *options.to_constants(), [])
     opcheck(torch.ops.ringattn.attend.default, inputs)
     plain = tuple(x.detach() if isinstance(x, Tensor) else x for x in inputs)
     results = torch.ops.ringattn.attend.default(*plain)

@@ -12,16 +12,16 @@ from ringattn.drawing import check_drawing, draw_plan, lightened, mask_image, ra
 from ringattn.parallel.machine.shipped import SHIPPED
 from ringattn.parallel.plan.shape import Shape
 from ringattn.parallel.planning.all_ranks import plan_group
-from ringattn.parallel.pricing.setting import PriceInputs
 from ringattn.parallel.simulation.simulate import Pass, Span, simulate
+from ringattn.settings import AttentionOptions
 
 MASKS = [Mask(), Mask(causal=False), Mask(window=(7, 0)), Mask(causal=False, window=(3, 5)), Mask(chunk=9)]
 
 
 def planned(lengths, ring, ulysses=1, mask=Mask(), scheme="auto"):
     layout = Layout(Documents(lengths), MeshShape(1, ring, ulysses), mask=mask)
-    setting = PriceInputs(SHIPPED["H200"], Shape(4, 2, 64, 64)).on(layout.parts[0])
-    return layout, plan_group(layout.parts[0], mask, setting, scheme if ring > 1 else "auto")
+    options = AttentionOptions(mask, scheme=scheme if ring > 1 else "auto")
+    return layout, plan_group(layout.parts[0], Shape(4, 2, 64, 64), options, SHIPPED["H200"])
 
 
 @settings(max_examples=60, deadline=None)

@@ -1,7 +1,7 @@
 """Who computes it: what a contestant is, and this package on a mesh with a scheme."""
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import count
 from typing import Any, Protocol
@@ -16,8 +16,10 @@ from ringattn.parallel.layout import Layout
 from ringattn.parallel.mesh.mesh import SequenceMesh
 from ringattn.parallel.plan.plan import PartedPlan
 from ringattn.parallel.plan.route import Route
+from ringattn.parallel.plan.shape import Shape
 from ringattn.parallel.planning.planner import plan_parts
-from ringattn.preparation import Settings, prepare
+from ringattn.preparation import prepare
+from ringattn.settings import AttentionOptions
 
 FILLING = 4  # calls that are filled with random numbers: the first, which are not timed
 
@@ -111,12 +113,11 @@ class Silent:
 
 @dataclass
 class Ours:
-    """`parallel_attention` with a scheme on a mesh of all ranks, and other keywords of its."""
+    """`parallel_attention` on a mesh of all ranks, with options of which each problem sets mask and backend."""
 
     name: str
     mesh: SequenceMesh
-    scheme: str
-    options: Mapping[str, Any] = field(default_factory=dict)
+    options: AttentionOptions = AttentionOptions()
     peer = False
 
     def missing(self, problem: Problem) -> str | None:
@@ -127,20 +128,21 @@ class Ours:
         start = time.perf_counter()
         heads = problem.heads.query, problem.heads.key
         layout = Layout(problem.workload.docs, self.mesh, mask=mask, heads=heads, head_dim=problem.heads.dim)
-        plans = plan_parts(layout, mask, *heads, self.scheme, **self.options)
+        options = self.options._replace(mask=mask, backend=problem.backend)
+        shape = Shape(*heads, problem.heads.dim, problem.heads.dim, problem.tensors[0].dtype.itemsize)
+        plans = plan_parts(layout, shape, options)
         planning = (time.perf_counter() - start) * 1e3
         leaves, dout = problem.inputs(layout)
-        keywords = {"mask": mask, "backend": problem.backend, "scheme": self.scheme, **self.options}
         calls, arrived = count(), list[Tensor]()
 
         def attend() -> Tensor:
-            return parallel_attention(*leaves, layout, **keywords)
+            return parallel_attention(*leaves, layout, **options._asdict())
 
         def silent() -> None:
             nothing = Silent(next(calls) < FILLING, arrived)
             jobs = [
                 replace(job, ring=job.ring and nothing, ulysses=job.ulysses and nothing)
-                for job in prepare(*leaves, None, layout, Settings(**keywords))
+                for job in prepare(*leaves, None, layout, options)
             ]
             torch.autograd.grad(run(jobs, *leaves, None)[0], leaves, dout)
 

@@ -12,7 +12,9 @@ from ringattn.kernels.registry import choose
 from ringattn.kernels.spec import Call, Grads, Options
 from ringattn.parallel.layout import Layout
 from ringattn.parallel.mesh.shape import MeshShape
+from ringattn.parallel.plan.shape import Shape
 from ringattn.parallel.planning.planner import plan_attention
+from ringattn.settings import AttentionOptions
 
 
 class PlainUlysses:
@@ -38,7 +40,8 @@ class PlainUlysses:
         leaves, dout = problem.inputs(layout)
         backend, options = choose(problem.spec, problem.backend), Options(problem.heads.dim**-0.5)
         whole = Layout(docs, MeshShape())
-        calls = plan_attention(whole, problem.workload.mask, problem.heads.query, problem.heads.key).stages[0].calls
+        shape = Shape(problem.heads.query, problem.heads.key, problem.heads.dim, problem.heads.dim)
+        calls = plan_attention(whole, shape, AttentionOptions(problem.workload.mask)).stages[0].calls
 
         def attend() -> Tensor:
             q, k, v = (_Exchange.apply(x, True, group) for x in leaves)

@@ -18,7 +18,9 @@ from ringattn.kernels.spec import CallSpec, Grads, Options
 from ringattn.parallel.layout import Layout
 from ringattn.parallel.mesh.shape import MeshShape
 from ringattn.parallel.plan.exchange import exchange_plan
+from ringattn.parallel.plan.shape import Shape
 from ringattn.parallel.planning.planner import plan_attention
+from ringattn.settings import AttentionOptions
 
 NAMES = "out", "dq", "dk", "dv"
 SAMPLES = 2048  # rows whose results are compared
@@ -159,11 +161,10 @@ class Share:
         key_index = torch.tensor(heads.keys, dtype=torch.int64, device=device)
         q, dout = (problem.tensors[i][:, slice(*heads.query)].contiguous() for i in (0, 3))
         k, v = (problem.tensors[i].index_select(1, key_index) for i in (1, 2))
-        plan = plan_attention(
-            Layout(problem.workload.docs, MeshShape()), problem.workload.mask, heads.queries, len(heads.keys)
-        )
+        shape = Shape(heads.queries, len(heads.keys), problem.heads.dim, problem.heads.dim)
+        whole = Layout(problem.workload.docs, MeshShape())
+        calls = plan_attention(whole, shape, AttentionOptions(problem.workload.mask)).stages[0].calls
         backend, options = choose(problem.spec, problem.backend), Options(problem.heads.dim**-0.5)
-        calls = plan.stages[0].calls
         out, grads = torch.zeros_like(q), Grads(torch.zeros_like(q), torch.zeros_like(k), torch.zeros_like(v))
 
         def forward() -> list[Tensor]:

@@ -4,7 +4,6 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
 
 import torch.distributed as dist
 
@@ -15,6 +14,7 @@ from ringattn.benchmarking.plain_ulysses import PlainUlysses
 from ringattn.parallel.mesh.mesh import SequenceMesh, init_mesh
 from ringattn.parallel.mesh.shape import MeshShape
 from ringattn.parallel.planning.options import check_scheme
+from ringattn.settings import AttentionOptions
 
 
 @dataclass(frozen=True)
@@ -117,7 +117,7 @@ def _ours(name: str, ranks: int) -> Maker:
     plain, *variants = name.split("+")
     options = _options(name, variants)
     if plain == f"auto:{ranks}":
-        return lambda meshes: Ours(name, meshes.free, "auto", options)
+        return lambda meshes: Ours(name, meshes.free, options)
     parts = re.fullmatch(r"(\w+):(\d+)x(\d+)", plain)
     if parts is None:
         raise ValueError(
@@ -126,30 +126,25 @@ def _ours(name: str, ranks: int) -> Maker:
             f"got {name!r}"
         )
     degrees = _degrees(name, parts[2], parts[3], ranks)
-    check_scheme(parts[1], MeshShape(1, *degrees))
-    return partial(_on_mesh, name, parts[1], degrees, options)
+    options = options._replace(scheme=parts[1])
+    check_scheme(options, MeshShape(1, *degrees))
+    return lambda meshes: Ours(name, meshes.parted[degrees], options)
 
 
-def _options(name: str, variants: Sequence[str]) -> dict[str, Any]:
-    """Keywords of `parallel_attention`."""
-    options: dict[str, Any] = {}
+def _options(name: str, variants: Sequence[str]) -> AttentionOptions:
+    """What the variants of a name ask for."""
+    options = AttentionOptions()
     for variant in variants:
         if variant == "narrow":
-            options["wide_reduce"] = False
+            options = options._replace(wide_reduce=False)
         elif groups := re.fullmatch(r"([1-9]\d*)groups", variant):
-            options["head_groups"] = int(groups[1])
+            options = options._replace(head_groups=int(groups[1]))
         elif chunks := re.fullmatch(r"([1-9]\d*)chunks", variant):
-            options["head_chunks"] = int(chunks[1])
+            options = options._replace(head_chunks=int(chunks[1]))
         else:
             known = "+narrow, +<n>groups or +<n>chunks"
             raise ValueError(f"a variant is {known}, and {SUFFIX} comes last, got +{variant} in {name!r}")
     return options
-
-
-def _on_mesh(
-    name: str, scheme: str, degrees: tuple[int, int], options: Mapping[str, Any], meshes: Meshes
-) -> Contestant:
-    return Ours(name, meshes.parted[degrees], scheme, options)
 
 
 def _degrees(name: str, ring: str, ulysses: str, ranks: int) -> tuple[int, int]:

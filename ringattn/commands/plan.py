@@ -15,7 +15,7 @@ from ringattn.commands import _workload
 from ringattn.commands._call import HEADS, RANKS, TOKENS, integer, ranks, tokens
 from ringattn.commands._files import check_target, file
 from ringattn.commands._text import note, row, table
-from ringattn.parallel.planning.options import SCHEMES
+from ringattn.settings import SCHEMES
 
 SHOWN = 64  # ranks in the table; of more the slowest
 
@@ -69,8 +69,9 @@ def plan(args: argparse.Namespace) -> tuple[Any, list[dict[str, Any]]]:
     from ringattn import Documents, Layout
     from ringattn.parallel.planning.all_ranks import plan_group
     from ringattn.parallel.planning.options import check_scheme
-    from ringattn.parallel.planning.planner import part_groups, part_scheme
+    from ringattn.parallel.planning.planner import part_options
     from ringattn.parallel.pricing.memory import buffer_bytes
+    from ringattn.settings import AttentionOptions
 
     documents = Documents(_workload.lengths(args, args.tokens, args.seed))
     mask = _workload.mask(args)
@@ -86,21 +87,13 @@ def plan(args: argparse.Namespace) -> tuple[Any, list[dict[str, Any]]]:
     else:
         shape = {"heads": args.heads, "head_dim": args.head_dim}
         layout = Layout(documents, _workload.free_mesh(args, args.sequence), args.policy, mask, **shape)
-    check_scheme(args.scheme, layout.mesh, args.stages, len(layout.parts))
     left = None if args.memory is None else args.memory << 20
+    options = AttentionOptions(mask, scheme=args.scheme, stages=args.stages, head_chunks=args.head_chunks)
+    check_scheme(options, layout.mesh, len(layout.parts))
     planned = []
     for part in layout.parts:
         setting = _workload.setting(args, part)
-        plans = plan_group(
-            part,
-            mask,
-            setting,
-            part_scheme(layout, part, args.scheme, left),
-            args.stages,
-            left,
-            part_groups(layout),
-            args.head_chunks,
-        )
+        plans = plan_group(part, setting.shape, part_options(layout, part, options._replace(memory_limit=left)))
         setting = replace(setting, head_chunks=plans[0].head_chunks)
         planned.append(
             {"layout": part, "mask": mask, "setting": setting, "plans": plans, "memory_limit": left, "args": args}
@@ -233,9 +226,10 @@ def meshes(planned: dict[str, Any]) -> list[dict[str, Any]]:
     """The best schedules of every ring × ulysses with as many ranks, heads and memory permitting."""
     from ringattn.parallel.placement.placement import Placement
     from ringattn.parallel.planning.planner import chosen
-    from ringattn.parallel.schedules.schedule import candidates
+    from ringattn.settings import AttentionOptions
 
     args, layout, mask, setting = planned["args"], planned["layout"], planned["mask"], planned["setting"]
+    options = AttentionOptions(mask, memory_limit=planned["memory_limit"], head_chunks=args.head_chunks)
     ranks, node = layout.mesh.sequence_size, setting.machine.gpus_per_node
     out = []
     for ulysses in [size for size in range(1, ranks + 1) if ranks % size == 0]:
@@ -243,11 +237,8 @@ def meshes(planned: dict[str, Any]) -> list[dict[str, Any]]:
             continue
         mesh = _workload.mesh(args, ranks // ulysses, ulysses)
         other = Placement(layout.docs, mesh, args.policy, ((mask, 1.0),), tokens=layout.placed)
-        options = candidates(other.mesh.ring, "auto", None)
         try:
-            _, choice = chosen(
-                other, mask, _workload.setting(args, other), options, planned["memory_limit"], args.head_chunks
-            )
+            _, choice = chosen(other, setting.shape, options)
         except ValueError:  # the memory limit
             continue
         cost = choice.cost

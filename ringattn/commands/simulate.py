@@ -177,13 +177,14 @@ def attention(args: argparse.Namespace, lengths: list[int], gpus: int) -> dict[s
     from ringattn.commands.plan import schedule_of
     from ringattn.parallel.planning.all_ranks import plan_group
     from ringattn.parallel.simulation.simulate import simulate
+    from ringattn.settings import AttentionOptions
 
     ulysses = largest_divisor(gpus, min(args.ulysses, args.heads[0]))
     mask = _workload.mask(args)
     layout = Layout(Documents(lengths), _workload.mesh(args, gpus // ulysses, ulysses), args.policy, mask)
     (placement,) = layout.parts
     setting = _workload.setting(args, placement)
-    plans = plan_group(placement, mask, setting)
+    plans = plan_group(placement, setting.shape, AttentionOptions(mask))
     out: dict[str, Any] = {
         "mesh": f"{gpus // ulysses}×{ulysses}",
         "area": sum(mask.band.area(0, size, size) for size in layout.docs.chunked(mask.chunk).lengths),
@@ -201,9 +202,10 @@ def ideal_seconds(setting: Any, documents: Any, mask: Any, backward: bool) -> fl
     from ringattn import Layout, MeshShape
     from ringattn.parallel.planning.all_ranks import plan_group
     from ringattn.parallel.pricing.kernel_times import call_seconds
+    from ringattn.settings import AttentionOptions
 
     (whole,) = Layout(documents, MeshShape(), mask=mask).parts
-    (plan,) = plan_group(whole, mask, setting.on(whole))
+    (plan,) = plan_group(whole, setting.shape, AttentionOptions(mask), setting.machine)
     return sum(call_seconds(setting.machine, call, setting.shape, backward) for call in plan.stages[0].calls)
 
 

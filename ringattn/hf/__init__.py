@@ -4,15 +4,17 @@ The layout of a batch travels to every attention layer as the keyword `cu_seq_le
 on in all families and under both kinds of gradient checkpointing. It is the `Layout` itself: host integers that no
 wrapper moves to a device, and the only truth about documents. Nothing is inferred from local positions or masks.
 
-`support.py`, `configuration.py` and `adapters.py` say which models can be exact, `changes.py` looks again before every
-forward pass, `local_draws.py` is about random numbers, `masks.py` and `attention.py` are what transformers calls,
+`model.py` changes a model and `handle.py` is what it leaves there. `support.py`, `configuration.py` and `adapters.py`
+say which models can be exact, `changes.py` looks again before every forward pass, `local_draws.py` is about random
+numbers, `masks.py` and `attention.py` are what transformers calls, `features.py` is what a layer may ask of them,
 `metadata.py` reads documents from a batch, `trainer/` is for `transformers.Trainer`, `options/` knows its options,
 `conformance.py` compares with documents run alone. Nothing here imports transformers before it is used.
 """
 
 from ringattn.hf.batch import attention_kwargs, shard_batch
+from ringattn.hf.handle import Handle
 from ringattn.hf.loss import IGNORE_INDEX, shifted_labels
-from ringattn.hf.model import Handle, parallelize
+from ringattn.hf.model import parallelize
 from ringattn.hf.support import check_model
 
 __all__ = [

@@ -5,19 +5,18 @@ t tokens of this rank, H query heads, K key heads, D head dim, V value head dim.
 
 import warnings
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ringattn.attention import parallel_attention
 from ringattn.hf.empty import Placeholder, attend_to_none, layout_of
+from ringattn.hf.features import without_feature
+from ringattn.hf.handle import Handle
 from ringattn.hf.masks import MaskNote
 from ringattn.mask import Mask
 from ringattn.parallel.layout import Layout
-
-if TYPE_CHECKING:
-    from ringattn.hf.model import Handle
 
 # Keywords that reach an attention function without changing the mathematics of a training forward pass. Any other one
 # is refused: an unknown keyword may be a feature.
@@ -49,8 +48,6 @@ REFUSED = {
     "block_indices": "keys picked by an index are no band of documents",
     "cache": "paged caches are for generation",
 }
-# What `Handle.without` can leave out of a layer.
-FEATURES = ("window", "chunk", "softcap", "sinks")
 
 
 def attend(
@@ -91,7 +88,7 @@ def attend(
     if not torch.compiler.is_compiling():
         handle.note(module, options)
     for feature in handle.without.get(getattr(module, "layer_idx", -1), ()):
-        options = _without(options, feature)
+        options = without_feature(options, feature)
     q, k, v = (x[0].transpose(0, 1) for x in _one_dtype(module, query, key, value))
     if isinstance(given, Placeholder):
         out = parallel_attention(q[:0], k[:0], v[:0], layout, **options, **handle.options)
@@ -152,27 +149,6 @@ def layer_type(module: nn.Module) -> str | None:
     return layer_types[index] if layer_types and isinstance(index, int) and index < len(layer_types) else None
 
 
-def features_of(options: dict[str, Any]) -> frozenset[str]:
-    """Which of `FEATURES` the options of an attention call ask for."""
-    mask: Mask = options["mask"]
-    asked = {
-        "window": mask.window != (-1, -1),
-        "chunk": mask.chunk is not None,
-        "softcap": bool(options["softcap"]),
-        "sinks": options["sinks"] is not None,
-    }
-    return frozenset(name for name in FEATURES if asked[name])
-
-
-def _without(options: dict[str, Any], feature: str) -> dict[str, Any]:
-    mask: Mask = options["mask"]
-    if feature == "window":
-        return options | {"mask": Mask(mask.causal, (-1, -1), mask.chunk)}
-    if feature == "chunk":
-        return options | {"mask": Mask(mask.causal, mask.window)}
-    return options | {feature: None}
-
-
 def _one_dtype(module: nn.Module, *qkv: Tensor) -> tuple[Tensor, ...]:
     """Queries and keys that float32 norms left wider than the layer's products (PEFT), in the dtype of those.
 
@@ -190,6 +166,7 @@ def _one_dtype(module: nn.Module, *qkv: Tensor) -> tuple[Tensor, ...]:
 
 
 def _product_dtypes(module: nn.Module) -> Iterator[torch.dtype]:
+    """In which dtypes the layer multiplies, as its configuration and its linear layers say."""
     config: Any = getattr(module, "config", None)
     if getattr(config, "quantization_config", None) is not None and isinstance(config.dtype, torch.dtype):
         yield config.dtype

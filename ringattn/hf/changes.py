@@ -5,7 +5,7 @@ read is read each time; the rest when the adapters are other ones than last time
 """
 
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -14,11 +14,9 @@ from torch.distributed.tensor import DTensor
 
 from ringattn.hf.adapters import check_adapters, loaded_adapters
 from ringattn.hf.configuration import check_configuration
+from ringattn.hf.handle import Handle
 from ringattn.hf.local_draws import check_draws
 from ringattn.parallel.mesh.mesh import SequenceMesh
-
-if TYPE_CHECKING:
-    from ringattn.hf.model import Handle
 
 _CHUNK = 2**24
 # Integers as wide as an element, by its number of bytes: sums of them do not depend on their order.
@@ -26,7 +24,7 @@ _INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 @torch.compiler.disable
-def check_changes(handle: "Handle") -> bool:
+def check_changes(handle: Handle) -> bool:
     """Raises NotImplementedError or ValueError for what a model has become; no communication.
 
     Returns: whether its adapters are others than at the last forward pass, so that the ranks are to compare parameters.

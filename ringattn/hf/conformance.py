@@ -11,10 +11,11 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from ringattn.documents import Documents
-from ringattn.hf.attention import FEATURES, layer_type
+from ringattn.hf.attention import layer_type
 from ringattn.hf.batch import shard_batch
+from ringattn.hf.features import FEATURES
+from ringattn.hf.handle import Handle
 from ringattn.hf.loss import IGNORE_INDEX, shifted_labels
-from ringattn.hf.model import Handle
 from ringattn.parallel.mesh.mesh import SequenceMesh
 
 
@@ -146,6 +147,7 @@ def together(model: Any, mesh: SequenceMesh, form: Form, policy: str = "auto") -
 
 
 def differences(found: Outcome, truth: Outcome) -> Errors:
+    """How far an outcome is from the truth; both have the same parameters and tokens."""
     scale = max(1.0, float(truth.logits.abs().max()))
     whole = torch.stack([x.double().norm() for x in truth.gradients.values()]).norm()
     errors = {
@@ -163,7 +165,12 @@ def differences(found: Outcome, truth: Outcome) -> Errors:
 
 @dataclass(frozen=True)
 class Leak:
-    """Gradients of one document's logits in the embeddings: outside of it at most, inside at least (by token)."""
+    """The gradient that the logits of one document have in the embeddings, a token's being its largest element.
+
+    Arguments:
+        outside: the largest of all tokens of other documents; 0 if nothing leaks.
+        inside: the smallest of the document's own tokens; above 0 if all of them are seen.
+    """
 
     outside: float
     inside: float
@@ -242,7 +249,7 @@ def _vocabulary(model: Any) -> int:
 
 
 def _gradients(model: nn.Module) -> dict[str, Tensor]:
-    """Of every parameter; zero where there is none (an expert without tokens)."""
+    """The gradient of every parameter by name; zero where there is none (an expert without tokens)."""
     return {
         name: torch.zeros_like(p) if p.grad is None else p.grad.clone()
         for name, p in model.named_parameters()

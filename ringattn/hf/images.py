@@ -56,7 +56,7 @@ class EmbeddingNeeds:
 
 
 def embedding_needs(model: Any) -> EmbeddingNeeds:
-    """Of a model, which may be on the meta device; a model of text alone needs nothing."""
+    """What a model needs beside embeddings; it may be on the meta device. A model of text alone needs nothing."""
     text = text_model(model)
     if text is model:
         return EmbeddingNeeds()

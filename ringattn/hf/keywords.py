@@ -1,16 +1,14 @@
 """The keywords of a model's forward pass, checked before anything runs: what would be silently wrong is an error."""
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from ringattn.hf.handle import Handle
 from ringattn.hf.images import check_embeddings
 from ringattn.parallel.layout import Layout
-
-if TYPE_CHECKING:
-    from ringattn.hf.model import Handle
 
 GENERATION = "a parallelized model is for training; handle.undo() gives the plain model back, which can generate"
 REFUSED = {
@@ -24,7 +22,7 @@ REFUSED = {
 }
 
 
-def check_keywords(handle: "Handle", args: tuple[Any, ...], kwargs: dict[str, Any]) -> Layout:
+def check_keywords(handle: Handle, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Layout:
     """The layout of the batch. Raises ValueError or NotImplementedError naming the keyword.
 
     What depends on a rank's own tokens is agreed on, so that all sequence ranks raise or none; the rest is without
@@ -66,7 +64,7 @@ def check_keywords(handle: "Handle", args: tuple[Any, ...], kwargs: dict[str, An
 
 
 def _check_tokens(layout: Layout, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-    """One row of this rank's tokens, with their positions."""
+    """Raises ValueError unless ids, targets and positions are one row of this rank's tokens."""
     tokens = layout.tokens()
     inputs = {"input_ids": args[0]} if args else {}
     _check_virtual(tokens, kwargs)
@@ -99,7 +97,8 @@ def _check_virtual(tokens: int, kwargs: dict[str, Any]) -> None:
         )
 
 
-def _check_lengths(handle: "Handle", layout: Layout, positions: Tensor) -> None:
+def _check_lengths(handle: Handle, layout: Layout, positions: Tensor) -> None:
+    """Raises NotImplementedError, on all sequence ranks or none, if a document is longer than the model's limits."""
     if not handle.limits:  # reading the positions waits for the device and for the other ranks
         return
     last = positions.max().to(torch.int64) if positions.numel() else positions.new_tensor(-1, dtype=torch.int64)

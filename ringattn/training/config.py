@@ -13,6 +13,7 @@ from omegaconf import DictConfig, OmegaConf
 from ringattn.kernels.registry import backends
 from ringattn.parallel.mesh.shape import MeshShape, resolve_mesh
 from ringattn.parallel.planning.options import check_scheme
+from ringattn.settings import AttentionOptions
 from ringattn.training.corpus import Corpus
 from ringattn.training.data.files import matching_files
 from ringattn.training.data.tokenizer import AUTO, BYTES, has_tokenizer
@@ -274,7 +275,7 @@ def _check_mesh(cfg: DictConfig, world_size: int, ranks_per_node: int) -> MeshSh
     except ValueError as error:
         raise ValueError(f"parallel.data, parallel.ring, parallel.ulysses: {error}") from None
     try:
-        check_scheme(parallel.scheme, shape)
+        check_scheme(AttentionOptions(scheme=parallel.scheme), shape)
     except ValueError as error:
         raise ValueError(f"parallel.scheme={parallel.scheme}: {error}") from None
     return shape

@@ -36,7 +36,7 @@ def measured(fault: bool) -> list[Result]:
     ]
     entered: list[Any] = contestants(None, peers=True)
     if fault:
-        entered = [Broken(entered[0].name, entered[0].mesh, entered[0].scheme)]
+        entered = [Broken(entered[0].name, entered[0].mesh, entered[0].options)]
     return list(measure(makers, entered, Timer(torch.device("cpu"), calls=1, repeats=1, warmups=0)))
 
 

@@ -5,7 +5,7 @@ from dataclasses import replace
 
 import pytest
 
-from ringattn import Documents, Layout, Mask, MeshShape
+from ringattn import Documents, Layout, MeshShape
 from ringattn.cli import main
 from ringattn.parallel.machine.shipped import SHIPPED
 from ringattn.parallel.plan.shape import Shape
@@ -32,7 +32,7 @@ def test_the_table_holds_what_the_plans_say(capsys, tmp_path):
     assert found["balance"] == pytest.approx(max(areas) * 4 / sum(areas))
     for rank in found["ranks"]:
         layout = Layout(Documents(lengths), MeshShape(1, 4, 1, rank["rank"], machine=SHIPPED["H200"]))
-        plan = plan_attention(layout, Mask(), 8, 2, head_dim=64)
+        plan = plan_attention(layout, Shape(8, 2, 64, 64))
         assert plan.reason == found["reason"]
         row = 2 * (64 + 64) * 2  # bytes: key heads, dims of keys and values, bfloat16
         assert (rank["received_bytes"], rank["sent_bytes"]) == (plan.received_rows * row, plan.sent_rows * row)
@@ -124,7 +124,7 @@ def test_degrees_that_the_documents_choose(capsys, tmp_path):
     )
     layout = Layout(Documents(lengths), layout_mesh())
     assert found["reason"] == layout.reason
-    plans = plan_parts(layout, Mask(), 32, 8)
+    plans = plan_parts(layout, Shape(32, 8, 128, 128))
     assert [part["reason"] for part in found["parts"]] == [plan.reason for _, plan in plans.parts]
     assert main([*SMALL, *argv, "--draw", str(tmp_path / "plan.svg")]) == 0
     text = capsys.readouterr().out

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from ringattn import Documents, Layout, Mask, MeshShape
+from ringattn import Documents, Layout, MeshShape
 from ringattn.cli import main
 from ringattn.commands.simulate import largest_divisor
 from ringattn.kernels.spec import Block, Call
@@ -12,7 +12,6 @@ from ringattn.parallel.machine.shipped import SHIPPED
 from ringattn.parallel.plan.shape import Shape
 from ringattn.parallel.planning.all_ranks import plan_group
 from ringattn.parallel.pricing.kernel_times import call_seconds
-from ringattn.parallel.pricing.setting import PriceInputs
 from ringattn.parallel.simulation.simulate import simulate
 
 H200 = SHIPPED["H200"]
@@ -27,7 +26,7 @@ def test_a_point_is_the_simulation_of_its_plans(capsys):
     (point,) = report(capsys, "--gpus", "16", "--tokens-per-gpu", "512", "--heads", "8/2")["points"]
     shape, tokens = Shape(8, 2, 128, 128), 16 * 512
     layout = Layout(Documents([tokens]), MeshShape(1, 2, 8, machine=H200))
-    plans = plan_group(layout.parts[0], Mask(), PriceInputs(H200, shape).on(layout.parts[0]))
+    plans = plan_group(layout.parts[0], shape)
     times = [simulate(H200, plans, shape, backward).seconds for backward in (False, True)]
     assert [point["seconds"][name] for name in ("forward", "backward")] == times
     whole = Call((Block((0, tokens), (0, tokens), -1, 0),), -1, 0)

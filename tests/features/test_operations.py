@@ -16,7 +16,9 @@ from ringattn.drawing import area, picture
 from ringattn.kernels import registry
 from ringattn.kernels.backends import flex
 from ringattn.kernels.spec import Backend, Block, Call, Capability, Options
+from ringattn.parallel.plan.shape import Shape
 from ringattn.parallel.planning.planner import plan_attention
+from ringattn.settings import AttentionOptions
 from tests.dense import Case, dense_attention
 from tests.features import hf
 from tests.kernels.test_registry import BUILTIN, SPEC, Entry, Fake, clear, plug
@@ -227,7 +229,8 @@ def test_row_73_the_picture_of_a_plan_is_its_mask(
 ) -> None:
     """Every pair once; and the areas of the ranks add up to the mask's."""
     layouts = [Layout(docs, MeshShape(1, ring, 1, rank), policy, mask) for rank in range(ring)]
-    plans = [plan_attention(layout, mask, 4, 2, scheme if ring > 1 else "auto") for layout in layouts]
+    options = AttentionOptions(mask, scheme=scheme if ring > 1 else "auto")
+    plans = [plan_attention(layout, Shape(4, 2, 128, 128), options) for layout in layouts]
     dense = docs.dense(mask)
     lines = picture(plans, docs.total).splitlines() if docs.total else []
     assert [[sign != "." for sign in line] for line in lines] == dense.tolist()
@@ -237,7 +240,7 @@ def test_row_73_the_picture_of_a_plan_is_its_mask(
 def test_row_73_the_picture_shows_the_stages() -> None:
     """Two ranks, one document, contiguous: the second receives the keys of the first."""
     layouts = [Layout(Documents([6]), MeshShape(1, 2, 1, rank), "contiguous") for rank in range(2)]
-    plans = [plan_attention(layout, Mask(), 4, 2, "ring") for layout in layouts]
+    plans = [plan_attention(layout, Shape(4, 2, 128, 128), AttentionOptions(scheme="ring")) for layout in layouts]
     assert picture(plans, 6).split() == ["0.....", "00....", "000...", "1110..", "11100.", "111000"]
     assert [area(plan) for plan in plans] == [6, 15]
 

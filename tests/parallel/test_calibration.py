@@ -14,7 +14,9 @@ from ringattn.cli import main
 from ringattn.parallel.machine.calibrate import Calibration
 from ringattn.parallel.machine.machine import Machine
 from ringattn.parallel.machine.shipped import SHIPPED, calibration_path, keep, local_machine, write
+from ringattn.parallel.plan.shape import Shape
 from ringattn.parallel.planning.planner import plan_attention
+from ringattn.settings import AttentionOptions
 from tests.pool import Pools
 
 TINY = Calibration(
@@ -113,7 +115,7 @@ def planned(different: bool) -> str:
     try:
         for _ in range(2):
             parallel_attention(q, k, v, layout, mask=Mask(), scheme=scheme)
-        return plan_attention(layout, Mask(), 2, 2, scheme).schedule
+        return plan_attention(layout, Shape(2, 2, 128, 128), AttentionOptions(scheme=scheme)).schedule
     except RuntimeError as error:
         return str(error)
     finally:

@@ -8,7 +8,8 @@ from torch import Tensor
 
 from ringattn import Documents, Layout, Mask, SequenceMesh
 from ringattn.parallel.execution.executor import run
-from ringattn.preparation import Settings, prepare
+from ringattn.preparation import prepare
+from ringattn.settings import AttentionOptions
 from tests.dense import Case, dense_attention, relative_error
 from tests.parallel.late import late
 from tests.parallel.ranks import free_mesh, mesh_of
@@ -37,7 +38,7 @@ class Step:
                 x.copy_(self.layout.shard(whole) if whole.dim() else whole)
 
     def __call__(self) -> list[Tensor]:
-        jobs = prepare(*self.leaves, None, self.layout, Settings(scheme=self.scheme))
+        jobs = prepare(*self.leaves, None, self.layout, AttentionOptions(scheme=self.scheme))
         out, _ = run(late(jobs) if self.delayed else jobs, *self.leaves, None)
         return [out.detach(), *torch.autograd.grad(out, self.leaves, self.dout)]
 

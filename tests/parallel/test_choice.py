@@ -19,8 +19,11 @@ from ringattn.parallel.planning.planner import plan_attention, plan_parts
 from ringattn.parallel.pricing.memory import buffer_bytes
 from ringattn.parallel.pricing.plan_cost import plan_cost
 from ringattn.parallel.schedules.schedule import candidates
+from ringattn.settings import AttentionOptions
 from tests.parallel.cases import documents, masks
 from tests.parallel.test_cost import pricer
+
+SHAPE = Shape(32, 8, 128, 128)
 
 H200 = SHIPPED["H200"]
 
@@ -55,10 +58,10 @@ def test_all_ranks_choose_alike(
     layouts = [Layout(docs, MeshShape(1, *mesh, rank), policy, mask) for rank in range(mesh[0] * mesh[1])]
     plans = []
     for layout in layouts:
-        options = {"keep_keys": keep_keys, "memory_limit": limit, "machine": with_links(speed)}
+        options = AttentionOptions(mask, keep_keys=keep_keys, memory_limit=limit)
         plan = None
         with contextlib.suppress(ValueError):
-            plan = plan_parts(layout, mask, 8, 2, **options)
+            plan = plan_parts(layout, Shape(8, 2, 128, 128), options, with_links(speed))
         plans.append(plan)
     if None in plans:  # the limit is too small
         assert limit is not None
@@ -76,21 +79,22 @@ def test_all_ranks_choose_alike(
 def test_keys_are_kept_where_they_are_small_and_that_is_faster() -> None:
     packed = [Layout(Documents([30_000] + [1700] * 200), MeshShape(1, 8, 1, rank)) for rank in range(8)]
     plans = {
-        keep: [plan_attention(layout, Mask(), 32, 8, keep_keys=keep) for layout in packed] for keep in (None, False)
+        keep: [plan_attention(layout, SHAPE, AttentionOptions(keep_keys=keep)) for layout in packed]
+        for keep in (None, False)
     }
     assert all(plan.keep_keys and "of keys kept" in plan.reason for plan in plans[None])
     assert not any(plan.keep_keys for plan in plans[False])
-    shape = Shape(32, 8, 128, 128)
-    kept, again = (plan_cost(SHIPPED["H200"], plans[keep], shape).total for keep in (None, False))
+    kept, again = (plan_cost(SHIPPED["H200"], plans[keep], SHAPE).total for keep in (None, False))
     assert kept < again
 
     long = Layout(Documents([262_144]), MeshShape(1, 8))
-    again = plan_attention(long, Mask(), 32, 8)
+    again = plan_attention(long, SHAPE)
     assert not again.keep_keys
     assert "keys are not kept, they would take" in again.reason
-    assert plan_attention(long, Mask(), 32, 8, memory_limit=2**34).keep_keys  # there it is said what there is room for
+    roomy = plan_attention(long, SHAPE, AttentionOptions(memory_limit=2**34))
+    assert roomy.keep_keys  # there it is said what there is room for
 
-    whole = plan_attention(Layout(Documents([700] * 8), MeshShape(1, 1)), Mask(), 32, 8)
+    whole = plan_attention(Layout(Documents([700] * 8), MeshShape(1, 1)), SHAPE)
     assert not whole.keep_keys
     assert "kept" not in whole.reason
 
@@ -98,7 +102,7 @@ def test_keys_are_kept_where_they_are_small_and_that_is_faster() -> None:
 @pytest.mark.parametrize("lengths", [[262_144], [65_536], [4096] * 32 + [8192] * 8 + [16_384] * 4, [300] * 400])
 def test_the_choice_has_the_least_predicted_time(lengths: list[int]) -> None:
     layout = Layout(Documents(lengths), MeshShape(1, 8, 1, 5), "balanced")
-    plan = plan_attention(layout, Mask(), 32, 8)
+    plan = plan_attention(layout, SHAPE)
     prices = [pricer(layout, Mask()).price(option) for option in candidates(8, "auto", None)]
     for number, chosen in enumerate((plan, plan.backward or plan)):
         fitting = [price[number] for price in prices]
@@ -119,40 +123,39 @@ def test_the_choice_has_the_least_predicted_time(lengths: list[int]) -> None:
 def test_a_window_to_the_right_is_not_one_call() -> None:
     docs = Documents([300] * 40)
     for mask, priced in ((Mask(), True), (Mask(window=(64, 0)), True), (Mask(causal=False, window=(64, 64)), False)):
-        plan = plan_attention(Layout(docs, MeshShape(1, 8), "zigzag", mask), mask, 32, 8)
+        plan = plan_attention(Layout(docs, MeshShape(1, 8), "zigzag", mask), SHAPE, AttentionOptions(mask))
         assert ("joint" in plan.reason) == priced
 
 
 def test_a_slow_network_makes_it_overlap_and_a_fast_one_does_not() -> None:
     layout = Layout(Documents([65_536]), MeshShape(1, 8), "balanced")
-    assert plan_attention(layout, Mask(), 32, 8, machine=with_links(1e15)).schedule == "gather"
-    assert plan_attention(layout, Mask(), 32, 8, machine=with_links(50e9)).schedule == "ring"
+    assert plan_attention(layout, SHAPE, machine=with_links(1e15)).schedule == "gather"
+    assert plan_attention(layout, SHAPE, machine=with_links(50e9)).schedule == "ring"
     # A short document: the fixed cost of every transfer decides against many of them.
     layout = Layout(Documents([4096]), MeshShape(1, 8), "balanced")
-    plan = plan_attention(layout, Mask(), 32, 8, machine=with_links(1e15, latency=1e-3))
+    plan = plan_attention(layout, SHAPE, machine=with_links(1e15, latency=1e-3))
     assert len(plan.stages) == 2
 
 
 def test_a_limit_makes_more_stages_and_too_small_a_one_is_refused() -> None:
     layout = Layout(Documents([65_536]), MeshShape(1, 8), "balanced")
-    free = plan_attention(layout, Mask(), 32, 8)
-    shape = Shape(32, 8, 128, 128)
-    limit = buffer_bytes(free, shape) // 2
-    bounded = plan_attention(layout, Mask(), 32, 8, memory_limit=limit, head_chunks=1)
-    assert buffer_bytes(bounded, shape) <= limit
+    free = plan_attention(layout, SHAPE)
+    limit = buffer_bytes(free, SHAPE) // 2
+    bounded = plan_attention(layout, SHAPE, AttentionOptions(memory_limit=limit, head_chunks=1))
+    assert buffer_bytes(bounded, SHAPE) <= limit
     assert len((bounded.backward or bounded).stages) > len((free.backward or free).stages)
     assert "too large" in bounded.reason
     with pytest.raises(ValueError, match=r"memory_limit .* got 1000 bytes; the least that forward needs is \d+"):
-        plan_attention(layout, Mask(), 32, 8, memory_limit=1000)
+        plan_attention(layout, SHAPE, AttentionOptions(memory_limit=1000))
     with pytest.raises(ValueError, match=r"memory_limit .* the least that backward needs is \d+ \(gather\)"):
-        plan_attention(layout, Mask(), 32, 8, "gather", memory_limit=limit, head_chunks=1)
+        plan_attention(layout, SHAPE, AttentionOptions(scheme="gather", memory_limit=limit, head_chunks=1))
     with pytest.raises(ValueError, match="memory_limit must be None or a number of bytes >= 0, got -1"):
-        plan_attention(layout, Mask(), 32, 8, memory_limit=-1)
+        plan_attention(layout, SHAPE, AttentionOptions(memory_limit=-1))
 
 
 def test_without_a_limit_buffers_stay_in_proportion() -> None:
     layout = Layout(Documents([64 * 2048]), MeshShape(1, 64), "balanced")
-    plan = plan_attention(layout, Mask(), 32, 8)
+    plan = plan_attention(layout, SHAPE)
     for walked in (plan, plan.backward or plan):
         rows = [stage.rows for stage in walked.stages[1:]]
         assert max(a + b for a, b in zip(rows, [*rows[1:], 0], strict=True)) <= PAIR_SHARE * layout.tokens()
@@ -168,7 +171,9 @@ def mixed_case() -> tuple[Documents, Machine]:
 def test_passes_are_decided_apart_and_stay_exact() -> None:
     docs, machine = mixed_case()
     layouts = [Layout(docs, MeshShape(1, 3, 1, rank)) for rank in range(3)]
-    plans = [plan_attention(layout, Mask(), 2, 1, keep_keys=False, machine=machine) for layout in layouts]
+    plans = [
+        plan_attention(layout, Shape(2, 1, 128, 128), AttentionOptions(keep_keys=False), machine) for layout in layouts
+    ]
     assert all(plan.schedule == "gather" and plan.backward.schedule == "ring" for plan in plans)
     assert "backward:" in str(plans[0])
     generator = torch.Generator().manual_seed(0)

@@ -7,11 +7,12 @@ import torch
 
 from ringattn import Documents, Layout, Mask, MeshShape, parallel_attention
 from ringattn.parallel.machine.shipped import SHIPPED
+from ringattn.parallel.plan.plan import AttentionPlan
 from ringattn.parallel.plan.shape import Shape
 from ringattn.parallel.planning.all_ranks import plan_group
 from ringattn.parallel.planning.planner import plan_attention
 from ringattn.parallel.pricing.memory import buffer_bytes
-from ringattn.parallel.pricing.setting import PriceInputs
+from ringattn.settings import AttentionOptions
 from tests.dense import Case, dense_attention
 from tests.parallel.ranks import attend
 from tests.parallel.test_late import errors
@@ -70,7 +71,8 @@ def test_a_graph_computes_chunks_too() -> None:
 
 
 def planned(degrees: tuple[int, int], heads: tuple[int, int], **options: Any) -> int:
-    return plan_attention(Layout(DOCS, MeshShape(1, *degrees)), Mask(), *heads, **options).head_chunks
+    layout = Layout(DOCS, MeshShape(1, *degrees))
+    return plan_attention(layout, Shape(*heads, 128, 128), AttentionOptions(**options)).head_chunks
 
 
 def test_no_more_chunks_than_key_heads_part_into() -> None:
@@ -84,14 +86,14 @@ def test_no_more_chunks_than_key_heads_part_into() -> None:
 
 def test_the_reason_says_where_there_are_fewer_chunks_than_were_asked_for() -> None:
     for degrees, asked, told in (((1, 4), 4, "not in 4, as key heads do not part"), ((4, 1), 8, "heads in 8 chunks")):
-        reason = plan_attention(Layout(DOCS, MeshShape(1, *degrees)), Mask(), 32, 8, head_chunks=asked).reason
+        reason = plan_attention(Layout(DOCS, MeshShape(1, *degrees)), SHAPE, AttentionOptions(head_chunks=asked)).reason
         assert told in reason
 
 
 def test_wrong_numbers_of_chunks_are_refused() -> None:
-    layout, setting = Layout(DOCS, MeshShape(1, 2)), PriceInputs(SHIPPED["H200"], SHAPE)
+    layout = Layout(DOCS, MeshShape(1, 2))
     with pytest.raises(ValueError, match="head_chunks must be None or an integer >= 1, got 0"):
-        plan_group(layout.parts[0], Mask(), setting, head_chunks=0)
+        plan_group(layout.parts[0], SHAPE, AttentionOptions(head_chunks=0))
     with pytest.raises(ValueError, match="head_chunks must be None or an integer >= 1, got 0"):
         planned((2, 1), (4, 4), head_chunks=0)
     with pytest.raises(ValueError, match="head_groups and head_chunks must not both be above 1, got 2 and 4"):
@@ -101,33 +103,31 @@ def test_wrong_numbers_of_chunks_are_refused() -> None:
 @pytest.mark.parametrize("scheme", ["auto", "gather", "ring"])
 def test_a_limit_that_whole_heads_do_not_keep_is_kept_in_chunks(scheme: str) -> None:
     layout = Layout(Documents([200_000, 3000, 59_000]), MeshShape(1, 8))
-    setting = PriceInputs(SHIPPED["H200"].by_copy_engines(), SHAPE)
-    free = plan_group(layout.parts[0], Mask(), setting, scheme, memory_limit=2**34)
+
+    def planned(**options: Any) -> list[AttentionPlan]:
+        asked = AttentionOptions(scheme=scheme, **options)
+        return plan_group(layout.parts[0], SHAPE, asked, SHIPPED["H200"].by_copy_engines())
+
+    free = planned(memory_limit=2**34)
     assert {plan.head_chunks for plan in free} == {1}
-    least = [
-        max(
-            buffer_bytes(plan, SHAPE)
-            for plan in plan_group(layout.parts[0], Mask(), setting, scheme, head_chunks=chunks)
-        )
-        for chunks in (1, 2, 4, 8)
-    ]
+    least = [max(buffer_bytes(plan, SHAPE) for plan in planned(head_chunks=chunks)) for chunks in (1, 2, 4, 8)]
     assert least == sorted(least, reverse=True)
     assert least[-1] < 0.2 * least[0]
     limit = 3 * least[-1] // 2
-    tight = plan_group(layout.parts[0], Mask(), setting, scheme, memory_limit=limit)
+    tight = planned(memory_limit=limit)
     (chunks,) = {plan.head_chunks for plan in tight}
     assert chunks > 1
     assert max(buffer_bytes(plan, SHAPE) for plan in tight) <= limit
     assert f"heads in {chunks} chunks, one after another" in tight[0].reason
     with pytest.raises(ValueError, match="memory_limit must leave room for the buffers of a schedule, got 1000 bytes"):
-        plan_group(layout.parts[0], Mask(), setting, scheme, memory_limit=1000)
+        planned(memory_limit=1000)
 
 
 def test_keys_are_not_kept_beside_chunks_unless_they_are_asked_for() -> None:
     layout = Layout(Documents([30_000] + [1700] * 200), MeshShape(1, 8))
     asked: list[dict[str, Any]] = [{}, {"head_chunks": 2}, {"head_chunks": 2, "keep_keys": True}]
     asked.append({"head_chunks": 2, "memory_limit": 2**34})
-    assert [plan_attention(layout, Mask(), 32, 8, **options).keep_keys for options in asked] == [
+    assert [plan_attention(layout, SHAPE, AttentionOptions(**options)).keep_keys for options in asked] == [
         True,
         False,
         True,

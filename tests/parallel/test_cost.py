@@ -28,6 +28,7 @@ from ringattn.parallel.pricing.wire import exchange_seconds
 from ringattn.parallel.schedules import demand
 from ringattn.parallel.schedules.demand import KeyDemand
 from ringattn.parallel.schedules.schedule import candidates
+from ringattn.settings import AttentionOptions
 from tests.parallel.cases import documents, masks
 
 H200 = SHIPPED["H200"]
@@ -141,8 +142,8 @@ def plans_of(
 ) -> list[tuple[Layout, AttentionPlan]]:
     ring, ulysses = mesh
     layouts = [Layout(docs, MeshShape(1, ring, ulysses, rank), policy, mask) for rank in range(ring * ulysses)]
-    options: dict[str, Any] = {"machine": machine, "head_chunks": chunks}
-    return [(layout, plan_attention(layout, mask, 32, 8, scheme, stages, **options)) for layout in layouts]
+    options = AttentionOptions(mask, scheme=scheme, stages=stages, head_chunks=chunks)
+    return [(layout, plan_attention(layout, SHAPE, options, machine)) for layout in layouts]
 
 
 def pricer(layout: Layout, mask: Mask, machine: Machine = H200, chunks: int = 1) -> Pricer:
@@ -266,7 +267,7 @@ def test_more_stages_need_less_memory() -> None:
 def test_the_exchange_is_one_message_a_pass_each_way(ulysses: int, messages: tuple[int, int]) -> None:
     """With more ranks than key heads their gradients travel apart, in float32."""
     layout = Layout(Documents([65_536]), MeshShape(1, 1, ulysses, 1))
-    plan = plan_attention(layout, Mask(), 32, 8)
+    plan = plan_attention(layout, SHAPE)
     heads, keys = 32 // ulysses, max(1, 8 // ulysses)
     rows, sent = layout.tokens(), ulysses - 1
     there = rows * sent * (heads + 2 * keys) * 128 * 2
@@ -286,7 +287,7 @@ def test_the_exchange_is_one_message_a_pass_each_way(ulysses: int, messages: tup
 def test_no_pass_is_faster_than_its_launches() -> None:
     """Many short documents: the kernels wait for the host, however fast they are."""
     layout = Layout(Documents([40] * 400), MeshShape(1, 8), "zigzag")
-    plan = plan_attention(layout, Mask(), 32, 8, "gather")
+    plan = plan_attention(layout, SHAPE, AttentionOptions(scheme="gather"))
     slow = replace(H200, host_message=1e-3)
     messages = sum(len(stage.sends) + len(stage.receives) for stage in plan.stages)
     assert messages > 10
@@ -294,5 +295,5 @@ def test_no_pass_is_faster_than_its_launches() -> None:
         assert cost.seconds >= passes * messages * 1e-3
     quiet = replace(H200, host_pass=0.0, host_call=0.0, host_message=0.0)
     assert rank_cost(quiet, plan, SHAPE).forward.seconds < rank_cost(H200, plan, SHAPE).forward.seconds
-    long = plan_attention(Layout(Documents([262_144]), MeshShape(1, 8)), Mask(), 32, 8, "gather")
+    long = plan_attention(Layout(Documents([262_144]), MeshShape(1, 8)), SHAPE, AttentionOptions(scheme="gather"))
     assert rank_cost(quiet, long, SHAPE) == rank_cost(H200, long, SHAPE)

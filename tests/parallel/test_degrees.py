@@ -65,7 +65,7 @@ def test_degrees_are_priced_by_what_their_own_mesh_has() -> None:
     assert Layout(docs, replace(every[0], alternatives=every)).mesh.ulysses == 8
     assert Layout(docs, replace(every[0], alternatives=every), machine=slow).mesh.ulysses == 1  # asked for: for all
     parts = Layout(Documents([6000, 50]), replace(every[0], alternatives=every), parts=[((1, 8), [0]), ((8, 1), [1])])
-    reasons = [plan.reason for _, plan in plan_parts(parts, Mask(), 32, 8).parts]
+    reasons = [plan.reason for _, plan in plan_parts(parts, Shape(32, 8, 128, 128)).parts]
     assert [slow.name in reason for reason in reasons] == [False, True]
 
 

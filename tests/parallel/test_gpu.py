@@ -9,6 +9,7 @@ from ringattn.kernels.spec import CallSpec
 from ringattn.parallel.plan.shape import Shape
 from ringattn.parallel.planning.planner import plan_attention
 from ringattn.parallel.pricing.memory import StageRows
+from ringattn.settings import AttentionOptions
 from tests.dense import Case, dense_attention, relative_error
 from tests.parallel.ranks import attend, mesh_of
 from tests.pool import Pools
@@ -98,7 +99,9 @@ def extra_bytes(ring: int, scheme: str, chunks: int) -> tuple[int, int]:
     mesh = mesh_of(ring, 1, "cuda", "collective")
     layout = Layout(Documents([16384]), mesh, "zigzag")
     q, k, v = (torch.randn(layout.tokens(), 8, 128, dtype=torch.bfloat16, device="cuda") for _ in range(3))
-    plan = plan_attention(layout, Mask(), 8, 8, scheme, keep_keys=False, head_chunks=chunks)
+    plan = plan_attention(
+        layout, Shape(8, 8, 128, 128), AttentionOptions(scheme=scheme, keep_keys=False, head_chunks=chunks)
+    )
     for _ in range(2):
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()

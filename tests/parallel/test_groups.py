@@ -6,7 +6,9 @@ import torch
 from ringattn import Documents, Layout, Mask, MeshShape
 from ringattn.parallel.machine.shipped import SHIPPED
 from ringattn.parallel.plan.exchange import exchange_plan
+from ringattn.parallel.plan.shape import Shape
 from ringattn.parallel.planning.planner import plan_attention
+from ringattn.settings import AttentionOptions
 from tests.dense import Case, dense_attention
 from tests.parallel.ranks import attend, mesh_of
 from tests.parallel.test_choice import with_links
@@ -38,7 +40,7 @@ def test_groups_change_nothing(pool: Pools, heads: tuple[int, int], groups: int,
 
 def planned_groups(ulysses: int, heads: tuple[int, int], asked: int | None) -> int:
     layout = Layout(DOCS, mesh_of(1, ulysses))
-    exchange = plan_attention(layout, Mask(), *heads, head_groups=asked).exchange
+    exchange = plan_attention(layout, Shape(*heads, 128, 128), AttentionOptions(head_groups=asked)).exchange
     assert exchange is not None
     return exchange.groups
 
@@ -82,7 +84,7 @@ def test_heads_are_parted_where_that_is_predicted_to_be_faster() -> None:
     groups = {}
     for name, machine in (("fast", SHIPPED["H200"].by_copy_engines()), ("slow", with_links(20e9))):
         layout = Layout(Documents([65536]), MeshShape(1, 1, 8))
-        plan = plan_attention(layout, Mask(), 64, 16, machine=machine)
+        plan = plan_attention(layout, Shape(64, 16, 128, 128), machine=machine)
         assert plan.exchange is not None
         assert "heads in" in plan.reason
         groups[name] = plan.exchange.groups
@@ -92,4 +94,4 @@ def test_heads_are_parted_where_that_is_predicted_to_be_faster() -> None:
 def test_a_wrong_number_of_groups_is_refused() -> None:
     layout = Layout(DOCS, MeshShape(1, 1, 2))
     with pytest.raises(ValueError, match=r"head_groups must be None or an integer >= 1, got 0"):
-        plan_attention(layout, Mask(), 4, 4, head_groups=0)
+        plan_attention(layout, Shape(4, 4, 128, 128), AttentionOptions(head_groups=0))

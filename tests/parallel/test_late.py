@@ -5,7 +5,8 @@ import torch
 
 from ringattn import Documents, Layout, Mask, SequenceMesh
 from ringattn.parallel.execution.executor import run
-from ringattn.preparation import Settings, prepare
+from ringattn.preparation import prepare
+from ringattn.settings import AttentionOptions
 from tests.dense import Case, dense_attention, relative_error
 from tests.parallel.late import Late, late
 from tests.parallel.ranks import free_mesh, mesh_of
@@ -35,11 +36,11 @@ def errors_on(layout: Layout, case: Case, scheme: str, device: str) -> dict[str,
     mesh = layout.mesh
     assert isinstance(mesh, SequenceMesh)
     x = {name: tensor.to(mesh.device) for name, tensor in case.tensors().items()}
-    settings = Settings(mask=case.mask, scheme=scheme, return_lse=True, **case.options)
+    options = AttentionOptions(mask=case.mask, scheme=scheme, return_lse=True, **case.options)
     layers = []
     for _ in range(LAYERS):
         local = [layout.shard(x[name]).clone().requires_grad_() for name in ("q", "k", "v")]
-        jobs = late(prepare(*local, None, layout, settings))
+        jobs = late(prepare(*local, None, layout, options))
         out, lse = run(jobs, *local, None)
         layers.append((jobs, local, out, lse))
     for _, local, out, _ in reversed(layers):

@@ -28,7 +28,8 @@ from ringattn.parallel.schedules.demand import KeyDemand
 from ringattn.parallel.schedules.schedule import candidates
 from ringattn.parallel.transport.buffers import SMALLEST, half_bytes, message_buffers
 from ringattn.parallel.transport.protocol import Transport
-from ringattn.preparation import Settings, prepare
+from ringattn.preparation import prepare
+from ringattn.settings import AttentionOptions
 from tests.parallel.alive import most_alive, most_of_exchange
 from tests.parallel.cases import documents, masks
 from tests.parallel.ranks import mesh_of
@@ -72,7 +73,7 @@ def messages(ring: int, ulysses: int, heads: tuple[int, int], options: dict[str,
     (query, key), dims = heads, (8, 4)
     shapes = (query, dims[0]), (key, dims[0]), (key, dims[1])
     q, k, v = (torch.randn(layout.tokens(), *shape, dtype=torch.bfloat16, requires_grad=True) for shape in shapes)
-    (job,) = prepare(q, k, v, None, layout, Settings(backend="reference", **options))
+    (job,) = prepare(q, k, v, None, layout, AttentionOptions(backend="reference", **options))
     axes = {"ring": job.ring and Counting(job.ring), "ulysses": job.ulysses and Counting(job.ulysses)}
     out, _ = run([replace(job, **axes)], q, k, v, None)
     out.float().sum().backward()
@@ -109,10 +110,10 @@ def test_no_more_is_alive_than_is_stated(
 ) -> None:
     """Beside the lse, and what kernels hold themselves."""
     shape, machine = Shape(8, 8, 64, 32), H200.by_copy_engines(ring=engines)
-    options: dict[str, Any] = {"keep_keys": keep_keys, "wide_reduce": wide, "head_dim": 64, "value_dim": 32}
+    options = AttentionOptions(mask, scheme=scheme, keep_keys=keep_keys, wide_reduce=wide, head_chunks=chunks)
     for rank in range(4):
         layout = Layout(docs, MeshShape(1, 4, 1, rank), policy, mask)
-        plan = plan_attention(layout, mask, 8, 8, scheme, machine=machine, head_chunks=chunks, **options)
+        plan = plan_attention(layout, shape, options, machine)
         rows, own = StageRows.of(plan), plan.own(shape)
         forward, backward = most_alive(plan, shape)
         lse = 4 * own.query_heads * plan.rows
@@ -125,13 +126,14 @@ def test_an_exchange_lets_go_of_what_it_has_computed_from(engines: bool) -> None
     """Of a token, inputs, results and gradients are 160 heads. Beside them q, k, v and out of the position's tokens are
     kept, 80. Last, gradients have come, 48, to be put in their places, and NCCL's message is still there, 48."""
     machine = H200.by_copy_engines(ulysses=engines)
-    plan = plan_attention(Layout(Documents([16_000]), MeshShape(1, 1, 2)), Mask(), 32, 8, machine=machine)
+    plan = plan_attention(Layout(Documents([16_000]), MeshShape(1, 1, 2)), SHAPE, machine=machine)
     found = most_of_exchange(plan, SHAPE)
     assert found == pytest.approx((160 + 80 + 48 + (0 if engines else 48)) / 160, abs=0.01)
 
 
 def planned(degrees: tuple[int, int], machine: Any, scheme: str = "auto", **options: Any) -> AttentionPlan:
-    return plan_attention(Layout(PACKED, MeshShape(1, *degrees)), Mask(), 32, 8, scheme, machine=machine, **options)
+    layout = Layout(PACKED, MeshShape(1, *degrees))
+    return plan_attention(layout, SHAPE, AttentionOptions(scheme=scheme, **options), machine)
 
 
 @pytest.mark.parametrize(
@@ -154,7 +156,7 @@ def test_message_buffers_are_counted_where_engines_copy_and_only_there(degrees: 
 
 def test_what_sends_nothing_needs_no_message_buffers() -> None:
     layout = Layout(Documents([100] * 8), MeshShape(1, 2), "balanced")
-    plan = plan_attention(layout, Mask(), 32, 8, "gather", machine=COPY)
+    plan = plan_attention(layout, SHAPE, AttentionOptions(scheme="gather"), COPY)
     assert plan.sent_rows == plan.received_rows == 0
     assert buffer_bytes(plan, SHAPE) == 0
 
@@ -180,9 +182,9 @@ def test_no_rank_needs_more_than_all_reckon_with(
 ) -> None:
     machine = H200.by_copy_engines(*axes)
     layout = Layout(docs, MeshShape(1, *degrees), "contiguous", mask)
-    setting = PriceInputs(machine, SHAPE, keep_keys=keep_keys, wide_reduce=wide).on(layout.parts[0])
     with contextlib.suppress(ValueError):  # the limit is too small
-        plans = plan_group(layout.parts[0], mask, setting, memory_limit=limit)
+        options = AttentionOptions(mask, keep_keys=keep_keys, wide_reduce=wide, memory_limit=limit)
+        plans = plan_group(layout.parts[0], SHAPE, options, machine)
         for plan in plans:
             assert limit is None or buffer_bytes(plan, SHAPE) <= limit
 
@@ -193,7 +195,8 @@ def test_no_rank_needs_more_than_all_reckon_with(
 def test_prices_state_what_plans_do(scheme: str, keep_keys: bool, chunks: int) -> None:
     layout = Layout(PACKED, MeshShape(1, 4, 2))
     setting = PriceInputs(COPY, SHAPE, keep_keys=keep_keys, head_chunks=chunks).on(layout.parts[0])
-    plans = plan_group(layout.parts[0], Mask(), setting, scheme, head_chunks=chunks)
+    options = AttentionOptions(scheme=scheme, keep_keys=keep_keys, head_chunks=chunks)
+    plans = plan_group(layout.parts[0], SHAPE, options, COPY)
     assert {plan.head_chunks for plan in plans} == {chunks}
     stated = max(buffer_bytes(plan, SHAPE) for plan in plans)
     pricer = Pricer(KeyDemand.of(PieceTable.of(layout.parts[0], Mask()), Mask().band), setting)
@@ -203,18 +206,19 @@ def test_prices_state_what_plans_do(scheme: str, keep_keys: bool, chunks: int) -
 
 def test_a_limit_counts_message_buffers() -> None:
     layouts = [Layout(Documents([65_536]), MeshShape(1, 8, 1, rank), "balanced") for rank in range(8)]
-    layout, options = layouts[0], dict[str, Any](keep_keys=False, head_chunks=1)
+    options = AttentionOptions(scheme="gather", keep_keys=False, head_chunks=1)
 
     def most(machine: Machine) -> int:
-        plans = [plan_attention(one, Mask(), 32, 8, "gather", machine=machine, **options) for one in layouts]
+        plans = [plan_attention(layout, SHAPE, options, machine) for layout in layouts]
         return max(buffer_bytes(plan, SHAPE) for plan in plans)
 
     limit, stated = most(H200), most(COPY)
-    plan_attention(layout, Mask(), 32, 8, "gather", machine=H200, memory_limit=limit + 2**21, **options)
+    tight = options._replace(memory_limit=limit + 2**21)
+    plan_attention(layouts[0], SHAPE, tight, H200)
     with pytest.raises(ValueError, match="memory_limit must leave room"):
-        plan_attention(layout, Mask(), 32, 8, "gather", machine=COPY, memory_limit=limit + 2**21, **options)
+        plan_attention(layouts[0], SHAPE, tight, COPY)
     assert stated > limit + 2**21
-    plan_attention(layout, Mask(), 32, 8, "gather", machine=COPY, memory_limit=stated + 2**21, **options)
+    plan_attention(layouts[0], SHAPE, options._replace(memory_limit=stated + 2**21), COPY)
 
 
 def test_messages_of_engines_are_no_other_memory() -> None:
@@ -229,8 +233,8 @@ def test_the_message_buffers_of_one_pass_are_there_in_the_other() -> None:
     """Each pass alone keeps the limit, but not the one with the messages of the other: one schedule does both."""
     machine = with_links(834e9).by_copy_engines()
     layouts = [Layout(Documents([7260]), MeshShape(1, 4, 1, rank), "contiguous") for rank in range(4)]
-    options: dict[str, Any] = {"machine": machine, "keep_keys": False, "memory_limit": 160 << 20, "head_chunks": 1}
-    plans = [plan_attention(layout, Mask(), 32, 8, **options) for layout in layouts]
+    options = AttentionOptions(keep_keys=False, memory_limit=160 << 20, head_chunks=1)
+    plans = [plan_attention(layout, SHAPE, options, machine) for layout in layouts]
     assert all(plan.backward is None and "both passes" in plan.reason for plan in plans)
     assert max(buffer_bytes(plan, SHAPE) for plan in plans) <= 160 << 20
 
@@ -246,7 +250,7 @@ def held(ring: int, ulysses: int) -> list[tuple[int, int]]:
     )
     parallel_attention(q, k, v, layout).sum().backward()
     torch.cuda.synchronize()
-    plan = plan_attention(layout, Mask(), 8, 4)
+    plan = plan_attention(layout, Shape(8, 4, 128, 128))
     assert plan.engines == ("ring", "ulysses")
     stated = largest_messages(plan, Shape(8, 4, 128, 128))
     axes = {"ring": mesh.ring_transport} if ring > 1 else {"ulysses": mesh.ulysses_transport}
@@ -263,7 +267,9 @@ def test_engines_hold_what_is_stated(pool: Pools, degrees: tuple[int, int]) -> N
 def test_sums_of_copied_heads_are_counted() -> None:
     """Gradients of a key head on several ranks are sums of all rows, and lie in a message once more."""
     layout = Layout(Documents([5000, 300]), MeshShape(1, 1, 8))
-    wide, narrow = (plan_attention(layout, Mask(), 8, 2, wide_reduce=wide) for wide in (True, False))
+    wide, narrow = (
+        plan_attention(layout, Shape(8, 2, 128, 128), AttentionOptions(wide_reduce=wide)) for wide in (True, False)
+    )
     shape = Shape(8, 2, 128, 128)
     own = shape.share(wide.exchange)
     assert buffer_bytes(wide, shape) - buffer_bytes(narrow, shape) == 2 * wide.rows * own.wide_key_row_bytes

@@ -25,6 +25,7 @@ from ringattn.parallel.planning.planner import plan_attention, plan_parts
 from ringattn.parallel.pricing.memory import buffer_bytes
 from ringattn.parallel.pricing.price import Price, together
 from ringattn.parallel.schedules.schedule import Schedule
+from ringattn.settings import AttentionOptions
 from tests.dense import Case
 from tests.features.test_compiled import compiled_and_not
 from tests.parallel.cases import HEADS, MASKS, documents, masks
@@ -32,6 +33,8 @@ from tests.parallel.ranks import attend_on, free_mesh
 from tests.parallel.test_attention import assert_close
 from tests.parallel.test_placement import area, assert_every_token_once
 from tests.pool import Pools
+
+SHAPE = Shape(32, 8, 128, 128)
 
 H200 = SHIPPED["H200"].by_copy_engines()
 reuse_pool = settings(suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow], deadline=None)
@@ -124,7 +127,7 @@ def test_a_mixture_beats_gather_and_ulysses_where_a_pack_mixes_both() -> None:
             layout.mesh.alternatives,
             lambda mesh, docs=docs: Layout(docs, mesh).parts[0],
             ((Mask(), 1.0),),
-            Shape(32, 8, 128, 128),
+            SHAPE,
             H200,
             lambda parts, docs=docs: Layout(docs, free_shape(8), parts=parts).parts,
         )
@@ -141,9 +144,7 @@ def test_several_nodes_exchange_inside_each() -> None:
 
 def seconds_of(docs: Documents, degrees: tuple[int, int]) -> float:
     (mesh,) = [mesh for mesh in free_shape(8).alternatives if (mesh.ring, mesh.ulysses) == degrees]
-    return choose_degrees(
-        [mesh], lambda mesh: Layout(docs, mesh).parts[0], ((Mask(), 1.0),), Shape(32, 8, 128, 128), H200
-    ).seconds
+    return choose_degrees([mesh], lambda mesh: Layout(docs, mesh).parts[0], ((Mask(), 1.0),), SHAPE, H200).seconds
 
 
 @pytest.mark.parametrize("lengths", [[262_144], [300] * 40, [0, 0], []])
@@ -160,11 +161,11 @@ def test_a_policy_that_was_asked_for_is_kept() -> None:
 def test_every_rank_plans_the_same() -> None:
     docs = workload("hist256k", 3).docs
     layouts = [Layout(docs, free_shape(8, rank)) for rank in range(8)]
-    plans = [plan_parts(layout, Mask(), 32, 8) for layout in layouts]
+    plans = [plan_parts(layout, SHAPE) for layout in layouts]
     assert len({layout.reason for layout in layouts}) == 1
     assert len({common_digest(plan, layout) for plan, layout in zip(plans, layouts, strict=True)}) == 1
     for layout, plan in zip(layouts, plans, strict=True):
-        assert plan is plan_parts(layout, Mask(), 32, 8)
+        assert plan is plan_parts(layout, SHAPE)
         assert [rows for rows, _ in plan.parts] == [
             (0, layout.parts[0].tokens(layout.mesh.sequence_rank)),
             (layout.parts[0].tokens(layout.mesh.sequence_rank), layout.tokens()),
@@ -175,11 +176,10 @@ def test_every_rank_plans_the_same() -> None:
 
 def test_the_memory_of_all_parts_is_limited() -> None:
     layout = Layout(workload("hist256k", 3).docs, free_shape(8))
-    shape = Shape(32, 8, 128, 128)
-    needed = [buffer_bytes(plan, shape) for _, plan in plan_parts(layout, Mask(), 32, 8).parts]
-    plan_parts(layout, Mask(), 32, 8, memory_limit=2 * sum(needed))
+    needed = [buffer_bytes(plan, SHAPE) for _, plan in plan_parts(layout, SHAPE).parts]
+    plan_parts(layout, SHAPE, AttentionOptions(memory_limit=2 * sum(needed)))
     with pytest.raises(ValueError, match=r"memory_limit=\d+ for all parts"):
-        plan_parts(layout, Mask(), 32, 8, memory_limit=needed[0] + 2**16)
+        plan_parts(layout, SHAPE, AttentionOptions(memory_limit=needed[0] + 2**16))
 
 
 def test_wrong_parts_are_named() -> None:
@@ -196,9 +196,9 @@ def test_wrong_parts_are_named() -> None:
         Layout(docs, free_shape(2), parts=[((2, 1), [0, 1, 2])], speeds=[1.0, 2.0])
     layout = Layout(docs, free_shape(2), parts=[((2, 1), [1, 2]), ((1, 2), [0])])
     with pytest.raises(ValueError, match='scheme must be "auto"'):
-        plan_parts(layout, Mask(), 4, 2, "ring")
+        plan_parts(layout, Shape(4, 2, 128, 128), AttentionOptions(scheme="ring"))
     with pytest.raises(ValueError, match="plan_parts plans each of its 2 parts"):
-        plan_attention(layout, Mask(), 4, 2)
+        plan_attention(layout, Shape(4, 2, 128, 128))
 
 
 def indices_of(part: Placement, rank: int) -> torch.Tensor:

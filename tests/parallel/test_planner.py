@@ -13,11 +13,14 @@ from ringattn import Documents, Layout, Mask, MeshShape
 from ringattn.kernels.backends.reference import allowed_pairs
 from ringattn.parallel.placement.pieces import TILE, inner_rows
 from ringattn.parallel.plan.plan import AttentionPlan
+from ringattn.parallel.plan.shape import Shape
 from ringattn.parallel.planning.planner import plan_attention, plan_parts
 from ringattn.parallel.schedules import demand
+from ringattn.settings import AttentionOptions
 from tests.parallel.cases import documents, masks
 from tests.parallel.test_choice import with_links
 
+SHAPE = Shape(4, 2, 128, 128)
 SLOW = with_links(1e9)  # the choice depends on what must travel
 
 
@@ -28,7 +31,8 @@ def plans_of(
     out = []
     for rank in range(ring):
         layout = Layout(docs, MeshShape(1, ring, 1, rank), policy, mask)
-        plan = plan_attention(layout, mask, 4, 2, scheme, stages, machine=SLOW if scheme == "auto" else None)
+        options = AttentionOptions(mask, scheme=scheme, stages=stages)
+        plan = plan_attention(layout, SHAPE, options, SLOW if scheme == "auto" else None)
         out.append((layout, plan.backward or plan if backward else plan))
     return out
 
@@ -202,7 +206,7 @@ def test_packed_documents_need_few_calls_and_messages() -> None:
 
 def test_a_plan_prints_what_it_does() -> None:
     layout = Layout(Documents([1000, 40, 700]), MeshShape(1, 2, 2, 1))
-    text = str(plan_attention(layout, Mask(window=(100, 0)), 6, 2))
+    text = str(plan_attention(layout, Shape(6, 2, 128, 128), AttentionOptions(Mask(window=(100, 0)))))
     for words in (
         "ring position 0 of 2",
         "exchange",
@@ -217,8 +221,8 @@ def test_a_plan_prints_what_it_does() -> None:
 
 def test_plans_are_kept_with_the_layout() -> None:
     layout = Layout(Documents([100, 30]), MeshShape(1, 2))
-    assert plan_attention(layout, Mask(), 4, 2) is plan_attention(layout, Mask(), 4, 2)
-    assert plan_attention(layout, Mask(), 4, 2) is not plan_attention(layout, Mask(window=(3, 0)), 4, 2)
+    assert plan_attention(layout, SHAPE) is plan_attention(layout, SHAPE)
+    assert plan_attention(layout, SHAPE) is not plan_attention(layout, SHAPE, AttentionOptions(Mask(window=(3, 0))))
 
 
 @pytest.mark.parametrize(
@@ -234,7 +238,7 @@ def test_plans_are_kept_with_the_layout() -> None:
 )
 def test_refusals_name_the_numbers(shape: MeshShape, scheme: str, stages: int | None, words: list[str]) -> None:
     with pytest.raises(ValueError, match=words[0]) as error:
-        plan_attention(Layout(Documents([64]), shape), Mask(), 4, 2, scheme, stages)
+        plan_attention(Layout(Documents([64]), shape), SHAPE, AttentionOptions(scheme=scheme, stages=stages))
     assert all(word in str(error.value) for word in words)
 
 
@@ -244,7 +248,7 @@ def test_planning_a_thousand_documents_on_64_ranks_is_quick() -> None:
     best = float("inf")
     for rank in (0, 31, 63):
         begin = time.perf_counter()
-        plan_attention(Layout(Documents(lengths), MeshShape(1, 64, 1, rank)), Mask(), 32, 8)
+        plan_attention(Layout(Documents(lengths), MeshShape(1, 64, 1, rank)), Shape(32, 8, 128, 128))
         best = min(best, time.perf_counter() - begin)
     assert best < 0.5
 
@@ -275,7 +279,7 @@ def test_inner_rows_see_no_key_outside_of_their_piece(
 
 def test_a_window_waits_for_its_edges_only() -> None:
     layout = Layout(Documents([40_000]), MeshShape(1, 4, 1, 1), "contiguous")
-    plan = plan_attention(layout, Mask(window=(1000, 0)), 4, 2, "gather")
+    plan = plan_attention(layout, SHAPE, AttentionOptions(Mask(window=(1000, 0)), scheme="gather"))
     (local,), (edge,) = plan.stages[0].calls, plan.stages[1].calls
     assert local.q == (1024, 10_000)
     assert edge.q == (0, 1024)
@@ -285,9 +289,23 @@ def test_a_window_waits_for_its_edges_only() -> None:
 
 def test_the_plan_of_a_layout_that_is_not_parted_is_its_only_part() -> None:
     layout = Layout(Documents([100, 30]), MeshShape(1, 2))
-    for asked in ((4, 2), (4, 2, "ring", 2, True, False)):
-        for options in ({}, {"head_dim": 64, "itemsize": 4, "memory_limit": 2**30}):
-            parted = plan_parts(layout, Mask(), *asked, **options)
-            assert plan_attention(layout, Mask(), *asked, **options) is parted.parts[0][1]
-    with pytest.raises(TypeError, match="memory_limits"):
-        plan_attention(layout, Mask(), 4, 2, memory_limits=1)
+    for shape in (SHAPE, Shape(4, 2, 64, 64, itemsize=4)):
+        for options in (
+            AttentionOptions(),
+            AttentionOptions(memory_limit=2**30),
+            AttentionOptions(scheme="ring", stages=2, keep_keys=True, wide_reduce=False),
+        ):
+            parted = plan_parts(layout, shape, options)
+            assert plan_attention(layout, shape, options) is parted.parts[0][1]
+
+
+def test_a_plan_serves_all_options_that_it_does_not_depend_on() -> None:
+    """Layers of a model may differ in them, and planning takes time."""
+    layout = Layout(Documents([100, 30]), MeshShape(1, 2))
+    plan = plan_attention(layout, SHAPE)
+    others = {"softmax_scale": 0.5, "softcap": 30.0, "dropout_p": 0.1, "dropout_seed": 1, "return_lse": True}
+    others |= {"deterministic": True, "backend": "reference"}
+    for name, value in others.items():
+        assert plan_attention(layout, SHAPE, AttentionOptions(**{name: value})) is plan
+    for name, value in {"scheme": "gather", "keep_keys": True, "wide_reduce": False, "memory_limit": 2**30}.items():
+        assert plan_attention(layout, SHAPE, AttentionOptions(**{name: value})) is not plan

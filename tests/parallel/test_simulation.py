@@ -18,9 +18,9 @@ from ringattn.parallel.plan.shape import Shape
 from ringattn.parallel.planning.all_ranks import plan_group
 from ringattn.parallel.planning.planner import plan_attention
 from ringattn.parallel.pricing.plan_cost import plan_cost, rank_cost
-from ringattn.parallel.pricing.setting import PriceInputs
 from ringattn.parallel.simulation.simulate import Pass, Scenario, simulate
 from ringattn.parallel.simulation.traffic import Traffic
+from ringattn.settings import AttentionOptions
 
 # A call takes a second, a byte a second, a batch half a second; copies and merges are free.
 SIMPLE = Machine(
@@ -152,8 +152,8 @@ SCHEMES = st.sampled_from(["auto", "gather", "joint", "ring"])
 def group(lengths, mesh, scheme="auto", mask=Mask(), machine=SIMPLE, chunks=1):
     ring, ulysses = mesh
     layout = Layout(Documents(lengths), MeshShape(1, ring, ulysses), mask=mask)
-    setting = PriceInputs(machine, SHAPE).on(layout.parts[0])
-    return plan_group(layout.parts[0], mask, setting, scheme if ring > 1 else "auto", head_chunks=chunks)
+    options = AttentionOptions(mask, scheme=scheme if ring > 1 else "auto", head_chunks=chunks)
+    return plan_group(layout.parts[0], SHAPE, options, machine)
 
 
 @settings(max_examples=40, deadline=None)
@@ -165,7 +165,7 @@ def test_the_group_is_what_every_rank_plans(lengths, mesh, scheme, mask):
     for rank, plan in enumerate(plans):
         layout = Layout(Documents(lengths), MeshShape(1, ring, ulysses, rank), mask=mask)
         asked = scheme if ring > 1 else "auto"
-        assert plan == plan_attention(layout, mask, 4, 2, asked, head_dim=1, machine=SIMPLE)
+        assert plan == plan_attention(layout, Shape(4, 2, 1, 1), AttentionOptions(mask, scheme=asked), SIMPLE)
 
 
 @settings(max_examples=40, deadline=None)
@@ -259,7 +259,10 @@ def test_what_kernels_pull_is_waited_for():
     machine, shape = SHIPPED["H200"].by_copy_engines().captured(), Shape(32, 8, 128, 128)
     layouts = [Layout(Documents([4096] * 3 + [1000] * 2), MeshShape(1, 2, 1, rank), "balanced") for rank in range(2)]
     for scheme in ("gather", "joint"):
-        plans = [plan_attention(layout, Mask(), 32, 8, scheme, machine=machine) for layout in layouts]
+        plans = [
+            plan_attention(layout, Shape(32, 8, 128, 128), AttentionOptions(scheme=scheme), machine)
+            for layout in layouts
+        ]
         for backward in (False, True):
             priced = max(
                 getattr(rank_cost(machine, plan, shape), "backward" if backward else "forward").seconds

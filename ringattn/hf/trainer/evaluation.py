@@ -23,7 +23,7 @@ class Tally:
         self.totals = torch.zeros(3, dtype=torch.float64, device=self.mesh.device)  # loss sum, targets, rows
 
     def add(self, loss: Tensor, batch: Mapping[str, Any]) -> None:
-        """A batch of each replica; `loss` is the mean over their targets. Collective over replicas."""
+        """Count a batch of each replica; `loss` is the mean over their targets. Collective over replicas."""
         labels = batch["labels"]
         rows = 0 if isinstance(batch, Idle) else len(torch.atleast_2d(labels))
         targets = count_targets(batch)
@@ -36,7 +36,7 @@ class Tally:
 
     @property
     def mean(self) -> float:
-        """Over all targets; NaN without any."""
+        """The mean loss over all targets; NaN without any."""
         return float(self.totals[0] / self.totals[1]) if self.totals[1] else float("nan")
 
     @property
@@ -44,7 +44,7 @@ class Tally:
         return int(self.totals[2])
 
     def correct_speed(self, logs: dict[str, float]) -> None:
-        """Steps a second: the stock Trainer takes all ranks for replicas."""
+        """Put the right number of steps a second into `logs`: the stock Trainer takes all ranks for replicas."""
         rate, seconds = (f"{self.prefix}_{name}" for name in ("steps_per_second", "runtime"))
         if self.prefix and logs.get(seconds) and rate in logs:
             logs[rate] = round(self.steps / logs[seconds], 3)

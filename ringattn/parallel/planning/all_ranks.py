@@ -2,36 +2,28 @@
 
 from dataclasses import replace
 
-from ringattn.mask import Mask
+from ringattn.parallel.machine.machine import Machine
 from ringattn.parallel.placement.pieces import PieceTable
 from ringattn.parallel.placement.placement import Placement
 from ringattn.parallel.plan.plan import AttentionPlan
-from ringattn.parallel.planning.options import check_heads, check_scheme
-from ringattn.parallel.planning.planner import chosen, only, plan_exchange, settled
-from ringattn.parallel.pricing.setting import PriceInputs
-from ringattn.parallel.schedules.schedule import Schedule, candidates, plan_stages
+from ringattn.parallel.plan.shape import Shape
+from ringattn.parallel.planning.options import check_scheme
+from ringattn.parallel.planning.planner import chosen, plan_exchange, settled
+from ringattn.parallel.schedules.schedule import Schedule, plan_stages
+from ringattn.settings import AttentionOptions
 
 
 def plan_group(
-    placement: Placement,
-    mask: Mask,
-    setting: PriceInputs,
-    scheme: str = "auto",
-    stages: int | None = None,
-    memory_limit: int | None = None,
-    head_groups: int | None = None,
-    head_chunks: int | None = None,
+    placement: Placement, shape: Shape, options: AttentionOptions = AttentionOptions(), machine: Machine | None = None
 ) -> list[AttentionPlan]:
     """What `plan_attention` plans on each sequence rank of one part of a layout, by rank.
 
     The pieces are looked up and the schedule is chosen once for all; ulysses ranks of a position share its stages.
     """
     mesh = placement.mesh
-    check_scheme(scheme, mesh, stages)
-    check_heads(head_groups, head_chunks)
-    held = PieceTable.of(placement, mask)
-    options = candidates(mesh.ring, scheme, stages)
-    pricer, choice = chosen(placement, mask, setting, options, memory_limit, head_chunks)
+    check_scheme(options, mesh)
+    held = PieceTable.of(placement, options.mask)
+    pricer, choice = chosen(placement, shape, options, machine)
 
     def planned(position: int, one: Schedule) -> AttentionPlan:
         return settled(plan_stages(held, pricer.demand, position, one), pricer.setting, choice.keep_keys)
@@ -41,8 +33,7 @@ def plan_group(
         forward = planned(position, choice.forward)
         backward = None if choice.backward == choice.forward else planned(position, choice.backward)
         for rank in range(mesh.ulysses):
-            exchange, why = plan_exchange(placement, pricer.setting, position, rank, forward, head_groups)
+            exchange, why = plan_exchange(placement, pricer.setting, position, rank, forward, options.head_groups)
             last = None if backward is None else replace(backward, exchange=exchange)
-            reason = only(mesh, options) + choice.reason + why
-            plans.append(replace(forward, exchange=exchange, backward=last, reason=reason))
+            plans.append(replace(forward, exchange=exchange, backward=last, reason=choice.reason + why))
     return plans

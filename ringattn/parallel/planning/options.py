@@ -1,14 +1,19 @@
-"""What may be asked of a plan, checked."""
+"""Which options a mesh can run."""
 
 from ringattn.parallel.mesh.shape import MeshShape
+from ringattn.settings import AttentionOptions
 
-SCHEMES = ("auto", "ring", "ulysses", "hybrid", "gather", "joint")
 
+def check_scheme(options: AttentionOptions, mesh: MeshShape, parts: int = 1) -> None:
+    """Check options, by themselves and for the axes of a mesh.
 
-def check_scheme(scheme: str, mesh: MeshShape, stages: int | None = None, parts: int = 1) -> None:
-    """Raises ValueError, with the degrees, if `scheme` cannot run on the axes of `mesh`, or in several parts."""
-    if scheme not in SCHEMES:
-        raise ValueError(f"scheme must be one of {', '.join(SCHEMES)}, got {scheme!r}")
+    Arguments:
+        parts: of the layout, each with a mesh of its own.
+
+    Raises ValueError naming the argument, for a scheme with the degrees of the mesh.
+    """
+    options.check()
+    scheme = options.scheme
     if parts > 1 and scheme != "auto":
         raise ValueError(f'scheme must be "auto" where documents are on several meshes ({parts} parts), got "{scheme}"')
     degrees = f"the mesh has ring={mesh.ring} and ulysses={mesh.ulysses}"
@@ -19,17 +24,3 @@ def check_scheme(scheme: str, mesh: MeshShape, stages: int | None = None, parts:
             raise ValueError(f'scheme="ulysses" needs ring = 1; {degrees}: use "hybrid"')
         if scheme == "hybrid" and 1 in (mesh.ring, mesh.ulysses):
             raise ValueError(f'scheme="hybrid" needs ring > 1 and ulysses > 1; {degrees}')
-    if stages is not None:
-        if not isinstance(stages, int) or stages < 2:
-            raise ValueError(f"stages must be an integer >= 2 (the local one and at least one cast), got {stages!r}")
-        if scheme != "ring":
-            raise ValueError(f'stages belongs to scheme="ring", got stages={stages} with scheme="{scheme}"')
-
-
-def check_heads(head_groups: int | None, head_chunks: int | None) -> None:
-    """Raises ValueError for wrong numbers."""
-    for name, value in (("head_groups", head_groups), ("head_chunks", head_chunks)):
-        if value is not None and (not isinstance(value, int) or value < 1):
-            raise ValueError(f"{name} must be None or an integer >= 1, got {value!r}")
-    if min(head_groups or 1, head_chunks or 1) > 1:
-        raise ValueError(f"head_groups and head_chunks must not both be above 1, got {head_groups} and {head_chunks}")

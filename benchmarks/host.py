@@ -34,7 +34,7 @@ from ringattn import Documents, Layout, parallel_attention
 from ringattn.kernels import registry, selftest
 from ringattn.kernels.backends.fa3 import FlashAttention3
 from ringattn.kernels.backends.fa4 import FlashAttention4
-from ringattn.kernels.spec import Backend, Block, Call, Capability, Grads, Options, Sum
+from ringattn.kernels.spec import Backend, Block, Call, Capability, Grads, Options, SavedCall, Sum
 from ringattn.parallel.mesh.mesh import SequenceMesh
 from ringattn.parallel.plan.route import Route
 
@@ -203,7 +203,7 @@ def wrappers() -> dict[str, list[float]]:
     plain, summed = Grads(q, k, v), Grads(q, k, v, (sums[0], sums[1], sums[2]))
 
     def backward(backend: Backend, grads: Grads) -> Callable[[], None]:
-        return lambda: backend.backward(dout, q, k, v, out, lse, call, options, grads)
+        return lambda: backend.backward(dout, SavedCall(q, k, v, out, lse, call, options), grads)
 
     found = {}
     with no_packages():

@@ -4,15 +4,18 @@ Versions and lists do not tell: FlashAttention 4 (4.0.0b36) computes gradients a
 wrong, and none of its documents says so.
 """
 
+from collections.abc import Callable
 from dataclasses import replace
 from math import nan
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
 
 from ringattn.kernels.backends.reference import Reference
-from ringattn.kernels.spec import Backend, Block, Call, CallSpec, Dropout, Grads, Options, Sum
+from ringattn.kernels.spec import Backend, Block, Call, CallSpec, Dropout, Grads, Options, SavedCall, Sum
+
+T = TypeVar("T")
 
 # Documents of the case: queries and keys of each block. Unequal lengths, single tokens and several kernel tiles.
 LENGTHS = ((150, 150), (1, 1), (40, 170), (1, 33))
@@ -57,24 +60,26 @@ def failure(backend: Backend, spec: CallSpec) -> str | None:
     """Why the backend is wrong for the signature of `spec`, or None. Computed once per process and kept."""
     if backend.name == "reference":
         return None
-    signature = _signature(spec)
-    key = backend.name, signature
-    if key not in _results:
-        with torch.random.fork_rng(devices=[]), torch.no_grad(), torch.autocast(spec.device, enabled=False):
-            _results[key] = _run(backend, signature)
-    return _results[key]
+    return _kept_result(_results, _run, backend, spec)
 
 
 def adds(backend: Backend, spec: CallSpec) -> bool:
     """Whether the backend declares that it adds gradients to sums, and does it right for the signature of `spec`."""
     if not backend.capability.adds or backend.name == "reference":
         return backend.capability.adds
+    return _kept_result(_sums, _adds_right, backend, spec)
+
+
+def _kept_result(
+    results: dict[tuple[str, Signature], T], test: Callable[[Backend, Signature], T], backend: Backend, spec: CallSpec
+) -> T:
+    """What a test found, run once: whatever the caller's random state, autocast and gradients are, they stay."""
     signature = _signature(spec)
     key = backend.name, signature
-    if key not in _sums:
+    if key not in results:
         with torch.random.fork_rng(devices=[]), torch.no_grad(), torch.autocast(spec.device, enabled=False):
-            _sums[key] = _adds_right(backend, signature)
-    return _sums[key]
+            results[key] = test(backend, signature)
+    return results[key]
 
 
 def forget() -> None:
@@ -148,11 +153,11 @@ def _added_right(backend: Backend, signature: Signature, call: Call) -> bool:
     out = torch.empty_like(dout)
     lse = backend.forward(q, k, v, call, options, out)
     written = Grads(torch.zeros_like(q), torch.zeros_like(k), torch.zeros_like(v))
-    backend.backward(dout, q, k, v, out, lse, call, options, written)
+    backend.backward(dout, SavedCall(q, k, v, out, lse, call, options), written)
     for fresh in (False, True):
         sums = _sum(q, fresh), _sum(k, fresh), _sum(v, fresh)
         got = Grads(torch.zeros_like(q), torch.zeros_like(k), torch.zeros_like(v), sums)
-        backend.backward(dout, q, k, v, out, lse, call, options, got)
+        backend.backward(dout, SavedCall(q, k, v, out, lse, call, options), got)
         for target, total, right in zip(got.tensors, sums, written.tensors, strict=True):
             whole = target.float()
             whole[slice(*total.rows)] = total.wide if fresh else total.wide - 1.0
@@ -181,7 +186,7 @@ def _both_ways(backend: Backend, tensors: list[Tensor], call: Call, options: Opt
     out = torch.empty_like(dout)
     lse = backend.forward(q, k, v, call, options, out)
     grads = Grads(torch.empty_like(q), torch.empty_like(k), torch.empty_like(v))
-    backend.backward(dout, q, k, v, out, lse, call, options, grads)
+    backend.backward(dout, SavedCall(q, k, v, out, lse, call, options), grads)
     return {"out": out, "lse": lse, "dq": grads.dq, "dk": grads.dk, "dv": grads.dv}
 
 

@@ -22,9 +22,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from ringattn.kept import kept
 from ringattn.kernels.backends.reference import is_kept, row_hashes
+from ringattn.kernels.backends.rows import as_batch, from_batch
 from ringattn.kernels.merge import finite_lse
-from ringattn.kernels.spec import Call, Capability, Dropout, Grads, Options, accumulation_dtype, to_device
+from ringattn.kernels.spec import Call, Capability, Dropout, Grads, Options, SavedCall, accumulation_dtype, to_device
 
 Attend = Callable[..., tuple[Tensor, Tensor]]  # (block mask, q, k, v, and with dropout `_hashes`) -> out, lse
 # Compiled variants of one process: head dims, heads, dtypes, with and without gradients, lengths of 1, scales and caps.
@@ -52,6 +54,7 @@ class FlexAttention:
         dropout=True,
         unequal_head_dims=True,
         deterministic=True,  # its backward adds nothing atomically
+        distributions=("triton",),
     )
 
     def __init__(
@@ -73,32 +76,22 @@ class FlexAttention:
         if not q.shape[0] or not k.shape[0]:
             out.zero_()
             return q.new_full((q.shape[1], q.shape[0]), float("-inf"), dtype=accumulation_dtype(q.dtype))
-        inputs = block_mask(call, self.block_size, q.device), *_batched(q, k, v)
+        inputs = block_mask(call, self.block_size, q.device), *as_batch(q, k, v)
         with torch.no_grad():
             result, lse = self._attend(options)(*inputs)
             if options.dropout is not None:
                 part, part_lse = self._attend(options, options.dropout)(*inputs, *_hashes(options.dropout, q.shape[1]))
                 result = part * _weight(part_lse, lse, options.dropout.p)[..., None]
-        out.copy_(_flat(result))
+        out.copy_(from_batch(result))
         return lse[0]
 
-    def backward(
-        self,
-        dout: Tensor,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        out: Tensor,
-        lse: Tensor,
-        call: Call,
-        options: Options,
-        grads: Grads,
-    ) -> None:
+    def backward(self, dout: Tensor, saved: SavedCall, grads: Grads) -> None:
+        q, k, v, out, lse, call, options = saved
         if not q.shape[0] or not k.shape[0]:
             for grad in grads:
                 grad.zero_()
             return
-        inputs = [x.detach().requires_grad_() for x in _batched(q, k, v)]
+        inputs = [x.detach().requires_grad_() for x in as_batch(q, k, v)]
         mask, dropout, whole = block_mask(call, self.block_size, q.device), options.dropout, lse[None]
         with torch.enable_grad():
             part, part_lse = self._attend(options)(mask, *inputs)
@@ -107,14 +100,14 @@ class FlexAttention:
         with torch.no_grad():
             if dropout is None:
                 outputs: tuple[Tensor, ...] = part, part_lse
-                cotangents: tuple[Tensor, ...] = _cotangents(part, part_lse, whole, *_batched(dout, out))
+                cotangents: tuple[Tensor, ...] = _cotangents(part, part_lse, whole, *as_batch(dout, out))
             else:
                 outputs = kept_part, kept_lse, part_lse
                 lses = kept_lse, part_lse, whole
                 cotangents = _dropout_cotangents(kept_part, lses, dout, out, dropout.p)
         results = torch.autograd.grad(outputs, inputs, cotangents)
         for grad, result in zip(grads, results, strict=True):
-            grad.copy_(_flat(result))
+            grad.copy_(from_batch(result))
 
     def _attend(self, options: Options, dropout: Dropout | None = None) -> Attend:
         p = 0.0 if dropout is None else dropout.p
@@ -137,7 +130,7 @@ def _dropout_cotangents(
     """Of `part`, out over the pairs that are kept, and of the lse over these and over all pairs of the call; the third
     lse, dout and out are those of the whole."""
     part_lse, all_lse, lse = lses
-    dout, out = _batched(dout, out)
+    dout, out = as_batch(dout, out)
     dpart = (dout.to(lse.dtype) * _weight(part_lse, lse, p)[..., None]).to(part.dtype)
     dall = -torch.exp(all_lse - finite_lse(lse)) * (dout.to(lse.dtype) * out.to(lse.dtype)).sum(-1)
     return dpart, (dpart.to(lse.dtype) * part.to(lse.dtype)).sum(-1), dall
@@ -181,11 +174,7 @@ def _row_bounds(call: Call) -> RowBounds:
 
 def block_mask(call: Call, block_size: tuple[int, int], device: torch.device) -> Any:
     """The call's `BlockMask`, made once for each device and tile size: a plan serves every layer of a step."""
-    made: dict[tuple[tuple[int, int], torch.device], Any] = call.__dict__.setdefault("_block_masks", {})
-    key = block_size, device
-    if key not in made:
-        made[key] = _block_mask(call, block_size, device)
-    return made[key]
+    return kept(call, ("block mask", block_size, device), lambda: _block_mask(call, block_size, device))
 
 
 def _block_mask(call: Call, block_size: tuple[int, int], device: torch.device) -> Any:
@@ -312,13 +301,3 @@ def _missing(eager: bool) -> str | None:
     except ImportError:
         return "needs triton, which is not installed"
     return None
-
-
-def _batched(*tensors: Tensor) -> list[Tensor]:
-    """(T, H, D) -> (1, H, T, D)"""
-    return [x.transpose(0, 1)[None] for x in tensors]
-
-
-def _flat(x: Tensor) -> Tensor:
-    """(1, H, T, D) -> (T, H, D)"""
-    return x[0].transpose(0, 1)

@@ -12,9 +12,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ringattn.kernels.backends.torch_flash import longest_keys
+from ringattn.kept import kept
+from ringattn.kernels.backends.varlen import longest_keys
 from ringattn.kernels.probing import parameters, require, why_missing
-from ringattn.kernels.spec import Call, Capability, Grads, Options, Range, to_device
+from ringattn.kernels.spec import Call, Capability, Grads, Options, Range, SavedCall, to_device
 
 MAX_BLOCKS = 2048  # sequences of one launch, as documented
 _LANES = 8  # the statistics of a row are repeated this often
@@ -44,18 +45,8 @@ class NpuFusion:
         part = _rows_of((high + torch.log(total))[..., 0], packed)
         return part if packed.q_rows is None else lse.index_copy_(1, packed.q_rows, part)
 
-    def backward(
-        self,
-        dout: Tensor,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        out: Tensor,
-        lse: Tensor,
-        call: Call,
-        options: Options,
-        grads: Grads,
-    ) -> None:
+    def backward(self, dout: Tensor, saved: SavedCall, grads: Grads) -> None:
+        q, k, v, out, lse, call, options = saved
         backward = _kernels().backward
         packed = _packed(call, q.device)
         if not packed.q_ends:
@@ -88,20 +79,17 @@ class _Packed(NamedTuple):
 
 def _packed(call: Call, device: torch.device) -> _Packed:
     """Made once per call and device, as the call's own tensors."""
-    made: dict[torch.device, _Packed] = call.__dict__.setdefault("_npu_packed", {})
-    if device not in made:
-        made[device] = _pack(call, device)
-    return made[device]
+    return kept(call, ("packed for npu", device), lambda: _pack(call, device))
 
 
 def _pack(call: Call, device: torch.device) -> _Packed:
     q_spans, k_spans = [], []
     for block in call.blocks:
-        n, m = block.q[1] - block.q[0], block.k[1] - block.k[0]
-        keyless = max(0, n - m - call.right) if call.right >= 0 else 0  # the first rows of the block
-        if m and keyless < n:
-            q_spans.append((block.q[0] + keyless - call.q[0], block.q[1] - call.q[0]))
-            k_spans.append((block.k[0] - call.k[0], block.k[1] - call.k[0]))
+        rows, keys = call.rows_of(block), call.keys_of(block)
+        first = rows.start + call.keyless_of(block)
+        if first < rows.stop:
+            q_spans.append((first, rows.stop))
+            k_spans.append((keys.start, keys.stop))
     if len(q_spans) > MAX_BLOCKS:
         raise NotImplementedError(f"backend 'npu' takes up to {MAX_BLOCKS} blocks in a call, got {len(q_spans)}")
     ends = list(accumulate(stop - start for start, stop in q_spans))

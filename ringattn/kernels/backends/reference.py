@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from ringattn.kernels.merge import finite_lse
-from ringattn.kernels.spec import Block, Call, Capability, Dropout, Grads, Options, Range, accumulation_dtype
+from ringattn.kernels.spec import Block, Call, Capability, Dropout, Grads, Options, Range, SavedCall, accumulation_dtype
 
 SCORE_ELEMENTS = 1 << 24  # scores held at a time: long blocks are walked in runs of query rows
 
@@ -30,18 +30,8 @@ class Reference:
             out[rows] = 0
         return lse
 
-    def backward(
-        self,
-        dout: Tensor,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        out: Tensor,
-        lse: Tensor,
-        call: Call,
-        options: Options,
-        grads: Grads,
-    ) -> None:
+    def backward(self, dout: Tensor, saved: SavedCall, grads: Grads) -> None:
+        q, k, v, out, lse, call, options = saved
         dtype = accumulation_dtype(q.dtype)
         dk, dv = torch.zeros_like(k, dtype=dtype), torch.zeros_like(v, dtype=dtype)
         group = q.shape[1] // k.shape[1]
@@ -70,7 +60,7 @@ class Reference:
 
 def allowed_pairs(block: Block, left: int, right: int, rows: Range, device: torch.device) -> Tensor:
     """The (rows, m) boolean band of a block for its queries `[rows)`, counted inside the block."""
-    n, m = block.q[1] - block.q[0], block.k[1] - block.k[0]
+    n, m = block.lengths
     diagonal = torch.arange(*rows, device=device)[:, None] + (m - n)
     keys = torch.arange(m, device=device)[None, :]
     allowed = torch.ones(rows[1] - rows[0], m, dtype=torch.bool, device=device)
@@ -84,12 +74,11 @@ def allowed_pairs(block: Block, left: int, right: int, rows: Range, device: torc
 def _tiles(call: Call, q: Tensor) -> Iterator[tuple[slice, slice, Tensor]]:
     """Query rows, key rows and their band, in pieces whose scores fit `SCORE_ELEMENTS`."""
     for block in call.blocks:
-        n, m = block.q[1] - block.q[0], block.k[1] - block.k[0]
+        n, m = block.lengths
         if not n or not m:
             continue
         step = max(1, SCORE_ELEMENTS // (m * q.shape[1]))
-        keys = slice(block.k[0] - call.k[0], block.k[1] - call.k[0])
-        base = block.q[0] - call.q[0]
+        keys, base = call.keys_of(block), call.rows_of(block).start
         for start in range(0, n, step):
             stop = min(n, start + step)
             yield (
@@ -100,7 +89,8 @@ def _tiles(call: Call, q: Tensor) -> Iterator[tuple[slice, slice, Tensor]]:
 
 
 def _keyless(call: Call) -> list[slice]:
-    return [slice(block.q[0] - call.q[0], block.q[1] - call.q[0]) for block in call.blocks if block.k[0] == block.k[1]]
+    """Rows of blocks without keys. Other rows that see none have weights of 0 by their lse, and need nothing here."""
+    return [call.rows_of(block) for block in call.blocks if block.k[0] == block.k[1]]
 
 
 def _scores(q: Tensor, k: Tensor, allowed: Tensor, options: Options) -> Tensor:

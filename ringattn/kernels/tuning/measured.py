@@ -8,11 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ringattn.kernels.spec import Backend, Block, Call, CallSpec, Grads, Options
+from ringattn.kernels.registry import backends
+from ringattn.kernels.spec import Backend, Block, Call, CallSpec, Grads, Options, SavedCall
 from ringattn.kernels.tuning.tuner import Key, bucket
 
-# Packages whose kernels are measured: another version is another result.
-DISTRIBUTIONS = ("flash-attn", "flash-attn-3", "flash-attn-4", "xformers", "triton")
 LONGEST = {"cuda": 32_768, "cpu": 1_024}  # measured rows: above, the speed per row and key is what it is here
 
 
@@ -44,7 +43,7 @@ class MeasuredCall:
         q, k, v, dout, out, dq, dk, dv = self._data(call.q[1])
         with torch.no_grad(), torch.autocast(self.spec.device, enabled=False):
             lse = backend.forward(q, k, v, call, options, out)
-            backend.backward(dout, q, k, v, out, lse, call, options, Grads(dq, dk, dv))
+            backend.backward(dout, SavedCall(q, k, v, out, lse, call, options), Grads(dq, dk, dv))
 
     def _data(self, rows: int) -> tuple[Tensor, ...]:
         if self._tensors is None:
@@ -80,8 +79,9 @@ def _key(operation: str, spec: CallSpec, longest: int, tokens: int, facts: tuple
 
 @cache
 def _versions() -> dict[str, str]:
+    """Of the packages whose kernels are measured: another version is another result."""
     found = {}
-    for name in DISTRIBUTIONS:
+    for name in {name for backend in backends().values() for name in backend.capability.distributions}:
         try:
             found[name] = importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:

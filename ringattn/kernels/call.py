@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 import torch
 
-from ringattn.kept import kept
+from ringattn.kept import kept, kept_already
 
 Range = tuple[int, int]
 
@@ -128,13 +128,14 @@ class Call:
         return kept(self, ("tensors", device), make)
 
     def packed_key_rows(self, device: torch.device) -> torch.Tensor:
-        """Rows of `k` that the blocks read, in order: (sum of k_lens,) int64."""
+        """Rows of `k` that the blocks read, in order: (sum of k_lens,) int64; made once as well."""
+        key = "packed key rows", device
+        found: torch.Tensor | None = kept_already(self, key)
+        return kept(self, key, lambda: to_device(self._packed_rows(), device)) if found is None else found
 
-        def make() -> torch.Tensor:
-            runs = [torch.arange(start - self.k[0], stop - self.k[0], device="cpu") for start, stop in self.key_runs]
-            return to_device(torch.cat(runs), device)
-
-        return kept(self, ("packed key rows", device), make)
+    def _packed_rows(self) -> torch.Tensor:
+        first = self.k[0]
+        return torch.cat([torch.arange(start - first, stop - first, device="cpu") for start, stop in self.key_runs])
 
 
 class CallTensors(NamedTuple):

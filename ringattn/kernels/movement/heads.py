@@ -67,7 +67,7 @@ def _fused(tensors: Sequence[Tensor]) -> Any:
 @cache
 def _kernels() -> Any:
     try:
-        from ringattn.kernels.movement import heads_triton as pack_triton
+        from ringattn.kernels.movement import heads_triton
     except ImportError:
         return None
-    return pack_triton
+    return heads_triton

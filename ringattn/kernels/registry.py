@@ -120,12 +120,12 @@ def _warn_if_not_deterministic(backend: Backend, spec: CallSpec) -> None:
 
 @cache  # a layer asks at every call; what raises is not kept, so a repaired installation is found
 def _chosen(spec: CallSpec, name: str) -> Backend:
-    backend = _first(spec) if name == "auto" else _named(spec, name)
+    backend = _first_able(spec) if name == "auto" else _named_backend(spec, name)
     logger().info("backend %s, asked for %s: %s", backend.name, name, spec)
     return backend
 
 
-def _named(spec: CallSpec, name: str) -> Backend:
+def _named_backend(spec: CallSpec, name: str) -> Backend:
     known = backends()
     if name not in known:
         # The warning of a broken plug-in may be long past. Loading it again costs nothing: this is an error anyhow.
@@ -139,7 +139,7 @@ def _named(spec: CallSpec, name: str) -> Backend:
     return known[name]
 
 
-def _first(spec: CallSpec) -> Backend:
+def _first_able(spec: CallSpec) -> Backend:
     reasons: dict[str, str] = {}
     for name, backend in backends().items():
         reason = refusal(backend, spec)

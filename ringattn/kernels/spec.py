@@ -92,7 +92,7 @@ class Capability:
     distributions: tuple[str, ...] = ()
 
     def refusal(self, spec: CallSpec) -> str | None:
-        """Why `spec` is outside of what is declared, or None. Looks at the device only for its compute capability."""
+        """Why `spec` is outside of what is declared, as the rest of the sentence "it ...", or None."""
         if self.devices and spec.device not in self.devices:
             return f"runs on {' and '.join(self.devices)} tensors only, got {spec.device}"
         if self.dtypes and spec.dtype not in self.dtypes:
@@ -138,7 +138,8 @@ class Backend(Protocol):
     capability: Capability
 
     def missing(self) -> str | None:
-        """Why the package or operator is not there, or None. Must not raise; a failure may be asked again."""
+        """Why the package or operator is not there, as the rest of the sentence "it ...", or None. Must not raise, and
+        must look again after a failure: an installation may be repaired while the process runs."""
 
     def forward(
         self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, call: Call, options: "Options", out: torch.Tensor
@@ -220,7 +221,10 @@ class Sum(NamedTuple):
 
 @dataclass(frozen=True)
 class Grads:
-    """Where the gradients of a call go: tensors shaped as q, k and v, and for each the sum of its shared rows."""
+    """Where the gradients of a call go: tensors shaped as q, k and v, and for each the sum of its shared rows.
+
+    Rows are shared where several calls see the same queries or keys; only backends that `adds` get sums.
+    """
 
     dq: torch.Tensor
     dk: torch.Tensor

@@ -1,6 +1,7 @@
 """FlashAttention-2 (distribution `flash-attn`): Ampere and newer; softcap besides what torch's copy of it can do.
 
-ALiBi is not offered. Dropout is refused: the kernel draws its mask by the position inside a call.
+ALiBi is not offered. Dropout is refused: the kernel draws its mask by the place inside of a call, so that the result
+would depend on how a plan cuts the sequence.
 """
 
 import importlib.metadata
@@ -33,6 +34,8 @@ _NEEDED = {
 
 
 class _NoDropout(Capability):
+    """Says why dropout is refused, as users know that the package has it."""
+
     def refusal(self, spec: CallSpec) -> str | None:
         reason = super().refusal(replace(spec, dropout_p=0.0))
         if reason is None and spec.dropout_p:
@@ -76,6 +79,7 @@ class FlashAttention2:
 
 @kept_with_call
 def _arguments(call: Call, options: Options, device: torch.device) -> dict[str, Any]:
+    """Those of both directions. What is not used is passed as well, so that no release's defaults count."""
     return Varlen.end_to_end(call, device).named(options) | {"dropout_p": 0.0, "alibi_slopes": None}
 
 
@@ -92,12 +96,14 @@ def _kernels() -> Kernels:
     except Exception as error:  # a build for another torch raises other errors than ImportError
         raise ImportError(f"is installed but cannot be imported: {type(error).__name__}: {error}") from error
     return (
-        require(_function(interface, "forward"), "_flash_attn_varlen_forward", _NEEDED | {"return_softmax"}),
-        require(_function(interface, "backward"), "_flash_attn_varlen_backward", _NEEDED | {"dq", "deterministic"}),
+        require(_package_function(interface, "forward"), "_flash_attn_varlen_forward", _NEEDED | {"return_softmax"}),
+        require(
+            _package_function(interface, "backward"), "_flash_attn_varlen_backward", _NEEDED | {"dq", "deterministic"}
+        ),
     )
 
 
-def _function(interface: Any, direction: str) -> Callable[..., Any] | None:
+def _package_function(interface: Any, direction: str) -> Callable[..., Any] | None:
     """The torch operator where there is one (2.7 and newer), else the function."""
     name = f"flash_attn_varlen_{direction}"
     return getattr(interface, f"_wrapped_{name}", None) or getattr(interface, f"_{name}", None)

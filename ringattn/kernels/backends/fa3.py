@@ -53,35 +53,37 @@ class FlashAttention3:
     def forward(self, q: Tensor, k: Tensor, v: Tensor, call: Call, options: Options, out: Tensor) -> Tensor:
         forward, _ = _kernels()
         arguments = _forward_arguments(call, options, q.device)
-        return forward(q, k, v, **arguments, **_named(forward, {"out": out, "num_splits": 1}))[1]
+        return forward(q, k, v, **arguments, **_own_arguments(forward, {"out": out, "num_splits": 1}))[1]
 
     def backward(self, dout: Tensor, saved: SavedCall, grads: Grads) -> None:
         q, k, v, out, lse, call, options = saved
         _, backward = _kernels()
         inputs = rows_of_heads(dout), q, k, v, out, infinity_of_keyless(lse, call)
         wanted = {"dq": grads.dq, "dk": grads.dk, "dv": grads.dv, "deterministic": options.deterministic}
-        backward(*inputs, **_backward_arguments(call, options, q.device), **_named(backward, wanted))
+        backward(*inputs, **_backward_arguments(call, options, q.device), **_own_arguments(backward, wanted))
 
 
 @kept_with_call
 def _forward_arguments(call: Call, options: Options, device: torch.device) -> dict[str, Any]:
-    return _named(_kernels()[0], _arguments(call, options, device))
+    return _own_arguments(_kernels()[0], _arguments(call, options, device))
 
 
 @kept_with_call
 def _backward_arguments(call: Call, options: Options, device: torch.device) -> dict[str, Any]:
-    return _named(_kernels()[1], _arguments(call, options, device))
+    return _own_arguments(_kernels()[1], _arguments(call, options, device))
 
 
 def _arguments(call: Call, options: Options, device: torch.device) -> dict[str, Any]:
+    """Under our names, for both directions."""
     lengths = Varlen.in_place(call, device)
     return lengths.named(options) | {"seqused_k": lengths.used_k}
 
 
-_OPTIONAL = {"softcap": 0.0, "deterministic": False, "num_splits": 1}  # what a build without the argument does
+# What a build does that lacks the argument: only this value can be asked of it.
+_OPTIONAL = {"softcap": 0.0, "deterministic": False, "num_splits": 1}
 
 
-def _named(operator: Callable[..., Any], wanted: dict[str, Any]) -> dict[str, Any]:
+def _own_arguments(operator: Callable[..., Any], wanted: dict[str, Any]) -> dict[str, Any]:
     """The arguments under the operator's own names; NotImplementedError for a feature that it has no argument for."""
     named = {}
     for name, value in wanted.items():
@@ -95,7 +97,8 @@ def _named(operator: Callable[..., Any], wanted: dict[str, Any]) -> dict[str, An
 
 @cache
 def _own_name(operator: Callable[..., Any], name: str) -> str | None:
-    """Builds differ: `out` or `out_`, `dq` or `dq_`, `is_causal` or `causal`."""
+    """What an operator calls an argument, or None. Builds differ: `out` or `out_`, `dq` or `dq_`, `is_causal` or
+    `causal`."""
     names = parameters(operator)
     return next((own for own in (name, f"{name}_", f"is_{name}") if own in names), None)
 
@@ -105,7 +108,7 @@ def _kernels() -> tuple[Callable[..., Any], Callable[..., Any]]:
     """The two operators, or ImportError with what was tried."""
     tried: list[str] = []
     operators = torch.ops.flash_attn_3
-    for source, load in _sources():
+    for source, load in _operator_sources():
         try:
             load()
         except Exception as error:  # a library for another torch or CUDA raises OSError, RuntimeError and others
@@ -121,7 +124,7 @@ def _kernels() -> tuple[Callable[..., Any], Callable[..., Any]]:
     raise ImportError(f"{hint} ({told})" if told else hint)
 
 
-def _sources() -> Iterator[tuple[str, Callable[[], object]]]:
+def _operator_sources() -> Iterator[tuple[str, Callable[[], object]]]:
     """Where the operators may come from, in order: a name, and how to load them."""
     yield "operators loaded before", lambda: None
     for module in _MODULES:
@@ -135,7 +138,8 @@ def _sources() -> Iterator[tuple[str, Callable[[], object]]]:
 
 
 def _open(library: Path) -> None:
-    """Load a shared library of operators. A CUDA 12 build under a CUDA 13 torch needs its own runtime loaded first."""
+    """Load a shared library of operators. A CUDA 12 build under a CUDA 13 torch needs its own runtime loaded first: it
+    is looked for beside the library, and in NVIDIA's wheel."""
     beside = library.parent / _RUNTIME
     runtimes = [beside] if beside.exists() else _in_package("nvidia", f"cuda_runtime/lib/{_RUNTIME}")
     for runtime in runtimes[:1]:

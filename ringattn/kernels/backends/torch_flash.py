@@ -42,7 +42,7 @@ class TorchFlash:
         q, k, v, out, lse, call, options = saved
         k, v = pack_keys(call, k, v)
         x = _lengths(call, options, q.device)
-        no_rng = torch.zeros(2, dtype=torch.uint64, device=q.device)
+        no_rng = torch.zeros(2, dtype=torch.uint64, device=q.device)  # asked for even without dropout
         with _deterministic(options.deterministic):
             dq, dk, dv = torch.ops.aten._flash_attention_backward(
                 dout.contiguous(), q, k, v, out, lse.contiguous(), x.cu_q, x.cu_k,
@@ -67,7 +67,7 @@ def _one_split() -> dict[str, int]:
 
 @contextmanager
 def _deterministic(wanted: bool) -> Iterator[None]:
-    """The operator has no argument for it and reads torch's global switch."""
+    """The operator has no argument for it and reads torch's global switch, which is put back."""
     before = torch.are_deterministic_algorithms_enabled()
     warn_only = torch.is_deterministic_algorithms_warn_only_enabled()
     torch.use_deterministic_algorithms(wanted or before, warn_only=warn_only)

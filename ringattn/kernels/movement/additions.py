@@ -18,7 +18,7 @@ TILE = 16  # rows that one program adds up
 
 
 class Addition(NamedTuple):
-    """Rows `target` of a sum get the rows from `source` on: of the message if `remote`, else of the local pair."""
+    """Rows `target` of a sum get as many rows from `source` on: of the message if `remote`, else of the local pair."""
 
     target: Range
     source: int
@@ -27,7 +27,8 @@ class Addition(NamedTuple):
 
 @dataclass(frozen=True)
 class Additions:
-    """What is added to which rows, in an order that never changes; the targets may overlap."""
+    """What is added to which rows; the targets may overlap. The order never changes, so that sums are equal to the bit
+    from run to run."""
 
     parts: tuple[Addition, ...]
 

@@ -241,16 +241,16 @@ def measured() -> dict[str, list[float]]:
 
 def in_turn(before: str | None) -> list[dict[str, list[float]]]:
     """The times of this checkout, and of another one if there is: processes of both in turn, so that both see the same
-    neighbours on this machine."""
+    neighbours on this machine. Each runs its own copy of this file, which knows what its package looks like inside."""
     own = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
     checkouts = [own] if before is None else [before, own]
     found: list[dict[str, list[float]]] = [{} for _ in checkouts]
     for _ in range(ROUNDS):
         for checkout, times in zip(checkouts, found, strict=True):
-            environment = {**os.environ, "PYTHONPATH": os.path.abspath(checkout)}
-            done = subprocess.run(
-                [sys.executable, __file__, "--json"], env=environment, capture_output=True, text=True, check=True
-            )
+            folder = os.path.abspath(checkout)
+            command = [sys.executable, os.path.join(folder, "benchmarks", "host.py"), "--json"]
+            environment = {**os.environ, "PYTHONPATH": folder}
+            done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
             for name, runs in json.loads(done.stdout).items():
                 times.setdefault(name, []).extend(runs)
     return found

@@ -17,7 +17,7 @@ import torch
 
 from ringattn import Documents, Layout, MeshShape, parallel_attention
 from ringattn.kernels.registry import backends, explain
-from ringattn.kernels.spec import Block, Call, CallSpec, Grads, Options
+from ringattn.kernels.spec import Block, Call, CallSpec, Grads, Options, SavedCall
 
 HEADS, KEY_HEADS, DIM = 32, 8, 128
 LENGTHS = (8192, 32768, 65536)
@@ -52,7 +52,7 @@ def row(name: str, length: int) -> str:
 
     def kernel_both() -> None:
         kernel_forward()
-        backend.backward(dout, q, k, v, out, lse, call, options, grads)
+        backend.backward(dout, SavedCall(q, k, v, out, lse, call, options), grads)
 
     layout = Layout(Documents([length]), MeshShape())
     leaves = [tensor.clone().requires_grad_() for tensor in (q, k, v)]

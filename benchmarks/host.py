@@ -34,7 +34,7 @@ from ringattn import Documents, Layout, parallel_attention
 from ringattn.kernels import registry, selftest
 from ringattn.kernels.backends.fa3 import FlashAttention3
 from ringattn.kernels.backends.fa4 import FlashAttention4
-from ringattn.kernels.spec import Backend, Block, Call, Capability, Grads, Options, Sum
+from ringattn.kernels.spec import Backend, Block, Call, Capability, Grads, Options, SavedCall, Sum
 from ringattn.parallel.mesh.mesh import SequenceMesh
 from ringattn.parallel.plan.route import Route
 
@@ -203,7 +203,7 @@ def wrappers() -> dict[str, list[float]]:
     plain, summed = Grads(q, k, v), Grads(q, k, v, (sums[0], sums[1], sums[2]))
 
     def backward(backend: Backend, grads: Grads) -> Callable[[], None]:
-        return lambda: backend.backward(dout, q, k, v, out, lse, call, options, grads)
+        return lambda: backend.backward(dout, SavedCall(q, k, v, out, lse, call, options), grads)
 
     found = {}
     with no_packages():
@@ -241,16 +241,16 @@ def measured() -> dict[str, list[float]]:
 
 def in_turn(before: str | None) -> list[dict[str, list[float]]]:
     """The times of this checkout, and of another one if there is: processes of both in turn, so that both see the same
-    neighbours on this machine."""
+    neighbours on this machine. Each runs its own copy of this file, which knows what its package looks like inside."""
     own = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
     checkouts = [own] if before is None else [before, own]
     found: list[dict[str, list[float]]] = [{} for _ in checkouts]
     for _ in range(ROUNDS):
         for checkout, times in zip(checkouts, found, strict=True):
-            environment = {**os.environ, "PYTHONPATH": os.path.abspath(checkout)}
-            done = subprocess.run(
-                [sys.executable, __file__, "--json"], env=environment, capture_output=True, text=True, check=True
-            )
+            folder = os.path.abspath(checkout)
+            command = [sys.executable, os.path.join(folder, "benchmarks", "host.py"), "--json"]
+            environment = {**os.environ, "PYTHONPATH": folder}
+            done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
             for name, runs in json.loads(done.stdout).items():
                 times.setdefault(name, []).extend(runs)
     return found

@@ -28,7 +28,7 @@ from ringattn.benchmarking.contestants import Silent
 from ringattn.benchmarking.problem import Heads, spec_of
 from ringattn.benchmarking.workloads import Workload, workload
 from ringattn.kernels.registry import choose
-from ringattn.kernels.spec import Grads, Options
+from ringattn.kernels.spec import Grads, Options, SavedCall
 from ringattn.parallel.machine.shipped import local_machine
 from ringattn.parallel.mesh.mesh import SequenceMesh
 from ringattn.parallel.mesh.shape import MeshShape
@@ -112,7 +112,8 @@ def alone(work: Workload, heads: Heads, ranks: int, backend: str) -> Measured:
             rows, keys = slice(*call.q), slice(*call.k)
             lse = kernel.forward(q[rows], k[keys], v[keys], call, options, out[rows])
             target = Grads(dq[rows], dk[keys], dv[keys])
-            kernel.backward(dout[rows], q[rows], k[keys], v[keys], out[rows], lse, call, options, target)
+            saved = SavedCall(q[rows], k[keys], v[keys], out[rows], lse, call, options)
+            kernel.backward(dout[rows], saved, target)
 
     for _ in range(3):
         step()

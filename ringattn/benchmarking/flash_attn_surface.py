@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ringattn.kernels.spec import Backend, Block, Call, CallTensors, Grads, Options
+from ringattn.kernels.spec import Backend, Block, Call, CallTensors, Grads, Options, SavedCall
 
 PACKAGE = "flash_attn"
 INTERFACE = "flash_attn.flash_attn_interface"
@@ -67,9 +67,9 @@ class Surface:
         out = q.new_empty(*q.shape[:2], v.shape[2])
         return out, self._chosen.forward(q, k, v, call, options, out)
 
-    def backward(self, *arguments: Any) -> None:
+    def backward(self, dout: Tensor, saved: SavedCall, grads: Grads) -> None:
         """As `Backend.backward`."""
-        self._chosen.backward(*arguments)
+        self._chosen.backward(dout, saved, grads)
 
     @property
     def _chosen(self) -> Backend:
@@ -137,8 +137,9 @@ def _batch_functions(kernel: Surface) -> dict[str, Callable[..., Any]]:
         band = _band(causal, window_size_left, window_size_right)
         call = batch_call(q.shape[0], q.shape[1], k.shape[1], *band)
         targets = [x.flatten(0, 1) for x in (dq, dk, dv)]  # views, but for slices of more than one sequence
-        inputs = [x.flatten(0, 1) for x in (dout, q, k, v, out)]
-        kernel.backward(*inputs, softmax_lse.transpose(0, 1).flatten(1), call, options, Grads(*targets))
+        dout, q, k, v, out = (x.flatten(0, 1) for x in (dout, q, k, v, out))
+        saved = SavedCall(q, k, v, out, softmax_lse.transpose(0, 1).flatten(1), call, options)
+        kernel.backward(dout, saved, Grads(*targets))
         for target, given in zip(targets, (dq, dk, dv), strict=True):
             if target.data_ptr() != given.data_ptr():
                 given.copy_(target.view_as(given))
@@ -169,7 +170,7 @@ def _packed_functions(kernel: Surface) -> dict[str, Callable[..., Any]]:
         options = _options(softmax_scale, dropout_p, softcap, alibi_slopes, deterministic)
         longest, band = (max_seqlen_q, max_seqlen_k), _band(causal, window_size_left, window_size_right)
         call = PackedCall(cu_seqlens_q, cu_seqlens_k, longest, band)
-        kernel.backward(dout, q, k, v, out, softmax_lse, call, options, Grads(dq, dk, dv))
+        kernel.backward(dout, SavedCall(q, k, v, out, softmax_lse, call, options), Grads(dq, dk, dv))
 
     return {
         "_flash_attn_varlen_forward": _flash_attn_varlen_forward,

@@ -9,7 +9,7 @@ from torch import Tensor
 from ringattn.benchmarking.contestants import Entry, entry_of
 from ringattn.benchmarking.problem import Problem
 from ringattn.kernels.registry import choose
-from ringattn.kernels.spec import Call, Grads, Options
+from ringattn.kernels.spec import Call, Grads, Options, SavedCall
 from ringattn.parallel.layout import Layout
 from ringattn.parallel.mesh.shape import MeshShape
 from ringattn.parallel.plan.shape import Shape
@@ -92,5 +92,6 @@ class _Kernel(torch.autograd.Function):
         for c, lse in zip(calls, lses, strict=True):
             rows, keys = slice(*c.q), slice(*c.k)
             part = Grads(target.dq[rows], target.dk[keys], target.dv[keys])
-            backend.backward(dout[rows], q[rows], k[keys], v[keys], out[rows], lse, c, options, part)
+            saved = SavedCall(q[rows], k[keys], v[keys], out[rows], lse, c, options)
+            backend.backward(dout[rows], saved, part)
         return (*target, None, None, None)

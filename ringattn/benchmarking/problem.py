@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ringattn.benchmarking.workloads import Workload
 from ringattn.kernels.registry import choose
-from ringattn.kernels.spec import CallSpec, Grads, Options
+from ringattn.kernels.spec import CallSpec, Grads, Options, SavedCall
 from ringattn.parallel.layout import Layout
 from ringattn.parallel.mesh.shape import MeshShape
 from ringattn.parallel.plan.exchange import exchange_plan
@@ -177,6 +177,7 @@ class Share:
             for c, lse in zip(calls, forward(), strict=True):
                 rows, keys = slice(*c.q), slice(*c.k)
                 target = Grads(grads.dq[rows], grads.dk[keys], grads.dv[keys])
-                backend.backward(dout[rows], q[rows], k[keys], v[keys], out[rows], lse, c, options, target)
+                saved = SavedCall(q[rows], k[keys], v[keys], out[rows], lse, c, options)
+                backend.backward(dout[rows], saved, target)
 
         return cls(forward, both, [q, k, v, dout], out, grads, query_index, key_index)

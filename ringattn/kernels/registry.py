@@ -1,7 +1,8 @@
-"""Which backend does a call: the named one or refused with its reason, else the first that can.
+"""Which backend does a call: the one that is named, or an error with the reason; else the first that can.
 
 A backend of another package is found by the entry-point group `ringattn.kernels`: its entry's name is the backend's
-name, and its object a class (or function without arguments) that makes an object of the `Backend` protocol.
+name, and its object a class (or function without arguments) that makes an object of the `Backend` protocol. One that
+is broken, or was written for another contract, is left out with a warning, and is an error where it is asked for.
 """
 
 import importlib.metadata
@@ -26,7 +27,7 @@ ENTRY_POINTS = "ringattn.kernels"
 
 
 def builtin() -> tuple[Backend, ...]:
-    """The backends of this package, in the order in which "auto" asks them."""
+    """The backends of this package, in the order in which "auto" asks them: a new one is a file and its row here."""
     return (
         FlashAttention4(),
         FlashAttention3(),
@@ -49,31 +50,44 @@ def backends() -> dict[str, Backend]:
         if entry.name in found or entry.name == judge.name:
             warnings.warn(f"entry point {entry.value}: a backend {entry.name!r} exists already; ignored", stacklevel=2)
             continue
-        try:
-            made = entry.load()()
-        except Exception as error:
-            warnings.warn(f"entry point {entry.value} cannot be loaded: {type(error).__name__}: {error}", stacklevel=2)
-            continue
-        if (defect := defect_of(made)) is not None:
-            warnings.warn(f"entry point {entry.value} is no backend: it {defect}; ignored", stacklevel=2)
-            continue
-        found[entry.name] = made
+        made, defect = _plugged_in(entry)
+        if made is None:
+            warnings.warn(f"backend {entry.name!r}: {defect}; ignored", stacklevel=2)
+        else:
+            found[entry.name] = made
     return found | {judge.name: judge}
 
 
+def _plugged_in(entry: importlib.metadata.EntryPoint) -> tuple[Backend | None, str]:
+    """The backend of another package, or None and what is wrong with it."""
+    try:
+        made = entry.load()()
+    except Exception as error:  # whatever another package raises when it is imported
+        return None, f"entry point {entry.value} cannot be loaded: {type(error).__name__}: {error}"
+    defect = defect_of(made)
+    return (made, "") if defect is None else (None, f"entry point {entry.value} is no backend: it {defect}")
+
+
 def defect_of(candidate: object) -> str | None:
-    """What an object lacks to be a `Backend`: a method, the arguments of one, or its capability; None if nothing."""
+    """What an object lacks to be a `Backend`: a method, the arguments of one, or its capability; None if nothing.
+
+    Asked once, when a backend is found: a wrong signature would else be a TypeError in the middle of a step.
+    """
     for name in ("missing", "forward", "backward"):
         method = getattr(candidate, name, None)
         if not callable(method):
             return f"has no {name}"
         needed = list(inspect.signature(getattr(Backend, name)).parameters)[1:]
+        own = inspect.signature(method)
         try:
-            inspect.signature(method).bind(*needed)
+            own.bind(*needed)
         except TypeError:
-            return f"cannot be called as {name}({', '.join(needed)})"
+            return (
+                f"cannot be called as {name}({', '.join(needed)}), the contract of ringattn.kernels.spec.Backend: "
+                f"its own is {name}({', '.join(own.parameters)})"
+            )
     if not isinstance(getattr(candidate, "capability", None), Capability):
-        return "has no capability"
+        return "has no capability, a ringattn.kernels.spec.Capability"
     return None
 
 
@@ -90,7 +104,8 @@ def explain(spec: CallSpec) -> dict[str, str | None]:
 def choose(spec: CallSpec, name: str = "auto") -> Backend:
     """The backend for `spec`: the one that is named, else the one of RINGATTN_BACKEND, else the first that can do it.
 
-    Raises ValueError for an unknown name, NotImplementedError naming every reason if none can do it exactly.
+    Raises ValueError for a name that is unknown, or of a plug-in that is no backend, with what is wrong with it;
+    NotImplementedError naming every reason if no backend can do it exactly.
     """
     if name == "auto":
         name = BACKEND.read() or "auto"
@@ -105,15 +120,18 @@ def _warn_if_not_deterministic(backend: Backend, spec: CallSpec) -> None:
 
 @cache  # a layer asks at every call; what raises is not kept, so a repaired installation is found
 def _chosen(spec: CallSpec, name: str) -> Backend:
-    backend = _first(spec) if name == "auto" else _named(spec, name)
+    backend = _first_able(spec) if name == "auto" else _named_backend(spec, name)
     logger().info("backend %s, asked for %s: %s", backend.name, name, spec)
     return backend
 
 
-def _named(spec: CallSpec, name: str) -> Backend:
+def _named_backend(spec: CallSpec, name: str) -> Backend:
     known = backends()
     if name not in known:
-        raise ValueError(f"backend must be auto or one of {', '.join(known)}, got {name!r}")
+        # The warning of a broken plug-in may be long past. Loading it again costs nothing: this is an error anyhow.
+        defects = [_plugged_in(x)[1] for x in importlib.metadata.entry_points(group=ENTRY_POINTS) if x.name == name]
+        told = "".join(f"; {defect}" for defect in defects if defect)
+        raise ValueError(f"backend must be auto or one of {', '.join(known)}, got {name!r}{told}")
     reason = refusal(known[name], spec)
     if reason is not None:
         raise NotImplementedError(f"backend {name!r} cannot do this call: it {reason}. Asked for: {spec}")
@@ -121,7 +139,7 @@ def _named(spec: CallSpec, name: str) -> Backend:
     return known[name]
 
 
-def _first(spec: CallSpec) -> Backend:
+def _first_able(spec: CallSpec) -> Backend:
     reasons: dict[str, str] = {}
     for name, backend in backends().items():
         reason = refusal(backend, spec)

@@ -1,20 +1,24 @@
-"""A backend is trusted per signature: a small case, forward and backward, against float64, before its first use.
+"""A backend is trusted for each signature by itself: before its first use a small case is computed forward and backward
+and compared with float64.
 
-Versions and lists do not tell: FlashAttention 4 (4.0.0b36) computes gradients at head dims 40 and 80 that are silently
-wrong, and none of its documents says so.
+Versions and lists of features do not tell: FlashAttention 4 (4.0.0b36) computes gradients at head dims 40 and 80 that
+are silently wrong, and none of its documents says so.
 """
 
+from collections.abc import Callable
 from dataclasses import replace
 from math import nan
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
 
 from ringattn.kernels.backends.reference import Reference
-from ringattn.kernels.spec import Backend, Block, Call, CallSpec, Dropout, Grads, Options, Sum
+from ringattn.kernels.spec import Backend, Block, Call, CallSpec, Dropout, Grads, Options, SavedCall, Sum
 
-# Documents of the case: queries and keys of each block. Unequal lengths, single tokens and several kernel tiles.
+T = TypeVar("T")
+
+# Queries and keys of each block of the case: unequal lengths, single tokens and several kernel tiles.
 LENGTHS = ((150, 150), (1, 1), (40, 170), (1, 33))
 # Errors relative to float64 of a right kernel are 3e-3 in bfloat16; a wrong one is off by 1e-1 and more.
 TOLERANCE = {torch.bfloat16: 2e-2, torch.float16: 5e-3, torch.float32: 1e-4, torch.float64: 1e-10}
@@ -22,13 +26,13 @@ SHARP = 3.0  # scale of the queries: so sharp a softmax shows a wrong band, cap 
 
 
 class Signature(NamedTuple):
-    """What a kernel is compiled or branches for."""
+    """What a kernel is compiled for or branches on: a result holds for all calls that share it."""
 
     device: str
     dtype: torch.dtype
     head_dim: int
     value_dim: int
-    group: int
+    group: int  # query heads that share a key head
     window: bool
     softcap: bool
     deterministic: bool
@@ -39,7 +43,7 @@ _results: dict[tuple[str, Signature], str | None] = {}
 _sums: dict[tuple[str, Signature], bool] = {}
 
 
-def _signature(spec: CallSpec) -> Signature:
+def _signature_of(spec: CallSpec) -> Signature:
     return Signature(
         spec.device,
         spec.dtype,
@@ -54,27 +58,29 @@ def _signature(spec: CallSpec) -> Signature:
 
 
 def failure(backend: Backend, spec: CallSpec) -> str | None:
-    """Why the backend is wrong for the signature of `spec`, or None. Computed once per process and kept."""
+    """Why the backend is wrong for the signature of `spec`, or None. Computed once in a process and kept."""
     if backend.name == "reference":
         return None
-    signature = _signature(spec)
-    key = backend.name, signature
-    if key not in _results:
-        with torch.random.fork_rng(devices=[]), torch.no_grad(), torch.autocast(spec.device, enabled=False):
-            _results[key] = _run(backend, signature)
-    return _results[key]
+    return _kept_result(_results, _run, backend, spec)
 
 
 def adds(backend: Backend, spec: CallSpec) -> bool:
     """Whether the backend declares that it adds gradients to sums, and does it right for the signature of `spec`."""
     if not backend.capability.adds or backend.name == "reference":
         return backend.capability.adds
-    signature = _signature(spec)
+    return _kept_result(_sums, _adds_right, backend, spec)
+
+
+def _kept_result(
+    results: dict[tuple[str, Signature], T], test: Callable[[Backend, Signature], T], backend: Backend, spec: CallSpec
+) -> T:
+    """What a test found, run once: whatever the caller's random state, autocast and gradients are, they stay."""
+    signature = _signature_of(spec)
     key = backend.name, signature
-    if key not in _sums:
+    if key not in results:
         with torch.random.fork_rng(devices=[]), torch.no_grad(), torch.autocast(spec.device, enabled=False):
-            _sums[key] = _adds_right(backend, signature)
-    return _sums[key]
+            results[key] = test(backend, signature)
+    return results[key]
 
 
 def forget() -> None:
@@ -84,9 +90,9 @@ def forget() -> None:
 
 
 def _run(backend: Backend, signature: Signature) -> str | None:
-    for call in _calls(signature.window):
+    for call in _calls_of_bands(signature.window):
         try:
-            errors = _errors(backend, signature, call)
+            errors = _errors_of_call(backend, signature, call)
         except Exception as error:  # whatever a kernel or its compiler raises
             return f"failed its self-test: {type(error).__name__}: {str(error)[:200]}"
         wrong = {name: error for name, error in errors.items() if not error <= TOLERANCE[signature.dtype]}
@@ -96,7 +102,7 @@ def _run(backend: Backend, signature: Signature) -> str | None:
     return None
 
 
-def _calls(window: bool) -> list[Call]:
+def _calls_of_bands(window: bool) -> list[Call]:
     """One call per kind of band that plans contain."""
     blocks, q, k = [], 0, 0
     for queries, keys in LENGTHS:
@@ -106,28 +112,29 @@ def _calls(window: bool) -> list[Call]:
     return [Call(tuple(blocks), *band) for band in bands]
 
 
-def _errors(backend: Backend, signature: Signature, call: Call) -> dict[str, float]:
+def _errors_of_call(backend: Backend, signature: Signature, call: Call) -> dict[str, float]:
     """Relative errors of out, lse and gradients against the reference in float64."""
-    tensors = _tensors(signature, call)
-    options = _options(signature, call)
+    tensors = _drawn_tensors(signature, call)
+    options = _options_of(signature, call)
     expected = _both_ways(Reference(), [x.double() for x in tensors], call, replace(options, deterministic=False))
     got = _both_ways(backend, tensors, call, options)
-    return {name: _relative(got[name], x) for name, x in expected.items()}
+    return {name: _relative_error(got[name], x) for name, x in expected.items()}
 
 
-def _sum(x: Tensor, fresh: bool) -> Sum:
-    """Of all rows but the first and last: ones, or what must not be read."""
+def _sum_of_rows(x: Tensor, fresh: bool) -> Sum:
+    """A sum of all rows of a gradient but some of the first and last. It holds ones, or NaN where it is fresh and must
+    not be read."""
     rows = 5, len(x) - 3
     return Sum(rows, torch.full_like(x[slice(*rows)], nan if fresh else 1.0, dtype=torch.float32), fresh)
 
 
-def _options(signature: Signature, call: Call) -> Options:
+def _options_of(signature: Signature, call: Call) -> Options:
     softcap = 1.5 if signature.softcap else 0.0
-    return Options(signature.head_dim**-0.5, softcap, signature.deterministic, _dropout(signature, call))
+    return Options(signature.head_dim**-0.5, softcap, signature.deterministic, _dropout_of(signature, call))
 
 
-def _dropout(signature: Signature, call: Call) -> Dropout | None:
-    """At places and heads of a larger stream."""
+def _dropout_of(signature: Signature, call: Call) -> Dropout | None:
+    """Dropout of rows and heads far inside of a stream: a kernel that counts from the call's own first row differs."""
     if not signature.dropout:
         return None
     q_index, k_index = (torch.arange(*rows, device=signature.device) + 10_000_019 for rows in (call.q, call.k))
@@ -135,34 +142,35 @@ def _dropout(signature: Signature, call: Call) -> Dropout | None:
 
 
 def _adds_right(backend: Backend, signature: Signature) -> bool:
-    """Whether gradients added to sums are those that are written, to the sums' precision or better than rounded."""
+    """Whether gradients that are added to sums are those that are written, within half of the tolerance. If not, or if
+    the kernel fails, parts are rounded before they are added, which is right too."""
     try:
-        return all(_added_right(backend, signature, call) for call in _calls(signature.window))
-    except Exception:  # whatever a kernel or its compiler raises: rounded parts are right too
+        return all(_added_right(backend, signature, call) for call in _calls_of_bands(signature.window))
+    except Exception:  # whatever a kernel or its compiler raises
         return False
 
 
 def _added_right(backend: Backend, signature: Signature, call: Call) -> bool:
-    q, k, v, dout = _tensors(signature, call)
-    options = _options(signature, call)
+    q, k, v, dout = _drawn_tensors(signature, call)
+    options = _options_of(signature, call)
     out = torch.empty_like(dout)
     lse = backend.forward(q, k, v, call, options, out)
     written = Grads(torch.zeros_like(q), torch.zeros_like(k), torch.zeros_like(v))
-    backend.backward(dout, q, k, v, out, lse, call, options, written)
+    backend.backward(dout, SavedCall(q, k, v, out, lse, call, options), written)
     for fresh in (False, True):
-        sums = _sum(q, fresh), _sum(k, fresh), _sum(v, fresh)
+        sums = _sum_of_rows(q, fresh), _sum_of_rows(k, fresh), _sum_of_rows(v, fresh)
         got = Grads(torch.zeros_like(q), torch.zeros_like(k), torch.zeros_like(v), sums)
-        backend.backward(dout, q, k, v, out, lse, call, options, got)
+        backend.backward(dout, SavedCall(q, k, v, out, lse, call, options), got)
         for target, total, right in zip(got.tensors, sums, written.tensors, strict=True):
             whole = target.float()
             whole[slice(*total.rows)] = total.wide if fresh else total.wide - 1.0
-            if not _relative(whole, right.double()) <= TOLERANCE[signature.dtype] / 2:
+            if not _relative_error(whole, right.double()) <= TOLERANCE[signature.dtype] / 2:
                 return False
     return True
 
 
-def _tensors(signature: Signature, call: Call) -> list[Tensor]:
-    """q, k, v, dout; two key heads."""
+def _drawn_tensors(signature: Signature, call: Call) -> list[Tensor]:
+    """q, k, v and dout with two key heads, drawn on the CPU so that every device gets the same numbers."""
     generator = torch.Generator().manual_seed(0)
     rows, keys, heads = call.q[1], call.k[1], 2 * signature.group
     shapes = [
@@ -181,9 +189,9 @@ def _both_ways(backend: Backend, tensors: list[Tensor], call: Call, options: Opt
     out = torch.empty_like(dout)
     lse = backend.forward(q, k, v, call, options, out)
     grads = Grads(torch.empty_like(q), torch.empty_like(k), torch.empty_like(v))
-    backend.backward(dout, q, k, v, out, lse, call, options, grads)
+    backend.backward(dout, SavedCall(q, k, v, out, lse, call, options), grads)
     return {"out": out, "lse": lse, "dq": grads.dq, "dk": grads.dk, "dv": grads.dv}
 
 
-def _relative(x: Tensor, reference: Tensor) -> float:
+def _relative_error(x: Tensor, reference: Tensor) -> float:
     return ((x.double() - reference).norm() / reference.norm()).item()

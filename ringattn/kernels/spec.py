@@ -1,136 +1,34 @@
-"""The kernel contract: what one call is, what a backend is asked, and what it must answer.
+"""The kernel contract: what a backend is asked, what it is given, and what it must answer.
+
+A backend, of this package or of another, needs no name from elsewhere; what a call is, is told in `call.py`.
 
 Shapes: T query rows, S key rows, H query heads, K key/value heads (H a multiple of K), D head dim, V value head dim.
 """
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import cached_property
-from itertools import accumulate
 from typing import NamedTuple, Protocol
 
 import torch
 
-Range = tuple[int, int]
+from ringattn.kernels.call import Block, Call, CallTensors, Range, to_device
 
-
-@dataclass(frozen=True)
-class Block:
-    """Query rows over key rows under one band; `left` and `right` are aligned to the bottom right corner.
-
-    With n queries and m keys, query i sees the keys `i + m - n - left ... i + m - n + right`; -1 is open.
-    """
-
-    q: Range
-    k: Range
-    left: int = -1
-    right: int = -1
-
-
-@dataclass(frozen=True)
-class Call:
-    """One variable-length kernel launch: blocks whose query rows follow one another and whose keys never overlap.
-
-    `q` and `k` are the rows of the tensors that the blocks span together. The blocks' queries tile `q` exactly. Their
-    keys ascend inside `k`, perhaps with rows between them that no block reads.
-    """
-
-    blocks: tuple[Block, ...]
-    left: int = -1
-    right: int = -1
-
-    @cached_property
-    def q(self) -> Range:
-        return self.blocks[0].q[0], self.blocks[-1].q[1]
-
-    @cached_property
-    def k(self) -> Range:
-        return self.blocks[0].k[0], self.blocks[-1].k[1]
-
-    @cached_property
-    def q_lens(self) -> tuple[int, ...]:
-        return tuple(block.q[1] - block.q[0] for block in self.blocks)
-
-    @cached_property
-    def k_lens(self) -> tuple[int, ...]:
-        return tuple(block.k[1] - block.k[0] for block in self.blocks)
-
-    @cached_property
-    def k_starts(self) -> tuple[int, ...]:
-        """First key row of each block, counted from `k[0]`."""
-        return tuple(block.k[0] - self.k[0] for block in self.blocks)
-
-    @cached_property
-    def max_q(self) -> int:
-        return max(self.q_lens)
-
-    @cached_property
-    def max_k(self) -> int:
-        return max(self.k_lens)
-
-    @cached_property
-    def dense_keys(self) -> bool:
-        """Whether the blocks' keys tile `k` exactly, so that cumulative lengths describe them."""
-        return self.k_starts == (0, *accumulate(self.k_lens))[:-1]
-
-    @cached_property
-    def keyless_rows(self) -> bool:
-        """Whether the band leaves some query row without a key: the first of a block, if any of it."""
-        pairs = [(n, m) for n, m in zip(self.q_lens, self.k_lens, strict=True) if n]
-        return any(m == 0 or (self.right >= 0 and m - n + self.right < 0) for n, m in pairs)
-
-    @cached_property
-    def key_runs(self) -> tuple[Range, ...]:
-        """The keys that blocks read, as few ranges as there are."""
-        runs: list[Range] = []
-        for block in self.blocks:
-            if block.k[0] == block.k[1]:
-                continue
-            if runs and runs[-1][1] == block.k[0]:
-                runs[-1] = (runs[-1][0], block.k[1])
-            else:
-                runs.append(block.k)
-        return tuple(runs)
-
-    def tensors(self, device: torch.device) -> "CallTensors":
-        """The lengths as int32 tensors on `device`, made once: a plan serves every layer of a step."""
-        cache: dict[torch.device, CallTensors] = self.__dict__.setdefault("_tensors", {})
-        if device not in cache:
-            cache[device] = CallTensors(
-                _int32((0, *accumulate(self.q_lens)), device),
-                _int32((0, *accumulate(self.k_lens)), device),
-                _int32((*self.k_starts, self.k[1] - self.k[0]), device),
-                _int32(self.k_lens, device),
-            )
-        return cache[device]
-
-    def packed_key_rows(self, device: torch.device) -> torch.Tensor:
-        """Rows of `k` that the blocks read, in order: (sum of k_lens,) int64."""
-        cache: dict[torch.device, torch.Tensor] = self.__dict__.setdefault("_packed_rows", {})
-        if device not in cache:
-            rows = torch.cat(
-                [torch.arange(start - self.k[0], stop - self.k[0], device="cpu") for start, stop in self.key_runs]
-            )
-            cache[device] = to_device(rows, device)
-        return cache[device]
-
-
-class CallTensors(NamedTuple):
-    cu_q: torch.Tensor  # (B + 1,) cumulative query lengths
-    cu_k: torch.Tensor  # (B + 1,) cumulative key lengths, keys laid end to end
-    k_offsets: torch.Tensor  # (B + 1,) first key row of each block in place, then the end
-    k_lens: torch.Tensor  # (B,)
-
-
-def _int32(values: tuple[int, ...], device: torch.device) -> torch.Tensor:
-    return to_device(torch.tensor(values, dtype=torch.int32, device="cpu"), device)
-
-
-def to_device(host: torch.Tensor, device: torch.device) -> torch.Tensor:
-    """A host tensor on `device`, without waiting for it."""
-    if device.type != "cuda":
-        return host.to(device)
-    return host.pin_memory().to(device, non_blocking=True)  # a pageable copy would wait for the stream
+__all__ = [
+    "Backend",
+    "Block",
+    "Call",
+    "CallSpec",
+    "CallTensors",
+    "Capability",
+    "Dropout",
+    "Grads",
+    "Options",
+    "Range",
+    "SavedCall",
+    "Sum",
+    "accumulation_dtype",
+    "to_device",
+]
 
 
 def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -177,6 +75,7 @@ class Capability:
         window, softcap, dropout, unequal_head_dims: forward and backward, with exact mathematics.
         deterministic: gradients can be asked to be bitwise equal from run to run; without it such a request only warns.
         adds: gradients can be added to sums before they are rounded (`Grads.sums`).
+        distributions: Python packages that hold the kernel: another version of one makes measured times void.
     """
 
     devices: tuple[str, ...] = ()
@@ -190,9 +89,10 @@ class Capability:
     unequal_head_dims: bool = False
     deterministic: bool = False
     adds: bool = False
+    distributions: tuple[str, ...] = ()
 
     def refusal(self, spec: CallSpec) -> str | None:
-        """Why `spec` is outside of what is declared, or None. Looks at the device only for its compute capability."""
+        """Why `spec` is outside of what is declared, as the rest of the sentence "it ...", or None."""
         if self.devices and spec.device not in self.devices:
             return f"runs on {' and '.join(self.devices)} tensors only, got {spec.device}"
         if self.dtypes and spec.dtype not in self.dtypes:
@@ -230,32 +130,24 @@ class Backend(Protocol):
     - `backward` takes the out and lse of the *whole* softmax, of which the call may be a part, and writes dq, dk, dv in
       place; key rows that no block reads may hold anything afterwards. A backend that `adds` is also given sums, and
       leaves key rows that no block reads alone.
+
+    docs/adding-a-backend.md shows a whole one.
     """
 
     name: str
     capability: Capability
 
     def missing(self) -> str | None:
-        """Why the package or operator is not there, or None. Must not raise; a failure may be asked again."""
+        """Why the package or operator is not there, as the rest of the sentence "it ...", or None. Must not raise, and
+        must look again after a failure: an installation may be repaired while the process runs."""
 
     def forward(
         self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, call: Call, options: "Options", out: torch.Tensor
     ) -> torch.Tensor:
         """Attention of q (T, H, D) over k (S, K, D), v (S, K, V): rows `call.q` and `call.k`; returns lse (H, T)."""
 
-    def backward(
-        self,
-        dout: torch.Tensor,
-        q: torch.Tensor,
-        k: torch.Tensor,
-        v: torch.Tensor,
-        out: torch.Tensor,
-        lse: torch.Tensor,
-        call: Call,
-        options: "Options",
-        grads: "Grads",
-    ) -> None:
-        """Gradients of this call's share into `grads`, shaped as q, k, v."""
+    def backward(self, dout: torch.Tensor, saved: "SavedCall", grads: "Grads") -> None:
+        """Gradients of this call's share into `grads`, shaped as q, k, v; `dout` is (T, H, V)."""
 
 
 @dataclass(frozen=True)
@@ -286,6 +178,21 @@ class Options:
     dropout: Dropout | None = None
 
 
+class SavedCall(NamedTuple):
+    """A call as its backward pass needs it: what went into its forward pass, and the result of all keys.
+
+    A named tuple and not a dataclass, as one is made for every call and that is several times as fast.
+    """
+
+    q: torch.Tensor  # (T, H, D)
+    k: torch.Tensor  # (S, K, D)
+    v: torch.Tensor  # (S, K, V)
+    out: torch.Tensor  # (T, H, V), of the whole softmax
+    lse: torch.Tensor  # (H, T), of the whole softmax; perhaps columns of a wider one
+    call: Call
+    options: Options
+
+
 class Sum(NamedTuple):
     """Rows of a gradient that have parts from several calls: the call's is added to `wide` and not written.
 
@@ -314,7 +221,10 @@ class Sum(NamedTuple):
 
 @dataclass(frozen=True)
 class Grads:
-    """Where the gradients of a call go: tensors shaped as q, k and v, and for each the sum of its shared rows."""
+    """Where the gradients of a call go: tensors shaped as q, k and v, and for each the sum of its shared rows.
+
+    Rows are shared where several calls see the same queries or keys; only backends that `adds` get sums.
+    """
 
     dq: torch.Tensor
     dk: torch.Tensor

@@ -13,7 +13,7 @@ from ringattn.kernels import registry, selftest
 from ringattn.kernels.backends.fa2 import FlashAttention2
 from ringattn.kernels.backends.reference import Reference, kept_pairs
 from ringattn.kernels.merge import merge_
-from ringattn.kernels.spec import Block, Call, CallSpec, Grads, Options
+from ringattn.kernels.spec import Block, Call, CallSpec, Grads, Options, SavedCall
 from ringattn.parallel.transport.collective import GroupTransport
 from tests.dense import Case, dense_attention, relative_error
 from tests.features import hf
@@ -289,7 +289,7 @@ def merged_error(parts: int) -> dict[str, float]:
     expected_out = torch.empty_like(wide[0])
     expected_lse = judge.forward(*wide[:3], whole, options, expected_out)
     expected = Grads(*(torch.empty_like(x) for x in wide[:3]))
-    judge.backward(wide[3], *wide[:3], expected_out, expected_lse, whole, options, expected)
+    judge.backward(wide[3], SavedCall(*wide[:3], expected_out, expected_lse, whole, options), expected)
     size = rows // parts
     call = Call((Block((0, rows), (0, size)),))
     out, lse = torch.zeros(rows, heads, dim), torch.full((heads, rows), -math.inf)
@@ -302,7 +302,8 @@ def merged_error(parts: int) -> dict[str, float]:
     for start in range(0, rows, size):
         keys, dq = slice(start, start + size), torch.empty_like(q)
         target = Grads(dq, grads.dk[keys], grads.dv[keys])
-        backend.backward(dout, q, k[keys], v[keys], out.bfloat16(), lse, call, options, target)
+        saved = SavedCall(q, k[keys], v[keys], out.bfloat16(), lse, call, options)
+        backend.backward(dout, saved, target)
         grads.dq.add_(dq)
     got = {"out": out.bfloat16(), "lse": lse, "dq": grads.dq, "dk": grads.dk, "dv": grads.dv}
     return {

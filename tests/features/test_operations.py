@@ -68,9 +68,9 @@ class NoBackward:
 
 
 class OldBackward(Fake):
-    """Written for another contract."""
+    """Written for the contract that had an argument for each tensor."""
 
-    def backward(self, dout: Tensor, q: Tensor) -> None:  # type: ignore[override]
+    def backward(self, dout, q, k, v, out, lse, call, options, grads) -> None:  # type: ignore[no-untyped-def, override]
         raise AssertionError
 
 
@@ -82,7 +82,11 @@ class Undeclared(Fake):
     ("candidate", "told"),
     [
         (NoBackward, "has no backward"),
-        (OldBackward, r"cannot be called as backward\(dout, q, k, v, out, lse, "),
+        (
+            OldBackward,
+            r"cannot be called as backward\(dout, saved, grads\), the contract of ringattn.kernels.spec.Backend: "
+            r"its own is backward\(dout, q, k, v, out, lse, call, options, grads\)",
+        ),
         (Undeclared, "has no capability"),
     ],
 )
@@ -90,8 +94,11 @@ def test_row_56_a_plug_in_that_is_no_backend_is_ignored(
     monkeypatch: pytest.MonkeyPatch, candidate: Any, told: str
 ) -> None:
     plug(monkeypatch, Entry("npu2", lambda: candidate))
-    with pytest.warns(UserWarning, match=f"package:npu2 is no backend: it {told}"):
+    with pytest.warns(UserWarning, match=f"backend 'npu2': entry point package:npu2 is no backend: it {told}"):
         assert list(registry.backends()) == BUILTIN
+    assert registry.choose(SPEC).name == "cpu"
+    with pytest.raises(ValueError, match=f"got 'npu2'; entry point package:npu2 is no backend: it {told}"):
+        parallel_attention(*tensors(), LAYOUT, backend="npu2")
 
 
 def test_row_57_the_argument_wins_over_the_environment_over_auto(monkeypatch: pytest.MonkeyPatch) -> None:

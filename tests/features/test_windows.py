@@ -14,7 +14,7 @@ from ringattn.kernels import registry, selftest
 from ringattn.kernels.backends import torch_flash
 from ringattn.kernels.backends.flex import FlexAttention
 from ringattn.kernels.backends.reference import Reference
-from ringattn.kernels.spec import Backend, Block, Call, Grads, Options
+from ringattn.kernels.spec import Backend, Block, Call, Grads, Options, SavedCall
 from ringattn.names import canonical
 from tests.dense import Case, dense_attention
 from tests.features import hf
@@ -231,7 +231,7 @@ def test_row_23_causal_blocks_are_aligned_to_the_last_query_and_key(
     call = Call((Block((0, queries), (0, keys), -1, 0),), -1, 0)
     out, grads = torch.full_like(q, 7.0), Grads(*(torch.full_like(x, 7.0) for x in (q, k, v)))
     lse = backend.forward(q, k, v, call, Options(0.125), out)
-    backend.backward(torch.ones_like(out), q, k, v, out, lse, call, Options(0.125), grads)
+    backend.backward(torch.ones_like(out), SavedCall(q, k, v, out, lse, call, Options(0.125)), grads)
     torch.testing.assert_close(out.double(), expected, rtol=1e-2, atol=1e-2 if dtype.itemsize < 4 else 1e-5)
     empty = slice(0, max(0, queries - keys))
     assert (out[empty] == 0).all()

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from ringattn.kernels.backends.reference import Reference
-from ringattn.kernels.spec import Block, Call, Grads, Options
+from ringattn.kernels.spec import Block, Call, Grads, Options, SavedCall
 
 TILE, MULTIPLE, CLUSTER = 32, 32, 2
 
@@ -86,8 +86,9 @@ def _flash_attn_bwd(
         )
     ]
     grads = Grads(*(torch.zeros_like(x, dtype=torch.float32) for x in (q, k, v)))
-    wide = (x.float() for x in (dout, q, k, v, out))
-    Reference().backward(*wide, lse, Call(tuple(blocks), -1, 0), Options(softmax_scale), grads)
+    wide = (x.float() for x in (q, k, v, out))
+    saved = SavedCall(*wide, lse, Call(tuple(blocks), -1, 0), Options(softmax_scale))
+    Reference().backward(dout.float(), saved, grads)
     grouped = q.shape[1] > k.shape[1]
     for target, grad, cu, used, cluster in (
         (dq, grads.dq, cu_seqlens_q, used_q, 1),

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ringattn.kernels.backends.reference import Reference
-from ringattn.kernels.spec import Block, Call, Grads, Options
+from ringattn.kernels.spec import Block, Call, Grads, Options, SavedCall
 
 Record = list[dict[str, Any]]  # the keyword arguments of every launch
 INF = float("inf")
@@ -30,7 +30,7 @@ def gradients(tensors: Sequence[Tensor], lse: Tensor, call: Call, scale: float, 
     """Of dout, q, k, v, out."""
     dout, q, k, v, out = (x.double() for x in tensors)
     grads = Grads(torch.empty_like(q), torch.empty_like(k), torch.empty_like(v))
-    Reference().backward(dout, q, k, v, out, lse.double(), call, Options(scale, softcap), grads)
+    Reference().backward(dout, SavedCall(q, k, v, out, lse.double(), call, Options(scale, softcap)), grads)
     return Grads(*(x.to(tensors[1].dtype) for x in grads))
 
 

@@ -11,7 +11,7 @@ from ringattn import Documents, Layout, Mask, MeshShape, parallel_attention
 from ringattn.kernels.backends.reference import Reference
 from ringattn.kernels.registry import backends, explain, refusal
 from ringattn.kernels.selftest import adds
-from ringattn.kernels.spec import Backend, Block, Call, CallSpec, Grads, Options, Sum, accumulation_dtype
+from ringattn.kernels.spec import Backend, Block, Call, CallSpec, Grads, Options, SavedCall, Sum, accumulation_dtype
 from ringattn.parallel.geometry.blocks import Piece, blocks_of, group_calls, join_full
 
 DEVICES = ["cpu"] + (["cuda"] if torch.cuda.is_available() else [])
@@ -68,7 +68,7 @@ def both_ways(backend: Backend, x: dict[str, torch.Tensor], call: Call, options:
     out = torch.full_like(dout, 7.0)
     lse = backend.forward(q, k, v, call, options, out)
     grads = Grads(torch.full_like(q, 7.0), torch.full_like(k, 7.0), torch.full_like(v, 7.0))
-    backend.backward(dout, q, k, v, out, lse, call, options, grads)
+    backend.backward(dout, SavedCall(q, k, v, out, lse, call, options), grads)
     rows = torch.cat([torch.arange(a - call.k[0], b - call.k[0]) for a, b in call.key_runs]).to(q.device)
     return {"out": out, "lse": lse, "dq": grads.dq, "dk": grads.dk[rows], "dv": grads.dv[rows]}
 
@@ -125,7 +125,7 @@ def test_some_of_the_heads_of_tensors_are_computed_in_place(name: str, device: s
         views = [own(x)[:, x.shape[1] // 2 :] for x in (q, k, v, dout)]
         out, dq, dk, dv = (x[:, x.shape[1] // 2 :] for x in written)
         lse = backend.forward(*views[:3], call, options, out)
-        backend.backward(views[3], *views[:3], out, lse, call, options, Grads(dq, dk, dv))
+        backend.backward(views[3], SavedCall(*views[:3], out, lse, call, options), Grads(dq, dk, dv))
         results[backend.name] = [out, dq, dk, dv]
         assert all((x[:, : x.shape[1] // 2] == 7.0).all() for x in written)
     tolerance = CPU_SUMS.get(dtype, TOLERANCE[dtype]) if name == "cpu" else TOLERANCE[dtype]
@@ -184,10 +184,10 @@ def test_sums_are_of_gradients_that_are_not_rounded(
     wide = (x.double() for x in (dout, q, k, v, out))
     Reference().backward(*wide, lse.double(), call, options, exact)
     written = Grads(torch.zeros_like(q), torch.zeros_like(k), torch.zeros_like(v))
-    backend.backward(dout, q, k, v, out, lse, call, options, written)
+    backend.backward(dout, SavedCall(q, k, v, out, lse, call, options), written)
     sums = [Sum((0, len(x)), torch.zeros_like(x, dtype=accumulation_dtype(dtype))) for x in (q, k, v)]
     untouched = Grads(*(torch.full_like(x, 7.0) for x in (q, k, v)), (sums[0], sums[1], sums[2]))
-    backend.backward(dout, q, k, v, out, lse, call, options, untouched)
+    backend.backward(dout, SavedCall(q, k, v, out, lse, call, options), untouched)
     for index, reference in enumerate(exact.tensors):
         assert (untouched.tensors[index] == 7.0).all()
         error, rounded = (

@@ -8,7 +8,7 @@ import torch
 from ringattn.kernels.backends import fa4_sums
 from ringattn.kernels.backends.fa4_sums import backward_into
 from ringattn.kernels.backends.reference import Reference
-from ringattn.kernels.spec import Block, Call, Grads, Options, Sum
+from ringattn.kernels.spec import Block, Call, Grads, Options, SavedCall, Sum
 from tests.kernels import fake_fa4
 from tests.kernels.interpreter import interpreted, run_interpreted, starts_the_interpreter
 
@@ -54,9 +54,8 @@ def test_interpreted_shared_rows_are_added_and_others_written(fresh: bool, key_h
     }
     backward_into(fake_fa4, got, tensors, {**lengths, "softmax_scale": SCALE})
     expected = Grads(*(torch.zeros_like(x, dtype=torch.float32) for x in (q, k, v)))
-    Reference().backward(
-        dout.float(), q.float(), k.float(), v.float(), out.float(), lse, call, Options(SCALE), expected
-    )
+    saved = SavedCall(q.float(), k.float(), v.float(), out.float(), lse, call, Options(SCALE))
+    Reference().backward(dout.float(), saved, expected)
     rounded_keys = key_heads == 4  # the kernel itself writes these
     for index, (total, wide, target) in enumerate(zip(sums, expected.tensors, got.tensors, strict=True)):
         read = torch.zeros(len(target), dtype=torch.bool)

@@ -17,7 +17,7 @@ from ringattn.kernels.backends.flex import FlexAttention, block_mask, row_bounds
 from ringattn.kernels.backends.reference import Reference, allowed_pairs
 from ringattn.kernels.merge import finite_lse, merge_
 from ringattn.kernels.selftest import failure, forget
-from ringattn.kernels.spec import Block, Call, CallSpec, Dropout, Grads, Options
+from ringattn.kernels.spec import Block, Call, CallSpec, Dropout, Grads, Options, SavedCall
 
 EAGER = FlexAttention(block_size=(16, 16), eager=True)
 HEADS, KEY_HEADS, DIM, VALUE_DIM = 4, 2, 16, 8
@@ -67,7 +67,7 @@ def both_ways(backend: Any, tensors: list[Tensor], call: Call, options: Options)
     out = torch.full_like(dout, 7.0)
     lse = backend.forward(q, k, v, call, options, out)
     dq, dk, dv = (torch.full_like(x, 7.0) for x in (q, k, v))
-    backend.backward(dout, q, k, v, out, lse, call, options, Grads(dq, dk, dv))
+    backend.backward(dout, SavedCall(q, k, v, out, lse, call, options), Grads(dq, dk, dv))
     read = torch.cat([torch.arange(0), *(torch.arange(*run) - call.k[0] for run in call.key_runs)]).to(k.device)
     return [out, lse, dq, dk[read], dv[read]]
 
@@ -154,7 +154,7 @@ def test_parts_of_a_softmax_add_up(band: tuple[int, int], softcap: float, p: flo
     for call in halves:
         rows = slice(*call.k)
         grads = Grads(torch.empty_like(q), dk[rows], dv[rows])
-        EAGER.backward(dout, q, k[rows], v[rows], out, lse, call, options(call), grads)
+        EAGER.backward(dout, SavedCall(q, k[rows], v[rows], out, lse, call, options(call)), grads)
         dq += grads.dq
     for got, exact in zip((out, lse, dq, dk, dv), wanted, strict=True):
         torch.testing.assert_close(got, exact, rtol=1e-10, atol=1e-10)
@@ -168,10 +168,10 @@ def test_bfloat16_part_of_a_softmax() -> None:
     lse = Reference().forward(q, k, v, half, options, out) + 1.0  # other keys hold 1 - 1/e of the whole softmax
     out = (out / torch.e + 0.2 * torch.randn(out.shape, generator=torch.Generator().manual_seed(1))).bfloat16().double()
     wanted = Grads(*(torch.empty_like(x) for x in (q, k, v)))
-    Reference().backward(dout, q, k, v, out, lse, half, options, wanted)
+    Reference().backward(dout, SavedCall(q, k, v, out, lse, half, options), wanted)
     narrow = [x.bfloat16() for x in (dout, q, k, v, out)]
     got = Grads(*(torch.empty_like(x) for x in narrow[1:4]))
-    EAGER.backward(*narrow, lse.float(), half, options, got)
+    EAGER.backward(narrow[0], SavedCall(*narrow[1:], lse.float(), half, options), got)
     for x, exact in zip(got.tensors, wanted.tensors, strict=True):
         assert (x.double() - exact).norm() / exact.norm() < 6e-3
 

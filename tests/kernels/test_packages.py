@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ringattn.kernels.backends import fa2, fa3, fa4, npu, torch_flash, xpu
-from ringattn.kernels.spec import Backend, Block, Call, Grads, Options
+from ringattn.kernels.spec import Backend, Block, Call, Grads, Options, SavedCall
 from tests.kernels import fakes
 
 # Rows (queries, keys) of blocks that start at row 3 of the queries and 2 of the keys; `None` skips keys.
@@ -69,7 +69,7 @@ def check(backend: Backend, call: Call, softcap: float = 0.0, value_dim: int = 8
     torch.testing.assert_close(out, expected_out)
     whole = expected_lse + 0.5  # of a softmax of which this call is a part; rows without any key stay at -inf
     grads = Grads(guarded(q), guarded(k), guarded(v))
-    backend.backward(dout, q, k, v, whole_out, whole, call, options, grads)
+    backend.backward(dout, SavedCall(q, k, v, whole_out, whole, call, options), grads)
     expected = fakes.gradients((dout, q, k, v, whole_out), whole, call, SCALE, softcap)
     read = torch.cat([torch.arange(0), *(torch.arange(*run) - call.k[0] for run in call.key_runs)])
     torch.testing.assert_close(grads.dq, expected.dq)

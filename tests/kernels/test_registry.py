@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ringattn.kernels import registry, selftest
 from ringattn.kernels.backends.reference import Reference
-from ringattn.kernels.spec import Backend, Call, CallSpec, Capability, Grads, Options
+from ringattn.kernels.spec import Backend, Call, CallSpec, Capability, Grads, Options, SavedCall
 
 SPEC = CallSpec("cpu", torch.float32, 16, 16, 4, 2)
 ORDER = ["fa4", "fa3", "fa2", "torch", "npu", "xpu", "cpu", "reference"]
@@ -33,11 +33,9 @@ class Fake(Reference):
         self.launches += 1
         return super().forward(q, k, v, *self.fault(call, options), out)
 
-    def backward(
-        self, dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, call: Call, options: Options,
-        grads: Grads,
-    ) -> None:  # fmt: skip
-        super().backward(dout, q, k, v, out, lse, *self.fault(call, options), grads)
+    def backward(self, dout: Tensor, saved: SavedCall, grads: Grads) -> None:
+        call, options = self.fault(saved.call, saved.options)
+        super().backward(dout, saved._replace(call=call, options=options), grads)
 
 
 class WrongKeys(Fake):

@@ -1,6 +1,7 @@
 """FlashAttention-2 (distribution `flash-attn`): Ampere and newer; softcap besides what torch's copy of it can do.
 
-ALiBi is not offered. Dropout is refused: the kernel draws its mask by the position inside a call.
+ALiBi is not offered. Dropout is refused: the kernel draws its mask by the place inside of a call, so that the result
+would depend on how a plan cuts the sequence.
 """
 
 import importlib.metadata
@@ -12,10 +13,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ringattn.kernels.backends.rows import pack_keys, rows_of_heads, unpack_keys
-from ringattn.kernels.backends.torch_flash import is_causal, longest_keys
+from ringattn.kernels.backends.rows import rows_of_heads
+from ringattn.kernels.backends.varlen import (
+    Varlen,
+    infinity_of_keyless,
+    kept_with_call,
+    minus_infinity_of_keyless,
+    pack_keys,
+    unpack_keys,
+)
 from ringattn.kernels.probing import require, why_missing
-from ringattn.kernels.spec import Call, CallSpec, Capability, Grads, Options
+from ringattn.kernels.spec import Call, CallSpec, Capability, Grads, Options, SavedCall
 
 Kernels = tuple[Callable[..., Any], Callable[..., Any]]
 
@@ -26,6 +34,8 @@ _NEEDED = {
 
 
 class _NoDropout(Capability):
+    """Says why dropout is refused, as users know that the package has it."""
+
     def refusal(self, spec: CallSpec) -> str | None:
         reason = super().refusal(replace(spec, dropout_p=0.0))
         if reason is None and spec.dropout_p:
@@ -43,6 +53,7 @@ class FlashAttention2:
         compute_capability=((8, 0), (99, 0)),
         softcap=True,
         deterministic=True,
+        distributions=("flash-attn",),
     )
 
     def missing(self) -> str | None:
@@ -52,55 +63,24 @@ class FlashAttention2:
         k, v = pack_keys(call, k, v)
         result, lse, *_ = _kernels()[0](q, k, v, return_softmax=False, **_arguments(call, options, q.device))
         out.copy_(result)
-        return torch.where(lse == float("inf"), float("-inf"), lse)  # its lse of a row without keys is +inf
+        return minus_infinity_of_keyless(lse)
 
-    def backward(
-        self,
-        dout: Tensor,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        out: Tensor,
-        lse: Tensor,
-        call: Call,
-        options: Options,
-        grads: Grads,
-    ) -> None:
+    def backward(self, dout: Tensor, saved: SavedCall, grads: Grads) -> None:
+        q, k, v, out, lse, call, options = saved
         k, v = pack_keys(call, k, v)
         dk, dv = (grads.dk, grads.dv) if call.dense_keys else (torch.empty_like(k), torch.empty_like(v))
         _kernels()[1](
-            rows_of_heads(dout), q, k, v, out, keyless_weightless(lse, call), dq=grads.dq, dk=dk, dv=dv,
+            rows_of_heads(dout), q, k, v, out, infinity_of_keyless(lse, call), dq=grads.dq, dk=dk, dv=dv,
             deterministic=options.deterministic, **_arguments(call, options, q.device),
         )  # fmt: skip
         if not call.dense_keys:
             unpack_keys(call, grads, dk, dv)
 
 
-def keyless_weightless(lse: Tensor, call: Call) -> Tensor:
-    """lse for a backward kernel: +inf for rows without keys, so that exp(score - lse) is 0 and not NaN.
-
-    Rows that have keys in this call have a finite one already, and two launches are saved.
-    """
-    if not call.keyless_rows:
-        return lse.contiguous()
-    return lse.masked_fill(lse == float("-inf"), float("inf")).contiguous()
-
-
+@kept_with_call
 def _arguments(call: Call, options: Options, device: torch.device) -> dict[str, Any]:
-    lengths = call.tensors(device)
-    return {
-        "cu_seqlens_q": lengths.cu_q,
-        "cu_seqlens_k": lengths.cu_k,
-        "max_seqlen_q": call.max_q,
-        "max_seqlen_k": longest_keys(call),
-        "dropout_p": 0.0,
-        "softmax_scale": options.scale,
-        "causal": is_causal(call),
-        "window_size_left": call.left,
-        "window_size_right": call.right,
-        "softcap": options.softcap,
-        "alibi_slopes": None,
-    }
+    """Those of both directions. What is not used is passed as well, so that no release's defaults count."""
+    return Varlen.end_to_end(call, device).named(options) | {"dropout_p": 0.0, "alibi_slopes": None}
 
 
 @cache  # what raises is not kept, so an installation that was repaired is found
@@ -116,12 +96,14 @@ def _kernels() -> Kernels:
     except Exception as error:  # a build for another torch raises other errors than ImportError
         raise ImportError(f"is installed but cannot be imported: {type(error).__name__}: {error}") from error
     return (
-        require(_function(interface, "forward"), "_flash_attn_varlen_forward", _NEEDED | {"return_softmax"}),
-        require(_function(interface, "backward"), "_flash_attn_varlen_backward", _NEEDED | {"dq", "deterministic"}),
+        require(_package_function(interface, "forward"), "_flash_attn_varlen_forward", _NEEDED | {"return_softmax"}),
+        require(
+            _package_function(interface, "backward"), "_flash_attn_varlen_backward", _NEEDED | {"dq", "deterministic"}
+        ),
     )
 
 
-def _function(interface: Any, direction: str) -> Callable[..., Any] | None:
+def _package_function(interface: Any, direction: str) -> Callable[..., Any] | None:
     """The torch operator where there is one (2.7 and newer), else the function."""
     name = f"flash_attn_varlen_{direction}"
     return getattr(interface, f"_wrapped_{name}", None) or getattr(interface, f"_{name}", None)

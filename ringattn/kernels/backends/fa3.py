@@ -19,10 +19,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ringattn.kernels.backends.fa2 import keyless_weightless
 from ringattn.kernels.backends.rows import rows_of_heads
+from ringattn.kernels.backends.varlen import Varlen, infinity_of_keyless, kept_with_call
 from ringattn.kernels.probing import parameters, require, why_missing
-from ringattn.kernels.spec import Call, Capability, Grads, Options
+from ringattn.kernels.spec import Call, Capability, Grads, Options, SavedCall
 
 LIBRARY = "RINGATTN_FA3_LIBRARY"
 _MODULES = ("flash_attn_3._C", "flash_attn_interface")  # of a source build; importing one registers the operators
@@ -44,6 +44,7 @@ class FlashAttention3:
         softcap=True,
         unequal_head_dims=True,
         deterministic=True,
+        distributions=("flash-attn-3", "xformers"),
     )
 
     def missing(self) -> str | None:
@@ -51,48 +52,38 @@ class FlashAttention3:
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, call: Call, options: Options, out: Tensor) -> Tensor:
         forward, _ = _kernels()
-        arguments = _arguments(call, options, q.device)
-        return forward(q, k, v, **_named(forward, {"out": out, "num_splits": 1, **arguments}))[1]
+        arguments = _forward_arguments(call, options, q.device)
+        return forward(q, k, v, **arguments, **_own_arguments(forward, {"out": out, "num_splits": 1}))[1]
 
-    def backward(
-        self,
-        dout: Tensor,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        out: Tensor,
-        lse: Tensor,
-        call: Call,
-        options: Options,
-        grads: Grads,
-    ) -> None:
+    def backward(self, dout: Tensor, saved: SavedCall, grads: Grads) -> None:
+        q, k, v, out, lse, call, options = saved
         _, backward = _kernels()
-        arguments = _arguments(call, options, q.device)
-        gradients = {"dq": grads.dq, "dk": grads.dk, "dv": grads.dv}
-        wanted = {**gradients, "deterministic": options.deterministic, **arguments}
-        backward(rows_of_heads(dout), q, k, v, out, keyless_weightless(lse, call), **_named(backward, wanted))
+        inputs = rows_of_heads(dout), q, k, v, out, infinity_of_keyless(lse, call)
+        wanted = {"dq": grads.dq, "dk": grads.dk, "dv": grads.dv, "deterministic": options.deterministic}
+        backward(*inputs, **_backward_arguments(call, options, q.device), **_own_arguments(backward, wanted))
+
+
+@kept_with_call
+def _forward_arguments(call: Call, options: Options, device: torch.device) -> dict[str, Any]:
+    return _own_arguments(_kernels()[0], _arguments(call, options, device))
+
+
+@kept_with_call
+def _backward_arguments(call: Call, options: Options, device: torch.device) -> dict[str, Any]:
+    return _own_arguments(_kernels()[1], _arguments(call, options, device))
 
 
 def _arguments(call: Call, options: Options, device: torch.device) -> dict[str, Any]:
-    lengths = call.tensors(device)
-    return {
-        "cu_seqlens_q": lengths.cu_q,
-        "cu_seqlens_k": lengths.cu_k if call.dense_keys else lengths.k_offsets,
-        "seqused_k": None if call.dense_keys else lengths.k_lens,
-        "max_seqlen_q": call.max_q,
-        "max_seqlen_k": call.max_k,
-        "softmax_scale": options.scale,
-        "is_causal": call.right == 0 and call.left < 0,
-        "window_size_left": call.left,
-        "window_size_right": call.right,
-        "softcap": options.softcap,
-    }
+    """Under our names, for both directions."""
+    lengths = Varlen.in_place(call, device)
+    return lengths.named(options) | {"seqused_k": lengths.used_k}
 
 
-_OPTIONAL = {"softcap": 0.0, "deterministic": False, "num_splits": 1}  # what a build without the argument does
+# What a build does that lacks the argument: only this value can be asked of it.
+_OPTIONAL = {"softcap": 0.0, "deterministic": False, "num_splits": 1}
 
 
-def _named(operator: Callable[..., Any], wanted: dict[str, Any]) -> dict[str, Any]:
+def _own_arguments(operator: Callable[..., Any], wanted: dict[str, Any]) -> dict[str, Any]:
     """The arguments under the operator's own names; NotImplementedError for a feature that it has no argument for."""
     named = {}
     for name, value in wanted.items():
@@ -106,9 +97,10 @@ def _named(operator: Callable[..., Any], wanted: dict[str, Any]) -> dict[str, An
 
 @cache
 def _own_name(operator: Callable[..., Any], name: str) -> str | None:
-    """Builds differ: `out` or `out_`, `dq` or `dq_`, `is_causal` or `causal`."""
+    """What an operator calls an argument, or None. Builds differ: `out` or `out_`, `dq` or `dq_`, `is_causal` or
+    `causal`."""
     names = parameters(operator)
-    return next((own for own in (name, f"{name}_", name.removeprefix("is_")) if own in names), None)
+    return next((own for own in (name, f"{name}_", f"is_{name}") if own in names), None)
 
 
 @cache  # what raises is not kept, so an installation that was repaired is found
@@ -116,7 +108,7 @@ def _kernels() -> tuple[Callable[..., Any], Callable[..., Any]]:
     """The two operators, or ImportError with what was tried."""
     tried: list[str] = []
     operators = torch.ops.flash_attn_3
-    for source, load in _sources():
+    for source, load in _operator_sources():
         try:
             load()
         except Exception as error:  # a library for another torch or CUDA raises OSError, RuntimeError and others
@@ -132,7 +124,7 @@ def _kernels() -> tuple[Callable[..., Any], Callable[..., Any]]:
     raise ImportError(f"{hint} ({told})" if told else hint)
 
 
-def _sources() -> Iterator[tuple[str, Callable[[], object]]]:
+def _operator_sources() -> Iterator[tuple[str, Callable[[], object]]]:
     """Where the operators may come from, in order: a name, and how to load them."""
     yield "operators loaded before", lambda: None
     for module in _MODULES:
@@ -146,7 +138,8 @@ def _sources() -> Iterator[tuple[str, Callable[[], object]]]:
 
 
 def _open(library: Path) -> None:
-    """Load a shared library of operators. A CUDA 12 build under a CUDA 13 torch needs its own runtime loaded first."""
+    """Load a shared library of operators. A CUDA 12 build under a CUDA 13 torch needs its own runtime loaded first: it
+    is looked for beside the library, and in NVIDIA's wheel."""
     beside = library.parent / _RUNTIME
     runtimes = [beside] if beside.exists() else _in_package("nvidia", f"cuda_runtime/lib/{_RUNTIME}")
     for runtime in runtimes[:1]:

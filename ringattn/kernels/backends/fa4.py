@@ -11,8 +11,9 @@ from torch import Tensor
 
 from ringattn.kernels.backends.fa4_sums import backward_into
 from ringattn.kernels.backends.rows import rows_of_heads
+from ringattn.kernels.backends.varlen import Varlen, kept_with_call
 from ringattn.kernels.probing import require, why_missing
-from ringattn.kernels.spec import Call, Capability, Grads, Options
+from ringattn.kernels.spec import Call, Capability, Grads, Options, SavedCall
 
 _NEEDED = {"cu_seqlens_q", "cu_seqlens_k", "seqused_k", "window_size_left", "window_size_right", "softcap"}
 
@@ -28,6 +29,7 @@ class FlashAttention4:
         softcap=True,
         deterministic=True,
         adds=True,
+        distributions=("flash-attn-4",),
     )
 
     def missing(self) -> str | None:
@@ -37,18 +39,8 @@ class FlashAttention4:
         forward, _ = _kernels()
         return forward(q, k, v, out=out, return_lse=True, **_arguments(call, options, q.device))[1]
 
-    def backward(
-        self,
-        dout: Tensor,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        out: Tensor,
-        lse: Tensor,
-        call: Call,
-        options: Options,
-        grads: Grads,
-    ) -> None:
+    def backward(self, dout: Tensor, saved: SavedCall, grads: Grads) -> None:
+        q, k, v, out, lse, call, options = saved
         _, backward = _kernels()
         inputs = q, k, v, out, rows_of_heads(dout), lse.contiguous()
         keywords = {"deterministic": options.deterministic, **_arguments(call, options, q.device)}
@@ -58,21 +50,14 @@ class FlashAttention4:
             backward(*inputs, dq=grads.dq, dk=grads.dk, dv=grads.dv, **keywords)
 
 
+@kept_with_call
 def _arguments(call: Call, options: Options, device: torch.device) -> dict[str, Any]:
-    lengths = call.tensors(device)
-    causal = call.right == 0 and call.left < 0
-    return {
-        "cu_seqlens_q": lengths.cu_q,
-        "cu_seqlens_k": lengths.cu_k if call.dense_keys else lengths.k_offsets,
-        "seqused_k": None if call.dense_keys else lengths.k_lens,
-        "max_seqlen_q": call.max_q,
-        "max_seqlen_k": call.max_k,
-        "softmax_scale": options.scale,
-        "causal": causal,
-        "softcap": options.softcap,
-        "window_size_left": None if causal or call.left < 0 else call.left,
-        "window_size_right": None if causal or call.right < 0 else call.right,
-    }
+    """An open side of the window is None to this package, and beside `causal` it takes no window."""
+    lengths = Varlen.in_place(call, device)
+    left = None if lengths.left < 0 else lengths.left
+    right = None if lengths.right < 0 or lengths.causal else lengths.right
+    window = {"window_size_left": left, "window_size_right": right}
+    return lengths.named(options) | window | {"seqused_k": lengths.used_k}
 
 
 @cache  # what raises is not kept, so an installation that was repaired is found

@@ -78,6 +78,7 @@ def _last_step(original: Callable[..., None]) -> Callable[..., None]:
     """The package's last step, but for outputs that wait: they are added to their sums, and taken out."""
     from ringattn.kernels.backends.fa4_unpack_triton import Lengths, Tiles, unpack_into
 
+    # The arguments and their names are the package's, which passes them in its own way.
     def convert(
         accum: Tensor,
         output: Tensor,
@@ -119,7 +120,11 @@ def _last_step(original: Callable[..., None]) -> Callable[..., None]:
 
 
 def _order(sample: Callable[[Tensor, Tensor], None], tile: int, padded: int, cluster: int, like: Tensor) -> Tensor:
-    """Place of each number of a tile of rows inside of the accumulator: (tile, D) int32."""
+    """Place of each number of a tile of rows inside of the accumulator: (tile, D) int32.
+
+    The accumulator that is sent through the last step holds the places themselves, as two digits: outputs may be
+    bfloat16, in which only integers up to 256 are exact.
+    """
     size = tile * padded
     assert size <= _DIGIT * 256, "both digits must be exact in half precision"
     places = torch.arange(cluster * size, device=like.device)

@@ -22,9 +22,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from ringattn.kept import kept
 from ringattn.kernels.backends.reference import is_kept, row_hashes
+from ringattn.kernels.backends.rows import as_batch, from_batch
 from ringattn.kernels.merge import finite_lse
-from ringattn.kernels.spec import Call, Capability, Dropout, Grads, Options, accumulation_dtype, to_device
+from ringattn.kernels.spec import Call, Capability, Dropout, Grads, Options, SavedCall, accumulation_dtype, to_device
 
 Attend = Callable[..., tuple[Tensor, Tensor]]  # (block mask, q, k, v, and with dropout `_hashes`) -> out, lse
 # Compiled variants of one process: head dims, heads, dtypes, with and without gradients, lengths of 1, scales and caps.
@@ -52,6 +54,7 @@ class FlexAttention:
         dropout=True,
         unequal_head_dims=True,
         deterministic=True,  # its backward adds nothing atomically
+        distributions=("triton",),
     )
 
     def __init__(
@@ -73,48 +76,40 @@ class FlexAttention:
         if not q.shape[0] or not k.shape[0]:
             out.zero_()
             return q.new_full((q.shape[1], q.shape[0]), float("-inf"), dtype=accumulation_dtype(q.dtype))
-        inputs = block_mask(call, self.block_size, q.device), *_batched(q, k, v)
+        inputs = block_mask(call, self.block_size, q.device), *as_batch(q, k, v)
         with torch.no_grad():
             result, lse = self._attend(options)(*inputs)
             if options.dropout is not None:
-                part, part_lse = self._attend(options, options.dropout)(*inputs, *_hashes(options.dropout, q.shape[1]))
-                result = part * _weight(part_lse, lse, options.dropout.p)[..., None]
-        out.copy_(_flat(result))
+                hashes = _dropout_hashes(options.dropout, q.shape[1])
+                part, part_lse = self._attend(options, options.dropout)(*inputs, *hashes)
+                result = part * _kept_weight(part_lse, lse, options.dropout.p)[..., None]
+        out.copy_(from_batch(result))
         return lse[0]
 
-    def backward(
-        self,
-        dout: Tensor,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        out: Tensor,
-        lse: Tensor,
-        call: Call,
-        options: Options,
-        grads: Grads,
-    ) -> None:
+    def backward(self, dout: Tensor, saved: SavedCall, grads: Grads) -> None:
+        q, k, v, out, lse, call, options = saved
         if not q.shape[0] or not k.shape[0]:
             for grad in grads:
                 grad.zero_()
             return
-        inputs = [x.detach().requires_grad_() for x in _batched(q, k, v)]
+        inputs = [x.detach().requires_grad_() for x in as_batch(q, k, v)]
         mask, dropout, whole = block_mask(call, self.block_size, q.device), options.dropout, lse[None]
         with torch.enable_grad():
             part, part_lse = self._attend(options)(mask, *inputs)
             if dropout is not None:
-                kept_part, kept_lse = self._attend(options, dropout)(mask, *inputs, *_hashes(dropout, q.shape[1]))
+                hashes = _dropout_hashes(dropout, q.shape[1])
+                kept_part, kept_lse = self._attend(options, dropout)(mask, *inputs, *hashes)
         with torch.no_grad():
             if dropout is None:
                 outputs: tuple[Tensor, ...] = part, part_lse
-                cotangents: tuple[Tensor, ...] = _cotangents(part, part_lse, whole, *_batched(dout, out))
+                cotangents: tuple[Tensor, ...] = _cotangents(part, part_lse, whole, *as_batch(dout, out))
             else:
                 outputs = kept_part, kept_lse, part_lse
                 lses = kept_lse, part_lse, whole
                 cotangents = _dropout_cotangents(kept_part, lses, dout, out, dropout.p)
         results = torch.autograd.grad(outputs, inputs, cotangents)
         for grad, result in zip(grads, results, strict=True):
-            grad.copy_(_flat(result))
+            grad.copy_(from_batch(result))
 
     def _attend(self, options: Options, dropout: Dropout | None = None) -> Attend:
         p = 0.0 if dropout is None else dropout.p
@@ -124,8 +119,11 @@ class FlexAttention:
 
 
 def _cotangents(part: Tensor, part_lse: Tensor, lse: Tensor, dout: Tensor, out: Tensor) -> tuple[Tensor, Tensor]:
-    """Of a part's out (1, H, T, V) and lse (1, H, T), from those of the whole. The second uses the first as rounded:
-    the gradient of the scores then stays orthogonal to a shift of them."""
+    """Cotangents of a part's out (1, H, T, V) and lse (1, H, T), from dout, out and lse of the whole softmax.
+
+    The second is computed from the first as it was rounded: the gradient of the scores then stays orthogonal to a shift
+    of them.
+    """
     weights = torch.exp(part_lse - finite_lse(lse))
     dpart = (dout.to(lse.dtype) * weights[..., None]).to(part.dtype)
     return dpart, (dpart.to(lse.dtype) * (part.to(lse.dtype) - out.to(lse.dtype))).sum(-1)
@@ -134,21 +132,21 @@ def _cotangents(part: Tensor, part_lse: Tensor, lse: Tensor, dout: Tensor, out: 
 def _dropout_cotangents(
     part: Tensor, lses: tuple[Tensor, Tensor, Tensor], dout: Tensor, out: Tensor, p: float
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Of `part`, out over the pairs that are kept, and of the lse over these and over all pairs of the call; the third
-    lse, dout and out are those of the whole."""
+    """Cotangents of `part` (out over the pairs that are kept), of the lse over these, and of the lse over all pairs of
+    the call. `lses` are these two and that of the whole softmax, whose are dout and out as well."""
     part_lse, all_lse, lse = lses
-    dout, out = _batched(dout, out)
-    dpart = (dout.to(lse.dtype) * _weight(part_lse, lse, p)[..., None]).to(part.dtype)
+    dout, out = as_batch(dout, out)
+    dpart = (dout.to(lse.dtype) * _kept_weight(part_lse, lse, p)[..., None]).to(part.dtype)
     dall = -torch.exp(all_lse - finite_lse(lse)) * (dout.to(lse.dtype) * out.to(lse.dtype)).sum(-1)
     return dpart, (dpart.to(lse.dtype) * part.to(lse.dtype)).sum(-1), dall
 
 
-def _weight(part_lse: Tensor, lse: Tensor, p: float) -> Tensor:
+def _kept_weight(part_lse: Tensor, lse: Tensor, p: float) -> Tensor:
     """What a softmax over the kept pairs of a part counts in the whole."""
     return torch.exp(part_lse - finite_lse(lse)) / (1 - p)
 
 
-def _hashes(dropout: Dropout, heads: int) -> tuple[Tensor, Tensor]:
+def _dropout_hashes(dropout: Dropout, heads: int) -> tuple[Tensor, Tensor]:
     """(H, T) and (S,) int64, whose sums say which pairs are kept: seed and first head are no constants of a kernel."""
     return row_hashes(dropout.seed, dropout.q_index, dropout.first_head, heads), dropout.k_index
 
@@ -161,7 +159,7 @@ class RowBounds(NamedTuple):
 
 
 def row_bounds(call: Call) -> RowBounds:
-    """On the host. A row without keys has `first == last`."""
+    """Made on the host, whatever the default device is. A row without keys has `first == last`."""
     with torch.device("cpu"):
         return _row_bounds(call)
 
@@ -181,11 +179,7 @@ def _row_bounds(call: Call) -> RowBounds:
 
 def block_mask(call: Call, block_size: tuple[int, int], device: torch.device) -> Any:
     """The call's `BlockMask`, made once for each device and tile size: a plan serves every layer of a step."""
-    made: dict[tuple[tuple[int, int], torch.device], Any] = call.__dict__.setdefault("_block_masks", {})
-    key = block_size, device
-    if key not in made:
-        made[key] = _block_mask(call, block_size, device)
-    return made[key]
+    return kept(call, ("block mask", block_size, device), lambda: _block_mask(call, block_size, device))
 
 
 def _block_mask(call: Call, block_size: tuple[int, int], device: torch.device) -> Any:
@@ -196,17 +190,17 @@ def _block_mask(call: Call, block_size: tuple[int, int], device: torch.device) -
     def inside(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
         return (first[query] <= key) & (key < last[query])
 
-    partial, full = _tiles(first.long(), last.long(), call.k[1] - call.k[0], block_size)
+    partial, full = _mask_tiles(first.long(), last.long(), call.k[1] - call.k[0], block_size)
     return BlockMask.from_kv_blocks(
-        *_listed(partial),
-        *_listed(full),
+        *_listed_tiles(partial),
+        *_listed_tiles(full),
         BLOCK_SIZE=block_size,
         mask_mod=inside,
         seq_lengths=(call.q[1] - call.q[0], call.k[1] - call.k[0]),
     )
 
 
-def _tiles(first: Tensor, last: Tensor, keys: int, block_size: tuple[int, int]) -> tuple[Tensor, Tensor]:
+def _mask_tiles(first: Tensor, last: Tensor, keys: int, block_size: tuple[int, int]) -> tuple[Tensor, Tensor]:
     """Which tiles (query tiles, key tiles) hold some pairs but not all, and which all: as many rows see one of a tile's
     keys, or all of them, as intervals of tiles begin before it and do not end. A tile with rows or keys over the end
     of the tensors is never full."""
@@ -226,7 +220,7 @@ def _tiles(first: Tensor, last: Tensor, keys: int, block_size: tuple[int, int]) 
     return touched & ~full, full
 
 
-def _listed(tiles: Tensor) -> tuple[Tensor, Tensor]:
+def _listed_tiles(tiles: Tensor) -> tuple[Tensor, Tensor]:
     """A BlockMask's form of (query tiles, key tiles): how many each row has, and which, first."""
     order = torch.argsort(tiles.int(), dim=1, descending=True, stable=True)
     return tiles.sum(1, dtype=torch.int32)[None, None], order.int()[None, None]
@@ -273,7 +267,8 @@ def _compiled(scale: float, softcap: float, p: float, kernel_options: tuple[tupl
 
 @contextmanager
 def _few_variants() -> Iterator[None]:
-    """Lengths that happen to be equal make no variant of their own, and scale and cap are constants of the kernel."""
+    """Settings of torch's compiler: lengths that happen to be equal make no variant of their own, and scale and cap are
+    constants of the kernel."""
     import torch._dynamo.config
     import torch.fx.experimental._config
 
@@ -312,13 +307,3 @@ def _missing(eager: bool) -> str | None:
     except ImportError:
         return "needs triton, which is not installed"
     return None
-
-
-def _batched(*tensors: Tensor) -> list[Tensor]:
-    """(T, H, D) -> (1, H, T, D)"""
-    return [x.transpose(0, 1)[None] for x in tensors]
-
-
-def _flat(x: Tensor) -> Tensor:
-    """(1, H, T, D) -> (T, H, D)"""
-    return x[0].transpose(0, 1)

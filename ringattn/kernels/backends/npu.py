@@ -12,9 +12,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ringattn.kernels.backends.torch_flash import longest_keys
+from ringattn.kept import kept
+from ringattn.kernels.backends.varlen import longest_keys
 from ringattn.kernels.probing import parameters, require, why_missing
-from ringattn.kernels.spec import Call, Capability, Grads, Options, Range, to_device
+from ringattn.kernels.spec import Call, Capability, Grads, Options, Range, SavedCall, to_device
 
 MAX_BLOCKS = 2048  # sequences of one launch, as documented
 _LANES = 8  # the statistics of a row are repeated this often
@@ -33,46 +34,39 @@ class NpuFusion:
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, call: Call, options: Options, out: Tensor) -> Tensor:
         forward = _kernels().forward
-        packed = _packed(call, q.device)
+        packed = _packed_blocks(call, q.device)
         lse = q.new_full((q.shape[1], q.shape[0]), float("-inf"), dtype=torch.float32)
         if not packed.q_ends:
             out.zero_()
             return lse
-        tensors = _take(q, packed.q_rows), _take(k, packed.k_rows), _take(v, packed.k_rows)
-        result, high, total, *_ = forward(*tensors, q.shape[1], "TND", scale=options.scale, **_arguments(call, packed))
-        _put(out, result, packed.q_rows)
+        tensors = _take_rows(q, packed.q_rows), _take_rows(k, packed.k_rows), _take_rows(v, packed.k_rows)
+        result, high, total, *_ = forward(
+            *tensors, q.shape[1], "TND", scale=options.scale, **_band_arguments(call, packed)
+        )
+        _put_rows(out, result, packed.q_rows)
         part = _rows_of((high + torch.log(total))[..., 0], packed)
         return part if packed.q_rows is None else lse.index_copy_(1, packed.q_rows, part)
 
-    def backward(
-        self,
-        dout: Tensor,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        out: Tensor,
-        lse: Tensor,
-        call: Call,
-        options: Options,
-        grads: Grads,
-    ) -> None:
+    def backward(self, dout: Tensor, saved: SavedCall, grads: Grads) -> None:
+        q, k, v, out, lse, call, options = saved
         backward = _kernels().backward
-        packed = _packed(call, q.device)
+        packed = _packed_blocks(call, q.device)
         if not packed.q_ends:
             for grad in grads:
                 grad.zero_()
             return
-        q, dout, out = (_take(x, packed.q_rows) for x in (q, dout, out))
-        k, v = _take(k, packed.k_rows), _take(v, packed.k_rows)
+        q, dout, out = (_take_rows(x, packed.q_rows) for x in (q, dout, out))
+        k, v = _take_rows(k, packed.k_rows), _take_rows(v, packed.k_rows)
         seen = lse if packed.q_rows is None else lse.index_select(1, packed.q_rows)
+        # The operator wants the largest score of a row and the sum of exponentials: exp(lse) · 1 is the same softmax.
         high = _statistics_of(seen, packed)[..., None].expand(-1, -1, _LANES).contiguous()
         dq, dk, dv, *_ = backward(
             q, k, v, dout, q.shape[1], "TND", softmax_max=high, softmax_sum=torch.ones_like(high), attention_in=out,
-            scale_value=options.scale, **_arguments(call, packed),
+            scale_value=options.scale, **_band_arguments(call, packed),
         )  # fmt: skip
-        _put(grads.dq, dq, packed.q_rows)
-        _put(grads.dk, dk, packed.k_rows)
-        _put(grads.dv, dv, packed.k_rows)
+        _put_rows(grads.dq, dq, packed.q_rows)
+        _put_rows(grads.dk, dk, packed.k_rows)
+        _put_rows(grads.dv, dv, packed.k_rows)
 
 
 class _Packed(NamedTuple):
@@ -86,30 +80,27 @@ class _Packed(NamedTuple):
     lengths: Tensor  # (T',) rows of the block of each row
 
 
-def _packed(call: Call, device: torch.device) -> _Packed:
+def _packed_blocks(call: Call, device: torch.device) -> _Packed:
     """Made once per call and device, as the call's own tensors."""
-    made: dict[torch.device, _Packed] = call.__dict__.setdefault("_npu_packed", {})
-    if device not in made:
-        made[device] = _pack(call, device)
-    return made[device]
+    return kept(call, ("packed for npu", device), lambda: _pack_blocks(call, device))
 
 
-def _pack(call: Call, device: torch.device) -> _Packed:
+def _pack_blocks(call: Call, device: torch.device) -> _Packed:
     q_spans, k_spans = [], []
     for block in call.blocks:
-        n, m = block.q[1] - block.q[0], block.k[1] - block.k[0]
-        keyless = max(0, n - m - call.right) if call.right >= 0 else 0  # the first rows of the block
-        if m and keyless < n:
-            q_spans.append((block.q[0] + keyless - call.q[0], block.q[1] - call.q[0]))
-            k_spans.append((block.k[0] - call.k[0], block.k[1] - call.k[0]))
+        rows, keys = call.rows_of(block), call.keys_of(block)
+        first = rows.start + call.keyless_of(block)
+        if first < rows.stop:
+            q_spans.append((first, rows.stop))
+            k_spans.append((keys.start, keys.stop))
     if len(q_spans) > MAX_BLOCKS:
         raise NotImplementedError(f"backend 'npu' takes up to {MAX_BLOCKS} blocks in a call, got {len(q_spans)}")
     ends = list(accumulate(stop - start for start, stop in q_spans))
     counts = torch.tensor([stop - start for start, stop in q_spans], dtype=torch.int64, device="cpu")
     starts = torch.tensor(ends, dtype=torch.int64, device="cpu") - counts
     return _Packed(
-        _rows(q_spans, call.q[1] - call.q[0], device),
-        _rows(k_spans, call.k[1] - call.k[0], device),
+        _row_index(q_spans, call.q[1] - call.q[0], device),
+        _row_index(k_spans, call.k[1] - call.k[0], device),
         ends,
         list(accumulate(stop - start for start, stop in k_spans)),
         to_device(starts.repeat_interleave(counts), device),
@@ -117,7 +108,8 @@ def _pack(call: Call, device: torch.device) -> _Packed:
     )
 
 
-def _rows(spans: list[Range], total: int, device: torch.device) -> Tensor | None:
+def _row_index(spans: list[Range], total: int, device: torch.device) -> Tensor | None:
+    """The rows of the spans; None if they are all of `total` rows, which then need no copy."""
     if sum(stop - start for start, stop in spans) == total:
         return None
     return to_device(
@@ -125,11 +117,11 @@ def _rows(spans: list[Range], total: int, device: torch.device) -> Tensor | None
     )
 
 
-def _take(x: Tensor, rows: Tensor | None) -> Tensor:
+def _take_rows(x: Tensor, rows: Tensor | None) -> Tensor:
     return x if rows is None else x.index_select(0, rows)
 
 
-def _put(x: Tensor, part: Tensor, rows: Tensor | None) -> None:
+def _put_rows(x: Tensor, part: Tensor, rows: Tensor | None) -> None:
     """`part` into the rows of `x` that it was taken from; 0 elsewhere."""
     if rows is None:
         x.copy_(part)
@@ -137,14 +129,15 @@ def _put(x: Tensor, part: Tensor, rows: Tensor | None) -> None:
         x.zero_().index_copy_(0, rows, part)
 
 
-def _arguments(call: Call, packed: _Packed) -> dict[str, Any]:
-    """Mode 3 is causal and 4 a band, both aligned to the bottom right corner and with one small triangle as mask."""
+def _band_arguments(call: Call, packed: _Packed) -> dict[str, Any]:
+    """Lengths and band. Sparse mode 0 is a full mask, 3 causal and 4 a band, the last two aligned to the bottom right
+    corner and with one small triangle as mask. The operator spells "token" as `tocken`."""
     named: dict[str, Any] = {"actual_seq_qlen": packed.q_ends, "actual_seq_kvlen": packed.k_ends, "sparse_mode": 0}
     if _kernels().says_layout:
         named["softmax_layout"] = "TND"
     if call.left < 0 and call.right < 0:
         return named
-    named |= {"sparse_mode": 3, "atten_mask": _triangle(packed.starts.device)}
+    named |= {"sparse_mode": 3, "atten_mask": _hidden_triangle(packed.starts.device)}
     if call.left >= 0 or call.right > 0:
         widest = longest_keys(call)
         named["sparse_mode"] = 4
@@ -154,8 +147,8 @@ def _arguments(call: Call, packed: _Packed) -> dict[str, Any]:
 
 
 @cache
-def _triangle(device: torch.device) -> Tensor:
-    """True where a key is hidden."""
+def _hidden_triangle(device: torch.device) -> Tensor:
+    """True where a key is hidden; the operator asks for this size whatever the lengths are."""
     return torch.ones(2048, 2048, dtype=torch.bool, device=device).triu(1)
 
 
@@ -163,19 +156,19 @@ def _rows_of(statistics: Tensor, packed: _Packed) -> Tensor:
     """Statistics as the operator lays them out -> (H, T')."""
     if _kernels().says_layout:
         return statistics.T
-    return statistics.reshape(-1)[_places(packed, statistics.shape[1])]
+    return statistics.reshape(-1)[_places_in_memory(packed, statistics.shape[1])]
 
 
 def _statistics_of(lse: Tensor, packed: _Packed) -> Tensor:
-    """The reverse: (H, T') -> (T', H)."""
+    """(H, T') -> statistics as the operator lays them out, in the shape (T', H)."""
     if _kernels().says_layout:
         return lse.T
     flat = lse.new_empty(lse.numel())
-    flat[_places(packed, lse.shape[0])] = lse
+    flat[_places_in_memory(packed, lse.shape[0])] = lse
     return flat.view(lse.shape[1], lse.shape[0])
 
 
-def _places(packed: _Packed, heads: int) -> Tensor:
+def _places_in_memory(packed: _Packed, heads: int) -> Tensor:
     """(H, T') places in memory: operators without the argument softmax_layout store (H, n) for one block after another
     under the shape (T', H)."""
     rows = torch.arange(packed.starts.shape[0], device=packed.starts.device)
@@ -184,6 +177,8 @@ def _places(packed: _Packed, heads: int) -> Tensor:
 
 
 class _Kernels(NamedTuple):
+    """The operators of torch_npu."""
+
     forward: Callable[..., Any]
     backward: Callable[..., Any]
     says_layout: bool  # whether they take softmax_layout
@@ -191,6 +186,7 @@ class _Kernels(NamedTuple):
 
 @cache  # what raises is not kept, so an installation that was repaired is found
 def _kernels() -> _Kernels:
+    """The operators, or ImportError with what is missing."""
     try:
         import torch_npu  # noqa: F401  # registers the device and the operators
     except Exception as error:  # a CANN library that is missing raises other errors than ImportError

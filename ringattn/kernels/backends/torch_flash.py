@@ -10,8 +10,8 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from ringattn.kernels.backends.rows import pack_keys, unpack_keys
-from ringattn.kernels.spec import Call, Capability, Grads, Options
+from ringattn.kernels.backends.varlen import Varlen, kept_with_call, minus_infinity_of_keyless, pack_keys, unpack_keys
+from ringattn.kernels.spec import Call, Capability, Grads, Options, SavedCall
 
 
 class TorchFlash:
@@ -30,50 +30,32 @@ class TorchFlash:
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, call: Call, options: Options, out: Tensor) -> Tensor:
         k, v = pack_keys(call, k, v)
-        lengths = call.tensors(q.device)
+        x = _lengths(call, options, q.device)
         result, lse, *_ = torch.ops.aten._flash_attention_forward(
-            q, k, v, lengths.cu_q, lengths.cu_k, call.max_q, longest_keys(call), 0.0, is_causal(call), False,
-            scale=options.scale, window_size_left=call.left, window_size_right=call.right, **_one_split(),
+            q, k, v, x.cu_q, x.cu_k, x.max_q, x.max_k, 0.0, x.causal, False,
+            scale=options.scale, window_size_left=x.left, window_size_right=x.right, **_one_split(),
         )  # fmt: skip
         out.copy_(result)
-        return torch.where(lse == float("inf"), float("-inf"), lse)  # its lse of a row without keys is +inf
+        return minus_infinity_of_keyless(lse)
 
-    def backward(
-        self,
-        dout: Tensor,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        out: Tensor,
-        lse: Tensor,
-        call: Call,
-        options: Options,
-        grads: Grads,
-    ) -> None:
+    def backward(self, dout: Tensor, saved: SavedCall, grads: Grads) -> None:
+        q, k, v, out, lse, call, options = saved
         k, v = pack_keys(call, k, v)
-        lengths = call.tensors(q.device)
-        no_rng = torch.zeros(2, dtype=torch.uint64, device=q.device)
+        x = _lengths(call, options, q.device)
+        no_rng = torch.zeros(2, dtype=torch.uint64, device=q.device)  # asked for even without dropout
         with _deterministic(options.deterministic):
             dq, dk, dv = torch.ops.aten._flash_attention_backward(
-                dout.contiguous(), q, k, v, out, lse.contiguous(), lengths.cu_q, lengths.cu_k,
-                call.max_q, longest_keys(call), 0.0, is_causal(call), no_rng, no_rng,
-                scale=options.scale, window_size_left=call.left, window_size_right=call.right,
+                dout.contiguous(), q, k, v, out, lse.contiguous(), x.cu_q, x.cu_k,
+                x.max_q, x.max_k, 0.0, x.causal, no_rng, no_rng,
+                scale=options.scale, window_size_left=x.left, window_size_right=x.right,
             )  # fmt: skip
         grads.dq.copy_(dq)
         unpack_keys(call, grads, dk, dv)
 
 
-def longest_keys(call: Call) -> int:
-    """An upper bound of the key lengths, and of what an open window must reach.
-
-    The kernel takes a window of this or more for an open one, and an open one beside a closed one for this many keys:
-    both are wrong where a block has more queries than keys.
-    """
-    return max(call.max_k, call.max_q, call.right + 1)
-
-
-def is_causal(call: Call) -> bool:
-    return call.right == 0
+@kept_with_call
+def _lengths(call: Call, options: Options, device: torch.device) -> Varlen:
+    return Varlen.end_to_end(call, device)
 
 
 @cache
@@ -85,7 +67,7 @@ def _one_split() -> dict[str, int]:
 
 @contextmanager
 def _deterministic(wanted: bool) -> Iterator[None]:
-    """The operator has no argument for it and reads torch's global switch."""
+    """The operator has no argument for it and reads torch's global switch, which is put back."""
     before = torch.are_deterministic_algorithms_enabled()
     warn_only = torch.is_deterministic_algorithms_warn_only_enabled()
     torch.use_deterministic_algorithms(wanted or before, warn_only=warn_only)

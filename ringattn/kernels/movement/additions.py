@@ -9,16 +9,16 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ringattn.kept import kept, kept_already
 from ringattn.kernels.spec import Range, to_device
 
-Pair = tuple[Tensor, Tensor]
-
+Pair = tuple[Tensor, Tensor]  # two tensors whose rows travel together, such as keys and values
 
 TILE = 16  # rows that one program adds up
 
 
 class Addition(NamedTuple):
-    """Rows `target` of a sum get the rows from `source` on: of the message if `remote`, else of the local pair."""
+    """Rows `target` of a sum get as many rows from `source` on: of the message if `remote`, else of the local pair."""
 
     target: Range
     source: int
@@ -27,7 +27,8 @@ class Addition(NamedTuple):
 
 @dataclass(frozen=True)
 class Additions:
-    """What is added to which rows, in an order that never changes; the targets may overlap."""
+    """What is added to which rows; the targets may overlap. The order never changes, so that sums are equal to the bit
+    from run to run."""
 
     parts: tuple[Addition, ...]
 
@@ -49,10 +50,12 @@ class Additions:
         Returns tiles (n, 5): first row, rows, offset in the segment, first and last source; sources (m, 2): the row
         that belongs to the segment's first, and whether it is remote.
         """
-        kept: dict[torch.device, tuple[Tensor, Tensor]] = self.__dict__.setdefault("_tables", {})
-        if device not in kept:
-            kept[device] = tuple(to_device(torch.from_numpy(table), device) for table in self._host_tables())  # type: ignore[assignment]
-        return kept[device]
+        found: tuple[Tensor, Tensor] | None = kept_already(self, device)  # nothing else is kept here
+        return kept(self, device, lambda: self._made_tables(device)) if found is None else found
+
+    def _made_tables(self, device: torch.device) -> tuple[Tensor, Tensor]:
+        tiles, sources = self._host_tables()
+        return to_device(torch.from_numpy(tiles), device), to_device(torch.from_numpy(sources), device)
 
     def _host_tables(self) -> tuple[Any, Any]:
         tiles: list[Any] = []

@@ -66,8 +66,9 @@ def _fused(tensors: Sequence[Tensor]) -> Any:
 
 @cache
 def _kernels() -> Any:
+    """The Triton kernels, or None without Triton, which is imported only when GPU tensors are packed."""
     try:
-        from ringattn.kernels.movement import heads_triton as pack_triton
+        from ringattn.kernels.movement import heads_triton
     except ImportError:
         return None
-    return pack_triton
+    return heads_triton

@@ -1,4 +1,4 @@
-"""The packing and unpacking of `pack.py` as Triton kernels. Imported only where triton is."""
+"""The packing and unpacking of `heads.py` as Triton kernels. Imported only where triton is."""
 
 from collections.abc import Sequence
 

@@ -7,6 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ringattn.kept import kept, kept_already
 from ringattn.kernels.spec import to_device
 
 MOST = 3  # tensors that a fused kernel takes
@@ -46,15 +47,14 @@ class Slots:
     def tables(self, device: torch.device) -> tuple[Tensor, Tensor]:
         """For the fused kernels, int64, made once: slots (n, 4) ordered by head, and heads (m, 4): tensor, head, first
         and last slot."""
-        kept: dict[torch.device, tuple[Tensor, Tensor]] = self.__dict__.setdefault("_kept", {})
-        if device not in kept:
-            slots: list[Slot] = []
-            heads: list[tuple[int, int, int, int]] = []
-            for (tensor, head), some in self.by_head.items():
-                heads.append((tensor, head, len(slots), len(slots) + len(some)))
-                slots += some
-            rows, groups = (
-                torch.tensor(table, dtype=torch.int64, device="cpu").view(-1, 4) for table in (slots, heads)
-            )
-            kept[device] = to_device(rows, device), to_device(groups, device)
-        return kept[device]
+        found: tuple[Tensor, Tensor] | None = kept_already(self, device)  # nothing else is kept here
+        return kept(self, device, lambda: self._made_tables(device)) if found is None else found
+
+    def _made_tables(self, device: torch.device) -> tuple[Tensor, Tensor]:
+        slots: list[Slot] = []
+        heads: list[tuple[int, int, int, int]] = []
+        for (tensor, head), some in self.by_head.items():
+            heads.append((tensor, head, len(slots), len(slots) + len(some)))
+            slots += some
+        rows, groups = (torch.tensor(table, dtype=torch.int64, device="cpu").view(-1, 4) for table in (slots, heads))
+        return to_device(rows, device), to_device(groups, device)

@@ -8,16 +8,20 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ringattn.kernels.spec import Backend, Block, Call, CallSpec, Grads, Options
+from ringattn.kernels.registry import backends
+from ringattn.kernels.spec import Backend, Block, Call, CallSpec, Grads, Options, SavedCall
 from ringattn.kernels.tuning.tuner import Key, bucket
 
-# Packages whose kernels are measured: another version is another result.
-DISTRIBUTIONS = ("flash-attn", "flash-attn-3", "flash-attn-4", "xformers", "triton")
-LONGEST = {"cuda": 32_768, "cpu": 1_024}  # measured rows: above, the speed per row and key is what it is here
+# Most rows of a measured call: in longer ones the speed per row and key is what it is at this length.
+LONGEST = {"cuda": 32_768, "cpu": 1_024}
 
 
 class MeasuredCall:
-    """Equal causal documents with the lengths of a batch, rounded, and random values: zeros make a softmax cheap."""
+    """A call over causal documents of one length that stand for those of a batch, with random values.
+
+    Lengths are rounded, so that a batch with a few tokens more is the same call. Zeros would make the softmax cheaper
+    than it is in training.
+    """
 
     def __init__(self, spec: CallSpec, lengths: Sequence[int]) -> None:
         cap = LONGEST.get(spec.device, LONGEST["cpu"])
@@ -33,7 +37,7 @@ class MeasuredCall:
         return Call(tuple(Block(span, span) for span in spans), self.longest // 4 if self.spec.window else -1, 0)
 
     def key(self, operation: str, **facts: Any) -> Key:
-        return _key(operation, self.spec, self.longest, self.tokens, tuple(sorted(facts.items())))
+        return _key_of(operation, self.spec, self.longest, self.tokens, tuple(sorted(facts.items())))
 
     def run(self, backend: Backend) -> None:
         """Forward and backward once, without dropout."""
@@ -41,12 +45,12 @@ class MeasuredCall:
         if not call.blocks:
             return
         options = Options(self.spec.head_dim**-0.5, softcap=self.spec.softcap, deterministic=self.spec.deterministic)
-        q, k, v, dout, out, dq, dk, dv = self._data(call.q[1])
+        q, k, v, dout, out, dq, dk, dv = self._drawn_tensors(call.q[1])
         with torch.no_grad(), torch.autocast(self.spec.device, enabled=False):
             lse = backend.forward(q, k, v, call, options, out)
-            backend.backward(dout, q, k, v, out, lse, call, options, Grads(dq, dk, dv))
+            backend.backward(dout, SavedCall(q, k, v, out, lse, call, options), Grads(dq, dk, dv))
 
-    def _data(self, rows: int) -> tuple[Tensor, ...]:
+    def _drawn_tensors(self, rows: int) -> tuple[Tensor, ...]:
         if self._tensors is None:
             spec = self.spec
             q, out = (rows, spec.query_heads, spec.head_dim), (rows, spec.query_heads, spec.value_dim)
@@ -60,7 +64,7 @@ class MeasuredCall:
 
 
 @cache
-def _key(operation: str, spec: CallSpec, longest: int, tokens: int, facts: tuple[tuple[str, Any], ...]) -> Key:
+def _key_of(operation: str, spec: CallSpec, longest: int, tokens: int, facts: tuple[tuple[str, Any], ...]) -> Key:
     return Key.of(
         operation,
         spec.device,
@@ -80,8 +84,9 @@ def _key(operation: str, spec: CallSpec, longest: int, tokens: int, facts: tuple
 
 @cache
 def _versions() -> dict[str, str]:
+    """Of the packages whose kernels are measured: another version is another result."""
     found = {}
-    for name in DISTRIBUTIONS:
+    for name in {name for backend in backends().values() for name in backend.capability.distributions}:
         try:
             found[name] = importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:

@@ -40,7 +40,7 @@ def tuned_backend(
     if name == "auto" and BACKEND.read() == "auto":
         chosen = backends()[tuner().select(backend_problem(spec, lengths), group=group)["backend"]]
     if isinstance(chosen, FlexAttention) and not chosen.eager:
-        return _flex(tuner().select(flex_problem(spec, lengths), group=group)) or chosen
+        return _flex_of(tuner().select(flex_problem(spec, lengths), group=group)) or chosen
     return chosen
 
 
@@ -74,16 +74,16 @@ def flex_problem(spec: CallSpec, lengths: Sequence[int]) -> Problem:
         return [{}, *(tile.choice() for tile in fitting)]
 
     def check(choice: Choice) -> str | None:
-        backend = _flex(choice) or own
+        backend = _flex_of(choice) or own
         return refusal(own, spec) or failure(backend, spec)
 
     def run(choice: Choice) -> None:
-        case.run(_flex(choice) or own)
+        case.run(_flex_of(choice) or own)
 
     return Problem(case.key("flex"), candidates, lambda: {}, check, run, spec.device)
 
 
-def _flex(choice: Choice) -> FlexAttention | None:
+def _flex_of(choice: Choice) -> FlexAttention | None:
     """FlexAttention with a tile; None for torch's own choice."""
     return _with_tile(Tile(**choice)) if choice else None
 

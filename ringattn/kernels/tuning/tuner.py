@@ -37,7 +37,7 @@ def bucket(length: int) -> int:
 class Key:
     """What a result is valid for: the operation, static facts of the shape, the device and the software.
 
-    Seeds, exact lengths and values that change nothing about speed do not belong here.
+    Seeds, exact lengths and values that change nothing about speed do not belong here: each would be measured anew.
     """
 
     operation: str
@@ -132,7 +132,7 @@ class Tuner:
         elif group is None or dist.get_world_size(group) == 1:
             self._memory[name] = self._decide(problem, name)
         else:
-            self._memory[name] = self._agree(problem, name, group)
+            self._memory[name] = self._agree_with_rank_0(problem, name, group)
         return dict(self._memory[name])
 
     def explain(self, key: Key) -> str:
@@ -146,7 +146,7 @@ class Tuner:
         times: list[tuple[float, Choice]] = []
         reasons: list[str] = []
         for choice in problem.candidates():
-            reason, milliseconds = self._try(problem, choice)
+            reason, milliseconds = self._try_choice(problem, choice)
             if reason is not None:
                 reasons.append(f"{choice}: {reason}")
                 self._tell(Event("refused", name, choice, reason))
@@ -162,7 +162,7 @@ class Tuner:
         self._tell(Event("measured", name, best, f"{fastest:.3f} ms, of {len(times) + len(reasons)} candidates"))
         return dict(best)
 
-    def _try(self, problem: Problem, choice: Choice) -> tuple[str | None, float]:
+    def _try_choice(self, problem: Problem, choice: Choice) -> tuple[str | None, float]:
         """Why a candidate is out, or its time."""
         try:
             reason = problem.check(choice)
@@ -193,7 +193,7 @@ class Tuner:
         self._tell(Event("refused" if reason else "disk", name, choice, reason or ""))
         return None if reason else choice
 
-    def _agree(self, problem: Problem, name: str, group: dist.ProcessGroup) -> Choice:
+    def _agree_with_rank_0(self, problem: Problem, name: str, group: dist.ProcessGroup) -> Choice:
         """Rank 0's decision, or its error, on every rank; collective."""
         box: list[Any] = [None]
         if dist.get_rank(group) == 0:

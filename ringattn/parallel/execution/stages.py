@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ringattn.kernels.merge import merge_
-from ringattn.kernels.spec import Call, Dropout, Grads, Options, Range, accumulation_dtype, to_device
+from ringattn.kernels.spec import Call, Dropout, Grads, Options, Range, SavedCall, accumulation_dtype, to_device
 from ringattn.parallel.execution.accumulator import Accumulator, part
 from ringattn.parallel.execution.job import Job, Saved, Steps
 from ringattn.parallel.execution.key_transfers import KeyCast, KeyReduce
@@ -191,15 +191,18 @@ def _run_backward_calls(
         return
     for call in stage.calls:
         lse_rows = lse if call.q == (0, lse.shape[1]) else lse[:, slice(*call.q)]
-        keys, rows = (part(k, call.k), part(v, call.k)), (part(dout, call.q), part(q, call.q), part(out, call.q))
-        tensors = rows[0], rows[1], *keys, rows[2], lse_rows
+        saved = SavedCall(
+            part(q, call.q), part(k, call.k), part(v, call.k), part(out, call.q), lse_rows, call,
+            _options(job, stage, call),
+        )  # fmt: skip
+        dout_rows = part(dout, call.q)
         if job.adds:
             sums = dq.sum(call.q), dk.sum(call.k), dv.sum(call.k)
             target = Grads(part(dq.rows, call.q), part(dk.rows, call.k), part(dv.rows, call.k), sums)
-            job.backend.backward(*tensors, call, _options(job, stage, call), target)
+            job.backend.backward(dout_rows, saved, target)
             continue
         target = Grads(part(dq.rows, call.q), _key_rows(dk, call), _key_rows(dv, call))
-        job.backend.backward(*tensors, call, _options(job, stage, call), target)
+        job.backend.backward(dout_rows, saved, target)
         dq.collect(call.q)
         for grad, written in ((dk, target.dk), (dv, target.dv)):
             for run in call.key_runs:

@@ -17,7 +17,7 @@ from torch.distributed.device_mesh import init_device_mesh
 
 from ringattn.kernels.merge import merge_
 from ringattn.kernels.registry import choose
-from ringattn.kernels.spec import Block, Call, CallSpec, Grads, Options
+from ringattn.kernels.spec import Block, Call, CallSpec, Grads, Options, SavedCall
 from ringattn.kernels.tuning.tuner import device_name, timed_ms
 from ringattn.parallel.geometry.block_table import BlockTable
 from ringattn.parallel.machine.fit import Sample, fit_link, fit_rate, worst_error
@@ -145,7 +145,7 @@ class Calibration:
 
             def run() -> None:
                 if backward:
-                    backend.backward(dout, q, k, v, out, lse, call, options, grads)
+                    backend.backward(dout, SavedCall(q, k, v, out, lse, call, options), grads)
                 else:
                     backend.forward(q, k, v, call, options, out)
 

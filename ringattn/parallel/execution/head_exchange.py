@@ -14,6 +14,7 @@ from typing import NamedTuple
 
 from torch import Tensor
 
+from ringattn.kept import kept
 from ringattn.kernels.movement.heads import head_columns, pack_heads, unpack_heads
 from ringattn.kernels.movement.slots import Slot, Slots
 from ringattn.parallel.plan.exchange import Exchange
@@ -132,15 +133,15 @@ class _Message:
 
 
 def _message(exchange: Exchange, columns: tuple[Columns, ...], group: int) -> _Message:
-    kept: dict[object, _Message] = exchange.__dict__.setdefault("_messages", {})
-    if (columns, group) not in kept:
+    def make() -> _Message:
         heads: list[list[Sequence[int]]] = []
         for share in exchange.heads:
             first, last = share.group(group, exchange.groups)[0]
             queries = range(share.query[0] + first, share.query[0] + last)
             heads.append([queries if of == "query" else share.keys for of, _ in columns])
-        kept[columns, group] = _Message(exchange, heads, tuple(dim for _, dim in columns))
-    return kept[columns, group]
+        return _Message(exchange, heads, tuple(dim for _, dim in columns))
+
+    return kept(exchange, (columns, group), make)
 
 
 def joined(

@@ -11,6 +11,7 @@ from operator import itemgetter
 import torch
 from torch import Tensor
 
+from ringattn.kept import kept
 from ringattn.kernels.merge import merge_
 from ringattn.kernels.spec import Call, Dropout, Grads, Options, Range, accumulation_dtype, to_device
 from ringattn.parallel.execution.accumulator import Accumulator, part
@@ -220,12 +221,11 @@ def _options(job: Job, stage: Stage, call: Call) -> Options:
 
 def _indices(of: AttentionPlan | Stage, device: torch.device) -> Tensor:
     """Global index of each row, kept with the plan: the layers of a step ask for the same."""
-    kept: dict[torch.device, Tensor] = of.__dict__.setdefault("_indices", {})
-    if device not in kept:
-        kept[device] = to_device(
-            torch.cat([torch.arange(start, stop, device="cpu") for start, stop in of.index]), device
-        )
-    return kept[device]
+
+    def make() -> Tensor:
+        return to_device(torch.cat([torch.arange(*span, device="cpu") for span in of.index]), device)
+
+    return kept(of, ("indices", device), make)
 
 
 def _key_rows(grad: Accumulator, call: Call) -> Tensor:

@@ -14,6 +14,7 @@ from typing import NamedTuple
 import numpy as np
 
 from ringattn.documents import Documents
+from ringattn.kept import kept
 from ringattn.kernels.spec import Range
 from ringattn.parallel.geometry.ranges import touching
 from ringattn.parallel.placement.load import Load
@@ -101,10 +102,7 @@ def _spans(docs: Documents, load: Load) -> tuple[Span, ...]:
 
     Kept with the documents, which are placed on several meshes where the degrees are open.
     """
-    kept: dict[Load, tuple[Span, ...]] = docs.__dict__.setdefault("_spans", {})
-    if load not in kept:
-        kept[load] = tuple(sorted(_spans_of(docs, load), key=attrgetter("start")))
-    return kept[load]
+    return kept(docs, ("spans", load), lambda: tuple(sorted(_spans_of(docs, load), key=attrgetter("start"))))
 
 
 def _spans_of(docs: Documents, load: Load) -> list[Span]:

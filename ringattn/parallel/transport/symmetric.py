@@ -17,6 +17,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.cuda import Event
 
+from ringattn.kept import kept
 from ringattn.kernels.spec import to_device
 from ringattn.parallel.plan.route import Route
 from ringattn.parallel.transport.buffers import PULLED, SMALLEST, half_bytes
@@ -243,16 +244,14 @@ class _Pull:
 def _units(route: Route, like: Tensor) -> tuple[Tensor, int]:
     """Where messages begin in what peers send and in what is received, and their sizes: (peers, 3) in units, on the
     device; and the largest size. Made once, before a graph is captured."""
-    kept: dict[Any, tuple[Tensor, int]] = route.__dict__.setdefault("_units", {})
-    key = like.element_size(), like.device
-    if key not in kept:
-        rows = (
-            torch.tensor([route.there, route.begins, route.receives], device="cpu").T.contiguous()
-            * like.element_size()
-            // UNIT
-        )
-        kept[key] = to_device(rows, like.device), int(rows[:, 2].max())
-    return kept[key]
+    size, device = like.element_size(), like.device
+
+    def make() -> tuple[Tensor, int]:
+        places = torch.tensor([route.there, route.begins, route.receives], device="cpu")
+        rows = places.T.contiguous() * size // UNIT
+        return to_device(rows, device), int(rows[:, 2].max())
+
+    return kept(route, ("units", size, device), make)
 
 
 @cache

@@ -57,6 +57,8 @@ class Job:
     def groups(self) -> "tuple[Job, ...]":
         """The same for each group of heads."""
         count = 1 if self.plan.exchange is None else self.plan.exchange.groups
+        # Each would cast keys of its own, and there is one list of those that are kept for the backward pass.
+        assert count == 1 or self.plan.ring == 1, "heads are exchanged in groups where no keys are cast"
         return tuple(replace(self, group=group) for group in range(count))
 
     @cached_property

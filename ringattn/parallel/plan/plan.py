@@ -95,6 +95,20 @@ class AttentionPlan:
     backward: "AttentionPlan | None" = None
     reason: str = ""
 
+    @property
+    def passes(self) -> "tuple[AttentionPlan, AttentionPlan]":
+        """The plans that the forward and the backward pass walk through."""
+        return self, self.backward or self
+
+    def for_pass(self, backward: bool) -> "AttentionPlan":
+        """The plan that one of the two passes walks through."""
+        return self.passes[backward]
+
+    @property
+    def schedule_name(self) -> str:
+        """The schedule in words: a ring with its stages."""
+        return f"ring of {len(self.stages)} stages" if self.schedule == "ring" else self.schedule
+
     @cached_property
     def uncovered(self) -> tuple[Range, ...]:
         """Query rows of no call (padding): their output is 0."""

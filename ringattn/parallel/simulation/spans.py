@@ -3,6 +3,8 @@
 from dataclasses import dataclass
 from functools import cached_property
 
+PASSES = {"forward": False, "backward": True}  # by name, whether it is the backward one
+
 
 @dataclass(frozen=True)
 class Span:

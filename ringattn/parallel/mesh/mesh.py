@@ -11,9 +11,9 @@ from ringattn.parallel.machine.machine import Machine
 from ringattn.parallel.machine.shipped import local_machine
 from ringattn.parallel.mesh.connections import Connections
 from ringattn.parallel.mesh.shape import MeshShape, resolve_mesh
+from ringattn.parallel.transport.peer_access import why_not
 from ringattn.parallel.transport.process_groups import Lease, check_alike
 from ringattn.parallel.transport.protocol import Transport
-from ringattn.parallel.transport.symmetric import why_not
 
 TRANSPORTS = ("auto", "collective", "copy")
 

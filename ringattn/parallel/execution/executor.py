@@ -15,7 +15,7 @@ from torch.autograd.function import once_differentiable
 
 from ringattn.kernels.merge import apply_sinks_, sinks_grad
 from ringattn.parallel.execution.accumulator import Accumulator, part
-from ringattn.parallel.execution.head_exchange import Columns, Returning, joined, to_heads, to_tokens
+from ringattn.parallel.execution.head_exchange import Columns, Returning, open_message, to_heads, to_tokens
 from ringattn.parallel.execution.job import Job, Saved, Steps, T
 from ringattn.parallel.execution.stages import backward_stages, forward_stages
 from ringattn.parallel.plan.exchange import Exchange
@@ -130,7 +130,8 @@ def backward_parts(
 
 
 class _LocalGrads:
-    """Gradients of the rank's q, k and v, made when the first of its parts has something to write."""
+    """Gradients of the rank's q, k and v, made when the first of its parts has something to write: memory that no
+    pass needs while it computes."""
 
     def __init__(self, dout: Tensor, shapes: Sequence[tuple[int, int]]) -> None:
         self._dout, self._shapes = dout, shapes
@@ -145,7 +146,7 @@ class _LocalGrads:
 
 
 def joined_lse(parts: Sequence[Tensor]) -> Tensor:
-    """The rank's (H, t) of its parts' ones."""
+    """The lse (H, t) of all the rank's tokens, from those of its parts."""
     return parts[0] if len(parts) == 1 else torch.cat(list(parts), 1)
 
 
@@ -282,7 +283,7 @@ def _backward_group(
     columns = [Columns("query", saved.k.shape[2])]
     if with_keys:
         columns += [Columns("key", x.shape[2]) for x in (saved.k, saved.v)]
-    message, rows = joined(columns, dout, exchange, ulysses, number)
+    message, rows = open_message(columns, dout, exchange, ulysses, number)
     direct = with_keys and exchange.groups == 1  # kernels write where the gradients leave from
     targets = rows if direct else [rows[0], *saved.new_key_grads()]
     dq, *grads = yield from backward_stages(group.backward, dout, saved, kept, targets)

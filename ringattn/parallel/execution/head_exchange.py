@@ -48,7 +48,7 @@ def to_heads(
     """
     tensors = [*queries, *keys]
     columns = [Columns("query", x.shape[2]) for x in queries] + [Columns("key", x.shape[2]) for x in keys]
-    plan = _message(exchange, tuple(columns), group).sending
+    plan = _message_of(exchange, tuple(columns), group).sending
     send = transport.buffer(plan.route, tensors[0])
     pack_heads(tensors, send, plan.slots)
     rows = send.new_empty(exchange.position_rows, plan.width)
@@ -132,7 +132,7 @@ class _Message:
         return _Way(route, Slots(slots), self.widths[mine], [len(one) for one in self.heads[mine]])
 
 
-def _message(exchange: Exchange, columns: tuple[Columns, ...], group: int) -> _Message:
+def _message_of(exchange: Exchange, columns: tuple[Columns, ...], group: int) -> _Message:
     def make() -> _Message:
         heads: list[list[Sequence[int]]] = []
         for share in exchange.heads:
@@ -144,11 +144,11 @@ def _message(exchange: Exchange, columns: tuple[Columns, ...], group: int) -> _M
     return kept(exchange, (columns, group), make)
 
 
-def joined(
+def open_message(
     columns: Sequence[Columns], like: Tensor, exchange: Exchange, transport: Transport, group: int = 0
 ) -> tuple[Tensor, list[Tensor]]:
     """A message buffer (n, elements) for the next `to_tokens`, and its columns (n, this rank's heads, dim) each."""
-    way = _message(exchange, tuple(columns), group).returning
+    way = _message_of(exchange, tuple(columns), group).returning
     rows = transport.buffer(way.route, like).view(exchange.position_rows, way.width)
     return rows, head_columns(rows, way.counts, [dim for _, dim in columns])
 
@@ -174,10 +174,10 @@ def to_tokens(
     """The way back: this rank's heads of all tokens to all ranks' heads of its tokens. Collective over the axis.
 
     Arguments:
-        rows: (n, elements): a message buffer that `joined` gave, or any other tensor, which may have to be copied.
+        rows: (n, elements): a message buffer of `open_message`, or any other tensor, which may have to be copied.
         columns: what they hold.
     """
-    way = _message(exchange, tuple(columns), group).returning
+    way = _message_of(exchange, tuple(columns), group).returning
     received = rows.new_empty(way.route.received)
     message = transport.message(rows.contiguous().view(-1), way.route)
     return Returning(transport.exchange(message, received, way.route), received, way.slots)

@@ -1,4 +1,4 @@
-"""Rows of tensors on their way: accumulated over calls, cast to the ranks that need them, returned to their owners."""
+"""Rows of keys on their way: cast to the ranks that need them, and their gradients returned to the owners."""
 
 from bisect import bisect_right
 from collections.abc import Iterator, Sequence

@@ -152,7 +152,7 @@ class AttentionPlan:
         return bool(spans) and bounds[0] == 0 and bounds[-1] == self.rows and bounds[1:-1:2] == bounds[2:-1:2]
 
     def own(self, shape: Shape) -> Shape:
-        """What this rank computes at a time of an attention of the model's shape."""
+        """The heads that this rank computes at a time, of an attention with the heads of `shape`."""
         return shape.share(self.exchange).chunk(self.head_chunks)
 
     @property
@@ -178,6 +178,7 @@ class AttentionPlan:
 
     @property
     def received_rows(self) -> int:
+        """Key rows, over all stages."""
         return sum(message.rows for stage in self.stages for message in stage.receives)
 
     @property

@@ -15,11 +15,9 @@ from torch.autograd.function import once_differentiable
 
 from ringattn.kernels.merge import apply_sinks_, sinks_grad
 from ringattn.parallel.execution.accumulator import Accumulator, part
-from ringattn.parallel.execution.head_exchange import Columns, Returning, open_message, to_heads, to_tokens
+from ringattn.parallel.execution.head_exchange import Columns, HeadExchange, Returning
 from ringattn.parallel.execution.job import Job, Saved, Steps, T
 from ringattn.parallel.execution.stages import backward_stages, forward_stages
-from ringattn.parallel.plan.exchange import Exchange
-from ringattn.parallel.transport.protocol import Transport
 
 
 def take_turns(passes: Sequence[Steps[T]]) -> list[T]:
@@ -155,8 +153,8 @@ def forward_pass(
 ) -> Steps[Forward]:
     """The forward pass of q (t, H, D), k (t, K, D), v (t, K, V) into out (t, H, V)."""
     q, k, v = q.contiguous(), k.contiguous(), v.contiguous()
-    if job.plan.exchange is not None and job.ulysses is not None:
-        return (yield from _exchanged_forward(job, job.plan.exchange, job.ulysses, (q, k, v), sinks, out, keep))
+    if job.exchange is not None:
+        return (yield from _exchanged_forward(job, job.exchange, (q, k, v), sinks, out, keep))
     lse, kept = yield from forward_stages(job, q, k, v, out, keep)
     if sinks is not None:
         apply_sinks_(out, lse, sinks)
@@ -164,43 +162,38 @@ def forward_pass(
 
 
 def _exchanged_forward(
-    job: Job,
-    exchange: Exchange,
-    ulysses: Transport,
-    tensors: tuple[Tensor, Tensor, Tensor],
-    sinks: Tensor | None,
-    local_out: Tensor,
-    keep: bool,
+    job: Job, exchange: HeadExchange, tensors: Sequence[Tensor], sinks: Tensor | None, local_out: Tensor, keep: bool
 ) -> Steps[Forward]:
     """While a group of heads is computed the queries of the next arrive and the output of the last leaves."""
     q, k, v = tensors
-    arriving = to_heads([q], [k, v], exchange, ulysses)
+    arriving = exchange.to_heads([q], [k, v])
     saved, returning = [], []
     keys: list[Tensor] = []
     kept: list[Tensor] = []
-    for group in job.groups:
+    for group, way in zip(job.groups, exchange.groups, strict=True):
         yield
         queries, *first = arriving.wait()
         keys = first or keys
-        if group.group + 1 < exchange.groups:
-            arriving = to_heads([q], [], exchange, ulysses, group.group + 1)
-        own = [x[:, slice(*exchange.share.group(group.group, exchange.groups)[1])] for x in keys]
+        if not way.last:
+            arriving = exchange.groups[way.group + 1].to_heads([q], [])
+        own_k, own_v = (x[:, way.own_keys] for x in keys)
         out = queries.new_empty(*queries.shape[:2], v.shape[2])
-        lse, kept = yield from forward_stages(group, queries, own[0], own[1], out, keep)
+        lse, kept = yield from forward_stages(group, queries, own_k, own_v, out, keep)
         if sinks is not None:
             apply_sinks_(out, lse, sinks[slice(*group.heads)])
-        saved.append(Saved.of(group, queries, own[0], own[1], out, lse, kept))
-        back = [to_tokens(out.flatten(1), [Columns("query", out.shape[2])], exchange, ulysses, group.group)]
+        saved.append(Saved.of(group, queries, own_k, own_v, out, lse, kept))
+        back = [way.to_tokens(out.flatten(1), [Columns("query", out.shape[2])])]
         if job.return_lse:
-            back.append(to_tokens(lse.T, [Columns("query", 1)], exchange, ulysses, group.group))
+            back.append(way.to_tokens(lse.T, [Columns("query", 1)]))
         returning.append(back)
     yield
-    local_lse = lse.new_empty(exchange.own_rows, job.query_heads, 1) if job.return_lse else None
-    for back in returning:
-        for one, target in zip(back, (local_out, local_lse), strict=False):
-            assert target is not None
-            one.wait([target])
-    return Forward(lse if local_lse is None else local_lse.squeeze(-1).T, saved, kept)
+    if job.return_lse:
+        lse = lse.new_empty(exchange.plan.own_rows, job.query_heads, 1)
+    for out_back, *lse_back in returning:
+        out_back.wait([local_out])
+        for one in lse_back:
+            one.wait([lse])
+    return Forward(lse.squeeze(-1).T if job.return_lse else lse, saved, kept)
 
 
 def backward_pass(
@@ -208,8 +201,8 @@ def backward_pass(
 ) -> Steps[Tensor | None]:
     """dq (t, H, D), dk (t, K, D), dv (t, K, V) of the local tokens into `grads`; the gradient of the sinks (H,)."""
     dout = dout.contiguous()
-    if job.plan.exchange is not None and job.ulysses is not None:
-        return (yield from _exchanged_backward(job, job.plan.exchange, job.ulysses, dout, saved, sinks, kept, grads))
+    if job.exchange is not None:
+        return (yield from _exchanged_backward(job, job.exchange, dout, saved, sinks, kept, grads))
     (whole,) = saved
     dsinks = None if sinks is None else sinks_grad(dout, whole.out, whole.lse, sinks)
     for grad in (yield from backward_stages(job.backward, dout, whole, kept, grads.rows_of(job))):
@@ -219,8 +212,7 @@ def backward_pass(
 
 def _exchanged_backward(
     job: Job,
-    exchange: Exchange,
-    ulysses: Transport,
+    exchange: HeadExchange,
     dout: Tensor,
     saved: Sequence[Saved],
     sinks: Tensor | None,
@@ -229,7 +221,7 @@ def _exchanged_backward(
 ) -> Steps[Tensor | None]:
     """While a group of heads is computed the output's gradient of the next arrives and that of the last's queries
     leaves. Gradients of keys leave with the last, or after it if they are wider."""
-    leaving, dsinks = yield from _backward_groups(job, exchange, ulysses, dout, saved, sinks, kept)
+    leaving, dsinks = yield from _backward_groups(job, exchange, dout, saved, sinks, kept)
     yield
     # The memory peak of a model may be here: the tensors that gradients were computed from have gone with the locals
     # of the functions above, before there is room made for what the gradients become.
@@ -246,45 +238,40 @@ class _Leaving(NamedTuple):
 
 
 def _backward_groups(
-    job: Job,
-    exchange: Exchange,
-    ulysses: Transport,
-    dout: Tensor,
-    saved: Sequence[Saved],
-    sinks: Tensor | None,
-    kept: list[Tensor],
+    job: Job, exchange: HeadExchange, dout: Tensor, saved: Sequence[Saved], sinks: Tensor | None, kept: list[Tensor]
 ) -> Steps[tuple[list[_Leaving], Tensor | None]]:
     """What leaves of all groups of heads, and the gradient of the sinks of this rank's heads."""
     dsinks = None if sinks is None else torch.zeros_like(sinks)  # 0 for other ranks' heads: ranks add them up
-    sums, leaving = _KeyGradSums(exchange), []
-    arriving = to_heads([dout], [], exchange, ulysses)
-    for group, of_group in zip(job.groups, saved, strict=True):
+    leaving: list[_Leaving] = []
+    totals: list[Tensor] = []  # gradients of all the rank's key heads, in the precision of sums
+    arriving = exchange.to_heads([dout], [])
+    for group, way, of_group in zip(job.groups, exchange.groups, saved, strict=True):
         yield
         (own_dout,) = arriving.wait()
-        if group.group + 1 < exchange.groups:
-            arriving = to_heads([dout], [], exchange, ulysses, group.group + 1)
+        if not way.last:
+            arriving = exchange.groups[way.group + 1].to_heads([dout], [])
         if sinks is not None and dsinks is not None:
             heads = slice(*group.heads)
             dsinks[heads] = sinks_grad(own_dout, of_group.out, of_group.lse, sinks[heads])
-        leaving.append((yield from _backward_group(group, sums, ulysses, own_dout, of_group, kept)))
+        leaving.append((yield from _backward_group(group, way, own_dout, of_group, kept, totals)))
     if job.plan.sums_copies:
-        wide = torch.cat([total.flatten(1) for total in sums.totals], 1)
-        columns = [Columns("key", total.shape[2]) for total in sums.totals]
-        leaving.append(_Leaving(to_tokens(wide, columns, exchange, ulysses), slice(1, 3)))
+        wide = torch.cat([total.flatten(1) for total in totals], 1)
+        columns = [Columns("key", total.shape[2]) for total in totals]
+        leaving.append(_Leaving(exchange.to_tokens(wide, columns), slice(1, 3)))
     return leaving, dsinks
 
 
 def _backward_group(
-    group: Job, sums: "_KeyGradSums", ulysses: Transport, dout: Tensor, saved: Saved, kept: list[Tensor]
+    group: Job, way: HeadExchange, dout: Tensor, saved: Saved, kept: list[Tensor], totals: list[Tensor]
 ) -> Steps[_Leaving]:
-    """The gradients of one group of heads, of all tokens of the position; dout (n, heads of the group, V)."""
-    exchange, number = sums.exchange, group.group
-    with_keys = number + 1 == exchange.groups and not group.plan.sums_copies
+    """The gradients of one group of heads, of all tokens of the position; dout (n, heads of the group, V). Those of
+    keys are added to `totals`, unless they can leave from where kernels write them."""
+    with_keys = way.last and not group.plan.sums_copies
     columns = [Columns("query", saved.k.shape[2])]
     if with_keys:
         columns += [Columns("key", x.shape[2]) for x in (saved.k, saved.v)]
-    message, rows = open_message(columns, dout, exchange, ulysses, number)
-    direct = with_keys and exchange.groups == 1  # kernels write where the gradients leave from
+    message, rows = way.open_message(columns, dout)
+    direct = with_keys and way.plan.groups == 1
     targets = rows if direct else [rows[0], *saved.new_key_grads()]
     dq, *grads = yield from backward_stages(group.backward, dout, saved, kept, targets)
     dq.finish()
@@ -292,28 +279,19 @@ def _backward_group(
         for grad in grads:
             grad.finish()
     else:
-        sums.add(group, grads)
-        for target, total in zip(rows[1:], sums.totals, strict=False):
+        _add_key_grads(totals, way, grads)
+        for target, total in zip(rows[1:], totals, strict=False):
             target.copy_(total)
-    return _Leaving(to_tokens(message, columns, exchange, ulysses, number), slice(len(columns)))
+    return _Leaving(way.to_tokens(message, columns), slice(len(columns)))
 
 
-class _KeyGradSums:
-    """Gradients of all key heads that this rank reads, in the precision of sums, over groups of query heads."""
-
-    def __init__(self, exchange: Exchange) -> None:
-        self.exchange = exchange
-        self.totals: list[Tensor] = []
-
-    def add(self, group: Job, grads: Sequence[Accumulator]) -> None:
-        """Gradients of k and v of a group's heads."""
-        share, groups = self.exchange.share, self.exchange.groups
-        if groups == 1:
-            self.totals = [grad.sums() for grad in grads]
-            return
-        if not self.totals:
-            shapes = [(len(grad.rows), len(share.keys), grad.rows.shape[2]) for grad in grads]
-            self.totals = [g.rows.new_zeros(shape, dtype=g.dtype) for g, shape in zip(grads, shapes, strict=True)]
-        first, last = share.group(group.group, groups)[1]
-        for total, grad in zip(self.totals, grads, strict=True):
-            total[:, first:last] += grad.sums()
+def _add_key_grads(totals: list[Tensor], way: HeadExchange, grads: Sequence[Accumulator]) -> None:
+    """Gradients of a group's heads to those of all the rank's key heads; of none yet, if it is the first group."""
+    if way.plan.groups == 1:
+        totals += [grad.sums() for grad in grads]
+        return
+    if not totals:
+        heads = len(way.plan.share.keys)
+        totals += [g.rows.new_zeros(len(g.rows), heads, g.rows.shape[2], dtype=g.dtype) for g in grads]
+    for total, grad in zip(totals, grads, strict=True):
+        total[:, way.own_keys] += grad.sums()

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ringattn.kernels.spec import Backend, Options, Range
+from ringattn.parallel.execution.head_exchange import HeadExchange
 from ringattn.parallel.plan.plan import AttentionPlan
 from ringattn.parallel.transport.protocol import Transport
 
@@ -37,6 +38,13 @@ class Job:
     return_lse: bool = False
     group: int = 0  # of the heads of an exchange
     chunk: int = 0  # of the heads that are computed one after another
+
+    @cached_property
+    def exchange(self) -> HeadExchange | None:
+        """The exchange of heads around the stages, if there is one."""
+        if self.plan.exchange is None or self.ulysses is None:
+            return None
+        return HeadExchange(self.plan.exchange, self.ulysses)
 
     @property
     def heads(self) -> Range:

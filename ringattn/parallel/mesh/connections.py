@@ -15,8 +15,7 @@ class Connections:
     """
 
     def __init__(self, device_mesh: DeviceMesh, sequence_mesh: DeviceMesh, lease: Lease) -> None:
-        self._device_mesh: DeviceMesh | None = device_mesh
-        self._sequence_mesh: DeviceMesh | None = sequence_mesh
+        self._meshes = {"device": device_mesh, "sequence": sequence_mesh}
         self._lease = lease
         self._groups: dict[str, dist.ProcessGroup] = {}
         self._transports: dict[str, Transport] = {}
@@ -26,19 +25,16 @@ class Connections:
     def closed(self) -> bool:
         return self._lease.closed
 
-    @property
-    def device_mesh(self) -> DeviceMesh:
-        return _still_open(self._device_mesh)
-
-    @property
-    def sequence_mesh(self) -> DeviceMesh:
-        return _still_open(self._sequence_mesh)
+    def mesh(self, name: str) -> DeviceMesh:
+        """That of all axes, "device", or that of the ranks of both sequence axes in one dimension, "sequence"."""
+        if name not in self._meshes:
+            raise ValueError(CLOSED)
+        return self._meshes[name]
 
     def group(self, axis: str) -> dist.ProcessGroup:
         """This rank's peers on "ring" or "ulysses", or on both of them: "sequence"."""
         if axis not in self._groups:
-            mesh = self.sequence_mesh if axis == "sequence" else self.device_mesh
-            self._groups[axis] = mesh.get_group(axis)
+            self._groups[axis] = self.mesh("sequence" if axis == "sequence" else "device").get_group(axis)
         return self._groups[axis]
 
     def transport(self, axis: str, reason: str) -> Transport:
@@ -61,10 +57,4 @@ class Connections:
             if axis in self._transports:
                 self._transports.pop(axis).close()
         self._groups.clear()
-        self._device_mesh = self._sequence_mesh = None
-
-
-def _still_open(mesh: DeviceMesh | None) -> DeviceMesh:
-    if mesh is None:
-        raise ValueError(CLOSED)
-    return mesh
+        self._meshes.clear()

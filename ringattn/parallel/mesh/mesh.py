@@ -63,12 +63,12 @@ class SequenceMesh(MeshShape):
 
     @property
     def device_mesh(self) -> DeviceMesh:
-        return self.connections.device_mesh
+        return self.connections.mesh("device")
 
     @property
     def sequence_mesh(self) -> DeviceMesh:
         """The ranks of both sequence axes, in one dimension, "sequence"."""
-        return self.connections.sequence_mesh
+        return self.connections.mesh("sequence")
 
     @property
     def ring_group(self) -> dist.ProcessGroup:

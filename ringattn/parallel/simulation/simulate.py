@@ -8,7 +8,7 @@ ones that kernels pull are posted when they are waited for.
 
 from bisect import bisect_right
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -238,41 +238,35 @@ class _Queue:
             self._after.append(last)
 
 
-class _Casts:
-    """Casts of the later stages, for one chunk of heads after another; nothing if keys are not cast."""
-
-    def __init__(self, queue: _Queue, stages: int, chunks: int) -> None:
-        self._queue = queue
-        self._keys = (BatchKey("cast", stage, chunk) for chunk in range(chunks) for stage in range(1, stages))
-        self._next = self._post()
-
-    def _post(self) -> "_Posted | None":
-        key = next(self._keys, None)
-        return None if key is None else self._queue.post(key)
-
-    def wait(self) -> None:
-        """For one, and post the next."""
-        self._queue.wait(self._next)
-        self._next = self._post()
+def _casts(queue: _Queue, stages: int, chunks: int) -> Iterator[None]:
+    """Casts of the later stages, for one chunk of heads after another. The first step posts one; each after it waits
+    for the last that was posted, and posts the next."""
+    for chunk in range(chunks):
+        for stage in range(1, stages):
+            posted = queue.post(BatchKey("cast", stage, chunk))
+            yield
+            queue.wait(posted)
 
 
 def _forward(queue: _Queue, seconds: Sequence[float], chunks: int) -> None:
     """The executor's forward pass: while a stage is computed the next is on its way."""
-    casts = _Casts(queue, len(seconds), chunks)
+    casts = _casts(queue, len(seconds), chunks)
+    next(casts, None)
     for chunk in range(chunks):
         for stage, compute in enumerate(seconds):
             if stage:
-                casts.wait()
+                next(casts, None)
             queue.compute(stage, chunk, compute)
 
 
 def _backward(queue: _Queue, seconds: Sequence[float], chunks: int, fetch: bool) -> None:
     """The executor's backward pass: the local stage comes last and hides the last reduce."""
-    casts = _Casts(queue, len(seconds), chunks if fetch else 0)
+    casts = _casts(queue, len(seconds), chunks if fetch else 0)
+    next(casts, None)
     for chunk in range(chunks):
         reduce = None
         for stage in range(1, len(seconds)):
-            casts.wait()
+            next(casts, None)
             queue.compute(stage, chunk, seconds[stage])
             queue.wait(reduce)
             reduce = queue.post(BatchKey("reduce", stage, chunk))

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from ringattn.parallel.plan.exchange import Exchange
+from ringattn.parallel.plan.messages import Widths, exchange_messages
 from ringattn.parallel.plan.plan import AttentionPlan
 from ringattn.parallel.plan.shape import Shape
 
@@ -50,7 +51,7 @@ class Traffic:
         """Receivers and bytes of what the rank sends in a batch, nearest on the ring first."""
         plan = self.plans[rank]
         if key.kind == "exchange":
-            return self._exchanged(plan.exchange, key.stage, rank)
+            return self._exchanged(plan.exchange, key, rank)
         own, stage, cast = plan.own(self.shape), plan.stages[key.stage], key.kind == "cast"
         row_bytes = own.key_row_bytes if cast else own.returned_row_bytes(plan.wide_reduce)
         rows: dict[int, int] = defaultdict(int)
@@ -70,28 +71,24 @@ class Traffic:
 
     def collectives(self, key: BatchKey, rank: int) -> int:
         """How many messages a batch is: two where gradients of keys travel wider than those of queries."""
-        back = key.kind == "exchange" and key.stage == 1 and self.backward
-        return 2 if back and self.plans[rank].sums_copies else 1
+        exchange = self.plans[rank].exchange
+        return 1 if exchange is None or key.kind != "exchange" else len(self._messages(exchange, key, rank))
 
-    def _exchanged(self, exchange: Exchange | None, stage: int, rank: int) -> list[tuple[int, float]]:
+    def _messages(self, exchange: Exchange, key: BatchKey, rank: int) -> list[Widths]:
+        return exchange_messages(exchange, self.shape, self.backward, self.plans[rank].wide_reduce)[key.stage]
+
+    def _exchanged(self, exchange: Exchange | None, key: BatchKey, rank: int) -> list[tuple[int, float]]:
         """Queries, keys and values one way (or their gradients the other), the output or its gradient back."""
         if exchange is None:
             return []
-        own, shape, first = exchange.rank, self.shape, rank - exchange.rank
-        out = []
+        own, out = exchange.rank, []
+        messages = self._messages(exchange, key, rank)
         for step in range(1, len(exchange.rows)):
             peer = (own + step) % len(exchange.rows)
             # Exchange 0 brings a rank's rows to the peer's heads, exchange 1 the peer's rows from the rank's heads.
-            rows, heads = (
-                (exchange.rows[own], exchange.heads[peer]) if not stage else (exchange.rows[peer], exchange.heads[own])
-            )
-            if bool(stage) != self.backward:
-                size: float = heads.queries * shape.value_dim * shape.itemsize
-            else:
-                wide = shape.wide if self.backward and self.plans[rank].sums_copies else shape.itemsize
-                size = heads.queries * shape.head_dim * shape.itemsize
-                size += len(heads.keys) * (shape.head_dim + shape.value_dim) * wide
-            out.append((first + peer, (rows[1] - rows[0]) * size))
+            (start, stop), heads = exchange.rows[peer if key.stage else own], exchange.heads[own if key.stage else peer]
+            row = sum(heads.queries * query + len(heads.keys) * key_head for query, key_head in messages)
+            out.append((rank - own + peer, (stop - start) * row))
         return out
 
     def _rank(self, rank: int, position: int) -> int:

@@ -82,6 +82,15 @@ class NoTransfer:
     def wait(self) -> None: ...
 
 
+class NoProcesses:
+    """The connections of a mesh of one process that stands for all."""
+
+    closed = False
+
+    def transport(self, axis: str, reason: str) -> NoTransfer:
+        return NoTransfer()
+
+
 class Case(NamedTuple):
     """One rank of a mesh, and the heads and tokens of the pack."""
 
@@ -121,8 +130,8 @@ class Layer:
 
     @classmethod
     def of(cls, case: Case) -> "Layer":
-        mesh = SequenceMesh(1, case.ring, case.ulysses, 3 % (case.ring * case.ulysses), device_mesh=None)  # type: ignore[arg-type]
-        mesh.__dict__.update(ring_transport=NoTransfer(), ulysses_transport=NoTransfer(), sequence_group=None)
+        rank, connections = 3 % (case.ring * case.ulysses), NoProcesses()
+        mesh = SequenceMesh(1, case.ring, case.ulysses, rank, connections=connections)  # type: ignore[arg-type]
         layout = Layout(documents(case.tokens), mesh)
         shapes = [(layout.tokens(), heads, DIM) for heads in (*case.heads, case.heads[1], case.heads[0])]
         *leaves, dout = (torch.zeros(shape, dtype=torch.bfloat16) for shape in shapes)

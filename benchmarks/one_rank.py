@@ -17,6 +17,7 @@ from collections.abc import Callable, Sequence
 from contextlib import closing
 from dataclasses import replace
 from datetime import date
+from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import torch
@@ -123,9 +124,8 @@ def alone(work: Workload, heads: Heads, ranks: int, backend: str) -> Measured:
 def mesh_of(degrees: tuple[int, int], rank: int, transport: Silent) -> SequenceMesh:
     """One rank's mesh without processes."""
     machine = local_machine("cuda").by_copy_engines()
-    mesh = SequenceMesh(1, *degrees, rank, machine=machine, device_type="cuda", device_mesh=None)  # type: ignore[arg-type]
-    mesh.__dict__.update(ring_transport=transport, ulysses_transport=transport)
-    return mesh
+    connections: Any = SimpleNamespace(closed=False, transport=lambda axis, reason: transport)
+    return SequenceMesh(1, *degrees, rank, machine=machine, device_type="cuda", connections=connections)
 
 
 def one_rank(work: Workload, heads: Heads, contestant: str, rank: int, backend: str) -> tuple[Measured, str]:
@@ -141,7 +141,7 @@ def one_rank(work: Workload, heads: Heads, contestant: str, rank: int, backend: 
         mesh = mesh_of((ring, ulysses), rank, transport)
     else:
         every = tuple(mesh_of(pair, rank, transport) for pair in MeshShape(1, int(degrees)).parted())
-        mesh = replace(every[0], device_mesh=None, alternatives=every)  # type: ignore[arg-type]
+        mesh = replace(every[0], alternatives=every)
     layout = Layout(work.docs, mesh, mask=work.mask, heads=(heads.query, heads.key), head_dim=heads.dim)
     leaves = [
         random(layout.tokens(), count, heads.dim).requires_grad_() for count in (heads.query, heads.key, heads.key)

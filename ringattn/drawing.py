@@ -15,7 +15,7 @@ from torch import Tensor
 from ringattn.kernels.backends.reference import allowed_pairs
 from ringattn.kernels.spec import Range
 from ringattn.parallel.plan.plan import AttentionPlan
-from ringattn.parallel.simulation.simulate import Pass, Span
+from ringattn.parallel.simulation.spans import Pass, Span
 
 PIXELS = 600  # of the mask's side at most
 LANES = 16  # ranks in a timeline at most
@@ -116,7 +116,7 @@ def draw_plan(
     _draw_mask(axes, plans[::ulysses], ulysses, tokens, colours)
     if len(colours) > 10:
         _colour_scale(figure, axes, colours, "rank" if ulysses == 1 else "ring position")
-    stages = max(len(plan.stages) for one in plans for plan in (one, one.backward or one))
+    stages = max(len(plan.stages) for one in plans for plan in one.passes)
     for number, (name, done) in enumerate(passes.items()):
         axes = figure.add_subplot(grid[number, 1])
         _draw_timeline(axes, done, ulysses, colours, stages)

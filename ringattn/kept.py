@@ -6,18 +6,20 @@ from typing import Any, TypeVar
 T = TypeVar("T")
 
 _NAME = "_kept"
-_NONE = object()
 
 
 def kept(owner: Any, key: Hashable, make: Callable[[], T]) -> T:
     """What `make` returns, called once for each key of `owner`, among whose attributes it lives and dies."""
-    found = owner.__dict__.setdefault(_NAME, {})
-    value = found.get(key, _NONE)
-    if value is _NONE:
-        value = found[key] = make()
+    attributes = owner.__dict__  # of frozen records too
+    try:
+        return attributes[_NAME][key]  # the layers of a step ask hundreds of times: as fast as it can be
+    except KeyError:
+        pass  # and what `make` raises is not told as if it came of this
+    value = attributes.setdefault(_NAME, {})[key] = make()
     return value
 
 
 def kept_already(owner: Any, key: Hashable) -> Any:
     """What is kept by a key, or None. For calls so frequent that making a function of what makes it would show."""
-    return owner.__dict__.setdefault(_NAME, {}).get(key)
+    found = owner.__dict__.get(_NAME)
+    return None if found is None else found.get(key)

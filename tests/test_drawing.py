@@ -12,7 +12,8 @@ from ringattn.drawing import check_drawing, draw_plan, lightened, mask_image, ra
 from ringattn.parallel.machine.shipped import SHIPPED
 from ringattn.parallel.plan.shape import Shape
 from ringattn.parallel.planning.all_ranks import plan_group
-from ringattn.parallel.simulation.simulate import Pass, Span, simulate
+from ringattn.parallel.simulation.simulate import simulate
+from ringattn.parallel.simulation.spans import Pass, Span
 from ringattn.settings import AttentionOptions
 
 MASKS = [Mask(), Mask(causal=False), Mask(window=(7, 0)), Mask(causal=False, window=(3, 5)), Mask(chunk=9)]

@@ -154,10 +154,7 @@ def _choice(plans: PartedPlan, layout: Layout) -> str:
     """Of each part degrees, and the schedules of the forward and, if another, of the backward pass."""
     out = []
     for part, (_, plan) in zip(layout.parts, plans.parts, strict=True):
-        names = dict.fromkeys(
-            one.schedule if one.schedule != "ring" else f"ring of {len(one.stages)} stages"
-            for one in (plan, plan.backward or plan)
-        )
+        names = dict.fromkeys(walked.schedule_name for walked in plan.passes)
         documents = f"{len(part.docs)} on " if len(layout.parts) > 1 else ""
         groups = f", {plan.exchange.groups} head groups" if plan.exchange and plan.exchange.groups > 1 else ""
         out.append(f"{documents}{part.mesh.ring} × {part.mesh.ulysses} {'/'.join(names)}{groups}")

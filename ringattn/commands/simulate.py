@@ -8,7 +8,6 @@ measured here; the rates are those of --machine.
 
 import argparse
 import json
-import time
 from collections.abc import Callable
 from typing import Any
 
@@ -16,7 +15,7 @@ from ringattn.commands import _workload
 from ringattn.commands._call import HEADS, RANKS, integer, ranks
 from ringattn.commands._call import tokens as token_count
 from ringattn.commands._files import check_target, file
-from ringattn.commands._text import note, row, table
+from ringattn.commands._text import row, table
 
 GPUS = (8, 16, 32, 64, 128, 256, 512, 1024)
 PACKS = 1000
@@ -80,6 +79,8 @@ def run(args: argparse.Namespace) -> int:
 
 def examine(args: argparse.Namespace) -> dict[str, Any]:
     """Everything that the report says, as plain values; times in seconds."""
+    from ringattn.commands._scaling import grouped_point, point
+
     machine = _workload.machine(args)
     check(args)
     if args.groups is None:
@@ -112,127 +113,6 @@ def check(args: argparse.Namespace) -> None:
             raise ValueError(
                 f"--{name.replace('_', '-')} is of one sequence group, and --groups has several sizes of them"
             )
-
-
-def point(args: argparse.Namespace, gpus: int, tokens_per_gpu: int) -> dict[str, Any]:
-    """All packs of one number of GPUs: means of their times."""
-    note(f"{gpus} GPUs with {tokens_per_gpu} tokens each")
-    began = time.perf_counter()
-    seeds = range(args.seed, args.seed + (args.packs or 1))
-    packs = [_workload.lengths(args, gpus * tokens_per_gpu, seed) for seed in seeds]
-    done = [attention(args, lengths, gpus) for lengths in packs]
-    return {
-        "gpus": gpus,
-        "tokens_per_gpu": tokens_per_gpu,
-        "packs": len(packs),
-        "documents": sum(map(len, packs)) / len(packs),
-        **summary(args, done, gpus),
-        "schedule": done[0]["schedule"],
-        "mesh": done[0]["mesh"],
-        "host_seconds": time.perf_counter() - began,
-    }
-
-
-def grouped_point(args: argparse.Namespace, tokens_per_gpu: int) -> dict[str, Any]:
-    """One step of several sequence groups of any sizes: it lasts as long as its slowest group."""
-    from ringattn.training.grouping import fill
-    from ringattn.training.packing import Segment
-
-    began = time.perf_counter()
-    gpus, mask = sum(args.groups), _workload.mask(args)
-    lengths = [size for size in _workload.lengths(args, gpus * tokens_per_gpu, args.seed) if size]
-    segments = [Segment(number, 0, size, True) for number, size in enumerate(lengths)]
-    sizes = [group * tokens_per_gpu for group in args.groups]
-    packs = fill(segments, sizes, lambda size: mask.band.area(0, size, size))
-    parts = [[segment.stop - segment.start for segment in pack] for pack in packs]
-    done = [attention(args, part, group) for part, group in zip(parts, args.groups, strict=True)]
-    for one, group in zip(done, args.groups, strict=True):
-        one["gpus"] = group
-    together = {
-        name: {
-            "seconds": max(one[name]["seconds"] for one in done),
-            "ceiling": sum(one[name]["ceiling"] * one["gpus"] for one in done) / gpus,
-        }
-        for name in ("forward", "backward")
-    }
-    together["area"] = sum(one["area"] for one in done)
-    return {
-        "gpus": gpus,
-        "tokens_per_gpu": tokens_per_gpu,
-        "packs": len(packs),
-        "documents": len(lengths),
-        **summary(args, [together], gpus),
-        "schedule": {name: f"{len(done)} groups" for name in ("forward", "backward")},
-        "mesh": "+".join(map(str, args.groups)),
-        "groups": [
-            {"gpus": one["gpus"], **{name: one[name]["seconds"] for name in ("forward", "backward")}} for one in done
-        ],
-        "host_seconds": time.perf_counter() - began,
-    }
-
-
-def attention(args: argparse.Namespace, lengths: list[int], gpus: int) -> dict[str, Any]:
-    """One attention of one pack: simulated and ideal seconds of both passes."""
-    from ringattn import Documents, Layout
-    from ringattn.commands.plan import schedule_of
-    from ringattn.parallel.planning.all_ranks import plan_group
-    from ringattn.parallel.simulation.simulate import simulate
-    from ringattn.settings import AttentionOptions
-
-    ulysses = largest_divisor(gpus, min(args.ulysses, args.heads[0]))
-    mask = _workload.mask(args)
-    layout = Layout(Documents(lengths), _workload.mesh(args, gpus // ulysses, ulysses), args.policy, mask)
-    (placement,) = layout.parts
-    setting = _workload.setting(args, placement)
-    plans = plan_group(placement, setting.shape, AttentionOptions(mask))
-    out: dict[str, Any] = {
-        "mesh": f"{gpus // ulysses}×{ulysses}",
-        "area": sum(mask.band.area(0, size, size) for size in layout.docs.chunked(mask.chunk).lengths),
-        "schedule": {name: schedule_of(plans[0], name == "backward") for name in ("forward", "backward")},
-    }
-    for name in ("forward", "backward"):
-        done = simulate(setting.machine, plans, setting.shape, name == "backward", scenario(args, gpus))
-        ceiling = ideal_seconds(setting, layout.docs, mask, name == "backward") / gpus
-        out[name] = {"seconds": done.seconds, "ceiling": ceiling}
-    return out
-
-
-def ideal_seconds(setting: Any, documents: Any, mask: Any, backward: bool) -> float:
-    """The kernels of the whole pack on one GPU: what no number of GPUs can share better than evenly."""
-    from ringattn import Layout, MeshShape
-    from ringattn.parallel.planning.all_ranks import plan_group
-    from ringattn.parallel.pricing.kernel_times import call_seconds
-    from ringattn.settings import AttentionOptions
-
-    (whole,) = Layout(documents, MeshShape(), mask=mask).parts
-    (plan,) = plan_group(whole, setting.shape, AttentionOptions(mask), setting.machine)
-    return sum(call_seconds(setting.machine, call, setting.shape, backward) for call in plan.stages[0].calls)
-
-
-def scenario(args: argparse.Namespace, gpus: int) -> Any:
-    from ringattn.parallel.simulation.simulate import Scenario
-
-    for name, slow in (("--straggler", args.straggler), ("--slow-link", args.slow_link)):
-        if slow is not None and slow[0] >= gpus:
-            raise ValueError(f"{name} names rank {slow[0]}, and there are {gpus} GPUs")
-    ranks = {} if args.straggler is None else {args.straggler[0]: args.straggler[1]}
-    links = {} if args.slow_link is None else {args.slow_link[:2]: args.slow_link[2]}
-    return Scenario(ranks, links)
-
-
-def summary(args: argparse.Namespace, done: list[dict[str, Any]], gpus: int) -> dict[str, Any]:
-    """Mean seconds, TFLOP/s per GPU by mask area (backward 2.5 × forward), and efficiency."""
-    names = ("forward", "backward")
-    mean = {name: sum(one[name]["seconds"] for one in done) / len(done) for name in names}
-    ceiling = {name: sum(one[name]["ceiling"] for one in done) / len(done) for name in names}
-    area = sum(one["area"] for one in done) / len(done)
-    flops = 4 * args.heads[0] * args.head_dim * area / gpus
-    both = sum(mean.values())
-    return {
-        "seconds": mean,
-        "tflops": {"forward": flops / mean["forward"] / 1e12, "both": 3.5 * flops / both / 1e12},
-        "efficiency": {**{name: ceiling[name] / mean[name] for name in names}, "both": sum(ceiling.values()) / both},
-    }
 
 
 def render(report: dict[str, Any]) -> str:
@@ -300,8 +180,3 @@ def _factor(part: str, text: str) -> float:
     if not 1 <= factor <= SLOWEST:
         raise argparse.ArgumentTypeError(f"expected a factor from 1 to {SLOWEST:g} last, got {text!r}")
     return factor
-
-
-def largest_divisor(number: int, most: int) -> int:
-    """The largest divisor of `number` that is at most `most`."""
-    return next(size for size in range(most, 0, -1) if number % size == 0)

@@ -81,13 +81,13 @@ class Layout:
         self.masks = _masks(mask)
         self.mask = self.masks[0][0]
 
-        def on(one: MeshShape, some: Documents = docs, tokens: Sequence[Range] | None = None) -> Placement:
+        def placed_on(one: MeshShape, some: Documents = docs, tokens: Sequence[Range] | None = None) -> Placement:
             return Placement(
                 some, one, policy, self.masks, machine=machine, head_dim=head_dim, speeds=speeds, tokens=tokens
             )
 
         def parted(wanted: Parts) -> tuple[Placement, ...]:
-            return tuple(on(part.mesh, part.docs, part.tokens) for part in resolve_parts(docs, mesh, wanted))
+            return tuple(placed_on(part.mesh, part.docs, part.tokens) for part in resolve_parts(docs, mesh, wanted))
 
         if speeds is not None and (parts is not None or mesh.alternatives):
             raise ValueError("speeds are of the positions of one ring, and here documents may be on several meshes")
@@ -97,10 +97,10 @@ class Layout:
             # The other policies say themselves where each token is.
             mixed = parted if policy in ("auto", "balanced") else None
             shape = Shape(*heads, head_dim, head_dim, 2)
-            chosen = choose_degrees(mesh.alternatives, on, self.masks, shape, machine, mixed)
+            chosen = choose_degrees(mesh.alternatives, placed_on, self.masks, shape, machine, mixed)
             self.parts, self.reason = chosen.parts, chosen.reason
         else:
-            self.parts = (on(mesh),)
+            self.parts = (placed_on(mesh),)
         if len(self.parts) == 1:
             self.mesh = self.parts[0].mesh
         self._take_number()
@@ -125,6 +125,7 @@ class Layout:
 
     @property
     def resolved_policy(self) -> str:
+        """What "auto" stands for on this mesh."""
         return resolved(self.policy, self.mesh)
 
     @cached_property

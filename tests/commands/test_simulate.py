@@ -6,7 +6,7 @@ import pytest
 
 from ringattn import Documents, Layout, MeshShape
 from ringattn.cli import main
-from ringattn.commands.simulate import largest_divisor
+from ringattn.commands._scaling import largest_divisor
 from ringattn.kernels.spec import Block, Call
 from ringattn.parallel.machine.shipped import SHIPPED
 from ringattn.parallel.plan.shape import Shape

@@ -257,9 +257,9 @@ def test_output_that_nobody_takes(target: str, told: str) -> None:
 
 def test_what_a_plan_says_of_traffic_is_computed_once(capsys: pytest.CaptureFixture[str]) -> None:
     """It is of all ranks: once for each would be cubic in their number."""
-    from ringattn.commands import plan
+    from ringattn.commands import _plan_report
 
-    with mock.patch("ringattn.commands.plan.received_and_sent", wraps=plan.received_and_sent) as computed:
+    with mock.patch("ringattn.commands._plan_report.Traffic", wraps=_plan_report.Traffic) as computed:
         assert main(["plan", "--machine", "H200", "--tokens", "4096", "--ring", "8", "--json"]) == 0
     assert computed.call_count == 1
 

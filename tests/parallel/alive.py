@@ -35,8 +35,12 @@ class Alive(TorchDispatchMode):
                 continue  # tables of rows are kept with the plan
             if (key := x.untyped_storage()._cdata) not in self._known:
                 self._found[key] = StorageWeakRef(x.untyped_storage()), x.untyped_storage().nbytes()
-        self.most = max(self.most, sum(size for _, size in self._found.values()))
+        self.most = max(self.most, self.now())
         return result
+
+    def now(self) -> int:
+        """Bytes of those that are alive."""
+        return sum(size for storage, size in self._found.values() if not storage.expired())
 
 
 class Nothing:
@@ -74,10 +78,10 @@ def message_buffers(engines: bool) -> dict[torch.dtype, Tensor]:
 
 class _Pending:
     def __init__(self, tensors: list[Tensor]) -> None:
-        self._tensors = tensors
+        self.tensors = tensors
 
     def wait(self) -> None:
-        self._tensors.clear()
+        self.tensors.clear()
 
 
 def forgets(*_: Any, **__: Any) -> None:
@@ -118,12 +122,12 @@ def most_alive(plan: AttentionPlan, shape: Shape) -> tuple[int, int]:
     ):
         with one.alive() as forward:
             walk = stages.forward_stages(one.job, one.q, one.k, one.v, one.out, plan.keep_keys)
-            ((_, kept),) = executor.together([walk])
+            ((_, kept),) = executor.take_turns([walk])
         lse = one.q.new_empty(shape.query_heads, plan.rows, dtype=torch.float32)
         saved = stages.Saved.of(one.job, one.q, one.k, one.v, one.out, lse, kept)
         grads = [torch.empty_like(x) for x in (one.q, one.k, one.v)]
         with one.alive(*grads, *saved, *kept) as backward:
-            (found,) = executor.together([stages.backward_stages(one.job.backward, one.dout, saved, kept, grads)])
+            (found,) = executor.take_turns([stages.backward_stages(one.job.backward, one.dout, saved, kept, grads)])
             for grad in found:
                 grad.finish()
     keys = {x.untyped_storage()._cdata: x.untyped_storage().nbytes() for x in kept}
@@ -143,3 +147,33 @@ def most_of_exchange(plan: AttentionPlan, shape: Shape) -> float:
             executor.backward_parts([one.job], one.dout, [done.saved], None, [[]])
     inputs = sum(x.nbytes for x in (one.q, one.k, one.v, one.out, one.dout))
     return (inputs + backward.most) / (inputs + sum(x.nbytes for x in (one.q, one.k, one.v)))
+
+
+def left_before_results(plan: AttentionPlan, shape: Shape) -> tuple[int, int]:
+    """Bytes that are alive, beside inputs and what the forward pass saved, when the backward pass of an exchange makes
+    its results; and those of the messages that are under way then."""
+    assert plan.exchange is not None
+    one = _Attention(plan, shape, plan.exchange.own_rows, "ulysses")
+    under_way: list[_Pending] = []
+    found: list[tuple[int, int]] = []
+    exchange, rows_of = Nothing.exchange, executor._LocalGrads.rows_of
+
+    def noted(*arguments: Any) -> _Pending:
+        under_way.append(exchange(*arguments))
+        return under_way[-1]
+
+    def first_rows(grads: Any, job: Any) -> list[Tensor]:
+        if not found:
+            messages = {x.untyped_storage()._cdata: x.nbytes for one in under_way for x in one.tensors}
+            found.append((alive.now(), sum(messages.values())))
+        return rows_of(grads, job)
+
+    with (
+        mock.patch.object(executor, "without_autocast", lambda _: nullcontext()),  # noqa: PT008
+        mock.patch.object(Nothing, "exchange", noted),
+        mock.patch.object(executor._LocalGrads, "rows_of", first_rows),
+    ):
+        (done,) = executor.forward_parts([one.job], one.q, one.k, one.v, None, one.out, keep=True)
+        with one.alive(*(x for of in done.saved for x in of)) as alive:
+            executor.backward_parts([one.job], one.dout, [done.saved], None, [[]])
+    return found[0]

@@ -1,11 +1,17 @@
 """Heads that are exchanged in groups: the same results, and one group under way while another is computed."""
 
+from contextlib import nullcontext
+from unittest import mock
+
 import pytest
 import torch
 
 from ringattn import Documents, Layout, Mask, MeshShape
+from ringattn.kernels.spec import Options
+from ringattn.parallel.execution.job import Job
 from ringattn.parallel.machine.shipped import SHIPPED
 from ringattn.parallel.plan.exchange import exchange_plan
+from ringattn.parallel.plan.plan import AttentionPlan, Stage
 from ringattn.parallel.plan.shape import Shape
 from ringattn.parallel.planning.planner import plan_attention
 from ringattn.settings import AttentionOptions
@@ -95,3 +101,15 @@ def test_a_wrong_number_of_groups_is_refused() -> None:
     layout = Layout(DOCS, MeshShape(1, 1, 2))
     with pytest.raises(ValueError, match=r"head_groups must be None or an integer >= 1, got 0"):
         plan_attention(layout, Shape(4, 4, 128, 128), AttentionOptions(head_groups=0))
+
+
+def test_groups_go_with_a_ring_of_one_only() -> None:
+    """Each would cast the keys of the ring anew, and the backward pass would find those of the last one alone."""
+    options = Options(1.0)
+    for ring in (1, 2):
+        plan = AttentionPlan(
+            "local", ring, 0, 9, ((0, 9),), (Stage(()),), (0, 0), (0, 0), exchange_plan(((0, 9),), 4, 2, 0, 2)
+        )
+        job = Job(plan, (0, 9), options, None, mock.Mock(), False, None, None, torch.device("cpu"), 4, 2)
+        with pytest.raises(AssertionError, match="no keys are cast") if ring > 1 else nullcontext():
+            assert len(job.groups) == 2

@@ -30,7 +30,7 @@ from ringattn.parallel.transport.buffers import SMALLEST, half_bytes, message_bu
 from ringattn.parallel.transport.protocol import Transport
 from ringattn.preparation import prepare
 from ringattn.settings import AttentionOptions
-from tests.parallel.alive import most_alive, most_of_exchange
+from tests.parallel.alive import left_before_results, most_alive, most_of_exchange
 from tests.parallel.cases import documents, masks
 from tests.parallel.ranks import mesh_of
 from tests.parallel.test_choice import with_links
@@ -129,6 +129,17 @@ def test_an_exchange_lets_go_of_what_it_has_computed_from(engines: bool) -> None
     plan = plan_attention(Layout(Documents([16_000]), MeshShape(1, 1, 2)), SHAPE, machine=machine)
     found = most_of_exchange(plan, SHAPE)
     assert found == pytest.approx((160 + 80 + 48 + (0 if engines else 48)) / 160, abs=0.01)
+
+
+@pytest.mark.parametrize(("heads", "groups"), [((32, 8), 1), ((32, 8), 2), ((32, 8), 4), ((32, 1), 1), ((32, 1), 2)])
+def test_messages_alone_are_alive_when_an_exchange_makes_its_gradients(heads: tuple[int, int], groups: int) -> None:
+    """Also with several groups of heads, and with copies of key heads whose gradients are summed in float32."""
+    layout = Layout(Documents([16_000]), MeshShape(1, 1, 2))
+    plan = plan_attention(layout, Shape(*heads, 128, 128), AttentionOptions(head_groups=groups), H200)
+    assert plan.exchange is not None
+    assert (plan.exchange.groups, plan.sums_copies) == (groups, heads[1] == 1)
+    alive, messages = left_before_results(plan, Shape(*heads, 128, 128))
+    assert alive == messages > 0
 
 
 def planned(degrees: tuple[int, int], machine: Any, scheme: str = "auto", **options: Any) -> AttentionPlan:

@@ -32,8 +32,8 @@ def test_plans_are_made_for_the_engines_of_each_axis(
     groups: dict[Any, str] = {"all": of_all, "ulysses": of_ulysses}
     monkeypatch.setattr(module, "why_not", lambda group: groups[group])
     monkeypatch.setattr(module, "_first_of_all", lambda reason, group: reason)
-    mesh = SequenceMesh(1, ring, ulysses, machine=SHIPPED["H200"], device_type="cuda", device_mesh=None)  # type: ignore[arg-type]
-    mesh.__dict__.update(sequence_group="all", ulysses_group="ulysses")
+    connections = mock.Mock(group={"sequence": "all", "ulysses": "ulysses"}.__getitem__)
+    mesh = SequenceMesh(1, ring, ulysses, machine=SHIPPED["H200"], device_type="cuda", connections=connections)
     found = module._with_transport(mesh, "auto")
     assert found.machine is not None
     assert found.machine.engines == engines

@@ -18,8 +18,9 @@ from ringattn.parallel.plan.shape import Shape
 from ringattn.parallel.planning.all_ranks import plan_group
 from ringattn.parallel.planning.planner import plan_attention
 from ringattn.parallel.pricing.plan_cost import plan_cost, rank_cost
-from ringattn.parallel.simulation.simulate import Pass, Scenario, simulate
-from ringattn.parallel.simulation.traffic import Traffic
+from ringattn.parallel.simulation.simulate import Scenario, simulate
+from ringattn.parallel.simulation.spans import Pass
+from ringattn.parallel.simulation.traffic import BatchKey, Traffic
 from ringattn.settings import AttentionOptions
 
 # A call takes a second, a byte a second, a batch half a second; copies and merges are free.
@@ -190,12 +191,15 @@ def test_what_no_schedule_can_beat(lengths, mesh, scheme, mask, backward, gpus_p
 def port_seconds(machine: Machine, plans: list[AttentionPlan], backward: bool) -> dict[tuple[int, str, str], float]:
     """Seconds that the bytes of all batches need through each receiving port."""
     traffic, total = Traffic(plans, SHAPE, backward), {}
-    batches = [("exchange", 0), ("exchange", 1)] if traffic.ulysses > 1 else []
-    kinds = (*(("cast",) if not (backward and plans[0].keep_keys) else ()), *(("reduce",) if backward else ()))
-    batches += [(kind, stage) for kind in kinds for stage in traffic.later()]
+    kinds = [
+        "exchange",
+        *(["cast"] if not (backward and plans[0].keep_keys) else []),
+        *(["reduce"] if backward else []),
+    ]
+    batches = [batch for kind in kinds for batch in traffic.batches(kind)]
     for rank in range(len(plans)):
-        for kind, stage in batches:
-            for peer, size in traffic.sent(kind, stage, rank):
+        for batch in batches:
+            for peer, size in traffic.sent(batch, rank):
                 link_class = machine.link_class(rank, peer)
                 key = peer, link_class, "in"
                 total[key] = total.get(key, 0.0) + size / machine.links[link_class, "p2p"].bandwidth
@@ -219,21 +223,21 @@ def test_a_straggler_costs_at_most_what_it_is_slower(lengths, scheme, backward, 
 def test_what_is_sent_is_received(lengths, mesh, scheme, backward):
     plans = group(lengths, mesh, scheme)
     traffic = Traffic(plans, SHAPE, backward)
-    for stage in range(1, len(plans[0].stages)):
+    casts = traffic.batches("cast")
+    assert len(casts) == len(plans[0].stages) - 1
+    for cast in casts:
         for rank, plan in enumerate(plans):
-            sent = sum(size for _, size in traffic.sent("cast", stage, rank))
-            own = SHAPE.share(plan.exchange)
-            assert sent == sum(message.rows for message in plan.stages[stage].sends) * own.key_row_bytes
-            assert {peer for peer, _ in traffic.sent("cast", stage, rank)} <= set(traffic.peers("cast", stage, rank))
-            arrives = [
-                size for other in range(len(plans)) for peer, size in traffic.sent("cast", stage, other) if peer == rank
-            ]
-            assert sum(arrives) == sum(message.rows for message in plan.stages[stage].receives) * own.key_row_bytes
+            sent = sum(size for _, size in traffic.sent(cast, rank))
+            own, stage = SHAPE.share(plan.exchange), plan.stages[cast.stage]
+            assert sent == sum(message.rows for message in stage.sends) * own.key_row_bytes
+            assert {peer for peer, _ in traffic.sent(cast, rank)} <= set(traffic.peers(cast, rank))
+            arrives = [size for other in range(len(plans)) for peer, size in traffic.sent(cast, other) if peer == rank]
+            assert sum(arrives) == sum(message.rows for message in stage.receives) * own.key_row_bytes
     if traffic.ulysses > 1:
         tokens = sum(lengths)
         row = 2 * (4 + (2 if traffic.ulysses <= 2 else 4) * 2)  # bytes of a token's queries, keys and values
         everything = sum(
-            size for rank in range(len(plans)) for _, size in traffic.sent("exchange", int(backward), rank)
+            size for rank in range(len(plans)) for _, size in traffic.sent(BatchKey("exchange", int(backward)), rank)
         )
         assert everything <= tokens * row * (2 if backward else 1)
         assert everything == pytest.approx(

@@ -15,6 +15,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+import ringattn.parallel.transport.peer_memory as peer_memory
 import ringattn.parallel.transport.symmetric as symmetric
 from ringattn.parallel.plan.route import Route
 from ringattn.parallel.transport.symmetric import SymmetricTransport
@@ -72,6 +73,7 @@ class Rank:
                 memcpy=lambda: self.copy,
                 _puller=lambda: self.pull,
             ),
+            mock.patch.object(peer_memory, "dist", mock.Mock(get_rank=lambda _: self.rank)),
         ):
             yield
 

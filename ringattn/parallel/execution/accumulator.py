@@ -19,7 +19,8 @@ class Accumulator:
 
     Kernels write every part to `rows` in place. Rows outside `shared` have one part and are final then; `collect` adds
     a part of the others to the wide copy, and `finish` rounds them once. Rows in `untouched` get no part: they are 0.
-    A `fresh` one has one part of every row, also of those in `shared`: it is written, and nothing was 0 before.
+    With `fresh` every row has one part, of a call or of another rank, also those in `shared`: it is written over what
+    was there and not added, so that there need be no zeros first.
     """
 
     def __init__(self, rows: Tensor, shared: Range, untouched: Sequence[Range], fresh: bool = False) -> None:
@@ -41,11 +42,13 @@ class Accumulator:
         return overlap(span, self.shared)
 
     def outside(self, span: Range) -> list[Range]:
+        """What is left of a range without its shared part."""
         a, b = self.inside(span)
         parts = [(span[0], a), (b, span[1])] if a < b else [span]
         return [part for part in parts if part[0] < part[1]]
 
     def wide_rows(self, start: int, stop: int) -> Tensor:
+        """The sums of rows `[start, stop)`, all of them shared."""
         assert self.wide is not None
         return part(self.wide, (start - self.shared[0], stop - self.shared[0]))
 
@@ -63,12 +66,12 @@ class Accumulator:
 
     @property
     def home(self) -> tuple[Tensor, int]:
-        """Where rows are added that come back from elsewhere, and which row is its first."""
+        """The tensor to which rows are added that come back from other ranks, and the row that it begins with."""
         return (self.rows, 0) if self.wide is None else (self.wide, self.shared[0])
 
     @property
     def dtype(self) -> torch.dtype:
-        """In what parts are added."""
+        """The dtype in which parts are added."""
         return accumulation_dtype(self.rows.dtype)
 
     def sums(self) -> Tensor:
@@ -88,6 +91,7 @@ class Accumulator:
         return self.rows if self.wide is None else self.wide
 
     def finish(self) -> Tensor:
+        """All rows, with those that are sums rounded."""
         if self.wide is not None:
             self.rows[slice(*self.shared)] = self.wide
         return self.rows

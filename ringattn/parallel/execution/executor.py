@@ -15,15 +15,13 @@ from torch.autograd.function import once_differentiable
 
 from ringattn.kernels.merge import apply_sinks_, sinks_grad
 from ringattn.parallel.execution.accumulator import Accumulator, part
-from ringattn.parallel.execution.head_exchange import Columns, Returning, joined, to_heads, to_tokens
+from ringattn.parallel.execution.head_exchange import Columns, HeadExchange, Returning
 from ringattn.parallel.execution.job import Job, Saved, Steps, T
 from ringattn.parallel.execution.stages import backward_stages, forward_stages
-from ringattn.parallel.plan.exchange import Exchange
-from ringattn.parallel.transport.protocol import Transport
 
 
-def together(passes: Sequence[Steps[T]]) -> list[T]:
-    """The results of several passes that take turns at their transfers."""
+def take_turns(passes: Sequence[Steps[T]]) -> list[T]:
+    """The results of several passes: where one would wait for a transfer the next goes on."""
     results: dict[int, T] = {}
     while len(results) < len(passes):
         for number, steps in enumerate(passes):
@@ -63,7 +61,7 @@ class _Attention(torch.autograd.Function):
         out = q.new_empty(q.shape[0], q.shape[1], v.shape[2])
         done = forward_parts(jobs, q, k, v, sinks, out, keep=any(ctx.needs_input_grad[:3]))
         ctx.jobs, ctx.kept = jobs, [len(one.kept) for one in done]
-        ctx.save_for_backward(sinks, *(x for one in done for of in (*one.saved, one.kept) for x in of))
+        ctx.save_for_backward(sinks, *(x for one in done for tensors in (*one.saved, one.kept) for x in tensors))
         lse = joined_lse([one.lse for one in done]) if jobs[0].return_lse else done[0].lse
         ctx.mark_non_differentiable(lse)
         ctx.set_materialize_grads(False)
@@ -104,7 +102,7 @@ def forward_parts(
         for job in jobs:
             own_q, own_k, own_v, own_out = (part(x, job.rows) for x in (q, k, v, out))
             passes.append(forward_pass(job, own_q, own_k, own_v, sinks, own_out, keep and job.plan.keep_keys))
-        return together(passes)
+        return take_turns(passes)
 
 
 def backward_parts(
@@ -115,21 +113,23 @@ def backward_parts(
     kept: Sequence[list[Tensor]],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
     """dq (t, H, D), dk (t, K, D), dv (t, K, V) of the rank's tokens and the gradient of the sinks (H,)."""
-    job, of = jobs[0], saved[0][0]
-    shapes = (job.query_heads, of.k.shape[2]), (job.key_heads, of.k.shape[2]), (job.key_heads, of.v.shape[2])
+    job, first = jobs[0], saved[0][0]
+    head_dim, value_dim = first.k.shape[2], first.v.shape[2]
+    shapes = (job.query_heads, head_dim), (job.key_heads, head_dim), (job.key_heads, value_dim)
     grads = _LocalGrads(dout, shapes)
     with without_autocast(dout):
         passes = [
             backward_pass(job, part(dout, job.rows), own, sinks, keys, grads)
             for job, own, keys in zip(jobs, saved, kept, strict=True)
         ]
-        dsinks = [one for one in together(passes) if one is not None]
+        dsinks = [one for one in take_turns(passes) if one is not None]
     dq, dk, dv = grads.tensors
     return dq, dk, dv, sum(dsinks[1:], dsinks[0]) if dsinks else None
 
 
 class _LocalGrads:
-    """Gradients of the rank's q, k and v, made when the first of its parts has something to write."""
+    """Gradients of the rank's q, k and v, made when the first of its parts has something to write: memory that no
+    pass needs while it computes."""
 
     def __init__(self, dout: Tensor, shapes: Sequence[tuple[int, int]]) -> None:
         self._dout, self._shapes = dout, shapes
@@ -138,12 +138,13 @@ class _LocalGrads:
     def tensors(self) -> list[Tensor]:
         return [self._dout.new_empty(self._dout.shape[0], *shape) for shape in self._shapes]
 
-    def of(self, job: Job) -> list[Tensor]:
+    def rows_of(self, job: Job) -> list[Tensor]:
+        """Those of the tokens of one part."""
         return [part(x, job.rows) for x in self.tensors]
 
 
 def joined_lse(parts: Sequence[Tensor]) -> Tensor:
-    """The rank's (H, t) of its parts' ones."""
+    """The lse (H, t) of all the rank's tokens, from those of its parts."""
     return parts[0] if len(parts) == 1 else torch.cat(list(parts), 1)
 
 
@@ -152,8 +153,8 @@ def forward_pass(
 ) -> Steps[Forward]:
     """The forward pass of q (t, H, D), k (t, K, D), v (t, K, V) into out (t, H, V)."""
     q, k, v = q.contiguous(), k.contiguous(), v.contiguous()
-    if job.plan.exchange is not None and job.ulysses is not None:
-        return (yield from _exchanged_forward(job, job.plan.exchange, job.ulysses, (q, k, v), sinks, out, keep))
+    if job.exchange is not None:
+        return (yield from _exchanged_forward(job, job.exchange, (q, k, v), sinks, out, keep))
     lse, kept = yield from forward_stages(job, q, k, v, out, keep)
     if sinks is not None:
         apply_sinks_(out, lse, sinks)
@@ -161,43 +162,38 @@ def forward_pass(
 
 
 def _exchanged_forward(
-    job: Job,
-    exchange: Exchange,
-    ulysses: Transport,
-    tensors: tuple[Tensor, Tensor, Tensor],
-    sinks: Tensor | None,
-    local_out: Tensor,
-    keep: bool,
+    job: Job, exchange: HeadExchange, tensors: Sequence[Tensor], sinks: Tensor | None, local_out: Tensor, keep: bool
 ) -> Steps[Forward]:
     """While a group of heads is computed the queries of the next arrive and the output of the last leaves."""
     q, k, v = tensors
-    arriving = to_heads([q], [k, v], exchange, ulysses)
+    arriving = exchange.to_heads([q], [k, v])
     saved, returning = [], []
     keys: list[Tensor] = []
     kept: list[Tensor] = []
-    for group in job.groups:
+    for group, way in zip(job.groups, exchange.groups, strict=True):
         yield
         queries, *first = arriving.wait()
         keys = first or keys
-        if group.group + 1 < exchange.groups:
-            arriving = to_heads([q], [], exchange, ulysses, group.group + 1)
-        own = [x[:, slice(*exchange.share.group(group.group, exchange.groups)[1])] for x in keys]
+        if not way.last:
+            arriving = exchange.groups[way.group + 1].to_heads([q], [])
+        own_k, own_v = (x[:, way.own_keys] for x in keys)
         out = queries.new_empty(*queries.shape[:2], v.shape[2])
-        lse, kept = yield from forward_stages(group, queries, own[0], own[1], out, keep)
+        lse, kept = yield from forward_stages(group, queries, own_k, own_v, out, keep)
         if sinks is not None:
             apply_sinks_(out, lse, sinks[slice(*group.heads)])
-        saved.append(Saved.of(group, queries, own[0], own[1], out, lse, kept))
-        back = [to_tokens(out.flatten(1), [Columns("query", out.shape[2])], exchange, ulysses, group.group)]
+        saved.append(Saved.of(group, queries, own_k, own_v, out, lse, kept))
+        back = [way.to_tokens(out.flatten(1), [Columns("query", out.shape[2])])]
         if job.return_lse:
-            back.append(to_tokens(lse.T, [Columns("query", 1)], exchange, ulysses, group.group))
+            back.append(way.to_tokens(lse.T, [Columns("query", 1)]))
         returning.append(back)
     yield
-    local_lse = lse.new_empty(exchange.own_rows, job.query_heads, 1) if job.return_lse else None
-    for back in returning:
-        for one, target in zip(back, (local_out, local_lse), strict=False):
-            assert target is not None
-            one.wait([target])
-    return Forward(lse if local_lse is None else local_lse.squeeze(-1).T, saved, kept)
+    if job.return_lse:
+        lse = lse.new_empty(exchange.plan.own_rows, job.query_heads, 1)
+    for out_back, *lse_back in returning:
+        out_back.wait([local_out])
+        for one in lse_back:
+            one.wait([lse])
+    return Forward(lse.squeeze(-1).T if job.return_lse else lse, saved, kept)
 
 
 def backward_pass(
@@ -205,19 +201,18 @@ def backward_pass(
 ) -> Steps[Tensor | None]:
     """dq (t, H, D), dk (t, K, D), dv (t, K, V) of the local tokens into `grads`; the gradient of the sinks (H,)."""
     dout = dout.contiguous()
-    if job.plan.exchange is not None and job.ulysses is not None:
-        return (yield from _exchanged_backward(job, job.plan.exchange, job.ulysses, dout, saved, sinks, kept, grads))
-    (of,) = saved
-    dsinks = None if sinks is None else sinks_grad(dout, of.out, of.lse, sinks)
-    for grad in (yield from backward_stages(job.backward, dout, of, kept, grads.of(job))):
+    if job.exchange is not None:
+        return (yield from _exchanged_backward(job, job.exchange, dout, saved, sinks, kept, grads))
+    (whole,) = saved
+    dsinks = None if sinks is None else sinks_grad(dout, whole.out, whole.lse, sinks)
+    for grad in (yield from backward_stages(job.backward, dout, whole, kept, grads.rows_of(job))):
         grad.finish()
     return dsinks
 
 
 def _exchanged_backward(
     job: Job,
-    exchange: Exchange,
-    ulysses: Transport,
+    exchange: HeadExchange,
     dout: Tensor,
     saved: Sequence[Saved],
     sinks: Tensor | None,
@@ -226,58 +221,77 @@ def _exchanged_backward(
 ) -> Steps[Tensor | None]:
     """While a group of heads is computed the output's gradient of the next arrives and that of the last's queries
     leaves. Gradients of keys leave with the last, or after it if they are wider."""
-    head_dim, value_dim = saved[0].k.shape[2], saved[0].v.shape[2]
-    queries, keys = [Columns("query", head_dim)], [Columns("key", head_dim), Columns("key", value_dim)]
-    dsinks = None if sinks is None else torch.zeros_like(sinks)  # of other ranks' heads; it is summed over the ranks
-    arriving = to_heads([dout], [], exchange, ulysses)
-    returning: list[tuple[Returning, int, int]] = []  # what travels, and which of the gradients it fills
-    totals: list[Tensor] = []
-    for group, of in zip(job.groups, saved, strict=True):
-        yield
-        (own_dout,) = arriving.wait()
-        number = group.group
-        if number + 1 < exchange.groups:
-            arriving = to_heads([dout], [], exchange, ulysses, number + 1)
-        if sinks is not None and dsinks is not None:
-            heads = slice(*group.heads)
-            dsinks[heads] = sinks_grad(own_dout, of.out, of.lse, sinks[heads])
-        with_keys = number + 1 == exchange.groups and not job.plan.sums_copies
-        columns = queries + keys if with_keys else queries
-        message, rows = joined(columns, dout, exchange, ulysses, number)
-        direct = with_keys and exchange.groups == 1  # kernels write where the gradients leave from
-        targets = rows if direct else [rows[0], *of.new_key_grads()]
-        dq, *grads = yield from backward_stages(group.backward, own_dout, of, kept, targets)
-        dq.finish()
-        if direct:
-            for grad in grads:
-                grad.finish()
-        else:
-            totals = _added(totals, group, grads)
-            for target, total in zip(rows[1:], totals, strict=False):
-                target.copy_(total)
-        returning.append((to_tokens(message, columns, exchange, ulysses, number), 0, len(columns)))
-    if job.plan.sums_copies:
-        wide = torch.cat([total.flatten(1) for total in totals], 1)
-        returning.append((to_tokens(wide, keys, exchange, ulysses), 1, 3))
-        del wide
-    # What is computed from goes before what it became is put in its places.
-    del arriving, own_dout, message, rows, targets, dq, grads, totals
+    leaving, dsinks = yield from _backward_groups(job, exchange, dout, saved, sinks, kept)
     yield
-    for one, first, last in returning:
-        one.wait(local_grads.of(job)[first:last])
+    # The memory peak of a model may be here: the tensors that gradients were computed from have gone with the locals
+    # of the functions above, before there is room made for what the gradients become.
+    for one, filled in leaving:
+        one.wait(local_grads.rows_of(job)[filled])
     return dsinks
 
 
-def _added(totals: list[Tensor], group: Job, grads: Sequence[Accumulator]) -> list[Tensor]:
-    """Gradients of all the rank's key heads, in the precision of sums, with those of a group of query heads added."""
-    exchange = group.plan.exchange
-    assert exchange is not None
-    if exchange.groups == 1:
-        return [grad.sums() for grad in grads]
+class _Leaving(NamedTuple):
+    """Gradients on their way to the ranks that hold the tokens."""
+
+    returning: Returning
+    filled: slice  # which of dq, dk and dv
+
+
+def _backward_groups(
+    job: Job, exchange: HeadExchange, dout: Tensor, saved: Sequence[Saved], sinks: Tensor | None, kept: list[Tensor]
+) -> Steps[tuple[list[_Leaving], Tensor | None]]:
+    """What leaves of all groups of heads, and the gradient of the sinks of this rank's heads."""
+    dsinks = None if sinks is None else torch.zeros_like(sinks)  # 0 for other ranks' heads: ranks add them up
+    leaving: list[_Leaving] = []
+    totals: list[Tensor] = []  # gradients of all the rank's key heads, in the precision of sums
+    arriving = exchange.to_heads([dout], [])
+    for group, way, of_group in zip(job.groups, exchange.groups, saved, strict=True):
+        yield
+        (own_dout,) = arriving.wait()
+        if not way.last:
+            arriving = exchange.groups[way.group + 1].to_heads([dout], [])
+        if sinks is not None and dsinks is not None:
+            heads = slice(*group.heads)
+            dsinks[heads] = sinks_grad(own_dout, of_group.out, of_group.lse, sinks[heads])
+        leaving.append((yield from _backward_group(group, way, own_dout, of_group, kept, totals)))
+    if job.plan.sums_copies:
+        wide = torch.cat([total.flatten(1) for total in totals], 1)
+        columns = [Columns("key", total.shape[2]) for total in totals]
+        leaving.append(_Leaving(exchange.to_tokens(wide, columns), slice(1, 3)))
+    return leaving, dsinks
+
+
+def _backward_group(
+    group: Job, way: HeadExchange, dout: Tensor, saved: Saved, kept: list[Tensor], totals: list[Tensor]
+) -> Steps[_Leaving]:
+    """The gradients of one group of heads, of all tokens of the position; dout (n, heads of the group, V). Those of
+    keys are added to `totals`, unless they can leave from where kernels write them."""
+    with_keys = way.last and not group.plan.sums_copies
+    columns = [Columns("query", saved.k.shape[2])]
+    if with_keys:
+        columns += [Columns("key", x.shape[2]) for x in (saved.k, saved.v)]
+    message, rows = way.open_message(columns, dout)
+    direct = with_keys and way.plan.groups == 1
+    targets = rows if direct else [rows[0], *saved.new_key_grads()]
+    dq, *grads = yield from backward_stages(group.backward, dout, saved, kept, targets)
+    dq.finish()
+    if direct:
+        for grad in grads:
+            grad.finish()
+    else:
+        _add_key_grads(totals, way, grads)
+        for target, total in zip(rows[1:], totals, strict=False):
+            target.copy_(total)
+    return _Leaving(way.to_tokens(message, columns), slice(len(columns)))
+
+
+def _add_key_grads(totals: list[Tensor], way: HeadExchange, grads: Sequence[Accumulator]) -> None:
+    """Gradients of a group's heads to those of all the rank's key heads; of none yet, if it is the first group."""
+    if way.plan.groups == 1:
+        totals += [grad.sums() for grad in grads]
+        return
     if not totals:
-        shapes = [(len(grad.rows), len(exchange.share.keys), grad.rows.shape[2]) for grad in grads]
-        totals = [grad.rows.new_zeros(shape, dtype=grad.dtype) for grad, shape in zip(grads, shapes, strict=True)]
-    first, last = exchange.share.group(group.group, exchange.groups)[1]
+        heads = len(way.plan.share.keys)
+        totals += [g.rows.new_zeros(len(g.rows), heads, g.rows.shape[2], dtype=g.dtype) for g in grads]
     for total, grad in zip(totals, grads, strict=True):
-        total[:, first:last] += grad.sums()
-    return totals
+        total[:, way.own_keys] += grad.sums()

@@ -7,13 +7,14 @@ Legend: t local tokens, n tokens of the ring position, H query heads, K key head
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import accumulate
 from typing import NamedTuple
 
 from torch import Tensor
 
+from ringattn.kept import kept
 from ringattn.kernels.movement.heads import head_columns, pack_heads, unpack_heads
 from ringattn.kernels.movement.slots import Slot, Slots
 from ringattn.parallel.plan.exchange import Exchange
@@ -36,24 +37,6 @@ class Arriving:
         return head_columns(self.rows, self.counts, self.dims)
 
 
-def to_heads(
-    queries: Sequence[Tensor], keys: Sequence[Tensor], exchange: Exchange, transport: Transport, group: int = 0
-) -> Arriving:
-    """This rank's tokens on their way to a group of the heads of all tokens. Collective over the ulysses axis.
-
-    Arguments:
-        queries: (t, H, D) each -> (n, heads of the group, D).
-        keys: (t, K, D) each -> (n, c, D), all key heads of a rank; one goes to every rank that reads it.
-    """
-    tensors = [*queries, *keys]
-    columns = [Columns("query", x.shape[2]) for x in queries] + [Columns("key", x.shape[2]) for x in keys]
-    plan = _message(exchange, tuple(columns), group).sending
-    send = transport.buffer(plan.route, tensors[0])
-    pack_heads(tensors, send, plan.slots)
-    rows = send.new_empty(exchange.position_rows, plan.width)
-    return Arriving(transport.exchange(send, rows.view(-1), plan.route), rows, plan.counts, [d for _, d in columns])
-
-
 class Columns(NamedTuple):
     """What a row of a message holds of each tensor: "query" heads (of a group) or "key" heads, and their dim."""
 
@@ -73,7 +56,7 @@ class _Way(NamedTuple):
 
 @dataclass(frozen=True)
 class _Message:
-    """How some heads travel. Kept with the exchange: every layer of a step sends alike."""
+    """How some heads travel."""
 
     exchange: Exchange
     heads: list[list[Sequence[int]]]  # of each rank, of each tensor
@@ -131,27 +114,6 @@ class _Message:
         return _Way(route, Slots(slots), self.widths[mine], [len(one) for one in self.heads[mine]])
 
 
-def _message(exchange: Exchange, columns: tuple[Columns, ...], group: int) -> _Message:
-    kept: dict[object, _Message] = exchange.__dict__.setdefault("_messages", {})
-    if (columns, group) not in kept:
-        heads: list[list[Sequence[int]]] = []
-        for share in exchange.heads:
-            first, last = share.group(group, exchange.groups)[0]
-            queries = range(share.query[0] + first, share.query[0] + last)
-            heads.append([queries if of == "query" else share.keys for of, _ in columns])
-        kept[columns, group] = _Message(exchange, heads, tuple(dim for _, dim in columns))
-    return kept[columns, group]
-
-
-def joined(
-    columns: Sequence[Columns], like: Tensor, exchange: Exchange, transport: Transport, group: int = 0
-) -> tuple[Tensor, list[Tensor]]:
-    """A message buffer (n, elements) for the next `to_tokens`, and its columns (n, this rank's heads, dim) each."""
-    way = _message(exchange, tuple(columns), group).returning
-    rows = transport.buffer(way.route, like).view(exchange.position_rows, way.width)
-    return rows, head_columns(rows, way.counts, [dim for _, dim in columns])
-
-
 @dataclass(frozen=True)
 class Returning:
     """Results of heads under way to the ranks that hold the tokens."""
@@ -167,16 +129,72 @@ class Returning:
         unpack_heads(self.received, targets, self.slots)
 
 
-def to_tokens(
-    rows: Tensor, columns: Sequence[Columns], exchange: Exchange, transport: Transport, group: int = 0
-) -> Returning:
-    """The way back: this rank's heads of all tokens to all ranks' heads of its tokens. Collective over the axis.
+@dataclass(frozen=True)
+class HeadExchange:
+    """The exchange of one group of heads by a transport. Whatever moves data is collective over the ulysses axis."""
 
-    Arguments:
-        rows: (n, elements): a message buffer that `joined` gave, or any other tensor, which may have to be copied.
-        columns: what they hold.
-    """
-    way = _message(exchange, tuple(columns), group).returning
-    received = rows.new_empty(way.route.received)
-    message = transport.message(rows.contiguous().view(-1), way.route)
-    return Returning(transport.exchange(message, received, way.route), received, way.slots)
+    plan: Exchange
+    transport: Transport
+    group: int = 0
+
+    @cached_property
+    def groups(self) -> "tuple[HeadExchange, ...]":
+        """This exchange for each group of heads."""
+        return tuple(replace(self, group=group) for group in range(self.plan.groups))
+
+    @property
+    def last(self) -> bool:
+        """Whether all other groups come before this one."""
+        return self.group + 1 == self.plan.groups
+
+    @property
+    def own_keys(self) -> slice:
+        """The key heads that the group reads, of those of this rank."""
+        return slice(*self.plan.share.group(self.group, self.plan.groups)[1])
+
+    def to_heads(self, queries: Sequence[Tensor], keys: Sequence[Tensor]) -> Arriving:
+        """This rank's tokens on their way to the heads of the group, of all tokens.
+
+        Arguments:
+            queries: (t, H, D) each -> (n, heads of the group, D).
+            keys: (t, K, D) each -> (n, c, D), all key heads of a rank; one goes to every rank that reads it.
+        """
+        tensors = [*queries, *keys]
+        columns = [Columns("query", x.shape[2]) for x in queries] + [Columns("key", x.shape[2]) for x in keys]
+        way = self._message(columns).sending
+        send = self.transport.buffer(way.route, tensors[0])
+        pack_heads(tensors, send, way.slots)
+        rows = send.new_empty(self.plan.position_rows, way.width)
+        pending = self.transport.exchange(send, rows.view(-1), way.route)
+        return Arriving(pending, rows, way.counts, [column.dim for column in columns])
+
+    def open_message(self, columns: Sequence[Columns], like: Tensor) -> tuple[Tensor, list[Tensor]]:
+        """A message buffer (n, elements) for the next `to_tokens`, and its columns (n, this rank's heads, dim) each."""
+        way = self._message(columns).returning
+        rows = self.transport.buffer(way.route, like).view(self.plan.position_rows, way.width)
+        return rows, head_columns(rows, way.counts, [column.dim for column in columns])
+
+    def to_tokens(self, rows: Tensor, columns: Sequence[Columns]) -> Returning:
+        """The way back: this rank's heads of all tokens to all ranks' heads of its tokens.
+
+        Arguments:
+            rows: (n, elements): a message buffer of `open_message`, or any other tensor, which may have to be copied.
+            columns: what they hold.
+        """
+        way = self._message(columns).returning
+        received = rows.new_empty(way.route.received)
+        message = self.transport.message(rows.contiguous().view(-1), way.route)
+        return Returning(self.transport.exchange(message, received, way.route), received, way.slots)
+
+    def _message(self, columns: Sequence[Columns]) -> _Message:
+        """Kept with the plan: every layer of a step sends alike."""
+
+        def make() -> _Message:
+            heads: list[list[Sequence[int]]] = []
+            for share in self.plan.heads:
+                first, last = share.group(self.group, self.plan.groups)[0]
+                queries = range(share.query[0] + first, share.query[0] + last)
+                heads.append([queries if column.of == "query" else share.keys for column in columns])
+            return _Message(self.plan, heads, tuple(column.dim for column in columns))
+
+        return kept(self.plan, (*columns, self.group), make)

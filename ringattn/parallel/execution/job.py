@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ringattn.kernels.spec import Backend, Options, Range
+from ringattn.parallel.execution.head_exchange import HeadExchange
 from ringattn.parallel.plan.plan import AttentionPlan
 from ringattn.parallel.transport.protocol import Transport
 
@@ -21,7 +22,7 @@ Steps = Generator[None, None, T]
 
 @dataclass(frozen=True)
 class Job:
-    """All that an attention needs beside its tensors, or one of its parts."""
+    """All that an attention needs beside its tensors; where a layout has several parts there is a job for each."""
 
     plan: AttentionPlan
     rows: Range  # of the rank's tensors
@@ -38,6 +39,13 @@ class Job:
     group: int = 0  # of the heads of an exchange
     chunk: int = 0  # of the heads that are computed one after another
 
+    @cached_property
+    def exchange(self) -> HeadExchange | None:
+        """The exchange of heads around the stages, if there is one."""
+        if self.plan.exchange is None or self.ulysses is None:
+            return None
+        return HeadExchange(self.plan.exchange, self.ulysses)
+
     @property
     def heads(self) -> Range:
         """The query heads that are computed here, of the model's."""
@@ -49,19 +57,21 @@ class Job:
 
     @property
     def first_head(self) -> int:
-        """The first of those in this chunk."""
+        """The first query head that is computed in this chunk, of the model's."""
         first, last = self.heads
         return first + self.chunk * (last - first) // self.plan.head_chunks
 
     @cached_property
     def groups(self) -> "tuple[Job, ...]":
-        """The same for each group of heads."""
+        """This job for each group of heads."""
         count = 1 if self.plan.exchange is None else self.plan.exchange.groups
+        # Each would cast keys of its own, and there is one list of those that are kept for the backward pass.
+        assert count == 1 or self.plan.ring == 1, "heads are exchanged in groups where no keys are cast"
         return tuple(replace(self, group=group) for group in range(count))
 
     @cached_property
     def chunks(self) -> "tuple[Job, ...]":
-        """The same for each chunk of heads."""
+        """This job for each chunk of heads."""
         count = self.plan.head_chunks
         return (self,) if count == 1 else tuple(replace(self, chunk=chunk) for chunk in range(count))
 
@@ -74,7 +84,7 @@ class Job:
 
     @cached_property
     def backward(self) -> "Job":
-        """The same with the plan that the backward pass walks."""
+        """This job with the plan that the backward pass walks."""
         return self if self.plan.backward is None else replace(self, plan=self.plan.backward)
 
 

@@ -1,4 +1,4 @@
-"""Rows of tensors on their way: accumulated over calls, cast to the ranks that need them, returned to their owners."""
+"""Rows of keys on their way: cast to the ranks that need them, and their gradients returned to the owners."""
 
 from bisect import bisect_right
 from collections.abc import Iterator, Sequence
@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ringattn.kept import kept
 from ringattn.kernels.movement.additions import Addition, Additions, Pair
 from ringattn.kernels.movement.heads import head_columns
 from ringattn.kernels.movement.rows import add_rows, flat_pair, row_index, take_rows
@@ -29,14 +30,10 @@ class _Moves:
         self._returned = [span for message in stage.receives for span in message.ranges]
         self._parts = [Addition(source, target[0], False) for source, target in stage.copies]
         self._parts += [Addition(span, place, True) for span, place in _end_to_end(self._sent)]
-        self._kept: dict[Any, Any] = {}
 
     @classmethod
     def of(cls, stage: Stage) -> "_Moves":
-        kept: _Moves | None = stage.__dict__.get("_moves")
-        if kept is None:
-            kept = stage.__dict__["_moves"] = cls(stage)
-        return kept
+        return kept(stage, "moves", lambda: cls(stage))
 
     def sent(self, device: torch.device) -> Tensor:
         """Local rows in the order of the cast's messages."""
@@ -44,9 +41,7 @@ class _Moves:
 
     def buffer(self, device: torch.device) -> Tensor:
         """Where every row of the buffer comes from: rows that arrive, then local rows."""
-        if ("buffer", device) not in self._kept:
-            self._kept["buffer", device] = to_device(torch.from_numpy(self._sources()), device)
-        return self._kept["buffer", device]
+        return kept(self, ("buffer", device), lambda: to_device(torch.from_numpy(self._sources()), device))
 
     def _sources(self) -> "np.ndarray[Any, np.dtype[np.int32]]":
         stage, sources = self._stage, np.empty(self._stage.rows, dtype=np.int32)
@@ -78,15 +73,15 @@ class _Moves:
 
     def additions(self, base: int) -> Additions:
         """To which local rows, counted from `base`, gradients are added: first those of copies, then by rank."""
-        if base not in self._kept:
+
+        def make() -> Additions:
             moved = [part._replace(target=(part.target[0] - base, part.target[1] - base)) for part in self._parts]
-            self._kept[base] = Additions(tuple(moved))
-        return self._kept[base]
+            return Additions(tuple(moved))
+
+        return kept(self, ("additions", base), make)
 
     def _index(self, name: str, ranges: list[Range], device: torch.device) -> Tensor:
-        if (name, device) not in self._kept:
-            self._kept[name, device] = to_device(torch.from_numpy(row_index(ranges)), device)
-        return self._kept[name, device]
+        return kept(self, (name, device), lambda: to_device(torch.from_numpy(row_index(ranges)), device))
 
 
 def _pack_returning(stage: Stage, message: Tensor, grads: Pair) -> None:

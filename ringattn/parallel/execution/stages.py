@@ -11,6 +11,7 @@ from operator import itemgetter
 import torch
 from torch import Tensor
 
+from ringattn.kept import kept
 from ringattn.kernels.merge import merge_
 from ringattn.kernels.spec import Call, Dropout, Grads, Options, Range, SavedCall, accumulation_dtype, to_device
 from ringattn.parallel.execution.accumulator import Accumulator, part
@@ -80,7 +81,7 @@ class _Arriving:
     """The keys of later stages, for one chunk of heads after another: each is cast when those before it are there."""
 
     def __init__(self, job: Job, k: Tensor, v: Tensor) -> None:
-        self._casts = _casts(job, k, v)
+        self._casts = _posted_casts(job, k, v)
         self._next = next(self._casts, None)
 
     def wait(self) -> tuple[Tensor, Tensor]:
@@ -91,7 +92,7 @@ class _Arriving:
 
 
 class _Kept:
-    """The same where they are there already, one tensor after another."""
+    """In place of `_Arriving` in a backward pass whose forward pass kept the keys: those of one stage after another."""
 
     def __init__(self, tensors: Sequence[Tensor]) -> None:
         self._pairs = iter(zip(tensors[::2], tensors[1::2], strict=True))
@@ -100,8 +101,8 @@ class _Kept:
         return next(self._pairs)
 
 
-def _casts(job: Job, k: Tensor, v: Tensor) -> Iterator[KeyCast]:
-    """Each is posted when it is asked for."""
+def _posted_casts(job: Job, k: Tensor, v: Tensor) -> Iterator[KeyCast]:
+    """The casts of all chunks and later stages, each posted when it is asked for: earlier its buffer would be alive."""
     for chunk in job.chunks:
         own_k, own_v = chunk.of_chunk(k), chunk.of_chunk(v)
         for stage in job.plan.stages[1:]:
@@ -138,7 +139,7 @@ def backward_stages(
 def _backward_chunk(
     job: Job, dout: Tensor, saved: Saved, arriving: _Arriving | _Kept, rows: list[Tensor]
 ) -> Steps[list[Accumulator]]:
-    """Those of one chunk of heads. The local stage comes last and hides the last reduce."""
+    """The gradients of one chunk of heads. The local stage comes last and hides the last reduce."""
     plan, (q, k, v, out, lse) = job.plan, saved
     forward = dout, q, out, lse
     local, *later = plan.stages
@@ -217,18 +218,17 @@ def _options(job: Job, stage: Stage, call: Call) -> Options:
         return job.options
     plan = job.plan
     keys = plan if stage is plan.stages[0] else stage
-    q_index, k_index = (_indices(of, job.device)[slice(*rows)] for of, rows in ((plan, call.q), (keys, call.k)))
+    q_index, k_index = (_row_indices(of, job.device)[slice(*rows)] for of, rows in ((plan, call.q), (keys, call.k)))
     return replace(job.options, dropout=Dropout(*job.dropout, q_index, k_index, job.first_head))
 
 
-def _indices(of: AttentionPlan | Stage, device: torch.device) -> Tensor:
+def _row_indices(of: AttentionPlan | Stage, device: torch.device) -> Tensor:
     """Global index of each row, kept with the plan: the layers of a step ask for the same."""
-    kept: dict[torch.device, Tensor] = of.__dict__.setdefault("_indices", {})
-    if device not in kept:
-        kept[device] = to_device(
-            torch.cat([torch.arange(start, stop, device="cpu") for start, stop in of.index]), device
-        )
-    return kept[device]
+
+    def make() -> Tensor:
+        return to_device(torch.cat([torch.arange(*span, device="cpu") for span in of.index]), device)
+
+    return kept(of, ("indices", device), make)
 
 
 def _key_rows(grad: Accumulator, call: Call) -> Tensor:

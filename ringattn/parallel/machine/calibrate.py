@@ -25,9 +25,10 @@ from ringattn.parallel.machine.kernel_rate import KernelRate
 from ringattn.parallel.machine.machine import Link, Machine
 from ringattn.parallel.plan.route import Route
 from ringattn.parallel.transport.collective import GroupTransport
+from ringattn.parallel.transport.peer_access import why_not
 from ringattn.parallel.transport.process_groups import destroy
 from ringattn.parallel.transport.protocol import Transport
-from ringattn.parallel.transport.symmetric import SymmetricTransport, why_not
+from ringattn.parallel.transport.symmetric import SymmetricTransport
 
 # (number of documents, tokens of each): long and short, many and few
 GRIDS = {

@@ -2,8 +2,6 @@
 
 import os
 from dataclasses import dataclass, field, replace
-from functools import cached_property
-from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -11,10 +9,11 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from ringattn.parallel.machine.machine import Machine
 from ringattn.parallel.machine.shipped import local_machine
+from ringattn.parallel.mesh.connections import Connections
 from ringattn.parallel.mesh.shape import MeshShape, resolve_mesh
-from ringattn.parallel.transport.process_groups import CLOSED, Lease, check_alike
+from ringattn.parallel.transport.peer_access import why_not
+from ringattn.parallel.transport.process_groups import Lease, check_alike
 from ringattn.parallel.transport.protocol import Transport
-from ringattn.parallel.transport.symmetric import open_transport, why_not
 
 TRANSPORTS = ("auto", "collective", "copy")
 
@@ -31,22 +30,15 @@ class SequenceMesh(MeshShape):
 
     data_rank: int = 0
     device_type: str = "cpu"
-    device_mesh: DeviceMesh = field(kw_only=True, repr=False, compare=False)
-    # Of one dimension, "sequence".
-    sequence_mesh: DeviceMesh = field(default=None, kw_only=True, repr=False, compare=False)  # type: ignore[assignment]
-    lease: Lease | None = field(default=None, kw_only=True, repr=False, compare=False)
+    # What `close` ends.
+    connections: Connections = field(kw_only=True, repr=False, compare=False)
     # Why the ranks of an axis do not read each other's memory by copy engines; "" where they do.
     ring_reason: str = field(default="not asked for", kw_only=True, repr=False, compare=False)
     ulysses_reason: str = field(default="not asked for", kw_only=True, repr=False, compare=False)
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.lease is not None:
-            self.lease.holds(self)
-
     @property
     def closed(self) -> bool:
-        return self.lease is not None and self.lease.closed
+        return self.connections.closed
 
     def close(self) -> None:
         """Give the process groups back: those that no other open mesh uses are destroyed. Collective.
@@ -54,17 +46,7 @@ class SequenceMesh(MeshShape):
         This mesh and its alternatives cannot be used any more: attentions, models and layouts on them raise a
         ValueError, also the backward passes of what they computed before. Without effect the second time.
         """
-        if self.lease is not None:
-            self.lease.close()
-
-    def forget(self) -> None:
-        """Let go of all groups, so that their memory, sockets and threads are freed. What `close` calls."""
-        for axis in ("ring", "ulysses"):
-            self.__dict__.pop(f"{axis}_group", None)
-            if (transport := self.__dict__.pop(f"{axis}_transport", None)) is not None:
-                transport.close()
-        self.__dict__.pop("sequence_group", None)
-        self.__dict__.update(device_mesh=_Closed(), sequence_mesh=_Closed())
+        self.connections.close()
 
     def __enter__(self) -> "SequenceMesh":
         return self
@@ -79,36 +61,36 @@ class SequenceMesh(MeshShape):
     def device(self) -> torch.device:
         return _device(self.device_type)
 
-    @cached_property
+    @property
+    def device_mesh(self) -> DeviceMesh:
+        return self.connections.mesh("device")
+
+    @property
+    def sequence_mesh(self) -> DeviceMesh:
+        """The ranks of both sequence axes, in one dimension, "sequence"."""
+        return self.connections.mesh("sequence")
+
+    @property
     def ring_group(self) -> dist.ProcessGroup:
-        return self.device_mesh.get_group("ring")
+        return self.connections.group("ring")
 
-    @cached_property
+    @property
     def ulysses_group(self) -> dist.ProcessGroup:
-        return self.device_mesh.get_group("ulysses")
+        return self.connections.group("ulysses")
 
-    @cached_property
-    def ring_transport(self) -> Transport:
-        """What moves keys; one for all attentions, since it may own message buffers."""
-        return open_transport(self.ring_group, self.ring_reason)
-
-    @cached_property
-    def ulysses_transport(self) -> Transport:
-        return open_transport(self.ulysses_group, self.ulysses_reason)
-
-    @cached_property
+    @property
     def sequence_group(self) -> dist.ProcessGroup:
-        return self.sequence_mesh.get_group()
+        return self.connections.group("sequence")
 
+    @property
+    def ring_transport(self) -> Transport:
+        """What moves keys."""
+        return self.connections.transport("ring", self.ring_reason)
 
-class _Closed:
-    """In place of the `DeviceMesh` of a closed mesh."""
-
-    def __getattr__(self, name: str) -> Any:
-        raise ValueError(CLOSED)
-
-    def __getitem__(self, name: object) -> Any:
-        raise ValueError(CLOSED)
+    @property
+    def ulysses_transport(self) -> Transport:
+        """What moves heads."""
+        return self.connections.transport("ulysses", self.ulysses_reason)
 
 
 def init_mesh(
@@ -204,9 +186,7 @@ def _mesh(
         machine=machine,
         data_rank=rank // shape.sequence_size,
         device_type=device_type,
-        device_mesh=device_mesh,
-        sequence_mesh=lease.sequence(device_mesh),
-        lease=lease,
+        connections=Connections(device_mesh, lease.sequence(device_mesh), lease),
     )
 
 

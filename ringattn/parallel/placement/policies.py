@@ -7,6 +7,7 @@ key), then tail pieces, then padding: so every kernel call reads and writes one 
 
 from bisect import bisect_right
 from collections.abc import Sequence
+from enum import IntEnum
 from itertools import accumulate, chain, pairwise
 from operator import attrgetter
 from typing import NamedTuple
@@ -14,6 +15,7 @@ from typing import NamedTuple
 import numpy as np
 
 from ringattn.documents import Documents
+from ringattn.kept import kept
 from ringattn.kernels.spec import Range
 from ringattn.parallel.geometry.ranges import touching
 from ringattn.parallel.placement.load import Load
@@ -101,10 +103,7 @@ def _spans(docs: Documents, load: Load) -> tuple[Span, ...]:
 
     Kept with the documents, which are placed on several meshes where the degrees are open.
     """
-    kept: dict[Load, tuple[Span, ...]] = docs.__dict__.setdefault("_spans", {})
-    if load not in kept:
-        kept[load] = tuple(sorted(_spans_of(docs, load), key=attrgetter("start")))
-    return kept[load]
+    return kept(docs, ("spans", load), lambda: tuple(sorted(_spans_of(docs, load), key=attrgetter("start"))))
 
 
 def _spans_of(docs: Documents, load: Load) -> list[Span]:
@@ -218,26 +217,37 @@ def _queue(owners: list[tuple[int, int]]) -> list[tuple[int, int, int]]:
     return pieces
 
 
+class _Kind(IntEnum):
+    """What a piece is of its document. Pieces of one kind stand together, in this order, so that a kernel call over
+    them is one run of rows."""
+
+    WHOLE = 0
+    OPENING_HEAD = 1  # it needs no remote key
+    HEAD = 2
+    TAIL = 3
+    PADDING = 4
+
+
 def _ordered(held: list[Shares]) -> Positions:
-    """Ranges of every position: whole, heads (opening ones first), tails, padding; joined where they touch."""
+    """Ranges of every position, by kind; joined where they touch."""
     placement = []
     for pieces in held:
         pieces = _joined(sorted(pieces, key=lambda piece: piece[0].start + piece[1]))
         # The first of two pieces of one document is its head; a piece that is alone counts as a tail.
         heads = {a[0].start + a[1] for a, b in pairwise(pieces) if a[0].start == b[0].start}
-        rooms: list[list[Range]] = [[] for _ in range(5)]
+        by_kind: list[list[Range]] = [[] for _ in _Kind]
         for span, first, last in pieces:
             begin = span.start + first
             if not span.cost:
-                room = 4
+                kind = _Kind.PADDING
             elif last - first == span.size:
-                room = 0
+                kind = _Kind.WHOLE
             elif first == 0:
-                room = 1
+                kind = _Kind.OPENING_HEAD
             else:
-                room = 2 if begin in heads else 3
-            rooms[room].append((begin, span.start + last))
-        placement.append(touching(chain.from_iterable(rooms)))
+                kind = _Kind.HEAD if begin in heads else _Kind.TAIL
+            by_kind[kind].append((begin, span.start + last))
+        placement.append(touching(chain.from_iterable(by_kind)))
     return tuple(placement)
 
 

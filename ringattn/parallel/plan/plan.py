@@ -95,6 +95,20 @@ class AttentionPlan:
     backward: "AttentionPlan | None" = None
     reason: str = ""
 
+    @property
+    def passes(self) -> "tuple[AttentionPlan, AttentionPlan]":
+        """The plans that the forward and the backward pass walk through."""
+        return self, self.backward or self
+
+    def for_pass(self, backward: bool) -> "AttentionPlan":
+        """The plan that one of the two passes walks through."""
+        return self.passes[backward]
+
+    @property
+    def schedule_name(self) -> str:
+        """The schedule in words: a ring with its stages."""
+        return f"ring of {len(self.stages)} stages" if self.schedule == "ring" else self.schedule
+
     @cached_property
     def uncovered(self) -> tuple[Range, ...]:
         """Query rows of no call (padding): their output is 0."""
@@ -138,7 +152,7 @@ class AttentionPlan:
         return bool(spans) and bounds[0] == 0 and bounds[-1] == self.rows and bounds[1:-1:2] == bounds[2:-1:2]
 
     def own(self, shape: Shape) -> Shape:
-        """What this rank computes at a time of an attention of the model's shape."""
+        """The heads that this rank computes at a time, of an attention with the heads of `shape`."""
         return shape.share(self.exchange).chunk(self.head_chunks)
 
     @property
@@ -164,6 +178,7 @@ class AttentionPlan:
 
     @property
     def received_rows(self) -> int:
+        """Key rows, over all stages."""
         return sum(message.rows for stage in self.stages for message in stage.receives)
 
     @property

@@ -5,6 +5,7 @@ import math
 from dataclasses import dataclass
 from functools import cached_property
 
+from ringattn.kept import kept
 from ringattn.kernels.spec import Range
 from ringattn.parallel.geometry.ranges import length
 
@@ -44,13 +45,12 @@ class Route:
 
     def times(self, width: int) -> "Route":
         """The same with rows of `width` elements; made once."""
-        kept: dict[int, Route] = self.__dict__.setdefault("_times", {})
-        if width not in kept:
-            sends, receives, there = (
-                tuple(width * size for size in part) for part in (self.sends, self.receives, self.there)
-            )
-            kept[width] = Route(sends, receives, there, width * self.most)
-        return kept[width]
+        return kept(self, ("times", width), lambda: self._times(width))
+
+    def _times(self, width: int) -> "Route":
+        parts = (self.sends, self.receives, self.there)
+        sends, receives, there = (tuple(width * size for size in part) for part in parts)
+        return Route(sends, receives, there, width * self.most)
 
 
 @dataclass(frozen=True)

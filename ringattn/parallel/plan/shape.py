@@ -15,7 +15,7 @@ class Shape:
     value_dim: int
     itemsize: int = 2
 
-    def share(self, exchange: "Exchange | None") -> "Shape":
+    def share(self, exchange: Exchange | None) -> "Shape":
         """What one rank computes: after the exchange its own heads."""
         if exchange is None:
             return self
@@ -45,3 +45,7 @@ class Shape:
     def wide_key_row_bytes(self) -> int:
         """Bytes of the sums of one token's key and value gradients."""
         return self.key_row_bytes * self.wide // self.itemsize
+
+    def returned_row_bytes(self, wide_reduce: bool) -> int:
+        """Bytes of one token's key and value gradients where they travel: in the dtype of sums, or of the keys."""
+        return self.wide_key_row_bytes if wide_reduce else self.key_row_bytes

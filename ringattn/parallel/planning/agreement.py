@@ -17,7 +17,7 @@ def common_digest(plans: PartedPlan, layout: Layout) -> str:
     common: list[Any] = []
     for part, (_, plan) in zip(layout.parts, plans.parts, strict=True):
         common += [part.docs, part.positions, part.mesh.ring, part.mesh.ulysses]
-        for walked in (plan, plan.backward or plan):
+        for walked in plan.passes:
             common += [walked.schedule, walked.head_chunks, walked.keep_keys, walked.wide_reduce]
             common.append([(stage.cast.most, stage.back.most) for stage in walked.stages])
         common.append(None if plan.exchange is None else (plan.exchange.heads, plan.exchange.groups))

@@ -43,6 +43,8 @@ class Work:
 
 
 class _Run:
+    """Work while time passes: what has ended, what is held, and who waits at which resource."""
+
     def __init__(self, work: Work) -> None:
         self.work = work
         self.missing = list(work.missing)

@@ -1,6 +1,6 @@
 """Playing the plans of all ranks through, in the executor's order: who computes and who waits when. Pure.
 
-What `cost.py` prices rank by rank, as if nobody waited for another, is one system here. A rank has a queue of kernels,
+What `pricing/` prices rank by rank, as if nobody waited for another, is one system here. A rank has a queue of kernels,
 and ports to the GPUs of its node and to the network, each in and out; a message holds its sender's and its receiver's.
 Transfers of one process group follow one another, as its stream does, and begin when both ends have posted them; short
 ones that kernels pull are posted when they are waited for.
@@ -8,9 +8,8 @@ ones that kernels pull are posted when they are waited for.
 
 from bisect import bisect_right
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
 from typing import NamedTuple
 
 from ringattn.parallel.machine.machine import Machine
@@ -20,7 +19,8 @@ from ringattn.parallel.pricing.plan_cost import stage_costs
 from ringattn.parallel.pricing.timeline import StageCost
 from ringattn.parallel.pricing.wire import exchange_seconds, pulls
 from ringattn.parallel.simulation.event_queue import Work
-from ringattn.parallel.simulation.traffic import Traffic
+from ringattn.parallel.simulation.spans import Pass, Span
+from ringattn.parallel.simulation.traffic import BatchKey, Traffic
 
 
 @dataclass(frozen=True)
@@ -36,49 +36,6 @@ class Scenario:
     links: Mapping[tuple[int, str], float] = field(default_factory=dict)
 
 
-@dataclass(frozen=True)
-class Span:
-    """What a rank does from `begin` to `end`, seconds: "compute", "cast", "reduce" or "exchange", of which stage and
-    chunk of heads."""
-
-    rank: int
-    kind: str
-    stage: int
-    begin: float
-    end: float
-    chunk: int = 0
-
-
-@dataclass(frozen=True)
-class Pass:
-    """One pass of all ranks."""
-
-    ranks: int
-    spans: tuple[Span, ...]
-
-    @property
-    def seconds(self) -> float:
-        """Until the last rank is done."""
-        return max((span.end for span in self.spans), default=0.0)
-
-    def busy(self, kind: str) -> list[float]:
-        """Seconds that each rank spends on one kind."""
-        return [sum(span.end - span.begin for span in spans if span.kind == kind) for spans in self.by_rank]
-
-    @property
-    def ends(self) -> list[float]:
-        """When each rank is done."""
-        return [max((span.end for span in spans), default=0.0) for spans in self.by_rank]
-
-    @cached_property
-    def by_rank(self) -> list[list[Span]]:
-        """The spans of each rank, by their beginning."""
-        out: list[list[Span]] = [[] for _ in range(self.ranks)]
-        for span in self.spans:
-            out[span.rank].append(span)
-        return out
-
-
 def simulate(
     machine: Machine,
     plans: Sequence[AttentionPlan],
@@ -92,7 +49,7 @@ def simulate(
         plans: of every sequence rank, in their order; the group starts at the first GPU of a node.
         shape: the model's.
     """
-    walked = [plan.backward if backward and plan.backward is not None else plan for plan in plans]
+    walked = [plan.for_pass(backward) for plan in plans]
     return _Program(machine, walked, shape, backward, scenario or Scenario()).run()
 
 
@@ -119,22 +76,22 @@ class _Program:
         self.traffic = Traffic(plans, shape, backward)
         self.plans, self.backward = plans, backward
         self.work = Work()
-        self.batches: dict[tuple[str, int, int], _Batch] = {}  # kind, stage, rank
-        self.computing: list[tuple[int, int, int]] = []  # rank, stage, task
+        self.batches: dict[tuple[BatchKey, int], _Batch] = {}  # by rank
+        self.computing: dict[tuple[int, int, int], int] = {}  # rank, stage and chunk of heads -> task
         # What kernels of a rank lose if they run beside a whole batch, by what it sends and by what it receives.
-        self.lost: dict[tuple[str, int, int], list[float]] = defaultdict(lambda: [0.0, 0.0])
+        self.lost: dict[tuple[BatchKey, int], list[float]] = defaultdict(lambda: [0.0, 0.0])
         self._costs: dict[tuple[int, Shape], tuple[StageCost, ...]] = {}
 
     def run(self) -> Pass:
         for rank in range(len(self.plans)):
             self._enqueue(_Queue(self, rank))
-        for (kind, stage, rank), batch in self.batches.items():
-            for peer, size in self.traffic.sent(kind, stage, rank):
-                self._message(kind, rank, peer, size, (batch, self.batches[kind, stage, peer]))
-                if kind != "exchange":  # nothing is computed beside an exchange
+        for (key, rank), batch in self.batches.items():
+            for peer, size in self.traffic.sent(key, rank):
+                self._message(key.kind, rank, peer, size, (batch, self.batches[key, peer]))
+                if key.kind != "exchange":  # nothing is computed beside an exchange
                     link = self.machine.links[self.machine.link_class(rank, peer), "p2p"]
-                    self.lost[kind, stage, rank][0] += size * link.disturbance
-                    self.lost[kind, stage, peer][1] += size * link.disturbance
+                    self.lost[key, rank][0] += size * link.disturbance
+                    self.lost[key, peer][1] += size * link.disturbance
         done = self._played()
         if self._disturb(done):
             done = self._played()
@@ -142,38 +99,34 @@ class _Program:
 
     def _played(self) -> Pass:
         begin, end = self.work.run()
-        spans = [self._span("compute", stage, rank, begin[task], end[task]) for rank, stage, task in self.computing]
+        spans = [
+            Span(rank, "compute", stage, begin[task], end[task], chunk)
+            for (rank, stage, chunk), task in self.computing.items()
+        ]
         spans += [
-            self._span(kind, stage, rank, begin[batch.first], end[batch.last])
-            for (kind, stage, rank), batch in self.batches.items()
+            Span(rank, key.kind, key.stage, begin[batch.first], end[batch.last], key.chunk)
+            for (key, rank), batch in self.batches.items()
         ]
         return Pass(len(self.plans), tuple(sorted(spans, key=lambda span: (span.rank, span.begin, span.stage))))
-
-    def _span(self, kind: str, number: int, rank: int, begin: float, end: float) -> Span:
-        chunk, stage = (0, number) if kind == "exchange" else divmod(number, len(self.plans[rank].stages))
-        return Span(rank, kind, stage, begin, end, chunk)
-
-    def _number(self, span: Span) -> int:
-        """Of its stage, as in `traffic.py`."""
-        return span.chunk * len(self.plans[span.rank].stages) + span.stage
 
     def _disturb(self, done: Pass) -> bool:
         """Lengthens kernels by what they lose to the transfers beside them in `done`, spread over each batch's time.
 
         Once: that the longer kernels move later transfers a little is left out.
         """
-        tasks = {(rank, stage): task for rank, stage, task in self.computing}
         lost: dict[int, float] = defaultdict(float)
         for spans in done.by_rank:
             kernels = [span for span in spans if span.kind == "compute"]
             ends = [kernel.end for kernel in kernels]
             for batch in spans:
-                seconds = max(self.lost.get((batch.kind, self._number(batch), batch.rank), (0.0,)))
+                key = BatchKey(batch.kind, batch.stage, batch.chunk)
+                seconds = max(self.lost.get((key, batch.rank), (0.0,)))
                 for kernel in kernels[bisect_right(ends, batch.begin) :] if seconds else ():
                     if kernel.begin >= batch.end:
                         break
                     beside = min(batch.end, kernel.end) - max(batch.begin, kernel.begin)
-                    lost[tasks[kernel.rank, self._number(kernel)]] += seconds * beside / (batch.end - batch.begin)
+                    task = self.computing[kernel.rank, kernel.stage, kernel.chunk]
+                    lost[task] += seconds * beside / (batch.end - batch.begin)
         for task, seconds in lost.items():
             self.work.seconds[task] += seconds
         return bool(lost)
@@ -186,23 +139,22 @@ class _Program:
         )
         seconds = [cost.compute for cost in costs]
         seconds[0] += copies / plan.head_chunks  # of the exchange, which are before and after all stages
-        queue.wait(queue.post("exchange", 0))
+        queue.wait(queue.post(BatchKey("exchange", 0)))
         if self.backward:
             _backward(queue, seconds, plan.head_chunks, fetch=not plan.keep_keys)
         else:
             _forward(queue, seconds, plan.head_chunks)
-        queue.wait(queue.post("exchange", 1))
+        queue.wait(queue.post(BatchKey("exchange", 1)))
 
-    def pulled(self, kind: str, stage: int, rank: int) -> bool:
+    def pulled(self, key: BatchKey, rank: int) -> bool:
         """Whether kernels pull a rank's transfers on the ring axis: those of all ranks, or none."""
-        if kind == "exchange":
+        if key.kind == "exchange":
             return False
         plan = self.plans[rank]
-        own, walked = plan.own(self.shape), plan.stages[stage % len(plan.stages)]
-        if kind == "cast":
-            return bool(pulls(self.machine, walked.cast.most * own.key_row_bytes))
-        row_bytes = own.wide_key_row_bytes if plan.wide_reduce else own.key_row_bytes
-        return bool(pulls(self.machine, walked.back.most * row_bytes))
+        own, stage = plan.own(self.shape), plan.stages[key.stage]
+        if key.kind == "cast":
+            return bool(pulls(self.machine, stage.cast.most * own.key_row_bytes))
+        return bool(pulls(self.machine, stage.back.most * own.returned_row_bytes(plan.wide_reduce)))
 
     def _stage_costs(self, rank: int) -> tuple[StageCost, ...]:
         """Ranks of one ring position that have as many heads share them."""
@@ -212,12 +164,12 @@ class _Program:
             self._costs[key] = stage_costs(self.machine, plan, self.shape, self.backward)
         return self._costs[key]
 
-    def latency(self, kind: str, stage: int, rank: int, peers: Sequence[int]) -> float:
+    def latency(self, key: BatchKey, rank: int, peers: Sequence[int]) -> float:
         """Seconds of a batch beside its bytes."""
         links = self.machine.links
         far = {self.machine.link_class(rank, peer) for peer in peers}
-        primitive = "all_to_all" if kind == "exchange" else "p2p"
-        collectives = self.traffic.collectives(stage, rank) if kind == "exchange" else 1
+        primitive = "all_to_all" if key.kind == "exchange" else "p2p"
+        collectives = self.traffic.collectives(key, rank)
         return collectives * max((links[link_class, primitive].latency for link_class in far), default=0.0)
 
     def _message(self, kind: str, rank: int, peer: int, size: float, ends: tuple[_Batch, _Batch]) -> None:
@@ -242,8 +194,7 @@ class _Program:
 class _Posted(NamedTuple):
     """Transfers of a rank, and their last moment: -1 if they have not begun, None if there are none."""
 
-    kind: str
-    stage: int
+    key: BatchKey
     last: int | None = -1
 
 
@@ -255,78 +206,69 @@ class _Queue:
         self._after: list[int] = []  # what the next kernel waits for
         self._streams: dict[bool, int] = {}  # last batch of the ulysses group and of the ring group
 
-    def compute(self, stage: int, seconds: float) -> None:
+    def compute(self, stage: int, chunk: int, seconds: float) -> None:
         seconds *= self.program.scenario.ranks.get(self.rank, 1.0)
         task = self.program.work.add(seconds, self._after)
-        self.program.computing.append((self.rank, stage, task))
+        self.program.computing[self.rank, stage, chunk] = task
         self._after = [task]
 
-    def post(self, kind: str, stage: int) -> "_Posted":
+    def post(self, key: BatchKey) -> "_Posted":
         """Transfers that begin when the kernels so far are done; those that kernels pull, when they are waited for."""
-        if self.program.pulled(kind, stage, self.rank):
-            return _Posted(kind, stage)
-        return _Posted(kind, stage, self._begin(kind, stage))
+        return _Posted(key) if self.program.pulled(key, self.rank) else _Posted(key, self._begin(key))
 
-    def _begin(self, kind: str, stage: int) -> int | None:
+    def _begin(self, key: BatchKey) -> int | None:
         """Transfers from now on: their last moment, or None if there are none."""
         program = self.program
-        peers = program.traffic.peers(kind, stage, self.rank)
+        peers = program.traffic.peers(key, self.rank)
         if not peers:
             return None
-        stream = kind == "exchange"
+        stream = key.kind == "exchange"
         before = [self._streams[stream]] if stream in self._streams else []
         first = program.work.add(0.0, [*self._after, *before])
-        last = program.work.add(program.latency(kind, stage, self.rank, peers), [first])
-        program.batches[kind, stage, self.rank] = _Batch(first, last)
+        last = program.work.add(program.latency(key, self.rank, peers), [first])
+        program.batches[key, self.rank] = _Batch(first, last)
         self._streams[stream] = last
         return last
 
     def wait(self, posted: "_Posted | None") -> None:
         if posted is None:
             return
-        last = self._begin(posted.kind, posted.stage) if posted.last == -1 else posted.last
+        last = self._begin(posted.key) if posted.last == -1 else posted.last
         if last is not None:
             self._after.append(last)
 
 
-class _Casts:
-    """Casts of the later stages, for one chunk of heads after another; nothing if keys are not cast."""
-
-    def __init__(self, queue: _Queue, stages: int, chunks: int) -> None:
-        self._queue = queue
-        self._numbers = (number for number in range(stages * chunks) if number % stages)
-        self._next = self._post()
-
-    def _post(self) -> "_Posted | None":
-        number = next(self._numbers, None)
-        return None if number is None else self._queue.post("cast", number)
-
-    def wait(self) -> None:
-        """For one, and post the next."""
-        self._queue.wait(self._next)
-        self._next = self._post()
+def _casts(queue: _Queue, stages: int, chunks: int) -> Iterator[None]:
+    """Casts of the later stages, for one chunk of heads after another. The first step posts one; each after it waits
+    for the last that was posted, and posts the next."""
+    for chunk in range(chunks):
+        for stage in range(1, stages):
+            posted = queue.post(BatchKey("cast", stage, chunk))
+            yield
+            queue.wait(posted)
 
 
 def _forward(queue: _Queue, seconds: Sequence[float], chunks: int) -> None:
     """The executor's forward pass: while a stage is computed the next is on its way."""
-    stages = len(seconds)
-    casts = _Casts(queue, stages, chunks)
-    for number in range(stages * chunks):
-        if number % stages:
-            casts.wait()
-        queue.compute(number, seconds[number % stages])
+    casts = _casts(queue, len(seconds), chunks)
+    next(casts, None)
+    for chunk in range(chunks):
+        for stage, compute in enumerate(seconds):
+            if stage:
+                next(casts, None)
+            queue.compute(stage, chunk, compute)
 
 
 def _backward(queue: _Queue, seconds: Sequence[float], chunks: int, fetch: bool) -> None:
     """The executor's backward pass: the local stage comes last and hides the last reduce."""
-    stages = len(seconds)
-    casts = _Casts(queue, stages, chunks if fetch else 0)
-    for first in range(0, stages * chunks, stages):
+    casts = _casts(queue, len(seconds), chunks if fetch else 0)
+    next(casts, None)
+    for chunk in range(chunks):
         reduce = None
-        for stage in range(1, stages):
-            casts.wait()
-            queue.compute(first + stage, seconds[stage])
+        for stage in range(1, len(seconds)):
+            next(casts, None)
+            queue.compute(stage, chunk, seconds[stage])
             queue.wait(reduce)
-            reduce = queue.post("reduce", first + stage)
-        queue.compute(first, seconds[0])
+            reduce = queue.post(BatchKey("reduce", stage, chunk))
+        queue.compute(0, chunk, seconds[0])
         queue.wait(reduce)

@@ -46,16 +46,16 @@ class Lease:
         self._closed = False
         self._default: ReferenceType[dist.ProcessGroup] | None = None
         self._held: list[tuple[Key, Shared]] = []
-        self._meshes: list[ReferenceType[Any]] = []
+        self._holders: list[ReferenceType[Any]] = []
 
     @property
     def closed(self) -> bool:
         """By `close`, or because the default group was destroyed."""
         return self._closed or (self._default is not None and self._default() is not dist.group.WORLD)
 
-    def holds(self, mesh: Any) -> None:
-        """`mesh.forget()` is called when the lease is closed."""
-        self._meshes.append(ref(mesh))
+    def holds(self, connections: Any) -> None:
+        """`connections.forget()` is called when the lease is closed, if they are still there."""
+        self._holders.append(ref(connections))
 
     def axes(self, device_type: str, sizes: tuple[int, int, int]) -> DeviceMesh:
         """The mesh of these axes. Collective; initialises the default group if there is none."""
@@ -90,8 +90,8 @@ class Lease:
         if self._closed:
             return
         self._closed = True
-        for mesh in self._meshes:
-            if (found := mesh()) is not None:
+        for holder in self._holders:
+            if (found := holder()) is not None:
                 found.forget()
         table = _table()
         for key, shared in self._held:

@@ -1,15 +1,11 @@
 """Exchanges inside one NVLink domain without collectives: every rank reads its messages out of the memory of its peers.
 
 Copy engines do it beside the kernels, so that no SM is taken from the attention that runs meanwhile; short messages are
-pulled by one kernel, which takes the host less than half the time. `torch.distributed._symmetric_memory` maps the
-message buffers of all ranks into each other and has the barrier that says when they are filled.
+pulled by one kernel, which takes the host less than half the time. The message buffers of all ranks are mapped into
+each other, and have a barrier that says when they are filled.
 """
 
-import importlib.util
-import socket
-from collections.abc import Callable
 from functools import cache
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -17,44 +13,71 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.cuda import Event
 
+from ringattn.kept import kept
 from ringattn.kernels.spec import to_device
 from ringattn.parallel.plan.route import Route
-from ringattn.parallel.transport.buffers import PULLED, SMALLEST, half_bytes
+from ringattn.parallel.transport.buffers import PULLED, half_bytes
 from ringattn.parallel.transport.collective import GroupTransport
 from ringattn.parallel.transport.cuda_driver import capture_number, memcpy, raw_stream
+from ringattn.parallel.transport.peer_memory import PeerMemory
 from ringattn.parallel.transport.process_groups import CLOSED
 from ringattn.parallel.transport.protocol import Transport
 
 UNIT = 16  # bytes that a pull moves at once
 
 
-class PeerMemory:
-    """Two message buffers, of `half` bytes each, on every rank, and those of all ranks mapped into this process.
+class _Half:
+    """One of a rank's two message buffers."""
 
-    Arguments:
-        addresses, table: where each rank's begin, on the host and on the device.
-    """
+    def __init__(self, number: int) -> None:
+        self.number = number
+        self.given = False  # to be written, and not sent yet
+        self.copying = False  # by peers, which nobody has waited for
+        self.free, self.received = Event(), Event()  # it may be written again; copies out of the peers' are done
 
-    def __init__(self, half: int) -> None:
-        import torch.distributed._symmetric_memory as symmetric
 
-        self.half = half
-        device = torch.device("cuda", torch.cuda.current_device())
-        self.own: Tensor = symmetric.empty(2 * half, dtype=torch.uint8, device=device)
+class _CopyStream:
+    """The stream on which copies run beside kernels, ahead of them where both are ready."""
 
-    def open(self, group: dist.ProcessGroup) -> None:
-        """Map the memory of all ranks, each of which has made its own. Collective."""
-        import torch.distributed._symmetric_memory as symmetric
+    def __init__(self) -> None:
+        self.stream = torch.cuda.Stream(priority=-1)
+        self._filled, self._read = Event(), Event()
 
-        self._handle: Any = symmetric.rendezvous(self.own, group)
-        pointers = self._handle.buffer_ptrs
-        inside = self.own.data_ptr() - pointers[dist.get_rank(group)]  # of an allocation, the same on all ranks
-        self.addresses = [pointer + inside for pointer in pointers]
-        self.table = torch.tensor(self.addresses, device=self.own.device)
+    def meet(self, memory: PeerMemory) -> None:
+        """All ranks have come to this point of the current stream before anything more runs on the stream of copies."""
+        current = torch.cuda.current_stream()
+        self._filled.record(current)
+        self._filled.wait(self.stream)
+        torch.cuda.set_stream(self.stream)
+        try:
+            memory.barrier()
+        finally:
+            torch.cuda.set_stream(current)
 
-    def barrier(self) -> None:
-        """All ranks have come to this point of the current stream."""
-        self._handle.barrier(channel=0)
+    def join(self) -> None:
+        """The current stream goes on when all that runs on this one is done."""
+        self._read.record(self.stream)
+        self._read.wait()
+
+
+class _Captures:
+    """The CUDA graphs that exchanges were captured in."""
+
+    def __init__(self) -> None:
+        self._last = 0  # its number
+        self._outgrown: list[PeerMemory] = []
+
+    def begins(self, number: int) -> bool:
+        """Whether an exchange in the capture of this number (0: in none) knows nothing of the one before: the first of
+        a capture, and each outside of one since there are graphs, which may have been replayed in between."""
+        new = number != self._last
+        self._last = number or self._last
+        return new
+
+    def keep(self, memory: PeerMemory) -> None:
+        """Let buffers live that are replaced by larger ones, if graphs have their addresses."""
+        if self._last:
+            self._outgrown.append(memory)
 
 
 class SymmetricTransport:
@@ -76,123 +99,105 @@ class SymmetricTransport:
         self.group = group
         self.closed = False
         self.rank, self.ranks = dist.get_rank(group), dist.get_world_size(group)
-        self._stream = torch.cuda.Stream(priority=-1)
-        self._memory = memory
-        self._turn = 0
-        self._given = False  # a buffer that was not sent yet
-        self._pull: _Pull | None = None  # that has not begun
-        self._copying: set[int] = set()  # halves whose copies nobody has waited for
-        self._behind_barrier: int | None = None  # a stream that is
         self.pulled = PULLED
-        self._capture = 0  # the number of the last one
-        self._of_graphs: list[PeerMemory] = []  # with smaller buffers, whose addresses are in graphs
-        self._filled, self._read = Event(), Event()
-        self._free, self._done = (Event(), Event()), (Event(), Event())  # of each half: may be written; was received
+        self._memory = memory
+        self._captures = _Captures()
+        self._copies = _CopyStream()
+        self._half, self._other = _Half(0), _Half(1)  # the half whose turn it is comes first
+        self._pull: _Pull | None = None  # that has not begun
+        self._behind_barrier: int | None = None  # the stream of the last one, if nothing is under way beside it
 
     def close(self) -> None:
         if self._memory is not None and dist.is_initialized():
             torch.cuda.synchronize()
             dist.barrier(self.group)  # nobody reads the buffers any more
-        self.closed, self._memory = True, None
-        self._of_graphs.clear()
+        self.closed, self._memory, self._captures = True, None, _Captures()
         del self.group
 
     def buffer(self, route: Route, like: Tensor) -> Tensor:
         if self.closed:
             raise ValueError(CLOSED)
-        assert not self._given, "a message is sent before the next one is written"
+        assert not self._half.given, "a message is sent before the next one is written"
         if self._pull is not None:
             self._pull.begin()
         memory = self._large_enough(route.most * like.element_size())
-        self._given = True
+        self._half.given = True
         self._wait_until_free(memory, self._pulls(route, like.element_size()))
-        start = self._turn * memory.half
+        start = self._half.number * memory.half
         return memory.own[start : start + route.sent * like.element_size()].view(like.dtype)
 
     def _wait_until_free(self, memory: PeerMemory, pulled: bool) -> None:
         """The current stream goes on when this turn's half may be written."""
-        stream = raw_stream()
+        stream, behind = raw_stream(), self._behind_barrier
         capture = capture_number(stream)
-        new = capture != self._capture  # what came before is no part of it, nor may it be waited for
-        if self._behind_barrier not in (None, stream) and not (capture and new):
-            torch.cuda.current_stream().wait_stream(torch.cuda.ExternalStream(self._behind_barrier))
-        if new or (self._capture and not capture):
-            self._capture = capture or self._capture
-            if pulled and not self._copying:
-                memory.barrier()
-            else:
-                self._barrier(memory)
-                self._read.record(self._stream)
-                self._read.wait()
-        elif self._behind_barrier is None:
-            self._free[self._turn].wait()
+        begins = self._captures.begins(capture)
+        # What came before a capture is no part of it, and may not be waited for in it.
+        if behind not in (None, stream) and not (capture and begins):
+            torch.cuda.current_stream().wait_stream(torch.cuda.ExternalStream(behind))
+        if begins and pulled and not (self._half.copying or self._other.copying):
+            memory.barrier()
+        elif begins:
+            self._copies.meet(memory)
+            self._copies.join()
+        elif behind is None:
+            self._half.free.wait()
 
     def message(self, x: Tensor, route: Route) -> Tensor:
         # An empty tensor, of a rank without heads or rows, has no address.
-        if self._given and (not x.numel() or x.data_ptr() == self._address(self._turn)):
+        if self._half.given and (not x.numel() or x.data_ptr() == self._address(self._half)):
             return x
         return self.buffer(route, x).copy_(x)
 
-    def _address(self, half: int) -> int:
+    def _address(self, half: _Half) -> int:
         assert self._memory is not None
-        return self._memory.own.data_ptr() + half * self._memory.half
+        return self._memory.own.data_ptr() + half.number * self._memory.half
 
     def exchange(self, send: Tensor, receive: Tensor, route: Route) -> "_Copies | _Pull":
         assert (send.numel(), receive.numel()) == (route.sent, route.received), (send.shape, receive.shape, route)
         memory = self._memory
         assert memory is not None, "a message is written to a buffer of the transport"
-        half, self._turn = self._turn, 1 - self._turn
-        self._given, self._behind_barrier = False, None
+        half, self._half, self._other = self._half, self._other, self._half
+        half.given, self._behind_barrier = False, None
         if self._pulls(route, send.element_size()):
             self._pull = _Pull(self, half, receive, route)
             return self._pull
-        self._barrier(memory)
+        self._copies.meet(memory)
+        stream = self._copies.stream
         # From here on all peers have read what they were sent before this exchange: the other half is free.
-        self._free[self._turn].record(self._stream)
-        copy, stream = memcpy(), self._stream.cuda_stream
-        item, start, target = send.element_size(), half * memory.half, receive.data_ptr()
+        self._half.free.record(stream)
+        copy, item, start, target = memcpy(), send.element_size(), half.number * memory.half, receive.data_ptr()
         for step in range(self.ranks):  # every rank begins with another peer, so that no port serves two
             peer = (self.rank + step) % self.ranks
             size = route.receives[peer] * item
             if size:
                 source = memory.addresses[peer] + start + route.there[peer] * item
-                copy(target + route.begins[peer] * item, source, size, stream)
-        self._done[half].record(self._stream)
-        self._copying.add(half)
+                copy(target + route.begins[peer] * item, source, size, stream.cuda_stream)
+        half.received.record(stream)
+        half.copying = True
         return _Copies(self, half, receive)
 
     def _pulls(self, route: Route, item: int) -> bool:
         """Whether the messages of a route, of elements of so many bytes, are pulled."""
         return route.most * item <= self.pulled and route.grain * item % UNIT == 0 and _puller() is not None
 
-    def wait(self, half: int) -> None:
+    def wait(self, half: _Half) -> None:
         """The current stream goes on when the copies out of a half are done."""
-        self._done[half].wait()
-        self._copying.discard(half)
-        if half != self._turn and self._pull is None:  # they were the last, and behind their barrier
+        half.received.wait()
+        half.copying = False
+        if half is self._other and self._pull is None:  # they were the last, and behind their barrier
             self._behind_barrier = raw_stream()
 
-    def pull(self, half: int, receive: Tensor, route: Route) -> None:
+    def pull(self, half: _Half, receive: Tensor, route: Route) -> None:
         """On the current stream, behind what was copied before."""
-        for copying in self._copying:
-            self._done[copying].wait()
+        for one in (self._half, self._other):
+            if one.copying:
+                one.received.wait()
         memory = self._memory
         assert memory is not None
         memory.barrier()
         self._behind_barrier = raw_stream()
         table, longest = _units(route, receive)
-        _puller()(memory.table, table, receive, half * memory.half // UNIT, self.rank, longest)
-
-    def _barrier(self, memory: PeerMemory) -> None:
-        """All ranks have come to this point of the current stream before anything more runs on the stream of copies."""
-        current = torch.cuda.current_stream()
-        self._filled.record(current)
-        self._filled.wait(self._stream)
-        torch.cuda.set_stream(self._stream)
-        try:
-            memory.barrier()
-        finally:
-            torch.cuda.set_stream(current)
+        _puller()(memory.table, table, receive, half.number * memory.half // UNIT, self.rank, longest)
 
     def _large_enough(self, most: int) -> PeerMemory:
         """Buffers for messages of so many bytes on all ranks. Growing is rare, as sizes are powers of two; it is
@@ -206,9 +211,9 @@ class SymmetricTransport:
                 "the same layout"
             )
         torch.cuda.synchronize()
-        dist.barrier(self.group)  # nobody reads the old buffers any more
-        if memory is not None and self._capture:  # but graphs will
-            self._of_graphs.append(memory)
+        dist.barrier(self.group)  # nobody reads the old buffers any more, but for graphs
+        if memory is not None:
+            self._captures.keep(memory)
         self._memory = PeerMemory(half_bytes(most))
         self._memory.open(self.group)
         return self._memory
@@ -217,7 +222,7 @@ class SymmetricTransport:
 class _Copies:
     """Copies under way into a tensor that is kept until they are done."""
 
-    def __init__(self, transport: SymmetricTransport, half: int, receive: Tensor) -> None:
+    def __init__(self, transport: SymmetricTransport, half: _Half, receive: Tensor) -> None:
         self._transport, self._half, self._receive = transport, half, receive
 
     def wait(self) -> None:
@@ -228,7 +233,7 @@ class _Pull:
     """Messages that are pulled when they are waited for, or before the next ones are written: on the stream of that,
     which must be behind the one that wrote this rank's."""
 
-    def __init__(self, transport: SymmetricTransport, half: int, receive: Tensor, route: Route) -> None:
+    def __init__(self, transport: SymmetricTransport, half: _Half, receive: Tensor, route: Route) -> None:
         self._transport, self._half, self._receive, self._route = transport, half, receive, route
 
     def begin(self) -> None:
@@ -243,16 +248,14 @@ class _Pull:
 def _units(route: Route, like: Tensor) -> tuple[Tensor, int]:
     """Where messages begin in what peers send and in what is received, and their sizes: (peers, 3) in units, on the
     device; and the largest size. Made once, before a graph is captured."""
-    kept: dict[Any, tuple[Tensor, int]] = route.__dict__.setdefault("_units", {})
-    key = like.element_size(), like.device
-    if key not in kept:
-        rows = (
-            torch.tensor([route.there, route.begins, route.receives], device="cpu").T.contiguous()
-            * like.element_size()
-            // UNIT
-        )
-        kept[key] = to_device(rows, like.device), int(rows[:, 2].max())
-    return kept[key]
+    size, device = like.element_size(), like.device
+
+    def make() -> tuple[Tensor, int]:
+        places = torch.tensor([route.there, route.begins, route.receives], device="cpu")
+        rows = places.T.contiguous() * size // UNIT
+        return to_device(rows, device), int(rows[:, 2].max())
+
+    return kept(route, ("units", size, device), make)
 
 
 @cache
@@ -268,69 +271,3 @@ def _puller() -> Any:
 def open_transport(group: dist.ProcessGroup, reason: str) -> Transport:
     """By copy engines, or by the group's all-to-all for a reason."""
     return GroupTransport(group, reason) if reason else SymmetricTransport(group)
-
-
-def why_not(group: dist.ProcessGroup) -> str:
-    """Why this group cannot exchange by copy engines; "" if it can. Collective: the same answer on every rank."""
-    found: list[Any] = [None] * dist.get_world_size(group)
-    dist.all_gather_object(found, (_host(), _missing()), group=group)
-    if len({host for host, _ in found}) > 1:
-        return f"its ranks are on {len({host for host, _ in found})} hosts"
-    reason = next((f"rank {rank} {told}" for rank, (_, told) in enumerate(found) if told), "")
-    if reason:
-        return reason
-    # Each step is agreed upon before the next: a rank that failed would leave the others waiting in it.
-    made: list[PeerMemory] = []
-    for step in (
-        lambda: made.append(PeerMemory(SMALLEST)),
-        lambda: made[0].open(group),
-        lambda: _probe(SymmetricTransport(group, made[0])),
-    ):
-        dist.all_gather_object(found, _failure(step), group=group)
-        reason = next((f"rank {rank}: {told}" for rank, told in enumerate(found) if told), "")
-        if reason:
-            return reason
-    return ""
-
-
-def _host() -> str:
-    """Which machine this is: names alone may be the same on several."""
-    try:
-        boot = Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
-    except OSError:
-        boot = ""
-    return f"{socket.gethostname()} {boot}"
-
-
-def _missing() -> str:
-    """What this process lacks."""
-    if not torch.cuda.is_available():
-        return "has no CUDA device"
-    if importlib.util.find_spec("torch.distributed._symmetric_memory") is None:
-        return f"has torch {torch.__version__}, which is without symmetric memory"
-    here = torch.cuda.current_device()
-    others = [device for device in range(torch.cuda.device_count()) if device != here]
-    if not all(torch.cuda.can_device_access_peer(here, device) for device in others):
-        return "has devices that cannot reach each other's memory"
-    return ""
-
-
-def _probe(transport: SymmetricTransport) -> None:
-    """One small exchange, whose result is looked at."""
-    ranks, rank = transport.ranks, transport.rank
-    route = Route((1,) * ranks, (1,) * ranks, (rank,) * ranks, ranks)
-    send = transport.buffer(route, torch.empty(0, device="cuda"))
-    send.copy_(torch.arange(ranks, device="cuda") + 100.0 * rank)
-    receive = torch.zeros(ranks, device="cuda")
-    transport.exchange(send, receive, route).wait()
-    expected = [rank + 100.0 * peer for peer in range(ranks)]
-    if receive.tolist() != expected:
-        raise RuntimeError(f"a probe brought {receive.tolist()} instead of {expected}")
-
-
-def _failure(run: Callable[[], None]) -> str:
-    try:
-        run()
-    except Exception as error:  # whatever it is, the collective transport does without
-        return f"{type(error).__name__}: {error}".splitlines()[0]
-    return ""

@@ -15,9 +15,9 @@ from ringattn.kernels import registry
 from ringattn.kernels.backends import fa3
 from ringattn.kernels.spec import Backend, CallSpec
 from ringattn.names import ALIASES, canonical
-from tests.features import hf
-from tests.kernels import fakes
-from tests.kernels.test_packages import LENGTHS, Operators, check, make_call
+from tests.hf import one_layer as hf
+from tests.kernels.backends import fakes
+from tests.kernels.backends.test_packages import LENGTHS, Operators, check, make_call
 from tests.pool import Pools
 
 NAMES = tuple(inspect.signature(parallel_attention).parameters)

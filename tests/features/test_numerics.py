@@ -16,7 +16,7 @@ from ringattn.kernels.merge import merge_
 from ringattn.kernels.spec import Block, Call, CallSpec, Grads, Options
 from ringattn.parallel.transport.collective import GroupTransport
 from tests.dense import Case, dense_attention, relative_error
-from tests.features import hf
+from tests.hf import one_layer as hf
 from tests.parallel.ranks import attend, mesh_of
 from tests.pool import Pools
 

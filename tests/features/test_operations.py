@@ -18,11 +18,11 @@ from ringattn.kernels.backends import flex
 from ringattn.kernels.spec import Backend, Block, Call, Capability, Options
 from ringattn.parallel.planning.planner import plan_attention
 from tests.dense import Case, dense_attention
-from tests.features import hf
+from tests.hf import one_layer as hf
 from tests.kernels.test_registry import BUILTIN, SPEC, Entry, Fake, clear, plug
-from tests.parallel.cases import documents, masks
 from tests.parallel.ranks import attend
 from tests.pool import Pools
+from tests.strategies import documents, masks
 
 DOCS = Documents([12, 8])
 LAYOUT = Layout(DOCS, MeshShape())

@@ -24,7 +24,7 @@ from ringattn.kernels.backends.npu import NpuFusion
 from ringattn.kernels.backends.reference import Reference
 from ringattn.kernels.backends.xpu import XpuFlash
 from ringattn.kernels.spec import Backend, Block, Call, CallSpec, Capability, Options
-from tests.kernels.test_conformance import present
+from tests.kernels.backends.test_conformance import present
 from tests.kernels.test_probing import both_modules, empty_site, install
 from tests.kernels.test_registry import BUILTIN, ORDER, SPEC, Entry, Fake, broken, clear, plug
 from tests.test_import import LOOK, loaded

@@ -17,8 +17,8 @@ from ringattn.kernels.backends.reference import Reference
 from ringattn.kernels.spec import Backend, Block, Call, Grads, Options
 from ringattn.names import canonical
 from tests.dense import Case, dense_attention
-from tests.features import hf
-from tests.kernels.test_conformance import present
+from tests.hf import one_layer as hf
+from tests.kernels.backends.test_conformance import present
 from tests.parallel.ranks import attend
 from tests.pool import Pools
 

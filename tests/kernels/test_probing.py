@@ -12,7 +12,7 @@ import torch
 
 from ringattn.kernels.backends import fa2, fa3, fa4, npu, xpu
 from ringattn.kernels.probing import parameters, require
-from tests.kernels import fakes
+from tests.kernels.backends import fakes
 
 LOADED = (fa2, fa3, fa4, npu)
 

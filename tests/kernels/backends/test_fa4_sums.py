@@ -9,7 +9,7 @@ from ringattn.kernels.backends import fa4_sums
 from ringattn.kernels.backends.fa4_sums import backward_into
 from ringattn.kernels.backends.reference import Reference
 from ringattn.kernels.spec import Block, Call, Grads, Options, Sum
-from tests.kernels import fake_fa4
+from tests.kernels.backends import fake_fa4
 from tests.kernels.interpreter import interpreted, run_interpreted, starts_the_interpreter
 
 SCALE = 0.3

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ringattn.kernels.backends import fa2, fa3, fa4, npu, torch_flash, xpu
 from ringattn.kernels.spec import Backend, Block, Call, Grads, Options
-from tests.kernels import fakes
+from tests.kernels.backends import fakes
 
 # Rows (queries, keys) of blocks that start at row 3 of the queries and 2 of the keys; `None` skips keys.
 LENGTHS = {

@@ -13,8 +13,8 @@ from ringattn.parallel.planning.planner import plan_attention
 from ringattn.parallel.pricing.memory import buffer_bytes
 from ringattn.parallel.pricing.setting import PriceInputs
 from tests.dense import Case, dense_attention
+from tests.parallel.execution.test_late_transfers import errors
 from tests.parallel.ranks import attend
-from tests.parallel.test_late import errors
 from tests.pool import Pools
 
 DOCS = Documents([40, 5, 1, 0, 23], [0, 40, 45, 46, 50], 75)

@@ -28,7 +28,7 @@ from ringattn.parallel.pricing.wire import exchange_seconds
 from ringattn.parallel.schedules import demand
 from ringattn.parallel.schedules.demand import KeyDemand
 from ringattn.parallel.schedules.schedule import candidates
-from tests.parallel.cases import documents, masks
+from tests.strategies import documents, masks
 
 H200 = SHIPPED["H200"]
 SHAPE = Shape(32, 8, 128, 128)

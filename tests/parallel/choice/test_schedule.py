@@ -19,8 +19,8 @@ from ringattn.parallel.planning.planner import plan_attention, plan_parts
 from ringattn.parallel.pricing.memory import buffer_bytes
 from ringattn.parallel.pricing.plan_cost import plan_cost
 from ringattn.parallel.schedules.schedule import candidates
-from tests.parallel.cases import documents, masks
-from tests.parallel.test_cost import pricer
+from tests.parallel.pricing.test_plan_cost import pricer
+from tests.strategies import documents, masks
 
 H200 = SHIPPED["H200"]
 

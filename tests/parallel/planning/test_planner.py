@@ -15,8 +15,8 @@ from ringattn.parallel.placement.pieces import TILE, inner_rows
 from ringattn.parallel.plan.plan import AttentionPlan
 from ringattn.parallel.planning.planner import plan_attention, plan_parts
 from ringattn.parallel.schedules import demand
-from tests.parallel.cases import documents, masks
-from tests.parallel.test_choice import with_links
+from tests.parallel.choice.test_schedule import with_links
+from tests.strategies import documents, masks
 
 SLOW = with_links(1e9)  # the choice depends on what must travel
 

@@ -27,11 +27,11 @@ from ringattn.parallel.pricing.price import Price, together
 from ringattn.parallel.schedules.schedule import Schedule
 from tests.dense import Case
 from tests.features.test_compiled import compiled_and_not
-from tests.parallel.cases import HEADS, MASKS, documents, masks
+from tests.parallel.execution.test_executor import assert_close
+from tests.parallel.placement.test_policies import area, assert_every_token_once
 from tests.parallel.ranks import attend_on, free_mesh
-from tests.parallel.test_attention import assert_close
-from tests.parallel.test_placement import area, assert_every_token_once
 from tests.pool import Pools
+from tests.strategies import HEADS, MASKS, documents, masks
 
 H200 = SHIPPED["H200"].by_copy_engines()
 reuse_pool = settings(suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow], deadline=None)

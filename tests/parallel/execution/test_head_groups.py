@@ -8,9 +8,9 @@ from ringattn.parallel.machine.shipped import SHIPPED
 from ringattn.parallel.plan.exchange import exchange_plan
 from ringattn.parallel.planning.planner import plan_attention
 from tests.dense import Case, dense_attention
+from tests.parallel.choice.test_schedule import with_links
+from tests.parallel.execution.test_late_transfers import errors
 from tests.parallel.ranks import attend, mesh_of
-from tests.parallel.test_choice import with_links
-from tests.parallel.test_late import errors
 from tests.pool import Pools
 
 DOCS = Documents([40, 5, 1, 0, 23], [0, 40, 45, 46, 50], 75)

@@ -12,7 +12,7 @@ import torch.distributed as dist
 
 from ringattn import Documents, Layout, ParallelAttention, SequenceMesh, init_mesh, parallel_attention
 from ringattn.parallel.machine.shipped import SHIPPED
-from tests.parallel.test_calibration import TINY
+from tests.parallel.machine.test_calibrate import TINY
 from tests.pool import Pool, Pools
 
 KINDS: list[dict[str, Any]] = [

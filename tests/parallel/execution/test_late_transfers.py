@@ -7,7 +7,7 @@ from ringattn import Documents, Layout, Mask, SequenceMesh
 from ringattn.parallel.execution.executor import run
 from ringattn.preparation import Settings, prepare
 from tests.dense import Case, dense_attention, relative_error
-from tests.parallel.late import Late, late
+from tests.parallel.execution.late_transport import Late, late
 from tests.parallel.ranks import free_mesh, mesh_of
 from tests.pool import Pools
 

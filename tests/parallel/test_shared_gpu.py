@@ -8,8 +8,8 @@ from ringattn import Documents, Layout, Mask
 from ringattn.kernels.registry import explain
 from ringattn.kernels.spec import CallSpec
 from tests.dense import Case
+from tests.parallel.execution.test_captured import errors_on_a_mesh
 from tests.parallel.ranks import attend_on, free_mesh
-from tests.parallel.test_captured import errors_on_a_mesh
 from tests.parallel.test_gpu import assert_small, compared, errors_of
 from tests.pool import Pools
 

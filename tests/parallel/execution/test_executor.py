@@ -10,9 +10,9 @@ from hypothesis import strategies as st
 from ringattn import Documents, Mask
 from ringattn.parallel.schedules import demand
 from tests.dense import Case, dense_attention
-from tests.parallel.cases import HEADS, MASKS, documents, masks
 from tests.parallel.ranks import attend
 from tests.pool import Pools
+from tests.strategies import HEADS, MASKS, documents, masks
 
 # ring × ulysses and the schemes that make a difference on it
 MESHES = [

@@ -29,11 +29,11 @@ from ringattn.parallel.schedules.schedule import candidates
 from ringattn.parallel.transport.buffers import SMALLEST, half_bytes, message_buffers
 from ringattn.parallel.transport.protocol import Transport
 from ringattn.preparation import Settings, prepare
-from tests.parallel.alive import most_alive, most_of_exchange
-from tests.parallel.cases import documents, masks
+from tests.parallel.choice.test_schedule import with_links
+from tests.parallel.pricing.tensors_alive import most_alive, most_of_exchange
 from tests.parallel.ranks import mesh_of
-from tests.parallel.test_choice import with_links
 from tests.pool import Pools
+from tests.strategies import documents, masks
 
 H200 = SHIPPED["H200"]
 COPY = H200.by_copy_engines()

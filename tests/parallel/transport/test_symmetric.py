@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 import ringattn.parallel.transport.symmetric as symmetric
 from ringattn.parallel.plan.route import Route
 from ringattn.parallel.transport.symmetric import SymmetricTransport
-from tests.parallel.streams import Device, Node, ancestors, as_cuda
+from tests.parallel.transport.device_streams import Device, Node, ancestors, as_cuda
 
 HALF = 1 << 12
 SMALL, LARGE = 1, 32  # numbers a message has for each rank: pulled and copied

@@ -17,7 +17,7 @@ from ringattn.parallel.machine.shipped import SHIPPED
 from ringattn.parallel.placement.pieces import PieceTable
 from ringattn.parallel.schedules.demand import KeyDemand, per
 from ringattn.workloads import HISTOGRAMS
-from tests.parallel.cases import documents, masks
+from tests.strategies import documents, masks
 
 POLICIES = ("contiguous", "zigzag", "balanced")
 

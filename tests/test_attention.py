@@ -7,10 +7,8 @@ import pytest
 import torch
 
 from ringattn import Documents, Layout, MeshShape, ParallelAttention, init_mesh, parallel_attention
-from ringattn.environment import warn_of_unknown
 from ringattn.kernels.registry import choose, explain
 from ringattn.kernels.spec import CallSpec
-from ringattn.kernels.tuning.tuned_backend import tuner
 from ringattn.parallel.mesh.shape import resolve_mesh
 from tests.parallel.ranks import mesh_of
 from tests.pool import Pools
@@ -171,20 +169,17 @@ def test_the_module_shows_its_options_and_keeps_its_sinks(pool: Pools) -> None:
     assert copied
 
 
-def test_autotune_measures_and_stores(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_autotune_measures_and_stores(monkeypatch: pytest.MonkeyPatch, fresh_caches: None, tmp_path: Path) -> None:
     monkeypatch.setenv("RINGATTN_AUTOTUNE", "on")
     monkeypatch.setenv("RINGATTN_CACHE_DIR", str(tmp_path))
-    tuner.cache_clear()
     layout = Layout(Documents([12, 8]), MeshShape())
     x = tensors()
     out = parallel_attention(*x, layout)
     torch.testing.assert_close(out, parallel_attention(*x, layout, backend="reference"), rtol=1e-5, atol=1e-5)
     assert "backend" in "".join(path.read_text() for path in tmp_path.rglob("*.json"))
-    tuner.cache_clear()
 
 
-def test_misspelt_environment_variables_are_told(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_misspelt_environment_variables_are_told(monkeypatch: pytest.MonkeyPatch, fresh_caches: None) -> None:
     monkeypatch.setenv("RINGATTN_BACKENDD", "cpu")
-    warn_of_unknown.cache_clear()
     with pytest.warns(UserWarning, match="RINGATTN_BACKENDD"):
         parallel_attention(*tensors(), LAYOUT)

@@ -11,6 +11,7 @@ from ringattn.kernels import selftest
 from ringattn.kernels.backends import flex
 from ringattn.kernels.registry import backends
 from ringattn.kernels.spec import Block, Call, CallSpec
+from tests.caches import clear_caches
 
 LENGTHS = [20, 5, 7]
 
@@ -31,10 +32,10 @@ def attended(backend: str, x: torch.Tensor, compiled: bool) -> list[torch.Tensor
 
 @pytest.mark.parametrize("compiled", [False, True])
 @pytest.mark.parametrize("backend", ["cpu", "reference"])
-def test_attention_and_its_layout(backend: str, compiled: bool) -> None:
+def test_attention_and_its_layout(fresh_caches: None, backend: str, compiled: bool) -> None:
     x = torch.randn(32, 4, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     expected = attended(backend, x, compiled)
-    selftest.forget()
+    clear_caches()
     with torch.device("meta"):
         found = attended(backend, x, compiled)
     assert len(found) == len(expected) == 5
@@ -64,8 +65,7 @@ def test_tables_of_calls_and_layouts() -> None:
     assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
 
 
-def test_self_tests() -> None:
-    selftest.forget()
+def test_self_tests(fresh_caches: None) -> None:
     with torch.device("meta"):
         assert selftest.failure(backends()["cpu"], CallSpec("cpu", torch.float32, 8, 8, 2, 1)) is None
 

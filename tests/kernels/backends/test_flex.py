@@ -13,11 +13,16 @@ from torch import Tensor
 
 pytest.importorskip("torch.nn.attention.flex_attention")
 
+
+import pytest
+
+from ringattn.kernels.backends import flex
 from ringattn.kernels.backends.flex import FlexAttention, block_mask, row_bounds
 from ringattn.kernels.backends.reference import Reference, allowed_pairs
 from ringattn.kernels.merge import finite_lse, merge_
 from ringattn.kernels.selftest import failure, forget
 from ringattn.kernels.spec import Block, Call, CallSpec, Dropout, Grads, Options
+from tests.small_tensors import tensors
 
 EAGER = FlexAttention(block_size=(16, 16), eager=True)
 HEADS, KEY_HEADS, DIM, VALUE_DIM = 4, 2, 16, 8
@@ -176,13 +181,12 @@ def test_bfloat16_part_of_a_softmax() -> None:
         assert (x.double() - exact).norm() / exact.norm() < 6e-3
 
 
+@pytest.mark.usefixtures("fresh_caches")  # "flex" is also the compiled one
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize(("shape", "features"), SIGNATURES)
 def test_self_test(shape: tuple[int, int, int], features: dict[str, Any], dtype: torch.dtype) -> None:
     head_dim, value_dim, group = shape
-    forget()
     assert failure(EAGER, CallSpec("cpu", dtype, head_dim, value_dim, 2 * group, 2, **features)) is None
-    forget()  # "flex" is also the compiled one
 
 
 @pytest.mark.gpu
@@ -198,15 +202,13 @@ def test_self_test_of_the_kernel(shape: tuple[int, int, int], features: dict[str
 
 
 @pytest.mark.gpu
-def test_kernel_options_reach_the_kernel() -> None:
+def test_kernel_options_reach_the_kernel(fresh_caches: None) -> None:
     options = {"BLOCK_M": 64, "BLOCK_N": 32, "BLOCK_M1": 32, "BLOCK_N1": 64, "BLOCK_M2": 64, "BLOCK_N2": 32}
     backend = FlexAttention(kernel_options=options | {"num_warps": 4, "num_stages": 2})
-    forget()
     assert failure(backend, CallSpec("cuda", torch.bfloat16, 64, 64, 4, 2)) is None
     forget()
     wrong = FlexAttention(kernel_options={"BLOCK_M": 48})  # does not divide the tiles of the mask: torch must say so
     assert failure(wrong, CallSpec("cuda", torch.bfloat16, 64, 64, 4, 2)) is not None
-    forget()
 
 
 def test_declares_what_it_can_do() -> None:
@@ -217,21 +219,17 @@ def test_declares_what_it_can_do() -> None:
 
 
 @pytest.fixture
-def counter(monkeypatch: pytest.MonkeyPatch) -> Any:
+def counter(monkeypatch: pytest.MonkeyPatch, fresh_caches: None) -> Any:
     """The compiled path on CPU, without a kernel: traced whole, with gradients, and counted."""
     import torch._dynamo
     from torch._dynamo.testing import CompileCounterWithBackend
     from torch.nn.attention import flex_attention
 
-    from ringattn.kernels.backends import flex
-
     counting, compile_ = CompileCounterWithBackend("aot_eager"), torch.compile
     monkeypatch.setattr(flex_attention, "_validate_device", lambda *tensors: None)
     monkeypatch.setattr(torch, "compile", lambda function, **options: compile_(function, backend=counting, **options))
-    flex._compiled.cache_clear()
     torch._dynamo.reset()
     yield counting
-    flex._compiled.cache_clear()
     torch._dynamo.reset()
 
 
@@ -275,3 +273,27 @@ def test_another_scale_compiles_anew_and_is_not_mixed_up(counter: Any) -> None:
         for got, wanted in zip(*pairs, strict=True):
             torch.testing.assert_close(got, wanted, rtol=1e-4, atol=1e-4)
     assert counter.frame_count == 6
+
+
+def test_tuned_settings_reach_the_kernel(monkeypatch: pytest.MonkeyPatch, fresh_caches: None) -> None:
+    """What FlexAttention is called with; on GPUs a test of wrong settings shows that they are used."""
+    from torch.nn.attention import flex_attention
+
+    seen: list[Any] = []
+
+    class Stop(Exception):
+        pass
+
+    def recorded(*_: Any, kernel_options: Any, **__: Any) -> Any:
+        seen.append(kernel_options)
+        raise Stop
+
+    monkeypatch.setattr(flex_attention, "flex_attention", recorded)
+    monkeypatch.setattr(torch, "compile", lambda function, **_: function)
+    q, k, v = tensors()
+    call = Call((Block((0, 20), (0, 20)),))
+    chosen = {"fwd_BLOCK_M": 64, "num_warps": 8}, {"fwd_BLOCK_M": 32, "num_warps": 4}
+    for options in chosen:
+        with pytest.raises(Stop):
+            flex.FlexAttention(kernel_options=options).forward(q, k, v, call, Options(0.3), torch.empty_like(q))
+    assert [{name: given[name] for name in chosen[0]} for given in seen] == list(chosen)

@@ -1,15 +1,17 @@
 """Adapters of packages and devices that are not here, against fakes: what they pass and what they make of answers."""
 
 import gc
-from collections.abc import Iterator
 
 import pytest
 import torch
 from torch import Tensor
 
-from ringattn.kernels.backends import fa2, fa3, fa4, npu, torch_flash, xpu
+from ringattn.kernels.backends import fa2, fa3, npu, torch_flash, xpu
 from ringattn.kernels.spec import Backend, Block, Call, Grads, Options
+from tests.caches import clear_caches
 from tests.kernels.backends import fakes
+
+pytestmark = pytest.mark.usefixtures("fresh_caches")
 
 # Rows (queries, keys) of blocks that start at row 3 of the queries and 2 of the keys; `None` skips keys.
 LENGTHS = {
@@ -21,15 +23,6 @@ LENGTHS = {
 BANDS = [(-1, 0), (-1, -1), (4, 0), (4, 2), (2, -1), (-1, 1), (40, 40)]
 PLAIN = [(-1, 0), (-1, -1)]
 SCALE = 0.3
-
-
-@pytest.fixture(autouse=True)
-def unloaded() -> Iterator[None]:
-    """No adapter keeps a fake."""
-    yield
-    for module in (fa2, fa3, fa4, npu):
-        module._kernels.cache_clear()
-    fa3._own_name.cache_clear()
 
 
 @pytest.fixture
@@ -163,8 +156,7 @@ class Operators:
         self.library = fakes.fa3(*self.arguments, softcap=self.softcap)
 
     def __exit__(self, *error: object) -> None:
-        fa3._kernels.cache_clear()
-        fa3._own_name.cache_clear()
+        clear_caches()
         self.library._destroy()
         for name in ("fwd", "bwd"):
             torch.ops.flash_attn_3.__dict__.pop(name, None)

@@ -19,7 +19,7 @@ def write_keys(folder: str, process: int, barrier: Barrier) -> None:
         store.write(f"{process}-{i}", {"choice": {"process": process}})
 
 
-def test_row_65_eight_processes_write_eight_keys(tmp_path: Path) -> None:
+def test_eight_processes_write_eight_keys(tmp_path: Path) -> None:
     context = multiprocessing.get_context("fork")
     barrier = context.Barrier(8)
     writers = [context.Process(target=write_keys, args=(str(tmp_path / "new"), i, barrier)) for i in range(8)]
@@ -39,7 +39,7 @@ def test_row_65_eight_processes_write_eight_keys(tmp_path: Path) -> None:
     "content",
     [b'{"schema": 1, "entr', b"", b"\xff\xfe", b"[]", b'{"schema": 99, "entries": {}}', b'{"schema": 1, "entries": 3}'],
 )
-def test_row_65_a_broken_file_is_ignored_with_one_warning_and_healed(tmp_path: Path, content: bytes) -> None:
+def test_a_broken_file_is_ignored_with_one_warning_and_healed(tmp_path: Path, content: bytes) -> None:
     store = Store(tmp_path)
     store.path.write_bytes(content)
     with warnings.catch_warnings(record=True) as caught:
@@ -51,9 +51,7 @@ def test_row_65_a_broken_file_is_ignored_with_one_warning_and_healed(tmp_path: P
     assert Store(tmp_path).read("a") == {"choice": FAST}
 
 
-def test_row_65_the_folder_is_the_chosen_one_then_xdg_then_home(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
+def test_the_folder_is_the_chosen_one_then_xdg_then_home(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
     monkeypatch.delenv("RINGATTN_CACHE_DIR", raising=False)
     monkeypatch.setenv("XDG_CACHE_HOME", "relative")

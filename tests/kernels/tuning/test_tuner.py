@@ -10,12 +10,9 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from ringattn.kernels import registry, selftest
-from ringattn.kernels.backends.cpu import CpuFlash
 from ringattn.kernels.spec import CallSpec
-from ringattn.kernels.tuning import tuned_backend
 from ringattn.kernels.tuning.store import SCHEMA, Store
-from ringattn.kernels.tuning.tuner import Choice, Event, Key, Problem, Tuner, bucket, digest, timed_ms
+from ringattn.kernels.tuning.tuner import Choice, Key, Problem, Tuner, bucket, digest, timed_ms
 from tests.pool import Pools
 
 FAST, SLOW, WRONG = {"tile": 1}, {"tile": 2}, {"tile": 3}
@@ -46,7 +43,7 @@ def make(folder: Path, policy: str = "on") -> tuple[Tuner, list[str]]:
     return Tuner(Store(folder), policy, [lambda event: kinds.append(event.kind)], lambda run, device: run()), kinds
 
 
-def test_row_61_each_tier_answers_before_the_next(tmp_path: Path) -> None:
+def test_each_tier_answers_before_the_next(tmp_path: Path) -> None:
     first, kinds = make(tmp_path)
     assert first.select(problem()) == FAST
     assert kinds == ["timed", "refused", "timed", "measured"]
@@ -62,7 +59,7 @@ def test_row_61_each_tier_answers_before_the_next(tmp_path: Path) -> None:
     assert kinds[1:] == ["default"]
 
 
-def test_row_61_explain_tells_the_way_to_a_choice(tmp_path: Path) -> None:
+def test_explain_tells_the_way_to_a_choice(tmp_path: Path) -> None:
     tuner, _ = make(tmp_path)
     key = problem().key
     assert tuner.explain(key) == "not asked yet"
@@ -74,7 +71,7 @@ def test_row_61_explain_tells_the_way_to_a_choice(tmp_path: Path) -> None:
     assert told.count("memory") == 1
 
 
-def test_row_62_a_failing_candidate_is_skipped_and_all_failing_raise(tmp_path: Path) -> None:
+def test_a_failing_candidate_is_skipped_and_all_failing_raise(tmp_path: Path) -> None:
     tuner, _ = make(tmp_path)
     assert tuner.select(problem("some", ({"tile": 4}, FAST))) == FAST
     with pytest.raises(RuntimeError, match=r"wrong gradients.*FloatingPointError: no such tile"):
@@ -85,7 +82,7 @@ def test_row_62_a_failing_candidate_is_skipped_and_all_failing_raise(tmp_path: P
     assert tuner.store.read(str(problem("all").key)) is None
 
 
-def test_row_62_a_candidate_that_fails_while_timed_is_skipped(tmp_path: Path) -> None:
+def test_a_candidate_that_fails_while_timed_is_skipped(tmp_path: Path) -> None:
     def run(choice: Choice) -> float:
         if choice == FAST:
             raise torch.cuda.OutOfMemoryError("too large")
@@ -94,7 +91,7 @@ def test_row_62_a_candidate_that_fails_while_timed_is_skipped(tmp_path: Path) ->
     assert make(tmp_path)[0].select(problem(run=run)) == SLOW
 
 
-def test_row_62_time_is_measured_after_warming_up_and_within_the_budget() -> None:
+def test_time_is_measured_after_warming_up_and_within_the_budget() -> None:
     calls: list[float] = []
 
     def run() -> None:
@@ -109,7 +106,7 @@ def test_row_62_time_is_measured_after_warming_up_and_within_the_budget() -> Non
 
 
 @pytest.mark.gpu
-def test_row_62_cuda_events_time_the_device() -> None:
+def test_cuda_events_time_the_device() -> None:
     small, large = (torch.randn(n, n, device="cuda") for n in (256, 8192))
     assert timed_ms(lambda: small @ small, "cuda") < timed_ms(lambda: large @ large, "cuda")
 
@@ -138,7 +135,7 @@ def fail_together(mode: str, folder: str) -> str:
     return "no error"
 
 
-def test_row_62_rank_0_decides_and_ranks_never_disagree(pool: Pools, tmp_path: Path) -> None:
+def test_rank_0_decides_and_ranks_never_disagree(pool: Pools, tmp_path: Path) -> None:
     (choice, kinds), (other, other_kinds) = pool(2).run(choose_together, str(tmp_path))
     assert choice == other == FAST
     assert kinds == ["timed", "timed", "measured", "told", "memory"]
@@ -146,7 +143,7 @@ def test_row_62_rank_0_decides_and_ranks_never_disagree(pool: Pools, tmp_path: P
     assert [folder.name for folder in tmp_path.iterdir()] == ["0"]
 
 
-def test_row_62_errors_reach_every_rank(pool: Pools, tmp_path: Path) -> None:
+def test_errors_reach_every_rank(pool: Pools, tmp_path: Path) -> None:
     first, second = pool(2).run(fail_together, "candidates", str(tmp_path))
     assert first == second
     assert "wrong gradients" in first
@@ -155,84 +152,13 @@ def test_row_62_errors_reach_every_rank(pool: Pools, tmp_path: Path) -> None:
     assert "disagree" in first
 
 
-class WrongBackward(CpuFlash):
-    """Fast, and its value gradient is off by a factor."""
-
-    name = "wrong"
-
-    def backward(self, *args: Any) -> None:
-        super().backward(*args)
-        args[-1].dv.mul_(1.1)
-
-
-class Twin(CpuFlash):
-    name = "twin"
-
-
-@pytest.fixture
-def three_backends(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
-    """Backends that run here, one of them wrong, and a tuner that measures."""
-    selftest.forget()
-    found = {backend.name: backend for backend in (WrongBackward(), Twin(), CpuFlash(), registry.Reference())}
-    for module in (registry, tuned_backend):
-        monkeypatch.setattr(module, "backends", lambda: found)
-    monkeypatch.setattr(tuned_backend, "choose", lambda spec, name="auto": found["cpu" if name == "auto" else name])
-    monkeypatch.setattr(tuned_backend, "tuner", lambda: Tuner(Store(tmp_path), "on"))
-    monkeypatch.delenv("RINGATTN_BACKEND", raising=False)
-    return tmp_path
-
-
-def test_row_63_a_backend_with_a_wrong_backward_is_not_measured(three_backends: Path) -> None:
-    events: list[Event] = []
-    tuner = Tuner(Store(three_backends), "on", [events.append])
-    best = tuner.select(tuned_backend.backend_problem(SPEC, [64, 64]))
-    kinds = {event.choice["backend"]: event for event in events if event.choice and event.kind in ("refused", "timed")}
-    assert kinds["wrong"].kind == "refused"
-    assert "dv" in kinds["wrong"].detail
-    assert kinds["twin"].kind == kinds["cpu"].kind == "timed"
-    assert best["backend"] in ("twin", "cpu")
-
-
-def test_row_61_a_measured_backend_is_used_and_a_named_one_is_taken_as_it_is(three_backends: Path) -> None:
-    key = str(tuned_backend.backend_problem(SPEC, [64, 64]).key)
-    Store(three_backends).write(key, {"choice": {"backend": "twin"}})
-    assert tuned_backend.tuned_backend(SPEC, [64, 64]).name == "twin"
-    assert tuned_backend.tuned_backend(SPEC, [64, 64], name="cpu").name == "cpu"
-
-
-@pytest.mark.parametrize("stored", [{"backend": "wrong"}, {"backend": "gone"}, {}, "twin"])
-def test_row_63_what_the_disk_says_is_checked_too(three_backends: Path, stored: Any) -> None:
-    key = str(tuned_backend.backend_problem(SPEC, [64]).key)
-    Store(three_backends).write(key, {"choice": stored})
-    assert make(three_backends, "off")[0].select(tuned_backend.backend_problem(SPEC, [64])) == {"backend": "cpu"}
-
-
-def test_row_61_empty_documents_take_the_default(three_backends: Path) -> None:
-    assert tuned_backend.tuned_backend(SPEC, [0, 0]).name == "cpu"
-    assert tuned_backend.tuned_backend(SPEC, []).name == "cpu"
-
-
-def test_row_64_a_few_tokens_more_are_the_same_key() -> None:
+def test_a_few_tokens_more_are_the_same_key() -> None:
     for exponent in range(4, 21):
         assert bucket(2**exponent - 1) == bucket(2**exponent) == bucket(2**exponent + 1) == 2**exponent
     assert [bucket(n) for n in (0, 1, 2, 3, 5, 6, 11, 12)] == [0, 1, 2, 4, 4, 8, 8, 16]
 
 
-def test_row_64_keys_have_no_seed_and_no_value_that_changes_no_speed() -> None:
-    def key(lengths: list[int], **changes: Any) -> Key:
-        return tuned_backend.backend_problem(CallSpec(**SPEC.__dict__ | changes), lengths).key
-
-    same = key([512, 300])
-    assert key([513, 301]) == same
-    torch.manual_seed(1)
-    assert key([512, 300]) == same
-    assert key([512, 300], softcap=20.0, dropout_p=0.1) == key([512, 300], softcap=30.0, dropout_p=0.2) != same
-    others = [key([512, 300], **change) for change in ({"head_dim": 32}, {"dtype": torch.bfloat16}, {"window": True})]
-    assert len({same, key([64] * 13), key([64]), *others}) == 6
-    assert {"device", "torch", "schema"} <= {name for name, _ in same.facts}
-
-
-def test_row_65_a_folder_that_cannot_be_written_costs_one_warning(tmp_path: Path) -> None:
+def test_a_folder_that_cannot_be_written_costs_one_warning(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     tuner, kinds = make(tmp_path / "file" / "ringattn")
     with warnings.catch_warnings(record=True) as caught:
@@ -243,14 +169,14 @@ def test_row_65_a_folder_that_cannot_be_written_costs_one_warning(tmp_path: Path
     assert kinds.count("measured") == 2
 
 
-def test_row_65_nothing_is_created_before_the_first_write(tmp_path: Path) -> None:
+def test_nothing_is_created_before_the_first_write(tmp_path: Path) -> None:
     tuner, _ = make(tmp_path / "cache", policy="off")
     tuner.select(problem())
     assert not (tmp_path / "cache").exists()
 
 
 @pytest.mark.parametrize("policy", ["on", "off"])
-def test_row_67_an_override_holds_under_every_policy_and_is_not_kept(tmp_path: Path, policy: str) -> None:
+def test_an_override_holds_under_every_policy_and_is_not_kept(tmp_path: Path, policy: str) -> None:
     tuner, kinds = make(tmp_path, policy)
     assert tuner.select(problem(), override={"tile": 9}) == {"tile": 9}
     assert kinds == ["override"]
@@ -258,12 +184,12 @@ def test_row_67_an_override_holds_under_every_policy_and_is_not_kept(tmp_path: P
     assert tuner.select(problem()) != {"tile": 9}
 
 
-def test_row_75_a_default_does_not_stand_in_the_way_of_a_measurement(tmp_path: Path) -> None:
+def test_a_default_does_not_stand_in_the_way_of_a_measurement(tmp_path: Path) -> None:
     assert make(tmp_path, "off")[0].select(problem()) == SLOW
     assert make(tmp_path, "on")[0].select(problem()) == FAST
 
 
-def test_row_65_the_stored_file_says_what_was_measured(tmp_path: Path) -> None:
+def test_the_stored_file_says_what_was_measured(tmp_path: Path) -> None:
     tuner, _ = make(tmp_path)
     tuner.select(problem())
     content = json.loads((tmp_path / f"tuning-{SCHEMA}.json").read_text())

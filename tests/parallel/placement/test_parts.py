@@ -25,8 +25,8 @@ from ringattn.parallel.planning.planner import plan_attention, plan_parts
 from ringattn.parallel.pricing.memory import buffer_bytes
 from ringattn.parallel.pricing.price import Price, together
 from ringattn.parallel.schedules.schedule import Schedule
+from tests.compiled_layers import compiled_and_not
 from tests.dense import Case
-from tests.features.test_compiled import compiled_and_not
 from tests.parallel.execution.test_executor import assert_close
 from tests.parallel.placement.test_policies import area, assert_every_token_once
 from tests.parallel.ranks import attend_on, free_mesh
@@ -242,7 +242,7 @@ def test_random_combinations_are_exact(pool: Pools, size: int, data: st.DataObje
 
 
 def compiled(size: int, sinks: bool) -> tuple[list, int]:
-    """As in FEATURES row 55, over layouts with parts and without."""
+    """Over layouts with parts and without."""
     mesh = free_mesh(size)
     layouts = [
         Layout(Documents([40, 3, 21]), mesh, parts=[((1, size), [0]), ((size, 1), [1, 2])]),

@@ -157,8 +157,8 @@ def test_losses_of_ones_own(pool: Pools, kind: str) -> None:
         torch.testing.assert_close(gradient, truth, rtol=1e-5, atol=1e-6)
 
 
-def autocast_loss(autocast: bool) -> torch.Tensor:
-    mesh = mesh_of(2, 1)
+def autocast_loss(autocast: bool, ring: int) -> torch.Tensor:
+    mesh = mesh_of(ring, 1)
     model = model_of("LlamaForCausalLM", num_hidden_layers=1)
     parallelize(model, mesh)
     ids = torch.randint(0, 97, (DOCS.total,), generator=torch.Generator().manual_seed(1))
@@ -169,6 +169,7 @@ def autocast_loss(autocast: bool) -> torch.Tensor:
 
 
 def test_autocast(pool: Pools) -> None:
-    plain, rounded = (pool(2).run(autocast_loss, autocast)[0] for autocast in (False, True))
+    """Two ranks round what one rounds; of the loss only sums in another order are left."""
+    plain, rounded = (pool(2).run(autocast_loss, autocast, 2)[0] for autocast in (False, True))
     assert plain != rounded
-    torch.testing.assert_close(plain, rounded, rtol=2e-2, atol=0)
+    torch.testing.assert_close(rounded, pool(1).run(autocast_loss, True, 1)[0], rtol=1e-4, atol=0)

@@ -231,7 +231,7 @@ def test_what_changes_a_price() -> None:
     cost = rank_cost(H200, plan, SHAPE)
     far = rank_cost(replace(H200, gpus_per_node=1), plan, SHAPE)
     assert far.forward.exposed > cost.forward.exposed
-    assert far.forward.compute == pytest.approx(cost.forward.compute, rel=0.02)
+    assert far.forward.compute == pytest.approx(cost.forward.compute)
     assert rank_cost(H200, replace(plan, wide_reduce=False), SHAPE).backward.wire < cost.backward.wire
     assert rank_cost(H200, replace(plan, keep_keys=True), SHAPE).backward.wire < cost.backward.wire
     half = rank_cost(H200, plan, replace(SHAPE, query_heads=16))

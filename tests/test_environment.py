@@ -1,4 +1,4 @@
-"""Environment variables are known or warned of (FEATURES row 66)."""
+"""Environment variables are known or warned of, and each does what it is listed for."""
 
 import json
 import logging

@@ -1,4 +1,4 @@
-"""The file of measured results survives many writers, broken contents and folders that cannot be written (row 65)."""
+"""The file of measured results survives many writers, broken contents and folders that cannot be written."""
 
 import multiprocessing
 import warnings

@@ -1,4 +1,4 @@
-"""Tile candidates fit the device they are for (FEATURES rows 58 to 60)."""
+"""Tile candidates fit the device that they are for."""
 
 from dataclasses import replace
 from types import SimpleNamespace

@@ -1,4 +1,4 @@
-"""The tuner, row by row of FEATURES A.6: what it chooses, checks, keeps and tells."""
+"""The tuner: what it chooses, checks, keeps and tells."""
 
 import json
 import time

@@ -42,7 +42,7 @@ BAD = {
 
 
 @pytest.mark.parametrize("name", BAD)
-def test_wrong_arguments(name: str) -> None:
+def test_wrong_arguments_are_named_with_what_came(name: str) -> None:
     change, options, words = BAD[name]
     with pytest.raises(ValueError, match=r"\w") as error:
         parallel_attention(*change(*tensors()), LAYOUT, **options)
@@ -103,13 +103,13 @@ def test_errors_in_processes_do_not_hang(pool: Pools, kind: str, words: str) -> 
         ({"world_size": 16, "ulysses": 16, "ranks_per_node": 8}, ["ulysses=16", "nodes of 8", "world size 16"]),
     ],
 )
-def test_degrees_that_do_not_fit(arguments: dict, words: list[str]) -> None:
+def test_degrees_that_do_not_fit_are_refused_with_their_product(arguments: dict, words: list[str]) -> None:
     with pytest.raises(ValueError, match=r"\w") as error:
         resolve_mesh(**arguments)
     assert all(word in str(error.value) for word in words), str(error.value)
 
 
-def test_omitted_degrees() -> None:
+def test_omitted_degrees_are_filled_in() -> None:
     def sizes(*args: object, **kwargs: object) -> tuple[int, int, int]:
         shape = resolve_mesh(*args, **kwargs)  # type: ignore[arg-type]
         return shape.data, shape.ring, shape.ulysses
@@ -121,7 +121,7 @@ def test_omitted_degrees() -> None:
     assert sizes(16, ulysses=16, ranks_per_node=8, ulysses_across_nodes=True) == (1, 1, 16)
 
 
-def test_a_head_without_a_sink_and_padding() -> None:
+def test_a_head_may_be_without_a_sink_and_padding_sees_only_its_sink() -> None:
     layout = Layout(Documents([12], total=20), MeshShape())
     q, k, v = (x.requires_grad_() for x in tensors())
     sinks = torch.tensor([float("-inf"), 0.5, 0.0, 1.0], requires_grad=True)

@@ -68,7 +68,7 @@ def test_every_query_sees_itself(mask: Mask, length: int) -> None:
     assert mask.band.hi is None or mask.band.hi >= 0
 
 
-def test_bands() -> None:
+def test_bands_say_which_side_of_a_window_is_open() -> None:
     assert Mask().band == Band(None, 0)
     assert Mask(causal=False).band == Band(None, None)
     assert Mask(window=(7, -1)).band == Band(-7, 0)
@@ -78,7 +78,7 @@ def test_bands() -> None:
     assert Mask(chunk=4).band == Mask().band
 
 
-def test_value_semantics() -> None:
+def test_masks_are_values() -> None:
     assert Mask(window=[2, 0]) == Mask(window=(2, 0))  # type: ignore[arg-type]
     assert hash(Mask(window=[2, 0])) == hash(Mask(window=(2, 0)))  # type: ignore[arg-type]
     assert str(Mask()) == "causal"

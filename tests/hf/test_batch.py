@@ -47,7 +47,7 @@ def batch_of(positions: Any, **more: Any) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("name", POSITIONS)
-def test_position_ids(name: str) -> None:
+def test_position_ids_that_mislead_are_read_right_or_refused(name: str) -> None:
     positions, expected = POSITIONS[name]
     batch = batch_of(positions)
     if isinstance(expected, str):

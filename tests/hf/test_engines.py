@@ -60,7 +60,7 @@ def fully_sharded(checkpointing: bool) -> tuple[float, dict[str, torch.Tensor], 
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
-def test_accelerate_fsdp2(pool: Pools, checkpointing: bool) -> None:
+def test_gradients_under_accelerates_fsdp2_are_exact(pool: Pools, checkpointing: bool) -> None:
     pytest.importorskip("accelerate", reason="Accelerate is not installed (pip install 'ringattn[hf]')")
     for loss, gradients, true_loss, truth in pool(2).run(fully_sharded, checkpointing):
         assert loss == pytest.approx(true_loss, rel=1e-5)
@@ -92,7 +92,7 @@ def low_rank() -> tuple[float, dict[str, torch.Tensor], float, dict[str, torch.T
     return output.loss.item(), gradients, truth.loss.item(), truth.gradients
 
 
-def test_peft_lora(pool: Pools) -> None:
+def test_gradients_of_lora_are_exact(pool: Pools) -> None:
     pytest.importorskip("peft", reason="PEFT is not installed (pip install 'ringattn[hf]')")
     for loss, gradients, true_loss, truth in pool(2).run(low_rank):
         assert loss == pytest.approx(true_loss, rel=1e-5)
@@ -119,7 +119,7 @@ def low_rank_on_bfloat16(ring: int) -> tuple[float, torch.dtype]:
     return loss.item(), seen[0]
 
 
-def test_peft_with_float32_norms(pool: Pools) -> None:
+def test_lora_on_bfloat16_with_float32_norms_rounds_as_one_rank_does(pool: Pools) -> None:
     pytest.importorskip("peft", reason="PEFT is not installed (pip install 'ringattn[hf]')")
     loss, dtype = pool(2).run(low_rank_on_bfloat16, 2)[0]
     assert dtype == torch.bfloat16
@@ -177,7 +177,7 @@ def _tokenizer() -> Any:
     return PreTrainedTokenizerFast(tokenizer_object=inner, pad_token="<pad>", bos_token="<bos>", eos_token="<eos>")
 
 
-def test_trl_sft_trainer(pool: Pools, tmp_path: Path) -> None:
+def test_trls_packing_trains_as_one_rank_does(pool: Pools, tmp_path: Path) -> None:
     pytest.importorskip("trl", reason="TRL is not installed")
     alone = pool(1).run(fine_tuned, str(tmp_path / "1"), 1)[0]
     assert len(alone) == 4

@@ -75,7 +75,9 @@ def sharded(family: str, ids: torch.Tensor, ring: int, ulysses: int, reentrant: 
 
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize(("ring", "ulysses", "reentrant"), [(1, 1, None), (2, 1, True), (1, 2, False), (2, 2, None)])
-def test_logits_loss_and_gradients(pool: Pools, family: str, ring: int, ulysses: int, reentrant: bool | None) -> None:
+def test_logits_loss_and_gradients_are_those_of_documents_alone(
+    pool: Pools, family: str, ring: int, ulysses: int, reentrant: bool | None
+) -> None:
     ids = torch.randint(0, 97, (DOCS.total,), generator=torch.Generator().manual_seed(1))
     logits, loss, gradients = alone(family, ids)
     for got_logits, got_loss, got_gradients in pool(ring * ulysses).run(sharded, family, ids, ring, ulysses, reentrant):
@@ -168,7 +170,7 @@ def autocast_loss(autocast: bool, ring: int) -> torch.Tensor:
     return loss.detach()
 
 
-def test_autocast(pool: Pools) -> None:
+def test_autocast_rounds_as_one_rank_does(pool: Pools) -> None:
     """Two ranks round what one rounds; of the loss only sums in another order are left."""
     plain, rounded = (pool(2).run(autocast_loss, autocast, 2)[0] for autocast in (False, True))
     assert plain != rounded

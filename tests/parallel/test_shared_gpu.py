@@ -57,14 +57,14 @@ def errors_of_parts(case: Case, ranks: int, degrees: tuple[int, int]) -> tuple[d
 
 
 @pytest.mark.parametrize(("ranks", "degrees"), [(4, (1, 4)), (8, (1, 8)), (8, (2, 4))])
-def test_parts(pool: Pools, ranks: int, degrees: tuple[int, int]) -> None:
+def test_parts_on_shared_devices_are_small_in_error(pool: Pools, ranks: int, degrees: tuple[int, int]) -> None:
     jobs = [(case, ranks, degrees) for case in cases()]
     assert_all_small(pool(ranks, "shared").run_many(errors_of_parts, jobs, timeout=300), [case for case, *_ in jobs])
 
 
 @pytest.mark.parametrize("delayed", [False, True])
 @pytest.mark.parametrize(("ring", "ulysses", "scheme"), [(8, 1, "gather"), (8, 1, "ring"), (1, 8, "ulysses")])
-def test_replays(pool: Pools, ring: int, ulysses: int, scheme: str, delayed: bool) -> None:
+def test_replays_on_shared_devices_are_right(pool: Pools, ring: int, ulysses: int, scheme: str, delayed: bool) -> None:
     ranks = pool(8, "shared").run(errors_on_a_mesh, ring, ulysses, scheme, "copy", delayed, timeout=300)
     for found in ranks:
         assert max(found) <= 5e-3, found

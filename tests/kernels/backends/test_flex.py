@@ -128,7 +128,7 @@ def test_a_call_keeps_its_mask() -> None:
     p=st.sampled_from([0.0, 0.2, 0.95]),  # the last leaves many rows without a key
     seed=st.integers(0, 1 << 20),
 )
-def test_equals_the_reference(blocks, band, softcap, p, seed) -> None:
+def test_results_are_those_of_the_reference(blocks, band, softcap, p, seed) -> None:
     """Documents, gaps between their keys, blocks without keys, rows that the band leaves without keys."""
     call = make_call(blocks, band)
     tensors = drawn(call, seed=seed)
@@ -184,7 +184,7 @@ def test_bfloat16_part_of_a_softmax() -> None:
 @pytest.mark.usefixtures("fresh_caches")  # "flex" is also the compiled one
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize(("shape", "features"), SIGNATURES)
-def test_self_test(shape: tuple[int, int, int], features: dict[str, Any], dtype: torch.dtype) -> None:
+def test_flex_passes_its_self_test(shape: tuple[int, int, int], features: dict[str, Any], dtype: torch.dtype) -> None:
     head_dim, value_dim, group = shape
     assert failure(EAGER, CallSpec("cpu", dtype, head_dim, value_dim, 2 * group, 2, **features)) is None
 
@@ -192,7 +192,9 @@ def test_self_test(shape: tuple[int, int, int], features: dict[str, Any], dtype:
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize(("shape", "features"), SIGNATURES)
-def test_self_test_of_the_kernel(shape: tuple[int, int, int], features: dict[str, Any], dtype: torch.dtype) -> None:
+def test_the_compiled_kernel_passes_its_self_test(
+    shape: tuple[int, int, int], features: dict[str, Any], dtype: torch.dtype
+) -> None:
     head_dim, value_dim, group = shape
     spec = CallSpec("cuda", dtype, head_dim, value_dim, 2 * group, 2, **features)
     backend = FlexAttention()

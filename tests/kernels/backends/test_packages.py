@@ -110,14 +110,18 @@ def fake_torch_flash(monkeypatch: pytest.MonkeyPatch, record: fakes.Record) -> B
 
 @pytest.mark.parametrize("lengths", list(LENGTHS)[:3])
 @pytest.mark.parametrize("band", BANDS)
-def test_torch_flash(fake_torch_flash: Backend, band: tuple[int, int], lengths: str) -> None:
+def test_torchs_kernel_gets_what_it_takes_and_is_right(
+    fake_torch_flash: Backend, band: tuple[int, int], lengths: str
+) -> None:
     """An open side beside a closed one must reach all keys, also where a block has more queries than keys."""
     check(fake_torch_flash, make_call(LENGTHS[lengths], band))
 
 
 @pytest.mark.parametrize("lengths", list(LENGTHS)[:3])
 @pytest.mark.parametrize("band", BANDS)
-def test_fa2(fake_fa2: Backend, record: fakes.Record, band: tuple[int, int], lengths: str) -> None:
+def test_fa2_gets_what_it_takes_and_is_right(
+    fake_fa2: Backend, record: fakes.Record, band: tuple[int, int], lengths: str
+) -> None:
     call = make_call(LENGTHS[lengths], band)
     check(fake_fa2, call)
     check(fake_fa2, call, softcap=1.5)
@@ -131,7 +135,7 @@ def test_fa2(fake_fa2: Backend, record: fakes.Record, band: tuple[int, int], len
 
 @pytest.mark.parametrize("names", [("out", "is_causal"), ("out_", "causal")])
 @pytest.mark.parametrize("lengths", list(LENGTHS)[:3])
-def test_fa3(record: fakes.Record, names: tuple[str, str], lengths: str) -> None:
+def test_fa3_gets_what_it_takes_and_is_right(record: fakes.Record, names: tuple[str, str], lengths: str) -> None:
     with Operators(record, *names):
         backend = fa3.FlashAttention3()
         assert backend.missing() is None
@@ -165,7 +169,9 @@ class Operators:
 
 @pytest.mark.parametrize("says_layout", [True, False])
 @pytest.mark.parametrize("lengths", LENGTHS)
-def test_npu(monkeypatch: pytest.MonkeyPatch, record: fakes.Record, says_layout: bool, lengths: str) -> None:
+def test_npu_gets_what_it_takes_and_is_right(
+    monkeypatch: pytest.MonkeyPatch, record: fakes.Record, says_layout: bool, lengths: str
+) -> None:
     kernels = npu._Kernels(*fakes.npu(record, says_layout), says_layout)
     monkeypatch.setattr(npu, "_kernels", lambda: kernels)
     for band in BANDS:
@@ -177,7 +183,9 @@ def test_npu(monkeypatch: pytest.MonkeyPatch, record: fakes.Record, says_layout:
 
 
 @pytest.mark.parametrize("lengths", LENGTHS)
-def test_xpu(monkeypatch: pytest.MonkeyPatch, record: fakes.Record, lengths: str) -> None:
+def test_xpu_gets_what_it_takes_and_is_right(
+    monkeypatch: pytest.MonkeyPatch, record: fakes.Record, lengths: str
+) -> None:
     kernels = fakes.xpu(record)
     monkeypatch.setattr(xpu, "_kernels", lambda: kernels)
     for band in PLAIN:

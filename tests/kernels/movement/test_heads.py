@@ -72,7 +72,7 @@ def test_sums_of_a_head_are_rounded_once() -> None:
 
 @pytest.mark.gpu
 @given(case=cases())
-def test_triton_on_a_device(case: Packed) -> None:
+def test_heads_are_packed_by_triton_on_a_device(case: Packed) -> None:
     message = torch.full_like(case.message, 7.0, device="cuda")
     pack_heads([x.cuda() for x in case.tensors], message, case.slots)
     assert torch.equal(message.cpu(), case.message)

@@ -94,5 +94,5 @@ def test_kernels_do_not_share_variants() -> None:
     assert [len(kernel.compiled) for kernel in kernels] == [1, 1]
 
 
-def test_powers_of_two() -> None:
+def test_sizes_are_rounded_up_to_powers_of_two() -> None:
     assert [power_of_two(number) for number in (1, 2, 3, 64, 65)] == [1, 2, 4, 64, 128]

@@ -107,7 +107,7 @@ def on_device(case: Taken | Added) -> list:
 
 @pytest.mark.gpu
 @given(taken=takes(), added=adds())
-def test_triton_on_a_device(taken: Taken, added: Added) -> None:
+def test_rows_are_moved_by_triton_on_a_device(taken: Taken, added: Added) -> None:
     index, message, pair, target, expected = on_device(taken)
     target = target[:, : expected.shape[1]]
     take_rows(index, target, message, pair)

@@ -23,7 +23,7 @@ def no_limit(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("RINGATTN_SHARED_MEMORY_KIB", raising=False)
 
 
-def test_preferred_tiles() -> None:
+def test_the_preferred_tile_fills_the_shared_memory() -> None:
     chosen = {(kib, dim): tiles(dim, dim, 2, kib * KIB, 8192)[0] for kib in (48, 99, 227) for dim in (64, 128, 256)}
     assert chosen == {
         (48, 64): Tile(128, 128, 1, 8),

@@ -290,5 +290,5 @@ def unsharded(size: int) -> None:
     assert torch.equal(grad, 2 * x.detach())
 
 
-def test_shards_come_back(pool: Pools) -> None:
+def test_shards_of_parts_come_back(pool: Pools) -> None:
     pool(4).run(unsharded, 4)

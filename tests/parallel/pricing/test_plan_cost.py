@@ -122,7 +122,7 @@ def test_shipped_machines_are_found_by_name() -> None:
     assert {device: shipped(device).name for device in names} == names
 
 
-def test_transfers() -> None:
+def test_a_transfer_takes_latency_and_bandwidth() -> None:
     link = H200.links["network", "p2p"]
     assert transfer_seconds(H200, 0, "network", "p2p") == 0
     assert transfer_seconds(H200, link.bandwidth, "network", "p2p") == pytest.approx(1 + link.latency)

@@ -1,5 +1,6 @@
 """Every argument of the front door changes the result or is refused by name; none is dropped."""
 
+import inspect
 from typing import Any
 
 import pytest
@@ -36,22 +37,45 @@ def test_features_that_the_named_backend_lacks_are_refused(options: dict[str, An
         parallel_attention(*tensors(), LAYOUT, **options)
 
 
-@pytest.mark.parametrize(
-    "changes",
-    [
-        {"mask": Mask(window=(3, 0))},
-        {"mask": Mask(causal=False)},
-        {"mask": Mask(chunk=5)},
-        {"softmax_scale": 0.1},
-        {"softcap": 0.5},
-        {"sinks": torch.ones(4)},
-        {"dropout_p": 0.5, "dropout_seed": 0},
-    ],
-    ids=lambda changes: next(iter(changes)),
-)
+# What an argument is when it asks for something else, and what says only how to compute the same.
+WHAT: dict[str, dict[str, Any]] = {
+    "window": {"mask": Mask(window=(3, 0))},
+    "bidirectional": {"mask": Mask(causal=False)},
+    "chunk": {"mask": Mask(chunk=5)},
+    "softmax_scale": {"softmax_scale": 0.1},
+    "softcap": {"softcap": 0.5},
+    "sinks": {"sinks": torch.ones(4)},
+    "dropout": {"dropout_p": 0.5, "dropout_seed": 0},
+}
+HOW: dict[str, Any] = {
+    "deterministic": True,
+    "backend": "reference",
+    "keep_keys": True,
+    "wide_reduce": False,
+    "memory_limit": 2**30,
+    "head_groups": 1,
+    "head_chunks": 2,
+}
+
+
+@pytest.mark.parametrize("changes", WHAT.values(), ids=WHAT)
 def test_every_argument_changes_the_result(changes: dict[str, Any]) -> None:
     plain, changed = (parallel_attention(*tensors(), LAYOUT, **options) for options in ({}, changes))
     assert (plain - changed).norm() > 1e-2 * plain.norm()
+
+
+@pytest.mark.parametrize("name", HOW)
+def test_what_says_how_to_compute_changes_nothing(name: str) -> None:
+    plain, same = (parallel_attention(*tensors(), LAYOUT, **options) for options in ({}, {name: HOW[name]}))
+    torch.testing.assert_close(same, plain, rtol=1e-12, atol=1e-12)
+
+
+def test_every_argument_is_tried() -> None:
+    """One that is added belongs to one of the two lists."""
+    tried = {name for changes in WHAT.values() for name in changes} | set(HOW)
+    elsewhere = {"scheme", "stages"}  # of several ranks: tests/parallel/execution
+    tensors_and_results = {"q", "k", "v", "layout", "return_lse"}
+    assert set(inspect.signature(parallel_attention).parameters) == tried | elsewhere | tensors_and_results
 
 
 @pytest.mark.parametrize(("name", "rows"), [("q", slice(19, 20)), ("k", slice(0, 7)), ("v", slice(0, 7))])

@@ -14,14 +14,9 @@ from ringattn.kernels.spec import Backend, Call, CallSpec, Capability, Grads, Op
 from tests.caches import clear_caches
 
 SPEC = CallSpec("cpu", torch.float32, 16, 16, 4, 2)
-
-
-ORDER = ["fa4", "fa3", "fa2", "torch", "npu", "xpu", "cpu", "reference"]
-
-
+ORDER = ["fa4", "fa3", "fa2", "torch", "npu", "xpu", "cpu", "reference"]  # of `auto`
 BUILTIN = [backend.name for backend in registry.builtin()]
-
-
+# What a call may ask for beside its shape, by the names of capabilities.
 FEATURES: dict[str, dict[str, Any]] = {
     "window": {"window": True},
     "softcap": {"softcap": 1.0},

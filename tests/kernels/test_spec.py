@@ -1,8 +1,8 @@
-"""What a call knows of itself, against the definition of its band."""
+"""What a call knows of itself, against the definition of its band; what backends declare and refuse."""
 
 import itertools
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import fields, replace
 
 import pytest
 import torch
@@ -12,8 +12,8 @@ from ringattn.kernels.backends.fa2 import FlashAttention2
 from ringattn.kernels.backends.npu import NpuFusion
 from ringattn.kernels.backends.reference import Reference
 from ringattn.kernels.backends.xpu import XpuFlash
-from ringattn.kernels.spec import Backend, Block, Call, CallSpec, Options
-from tests.kernels.fake_backends import FEATURES
+from ringattn.kernels.spec import Backend, Block, Call, CallSpec, Capability, Options
+from tests.kernels.fake_backends import FEATURES, SPEC
 
 
 @pytest.mark.parametrize("band", [(-1, -1), (-1, 0), (2, 0), (0, 0), (1, 2), (-1, 1)])
@@ -23,6 +23,14 @@ def test_keyless_rows_are_those_whose_softmax_is_empty(band: tuple[int, int]) ->
         q, k = torch.zeros(2 + n, 1, 4), torch.zeros(2 + m, 1, 4)
         lse = Reference().forward(q, k, k, call, Options(1.0), torch.empty_like(q))
         assert call.keyless_rows == bool((lse == float("-inf")).any()), (n, m)
+
+
+def test_every_feature_of_a_call_is_tried() -> None:
+    """One that is added to calls and capabilities belongs to the list of the tests."""
+    everything = {name: value for changes in FEATURES.values() for name, value in changes.items()}
+    assert set(replace(SPEC, **everything).features) == set(FEATURES)
+    declared = {field.name for field in fields(Capability) if isinstance(field.default, bool)}
+    assert declared - {"deterministic", "adds"} == set(FEATURES)  # these two are asked for otherwise
 
 
 @pytest.mark.parametrize("feature", FEATURES)

@@ -87,6 +87,7 @@ def test_parts_are_balanced_and_so_is_their_sum(seed: int, share: float, padding
     assert max(tokens) - min(tokens) <= 4 * 128 + 1
     costs = [area(layout.parts[1], rank) for rank in range(size)]  # what is exchanged is dealt by heads
     everything = area(Layout(docs, MeshShape()), 0)
+    # Four cuts that are rounded to 128 of a rank's 2^15 rows move 1.6 % of them; late rows cost twice the mean.
     assert max(costs) - sum(costs) / size <= 0.03 * everything / size
 
 

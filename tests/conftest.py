@@ -6,6 +6,7 @@ from collections.abc import Iterator
 import pytest
 from hypothesis import HealthCheck, settings
 
+from tests.caches import cached_functions, clear_caches
 from tests.pool import Pools
 
 # No deadline anywhere: the first call of a kernel or a worker pool takes seconds. CI must not fail by luck of the draw.
@@ -22,6 +23,17 @@ def pool() -> Iterator[Pools]:
     pools = Pools()
     yield pools
     pools.close()
+
+
+@pytest.fixture
+def fresh_caches() -> Iterator[None]:
+    """Nothing that ringattn keeps is left from an earlier test or to a later one."""
+    kept = cached_functions()  # a test may put something else in the place of one
+    clear_caches()
+    yield
+    clear_caches()
+    for function in kept:
+        function.cache_clear()
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

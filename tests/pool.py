@@ -14,7 +14,6 @@ meshes at module level in the test file rather than making process groups in eve
 
 import contextlib
 import faulthandler
-import io
 import multiprocessing
 import os
 import pickle
@@ -35,6 +34,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from tests.by_value import dumps, loads
 from tests.forks import forks
 
 START_SECONDS = 180.0
@@ -96,7 +96,7 @@ class Pool:
         """Ask the workers to end, and make them."""
         for worker in self._workers:
             with contextlib.suppress(OSError):
-                worker.connection.send_bytes(_dumps(None))
+                worker.connection.send_bytes(dumps(None))
         deadline = time.monotonic() + 10
         for worker in self._workers:
             worker.process.join(max(0.0, deadline - time.monotonic()))
@@ -113,15 +113,13 @@ class Pool:
             self._logs.cleanup()
             self._logs = None
 
-    def _submit(
-        self, fn: Callable[..., Any], cases: list[tuple[tuple[Any, ...], dict[str, Any]]], timeout: float
-    ) -> Any:
-        job = _dumps(fn), _dumps(cases), sys.path
+    def _submit(self, fn: Callable[..., Any], cases: list[Case], timeout: float) -> Any:
+        job = dumps(fn), dumps(cases), sys.path
         if not self._workers:
             self._start()
         try:
             for worker in self._workers:
-                worker.connection.send_bytes(_dumps(job))
+                worker.connection.send_bytes(dumps(job))
             answers = self._collect(timeout, f"{fn.__module__}.{fn.__qualname__}")
         except BaseException:  # a KeyboardInterrupt too: answers of this call must not reach the next one
             self.kill()
@@ -168,7 +166,7 @@ class Pool:
                 assert isinstance(connection, Connection)
                 rank = ranks[connection]
                 try:
-                    answers[rank] = _loads(connection.recv_bytes())
+                    answers[rank] = loads(connection.recv_bytes())
                 except (EOFError, ConnectionError):
                     raise WorkerError(self._describe_death(rank, what)) from None
                 if isinstance(answers[rank], _Failure):
@@ -271,11 +269,11 @@ def _serve(place: _Place, connection: Connection) -> None:
     try:
         _join(place)
     except Exception as error:
-        connection.send_bytes(_dumps(_failure(place.rank, 0, error)))
+        connection.send_bytes(dumps(_failure(place.rank, 0, error)))
         return
-    connection.send_bytes(_dumps(None))
+    connection.send_bytes(dumps(None))
     with contextlib.suppress(EOFError, ConnectionError):
-        while (job := _loads(connection.recv_bytes())) is not None:
+        while (job := loads(connection.recv_bytes())) is not None:
             torch.set_num_threads(1)  # compilers that a job starts leave other numbers behind
             connection.send_bytes(_answer(place.rank, job))
     with contextlib.suppress(Exception):
@@ -316,11 +314,11 @@ def _answer(rank: int, job: tuple[bytes, bytes, list[str]]) -> bytes:
             args, kwargs = cases[case]
             results.append(fn(*args, **kwargs))
             case += 1
-        return _dumps(results)
+        return dumps(results)
     except KeyboardInterrupt:
         raise
     except BaseException as error:  # a SystemExit too belongs to the test
-        return _dumps(_failure(rank, case, error))
+        return dumps(_failure(rank, case, error))
 
 
 def _failure(rank: int, case: int, error: BaseException) -> _Failure:
@@ -331,34 +329,3 @@ def _failure(rank: int, case: int, error: BaseException) -> _Failure:
     except Exception:
         pickled = b""
     return _Failure(rank, case, type(error).__name__, str(error), pickled, trace, time.monotonic())
-
-
-class _ByValue(pickle.Pickler):
-    """Writes tensors as their numbers: torch's own way between processes is shared memory, which outlives a killed
-    worker and runs out of file descriptors. A view takes its own elements along, not its whole storage."""
-
-    def reducer_override(self, value: Any) -> Any:
-        if type(value) is not torch.Tensor:
-            return NotImplemented
-        plain = value.detach().to("cpu", copy=True).contiguous()
-        return _tensor, (
-            plain.view(-1).view(torch.uint8).numpy().tobytes(),
-            plain.dtype,
-            plain.shape,
-            value.requires_grad,
-        )
-
-
-def _tensor(content: bytes, dtype: torch.dtype, shape: torch.Size, requires_grad: bool) -> torch.Tensor:
-    flat = torch.frombuffer(bytearray(content), dtype=dtype) if content else torch.empty(0, dtype=dtype)
-    return flat.view(shape).requires_grad_(requires_grad)
-
-
-def _dumps(value: Any) -> bytes:
-    buffer = io.BytesIO()
-    _ByValue(buffer, protocol=pickle.HIGHEST_PROTOCOL).dump(value)
-    return buffer.getvalue()
-
-
-def _loads(content: bytes) -> Any:
-    return pickle.loads(content)

@@ -7,10 +7,8 @@ import pytest
 import torch
 
 from ringattn import Documents, Layout, MeshShape, ParallelAttention, init_mesh, parallel_attention
-from ringattn.environment import warn_of_unknown
 from ringattn.kernels.registry import choose, explain
 from ringattn.kernels.spec import CallSpec
-from ringattn.kernels.tuning.tuned_backend import tuner
 from ringattn.parallel.mesh.shape import resolve_mesh
 from tests.parallel.ranks import mesh_of
 from tests.pool import Pools
@@ -44,7 +42,7 @@ BAD = {
 
 
 @pytest.mark.parametrize("name", BAD)
-def test_wrong_arguments(name: str) -> None:
+def test_wrong_arguments_are_named_with_what_came(name: str) -> None:
     change, options, words = BAD[name]
     with pytest.raises(ValueError, match=r"\w") as error:
         parallel_attention(*change(*tensors()), LAYOUT, **options)
@@ -105,13 +103,13 @@ def test_errors_in_processes_do_not_hang(pool: Pools, kind: str, words: str) -> 
         ({"world_size": 16, "ulysses": 16, "ranks_per_node": 8}, ["ulysses=16", "nodes of 8", "world size 16"]),
     ],
 )
-def test_degrees_that_do_not_fit(arguments: dict, words: list[str]) -> None:
+def test_degrees_that_do_not_fit_are_refused_with_their_product(arguments: dict, words: list[str]) -> None:
     with pytest.raises(ValueError, match=r"\w") as error:
         resolve_mesh(**arguments)
     assert all(word in str(error.value) for word in words), str(error.value)
 
 
-def test_omitted_degrees() -> None:
+def test_omitted_degrees_are_filled_in() -> None:
     def sizes(*args: object, **kwargs: object) -> tuple[int, int, int]:
         shape = resolve_mesh(*args, **kwargs)  # type: ignore[arg-type]
         return shape.data, shape.ring, shape.ulysses
@@ -123,7 +121,7 @@ def test_omitted_degrees() -> None:
     assert sizes(16, ulysses=16, ranks_per_node=8, ulysses_across_nodes=True) == (1, 1, 16)
 
 
-def test_a_head_without_a_sink_and_padding() -> None:
+def test_a_head_may_be_without_a_sink_and_padding_sees_only_its_sink() -> None:
     layout = Layout(Documents([12], total=20), MeshShape())
     q, k, v = (x.requires_grad_() for x in tensors())
     sinks = torch.tensor([float("-inf"), 0.5, 0.0, 1.0], requires_grad=True)
@@ -171,20 +169,17 @@ def test_the_module_shows_its_options_and_keeps_its_sinks(pool: Pools) -> None:
     assert copied
 
 
-def test_autotune_measures_and_stores(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_autotune_measures_and_stores(monkeypatch: pytest.MonkeyPatch, fresh_caches: None, tmp_path: Path) -> None:
     monkeypatch.setenv("RINGATTN_AUTOTUNE", "on")
     monkeypatch.setenv("RINGATTN_CACHE_DIR", str(tmp_path))
-    tuner.cache_clear()
     layout = Layout(Documents([12, 8]), MeshShape())
     x = tensors()
     out = parallel_attention(*x, layout)
     torch.testing.assert_close(out, parallel_attention(*x, layout, backend="reference"), rtol=1e-5, atol=1e-5)
     assert "backend" in "".join(path.read_text() for path in tmp_path.rglob("*.json"))
-    tuner.cache_clear()
 
 
-def test_misspelt_environment_variables_are_told(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_misspelt_environment_variables_are_told(monkeypatch: pytest.MonkeyPatch, fresh_caches: None) -> None:
     monkeypatch.setenv("RINGATTN_BACKENDD", "cpu")
-    warn_of_unknown.cache_clear()
     with pytest.warns(UserWarning, match="RINGATTN_BACKENDD"):
         parallel_attention(*tensors(), LAYOUT)

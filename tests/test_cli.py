@@ -18,6 +18,7 @@ from ringattn.kernels import registry
 from ringattn.kernels.registry import explain
 from ringattn.kernels.spec import CallSpec
 from ringattn.kernels.tuning import tuned_backend
+from tests.caches import clear_caches
 from tests.test_import import ROOT
 
 SMALL = ["--heads", "4/2", "--head-dim", "16", "--device", "cpu"]
@@ -33,7 +34,7 @@ Legend:
 
 
 @pytest.fixture(autouse=True)
-def no_choice(monkeypatch: pytest.MonkeyPatch) -> None:
+def no_choice(monkeypatch: pytest.MonkeyPatch, fresh_caches: None) -> None:
     for name in [name for name in os.environ if name.startswith("RINGATTN_")]:
         monkeypatch.delenv(name)
 
@@ -178,11 +179,10 @@ def test_tune_measures_and_keeps_the_fastest(
     assert main([*argv, "--what", "flex"]) == 1
     assert "No candidate can do this call." in capsys.readouterr().out
 
-    tuned_backend.tuner.cache_clear()
+    clear_caches()
     events = tuned_backend.tuner().listeners
     kinds: list[str] = []
     events.append(lambda event: kinds.append(event.kind))
     spec = CallSpec("cpu", torch.float32, 16, 16, 4, 2)
     assert tuned_backend.tuned_backend(spec, [65, 63]).name == "cpu"
     assert kinds == ["disk"]
-    tuned_backend.tuner.cache_clear()

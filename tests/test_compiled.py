@@ -15,7 +15,7 @@ from torch.utils.checkpoint import checkpoint
 from ringattn import Documents, Layout, Mask, MeshShape, ParallelAttention, parallel_attention
 from ringattn.numbered import by_number
 from ringattn.settings import AttentionOptions
-from tests.features.test_compiled import Layer
+from tests.compiled_layers import Layer, compiled_and_not
 from tests.parallel.ranks import mesh_of
 from tests.pool import Pools
 
@@ -238,3 +238,39 @@ def test_the_operators_are_what_they_declare(sinks: bool) -> None:
     plain = tuple(x.detach() if isinstance(x, Tensor) else x for x in inputs)
     results = torch.ops.ringattn.attend.default(*plain)
     opcheck(torch.ops.ringattn.attend_backward.default, (torch.ones_like(results[0]), *results, *plain))
+
+
+def on_mesh(ring: int, ulysses: int, sinks: bool, window: tuple[int, int]) -> tuple[list, int]:
+    mesh = mesh_of(ring, ulysses)
+    logits = nn.Parameter(torch.randn(4, dtype=torch.float64)) if sinks else None
+    layouts = [Layout(Documents(lengths), mesh) for lengths in ([40, 3, 21], [64], [13, 80, 7], [90, 10])]
+    return compiled_and_not(layouts, ParallelAttention(mesh, mask=Mask(window=window), sinks=logits))
+
+
+@pytest.mark.parametrize(("ring", "ulysses"), [(1, 1), (2, 1), (1, 2), (2, 2)])
+@pytest.mark.parametrize(("sinks", "window"), [(False, (-1, -1)), (True, (9, 0))])
+def test_a_layer_is_one_graph_for_all_lengths(
+    pool: Pools, ring: int, ulysses: int, sinks: bool, window: tuple[int, int]
+) -> None:
+    for pairs, graphs in pool(ring * ulysses).run(on_mesh, ring, ulysses, sinks, window):
+        assert graphs <= 2  # the first, and one for any number of tokens
+        for eager, compiled in pairs:
+            for a, b in zip(eager, compiled, strict=True):
+                torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("mixed", [False, True])
+def test_a_compiled_layer_follows_autocast(mixed: bool) -> None:
+    """Also where rotated queries and keys are wide and values narrow."""
+    layout = Layout(Documents([20, 5]), MeshShape())
+    q, k, v = (torch.randn(25, 2, 8, generator=torch.Generator().manual_seed(0)) for _ in range(3))
+    v = v.bfloat16() if mixed else v
+
+    def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return parallel_attention(q, k, v, layout)
+
+    torch._dynamo.reset()
+    with torch.autocast("cpu", torch.bfloat16):
+        eager, fast = attend(q, k, v), torch.compile(attend, fullgraph=True, backend="aot_eager")(q, k, v)
+    assert eager.dtype == fast.dtype == torch.bfloat16
+    assert torch.equal(eager, fast)

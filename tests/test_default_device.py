@@ -11,6 +11,7 @@ from ringattn.kernels import selftest
 from ringattn.kernels.backends import flex
 from ringattn.kernels.registry import backends
 from ringattn.kernels.spec import Block, Call, CallSpec
+from tests.caches import clear_caches
 
 LENGTHS = [20, 5, 7]
 
@@ -31,10 +32,12 @@ def attended(backend: str, x: torch.Tensor, compiled: bool) -> list[torch.Tensor
 
 @pytest.mark.parametrize("compiled", [False, True])
 @pytest.mark.parametrize("backend", ["cpu", "reference"])
-def test_attention_and_its_layout(backend: str, compiled: bool) -> None:
+def test_attention_and_its_layout_do_not_take_the_default_device(
+    fresh_caches: None, backend: str, compiled: bool
+) -> None:
     x = torch.randn(32, 4, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     expected = attended(backend, x, compiled)
-    selftest.forget()
+    clear_caches()
     with torch.device("meta"):
         found = attended(backend, x, compiled)
     assert len(found) == len(expected) == 5
@@ -56,7 +59,7 @@ def host_tables() -> list[torch.Tensor]:
     ]
 
 
-def test_tables_of_calls_and_layouts() -> None:
+def test_tables_of_calls_and_layouts_are_made_on_the_host() -> None:
     expected = host_tables()
     with torch.device("meta"):
         found = host_tables()
@@ -64,14 +67,13 @@ def test_tables_of_calls_and_layouts() -> None:
     assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
 
 
-def test_self_tests() -> None:
-    selftest.forget()
+def test_self_tests_run_on_the_device_that_they_are_for(fresh_caches: None) -> None:
     with torch.device("meta"):
         assert selftest.failure(backends()["cpu"], CallSpec("cpu", torch.float32, 8, 8, 2, 1)) is None
 
 
 @pytest.mark.parametrize("name", ["lengths", "cu_seqlens", "position_ids", "segment_ids"])
-def test_documents(name: str) -> None:
+def test_documents_are_read_on_the_host(name: str) -> None:
     make: dict[str, Any] = {
         "lengths": lambda: Documents([2, 3]),
         "cu_seqlens": lambda: Documents.from_cu_seqlens([0, 2, 5]),
@@ -82,7 +84,7 @@ def test_documents(name: str) -> None:
         assert make[name]().lengths == (2, 3)
 
 
-def test_batches() -> None:
+def test_batches_are_made_on_the_host() -> None:
     pytest.importorskip("transformers")
     from ringattn.hf import shard_batch
 

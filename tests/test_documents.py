@@ -37,7 +37,7 @@ def spread(lengths: list[int], gaps: list[int]) -> Documents:
 
 
 @given(LENGTHS)
-def test_end_to_end(lengths: list[int]) -> None:
+def test_documents_lie_end_to_end(lengths: list[int]) -> None:
     documents = Documents(lengths)
     assert documents.lengths == tuple(lengths)
     assert documents.total == sum(lengths)
@@ -145,7 +145,7 @@ def test_position_ids_that_count_from_two() -> None:
 
 
 @given(st.lists(st.tuples(st.integers(0, 3), st.integers(0, 4), st.integers(0, 3)), min_size=1, max_size=4))
-def test_padding_mask(parts: list[tuple[int, int, int]]) -> None:
+def test_padding_masks_are_read_row_by_row(parts: list[tuple[int, int, int]]) -> None:
     width = max(sum(part) for part in parts)
     rows = [[0] * left + [1] * tokens + [0] * (width - left - tokens) for left, tokens, _ in parts]
     documents = Documents.from_padding_mask(torch.tensor(rows, dtype=torch.int64).view(len(rows), width))
@@ -182,7 +182,7 @@ def test_dense_is_same_document(lengths: list[int], gaps: list[int]) -> None:
     assert torch.equal(documents.dense(Mask()), same.tril())
 
 
-def test_value_semantics() -> None:
+def test_documents_are_values() -> None:
     documents = Documents([3, 0, 2], total=7)
     assert documents == Documents(torch.tensor([3, 0, 2]), total=7)
     assert hash(documents) == hash(Documents((3, 0, 2), total=7))

@@ -8,13 +8,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ringattn import Documents, Layout, Mask, MeshShape
-from ringattn.drawing import check_drawing, draw_plan, lightened, mask_image, rank_colours, shown_ranks
+from ringattn.drawing import area, check_drawing, draw_plan, lightened, mask_image, picture, rank_colours, shown_ranks
 from ringattn.parallel.machine.shipped import SHIPPED
 from ringattn.parallel.plan.shape import Shape
 from ringattn.parallel.planning.all_ranks import plan_group
+from ringattn.parallel.planning.planner import plan_attention
 from ringattn.parallel.simulation.simulate import simulate
 from ringattn.parallel.simulation.spans import Pass, Span
 from ringattn.settings import AttentionOptions
+from tests.strategies import documents, masks
 
 MASKS = [Mask(), Mask(causal=False), Mask(window=(7, 0)), Mask(causal=False, window=(3, 5)), Mask(chunk=9)]
 
@@ -98,3 +100,29 @@ def test_refusals_name_the_file_and_the_extra(monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     with pytest.raises(ValueError, match=r"pip install 'ringattn\[draw\]'"):
         check_drawing("plan.png")
+
+
+@given(
+    docs=documents(longest=20, most=4),
+    mask=masks,
+    ring=st.integers(1, 4),
+    policy=st.sampled_from(["contiguous", "zigzag", "balanced"]),
+    scheme=st.sampled_from(["gather", "joint", "ring"]),
+)
+def test_the_picture_of_a_plan_is_its_mask(docs: Documents, mask: Mask, ring: int, policy: str, scheme: str) -> None:
+    """Every pair once; and the areas of the ranks add up to the mask's."""
+    layouts = [Layout(docs, MeshShape(1, ring, 1, rank), policy, mask) for rank in range(ring)]
+    options = AttentionOptions(mask, scheme=scheme if ring > 1 else "auto")
+    plans = [plan_attention(layout, Shape(4, 2, 128, 128), options) for layout in layouts]
+    dense = docs.dense(mask)
+    lines = picture(plans, docs.total).splitlines() if docs.total else []
+    assert [[sign != "." for sign in line] for line in lines] == dense.tolist()
+    assert sum(area(plan) for plan in plans) == int(dense.sum())
+
+
+def test_the_picture_shows_the_stages() -> None:
+    """Two ranks, one document, contiguous: the second receives the keys of the first."""
+    layouts = [Layout(Documents([6]), MeshShape(1, 2, 1, rank), "contiguous") for rank in range(2)]
+    plans = [plan_attention(layout, Shape(4, 2, 128, 128), AttentionOptions(scheme="ring")) for layout in layouts]
+    assert picture(plans, 6).split() == ["0.....", "00....", "000...", "1110..", "11100.", "111000"]
+    assert [area(plan) for plan in plans] == [6, 15]

@@ -24,3 +24,12 @@ def test_import_works_without_the_optional_packages() -> None:
 def test_import_joins_no_process_group_and_touches_no_device() -> None:
     statement = "import torch, ringattn, torch.distributed as d; print(d.is_initialized(), torch.cuda.is_initialized())"
     assert loaded(statement) == {"False"}
+
+
+def test_import_loads_no_optional_package() -> None:
+    """Whatever torch itself loads is not ours to forbid (a CUDA build may load triton)."""
+    statement = LOOK.replace("import sys, ringattn;", "import sys, ringattn.kernels.registry;")
+    ours = loaded(statement) - loaded(statement.replace("ringattn.kernels.registry", "torch"))
+    assert "ringattn" in ours
+    forbidden = {"flash_attn", "flash_attn_interface", "transformers", "deepspeed", "hydra", "omegaconf", "triton"}
+    assert not ours & (forbidden | {"matplotlib", "tensorboard", "tqdm", "xformers", "torch_npu"})

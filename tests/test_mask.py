@@ -68,7 +68,7 @@ def test_every_query_sees_itself(mask: Mask, length: int) -> None:
     assert mask.band.hi is None or mask.band.hi >= 0
 
 
-def test_bands() -> None:
+def test_bands_say_which_side_of_a_window_is_open() -> None:
     assert Mask().band == Band(None, 0)
     assert Mask(causal=False).band == Band(None, None)
     assert Mask(window=(7, -1)).band == Band(-7, 0)
@@ -78,7 +78,7 @@ def test_bands() -> None:
     assert Mask(chunk=4).band == Mask().band
 
 
-def test_value_semantics() -> None:
+def test_masks_are_values() -> None:
     assert Mask(window=[2, 0]) == Mask(window=(2, 0))  # type: ignore[arg-type]
     assert hash(Mask(window=[2, 0])) == hash(Mask(window=(2, 0)))  # type: ignore[arg-type]
     assert str(Mask()) == "causal"
@@ -108,3 +108,41 @@ def test_refusals_name_the_argument_and_the_value(arguments: dict[str, Any], mes
     with pytest.raises(ValueError, match=re.escape(message)) as caught:
         Mask(**arguments)
     assert str(caught.value).startswith(f"{next(iter(arguments))} must be")
+
+
+@pytest.mark.parametrize(
+    ("system", "given", "causal", "window", "tokens"),
+    [
+        ("transformers", 4, True, (3, 0), 4),
+        ("transformers", 4, False, (3, 3), 7),
+        ("FlashAttention", (4, 0), True, (4, 0), 5),
+        ("FlashAttention", (4, 2), False, (4, 2), 7),
+        ("ejkernel", 4, True, (4, 0), 5),
+        ("ejkernel", 4, False, (4, 4), 9),
+        ("ejkernel", (4, 2), False, (4, 2), 7),
+    ],
+)
+def test_windows_of_other_systems_are_those_of_the_table(
+    system: str, given: Any, causal: bool, window: tuple[int, int], tokens: int
+) -> None:
+    """The table in `Mask`, and how many keys a query far from both ends sees. The systems' own rules are spelt out."""
+    rules = {
+        "transformers": lambda far: (far < given) & (far > (-1 if causal else -given)),
+        "FlashAttention": lambda far: (far <= given[0]) & (-far <= given[1]),
+        "ejkernel": lambda far: (
+            (far <= given) & (-far <= (0 if causal else given))
+            if isinstance(given, int)
+            else (far <= given[0]) & (-far <= given[1])
+        ),
+    }
+    place = torch.arange(30)
+    allowed = rules[system](place[:, None] - place[None, :])
+    assert allowed[15].sum() == tokens
+    assert torch.equal(Mask(causal, window).dense(30), allowed)
+    assert system in (Mask.__doc__ or "")
+
+
+def test_negative_sides_are_refused_and_zero_is_a_window() -> None:
+    with pytest.raises(ValueError, match="window must be a pair"):
+        Mask(window=(-2, 0))
+    assert Mask(window=(0, 0)).dense(5).sum() == 5  # where ejkernel's Triton kernel means none

@@ -28,11 +28,11 @@ def test_draws_follow_the_shares():
         for length in (histogram.draw(random) for _ in range(10_000))
     )
     total = sum(weight for *_, weight in histogram.bins)
-    for bin_ in histogram.bins:
+    for bin_ in histogram.bins:  # three standard deviations of the largest share
         assert drawn[bin_] / 10_000 == pytest.approx(bin_[2] / total, abs=0.015)
 
 
-def test_files_of_lengths(tmp_path):
+def test_lengths_are_read_from_files(tmp_path):
     path = tmp_path / "lengths.txt"
     path.write_text("# a pack\n70001, 512 0\n\n33  # the last\n")
     assert read_lengths(path) == [70001, 512, 0, 33]

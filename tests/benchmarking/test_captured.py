@@ -48,7 +48,7 @@ def test_variants_are_keywords_of_attention() -> None:
             _options("gather:2x1", [wrong])
 
 
-def test_names(pool: Pools) -> None:
+def test_a_name_says_what_is_captured_and_what_is_a_peer(pool: Pools) -> None:
     names = ["gather:2x1+narrow", "gather:2x1+narrow+graph", "rfa-llama3:1+graph"]
     for found in pool(2, "cpu").run(listed, names, False):
         assert found == [
@@ -252,7 +252,7 @@ def on_devices(names: list[str]) -> list[Result]:
         pytest.param(2, ["gather:2x1", "ring:2x1", "ulysses:1x2", "plain-ulysses"], marks=pytest.mark.gpu(2)),
     ],
 )
-def test_graphs_of_devices(pool: Pools, ranks: int, names: list[str]) -> None:
+def test_replays_on_devices_compute_what_plain_steps_do(pool: Pools, ranks: int, names: list[str]) -> None:
     for results in pool(ranks, "cuda").run(on_devices, names, timeout=300):
         by_name = {result.contestant: result for result in results[3:]}
         assert results[2].failure.startswith("cannot be captured")

@@ -24,7 +24,7 @@ def functions(backend: str) -> dict:
 
 @pytest.mark.parametrize("backend", ["reference", "cpu"])
 @pytest.mark.parametrize("window", [(-1, -1), (5, 0)])
-def test_packed_documents(backend: str, window: tuple[int, int]) -> None:
+def test_packed_documents_are_exact_forward_and_backward(backend: str, window: tuple[int, int]) -> None:
     case = Case(Documents([9, 30, 1, 17]), Mask(window=window), heads=(4, 2))
     x, expected, named = case.tensors(), dense_attention(case), functions(backend)
     cu = torch.tensor([0, *accumulate(case.docs.lengths)], dtype=torch.int32)

@@ -175,7 +175,7 @@ def test_pictures_go_to_new_folders(command: str, tmp_path: Path, monkeypatch: p
     ],
 )
 @pytest.mark.parametrize("command", ["plan", "simulate"])
-def test_files_of_lengths(
+def test_files_that_hold_no_lengths_are_refused_by_name(
     command: str, content: bytes | None, words: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     path = tmp_path / "lengths"
@@ -195,7 +195,9 @@ def test_lengths_of_more_tokens_than_areas_can_count(tmp_path: Path, capsys: pyt
 
 
 @pytest.mark.parametrize("content", [b"\xff", b"{}", b"[]", b"10 20"])
-def test_files_of_machines(content: bytes, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_files_that_hold_no_machine_are_refused_by_name(
+    content: bytes, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     path = tmp_path / "machine.json"
     path.write_bytes(content)
     for command in ("plan", "simulate"):

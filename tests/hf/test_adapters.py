@@ -25,7 +25,7 @@ TOLERANCE = 1e-5
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_exact(pool: Pools, case: str) -> None:
+def test_every_exact_type_is_exact(pool: Pools, case: str) -> None:
     if case in NEEDS and importlib.util.find_spec(NEEDS[case]) is None:
         pytest.skip(f"{NEEDS[case]} is not installed")
     for errors in pool(2).run(measured, case):
@@ -74,7 +74,7 @@ def test_the_table_is_of_this_list() -> None:
 
 
 @pytest.mark.parametrize("kind", TOKEN_MASKS)
-def test_masks_over_tokens(kind: str) -> None:
+def test_masks_over_tokens_have_a_row_for_each(kind: str) -> None:
     """What is drawn has a row for each token, and so may be drawn apart on every rank."""
     model = adapted(kind, **{**TARGETS, **CASES[kind], TOKEN_MASKS[kind]: 0.5}).train()
     shapes: list[torch.Size] = []

@@ -74,7 +74,7 @@ def injected() -> Errors:
     return differences(run(widened(inject_adapter_in_model(config_of("LORA", r=4, **TARGETS), model))), truth)
 
 
-def test_injected(pool: Pools) -> None:
+def test_adapters_injected_without_a_wrapper_are_exact(pool: Pools) -> None:
     assert within(pool(2).run(injected))
 
 
@@ -95,7 +95,7 @@ def switched() -> list[Errors]:
     return [*errors, differences(run(model), truths[1])]
 
 
-def test_switched(pool: Pools) -> None:
+def test_adapters_are_exact_after_each_switch(pool: Pools) -> None:
     for errors in pool(2).run(switched):
         assert within(errors), errors
 
@@ -230,7 +230,7 @@ def experts(folder: str) -> None:
         widened(adapted("LORA", r=4, **TARGETS), seed).save_pretrained(str(Path(folder, name)))
 
 
-def test_arrow(pool: Pools, tmp_path: Path) -> None:
+def test_arrow_routes_among_experts_as_one_rank_does(pool: Pools, tmp_path: Path) -> None:
     pool(1).run(experts, str(tmp_path))
     assert within(pool(2).run(routed, str(tmp_path)))
 
@@ -274,7 +274,7 @@ def deeper(when: str) -> None:
     model(**local_batch())
 
 
-def test_copied_layers(pool: Pools) -> None:
+def test_copied_layers_need_configurations_of_their_own(pool: Pools) -> None:
     pool(2).run(deeper, "mended")
     with pytest.raises(
         NotImplementedError, match=r"LlamaAttention at model.layers.4.self_attn with a configuration of"

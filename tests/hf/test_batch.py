@@ -15,7 +15,7 @@ from ringattn.hf.metadata import documents_of
 ONE = MeshShape()
 X = IGNORE_INDEX
 
-# FEATURES D: position ids that mislead transformers' detectors. Lengths, or words of the error.
+# Position ids that mislead transformers' detectors. Lengths, or words of the error.
 POSITIONS: dict[str, tuple[Any, tuple[int, ...] | str]] = {
     "whole": ([0, 1, 2, 3, 4, 0, 1, 2, 3], (5, 4)),
     "contiguous shard": ([8, 9, 10, 11], "must start with first = 0"),
@@ -47,7 +47,7 @@ def batch_of(positions: Any, **more: Any) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("name", POSITIONS)
-def test_position_ids(name: str) -> None:
+def test_position_ids_that_mislead_are_read_right_or_refused(name: str) -> None:
     positions, expected = POSITIONS[name]
     batch = batch_of(positions)
     if isinstance(expected, str):

@@ -41,7 +41,7 @@ def few(family: str, name: str, reentrant: bool | None) -> Any:
 
 @pytest.mark.parametrize("name", FEW)
 @pytest.mark.parametrize("family", ["llama", "gpt_oss", "gemma4_text", "llama4_text", "opt"])
-def test_few_tokens(pool: Pools, family: str, name: str) -> None:
+def test_few_tokens_are_exact_on_many_ranks(pool: Pools, family: str, name: str) -> None:
     for errors in pool(4).run(few, family, name, None):
         assert errors.within(1e-5), errors
 
@@ -135,6 +135,6 @@ def compiled() -> Any:
         handle.undo()
 
 
-def test_compiled_layers(pool: Pools) -> None:
+def test_compiled_layers_take_ranks_without_tokens(pool: Pools) -> None:
     for errors in pool(4).run(compiled, timeout=300.0):
         assert errors.within(1e-5), errors

@@ -39,7 +39,7 @@ def undone() -> None:
     parallelize(model, mesh_of(1, 1)).undo()  # and again
 
 
-def test_undo(pool: Pools) -> None:
+def test_undo_leaves_the_model_as_it_was(pool: Pools) -> None:
     pool(1).run(undone)
 
 
@@ -252,5 +252,5 @@ def copied() -> None:
     assert not any(module._forward_hooks or module._forward_pre_hooks for module in other.modules())
 
 
-def test_copies_work(pool: Pools) -> None:
+def test_a_copied_model_has_a_handle_of_its_own(pool: Pools) -> None:
     pool(1).run(copied)

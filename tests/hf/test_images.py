@@ -125,7 +125,7 @@ def logits_of(case: str) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_embeddings(pool: Pools, case: str) -> None:
+def test_embeddings_are_taken_exactly_or_refused_on_both_ranks(pool: Pools, case: str) -> None:
     *_, error, words = CASES[case]
     if error is None:
         for truth, found in pool(2).run(logits_of, case):
@@ -136,7 +136,7 @@ def test_embeddings(pool: Pools, case: str) -> None:
     assert "failed too" in str(refusal.value.__cause__)  # on both ranks, wherever the image is
 
 
-def test_what_models_need() -> None:
+def test_what_embeddings_lack_is_read_from_the_model() -> None:
     """Read from the models themselves: what transformers' own say."""
     needs = {name: embedding_needs(make()) for name, make in MODELS.items()}
     assert needs["gemma3"].marks == "token_type_ids"

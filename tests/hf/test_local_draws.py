@@ -204,7 +204,7 @@ def mean_loss(parallel: bool) -> tuple[float, float]:
     return found.mean().item(), found.std().item() / 200**0.5
 
 
-def test_the_expected_loss(pool: Pools) -> None:
+def test_dropout_on_two_ranks_has_the_expected_loss_of_one(pool: Pools) -> None:
     (alone, error), (together, other_error) = pool(1).run(mean_loss, False)[0], pool(2).run(mean_loss, True)[0]
     assert together == pytest.approx(alone, abs=3 * (error**2 + other_error**2) ** 0.5)
     assert other_error == pytest.approx(error, rel=0.3)
@@ -260,7 +260,7 @@ def noisy_embeddings(when: str) -> None:
 
 
 @pytest.mark.parametrize("when", ["before", "after"])
-def test_neftune(pool: Pools, when: str) -> None:
+def test_neftune_is_refused(pool: Pools, when: str) -> None:
     with pytest.raises(NotImplementedError, match=r"GPT2LMHeadModel has neftune_noise_alpha=5.0"):
         pool(2).run(noisy_embeddings, when)
 

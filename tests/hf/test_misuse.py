@@ -71,7 +71,7 @@ def misused(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", CALLS)
-def test_calls(pool: Pools, name: str) -> None:
+def test_calls_that_would_not_be_exact_are_refused(pool: Pools, name: str) -> None:
     _, error, words = CALLS[name]
     with pytest.raises(error, match=words):
         pool(1).run(misused, name)
@@ -122,7 +122,7 @@ def parallelized(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_models(pool: Pools, name: str) -> None:
+def test_models_that_would_not_be_exact_are_refused_by_name(pool: Pools, name: str) -> None:
     *_, error, words = MODELS[name]
     with pytest.raises(error, match=words):
         pool(1).run(parallelized, name)
@@ -136,7 +136,7 @@ def dropout() -> None:
     model(**good())
 
 
-def test_attention_dropout(pool: Pools) -> None:
+def test_a_model_with_attention_dropout_is_refused(pool: Pools) -> None:
     with pytest.raises(NotImplementedError, match=r"LlamaAttention asks for an attention dropout of 0.1"):
         pool(1).run(dropout)
 
@@ -232,6 +232,6 @@ def custom_mask(kind: str) -> None:
 
 
 @pytest.mark.parametrize("kind", ["or", "and", "blocks"])
-def test_custom_masks(pool: Pools, kind: str) -> None:
+def test_custom_masks_are_refused(pool: Pools, kind: str) -> None:
     with pytest.raises(NotImplementedError, match="asks for a"):
         pool(1).run(custom_mask, kind)

@@ -85,7 +85,7 @@ def pickled(family: str) -> list[float]:
 
 
 @pytest.mark.parametrize("family", ["llama", "gemma2"])
-def test_pickled(pool: Pools, family: str) -> None:
+def test_a_pickled_model_computes_the_same_losses(pool: Pools, family: str) -> None:
     for losses in pool(2).run(pickled, family):
         assert losses == pytest.approx([losses[0]] * 5, rel=1e-6)
 
@@ -103,5 +103,5 @@ def written() -> bytes:
     return pickle.dumps(model)
 
 
-def test_read_without_ranks(pool: Pools) -> None:
+def test_a_model_written_by_ranks_is_read_without_them(pool: Pools) -> None:
     assert read_elsewhere(pool(2).run(written)[0]) == pytest.approx(float(alone(fresh(), FORM).loss), rel=1e-6)

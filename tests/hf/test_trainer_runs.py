@@ -2,7 +2,7 @@
 
 import contextlib
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -61,12 +61,18 @@ def test_options_of_training(pool: Pools, data: int, tmp_path: Path) -> None:
     assert [step for step, _ in expected["many"]["loss"]] == [2, 4]
 
 
+def assert_rounded(found: dict[str, Any], alone: dict[str, Any], exact: dict[str, Any], keys: Sequence[str]) -> None:
+    """Ranks of a sequence round as one process does, and not as one that does not round."""
+    for key in keys:
+        values, expected, others = ([value for _, value in run[key]] for run in (found, alone, exact))
+        assert values == pytest.approx(expected, rel=3e-4)  # weights drift apart from step to step
+        assert all(value != other for value, other in zip(values, others, strict=True))
+
+
 def test_bf16(pool: Pools, tmp_path: Path) -> None:
-    exact = pool(1).run(trained, str(tmp_path), 1, 1, {})[0]
+    exact, alone = (pool(1).run(trained, str(tmp_path), 1, 1, changes)[0] for changes in ({}, {"bf16": True}))
     for found in pool(2).run(trained, str(tmp_path), 1, 2, {"bf16": True}):
-        for (_, loss), (_, expected) in zip(found["loss"], exact["loss"], strict=True):
-            assert loss == pytest.approx(expected, rel=1e-2)
-            assert loss != expected
+        assert_rounded(found, alone, exact, ["loss"])
 
 
 def evaluated(folder: str, ring: int, changes: dict[str, Any]) -> float:
@@ -75,9 +81,9 @@ def evaluated(folder: str, ring: int, changes: dict[str, Any]) -> float:
 
 @pytest.mark.parametrize("option", ["bf16_full_eval", "fp16_full_eval"])
 def test_evaluation_in_half_precision(pool: Pools, option: str, tmp_path: Path) -> None:
-    exact = pool(1).run(evaluated, str(tmp_path), 1, {})[0]
+    exact, alone = (pool(1).run(evaluated, str(tmp_path), 1, changes)[0] for changes in ({}, {option: True}))
     for found in pool(2).run(evaluated, str(tmp_path), 2, {option: True}):
-        assert found == pytest.approx(exact, rel=1e-2)
+        assert found == pytest.approx(alone, rel=1e-4)
         assert found != exact
 
 
@@ -235,9 +241,9 @@ def test_deepspeed(pool: Pools, stage: int, tmp_path: Path) -> None:
         assert found_loss == pytest.approx(loss, rel=2e-5)
 
 
-def scaled(folder: str) -> dict[str, Any]:
+def scaled(folder: str, ring: int) -> dict[str, Any]:
     """What fp16=True does, which Accelerate does on GPUs only: autocast to float16 and a scaled loss."""
-    trainer = trainer_of(mesh(1, 2), folder, STEPS | {"per_device_train_batch_size": 2}, train_dataset=Rows(6))
+    trainer = trainer_of(mesh(1, ring), folder, STEPS | {"per_device_train_batch_size": 2}, train_dataset=Rows(6))
     trainer.accelerator.state._mixed_precision = "fp16"
     trainer.accelerator.native_amp, trainer.accelerator.scaler = True, torch.amp.GradScaler("cpu")
     try:
@@ -250,11 +256,9 @@ def scaled(folder: str) -> dict[str, Any]:
 
 def test_fp16(pool: Pools, tmp_path: Path) -> None:
     exact = pool(1).run(trained, str(tmp_path), 1, 1, {})[0]
-    for found in pool(2).run(scaled, str(tmp_path)):
-        for key in ("loss", "norm"):
-            for (_, value), (_, expected) in zip(found[key], exact[key], strict=True):
-                assert value == pytest.approx(expected, rel=1e-2)
-                assert value != expected
+    alone = pool(1).run(scaled, str(tmp_path), 1)[0]
+    for found in pool(2).run(scaled, str(tmp_path), 2):
+        assert_rounded(found, alone, exact, ["loss", "norm"])
 
 
 def misplaced(folder: str) -> str:

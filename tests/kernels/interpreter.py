@@ -29,7 +29,7 @@ def run_interpreted(file: str, passed: int) -> None:
 @cache
 def _of_all_files() -> str:
     """One process for the files of this folder that call `run_interpreted`: its start takes longer than most tests."""
-    files = [str(path) for path in sorted(Path(__file__).parent.glob("test_*.py")) if CALL in path.read_text()]
+    files = [str(path) for path in sorted(Path(__file__).parent.rglob("test_*.py")) if CALL in path.read_text()]
     command = [sys.executable, "-m", "pytest", "-vv", "-p", "no:cacheprovider", "--continue-on-collection-errors"]
     environment = {**os.environ, "TRITON_INTERPRET": "1", "CI": "1", "COLUMNS": "300"}
     done = subprocess.run(

@@ -157,7 +157,7 @@ def test_in_place_on_views_and_nowhere_else(kernel: Merge, device: str) -> None:
 
 
 @pytest.mark.parametrize(("kernel", "device"), KERNELS)
-def test_no_rows(kernel: Merge, device: str) -> None:
+def test_no_rows_are_merged_without_an_error(kernel: Merge, device: str) -> None:
     acc, acc_lse = fresh((0, 2, 64), device)
     kernel(acc, acc_lse, acc.clone(), acc_lse.clone(), acc)
 

@@ -10,28 +10,22 @@ from typing import Any
 import pytest
 import torch
 
-from ringattn.kernels.backends import fa2, fa3, fa4, npu, xpu
+from ringattn.kernels.backends import fa2, fa3, fa4, flex, npu, xpu
 from ringattn.kernels.probing import parameters, require
-from tests.kernels import fakes
+from ringattn.kernels.spec import Backend
+from tests.caches import clear_caches
+from tests.kernels.backends import fakes
 
-LOADED = (fa2, fa3, fa4, npu)
 
-
-def empty_site(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+@pytest.fixture(autouse=True)
+def site(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fresh_caches: None) -> Path:
     """An empty site-packages, in which nothing of the real one is seen."""
-    for module in LOADED:
-        module._kernels.cache_clear()
     for name in [name for name in sys.modules if name.partition(".")[0] in ("flash_attn", "torch_npu", "xformers")]:
         monkeypatch.delitem(sys.modules, name)
     monkeypatch.setattr(sys, "path", [str(tmp_path), *(x for x in sys.path if "-packages" not in x)])
     monkeypatch.delenv(fa3.LIBRARY, raising=False)
     importlib.invalidate_caches()
-    yield tmp_path
-    for module in LOADED:
-        module._kernels.cache_clear()
-
-
-site = pytest.fixture(autouse=True)(empty_site)
+    return tmp_path
 
 
 def install(site: Path, distribution: str, version: str = "2.8.3") -> None:
@@ -105,8 +99,7 @@ class Libraries:
         self.operators = fakes.fa3([])
 
     def unload(self) -> None:
-        fa3._kernels.cache_clear()
-        fa3._own_name.cache_clear()
+        clear_caches()
         if self.operators is not None:
             self.operators._destroy()
         for name in ("fwd", "bwd"):
@@ -165,3 +158,47 @@ def test_npu_and_xpu_say_what_they_need(monkeypatch: pytest.MonkeyPatch) -> None
     monkeypatch.setattr(torch.xpu, "is_available", lambda: True)
     monkeypatch.setattr(torch._C, "_dispatch_has_kernel_for_dispatch_key", lambda name, key: "backward" not in name)
     assert "has no _scaled_dot_product_flash_attention_backward on XPU" in (xpu.XpuFlash().missing() or "")
+
+
+def test_a_failed_load_is_tried_again(monkeypatch: pytest.MonkeyPatch, site: Path) -> None:
+    for distribution in ("flash-attn", "flash-attn-4"):
+        install(site, distribution)
+    for backend in (fa2.FlashAttention2(), fa4.FlashAttention4()):
+        assert "is installed but cannot be imported: ModuleNotFoundError" in (backend.missing() or "")
+    both_modules(monkeypatch)
+    for backend in (fa2.FlashAttention2(), fa4.FlashAttention4()):
+        assert backend.missing() is None
+
+
+@pytest.mark.parametrize(
+    ("distribution", "found", "other"),
+    [("flash-attn-4", fa4.FlashAttention4(), fa2.FlashAttention2()), ("flash-attn", fa2.FlashAttention2(), None)],
+)
+def test_the_distribution_decides(
+    monkeypatch: pytest.MonkeyPatch, site: Path, distribution: str, found: Backend, other: Backend | None
+) -> None:
+    both_modules(monkeypatch)
+    other = other or fa4.FlashAttention4()
+    assert "is not installed: pip install" in (found.missing() or "")
+    install(site, distribution)
+    assert found.missing() is None
+    assert "is not installed: pip install" in (other.missing() or "")
+
+
+def test_the_signature_decides_too(monkeypatch: pytest.MonkeyPatch, site: Path) -> None:
+    for distribution in ("flash-attn", "flash-attn-4"):
+        install(site, distribution)
+    both_modules(monkeypatch)
+    monkeypatch.setattr("flash_attn.flash_attn_interface._flash_attn_varlen_forward", lambda q, k, v, window_size: None)
+    reason = fa2.FlashAttention2().missing() or ""
+    assert "is installed but its _flash_attn_varlen_forward lacks" in reason
+    assert "window_size_left" in reason
+    monkeypatch.delattr("flash_attn.cute.interface._flash_attn_bwd")
+    assert "_flash_attn_bwd is missing" in (fa4.FlashAttention4().missing() or "")
+
+
+def test_an_older_torch_is_told_by_what_it_lacks(monkeypatch: pytest.MonkeyPatch) -> None:
+    from torch.nn.attention import flex_attention
+
+    monkeypatch.delattr(flex_attention, "AuxRequest", raising=False)
+    assert "has no FlexAttention that returns its log-sum-exp" in (flex.FlexAttention().missing() or "")

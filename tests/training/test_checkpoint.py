@@ -37,7 +37,7 @@ def names(root):
     return sorted(path.name for path in root.iterdir())
 
 
-def test_newest_and_keep(tmp_path):
+def test_the_newest_checkpoints_are_found_and_kept(tmp_path):
     root = tmp_path / "checkpoints"
     assert newest_checkpoint(root) is None
     for step in (5, 10, 100, 15):

@@ -189,7 +189,7 @@ def test_many_processes_at_once(tmp_path):
     assert all(read_all(corpus) == [b"shared " * 1000] for corpus in found)
 
 
-def test_local_tokenizer(tmp_path):
+def test_a_tokenizer_is_read_from_a_folder(tmp_path):
     tokenizers = pytest.importorskip("tokenizers")
     transformers = pytest.importorskip("transformers")
     words = {"[UNK]": 0, "</s>": 1, **{f"w{i}": i + 2 for i in range(300)}}
@@ -204,7 +204,7 @@ def test_local_tokenizer(tmp_path):
     assert corpus.tokens.dtype == np.uint16
 
 
-def test_refusals(tmp_path):
+def test_files_that_cannot_be_read_are_named_with_their_line(tmp_path):
     with pytest.raises(ValueError, match=r"data.files: .*nothing.*matches no file"):
         matching_files([str(tmp_path / "nothing*")])
     bad = tmp_path / "bad.jsonl"

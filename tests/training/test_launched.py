@@ -29,7 +29,7 @@ def test_torchrun_comes_first_also_under_slurm():
     )  # fmt: skip
 
 
-def test_srun():
+def test_tasks_of_srun_know_their_place():
     launch = detect(SLURM)
     assert (launch.kind, launch.rank, launch.world_size, launch.local_rank, launch.ranks_per_node) == (
         "slurm", 9, 16, 1, 8,
@@ -52,7 +52,7 @@ def test_export_gives_what_init_process_group_reads():
     assert detect(environ).rank == 9
 
 
-def test_refusals():
+def test_variables_that_are_missing_or_differ_are_named():
     with pytest.raises(ValueError, match="MASTER_ADDR, MASTER_PORT"):
         detect({"RANK": "0", "WORLD_SIZE": "2"})
     with pytest.raises(ValueError, match=r"8\(x3\),4"):
@@ -63,11 +63,11 @@ def test_refusals():
     ("nodes", "host"),
     [("gpu[003-008,012],login", "gpu003"), ("a,b", "a"), ("node7", "node7"), ("r[1,4]n-x", "r1n-x")],
 )
-def test_first_host(nodes, host):
+def test_the_first_host_of_a_node_list(nodes, host):
     assert first_host(nodes) == host
 
 
-def test_one_process_speaks():
+def test_only_the_first_rank_speaks():
     assert is_first({})
     assert is_first(TORCHRUN | {"RANK": "0"})
     assert not is_first(TORCHRUN)

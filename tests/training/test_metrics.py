@@ -55,7 +55,7 @@ def test_the_line_for_people_has_the_numbers():
     assert metrics(2).line(120, 3725).endswith("1:02:05 left")
 
 
-def test_flops_by_hand():
+def test_the_operations_of_a_step_are_those_counted_by_hand():
     transformers = pytest.importorskip("transformers")
     from ringattn.training.models import empty_model
 
@@ -75,7 +75,7 @@ def test_windows_count_their_own_area():
     assert flops(4, [4]) == 3 * 4 * (10 + 7)
 
 
-def test_peak_by_name():
+def test_the_peak_of_a_device_is_found_by_its_name():
     assert peak_flops("NVIDIA H200") == 989e12
     assert peak_flops("NVIDIA H100 PCIe") == 756e12
     assert peak_flops("abacus") is None
@@ -85,7 +85,7 @@ def test_smoothing_has_no_bias_at_the_start():
     assert smoothed([3.0, 3.0, 3.0]) == pytest.approx([3.0, 3.0, 3.0])
 
 
-def test_picture(tmp_path):
+def test_a_loss_curve_is_drawn_even_of_no_step(tmp_path):
     pytest.importorskip("matplotlib")
     path = tmp_path / "loss.png"
     plot_loss([{"step": i, "loss": 5.0 / i} for i in range(1, 30)], path, "tiny on stdlib")

@@ -30,7 +30,7 @@ def configured(name: str):
 
 
 @pytest.mark.parametrize(("name", "billions"), [("tiny", 0.0021), ("llama_8b", 8.03), ("qwen3_8b", 8.19)])
-def test_sizes(name, billions):
+def test_models_have_the_parameters_that_their_names_say(name, billions):
     config = configured(name)
     model = empty_model(config)
     assert sum(p.numel() for p in model.parameters()) / 1e9 == pytest.approx(billions, rel=2e-3)

@@ -18,7 +18,7 @@ def found(root: Path, *patterns: str) -> list[str]:
     return [path.relative_to(root).as_posix() for path in matching_files([str(root / pattern) for pattern in patterns])]
 
 
-def test_folders_and_patterns(tmp_path):
+def test_folders_and_patterns_find_files_in_order(tmp_path):
     tree(tmp_path, "a.txt", "b/c.txt", "b/d.md", "b/e/f.txt", "ü/日本.txt")
     assert found(tmp_path, "") == ["a.txt", "b/c.txt", "b/d.md", "b/e/f.txt", "ü/日本.txt"]
     assert found(tmp_path, "*.txt", "b/*") == ["a.txt", "b/c.txt", "b/d.md"]
@@ -65,7 +65,7 @@ def test_a_name_that_looks_like_a_pattern(tmp_path):
 
 
 @pytest.mark.parametrize("pattern", ["nothing*", "nothing", "nothing/**/*.txt", "empty", ".hidden*"])
-def test_what_matches_nothing(pattern, tmp_path):
+def test_a_pattern_that_matches_nothing_is_named(pattern, tmp_path):
     (tmp_path / "empty").mkdir()
     with pytest.raises(ValueError, match=r"data\.files: '.*' matches no file") as error:
         found(tmp_path, pattern)

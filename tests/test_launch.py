@@ -1,4 +1,5 @@
-"""The launch scripts, with stand-ins for pip, SLURM and torchrun: what they call, with what, and how they fail."""
+"""The launch scripts, with stand-ins for pip, SLURM and `ringattn train`: what they call, with what, and how they
+fail."""
 
 import os
 import signal
@@ -28,10 +29,12 @@ case "$*" in
     "-m venv"*) mkdir -p "${{@: -1}}/bin" && cp "$0" "${{@: -1}}/bin/python"; echo "venv" >>"$CALLS" ;;
     "-m pip"*) echo "pip ${{*:3}}" >>"$CALLS"
         case "$*" in *"${{PIP_FAILS_ON:-nothing}}"*) echo "pip: no such thing"; exit 1 ;; esac ;;
-    "-m torch.distributed.run"*)
-        echo "torchrun ${{*:3}} OMP=$OMP_NUM_THREADS" >>"$CALLS"; exit "${{TORCHRUN_EXIT:-0}}" ;;
+    "-m ringattn train"*)
+        echo "train ${{*:4}}" >>"$CALLS"
+        echo "NNODES=${{NNODES:-}} NODE_RANK=${{NODE_RANK:-}} ENDPOINT=${{ENDPOINT:-}} JOB_ID=${{JOB_ID:-}}" \\
+            >>"$CALLS.env"
+        exit "${{TRAIN_EXIT:-0}}" ;;
     "-m pytest"*) echo "pytest ${{*:3}}" >>"$CALLS" ;;
-    "-c import torch;"*) echo "${{GPUS:-0}}" ;;
     "-c import pip") [ "${{0##*/}}" = python ] ;;
     *) exec {sys.executable} "$@" ;;
 esac
@@ -72,6 +75,11 @@ class Checkout:
     def calls(self) -> list[str]:
         return self.calls_file.read_text().splitlines()
 
+    @property
+    def machines(self) -> list[str]:
+        """What the environment of each call of `ringattn train` says about machines."""
+        return (self.root / "calls.env").read_text().splitlines()
+
 
 @pytest.fixture
 def checkout(tmp_path: Path) -> Checkout:
@@ -93,18 +101,18 @@ def test_fresh_machine_gets_a_venv_with_torch_first(checkout: Checkout) -> None:
     assert made == "venv"
     assert "-c launch/constraints.txt torch " in torch
     assert package.endswith("-c launch/constraints.txt -e .[train]")
-    assert launched.startswith("torchrun --standalone --nproc-per-node 2 recipes/train.py")
+    assert launched.split() == ["train"]
     assert "installing torch: done in" in done.stderr
 
 
 def test_second_call_installs_nothing_until_a_requirement_changes(checkout: Checkout) -> None:
     checkout.run("launch/local.sh", SATISFIED="1")
     checkout.run("launch/local.sh", SATISFIED="1")
-    assert [call.split()[0] for call in checkout.calls] == ["torchrun"]
+    assert [call.split()[0] for call in checkout.calls] == ["train"]
     with (checkout.root / "pyproject.toml").open("a") as file:
         file.write("# changed\n")
     checkout.run("launch/local.sh", SATISFIED="1")
-    assert [call.split()[0] for call in checkout.calls] == ["pip", "pip", "torchrun"]
+    assert [call.split()[0] for call in checkout.calls] == ["pip", "pip", "train"]
 
 
 def test_tests_add_their_extras_to_the_same_venv(checkout: Checkout) -> None:
@@ -121,7 +129,7 @@ def test_failing_install_shows_its_output_and_stops(checkout: Checkout) -> None:
     assert done.returncode == 1
     assert "pip: no such thing" in done.stderr
     assert "installing ringattn[train]: failed with exit code 1" in done.stderr
-    assert not any(call.startswith("torchrun") for call in checkout.calls)
+    assert not any(call.startswith("train") for call in checkout.calls)
     checkout.run("launch/local.sh", SATISFIED="1")  # nothing was stamped: it is tried again
     assert sum(call.startswith("pip") for call in checkout.calls) == 2
 
@@ -135,13 +143,13 @@ def test_tests_run_without_deepspeed_but_its_engine_does_not(checkout: Checkout)
     assert len(checkout.calls) == 1  # not tried at every call
     done = checkout.run("launch/local.sh", "engine=deepspeed", SATISFIED="1", PIP_FAILS_ON=".[deepspeed]")
     assert done.returncode == 1
-    assert "torchrun" not in "".join(checkout.calls)
+    assert not any(call.startswith("train") for call in checkout.calls)
 
 
 def test_active_environment_is_used_when_it_has_everything(checkout: Checkout) -> None:
     done = checkout.run("launch/local.sh", SATISFIED="0")
     assert done.returncode == 0, done.stderr
-    assert [call.split()[0] for call in checkout.calls] == ["torchrun"]
+    assert [call.split()[0] for call in checkout.calls] == ["train"]
     assert not (checkout.root / ".venv").exists()
 
 
@@ -193,33 +201,21 @@ def test_real_check_names_what_is_missing(checkout: Checkout) -> None:
 def test_local_help(checkout: Checkout) -> None:
     done = checkout.run("launch/local.sh", "--help")
     assert done.returncode == 0
-    assert done.stdout.startswith("usage: bash launch/local.sh [hydra overrides]")
+    assert done.stdout.startswith("usage: bash launch/local.sh [options] [hydra overrides]")
     assert checkout.calls == []
 
 
-def test_local_passes_overrides_and_exit_code(checkout: Checkout) -> None:
-    overrides = ["run.steps=3", "data.files=[a b,c]"]
-    done = checkout.run("launch/local.sh", *overrides, SATISFIED="0", TORCHRUN_EXIT="7", NPROC="3", OMP_NUM_THREADS="5")
+def test_local_passes_options_overrides_and_exit_code(checkout: Checkout) -> None:
+    arguments = ["--nproc", "3", "run.steps=3", "data.files=[a b,c]"]
+    done = checkout.run("launch/local.sh", *arguments, SATISFIED="0", TRAIN_EXIT="7")
     assert done.returncode == 7
-    assert checkout.calls == [
-        "torchrun --standalone --nproc-per-node 3 recipes/train.py run.steps=3 data.files=[a b,c] OMP=5"
-    ]
+    assert checkout.calls == ["train --nproc 3 run.steps=3 data.files=[a b,c]"]
 
 
-def test_local_takes_every_gpu_that_torch_sees(checkout: Checkout) -> None:
-    checkout.program("nvidia-smi", "#!/bin/sh\n")
-    done = checkout.run("launch/local.sh", SATISFIED="0", GPUS="4")
-    assert "4 GPUs: 4 ranks" in done.stderr
-    assert "--nproc-per-node 4 " in checkout.calls[0]
-    done = checkout.run("launch/local.sh", SATISFIED="0", GPUS="0")  # a driver, and a torch without CUDA
-    assert "0 GPUs: 2 ranks" in done.stderr
-
-
-@pytest.mark.parametrize("wrong", ["0", "two", "-1"])
-def test_local_refuses_a_wrong_number_of_ranks(checkout: Checkout, wrong: str) -> None:
-    done = checkout.run("launch/local.sh", SATISFIED="0", NPROC=wrong)
-    assert done.returncode == 2
-    assert f"the number of ranks must be an integer >= 1, got '{wrong}'" in done.stderr
+def test_local_is_this_machine_alone(checkout: Checkout) -> None:
+    done = checkout.run("launch/local.sh", SATISFIED="0", NNODES="2")
+    assert done.returncode == 0, done.stderr
+    assert checkout.machines[0].startswith("NNODES= ")
 
 
 # --- torchrun.sh
@@ -227,37 +223,22 @@ def test_local_refuses_a_wrong_number_of_ranks(checkout: Checkout, wrong: str) -
 
 def test_torchrun_by_arguments_and_by_environment(checkout: Checkout) -> None:
     arguments = ["--nodes", "2", "--node-rank", "1", "--endpoint", "a:29400", "--nproc-per-node", "4", "--id", "x"]
-    done = checkout.run("launch/torchrun.sh", *arguments, "mesh.ring=2", SATISFIED="0")
+    done = checkout.run("launch/torchrun.sh", *arguments, "parallel.ring=2", SATISFIED="0")
     assert done.returncode == 0, done.stderr
-    by_arguments = checkout.calls
-    variables = {"NNODES": "2", "NODE_RANK": "1", "ENDPOINT": "a:29400", "NPROC": "4", "JOB_ID": "x"}
-    checkout.run("launch/torchrun.sh", "mesh.ring=2", SATISFIED="0", **variables)
-    assert checkout.calls == by_arguments
-    assert by_arguments[0].startswith(
-        "torchrun --nnodes 2 --nproc-per-node 4 --rdzv-backend c10d --rdzv-endpoint a:29400 --rdzv-id x "
-        "--rdzv-conf is_host=false recipes/train.py mesh.ring=2"
-    )
-    checkout.run("launch/torchrun.sh", "--node-rank", "0", SATISFIED="0", **variables)
-    assert "is_host=true" in checkout.calls[0]
+    assert checkout.calls == [f"train {' '.join(arguments)} parallel.ring=2"]
+    variables = {"NNODES": "2", "NODE_RANK": "1", "ENDPOINT": "a:29400", "JOB_ID": "x"}
+    done = checkout.run("launch/torchrun.sh", "parallel.ring=2", SATISFIED="0", **variables)
+    assert done.returncode == 0, done.stderr
+    assert checkout.calls == ["train parallel.ring=2"]
+    assert checkout.machines[-1] == "NNODES=2 NODE_RANK=1 ENDPOINT=a:29400 JOB_ID=x"
+    assert checkout.run("launch/torchrun.sh", "--nodes=2", SATISFIED="0").returncode == 0
 
 
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        ("", "missing: --nodes (or NNODES) --node-rank (or NODE_RANK) --endpoint (or ENDPOINT)"),
-        ("--nodes 2 --endpoint a:1", "missing: --node-rank (or NODE_RANK)"),
-        ("--nodes two --node-rank 0 --endpoint a:1", "--nodes must be an integer >= 1, got 'two'"),
-        ("--nodes 2 --node-rank 2 --endpoint a:1", "must be an integer from 0 to 1 for --nodes 2, got '2'"),
-        ("--nodes 2 --node-rank 0 --endpoint a", "--endpoint must be HOST:PORT, got 'a'"),
-        ("--nodes 2 --node-rank", "--node-rank needs a value"),
-        ("--nodse 2", "unknown option --nodse"),
-    ],
-)
-def test_torchrun_refusals(checkout: Checkout, arguments: str, message: str) -> None:
-    done = checkout.run("launch/torchrun.sh", *arguments.split(), SATISFIED="0")
+@pytest.mark.parametrize("arguments", [(), ("--node-rank", "0"), ("--nodse", "2"), ("parallel.ring=2",)])
+def test_torchrun_without_a_number_of_nodes_is_refused(checkout: Checkout, arguments: tuple[str, ...]) -> None:
+    done = checkout.run("launch/torchrun.sh", *arguments, SATISFIED="0")
     assert done.returncode == 2
-    assert message in done.stderr
-    assert "usage: bash launch/torchrun.sh" in done.stderr
+    assert done.stderr.startswith("torchrun.sh: missing: --nodes (or NNODES)\nusage: bash launch/torchrun.sh")
     assert checkout.calls == []
 
 
@@ -299,10 +280,9 @@ def test_slurm_starts_one_torchrun_per_node_with_the_first_host_as_endpoint(chec
     assert done.returncode == 0, done.stderr
     assert checkout.calls[0] == "scontrol show hostnames node[7-8]"
     assert checkout.calls[1].startswith("srun --nodes=2 --ntasks=2 --ntasks-per-node=1 --cpus-per-task=96 ")
-    launched = sorted(call.rpartition(" OMP")[0] for call in checkout.calls if call.startswith("torchrun"))
-    common = "torchrun --nnodes 2 --nproc-per-node 2 --rdzv-backend c10d --rdzv-endpoint node7:21234 --rdzv-id 31234"
-    assert launched == [
-        f"{common} --rdzv-conf is_host={host} recipes/train.py a=1 b=[2, 3]" for host in ("false", "true")
+    assert [call for call in checkout.calls if call.startswith("train")] == ["train a=1 b=[2, 3]"] * 2
+    assert sorted(checkout.machines) == [
+        f"NNODES=2 NODE_RANK={rank} ENDPOINT=node7:21234 JOB_ID=31234" for rank in range(2)
     ]
 
 
@@ -341,25 +321,28 @@ def test_slurm_must_be_submitted_from_the_repository(checkout: Checkout, tmp_pat
     assert "is not the root of the repository: submit from there" in done.stderr
 
 
-# --- with the real torchrun
+# --- with the real `ringattn train` and torchrun
 
 
 def test_two_agents_on_one_machine_meet(checkout: Checkout) -> None:
     """Two nodes of two ranks: every rank knows its place, node by node."""
     (checkout.root / "recipes").mkdir()
     (checkout.root / "recipes/train.py").write_text(
-        "import os, sys\nnames = ['RANK', 'WORLD_SIZE', 'LOCAL_RANK', 'LOCAL_WORLD_SIZE', 'GROUP_RANK']\n"
-        "line = ' '.join(['place', *(os.environ[n] for n in names), *sys.argv[1:]])\n"
-        "os.write(1, f'{line}\\n'.encode())  # in one piece: the ranks share a pipe\n"
+        "import os, sys\nprinted = '--cfg' in sys.argv\n"
+        "names = ['RANK', 'WORLD_SIZE', 'LOCAL_RANK', 'LOCAL_WORLD_SIZE', 'GROUP_RANK']\n"
+        "line = ' '.join(['place', *(os.environ.get(n, '') for n in names), *sys.argv[1:]])\n"
+        "printed or os.write(1, f'{line}\\n'.encode())  # in one piece: the ranks share a pipe\n"
     )
-    checkout.program("python3", PYTHON.replace('"-m torch.distributed.run"*', '"never"'))
+    for name in ("ringattn", "configs"):
+        (checkout.root / name).symlink_to(ROOT / name)
+    checkout.program("python3", PYTHON.replace('"-m ringattn train"*', '"never"'))
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         endpoint = f"localhost:{free.getsockname()[1]}"
     environment = checkout.environment(SATISFIED="0", NNODES="2", NPROC="2", ENDPOINT=endpoint, OMP_NUM_THREADS="1")
     agents = [
         subprocess.Popen(
-            ["bash", "launch/torchrun.sh", "--node-rank", str(rank), "a=1"],
+            ["bash", "launch/torchrun.sh", "--node-rank", str(rank), "run.steps=1"],
             cwd=checkout.root,
             env=environment,
             stdout=subprocess.PIPE,
@@ -374,4 +357,4 @@ def test_two_agents_on_one_machine_meet(checkout: Checkout) -> None:
             agent.kill()
     assert [agent.returncode for agent in agents] == [0, 0]
     places = sorted(line.split()[1:] for line in text.splitlines() if line.startswith("place"))
-    assert places == [[str(r), "4", str(r % 2), "2", str(r // 2), "a=1"] for r in range(4)]
+    assert places == [[str(r), "4", str(r % 2), "2", str(r // 2), "run.steps=1"] for r in range(4)]

@@ -324,6 +324,7 @@ def test_slurm_must_be_submitted_from_the_repository(checkout: Checkout, tmp_pat
 # --- with the real `ringattn train` and torchrun
 
 
+@pytest.mark.slow
 def test_two_agents_on_one_machine_meet(checkout: Checkout) -> None:
     """Two nodes of two ranks: every rank knows its place, node by node."""
     (checkout.root / "recipes").mkdir()

@@ -16,7 +16,7 @@ mine/model/small.yaml is chosen by model=small, and mine/long-books.yaml may beg
 
 The run's folder is run.output, by default outputs/MODEL-DATA below the current folder; the same
 command goes on from its newest checkpoint. Ctrl-C and SIGTERM save one first. Exit code 0 if the
-run ends or was stopped so, 2 for wrong arguments, else that of torchrun.
+run is complete, 2 for wrong arguments, 1 if it failed or was stopped.
 """
 
 import argparse

@@ -105,7 +105,7 @@ def start(args: argparse.Namespace, arguments: list[str]) -> NoReturn:
         run_recipe(["--cfg", "job", *arguments])
     ranks = args.nproc or default_ranks()
     # torchrun would set 1; more threads than cores make CPU ranks wait for each other.
-    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, cores() // ranks)))
+    os.environ["OMP_NUM_THREADS"] = os.environ.get("OMP_NUM_THREADS") or str(max(1, cores() // ranks))
     if not INSTALLED:  # a recipe finds what stands in its own folder, and not the package of its checkout
         paths = [str(HOME), os.environ.get("PYTHONPATH", "")]
         os.environ["PYTHONPATH"] = os.pathsep.join(path for path in paths if path)

@@ -4,10 +4,10 @@ set -euo pipefail
 
 usage() {
     cat <<'TEXT'
-usage: bash launch/local.sh [hydra overrides]
+usage: bash launch/local.sh [options] [hydra overrides]
 
-Makes .venv (or uses the active environment if it has what is needed), then runs recipes/train.py with torchrun on
-every GPU of this machine, or on 2 CPU ranks where there is none. Overrides go to the recipe:
+Makes .venv (or uses the active environment if it has what is needed), then calls `ringattn train`: every GPU of this
+machine, or 2 CPU ranks where there is none. Options are those of `ringattn train`.
 
   bash launch/local.sh                               the default: a small model on packed source files
   bash launch/local.sh model=llama_8b data=text      other choices, see configs/
@@ -32,5 +32,5 @@ done
 # shellcheck source=launch/setup.sh
 source "$(dirname "${BASH_SOURCE[0]}")/setup.sh"
 set_up "$(extras_for "$@")"
-choose_ranks "${NPROC:-}"
-exec "$python" -m torch.distributed.run --standalone --nproc-per-node "$ranks" recipes/train.py "$@"
+unset NNODES # this machine alone
+exec "$python" -m ringattn train "$@"

@@ -141,34 +141,3 @@ set_up() {
     exec 9<&-
     return "$status"
 }
-
-# count_gpus: devices that torch can use (it honours CUDA_VISIBLE_DEVICES). Importing torch takes seconds, so it is
-# asked only where a driver is.
-count_gpus() {
-    if command -v nvidia-smi >/dev/null || [ -e /dev/nvidiactl ]; then
-        "$python" -c 'import torch; print(torch.cuda.device_count())'
-    else
-        echo 0
-    fi
-}
-
-# choose_ranks: sets $ranks (NPROC, else one per GPU, else 2 on the CPU) and threads per rank.
-choose_ranks() {
-    local gpus cores
-    ranks=${1:-}
-    if [ -z "$ranks" ]; then
-        gpus=$(count_gpus)
-        ranks=$gpus
-        [ "$gpus" -gt 0 ] || ranks=2
-        say "$gpus GPUs: $ranks ranks"
-        if [ "$gpus" -gt 0 ] && ! "$python" launch/satisfied.py fa4 >/dev/null; then
-            say "FlashAttention 4 is not installed: EXTRAS=fa4 adds it to .venv"
-        fi
-    elif ! [ "$ranks" -ge 1 ] 2>/dev/null; then
-        say "the number of ranks must be an integer >= 1, got '$ranks'"
-        return 2
-    fi
-    cores=$(nproc 2>/dev/null || getconf _NPROCESSORS_ONLN)
-    # torchrun would set 1; more threads than cores make CPU ranks wait for each other.
-    export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$((cores > ranks ? cores / ranks : 1))}
-}

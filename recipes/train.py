@@ -1,6 +1,7 @@
 """Trains a language model on long packed documents: `torchrun --nproc-per-node 2 recipes/train.py [overrides]`.
 
-Starts under torchrun, as the tasks of SLURM's srun, or alone. Every key is in `configs/`, with a comment.
+Starts under torchrun (`ringattn train` calls it), as the tasks of SLURM's srun, or alone. Every key is in `configs/`,
+with a comment.
 Exit codes: 0 done (or stopped by a signal, with a checkpoint), 2 for a configuration that cannot run.
 """
 

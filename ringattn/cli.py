@@ -17,7 +17,10 @@ from ringattn.environment import VARIABLES
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one sub-command; returns the exit code: 2 for wrong arguments, otherwise what the command says."""
     parser = make_parser()
-    args = parser.parse_args(join_negative(sys.argv[1:] if argv is None else argv))
+    args, rest = parser.parse_known_args(join_negative(sys.argv[1:] if argv is None else argv))
+    if rest and not hasattr(args, "overrides"):
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    args.overrides = rest
     try:
         for variable in VARIABLES.values():
             variable.read()

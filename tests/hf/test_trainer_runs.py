@@ -229,6 +229,7 @@ def test_fsdp(pool: Pools, tmp_path: Path) -> None:
         assert found_loss == pytest.approx(loss, rel=2e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stage", [2, 3])
 def test_deepspeed(pool: Pools, stage: int, tmp_path: Path) -> None:
     pytest.importorskip("deepspeed", reason="DeepSpeed is not installed (pip install 'ringattn[deepspeed]')")

@@ -1,4 +1,5 @@
-"""A copy of the launch scripts, with stand-ins for pip, SLURM and torchrun that write down how they are called."""
+"""A copy of the launch scripts, with stand-ins for pip, SLURM and `ringattn train` that
+write down how they are called."""
 
 import os
 import subprocess
@@ -16,10 +17,12 @@ case "$*" in
     "-m venv"*) mkdir -p "${{@: -1}}/bin" && cp "$0" "${{@: -1}}/bin/python"; echo "venv" >>"$CALLS" ;;
     "-m pip"*) echo "pip ${{*:3}}" >>"$CALLS"
         case "$*" in *"${{PIP_FAILS_ON:-nothing}}"*) echo "pip: no such thing"; exit 1 ;; esac ;;
-    "-m torch.distributed.run"*)
-        echo "torchrun ${{*:3}} OMP=$OMP_NUM_THREADS" >>"$CALLS"; exit "${{TORCHRUN_EXIT:-0}}" ;;
+    "-m ringattn train"*)
+        echo "train ${{*:4}}" >>"$CALLS"
+        echo "NNODES=${{NNODES:-}} NODE_RANK=${{NODE_RANK:-}} ENDPOINT=${{ENDPOINT:-}} JOB_ID=${{JOB_ID:-}}" \\
+            >>"$CALLS.env"
+        exit "${{TRAIN_EXIT:-0}}" ;;
     "-m pytest"*) echo "pytest ${{*:3}}" >>"$CALLS" ;;
-    "-c import torch;"*) echo "${{GPUS:-0}}" ;;
     "-c import pip") [ "${{0##*/}}" = python ] ;;
     *) exec {sys.executable} "$@" ;;
 esac
@@ -59,3 +62,8 @@ class Checkout:
     @property
     def calls(self) -> list[str]:
         return self.calls_file.read_text().splitlines()
+
+    @property
+    def machines(self) -> list[str]:
+        """What the environment of each call of `ringattn train` says about machines."""
+        return (self.root / "calls.env").read_text().splitlines()

@@ -50,10 +50,9 @@ def test_slurm_starts_one_torchrun_per_node_with_the_first_host_as_endpoint(chec
     assert done.returncode == 0, done.stderr
     assert checkout.calls[0] == "scontrol show hostnames node[7-8]"
     assert checkout.calls[1].startswith("srun --nodes=2 --ntasks=2 --ntasks-per-node=1 --cpus-per-task=96 ")
-    launched = sorted(call.rpartition(" OMP")[0] for call in checkout.calls if call.startswith("torchrun"))
-    common = "torchrun --nnodes 2 --nproc-per-node 2 --rdzv-backend c10d --rdzv-endpoint node7:21234 --rdzv-id 31234"
-    assert launched == [
-        f"{common} --rdzv-conf is_host={host} recipes/train.py a=1 b=[2, 3]" for host in ("false", "true")
+    assert [call for call in checkout.calls if call.startswith("train")] == ["train a=1 b=[2, 3]"] * 2
+    assert sorted(checkout.machines) == [
+        f"NNODES=2 NODE_RANK={rank} ENDPOINT=node7:21234 JOB_ID=31234" for rank in range(2)
     ]
 
 

@@ -32,7 +32,10 @@ SMALL = [
     "run.log_every=10",
 ]
 LIMIT = 300  # seconds after which a run hangs; on a busy machine one takes a minute and more
-needs_deepspeed = pytest.mark.skipif(not deepspeed_available(), reason="deepspeed is not installed")
+needs_deepspeed = [
+    pytest.mark.skipif(not deepspeed_available(), reason="deepspeed is not installed"),
+    pytest.mark.slow,
+]
 
 
 def free_port() -> int:
@@ -137,6 +140,7 @@ def test_the_same_curve_on_every_mesh_and_engine(ranks, overrides, reference, tm
     assert_same_curve(curve(tmp_path), reference)
 
 
+@pytest.mark.slow
 def test_two_machines_train_the_same_curve(reference, tmp_path):
     """Two agents with two ranks each stand for two machines: the ring crosses them and ulysses stays inside."""
     endpoint = f"127.0.0.1:{free_port()}"
@@ -165,6 +169,7 @@ def wait_for_step(output: Path, step: int) -> None:
     pytest.fail(f"step {step} never came")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("engine", ["fsdp2", pytest.param("deepspeed", marks=needs_deepspeed)])
 def test_kill_and_start_again_continues_the_curve(engine, reference, tmp_path):
     overrides = (f"engine={engine}", "run.save_every=4")
@@ -190,6 +195,7 @@ def kill_session(process: "subprocess.Popen[str]") -> None:
         os.kill(pid, signal.SIGKILL)
 
 
+@pytest.mark.slow
 def test_sigterm_saves_and_another_number_of_ranks_goes_on(reference, tmp_path):
     process = start(tmp_path, 2, "run.save_every=0")
     wait_for_step(tmp_path, 5)
@@ -203,6 +209,7 @@ def test_sigterm_saves_and_another_number_of_ranks_goes_on(reference, tmp_path):
     assert_same_curve(curve(tmp_path), reference)
 
 
+@pytest.mark.slow
 def test_grouped_packs_go_on_where_they_waited_with_other_replicas(tmp_path):
     """Documents that wait for their pack are part of the checkpoint, and replicas share the packs of a step."""
     grouped = ("data.seq_len=768", "data.delay=4", "run.save_every=16")

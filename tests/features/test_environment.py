@@ -81,8 +81,8 @@ def test_row_44_the_environment_asks_for_determinism(monkeypatch: pytest.MonkeyP
         attention.parallel_attention(*x, layout)
 
 
-def test_row_66_the_readme_lists_the_variables() -> None:
-    assert environment.markdown() in (PACKAGE.parent / "README.md").read_text(encoding="utf-8")
+def test_row_66_the_page_lists_the_variables() -> None:
+    assert environment.markdown() in (PACKAGE.parent / "docs" / "environment.md").read_text(encoding="utf-8")
 
 
 def test_row_66_the_doctor_tells_of_unknown_variables(

@@ -4,6 +4,7 @@ torchrun --nproc-per-node 2 examples/attention.py
 """
 
 import torch
+import torch.distributed as dist
 
 from ringattn import Documents, Layout, Mask, MeshShape, ParallelAttention, init_mesh, parallel_attention
 
@@ -58,3 +59,4 @@ def dtype_of(device_type: str) -> torch.dtype:
 
 if __name__ == "__main__":
     main()
+    dist.destroy_process_group()

@@ -2,8 +2,8 @@
 
     torchrun --nproc-per-node 2 examples/captured_step.py
 
-Short documents take the GPU less time than the host needs to launch their kernels. A captured step has no host in it. It
-stands for one pack of documents: the lengths, and the addresses of all tensors, stay as they were captured.
+Short documents take the GPU less time than the host needs to launch their kernels. A captured step has no host in it.
+It stands for one pack of documents: the lengths, and the addresses of all tensors, stay as they were captured.
 """
 
 import time

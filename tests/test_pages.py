@@ -223,6 +223,19 @@ def test_every_page_stands_in_the_navigation() -> None:
     assert sorted(pages(site["nav"])) == sorted(there)
 
 
+def test_the_log_has_one_form() -> None:
+    """Every entry: date and title, then change, prediction, outcome and verdict."""
+    text = (ROOT / "benchmarks" / "LOG.md").read_text(encoding="utf-8")
+    entries = re.split(r"^## ", text, flags=re.M)[1:]
+    assert len(entries) > 30
+    for entry in entries:
+        title = entry.partition("\n")[0]
+        assert re.fullmatch(r"\d{4}-\d\d-\d\d · \S.*", title), title
+        assert re.findall(r"^- \*\*(\w+)\.\*\* \S", entry, re.M) == ["Change", "Prediction", "Outcome", "Verdict"], (
+            title
+        )
+
+
 def test_every_environment_variable_is_on_its_page() -> None:
     """The package's are listed as their records say; of the launch scripts, those that a person may set."""
     text = (ROOT / "docs" / "environment.md").read_text(encoding="utf-8")

@@ -22,7 +22,7 @@ def main() -> None:
         print("a CUDA graph needs a GPU, and this machine has none: nothing was captured")
         return
     mesh = init_mesh(captured=True)  # plans are made as if the host took no time
-    docs = Documents([300] * 20 + [2_000] * 2)
+    docs = Documents([300] * 12 + [1_000] * 2)
     layout = Layout(docs, mesh)  # the graph reads its tables, so it must be kept
     attention = ParallelAttention(mesh)
     q, k, v, dout = (

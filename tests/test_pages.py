@@ -211,6 +211,26 @@ def test_the_readme_is_short_and_names_the_test_command() -> None:
     assert "\nbash launch/test.sh " in text
 
 
+def test_the_measured_table_is_that_of_its_file() -> None:
+    """Time of the kernel over that of a system, forward and backward; "none" where the file has a reason instead."""
+    contestants = ["auto:2", "plain-ulysses", "rfa-llama3", "rfa-zigzag", "usp:2x1", "torch-cp"]
+    measured: dict[tuple[str, str], str] = {}
+    kernel: dict[str, float] = {}
+    for line in (ROOT / "benchmarks" / "results" / "peers-h100-x2.md").read_text(encoding="utf-8").splitlines():
+        cells = [cell.strip() for cell in line.strip("|").split("|")]
+        if len(cells) == 14 and cells[1] == "kernel alone":
+            kernel[cells[0]] = float(cells[3])
+        elif len(cells) == 14 and cells[1] in contestants:
+            share = f"{kernel[cells[0]] / float(cells[3]):.2f}".lstrip("0") if cells[3] else "none"
+            measured[cells[0], cells[1]] = share
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    rows = re.findall(r"^\| (\w+64k|hist16k): [^|]*\|(.*)\|$", text, re.M)
+    assert len(rows) == 6
+    for workload, numbers in rows:
+        shown = [cell.strip(" *") for cell in numbers.split("|")]
+        assert shown == [measured[workload, contestant] for contestant in contestants], workload
+
+
 def test_every_page_stands_in_the_navigation() -> None:
     def pages(entry: Any) -> Iterator[str]:
         if isinstance(entry, str):

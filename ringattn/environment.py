@@ -106,5 +106,5 @@ def logger() -> logging.Logger:
 
 
 def markdown() -> str:
-    """The README's list."""
+    """The list of docs/environment.md."""
     return "\n".join(f"- `{name}`: {variable.meaning}" for name, variable in VARIABLES.items())

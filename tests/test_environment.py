@@ -80,8 +80,8 @@ def test_the_environment_asks_for_determinism(monkeypatch: pytest.MonkeyPatch) -
         attention.parallel_attention(*x, layout)
 
 
-def test_the_readme_lists_the_variables() -> None:
-    assert environment.markdown() in (PACKAGE.parent / "README.md").read_text(encoding="utf-8")
+def test_the_page_lists_the_variables() -> None:
+    assert environment.markdown() in (PACKAGE.parent / "docs" / "environment.md").read_text(encoding="utf-8")
 
 
 def test_the_doctor_tells_of_unknown_variables(

@@ -15,15 +15,41 @@ SELF_TEST = 1 << 17  # query heads of a key head × head dim: self-tests take se
 
 def add_call_arguments(parser: argparse.ArgumentParser) -> None:
     call = parser.add_argument_group("the attention call")
-    call.add_argument("--dtype", choices=DTYPES, default="bfloat16", help="default bfloat16")
-    call.add_argument("--heads", type=heads, default=(32, 8), metavar="H/K", help="query/key heads, default 32/8")
-    call.add_argument("--head-dim", type=head_dim, default=128, metavar="D", help="of queries and keys, default 128")
-    call.add_argument("--value-dim", type=head_dim, metavar="V", help="of values, default that of keys")
-    call.add_argument("--window", type=window, default=(-1, -1), metavar="L,R", help="inclusive, -1 is open")
-    call.add_argument("--softcap", type=softcap, default=0.0, metavar="X", help="0 is off")
-    call.add_argument("--dropout", type=dropout, default=0.0, metavar="P", help="attention dropout, in [0, 1)")
-    call.add_argument("--deterministic", action="store_true", help="bitwise equal gradients from run to run")
-    call.add_argument("--device", choices=("cuda", "cpu"), help="default cuda if there is a device")
+    call.add_argument(
+        "--dtype", choices=DTYPES, default="bfloat16", help="of queries, keys and values, default bfloat16"
+    )
+    call.add_argument(
+        "--heads", type=heads, default=(32, 8), metavar="H/K", help="numbers of query and key heads, default 32/8"
+    )
+    call.add_argument(
+        "--head-dim", type=head_dim, default=128, metavar="D", help="head dim of queries and keys, default 128"
+    )
+    call.add_argument("--value-dim", type=head_dim, metavar="V", help="head dim of values, default that of keys")
+    call.add_argument(
+        "--window",
+        type=window,
+        default=(-1, -1),
+        metavar="L,R",
+        help="how many keys to the left and right of a query it sees; -1 is all of them",
+    )
+    call.add_argument(
+        "--softcap",
+        type=softcap,
+        default=0.0,
+        metavar="X",
+        help="scores become X * tanh(score / X); 0, the default, is off",
+    )
+    call.add_argument(
+        "--dropout",
+        type=dropout,
+        default=0.0,
+        metavar="P",
+        help="probability of attention dropout, in [0, 1); default 0",
+    )
+    call.add_argument(
+        "--deterministic", action="store_true", help="ask for gradients that are bitwise equal from run to run"
+    )
+    call.add_argument("--device", choices=("cuda", "cpu"), help="default: cuda if there is a CUDA device, else cpu")
 
 
 def call_spec(args: argparse.Namespace) -> Any:

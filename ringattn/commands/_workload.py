@@ -18,23 +18,44 @@ def add_workload_arguments(parser: argparse.ArgumentParser) -> None:
 
     documents = parser.add_argument_group("the documents")
     source = documents.add_mutually_exclusive_group()
-    source.add_argument("--lengths", type=file, metavar="FILE", help="document lengths: integers in a text file")
-    source.add_argument("--histogram", choices=sorted(HISTOGRAMS), help="draw them from a published histogram")
-    documents.add_argument("--longest", type=token_count, metavar="N", help="cut drawn documents to N tokens")
-    documents.add_argument("--seed", type=int, default=0, metavar="N", help="of the draw, default 0")
-    documents.add_argument("--window", type=window, default=(-1, -1), metavar="L,R", help="inclusive, -1 is open")
-    documents.add_argument("--chunk", type=token_count, metavar="C", help="attend inside chunks of C tokens only")
-    documents.add_argument("--bidirectional", action="store_true", help="keys after a query are seen too")
+    source.add_argument(
+        "--lengths", type=file, metavar="FILE", help="text file with the lengths of documents, in tokens"
+    )
+    source.add_argument(
+        "--histogram", choices=sorted(HISTOGRAMS), help="draw documents from this published histogram of lengths"
+    )
+    documents.add_argument("--longest", type=token_count, metavar="N", help="cut drawn documents to at most N tokens")
+    documents.add_argument("--seed", type=int, default=0, metavar="N", help="seed of the drawn documents, default 0")
+    documents.add_argument(
+        "--window",
+        type=window,
+        default=(-1, -1),
+        metavar="L,R",
+        help="how many keys to the left and right of a query it sees; -1 is all of them",
+    )
+    documents.add_argument(
+        "--chunk",
+        type=token_count,
+        metavar="C",
+        help="tokens attend only inside of chunks of C tokens of their document",
+    )
+    documents.add_argument(
+        "--bidirectional", action="store_true", help="a query sees the keys after it too; default: causal"
+    )
     call = parser.add_argument_group("the attention and the machine")
-    call.add_argument("--heads", type=heads, default=(32, 8), metavar="H/K", help="query/key heads, default 32/8")
-    call.add_argument("--head-dim", type=head_dim, default=128, metavar="D", help="default 128, in bfloat16")
-    call.add_argument("--policy", choices=POLICIES, default="auto", help="who holds which tokens")
+    call.add_argument(
+        "--heads", type=heads, default=(32, 8), metavar="H/K", help="numbers of query and key heads, default 32/8"
+    )
+    call.add_argument(
+        "--head-dim", type=head_dim, default=128, metavar="D", help="head dim, default 128; the dtype is bfloat16"
+    )
+    call.add_argument("--policy", choices=POLICIES, default="auto", help="who holds which tokens, default auto")
     call.add_argument(
         "--machine",
         metavar="NAME",
-        help="H200, H100, A100, CPU or a calibration file; default this one's, else H200; with +copy, as in H200+copy, "
-        "ranks of a node read each other's memory by copy engines, as they do where that works; with +graph at the end "
-        "for steps that are captured in CUDA graphs, which need no host",
+        help="whose speeds are used: H200, H100, A100, CPU or a calibration file; default: the calibration of this "
+        "machine, else H200. With +copy after it, as in H200+copy, ranks of a node read each other's memory by copy "
+        "engines; with +graph at the end, steps are captured in CUDA graphs, so that the host takes no time",
     )
 
 

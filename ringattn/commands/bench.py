@@ -22,17 +22,28 @@ DAY = 86400
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--calibrate", action="store_true", required=True, help="measure and store")
-    parser.add_argument("--device", choices=("cuda", "cpu"), help="default cuda if there is a device")
-    parser.add_argument("--dtype", choices=DTYPES, help="default bfloat16, on CPUs float32")
-    parser.add_argument("--heads", type=heads, default=(8, 2), metavar="H/K", help="query/key heads, default 8/2")
-    parser.add_argument("--head-dim", type=head_dim, nargs="+", default=[128], metavar="D", help="default 128")
-    parser.add_argument("--backend", default="auto", help="kernel backend, default auto")
-    parser.add_argument("--seconds", type=integer(DAY), default=30, metavar="N", help="for the timed runs, default 30")
     parser.add_argument(
-        "--out", type=file, metavar="FILE", help="store here instead of the cache; missing folders are made"
+        "--calibrate",
+        action="store_true",
+        required=True,
+        help="measure this machine and store the result (there is no other use yet)",
     )
-    parser.add_argument("--json", action="store_true", help="print the stored JSON")
+    parser.add_argument("--device", choices=("cuda", "cpu"), help="default: cuda if there is a CUDA device, else cpu")
+    parser.add_argument("--dtype", choices=DTYPES, help="of the timed kernels; default: bfloat16, on CPUs float32")
+    parser.add_argument(
+        "--heads", type=heads, default=(8, 2), metavar="H/K", help="numbers of query and key heads, default 8/2"
+    )
+    parser.add_argument(
+        "--head-dim", type=head_dim, nargs="+", default=[128], metavar="D", help="head dims to measure, default 128"
+    )
+    parser.add_argument("--backend", default="auto", help="kernel to time, default auto")
+    parser.add_argument(
+        "--seconds", type=integer(DAY), default=30, metavar="N", help="time for all timed runs, default 30"
+    )
+    parser.add_argument(
+        "--out", type=file, metavar="FILE", help="store here instead of in the cache; missing folders are made"
+    )
+    parser.add_argument("--json", action="store_true", help="print what is stored, as JSON")
 
 
 def run(args: argparse.Namespace) -> int:

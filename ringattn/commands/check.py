@@ -25,22 +25,39 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--model",
         required=True,
         metavar="PATH_OR_CONFIG",
-        help="folder, config.json or a model type such as gpt_oss; of a multimodal one the text decoder",
+        help="folder of a saved model, a config.json or a model type such as gpt_oss; of a multimodal model its text "
+        "decoder is checked",
     )
     parser.add_argument(
-        "--ring", type=integer(PROCESSES), default=1, metavar="N", help="degree of the ring axis, default 1"
+        "--ring", type=integer(PROCESSES), default=1, metavar="N", help="ranks that pass keys, default 1"
     )
     parser.add_argument(
-        "--ulysses", type=integer(PROCESSES), default=1, metavar="N", help="of the ulysses axis, default 1"
+        "--ulysses", type=integer(PROCESSES), default=1, metavar="N", help="ranks that exchange heads, default 1"
     )
-    parser.add_argument("--real", action="store_true", help="sizes and weights of the folder, not a tiny model")
-    parser.add_argument("--device", choices=("cpu", "cuda"), help="default cuda if there are enough devices")
-    parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help="default by device")
-    parser.add_argument("--policy", choices=("auto", "contiguous", "zigzag", "balanced"), default="contiguous")
-    parser.add_argument("--scheme", choices=("auto", "ring", "gather", "joint", "ulysses", "hybrid"), default="auto")
-    parser.add_argument("--backend", default="auto", metavar="NAME", help="kernel backend, default auto")
-    parser.add_argument("--tolerance", type=tolerance, metavar="X", help="largest relative error, default by dtype")
-    parser.add_argument("--json", action="store_true", help="the findings as one JSON list")
+    parser.add_argument(
+        "--real", action="store_true", help="check the model itself, with its sizes and weights, instead of a tiny one"
+    )
+    parser.add_argument("--device", choices=("cpu", "cuda"), help="default: cuda if there are enough devices, else cpu")
+    parser.add_argument(
+        "--dtype", choices=("float32", "bfloat16", "float16"), help="default: bfloat16 on GPUs, float32 on CPUs"
+    )
+    parser.add_argument(
+        "--policy",
+        choices=("auto", "contiguous", "zigzag", "balanced"),
+        default="contiguous",
+        help="who holds which tokens, default contiguous",
+    )
+    parser.add_argument(
+        "--scheme",
+        choices=("auto", "ring", "gather", "joint", "ulysses", "hybrid"),
+        default="auto",
+        help="how attention communicates, default auto",
+    )
+    parser.add_argument("--backend", default="auto", metavar="NAME", help="attention kernel, default auto")
+    parser.add_argument(
+        "--tolerance", type=tolerance, metavar="X", help="largest relative error that passes; default: by dtype"
+    )
+    parser.add_argument("--json", action="store_true", help="print the findings as one JSON list")
 
 
 def run(args: argparse.Namespace) -> int:

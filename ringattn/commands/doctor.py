@@ -1,7 +1,7 @@
 """Which kernels can do an attention call here, and why the others cannot.
 
-Every backend climbs a ladder and is told its first missing rung: the package, the device, the
-compute capability, the features of the call, a numeric self-test. Exit code 0 if some backend
+For every backend the first thing that is missing is told: the package, the device, the compute
+capability, a feature of the call, or a passed numeric self-test. Exit code 0 if some backend
 can train the call, else 1.
 """
 
@@ -17,7 +17,7 @@ from ringattn.commands._text import WIDTH, row
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_call_arguments(parser)
-    parser.add_argument("--json", action="store_true", help="the same as one JSON object")
+    parser.add_argument("--json", action="store_true", help="print the same as one JSON object")
 
 
 def run(args: argparse.Namespace) -> int:

@@ -25,24 +25,26 @@ MANY = 64  # ranks from which on planning takes a while
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--tokens", type=tokens, metavar="T", help="of the packed stream, e.g. 262144")
+    parser.add_argument("--tokens", type=tokens, metavar="T", help="tokens of the packed stream, e.g. 262144")
     parser.add_argument("--ring", type=ranks, default=1, metavar="R", help="ranks that pass keys, default 1")
     parser.add_argument("--ulysses", type=ranks, default=1, metavar="U", help="ranks that exchange heads, default 1")
-    parser.add_argument("--sequence", type=ranks, metavar="N", help="ranks, in place of the two: degrees are chosen")
-    parser.add_argument("--scheme", choices=SCHEMES, default="auto", help="default auto")
-    parser.add_argument("--stages", type=ranks, metavar="N", help="of --scheme ring, the local one included")
-    parser.add_argument("--memory", type=integer(TOKENS), metavar="MIB", help="what a rank's buffers may take")
+    parser.add_argument(
+        "--sequence", type=ranks, metavar="N", help="ranks, in place of --ring and --ulysses, which are then chosen"
+    )
+    parser.add_argument("--scheme", choices=SCHEMES, default="auto", help="how keys or heads move, default auto")
+    parser.add_argument("--stages", type=ranks, metavar="N", help="stages of --scheme ring, the local one included")
+    parser.add_argument("--memory", type=integer(TOKENS), metavar="MIB", help="limit of a rank's buffers")
     parser.add_argument(
         "--head-chunks",
         type=integer(HEADS),
         metavar="N",
-        help="of heads, computed one after another in buffers of one; default: 1, or the fastest that keep --memory",
+        help="chunks of heads, computed one after another; default: 1, or the fastest that keep --memory",
     )
     _workload.add_workload_arguments(parser)
     parser.add_argument(
         "--draw", type=file, metavar="FILE", help="write a picture: .png or .svg; missing folders are made"
     )
-    parser.add_argument("--json", action="store_true", help="the table as one JSON object")
+    parser.add_argument("--json", action="store_true", help="print the table as one JSON object")
 
 
 def run(args: argparse.Namespace) -> int:

@@ -23,36 +23,45 @@ SLOWEST = 1e6
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--gpus", type=numbers(ranks), metavar="N,N", help="default 8,16,...,1024")
+    parser.add_argument("--gpus", type=numbers(ranks), metavar="N,N", help="numbers of GPUs, default 8,16,...,1024")
     parser.add_argument(
         "--tokens-per-gpu",
         type=numbers(token_count),
         default=(32768,),
         metavar="N,N",
-        help="of the packed stream, default 32768",
+        help="tokens of the packed stream for each GPU, default 32768",
     )
     parser.add_argument(
-        "--ulysses", type=integer(HEADS), default=8, metavar="U", help="at most, default 8; the rest is ring"
+        "--ulysses",
+        type=integer(HEADS),
+        default=8,
+        metavar="U",
+        help="ranks that exchange heads, at most, default 8; the rest is the ring",
     )
-    parser.add_argument("--packs", type=integer(PACKS), metavar="N", help="packs of a histogram, default 1")
+    parser.add_argument("--packs", type=integer(PACKS), metavar="N", help="packs to draw from the histogram, default 1")
     parser.add_argument(
         "--groups",
         type=numbers(ranks),
         metavar="N,N",
         help="instead of --gpus: sequence groups of these sizes share the documents of a step by their cost",
     )
-    parser.add_argument("--straggler", type=slow_rank, metavar="RANK:FACTOR", help="a rank whose kernels are slower")
     parser.add_argument(
-        "--slow-link", type=slow_link, metavar="RANK:node|network:FACTOR", help="a rank whose port is slower"
+        "--straggler", type=slow_rank, metavar="RANK:FACTOR", help="a rank whose kernels take FACTOR times as long"
+    )
+    parser.add_argument(
+        "--slow-link",
+        type=slow_link,
+        metavar="RANK:node|network:FACTOR",
+        help="a rank whose port takes FACTOR times as long",
     )
     _workload.add_workload_arguments(parser)
     parser.add_argument(
         "--draw",
         type=file,
         metavar="FILE",
-        help="write efficiency against GPUs: .png or .svg; missing folders are made",
+        help="write a picture of efficiency against GPUs: .png or .svg; missing folders are made",
     )
-    parser.add_argument("--json", action="store_true", help="the table as one JSON object")
+    parser.add_argument("--json", action="store_true", help="print the table as one JSON object")
 
 
 def run(args: argparse.Namespace) -> int:

@@ -16,10 +16,19 @@ DOCUMENTS = 1 << 16
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_call_arguments(parser)
-    parser.add_argument("--length", type=tokens, default=8192, metavar="N", help="of each document, default 8192")
-    parser.add_argument("--documents", type=integer(DOCUMENTS), default=1, metavar="N", help="in the batch, default 1")
-    parser.add_argument("--what", choices=("backend", "flex"), default="backend", help="default backend")
-    parser.add_argument("--json", action="store_true", help="the same as one JSON object")
+    parser.add_argument(
+        "--length", type=tokens, default=8192, metavar="N", help="tokens of each document, default 8192"
+    )
+    parser.add_argument(
+        "--documents", type=integer(DOCUMENTS), default=1, metavar="N", help="documents in the batch, default 1"
+    )
+    parser.add_argument(
+        "--what",
+        choices=("backend", "flex"),
+        default="backend",
+        help="what is chosen: the kernel backend (default), or the tiles of FlexAttention",
+    )
+    parser.add_argument("--json", action="store_true", help="print the same as one JSON object")
 
 
 def run(args: argparse.Namespace) -> int:

@@ -1,6 +1,6 @@
-"""The README's table of what each backend can do, generated from the capability records.
+"""The table of docs/backends.md, what each backend can do, generated from the capability records.
 
-`python -m ringattn.kernels.support README.md` brings the file up to date; without a file it prints the table.
+`python -m ringattn.kernels.support docs/backends.md` brings the file up to date; without a file it prints the table.
 """
 
 import sys
@@ -10,7 +10,7 @@ from pathlib import Path
 from ringattn.kernels.registry import builtin
 from ringattn.kernels.spec import Backend, Capability
 
-BEGIN = "<!-- backends: made by python -m ringattn.kernels.support README.md -->"
+BEGIN = "<!-- backends: made by python -m ringattn.kernels.support docs/backends.md -->"
 END = "<!-- end of backends -->"
 FEATURES = {
     "window": "window",

@@ -16,6 +16,7 @@ from typing import Any
 
 from ringattn.commands._call import check_backend, check_device, integer
 from ringattn.commands._text import first_line, row
+from ringattn.parallel.planning.options import scheme_names
 
 PROCESSES = 64  # of this machine
 
@@ -37,7 +38,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--device", choices=("cpu", "cuda"), help="default cuda if there are enough devices")
     parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help="default by device")
     parser.add_argument("--policy", choices=("auto", "contiguous", "zigzag", "balanced"), default="contiguous")
-    parser.add_argument("--scheme", choices=("auto", "ring", "gather", "joint", "ulysses", "hybrid"), default="auto")
+    parser.add_argument("--scheme", choices=scheme_names(), default="auto")
     parser.add_argument("--backend", default="auto", metavar="NAME", help="kernel backend, default auto")
     parser.add_argument("--tolerance", type=tolerance, metavar="X", help="largest relative error, default by dtype")
     parser.add_argument("--json", action="store_true", help="the findings as one JSON list")

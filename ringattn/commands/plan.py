@@ -15,7 +15,7 @@ from ringattn.commands import _workload
 from ringattn.commands._call import HEADS, RANKS, TOKENS, integer, ranks, tokens
 from ringattn.commands._files import check_target, file
 from ringattn.commands._text import note, row, table
-from ringattn.parallel.planning.options import SCHEMES
+from ringattn.parallel.planning.options import scheme_names
 
 SHOWN = 64  # ranks in the table; of more the slowest
 
@@ -25,7 +25,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--ring", type=ranks, default=1, metavar="R", help="ranks that pass keys, default 1")
     parser.add_argument("--ulysses", type=ranks, default=1, metavar="U", help="ranks that exchange heads, default 1")
     parser.add_argument("--sequence", type=ranks, metavar="N", help="ranks, in place of the two: degrees are chosen")
-    parser.add_argument("--scheme", choices=SCHEMES, default="auto", help="default auto")
+    parser.add_argument("--scheme", choices=scheme_names(), default="auto", help="default auto")
     parser.add_argument("--stages", type=ranks, metavar="N", help="of --scheme ring, the local one included")
     parser.add_argument("--memory", type=integer(TOKENS), metavar="MIB", help="what a rank's buffers may take")
     parser.add_argument(
@@ -211,7 +211,7 @@ def alternatives(planned: dict[str, Any]) -> list[dict[str, Any]]:
     """Every schedule of this mesh with its predicted seconds and memory."""
     from ringattn.parallel.pricing.price import most_bytes
     from ringattn.parallel.pricing.pricer import Pricer
-    from ringattn.parallel.schedules.schedule import candidates
+    from ringattn.parallel.schedules.candidates import candidates
 
     layout, mask, setting = planned["layout"], planned["mask"], planned["setting"]
     pricer = Pricer.of(layout, mask, setting)
@@ -233,7 +233,7 @@ def meshes(planned: dict[str, Any]) -> list[dict[str, Any]]:
     """The best schedules of every ring × ulysses with as many ranks, heads and memory permitting."""
     from ringattn.parallel.placement.placement import Placement
     from ringattn.parallel.planning.planner import chosen
-    from ringattn.parallel.schedules.schedule import candidates
+    from ringattn.parallel.schedules.candidates import candidates
 
     args, layout, mask, setting = planned["args"], planned["layout"], planned["mask"], planned["setting"]
     ranks, node = layout.mesh.sequence_size, setting.machine.gpus_per_node

@@ -199,8 +199,8 @@ def attention(args: argparse.Namespace, lengths: list[int], gpus: int) -> dict[s
 def ideal_seconds(setting: Any, documents: Any, mask: Any, backward: bool) -> float:
     """The kernels of the whole pack on one GPU: what no number of GPUs can share better than evenly."""
     from ringattn import Layout, MeshShape
+    from ringattn.parallel.machine.machine import call_seconds
     from ringattn.parallel.planning.all_ranks import plan_group
-    from ringattn.parallel.pricing.kernel_times import call_seconds
 
     (whole,) = Layout(documents, MeshShape(), mask=mask).parts
     (plan,) = plan_group(whole, mask, setting.on(whole))

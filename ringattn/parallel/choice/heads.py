@@ -4,8 +4,8 @@ from collections.abc import Sequence
 
 from ringattn.kernels.spec import Call
 from ringattn.parallel.plan.exchange import HeadShare
+from ringattn.parallel.pricing.exchange_times import group_seconds
 from ringattn.parallel.pricing.setting import PriceInputs
-from ringattn.parallel.pricing.wire import group_seconds
 
 HEAD_GROUPS = (1, 2, 4)
 

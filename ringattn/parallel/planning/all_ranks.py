@@ -3,13 +3,13 @@
 from dataclasses import replace
 
 from ringattn.mask import Mask
-from ringattn.parallel.placement.pieces import PieceTable
 from ringattn.parallel.placement.placement import Placement
 from ringattn.parallel.plan.plan import AttentionPlan
 from ringattn.parallel.planning.options import check_heads, check_scheme
 from ringattn.parallel.planning.planner import chosen, only, plan_exchange, settled
 from ringattn.parallel.pricing.setting import PriceInputs
-from ringattn.parallel.schedules.schedule import Schedule, candidates, plan_stages
+from ringattn.parallel.schedules.candidates import candidates
+from ringattn.parallel.schedules.schedule import Schedule
 
 
 def plan_group(
@@ -29,12 +29,11 @@ def plan_group(
     mesh = placement.mesh
     check_scheme(scheme, mesh, stages)
     check_heads(head_groups, head_chunks)
-    held = PieceTable.of(placement, mask)
     options = candidates(mesh.ring, scheme, stages)
     pricer, choice = chosen(placement, mask, setting, options, memory_limit, head_chunks)
 
     def planned(position: int, one: Schedule) -> AttentionPlan:
-        return settled(plan_stages(held, pricer.demand, position, one), pricer.setting, choice.keep_keys)
+        return settled(one.plan(pricer.demand, position), pricer.setting, choice.keep_keys)
 
     plans = []
     for position in range(mesh.ring):

@@ -12,7 +12,6 @@ from ringattn.parallel.choice.schedule import GAIN, Choice, choose
 from ringattn.parallel.layout import Layout
 from ringattn.parallel.machine.machine import Machine
 from ringattn.parallel.mesh.shape import MeshShape
-from ringattn.parallel.placement.pieces import PieceTable
 from ringattn.parallel.placement.placement import Placement
 from ringattn.parallel.plan.exchange import Exchange, exchange_plan
 from ringattn.parallel.plan.plan import AttentionPlan, PartedPlan
@@ -21,7 +20,8 @@ from ringattn.parallel.planning.options import check_heads, check_scheme
 from ringattn.parallel.pricing.price import most_bytes
 from ringattn.parallel.pricing.pricer import Pricer
 from ringattn.parallel.pricing.setting import PriceInputs
-from ringattn.parallel.schedules.schedule import Schedule, candidates, plan_stages
+from ringattn.parallel.schedules.candidates import candidates
+from ringattn.parallel.schedules.schedule import Schedule
 
 P = ParamSpec("P")
 
@@ -137,12 +137,9 @@ def _plan(
     head_chunks: int | None,
 ) -> tuple[AttentionPlan, int]:
     """The plan of this rank, and the bytes that the buffers of any rank take at most."""
-    mesh, held = placement.mesh, PieceTable.of(placement, mask)
+    mesh = placement.mesh
     pricer, choice = chosen(placement, mask, setting, options, memory_limit, head_chunks)
-    plans = [
-        plan_stages(held, pricer.demand, mesh.ring_rank, one)
-        for one in dict.fromkeys((choice.forward, choice.backward))
-    ]
+    plans = [one.plan(pricer.demand, mesh.ring_rank) for one in dict.fromkeys((choice.forward, choice.backward))]
     exchange, why = plan_exchange(placement, pricer.setting, mesh.ring_rank, mesh.ulysses_rank, plans[0], head_groups)
     reason = only(mesh, options) + choice.reason + why
     plans = [replace(settled(plan, pricer.setting, choice.keep_keys), exchange=exchange) for plan in plans]

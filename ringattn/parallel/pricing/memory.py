@@ -12,6 +12,7 @@ from ringattn.parallel.plan.exchange import Exchange
 from ringattn.parallel.plan.messages import exchange_messages, rank_widths
 from ringattn.parallel.plan.plan import AttentionPlan
 from ringattn.parallel.plan.shape import Shape
+from ringattn.parallel.schedules.stage_work import summed_keys
 from ringattn.parallel.transport.buffers import message_buffers
 
 Rows = npt.NDArray[Any]  # (stages), or (stages, ranks)
@@ -93,7 +94,7 @@ class StageRows:
             received=received,
             sent=sent,
             shared_q=plan.shared_q[1] - plan.shared_q[0],
-            shared_k=_summed_keys(plan),
+            shared_k=summed_keys(plan),
             most_sent=max((stage.cast.most for stage in plan.stages), default=0),
             most_returned=max((stage.back.most for stage in plan.stages), default=0),
             engines="ring" in plan.engines,
@@ -151,14 +152,6 @@ class StageRows:
     def _casts(self) -> Rows:
         """Rows of the messages of each cast: those that are sent and those that arrive, or these and the buffer."""
         return np.maximum(0 if self.engines else self.sent, self.buffers) + self.received
-
-
-def _summed_keys(plan: AttentionPlan) -> int:
-    """Local key rows whose gradients are added up in float32, by a backend that adds; of copies of a head they are all,
-    and lie side by side in a message once more."""
-    if plan.sums_copies or plan.sums_groups:
-        return plan.rows * (2 if plan.sums_copies else 1)
-    return 0 if plan.single_parts else plan.shared_k[1] - plan.shared_k[0]
 
 
 def _among_zeros(before: int, rows: Rows, after: int) -> Rows:

@@ -6,6 +6,7 @@ of heads stands before and after. Ranks are priced one by one, as if nobody wait
 """
 
 from dataclasses import dataclass
+from functools import reduce
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -62,12 +63,15 @@ def stage_cost(machine: Machine, work: StageWork, keep_keys: bool, wide_reduce: 
     Arguments:
         keep_keys, wide_reduce: see `AttentionPlan`.
     """
-    own, dim = work.own, work.own.head_dim if work.backward else work.own.value_dim
-    # Query rows that are in several calls are added in float32: one part is read, the sum is read and written.
-    added = own.query_heads * dim * (2 * own.wide + own.itemsize)
-    compute = work.kernels + merge_seconds(machine, work.merged * added, work.calls)
-    moved = np.maximum(work.received, work.sent)  # both directions at the same time
-    cast = reduce = _Transfer()
+    own, compute = work.own, work.kernels
+    if np.any(work.merged):
+        # Query rows that are in several calls are added in float32: one part is read, the sum is read and written.
+        dim = own.head_dim if work.backward else own.value_dim
+        added = own.query_heads * dim * (2 * own.wide + own.itemsize)
+        compute = compute + merge_seconds(machine, work.merged * added, work.calls)
+    both = zip(CLASSES, np.maximum(work.received, work.sent), strict=True)  # both directions at the same time
+    moved = {name: rows for name, rows in both if rows.any()}
+    cast = returned = _Transfer()
     if not (work.backward and keep_keys):
         # Rows are packed into messages, and what arrived and local rows are put in their places in the buffer.
         compute = compute + copy_seconds(machine, (work.sent_rows + work.buffers) * own.key_row_bytes, 2)
@@ -77,21 +81,21 @@ def stage_cost(machine: Machine, work: StageWork, keep_keys: bool, wide_reduce: 
         rows = 2 * work.received_rows + 3 * work.sent_rows + 3 * work.copied
         compute = compute + merge_seconds(machine, rows * own.wide_key_row_bytes, 2)
         row_bytes = own.wide_key_row_bytes if wide_reduce else own.key_row_bytes
-        reduce = _transfer(machine, moved, work.most_returned, row_bytes)
-    return StageCost(compute, cast.seconds, reduce.seconds, cast.pulled + reduce.pulled, cast.lost + reduce.lost)
+        returned = _transfer(machine, moved, work.most_returned, row_bytes)
+    return StageCost(compute, cast.seconds, returned.seconds, cast.pulled + returned.pulled, cast.lost + returned.lost)
 
 
-def _transfer(machine: Machine, moved: Any, most: Any, row_bytes: int) -> _Transfer:
+def _transfer(machine: Machine, moved: dict[str, Any], most: Any, row_bytes: int) -> _Transfer:
     """Transfers of each stage, over all classes of link at the same time.
 
     Arguments:
-        moved: rows over each class of link, (classes, stages, ...).
+        moved: rows by class of link, of those that any are moved over.
         most: rows that any rank sends, (stages, ...).
     """
-    sizes = [rows * row_bytes for rows in moved]
-    seconds = np.maximum(*(transfer_seconds(machine, *pair, "p2p") for pair in zip(sizes, CLASSES, strict=True)))
-    losses = [machine.links[name, "p2p"].disturbance for name in CLASSES]
-    lost = sum(size * loss for size, loss in zip(sizes, losses, strict=True))
+    sizes = {name: rows * row_bytes for name, rows in moved.items()}
+    times = [transfer_seconds(machine, size, name, "p2p") for name, size in sizes.items()]
+    seconds: Any = reduce(np.maximum, times, 0.0) if len(times) != 1 else times[0]
+    lost = sum(size * machine.links[name, "p2p"].disturbance for name, size in sizes.items())
     if "ring" not in machine.engines:
         return _Transfer(seconds, lost)
     pulled = pulls(machine, most * row_bytes)
@@ -138,7 +142,7 @@ def pass_times(
 
 def _total(stages: Any) -> Any:
     """Over all stages."""
-    return np.sum(stages, 0) if np.ndim(stages) else stages
+    return stages.sum(0) if np.ndim(stages) else stages
 
 
 def host_seconds(

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import repeat
 from typing import Any
 
 import numpy as np
@@ -28,8 +29,9 @@ class StageCost:
     @property
     def stages(self) -> "list[StageCost]":
         """The stages one by one, where the arrays hold all of them."""
-        parts = np.broadcast_arrays(self.compute, self.cast, self.reduce, self.pulled, self.lost)
-        return [StageCost(*values) for values in zip(*parts, strict=True)]
+        parts = (self.compute, self.cast, self.reduce, self.pulled, self.lost)
+        rows = [part if np.ndim(part) else repeat(part, len(self.compute)) for part in parts]
+        return [StageCost(*values) for values in zip(*rows, strict=True)]
 
 
 @dataclass(frozen=True)

@@ -177,7 +177,7 @@ def counted_as_planned(docs: Documents, mask: Mask, ring: int, policy: str, sche
     work, _ = schedule.passes(prices.positions)
     for rank, (_, plan) in enumerate(plans):
         for number, stage in enumerate(plan.stages):
-            for messages, counted in ((stage.receives, work.received), (stage.sends, work.sent)):
+            for messages, counted in ((stage.receives, work.moved.received), (stage.sends, work.moved.sent)):
                 near = sum(message.rows for message in messages if message.peer // 8 == rank // 8)
                 assert counted[:, number, rank].tolist() == [near, sum(m.rows for m in messages) - near]
             assert work.buffers[number, rank] == stage.rows

@@ -51,8 +51,8 @@ def largest_messages(plan: AttentionPlan, shape: Shape) -> dict[str, int]:
 
 
 def exchange_message_bytes(exchange: Exchange, shape: Shape, position_rows: int, wide_reduce: bool) -> int:
-    """Of the largest message of an exchange of so many rows, in either pass: one rank's rows for all heads, or all rows
-    for one rank's heads; at least 1, since an exchange is made even of nothing."""
+    """Bytes of the largest message of an exchange of so many rows, in either pass: one rank's rows for all heads, or all
+    rows for one rank's heads; at least 1, since an exchange is made even of nothing."""
     own_rows, most = -(-position_rows // len(exchange.rows)), 1.0
     for backward in (False, True):
         there, back = exchange_messages(exchange, shape, backward, wide_reduce, exchange.groups)
@@ -109,8 +109,8 @@ class StageRows:
         return most * own.key_row_bytes + self.shared_q * own.query_heads * own.value_dim * own.wide
 
     def backward_bytes(self, own: Shape, keep_keys: bool, wide_reduce: bool) -> Any:
-        """The same with the gradients of a stage's keys, as kernels leave them and as they travel, those of the stage
-        before it on their way back, and the sums."""
+        """What `forward_bytes` counts, with the gradients of a stage's keys, as kernels leave them and as they travel,
+        those of the stage before it on their way back, and the sums."""
         travels = own.wide_key_row_bytes if wide_reduce else own.key_row_bytes
         grads = self.buffers * (own.key_row_bytes + own.wide_key_row_bytes)
         returning = grads + ((0 if self.engines else self.received) + self.sent) * travels
@@ -127,7 +127,7 @@ class StageRows:
         return np.max(alive, 0) + sums
 
     def message_bytes(self, own: Shape, backward: bool, keep_keys: bool, wide_reduce: bool) -> int:
-        """Of the largest message of a pass."""
+        """Bytes of the largest message that any position sends in a pass."""
         cast = self.most_sent * own.key_row_bytes
         if not backward:
             return cast

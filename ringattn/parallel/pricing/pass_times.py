@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from ringattn.parallel.machine.machine import CLASSES, Machine, copy_seconds, merge_seconds, transfer_seconds
+from ringattn.parallel.machine.machine import Machine, copy_seconds, merge_seconds, transfer_seconds
 from ringattn.parallel.pricing.exchange_times import ExchangeTimes
 from ringattn.parallel.pricing.timeline import DirectionCost, StageCost, backward_timeline, forward_timeline
 from ringattn.parallel.schedules.stage_work import StageWork
@@ -63,25 +63,23 @@ def stage_cost(machine: Machine, work: StageWork, keep_keys: bool, wide_reduce: 
     Arguments:
         keep_keys, wide_reduce: see `AttentionPlan`.
     """
-    own, compute = work.own, work.kernels
+    own, moved, compute = work.own, work.moved, work.kernels
     if np.any(work.merged):
         # Query rows that are in several calls are added in float32: one part is read, the sum is read and written.
         dim = own.head_dim if work.backward else own.value_dim
         added = own.query_heads * dim * (2 * own.wide + own.itemsize)
         compute = compute + merge_seconds(machine, work.merged * added, work.calls)
-    both = zip(CLASSES, np.maximum(work.received, work.sent), strict=True)  # both directions at the same time
-    moved = {name: rows for name, rows in both if rows.any()}
     cast = returned = _Transfer()
     if not (work.backward and keep_keys):
         # Rows are packed into messages, and what arrived and local rows are put in their places in the buffer.
-        compute = compute + copy_seconds(machine, (work.sent_rows + work.buffers) * own.key_row_bytes, 2)
-        cast = _transfer(machine, moved, work.most_sent, own.key_row_bytes)
+        compute = compute + copy_seconds(machine, (moved.sent_rows + work.buffers) * own.key_row_bytes, 2)
+        cast = _transfer(machine, moved.by_class, moved.most_sent, own.key_row_bytes)
     if work.backward:
         # Gradients of what arrived are packed, and what comes back is added to the rows' own, like that of copies.
-        rows = 2 * work.received_rows + 3 * work.sent_rows + 3 * work.copied
+        rows = 2 * moved.received_rows + 3 * moved.sent_rows + 3 * work.copied
         compute = compute + merge_seconds(machine, rows * own.wide_key_row_bytes, 2)
         row_bytes = own.wide_key_row_bytes if wide_reduce else own.key_row_bytes
-        returned = _transfer(machine, moved, work.most_returned, row_bytes)
+        returned = _transfer(machine, moved.by_class, moved.most_returned, row_bytes)
     return StageCost(compute, cast.seconds, returned.seconds, cast.pulled + returned.pulled, cast.lost + returned.lost)
 
 
@@ -89,12 +87,11 @@ def _transfer(machine: Machine, moved: dict[str, Any], most: Any, row_bytes: int
     """Transfers of each stage, over all classes of link at the same time.
 
     Arguments:
-        moved: rows by class of link, of those that any are moved over.
+        moved: rows by class of link.
         most: rows that any rank sends, (stages, ...).
     """
     sizes = {name: rows * row_bytes for name, rows in moved.items()}
-    times = [transfer_seconds(machine, size, name, "p2p") for name, size in sizes.items()]
-    seconds: Any = reduce(np.maximum, times, 0.0) if len(times) != 1 else times[0]
+    seconds = reduce(np.maximum, (transfer_seconds(machine, size, name, "p2p") for name, size in sizes.items()))
     lost = sum(size * machine.links[name, "p2p"].disturbance for name, size in sizes.items())
     if "ring" not in machine.engines:
         return _Transfer(seconds, lost)

@@ -36,7 +36,11 @@ class Pricer:
         return kept(placement, key, lambda: cls(_demand(placement, mask), setting.on(placement)))
 
     def price(self, schedule: Schedule, keep_keys: bool | None = None) -> tuple[Price, Price]:
-        """Of the forward and of the backward pass; with keys kept if the setting says so, or what is said here."""
+        """The prices of the forward and of the backward pass.
+
+        Arguments:
+            keep_keys: keep cast keys for the backward pass; None: as the setting says, and not if that is open.
+        """
         keep = bool(self.setting.keep_keys if keep_keys is None else keep_keys)
         return kept(self, (schedule, keep), lambda: self._price(schedule, keep))
 
@@ -75,12 +79,12 @@ class Pricer:
             shared_k = 2 * self.demand.rows  # as of a plan that sums copies
         return StageRows(
             buffers=work.buffers[1:],
-            received=work.received_rows[1:],
-            sent=work.sent_rows[1:],
+            received=work.moved.received_rows[1:],
+            sent=work.moved.sent_rows[1:],
             shared_q=work.shared_q,
             shared_k=shared_k,
-            most_sent=int(work.most_sent.max(initial=0)),
-            most_returned=int(work.most_returned.max(initial=0)),
+            most_sent=int(work.moved.most_sent.max(initial=0)),
+            most_returned=int(work.moved.most_returned.max(initial=0)),
             engines="ring" in setting.machine.engines,
             chunks=setting.head_chunks,
         )

@@ -51,7 +51,7 @@ class KeyDemand:
 
     @cached_property
     def parted(self) -> "KeyDemand":
-        """The same with query pieces cut as `PieceTable.parted` cuts them."""
+        """This demand with query pieces cut as `PieceTable.parted` cuts them."""
         if self.joined or (self.band.lo is None and self.band.hi in (0, None)):
             return self  # a piece sees all of its document's start, or nothing outside
         columns = self.first.tolist(), self.last.tolist(), self.length.tolist()
@@ -76,7 +76,7 @@ class KeyDemand:
 
     @cached_property
     def joint(self) -> "KeyDemand":
-        """The same where every piece waits for the keys from elsewhere."""
+        """This demand where every piece waits for the keys from elsewhere."""
         return replace(self, joined=True)
 
     @cached_property
@@ -120,8 +120,8 @@ class KeyDemand:
 
     @cached_property
     def summed_rows(self) -> Ints:
-        """Of these, at positions that gather, where keys may have gradients by local calls and by others: a piece of a
-        document that is cut is local."""
+        """Those of `cut_rows` whose keys may have gradients from local calls and from others, at positions that gather:
+        all of them where a piece of a document that is cut is local."""
         both = sum_by(self.position, (self.local & self._cut).astype(np.int64), self.positions)
         return self.cut_rows * (both > 0)
 

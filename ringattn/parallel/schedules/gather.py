@@ -80,7 +80,7 @@ class Joint(Gather):
 
 
 def _local_blocks(held: PieceTable, position: int, band: Band) -> list[Block]:
-    """Those of pieces that see only keys of the position."""
+    """The blocks of pieces that see only keys of the position."""
     blocks = []
     for piece in held.pieces(position):
         for part in held.parted(piece, band):
@@ -97,7 +97,7 @@ def _plan(
     documents: list[int],
     waiting: Waiting,
 ) -> AttentionPlan:
-    """Stages of which the first has these local blocks.
+    """A local stage with these blocks, and one stage for all pieces that wait.
 
     Arguments:
         demand: of the pieces that wait.
@@ -144,7 +144,8 @@ def _continues(last: Piece, last_wanted: Range, query: Piece, wanted: Range) -> 
 
 
 def _own_runs(keys: "_Keys", queries: list[Piece], wanted: list[Range]) -> list[list[Piece]]:
-    """Of each query, in the order of rows: a call's keys are in the order of its queries."""
+    """The keys of each query in rows of its own, laid out in the order of the queries' rows: a kernel call takes its
+    keys in the order of its queries."""
     runs: dict[Piece, list[Piece]] = {}
     last: tuple[Piece, Range] | None = None
     for query, span in sorted(zip(queries, wanted, strict=True), key=lambda pair: pair[0].row):
@@ -155,7 +156,8 @@ def _own_runs(keys: "_Keys", queries: list[Piece], wanted: list[Range]) -> list[
 
 
 def _shared_runs(keys: "_Keys", queries: list[Piece], wanted: list[Range]) -> list[list[Piece]]:
-    """All that the pieces of a document want, for each of them; in the order of documents, which that of queries is."""
+    """The keys of each query, which it shares with the other pieces of its document: all that any of them wants.
+    Queries are in the order of documents, and so are the rows."""
     spans: dict[int, list[Range]] = defaultdict(list)
     for query, span in zip(queries, wanted, strict=True):
         spans[query.document].append(span)

@@ -178,7 +178,7 @@ def ring_passes(every: AllPositions, distances: list[range]) -> Passes:
     """
     demand = every.demand
     moved = every.moved(distances)
-    arriving = moved.received.sum(0)
+    arriving = moved.received_rows
     local, left = kept(every, "local stage", lambda: _local_stage(every))
     stages = np.maximum((arriving > 0).sum(0), 1)
     # In packs most positions hear from one or two others, however many stages there are: many rings share this.

@@ -15,7 +15,7 @@ What is counted instead of read from plans is exact but for this:
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 from functools import cached_property
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -32,11 +32,44 @@ Passes = tuple["StageWork", "StageWork"]  # forward and backward
 
 
 @dataclass(frozen=True)
+class Moved:
+    """Key rows that each stage moves, the local one first. Both passes share it, and what is worked out of it.
+
+    Arguments:
+        received, sent: over each class of link, (classes, stages) of one rank, or (classes, stages, positions) of all.
+        most_sent, most_returned: rows of the largest cast, and reduce, of any rank: (stages,) or (stages, 1).
+        senders: from how many others they come, (stages,) or (stages, positions).
+    """
+
+    received: Ints
+    sent: Ints
+    most_sent: Ints
+    most_returned: Ints
+    senders: Ints
+
+    @cached_property
+    def received_rows(self) -> Ints:
+        """Over all links."""
+        return self.received.sum(0)
+
+    @cached_property
+    def sent_rows(self) -> Ints:
+        return self.sent.sum(0)
+
+    @cached_property
+    def by_class(self) -> dict[str, Ints]:
+        """Rows over each class of link: both directions at the same time, so the larger counts. Without the network if
+        nothing travels over it, which is nothing to price either."""
+        both = zip(CLASSES, np.maximum(self.received, self.sent), strict=True)
+        return {name: rows for name, rows in both if name == "node" or rows.any()}
+
+
+@dataclass(frozen=True)
 class StageWork:
     """What each stage of one pass computes and moves, the local stage first, for one chunk of heads.
 
     Of one rank the fields are columns (stages,), of all ring positions (stages, positions); those without stages are
-    numbers, or (positions,).
+    numbers, or (positions,). A field that is nothing everywhere may be 0.
 
     Arguments:
         own: heads and dims of what is computed at a time.
@@ -44,9 +77,8 @@ class StageWork:
         kernels: seconds of the calls.
         calls: how many they are.
         merged: query rows that these calls add to what other calls have left.
-        received, sent: key rows over each class of link, (classes, stages) or (classes, stages, positions).
+        moved: key rows that travel.
         copied: key rows of the stage's buffer beside those that are received.
-        most_sent, most_returned: key rows of the largest cast, and reduce, of any rank: (stages,) or (stages, 1).
         messages: that are sent and received in all casts; those of the reduces are as many.
         shared_q, shared_k: query rows, and local rows of key gradients, that are added up in float32.
     """
@@ -56,11 +88,8 @@ class StageWork:
     kernels: Any
     calls: Any
     merged: Any
-    received: Any
-    sent: Any
+    moved: Moved
     copied: Any
-    most_sent: Any
-    most_returned: Any
     messages: Any
     shared_q: Any
     shared_k: Any
@@ -71,17 +100,21 @@ class StageWork:
         stages, (first, last) = plan.stages, plan.shared_q
         tables = [BlockTable.of(stage.calls) for stage in stages]
         merged = [sum(max(0, min(call.q[1], last) - max(call.q[0], first)) for call in stage.calls) for stage in stages]
+        moved = Moved(
+            received=_by_class(machine, plan, [stage.receives for stage in stages]),
+            sent=_by_class(machine, plan, [stage.sends for stage in stages]),
+            most_sent=np.array([stage.cast.most for stage in stages]),
+            most_returned=np.array([stage.back.most for stage in stages]),
+            senders=np.array([len(stage.receives) for stage in stages]),
+        )
         return cls(
             own=own,
             backward=backward,
             kernels=np.array([calls_seconds(machine, table, own, backward).sum() for table in tables]),
             calls=np.array([len(stage.calls) for stage in stages]),
             merged=np.array(merged),
-            received=_by_class(machine, plan, [stage.receives for stage in stages]),
-            sent=_by_class(machine, plan, [stage.sends for stage in stages]),
+            moved=moved,
             copied=np.array([stage.rows - stage.cast.received for stage in stages]),
-            most_sent=np.array([stage.cast.most for stage in stages]),
-            most_returned=np.array([stage.back.most for stage in stages]),
             messages=sum(len(stage.sends) + len(stage.receives) for stage in stages),
             shared_q=last - first,
             shared_k=summed_keys(plan),
@@ -90,30 +123,27 @@ class StageWork:
     @classmethod
     def stacked(cls, works: Sequence["StageWork"]) -> "StageWork":
         """Those of all ring positions, of which each was read from a plan, as one."""
-        first = works[0]
-        names = [field.name for field in fields(cls) if field.name not in ("own", "backward")]
-        columns = {name: np.stack([getattr(work, name) for work in works], -1) for name in names}
-        most = {name: columns[name][:, :1] for name in ("most_sent", "most_returned")}  # all ranks know the same
-        return cls(first.own, first.backward, **{**columns, **most})
+        moved = _stacked([work.moved for work in works])
+        for name in ("most_sent", "most_returned"):
+            moved[name] = moved[name][:, :1]  # all ranks know the same
+        columns = _stacked(works, ("own", "backward", "moved"))
+        return cls(own=works[0].own, backward=works[0].backward, moved=Moved(**moved), **columns)
 
-    @cached_property
-    def received_rows(self) -> Any:
-        """Over all links."""
-        return self.received.sum(0)
-
-    @cached_property
-    def sent_rows(self) -> Any:
-        return self.sent.sum(0)
-
-    @cached_property
+    @property
     def buffers(self) -> Any:
         """Key rows of each stage's buffer."""
-        return self.received_rows + self.copied
+        return self.moved.received_rows + self.copied
 
     @property
     def later(self) -> int:
         """How many stages have a cast."""
-        return len(self.received_rows) - 1
+        return len(self.moved.received_rows) - 1
+
+
+def _stacked(records: Sequence[Any], without: Sequence[str] = ()) -> dict[str, Any]:
+    """The fields of records of one kind, with a last axis over the records."""
+    names = [field.name for field in fields(records[0]) if field.name not in without]
+    return {name: np.stack([getattr(record, name) for record in records], -1) for name in names}
 
 
 def summed_keys(plan: AttentionPlan) -> int:
@@ -133,15 +163,6 @@ def _by_class(machine: Machine, plan: AttentionPlan, messages: Sequence[Sequence
             link_class = machine.link_class(plan.ring_rank * ulysses + rank, message.peer * ulysses + rank)
             rows[CLASSES.index(link_class), stage] += message.rows
     return rows
-
-
-class Moved(NamedTuple):
-    """Key rows that each position receives and sends, (classes of link, stages, positions), and from how many others
-    they come, (stages, positions)."""
-
-    received: Ints
-    sent: Ints
-    senders: Ints
 
 
 @dataclass(frozen=True)
@@ -184,8 +205,9 @@ class AllPositions:
         room = (link_class * stages + stage_of[distance]) * positions
         size, shape = len(CLASSES) * stages * positions, (len(CLASSES), stages, positions)
         received, sent = (sum_by(room + position, rows, size).reshape(shape) for position in (reader, holder))
+        most_sent, most_returned = (rows.sum(0).max(1, keepdims=True) for rows in (sent, received))
         senders = np.bincount(stage_of[distance] * positions + reader, minlength=stages * positions)
-        return Moved(received, sent, senders.reshape(stages, positions))
+        return Moved(received, sent, most_sent, most_returned, senders.reshape(stages, positions))
 
     def passes(
         self,
@@ -204,18 +226,14 @@ class AllPositions:
             kernels: their seconds, forward and backward.
             calls, merged, copied, shared_q, shared_k: see `StageWork`.
         """
-        sent, received = moved.sent.sum(0), moved.received.sum(0)
         forward = StageWork(
             own=self.own,
             backward=False,
             kernels=kernels[0],
             calls=calls,
             merged=merged,
-            received=moved.received,
-            sent=moved.sent,
+            moved=moved,
             copied=copied,
-            most_sent=sent.max(1, keepdims=True),
-            most_returned=received.max(1, keepdims=True),
             messages=self._messages,
             shared_q=shared_q,
             shared_k=shared_k,

@@ -1,7 +1,8 @@
 """Playing the plans of all ranks through, in the executor's order: who computes and who waits when. Pure.
 
-What `cost.py` prices rank by rank, as if nobody waited for another, is one system here. A rank has a queue of kernels,
-and ports to the GPUs of its node and to the network, each in and out; a message holds its sender's and its receiver's.
+What `plan_cost.py` prices rank by rank, as if nobody waited for another, is one system here. A rank has a queue of
+kernels, and ports to the GPUs of its node and to the network, each in and out; a message holds its sender's and its
+receiver's.
 Transfers of one process group follow one another, as its stream does, and begin when both ends have posted them; short
 ones that kernels pull are posted when they are waited for.
 """

@@ -17,7 +17,7 @@ from ringattn import Documents, Layout, Mask, MeshShape
 from ringattn.parallel.machine.machine import Machine
 from ringattn.parallel.machine.shipped import SHIPPED
 from ringattn.parallel.placement.pieces import PieceTable
-from ringattn.parallel.schedules.demand import KeyDemand, per
+from ringattn.parallel.schedules.demand import KeyDemand, sum_by
 from ringattn.workloads import HISTOGRAMS
 
 POLICIES = ("balanced", "balanced by time", "zigzag", "contiguous")
@@ -40,7 +40,7 @@ def balance(lengths: list[int], ring: int, policy: str, machine: Machine = SHIPP
     demand = KeyDemand.of(PieceTable.of(layout.parts[0], Mask()), Mask().band)
     blocks = demand.gathered_blocks
     seconds = sum(machine.rate(128, backward).share_seconds(blocks, 256) for backward in (False, True))
-    areas, times = (per(demand.position, np.asarray(x, dtype=float), ring) for x in (blocks.areas, seconds))
+    areas, times = (sum_by(demand.position, np.asarray(x, dtype=float), ring) for x in (blocks.areas, seconds))
     received = demand.received_rows.sum() / ((ring - 1) * sum(lengths))
     return Balance(
         *(float(x.max() / x.mean()) for x in (areas, times, demand.rows)),

@@ -19,7 +19,7 @@ from ringattn.parallel.machine.shipped import SHIPPED
 from ringattn.parallel.plan.shape import Shape
 from ringattn.parallel.pricing.pricer import Pricer
 from ringattn.parallel.pricing.setting import PriceInputs
-from ringattn.parallel.schedules.schedule import candidates
+from ringattn.parallel.schedules.candidates import candidates
 
 # Schemes on a mesh: of degrees that a layout chooses, and of other systems, nothing is predicted.
 PREDICTED = re.compile(r"(?!usp)\w+:\d+x\d+")

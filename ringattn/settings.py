@@ -12,8 +12,6 @@ from typing import Any, NamedTuple, get_type_hints
 
 from ringattn.mask import Mask
 
-SCHEMES = ("auto", "ring", "ulysses", "hybrid", "gather", "joint")
-
 _MASK_FIELDS = tuple(field.name for field in fields(Mask))
 
 
@@ -76,8 +74,6 @@ class AttentionOptions(NamedTuple):
     def _check_schedule(self) -> None:
         """How keys move, and the memory that this may take."""
         scheme, stages, limit = self.scheme, self.stages, self.memory_limit
-        if scheme not in SCHEMES:
-            raise ValueError(f"scheme must be one of {', '.join(SCHEMES)}, got {scheme!r}")
         if stages is not None:
             if not isinstance(stages, int) or stages < 2:
                 raise ValueError(

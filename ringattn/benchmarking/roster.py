@@ -14,6 +14,7 @@ from ringattn.benchmarking.plain_ulysses import PlainUlysses
 from ringattn.parallel.mesh.mesh import SequenceMesh, init_mesh
 from ringattn.parallel.mesh.shape import MeshShape
 from ringattn.parallel.planning.options import check_scheme
+from ringattn.parallel.schedules.candidates import schedule_names
 from ringattn.settings import AttentionOptions
 
 
@@ -68,7 +69,7 @@ def every_name(ranks: int) -> list[str]:
     inner = [u for u in range(2, ranks) if ranks % u == 0]
     if ranks == 1:
         return ["auto:1"]
-    ring = [f"{scheme}:{ranks}x1" for scheme in ("auto", "gather", "joint", "ring")]
+    ring = [f"{scheme}:{ranks}x1" for scheme in ("auto", *schedule_names())]
     return [f"auto:{ranks}", *ring, *(f"hybrid:{ranks // u}x{u}" for u in inner), f"ulysses:1x{ranks}"]
 
 

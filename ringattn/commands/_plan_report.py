@@ -15,7 +15,7 @@ from ringattn.parallel.pricing.plan_cost import rank_cost
 from ringattn.parallel.pricing.price import most_bytes
 from ringattn.parallel.pricing.pricer import Pricer
 from ringattn.parallel.pricing.setting import PriceInputs
-from ringattn.parallel.schedules.schedule import candidates
+from ringattn.parallel.schedules.candidates import candidates
 from ringattn.parallel.simulation.simulate import simulate
 from ringattn.parallel.simulation.spans import PASSES, Pass
 from ringattn.parallel.simulation.traffic import Traffic

@@ -9,8 +9,8 @@ from typing import Any
 from ringattn import Documents, Layout, Mask, MeshShape
 from ringattn.commands import _workload
 from ringattn.commands._text import note
+from ringattn.parallel.machine.machine import call_seconds
 from ringattn.parallel.planning.all_ranks import plan_group
-from ringattn.parallel.pricing.kernel_times import call_seconds
 from ringattn.parallel.pricing.setting import PriceInputs
 from ringattn.parallel.simulation.simulate import Scenario, simulate
 from ringattn.parallel.simulation.spans import PASSES

@@ -16,6 +16,7 @@ from typing import Any
 
 from ringattn.commands._call import check_backend, check_device, integer
 from ringattn.commands._text import first_line, row
+from ringattn.parallel.planning.options import scheme_names
 
 PROCESSES = 64  # of this machine
 
@@ -49,7 +50,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--scheme",
-        choices=("auto", "ring", "gather", "joint", "ulysses", "hybrid"),
+        choices=scheme_names(),
         default="auto",
         help="how attention communicates, default auto",
     )

@@ -15,7 +15,8 @@ from ringattn.commands import _workload
 from ringattn.commands._call import HEADS, RANKS, TOKENS, integer, ranks, tokens
 from ringattn.commands._files import check_target, file
 from ringattn.commands._text import note, row
-from ringattn.settings import SCHEMES, AttentionOptions
+from ringattn.parallel.planning.options import scheme_names
+from ringattn.settings import AttentionOptions
 
 if TYPE_CHECKING:
     from ringattn import Layout
@@ -31,7 +32,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--sequence", type=ranks, metavar="N", help="ranks, in place of --ring and --ulysses, which are then chosen"
     )
-    parser.add_argument("--scheme", choices=SCHEMES, default="auto", help="how keys or heads move, default auto")
+    parser.add_argument("--scheme", choices=scheme_names(), default="auto", help="how keys or heads move, default auto")
     parser.add_argument("--stages", type=ranks, metavar="N", help="stages of --scheme ring, the local one included")
     parser.add_argument("--memory", type=integer(TOKENS), metavar="MIB", help="limit of a rank's buffers")
     parser.add_argument(

@@ -12,7 +12,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from ringattn.kernels.registry import backends
 from ringattn.parallel.mesh.shape import MeshShape, resolve_mesh
-from ringattn.parallel.planning.options import check_scheme
+from ringattn.parallel.planning.options import check_scheme, scheme_names
 from ringattn.settings import AttentionOptions
 from ringattn.training.corpus import Corpus
 from ringattn.training.data.files import matching_files
@@ -21,7 +21,7 @@ from ringattn.training.engines.deepspeed import available as deepspeed_available
 
 CHOICES: dict[str, tuple[str, ...]] = {
     "data.name": ("stdlib", "text"),
-    "parallel.scheme": ("auto", "ring", "ulysses", "hybrid", "gather", "joint"),
+    "parallel.scheme": scheme_names(),
     "parallel.policy": ("auto", "contiguous", "zigzag", "balanced"),
     "parallel.backend": ("auto", *backends()),
     "engine.name": ("fsdp2", "deepspeed"),

@@ -8,10 +8,10 @@ from ringattn import Documents, Layout, MeshShape
 from ringattn.cli import main
 from ringattn.commands._scaling import largest_divisor
 from ringattn.kernels.spec import Block, Call
+from ringattn.parallel.machine.machine import call_seconds
 from ringattn.parallel.machine.shipped import SHIPPED
 from ringattn.parallel.plan.shape import Shape
 from ringattn.parallel.planning.all_ranks import plan_group
-from ringattn.parallel.pricing.kernel_times import call_seconds
 from ringattn.parallel.simulation.simulate import simulate
 
 H200 = SHIPPED["H200"]

@@ -16,7 +16,7 @@ from ringattn.parallel.placement.placement import Placement
 from ringattn.parallel.plan.shape import Shape
 from ringattn.parallel.pricing.pricer import Pricer
 from ringattn.parallel.pricing.setting import PriceInputs
-from ringattn.parallel.schedules.schedule import candidates
+from ringattn.parallel.schedules.candidates import candidates
 
 # Higher ulysses degrees need less memory and cut no documents: fewer must be faster by this much to be taken.
 RING_AXIS_GAIN = 0.01

@@ -4,12 +4,10 @@ from collections.abc import Sequence
 
 from ringattn.kernels.spec import Call
 from ringattn.parallel.plan.exchange import HeadShare
+from ringattn.parallel.pricing.exchange_times import group_seconds
 from ringattn.parallel.pricing.setting import PriceInputs
-from ringattn.parallel.pricing.wire import group_seconds
 
 HEAD_GROUPS = (1, 2, 4)
-
-
 GROUPS_GAIN = 0.01  # more groups are more launches, which the host may not have the time for
 
 
@@ -52,8 +50,8 @@ def chunk_counts(setting: PriceInputs, asked: int | None, memory_limit: int | No
     exchange, shape = setting.exchange, setting.shape
     whole = HeadShare((0, shape.query_heads), tuple(range(shape.key_heads)))
     shares = (whole,) if exchange is None else exchange.heads
-    together = exchange is not None and exchange.copied_keys and setting.wide_reduce
-    most = 1 if together else min(len(share.keys) for share in shares)
+    whole_sums = exchange is not None and exchange.copied_keys and setting.wide_reduce
+    most = 1 if whole_sums else min(len(share.keys) for share in shares)
     counts = [count for count in range(1, most + 1) if all(share.chunks_in(count) for share in shares)] or [1]
     if asked is not None:
         return [max(count for count in counts if count <= asked)]

@@ -23,12 +23,12 @@ from ringattn.parallel.placement.parts import Parts
 from ringattn.parallel.placement.placement import Placement
 from ringattn.parallel.plan.exchange import Exchange, exchange_plan
 from ringattn.parallel.plan.shape import Shape
-from ringattn.parallel.pricing.plan_cost import host_seconds
-from ringattn.parallel.pricing.price import Price, together
+from ringattn.parallel.pricing.exchange_times import exchange_times
+from ringattn.parallel.pricing.pass_times import host_seconds
+from ringattn.parallel.pricing.price import Price, overlapped
 from ringattn.parallel.pricing.pricer import Pricer
 from ringattn.parallel.pricing.setting import PriceInputs
-from ringattn.parallel.pricing.wire import exchange_seconds
-from ringattn.parallel.schedules.schedule import candidates
+from ringattn.parallel.schedules.candidates import candidates
 
 COUNTS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64)  # documents to exchange; and up to where a length ends
 BORDERS = 8
@@ -84,7 +84,7 @@ class Mixer:
             exchanged, others = (self._prices(part, mask) for part in parts)
             if max(price.pair_share for price in (*exchanged, *others)) > PAIR_SHARE:
                 return float("inf")  # the keys would be too many to gather
-            total += layers * sum(together(a, b).seconds for a, b in zip(exchanged, others, strict=True))
+            total += layers * sum(overlapped(a.times, b.times).seconds for a, b in zip(exchanged, others, strict=True))
         return total
 
     def _prices(self, part: Placement, mask: Mask) -> tuple[Price, Price]:
@@ -126,7 +126,7 @@ class Mixer:
         ranks, rows = self.inner.ulysses, tokens // self.inner.ring
         deal = tuple((rank * rows // ranks, (rank + 1) * rows // ranks) for rank in range(ranks))
         exchange = replace(self._exchange, rows=deal)
-        return exchange_seconds(self.inner.planned_for(self.machine), exchange, 0, self.shape, backward)[0]
+        return exchange_times(self.inner.planned_for(self.machine), exchange, 0, self.shape, backward).wire
 
 
 def _counts(lengths: Sequence[int]) -> list[int]:

@@ -45,9 +45,8 @@ def choose(pricer: Pricer, options: Sequence[Schedule], memory_limit: int | None
     least memory is taken then.
     """
     setting = pricer.setting
-    if len(options) > 1 and pricer.demand.band.hi not in (0, None):
-        # With a window to the right a joint schedule is not one call, but one for every place where a document is cut.
-        options = [option for option in options if option.kind != "joint"]
+    if len(options) > 1:
+        options = [option for option in options if option.suits(pricer.demand.band)]
     if setting.keep_keys:
         found = _keeping(pricer, options, memory_limit)
     else:
@@ -78,10 +77,10 @@ def _keeping(pricer: Pricer, options: Sequence[Schedule], memory_limit: int | No
 
 def _kept_if_better(pricer: Pricer, casting: Choice, memory_limit: int | None) -> Choice:
     """One of the schedules of `casting` for both passes with the keys kept, if it is faster and there is room."""
-    options = [one for one in dict.fromkeys((casting.forward, casting.backward)) if one.kind != "local"]
+    options = list(dict.fromkeys((casting.forward, casting.backward)))
+    if not any(price.kept for option in options for price in pricer.price(option, False)):
+        return casting  # nothing is cast
     prices = {option: pricer.price(option, True) for option in options}
-    if not any(price.kept for pair in prices.values() for price in pair):
-        return casting
     best = min(options, key=lambda option: _seconds(prices[option]))
     first, last = prices[best]
     gain = 1 - _seconds(prices[best]) / casting.cost.total if casting.cost.total else 0.0

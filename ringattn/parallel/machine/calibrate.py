@@ -275,7 +275,7 @@ class Calibration:
         return start.elapsed_time(stop) / 1e3
 
     def _slowest(self, seconds: float) -> float:
-        """Of all ranks, on all ranks."""
+        """The most seconds that any rank took, the same number on every rank; collective."""
         if not dist.is_initialized() or dist.get_world_size() == 1:
             return seconds
         box = torch.tensor([seconds], dtype=torch.float64, device=self.device)

@@ -1,4 +1,4 @@
-"""A machine in numbers: its links, kernels and copies, and what one transfer or copy takes. Pure."""
+"""A machine in numbers: its links, kernels and copies, and what one call, transfer or copy takes. Pure."""
 
 import hashlib
 import json
@@ -8,7 +8,10 @@ from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
+from ringattn.kernels.spec import Call
+from ringattn.parallel.geometry.block_table import BlockTable, Floats
 from ringattn.parallel.machine.kernel_rate import KernelRate
+from ringattn.parallel.plan.shape import Shape
 
 CLASSES = ("node", "network")
 PRIMITIVES = ("p2p", "all_to_all", "copy")
@@ -136,19 +139,31 @@ class Machine:
             raise ValueError(f"not the JSON of a machine: {type(error).__name__}: {error}") from error
 
 
-def transfer_seconds(machine: Machine, size: float, link_class: str, primitive: str) -> float:
-    """One transfer of `size` bytes per device; nothing costs nothing."""
-    if not size:
-        return 0.0
+def call_seconds(machine: Machine, call: Call, shape: Shape, backward: bool) -> float:
+    """One kernel launch; `shape` is of the rank that computes it (`Shape.share`)."""
+    return float(calls_seconds(machine, BlockTable.of([call]), shape, backward)[0])
+
+
+def calls_seconds(machine: Machine, blocks: BlockTable, shape: Shape, backward: bool) -> Floats:
+    """Seconds of each call of a table."""
+    rate = machine.rate(max(shape.head_dim, shape.value_dim), backward)
+    return rate.seconds(blocks, shape.query_heads, shape.head_dim + shape.value_dim)
+
+
+# The sizes below may be numbers or arrays, and nothing costs nothing: hence the factors `size > 0`.
+
+
+def transfer_seconds(machine: Machine, size: Any, link_class: str, primitive: str) -> Any:
+    """One transfer of `size` bytes per device."""
     link = machine.links[link_class, primitive]
-    return link.latency + size / link.bandwidth
+    return (size > 0) * (link.latency + size / link.bandwidth)
 
 
-def copy_seconds(machine: Machine, size: float, operations: int = 1) -> float:
-    """Copying `size` bytes on the device, in so many operations."""
-    return operations * machine.copy_seconds + 2 * size / machine.copy_bandwidth if size else 0.0
+def copy_seconds(machine: Machine, size: Any, operations: Any = 1) -> Any:
+    """Copying `size` bytes on the device, in so many operations: each byte is read and written."""
+    return (size > 0) * (operations * machine.copy_seconds + 2 * size / machine.copy_bandwidth)
 
 
-def merge_seconds(machine: Machine, size: float, operations: int = 1) -> float:
-    """Merging or adding partial results: `size` bytes are read and written."""
-    return operations * machine.copy_seconds + size / machine.merge_bandwidth if size else 0.0
+def merge_seconds(machine: Machine, size: Any, operations: Any = 1) -> Any:
+    """Merging or adding partial results: `size` bytes are read and written in all."""
+    return (size > 0) * (operations * machine.copy_seconds + size / machine.merge_bandwidth)

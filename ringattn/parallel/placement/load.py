@@ -44,7 +44,7 @@ class Load:
         return total
 
     def _cost(self, sizes: Ints, mask: Mask) -> Floats:
-        """Of documents under the band of one mask."""
+        """Cost of whole documents under the band of one mask."""
         left, right = (-1 if side is None else abs(side) for side in (mask.band.lo, mask.band.hi))
         open_side = np.zeros_like(sizes)
         table = BlockTable(sizes, sizes, open_side + left, open_side + right, open_side, 1)

@@ -82,7 +82,7 @@ class PieceTable:
         )
 
     def pieces(self, position: int) -> list[Piece]:
-        """Of a position, by row."""
+        """The pieces of a position, by row."""
         begin, end = np.searchsorted(self.position, (position, position + 1))
         return self._listed(slice(begin, end))
 

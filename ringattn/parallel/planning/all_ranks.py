@@ -3,13 +3,12 @@
 from dataclasses import replace
 
 from ringattn.parallel.machine.machine import Machine
-from ringattn.parallel.placement.pieces import PieceTable
 from ringattn.parallel.placement.placement import Placement
 from ringattn.parallel.plan.plan import AttentionPlan
 from ringattn.parallel.plan.shape import Shape
 from ringattn.parallel.planning.options import check_scheme
 from ringattn.parallel.planning.planner import chosen, plan_exchange, settled
-from ringattn.parallel.schedules.schedule import Schedule, plan_stages
+from ringattn.parallel.schedules.schedule import Schedule
 from ringattn.settings import AttentionOptions
 
 
@@ -22,11 +21,10 @@ def plan_group(
     """
     mesh = placement.mesh
     check_scheme(options, mesh)
-    held = PieceTable.of(placement, options.mask)
     pricer, choice = chosen(placement, shape, options, machine)
 
     def planned(position: int, one: Schedule) -> AttentionPlan:
-        return settled(plan_stages(held, pricer.demand, position, one), pricer.setting, choice.keep_keys)
+        return settled(one.plan(pricer.demand, position), pricer.setting, choice.keep_keys)
 
     plans = []
     for position in range(mesh.ring):

@@ -9,7 +9,6 @@ from ringattn.parallel.choice.heads import choose_groups, chunk_counts
 from ringattn.parallel.choice.schedule import GAIN, Choice, choose
 from ringattn.parallel.layout import Layout
 from ringattn.parallel.machine.machine import Machine
-from ringattn.parallel.placement.pieces import PieceTable
 from ringattn.parallel.placement.placement import Placement
 from ringattn.parallel.plan.exchange import Exchange, exchange_plan
 from ringattn.parallel.plan.plan import AttentionPlan, PartedPlan
@@ -18,7 +17,7 @@ from ringattn.parallel.planning.options import check_scheme
 from ringattn.parallel.pricing.price import most_bytes
 from ringattn.parallel.pricing.pricer import Pricer
 from ringattn.parallel.pricing.setting import PriceInputs
-from ringattn.parallel.schedules.schedule import candidates, plan_stages
+from ringattn.parallel.schedules.candidates import candidates
 from ringattn.settings import AttentionOptions
 
 
@@ -83,12 +82,9 @@ def _plan(
     placement: Placement, shape: Shape, options: AttentionOptions, machine: Machine | None
 ) -> tuple[AttentionPlan, int]:
     """The plan of this rank, and the bytes that the buffers of any rank take at most."""
-    mesh, held = placement.mesh, PieceTable.of(placement, options.mask)
+    mesh = placement.mesh
     pricer, choice = chosen(placement, shape, options, machine)
-    plans = [
-        plan_stages(held, pricer.demand, mesh.ring_rank, one)
-        for one in dict.fromkeys((choice.forward, choice.backward))
-    ]
+    plans = [one.plan(pricer.demand, mesh.ring_rank) for one in dict.fromkeys((choice.forward, choice.backward))]
     exchange, why = plan_exchange(
         placement, pricer.setting, mesh.ring_rank, mesh.ulysses_rank, plans[0], options.head_groups
     )

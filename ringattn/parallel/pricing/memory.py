@@ -12,6 +12,7 @@ from ringattn.parallel.plan.exchange import Exchange
 from ringattn.parallel.plan.messages import exchange_messages, rank_widths
 from ringattn.parallel.plan.plan import AttentionPlan
 from ringattn.parallel.plan.shape import Shape
+from ringattn.parallel.schedules.stage_work import summed_keys
 from ringattn.parallel.transport.buffers import message_buffers
 
 Rows = npt.NDArray[Any]  # (stages), or (stages, ranks)
@@ -50,8 +51,8 @@ def largest_messages(plan: AttentionPlan, shape: Shape) -> dict[str, int]:
 
 
 def exchange_message_bytes(exchange: Exchange, shape: Shape, position_rows: int, wide_reduce: bool) -> int:
-    """Of the largest message of an exchange of so many rows, in either pass: one rank's rows for all heads, or all rows
-    for one rank's heads; at least 1, since an exchange is made even of nothing."""
+    """Bytes of the largest message of an exchange of so many rows, in either pass: one rank's rows for all heads, or
+    all rows for one rank's heads; at least 1, since an exchange is made even of nothing."""
     own_rows, most = -(-position_rows // len(exchange.rows)), 1.0
     for backward in (False, True):
         there, back = exchange_messages(exchange, shape, backward, wide_reduce, exchange.groups)
@@ -93,7 +94,7 @@ class StageRows:
             received=received,
             sent=sent,
             shared_q=plan.shared_q[1] - plan.shared_q[0],
-            shared_k=_summed_keys(plan),
+            shared_k=summed_keys(plan),
             most_sent=max((stage.cast.most for stage in plan.stages), default=0),
             most_returned=max((stage.back.most for stage in plan.stages), default=0),
             engines="ring" in plan.engines,
@@ -108,8 +109,8 @@ class StageRows:
         return most * own.key_row_bytes + self.shared_q * own.query_heads * own.value_dim * own.wide
 
     def backward_bytes(self, own: Shape, keep_keys: bool, wide_reduce: bool) -> Any:
-        """The same with the gradients of a stage's keys, as kernels leave them and as they travel, those of the stage
-        before it on their way back, and the sums."""
+        """What `forward_bytes` counts, with the gradients of a stage's keys, as kernels leave them and as they travel,
+        those of the stage before it on their way back, and the sums."""
         travels = own.wide_key_row_bytes if wide_reduce else own.key_row_bytes
         grads = self.buffers * (own.key_row_bytes + own.wide_key_row_bytes)
         returning = grads + ((0 if self.engines else self.received) + self.sent) * travels
@@ -126,7 +127,7 @@ class StageRows:
         return np.max(alive, 0) + sums
 
     def message_bytes(self, own: Shape, backward: bool, keep_keys: bool, wide_reduce: bool) -> int:
-        """Of the largest message of a pass."""
+        """Bytes of the largest message that any position sends in a pass."""
         cast = self.most_sent * own.key_row_bytes
         if not backward:
             return cast
@@ -151,14 +152,6 @@ class StageRows:
     def _casts(self) -> Rows:
         """Rows of the messages of each cast: those that are sent and those that arrive, or these and the buffer."""
         return np.maximum(0 if self.engines else self.sent, self.buffers) + self.received
-
-
-def _summed_keys(plan: AttentionPlan) -> int:
-    """Local key rows whose gradients are added up in float32, by a backend that adds; of copies of a head they are all,
-    and lie side by side in a message once more."""
-    if plan.sums_copies or plan.sums_groups:
-        return plan.rows * (2 if plan.sums_copies else 1)
-    return 0 if plan.single_parts else plan.shared_k[1] - plan.shared_k[0]
 
 
 def _among_zeros(before: int, rows: Rows, after: int) -> Rows:

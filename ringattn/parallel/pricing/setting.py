@@ -28,7 +28,7 @@ class PriceInputs:
     head_chunks: int = 1
 
     def on(self, placement: Placement) -> "PriceInputs":
-        """The same with the exchange that the mesh of a placement asks for."""
+        """These inputs with the exchange that the mesh of a placement asks for."""
         if placement.mesh.ulysses == 1:
             return replace(self, exchange=None)
         return replace(self, exchange=exchange_plan(placement.deal(0), self.shape.query_heads, self.shape.key_heads, 0))
@@ -47,5 +47,5 @@ class PriceInputs:
 
     @cached_property
     def own(self) -> Shape:
-        """Of that, what is computed at a time."""
+        """What is computed at a time: one chunk of the largest share."""
         return self.share.chunk(self.head_chunks)

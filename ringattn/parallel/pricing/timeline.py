@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import repeat
 from typing import Any
 
 import numpy as np
@@ -9,14 +10,13 @@ import numpy as np
 
 @dataclass(frozen=True)
 class StageCost:
-    """One stage of one rank in one direction (or arrays, of many ranks).
+    """One stage of one rank in one direction; or arrays, of many ranks, or of all stages (the first axis).
 
     Arguments:
         compute: seconds of its calls, and of merges and copies around them.
         cast: seconds on the wire before its keys are there.
         reduce: seconds on the wire to return its key gradients (backward).
         pulled: seconds of both instead, where kernels pull what travels: between others, so that nothing hides it.
-        copies: of `compute`, what is not the kernels'.
         lost: seconds that kernels lose if all of the transfers travel beside them.
     """
 
@@ -24,8 +24,14 @@ class StageCost:
     cast: Any = 0.0
     reduce: Any = 0.0
     pulled: Any = 0.0
-    copies: Any = 0.0
     lost: Any = 0.0
+
+    @property
+    def stages(self) -> "list[StageCost]":
+        """The stages one by one, where the arrays hold all of them."""
+        parts = (self.compute, self.cast, self.reduce, self.pulled, self.lost)
+        rows = [part if np.ndim(part) else repeat(part, len(self.compute)) for part in parts]
+        return [StageCost(*values) for values in zip(*rows, strict=True)]
 
 
 @dataclass(frozen=True)
@@ -52,12 +58,6 @@ class PlanCost:
     @property
     def total(self) -> float:
         return self.forward.seconds + self.backward.seconds
-
-
-def disturbed(stages: Sequence[StageCost], exposed: Any) -> Any:
-    """Seconds that kernels lose by the transfers beside them: all but those that they wait for."""
-    wire = sum(stage.cast + stage.reduce for stage in stages)
-    return sum(stage.lost for stage in stages) * (1 - np.minimum(exposed / np.maximum(wire, 1e-12), 1.0))
 
 
 def forward_timeline(stages: Sequence[StageCost], chunks: int = 1) -> Any:

@@ -18,8 +18,12 @@ REPEATED = 8192
 
 @dataclass(frozen=True)
 class KeyDemand:
-    """Every position's pieces as columns, and the key rows that positions need of one another."""
+    """Every position's pieces as columns, and the key rows that positions need of one another.
 
+    The columns are sorted by document, position and place in the document; `pieces` is what they were made of.
+    """
+
+    pieces: PieceTable
     positions: int
     position: Ints  # of each piece
     document: Ints
@@ -33,12 +37,12 @@ class KeyDemand:
     joined: bool = False  # pieces that need no key from elsewhere are computed with the others, from one buffer
 
     @classmethod
-    def of(cls, held: PieceTable, band: Band) -> "KeyDemand":
-        order = np.lexsort((held.first, held.position, held.document))
-        columns = (held.position, held.document, held.first, held.last, held.length)
+    def of(cls, pieces: PieceTable, band: Band) -> "KeyDemand":
+        order = np.lexsort((pieces.first, pieces.position, pieces.document))
+        columns = (pieces.position, pieces.document, pieces.first, pieces.last, pieces.length)
         position, document, first, last, length = (column[order] for column in columns)
-        rows = np.array(held.rows, dtype=np.int64)
-        return cls(len(held.rows), position, document, first, last, length, rows, band)
+        rows = np.array(pieces.rows, dtype=np.int64)
+        return cls(pieces, len(pieces.rows), position, document, first, last, length, rows, band)
 
     @cached_property
     def needs(self) -> tuple[Ints, Ints]:
@@ -47,7 +51,7 @@ class KeyDemand:
 
     @cached_property
     def parted(self) -> "KeyDemand":
-        """The same with query pieces cut as `PieceTable.parted` cuts them."""
+        """This demand with query pieces cut as `PieceTable.parted` cuts them."""
         if self.joined or (self.band.lo is None and self.band.hi in (0, None)):
             return self  # a piece sees all of its document's start, or nothing outside
         columns = self.first.tolist(), self.last.tolist(), self.length.tolist()
@@ -72,7 +76,7 @@ class KeyDemand:
 
     @cached_property
     def joint(self) -> "KeyDemand":
-        """The same where every piece waits for the keys from elsewhere."""
+        """This demand where every piece waits for the keys from elsewhere."""
         return replace(self, joined=True)
 
     @cached_property
@@ -83,6 +87,13 @@ class KeyDemand:
         first = self.first if self.held_first is None else self.held_first
         last = self.last if self.held_last is None else self.held_last
         return (self.needs[0] >= first) & (self.needs[1] <= last)
+
+    @cached_property
+    def outer_rows(self) -> Ints:
+        """Queries of each piece that see keys outside of it: with a window those at its edges, else all or none."""
+        rows, sides = self.last - self.first, ((self.band.lo, self.first > 0), (self.band.hi, self.last < self.length))
+        edges = [(rows if side is None else np.minimum(abs(side), rows)) * more for side, more in sides]
+        return np.minimum(edges[0] + edges[1], rows)
 
     @cached_property
     def group(self) -> Ints:
@@ -105,13 +116,13 @@ class KeyDemand:
     @cached_property
     def cut_rows(self) -> Ints:
         """Rows of each position in documents that it needs keys for or that others read: of those that are cut."""
-        return per(self.position, (self.last - self.first) * self._cut, self.positions)
+        return sum_by(self.position, (self.last - self.first) * self._cut, self.positions)
 
     @cached_property
     def summed_rows(self) -> Ints:
-        """Of these, at positions that gather, where keys may have gradients by local calls and by others: a piece of a
-        document that is cut is local."""
-        both = per(self.position, (self.local & self._cut).astype(np.int64), self.positions)
+        """Those of `cut_rows` whose keys may have gradients from local calls and from others, at positions that gather:
+        all of them where a piece of a document that is cut is local."""
+        both = sum_by(self.position, (self.local & self._cut).astype(np.int64), self.positions)
         return self.cut_rows * (both > 0)
 
     @property
@@ -130,7 +141,7 @@ class KeyDemand:
         # A piece that continues the one before and wants the same is computed with it.
         same = (group[1:] == group[:-1]) & (begin[1:] == begin[:-1]) & (end[1:] == end[:-1])
         again[1:][same & (self.first[want][1:] == self.last[want][:-1])] = 0
-        repeated = per(self.position[want], again, self.positions)
+        repeated = sum_by(self.position[want], again, self.positions)
         return want, new, np.where(repeated[self.position[want]] > self.most_repeated, 0, again)
 
     @cached_property
@@ -143,7 +154,7 @@ class KeyDemand:
         rows = np.minimum(hi[index], self.last[piece]) - np.maximum(lo[index], self.first[piece])
         some = rows > 0
         pair = self.position[want][index[some]] * self.positions + self.position[piece[some]]
-        total = per(pair, rows[some], self.positions**2)
+        total = sum_by(pair, rows[some], self.positions**2)
         pairs = np.flatnonzero(total)
         return pairs // self.positions, pairs % self.positions, total[pairs]
 
@@ -151,7 +162,8 @@ class KeyDemand:
         """The cast of the rows that come from so far away on the ring, as a position sees it, and the way back."""
         reader, holder, rows = self.traffic
         far = (holder - reader) % self.positions
-        some = (far >= max(1, distances.start)) & (far < distances.stop)
+        some = (far > 0) & (far >= distances.start) & (far < distances.stop)
+        some &= (far - distances.start) % distances.step == 0
         reader, holder, rows = reader[some], holder[some], rows[some]
         cast = _route(holder, reader, rows, position, self.positions)
         return cast, _route(reader, holder, rows, position, self.positions)
@@ -159,7 +171,7 @@ class KeyDemand:
     @cached_property
     def received_rows(self) -> Ints:
         reader, holder, rows = self.traffic
-        return per(reader, rows * (reader != holder), self.positions)
+        return sum_by(reader, rows * (reader != holder), self.positions)
 
     @cached_property
     def copied_rows(self) -> Ints:
@@ -167,8 +179,8 @@ class KeyDemand:
         that stand there once more."""
         reader, holder, rows = self.traffic
         want, _, again = self._wanted
-        copies = per(reader, rows * (reader == holder), self.positions)
-        return copies + per(self.position[want], again, self.positions)
+        copies = sum_by(reader, rows * (reader == holder), self.positions)
+        return copies + sum_by(self.position[want], again, self.positions)
 
     @cached_property
     def gathered_ordinal(self) -> Ints:
@@ -184,16 +196,16 @@ class KeyDemand:
             counted = number - np.searchsorted(position[by_position], position[by_position])
             ordinal[want[by_position]] = 1 + counted
             return ordinal
-        shared = per(position, ((new > self.needs[0][want]) & (again == 0)).astype(np.int64), self.positions) > 0
+        shared = sum_by(position, ((new > self.needs[0][want]) & (again == 0)).astype(np.int64), self.positions) > 0
         ordinal[want] = 1 + (number - np.searchsorted(group, group)) * shared[position]
         return ordinal
 
     @cached_property
     def gathered_calls(self) -> Ints:
-        """Kernel calls of each position that gathers."""
-        calls = np.zeros((1 + int(self.gathered_ordinal.max(initial=0)), self.positions), dtype=np.int64)
+        """Kernel calls of each position that gathers, in its local stage and in the later one: (2, positions)."""
+        calls = np.zeros((2 + int(self.gathered_ordinal.max(initial=0)), self.positions), dtype=np.int64)
         calls[self.gathered_ordinal, self.position] = 1
-        return calls.sum(0)
+        return np.stack([calls[0], calls[1:].sum(0)])
 
     @cached_property
     def gathered_blocks(self) -> BlockTable:
@@ -212,7 +224,7 @@ class KeyDemand:
         return BlockTable.cut(self.first[query], self.last[query], first[some], last[some], self.band), query, run
 
 
-def per(key: Ints, values: npt.NDArray, size: int) -> npt.NDArray:
+def sum_by(key: Ints, values: npt.NDArray, size: int) -> npt.NDArray:
     """Sum of the values of each key in `[0, size)`; integers stay integers (exact up to 2^53)."""
     return np.bincount(key, values, size).astype(values.dtype)
 
@@ -221,10 +233,10 @@ def _route(sender: Ints, receiver: Ints, rows: Ints, rank: int, ranks: int) -> R
     """One rank's view of messages that are given as columns."""
     mine, arriving, before = sender == rank, receiver == rank, receiver < rank
     return Route(
-        sends=tuple(per(receiver[mine], rows[mine], ranks).tolist()),
-        receives=tuple(per(sender[arriving], rows[arriving], ranks).tolist()),
-        there=tuple(per(sender[before], rows[before], ranks).tolist()),
-        most=int(per(sender, rows, ranks).max(initial=0)),
+        sends=tuple(sum_by(receiver[mine], rows[mine], ranks).tolist()),
+        receives=tuple(sum_by(sender[arriving], rows[arriving], ranks).tolist()),
+        there=tuple(sum_by(sender[before], rows[before], ranks).tolist()),
+        most=int(sum_by(sender, rows, ranks).max(initial=0)),
     )
 
 

@@ -12,6 +12,10 @@ of their gradients.
 
 from collections import defaultdict
 from collections.abc import Callable
+from dataclasses import dataclass
+from typing import ClassVar
+
+import numpy as np
 
 from ringattn.kernels.spec import Block, Range
 from ringattn.mask import Band
@@ -20,31 +24,63 @@ from ringattn.parallel.geometry.ranges import length, overlap, union
 from ringattn.parallel.placement.pieces import PieceTable
 from ringattn.parallel.plan.plan import AttentionPlan, Stage
 from ringattn.parallel.schedules.demand import KeyDemand
+from ringattn.parallel.schedules.schedule import Schedule
 from ringattn.parallel.schedules.stage_builder import StageBuilder
+from ringattn.parallel.schedules.stage_work import AllPositions, Passes
 
 Waiting = Callable[[int, int], list[Piece]]  # of a position and a document: its pieces that wait, ascending
 
 
-def plan_gather(held: PieceTable, demand: KeyDemand, position: int) -> AttentionPlan:
-    """The stages of a ring position, without an exchange; `demand` is that of `held`."""
+@dataclass(frozen=True)
+class Gather(Schedule):
+    """Pieces that see only keys of their position, and then the others over all their keys at once."""
 
-    def waiting(reader: int, document: int) -> list[Piece]:
-        parts = [part for piece in held.own(reader, document) for part in held.parted(piece, demand.band)]
-        return [part for part in parts if held.local_run(reader, part, demand.band) is None]
+    kind: ClassVar[str] = "gather"
 
-    local = _local_blocks(held, position, demand.band)
-    documents = held.cut_documents(position)
-    return _plan("gather", held, demand.parted, position, local, documents, waiting)
+    def plan(self, demand: KeyDemand, position: int) -> AttentionPlan:
+        held, band = demand.pieces, demand.band
+
+        def waiting(reader: int, document: int) -> list[Piece]:
+            parts = [part for piece in held.own(reader, document) for part in held.parted(piece, band)]
+            return [part for part in parts if held.local_run(reader, part, band) is None]
+
+        local = _local_blocks(held, position, band)
+        return _plan(self.kind, demand.parted, position, local, held.cut_documents(position), waiting)
+
+    def passes(self, every: AllPositions) -> Passes:
+        demand = every.demand.parted
+        by_call = every.call_seconds(demand.gathered_blocks, demand.gathered_ordinal, demand.position)
+        forward, backward = (np.stack([calls[0], calls[1:].sum(0)]) for calls in by_call)
+        return every.passes(
+            every.moved([range(1, demand.positions)]),
+            (forward, backward),
+            demand.gathered_calls,
+            copied=np.stack([np.zeros_like(demand.copied_rows), demand.copied_rows]),
+            shared_k=demand.summed_rows,
+        )
 
 
-def plan_joint(held: PieceTable, demand: KeyDemand, position: int) -> AttentionPlan:
-    """The same, with all pieces waiting."""
-    documents = list(dict.fromkeys(piece.document for piece in held.pieces(position)))
-    return _plan("joint", held, demand.joint, position, [], documents, held.own)
+@dataclass(frozen=True)
+class Joint(Gather):
+    """All pieces wait, and are computed together."""
+
+    kind: ClassVar[str] = "joint"
+
+    def suits(self, band: Band) -> bool:
+        """With a window to the right it is not one call, but one for every place where a document is cut."""
+        return band.hi in (0, None)
+
+    def plan(self, demand: KeyDemand, position: int) -> AttentionPlan:
+        held = demand.pieces
+        documents = list(dict.fromkeys(piece.document for piece in held.pieces(position)))
+        return _plan(self.kind, demand.joint, position, [], documents, held.own)
+
+    def passes(self, every: AllPositions) -> Passes:
+        return super().passes(every.joint)
 
 
 def _local_blocks(held: PieceTable, position: int, band: Band) -> list[Block]:
-    """Those of pieces that see only keys of the position."""
+    """The blocks of pieces that see only keys of the position."""
     blocks = []
     for piece in held.pieces(position):
         for part in held.parted(piece, band):
@@ -54,21 +90,20 @@ def _local_blocks(held: PieceTable, position: int, band: Band) -> list[Block]:
 
 
 def _plan(
-    schedule: str,
-    held: PieceTable,
+    kind: str,
     demand: KeyDemand,
     position: int,
     local: list[Block],
     documents: list[int],
     waiting: Waiting,
 ) -> AttentionPlan:
-    """Stages of which the first has these local blocks.
+    """A local stage with these blocks, and one stage for all pieces that wait.
 
     Arguments:
         demand: of the pieces that wait.
         documents: of the position, those that may have some.
     """
-    cast = StageBuilder()
+    held, cast = demand.pieces, StageBuilder()
     queries = [piece for document in documents for piece in waiting(position, document)]
     wanted = [held.needs(query, demand.band) for query in queries]
     runs = _shared_runs if _repeated(queries, wanted) > demand.most_repeated else _own_runs
@@ -83,7 +118,7 @@ def _plan(
     routes = demand.routes(position, range(1, len(held.rows)))
     shared_q = shared_rows([block.q for block in (*local, *cast.blocks)])
     return AttentionPlan(
-        schedule=schedule,
+        schedule=kind,
         ring=len(held.rows),
         ring_rank=position,
         rows=held.rows[position],
@@ -109,7 +144,8 @@ def _continues(last: Piece, last_wanted: Range, query: Piece, wanted: Range) -> 
 
 
 def _own_runs(keys: "_Keys", queries: list[Piece], wanted: list[Range]) -> list[list[Piece]]:
-    """Of each query, in the order of rows: a call's keys are in the order of its queries."""
+    """The keys of each query in rows of its own, laid out in the order of the queries' rows: a kernel call takes its
+    keys in the order of its queries."""
     runs: dict[Piece, list[Piece]] = {}
     last: tuple[Piece, Range] | None = None
     for query, span in sorted(zip(queries, wanted, strict=True), key=lambda pair: pair[0].row):
@@ -120,7 +156,8 @@ def _own_runs(keys: "_Keys", queries: list[Piece], wanted: list[Range]) -> list[
 
 
 def _shared_runs(keys: "_Keys", queries: list[Piece], wanted: list[Range]) -> list[list[Piece]]:
-    """All that the pieces of a document want, for each of them; in the order of documents, which that of queries is."""
+    """The keys of each query, which it shares with the other pieces of its document: all that any of them wants.
+    Queries are in the order of documents, and so are the rows."""
     spans: dict[int, list[Range]] = defaultdict(list)
     for query, span in zip(queries, wanted, strict=True):
         spans[query.document].append(span)

@@ -15,9 +15,10 @@ from typing import NamedTuple
 from ringattn.parallel.machine.machine import Machine
 from ringattn.parallel.plan.plan import AttentionPlan
 from ringattn.parallel.plan.shape import Shape
+from ringattn.parallel.pricing.exchange_times import exchange_times
+from ringattn.parallel.pricing.pass_times import pulls
 from ringattn.parallel.pricing.plan_cost import stage_costs
 from ringattn.parallel.pricing.timeline import StageCost
-from ringattn.parallel.pricing.wire import exchange_seconds, pulls
 from ringattn.parallel.simulation.event_queue import Work
 from ringattn.parallel.simulation.spans import Pass, Span
 from ringattn.parallel.simulation.traffic import BatchKey, Traffic
@@ -80,7 +81,7 @@ class _Program:
         self.computing: dict[tuple[int, int, int], int] = {}  # rank, stage and chunk of heads -> task
         # What kernels of a rank lose if they run beside a whole batch, by what it sends and by what it receives.
         self.lost: dict[tuple[BatchKey, int], list[float]] = defaultdict(lambda: [0.0, 0.0])
-        self._costs: dict[tuple[int, Shape], tuple[StageCost, ...]] = {}
+        self._costs: dict[tuple[int, Shape], list[StageCost]] = {}
 
     def run(self) -> Pass:
         for rank in range(len(self.plans)):
@@ -134,11 +135,9 @@ class _Program:
     def _enqueue(self, queue: "_Queue") -> None:
         plan, costs = self.plans[queue.rank], self._stage_costs(queue.rank)
         ring_rank = queue.rank // self.traffic.ulysses
-        _, copies = exchange_seconds(
-            self.machine, plan.exchange, ring_rank, self.shape, self.backward, plan.wide_reduce
-        )
+        exchanged = exchange_times(self.machine, plan.exchange, ring_rank, self.shape, self.backward, plan.wide_reduce)
         seconds = [cost.compute for cost in costs]
-        seconds[0] += copies / plan.head_chunks  # of the exchange, which are before and after all stages
+        seconds[0] += exchanged.copies / plan.head_chunks  # of the exchange, which are before and after all stages
         queue.wait(queue.post(BatchKey("exchange", 0)))
         if self.backward:
             _backward(queue, seconds, plan.head_chunks, fetch=not plan.keep_keys)
@@ -156,7 +155,7 @@ class _Program:
             return bool(pulls(self.machine, stage.cast.most * own.key_row_bytes))
         return bool(pulls(self.machine, stage.back.most * own.returned_row_bytes(plan.wide_reduce)))
 
-    def _stage_costs(self, rank: int) -> tuple[StageCost, ...]:
+    def _stage_costs(self, rank: int) -> list[StageCost]:
         """Ranks of one ring position that have as many heads share them."""
         plan = self.plans[rank]
         key = id(plan.stages), self.shape.share(plan.exchange)

@@ -23,8 +23,8 @@ from ringattn.parallel.plan.shape import Shape
 from ringattn.parallel.planning.agreement import common_digest
 from ringattn.parallel.planning.planner import plan_attention, plan_parts
 from ringattn.parallel.pricing.memory import buffer_bytes
-from ringattn.parallel.pricing.price import Price, together
-from ringattn.parallel.schedules.schedule import Schedule
+from ringattn.parallel.pricing.pass_times import PassTimes
+from ringattn.parallel.pricing.price import overlapped
 from ringattn.settings import AttentionOptions
 from tests.compiled_layers import compiled_and_not
 from tests.dense import Case
@@ -94,18 +94,16 @@ def test_parts_are_balanced_and_so_is_their_sum(seed: int, share: float, padding
     assert max(costs) - sum(costs) / size <= 0.03 * everything / size
 
 
-def price(compute: float, waiting: float, lost: float) -> Price:
+def times(compute: float, waiting: float, lost: float) -> PassTimes:
     """Of one position whose host is never waited for."""
-    numbers = {name: np.array([x]) for name, x in {"compute": compute, "waiting": waiting, "lost": lost}.items()}
-    rest = {"messages": 0, "pair_share": 0.0, "kept": 0, "kept_share": 0.0}
-    return Price(Schedule("local", 1), wire=np.zeros(1), host=np.zeros(1), bytes=0, **numbers, **rest)
+    return PassTimes(*(np.array([x]) for x in (compute, 0.0, waiting, lost, 0.0)))
 
 
 def test_what_a_part_hides_of_the_other_disturbs_its_kernels() -> None:
     # All of the first's second travels under the other's kernels, and half of the other's four seconds under its own.
-    both = together(price(2, 1, 0.5), price(10, 4, 2))
+    both = overlapped(times(2, 1, 0.5), times(10, 4, 2))
     assert (both.compute, both.exposed) == (12 + 0.5 + 1, 2)
-    assert together(price(2, 0, 0), price(10, 0, 0)).seconds == 12
+    assert overlapped(times(2, 0, 0), times(10, 0, 0)).seconds == 12
 
 
 def test_without_disturbance_a_mixture_is_predicted_to_be_faster() -> None:

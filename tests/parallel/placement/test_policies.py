@@ -15,7 +15,7 @@ from ringattn.kernels.spec import Block, Call
 from ringattn.parallel.geometry.block_table import BlockTable
 from ringattn.parallel.machine.shipped import SHIPPED
 from ringattn.parallel.placement.pieces import PieceTable
-from ringattn.parallel.schedules.demand import KeyDemand, per
+from ringattn.parallel.schedules.demand import KeyDemand, sum_by
 from ringattn.workloads import HISTOGRAMS
 from tests.strategies import documents, masks
 
@@ -195,9 +195,9 @@ def test_balance_of_kernel_time(case: tuple[int, list[int]], load: tuple[list, f
         calls = [Call(tuple(Block((0, n), (0, n)) for n in lengths), *sides(mask)) for lengths in parts]
         table = BlockTable.of(calls)
         for backward in (False, True):
-            seconds += layers * per(table.call, machine.rate(128, backward).share_seconds(table, 256), len(sizes))
+            seconds += layers * sum_by(table.call, machine.rate(128, backward).share_seconds(table, 256), len(sizes))
     whole = KeyDemand.of(PieceTable.of(layout.parts[0], Mask(chunk=chunk)), Mask().band)
-    times = per(whole.position, (seconds / sizes)[kind[whole.document]] * (whole.last - whole.first), ring)
+    times = sum_by(whole.position, (seconds / sizes)[kind[whole.document]] * (whole.last - whole.first), ring)
     assert times.max() / times.mean() <= 1.02
 
 
@@ -217,7 +217,7 @@ def test_short_documents_are_balanced_by_time() -> None:
 
     def spread(layout: Layout) -> float:
         demand = KeyDemand.of(PieceTable.of(layout.parts[0], Mask()), Mask().band)
-        times = per(demand.position, sum(rate.share_seconds(demand.gathered_blocks, 256) for rate in rates), 4)
+        times = sum_by(demand.position, sum(rate.share_seconds(demand.gathered_blocks, 256) for rate in rates), 4)
         return float(times.max() / times.mean())
 
     by_area = spread(Layout(docs, MeshShape(1, 4), "balanced"))

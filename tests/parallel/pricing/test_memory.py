@@ -24,8 +24,8 @@ from ringattn.parallel.pricing.memory import StageRows, buffer_bytes, largest_me
 from ringattn.parallel.pricing.price import most_bytes
 from ringattn.parallel.pricing.pricer import Pricer
 from ringattn.parallel.pricing.setting import PriceInputs
+from ringattn.parallel.schedules.candidates import candidates
 from ringattn.parallel.schedules.demand import KeyDemand
-from ringattn.parallel.schedules.schedule import candidates
 from ringattn.parallel.transport.buffers import SMALLEST, half_bytes, message_buffers
 from ringattn.parallel.transport.protocol import Transport
 from ringattn.preparation import prepare

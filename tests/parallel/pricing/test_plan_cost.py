@@ -16,14 +16,15 @@ from ringattn.parallel.plan.exchange import exchange_plan
 from ringattn.parallel.plan.plan import AttentionPlan
 from ringattn.parallel.plan.shape import Shape
 from ringattn.parallel.planning.planner import plan_attention
+from ringattn.parallel.pricing.exchange_times import exchange_times
 from ringattn.parallel.pricing.memory import buffer_bytes
 from ringattn.parallel.pricing.plan_cost import plan_cost, rank_cost
 from ringattn.parallel.pricing.pricer import Pricer
 from ringattn.parallel.pricing.setting import PriceInputs
-from ringattn.parallel.pricing.wire import exchange_seconds
 from ringattn.parallel.schedules import demand
+from ringattn.parallel.schedules.candidates import candidates
 from ringattn.parallel.schedules.demand import KeyDemand
-from ringattn.parallel.schedules.schedule import candidates
+from ringattn.parallel.schedules.schedule import Schedule
 from ringattn.settings import AttentionOptions
 from tests.strategies import documents, masks
 
@@ -75,15 +76,14 @@ def counted_as_planned(docs: Documents, mask: Mask, ring: int, policy: str, sche
     plans = plans_of(docs, mask, (ring, 1), policy, *scheme)
     schedule = candidates(ring, *scheme)[0]
     prices = pricer(plans[0][0], mask)
-    received, sent = prices._rows(schedule.distances(ring))
+    work, _ = schedule.passes(prices.positions)
     for rank, (_, plan) in enumerate(plans):
-        for number, stage in enumerate(plan.stages[1:]):
-            for messages, counted in ((stage.receives, received), (stage.sends, sent)):
+        for number, stage in enumerate(plan.stages):
+            for messages, counted in ((stage.receives, work.moved.received), (stage.sends, work.moved.sent)):
                 near = sum(message.rows for message in messages if message.peer // 8 == rank // 8)
-                assert counted[number, :, rank].tolist() == [near, sum(m.rows for m in messages) - near]
-        if schedule.gathers:
-            gathered = (prices.demand.joint if scheme[0] == "joint" else prices.demand).parted
-            assert gathered.received_rows[rank] + gathered.copied_rows[rank] == plan.stages[1].rows
+                assert counted[:, number, rank].tolist() == [near, sum(m.rows for m in messages) - near]
+            assert work.buffers[number, rank] == stage.rows
+        assert work.messages[rank] == sum(len(stage.sends) + len(stage.receives) for stage in plan.stages)
     # The memory that all ranks reckon with is enough for each of them.
     forward, backward = prices.price(schedule, plans[0][1].keep_keys)
     for rank, (_, plan) in enumerate(plans):
@@ -97,24 +97,44 @@ PACKS = {
 }
 
 
+# How far a price that is counted may be off that of the plans. An exchange is priced at one position of several; and of
+# a ring it is estimated what calls cost beside their work: the more, the shorter documents are.
+EXCHANGE_OFF = 0.0004
+RING_OFF = {"one document": 0.006, "packed": 0.016, "short": 0.043}
+
+
 @pytest.mark.parametrize("name", list(PACKS))
 @pytest.mark.parametrize(("mesh", "chunks"), [((8, 1), 1), ((8, 1), 4), ((2, 4), 1), ((2, 4), 2)])
 @pytest.mark.parametrize("machine", [H200, H200.by_copy_engines().captured()], ids=["collectives", "copy engines"])
-def test_closed_forms_are_near_the_prices_of_plans(
+def test_counted_prices_are_near_those_of_plans(
     name: str, mesh: tuple[int, int], chunks: int, machine: Machine
 ) -> None:
-    """Those of a ring estimate what calls cost beside their work: with many of them only while documents are long."""
-    schemes: list[tuple[tuple[str, int | None], float]] = [(("gather", None), 0.002), (("joint", None), 0.002)]
-    if chunks == 1 or name != "short":
-        schemes += [(("ring", 2), 0.03), (("ring", 4), 0.06)]
-    for scheme, tolerance in schemes:
+    ring_off = 0.066 if name == "short" and chunks > 1 else RING_OFF[name]
+    gather_off = 1e-12 if mesh[1] == 1 else EXCHANGE_OFF
+    schemes = {("gather", None): gather_off, ("joint", None): gather_off, ("ring", 2): ring_off, ("ring", 4): ring_off}
+    for scheme, tolerance in schemes.items():
         plans = plans_of(Documents(PACKS[name]), Mask(), mesh, "balanced", *scheme, machine, chunks)
         assert {plan.head_chunks for _, plan in plans} == {chunks}
         exact = plan_cost(machine, [plan for _, plan in plans], SHAPE)
         prices, (schedule,) = pricer(plans[0][0], Mask(), machine, chunks), candidates(mesh[0], *scheme)
-        closed = prices.price(schedule, plans[0][1].keep_keys)
-        assert closed[0].seconds == pytest.approx(exact.forward.seconds, rel=tolerance)
-        assert closed[1].seconds == pytest.approx(exact.backward.seconds, rel=tolerance)
+        counted = prices.price(schedule, plans[0][1].keep_keys)
+        assert counted[0].seconds == pytest.approx(exact.forward.seconds, rel=tolerance)
+        assert counted[1].seconds == pytest.approx(exact.backward.seconds, rel=tolerance)
+
+
+@pytest.mark.parametrize("mesh", [(8, 1), (2, 4)])
+@pytest.mark.parametrize("scheme", [("gather", None), ("ring", 3)])
+def test_a_schedule_that_counts_nothing_is_priced_by_its_plans(
+    mesh: tuple[int, int], scheme: tuple[str, int | None]
+) -> None:
+    plans = plans_of(Documents(PACKS["short"]), Mask(), mesh, "balanced", *scheme)
+    exact = plan_cost(H200, [plan for _, plan in plans], SHAPE)
+    prices, (schedule,) = pricer(plans[0][0], Mask()), candidates(mesh[0], *scheme)
+    with mock.patch.object(type(schedule), "passes", Schedule.passes):
+        read = prices.price(schedule, plans[0][1].keep_keys)
+    tolerance = 1e-12 if mesh[1] == 1 else EXCHANGE_OFF
+    assert read[0].seconds == pytest.approx(exact.forward.seconds, rel=tolerance)
+    assert read[1].seconds == pytest.approx(exact.backward.seconds, rel=tolerance)
 
 
 def test_what_kernels_pull_is_waited_for() -> None:
@@ -178,11 +198,12 @@ def test_the_exchange_is_one_message_a_pass_each_way(ulysses: int, messages: tup
         machine = replace(H200, gpus_per_node=16)
         link = machine.links["node", "all_to_all"]
         size = there + back if count == 2 else 2 * back + wide
-        wire, copies = exchange_seconds(machine, plan.exchange, 0, SHAPE, backward)
-        assert wire == pytest.approx(count * link.latency + size / link.bandwidth)
-        assert copies > 0
+        times = exchange_times(machine, plan.exchange, 0, SHAPE, backward)
+        assert times.wire == pytest.approx(count * link.latency + size / link.bandwidth)
+        assert times.messages == count
+        assert times.copies > 0
     assert buffer_bytes(plan, SHAPE) > 65_536 * heads * 2 * 128 * 2
-    assert exchange_seconds(H200, None, 0, SHAPE, False) == (0, 0)
+    assert exchange_times(H200, None, 0, SHAPE, False) == (0, 0, 0, 0)
 
 
 def test_no_pass_is_faster_than_its_launches() -> None:

@@ -1,78 +1,55 @@
-"""How long messages take on the links between ranks."""
+"""How long an exchange of heads takes, as one or in groups beside the kernels. Pure."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from ringattn.kernels.spec import Call
 from ringattn.parallel.geometry.block_table import BlockTable
-from ringattn.parallel.machine.machine import CLASSES, Machine, copy_seconds, merge_seconds, transfer_seconds
+from ringattn.parallel.machine.machine import (
+    Machine,
+    calls_seconds,
+    copy_seconds,
+    merge_seconds,
+    transfer_seconds,
+)
 from ringattn.parallel.plan.exchange import Exchange
 from ringattn.parallel.plan.messages import Widths, exchange_messages, rank_widths
-from ringattn.parallel.plan.plan import AttentionPlan, Stage
-from ringattn.parallel.plan.route import Message
 from ringattn.parallel.plan.shape import Shape
-from ringattn.parallel.pricing.kernel_times import calls_seconds
-from ringattn.parallel.transport.buffers import PULLED
 
 
-def _rows_by_class(machine: Machine, plan: AttentionPlan, stage: Stage) -> dict[str, int]:
-    """Key rows that are sent or received, whichever is more, over each class of link."""
-    return {
-        link_class: max(
-            sum(message.rows for message in messages if _class_of(machine, plan, message) == link_class)
-            for messages in (stage.sends, stage.receives)
-        )
-        for link_class in CLASSES
-    }
-
-
-class _Wire(NamedTuple):
-    """Seconds of a batch of messages beside kernels, those that kernels lose by it, and those of one that is pulled."""
-
-    seconds: float = 0.0
-    lost: float = 0.0
-    pulled: float = 0.0
-
-
-def _wire(machine: Machine, rows: Mapping[str, int], most: int, row_bytes: float) -> _Wire:
-    """Both directions and both classes of link at the same time.
+class ExchangeTimes(NamedTuple):
+    """Both ways of an exchange in one pass.
 
     Arguments:
-        most: rows that any rank sends.
+        wire, copies: seconds on the wire, and of copies around it.
+        lost: seconds that kernels lose if all of it travels beside them.
+        messages: how many all-to-alls it is.
     """
-    seconds = max(transfer_seconds(machine, rows[name] * row_bytes, name, "p2p") for name in CLASSES)
-    if pulls(machine, most * row_bytes):
-        return _Wire(pulled=seconds)
-    lost = sum(rows[name] * row_bytes * machine.links[name, "p2p"].disturbance for name in CLASSES)
-    return _Wire(seconds, lost)
+
+    wire: float = 0.0
+    copies: float = 0.0
+    lost: float = 0.0
+    messages: int = 0
 
 
-def pulls(machine: Machine, most: Any) -> Any:
-    """Whether messages on the ring axis are pulled, of which any rank sends so many bytes at most."""
-    return ("ring" in machine.engines) & (most <= PULLED)
-
-
-def _class_of(machine: Machine, plan: AttentionPlan, message: Message) -> str:
-    ulysses, rank = (1, 0) if plan.exchange is None else (len(plan.exchange.rows), plan.exchange.rank)
-    return machine.link_class(plan.ring_rank * ulysses + rank, message.peer * ulysses + rank)
-
-
-def exchange_seconds(
+def exchange_times(
     machine: Machine, exchange: Exchange | None, ring_rank: int, shape: Shape, backward: bool, wide_reduce: bool = True
-) -> tuple[float, float]:
-    """Wire and copies of the exchange of heads in one pass, seconds.
+) -> ExchangeTimes:
+    """The exchange of heads in one pass; nothing without one.
 
     Queries, keys and values go there in one message and the output comes back; in the backward pass the output's
     gradient goes there and those of queries, keys and values come back. Tokens' rows are packed before they leave, and
     unpacked when they are back.
     """
     if exchange is None:
-        return 0.0, 0.0
+        return ExchangeTimes()
     there, back = exchange_messages(exchange, shape, backward, wide_reduce)
-    wire = sum(_message_seconds(machine, exchange, ring_rank, widths) for widths in (*there, *back))
-    copied = sum(exchange.own_rows * sum(rank_widths(exchange, widths)) for widths in (*there, *back))
-    return wire, copy_seconds(machine, copied, len(there) + len(back))
+    messages = [*there, *back]
+    wire = sum(_message_seconds(machine, exchange, ring_rank, widths) for widths in messages)
+    copied = sum(exchange.own_rows * sum(rank_widths(exchange, widths)) for widths in messages)
+    lost = _lost_seconds(machine, exchange, wire, len(messages))
+    return ExchangeTimes(wire, copy_seconds(machine, copied, len(messages)), lost, len(messages))
 
 
 def group_seconds(
@@ -94,7 +71,7 @@ def group_seconds(
         first, last = seconds[0], sum(seconds[len(there) + groups - 1 :])
         beside = sum(seconds) - first - last
         counted = len(seconds) - 1 - len(seconds[len(there) + groups - 1 :])
-        lost = exchange_loss(machine, exchange, beside, counted)
+        lost = _lost_seconds(machine, exchange, beside, counted)
         hidden = kernels * (groups - 1) / groups
         summed = 0.0
         if backward and groups > 1:  # the gradients of all keys are added up beside the message
@@ -103,13 +80,14 @@ def group_seconds(
     return total
 
 
-def exchange_loss(machine: Machine, exchange: Exchange, seconds: float, messages: int) -> float:
+def _lost_seconds(machine: Machine, exchange: Exchange, seconds: float, messages: int) -> float:
     """Seconds that kernels lose by so many messages of an exchange, of `seconds` together, beside them."""
     link = machine.links[machine.link_class(0, len(exchange.rows) - 1), "all_to_all"]
     return max(0.0, seconds - messages * link.latency) * link.bandwidth * link.disturbance
 
 
 def _message_seconds(machine: Machine, exchange: Exchange, ring_rank: int, widths: Widths) -> float:
+    """One message, which the ranks of a position send one another: of all its rows, or gradients of rows."""
     first = ring_rank * len(exchange.rows)
     by_rank = rank_widths(exchange, widths)
     mine = by_rank[exchange.rank]

@@ -1,0 +1,20 @@
+"""The schedules that there are."""
+
+from ringattn.parallel.schedules.gather import Gather, Joint
+from ringattn.parallel.schedules.ring import Local, Ring
+from ringattn.parallel.schedules.schedule import Schedule
+
+# What `scheme=` may name, and what "auto" chooses from: the most accurate first, which is taken among equals.
+SCHEDULES: list[type[Schedule]] = [Gather, Joint, Ring]
+
+
+def schedule_names() -> list[str]:
+    return [schedule.kind for schedule in SCHEDULES]
+
+
+def candidates(ring: int, scheme: str, stages: int | None) -> list[Schedule]:
+    """What `scheme` leaves to choose from, the most accurate first."""
+    if ring == 1:
+        return [Local()]
+    named = [schedule.named(stages) for schedule in SCHEDULES if schedule.kind == scheme]
+    return named or [one for schedule in SCHEDULES for one in schedule.considered(ring)]

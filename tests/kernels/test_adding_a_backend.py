@@ -14,7 +14,7 @@ from ringattn import Documents, Mask
 from ringattn.kernels import registry, selftest
 from ringattn.kernels.spec import Block, Call, CallSpec
 from tests.dense import Case, dense_attention
-from tests.kernels.test_packages import check
+from tests.kernels.backends.test_packages import check
 from tests.parallel.ranks import attend
 from tests.pool import Pools
 

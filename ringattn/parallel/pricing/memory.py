@@ -51,8 +51,8 @@ def largest_messages(plan: AttentionPlan, shape: Shape) -> dict[str, int]:
 
 
 def exchange_message_bytes(exchange: Exchange, shape: Shape, position_rows: int, wide_reduce: bool) -> int:
-    """Bytes of the largest message of an exchange of so many rows, in either pass: one rank's rows for all heads, or all
-    rows for one rank's heads; at least 1, since an exchange is made even of nothing."""
+    """Bytes of the largest message of an exchange of so many rows, in either pass: one rank's rows for all heads, or
+    all rows for one rank's heads; at least 1, since an exchange is made even of nothing."""
     own_rows, most = -(-position_rows // len(exchange.rows)), 1.0
     for backward in (False, True):
         there, back = exchange_messages(exchange, shape, backward, wide_reduce, exchange.groups)

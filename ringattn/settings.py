@@ -39,7 +39,8 @@ class AttentionOptions(NamedTuple):
     return_lse: bool = False
 
     def check(self) -> None:
-        """Check all that can be said without tensors and mesh, but for the seed of dropout, which `dropout` checks.
+        """Check all that can be said without tensors, mesh and the list of schedules, but for the seed of dropout,
+        which `dropout` checks.
 
         Raises ValueError naming the argument, what came and what was expected.
         """

@@ -13,13 +13,13 @@ PACKAGE = Path(__file__).parents[1] / "ringattn"
 ROOMS = (
     "first_failure", "numbered", "graph_break", "tracing", "kept", "environment", "mask", "documents", "names",
     "workloads", "settings",
-    "kernels.spec", "kernels.probing", "kernels.movement", "kernels.merge_triton", "kernels.merge", "kernels.backends",
-    "kernels.selftest", "kernels.registry", "kernels.tuning", "kernels.support", "kernels",
+    "kernels.call", "kernels.spec", "kernels.probing", "kernels.movement", "kernels.merge_triton", "kernels.merge",
+    "kernels.backends", "kernels.selftest", "kernels.registry", "kernels.tuning", "kernels.support", "kernels",
     "parallel.geometry", "parallel.plan", "parallel.transport", "parallel.execution", "parallel.machine",
     "parallel.mesh", "parallel.placement", "parallel.schedules", "parallel.pricing", "parallel.choice",
     "parallel.simulation", "parallel.layout", "parallel.planning", "parallel",
     "preparation", "compiled", "attention", "drawing", "",
-    "hf", "training", "benchmarking", "commands", "cli", "__main__",
+    "memory", "hf", "training", "benchmarking", "commands", "cli", "__main__",
 )  # fmt: skip
 # Integers only: they are computed alike on every rank, and tested without a device.
 PURE = (

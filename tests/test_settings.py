@@ -11,6 +11,7 @@ from torch import nn
 
 import ringattn.compiled  # noqa: F401  declares the operators
 from ringattn import Documents, Layout, Mask, MeshShape, ParallelAttention, parallel_attention
+from ringattn.parallel.planning.options import check_scheme
 from ringattn.settings import AttentionOptions
 
 # A value other than the default for every field: a new option must be added here.
@@ -93,7 +94,7 @@ WRONG: list[tuple[dict[str, Any], str]] = [
 @pytest.mark.parametrize(("options", "words"), WRONG)
 def test_wrong_options_are_refused_by_name(options: dict[str, Any], words: str) -> None:
     with pytest.raises(ValueError, match=words):
-        AttentionOptions(**options).check()
+        check_scheme(AttentionOptions(**options), MeshShape())
     layout = Layout(Documents([8]), MeshShape())
     q, k, v = (torch.randn(8, heads, 8) for heads in (4, 4, 4))
     with pytest.raises(ValueError, match=words):

@@ -22,6 +22,7 @@ from ringattn.benchmarking.suite import CAPTURED_CEILING, CEILING, Result, measu
 from ringattn.benchmarking.timing import Timer
 from ringattn.benchmarking.workloads import workload
 from ringattn.parallel.plan.route import Route
+from ringattn.settings import AttentionOptions
 from tests.benchmarking.test_suite import FACTS
 from tests.pool import Pools
 
@@ -41,8 +42,8 @@ def listed(names: list[str], graphs: bool) -> list[tuple[str, bool, bool]]:
 
 
 def test_variants_are_keywords_of_attention() -> None:
-    assert _options("", ["narrow", "8chunks"]) == {"wide_reduce": False, "head_chunks": 8}
-    assert _options("", ["2groups"]) == {"head_groups": 2}
+    assert _options("", ["narrow", "8chunks"]) == AttentionOptions(wide_reduce=False, head_chunks=8)
+    assert _options("", ["2groups"]) == AttentionOptions(head_groups=2)
     for wrong in ("0chunks", "chunks", "wide"):
         with pytest.raises(ValueError, match=rf"a variant is \+narrow, .* got \+{wrong}"):
             _options("gather:2x1", [wrong])

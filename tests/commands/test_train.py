@@ -118,7 +118,7 @@ def test_overrides_and_options_may_stand_in_any_order() -> None:
 
 def test_a_wrong_override_is_one_error_before_any_rank_starts(capsys: pytest.CaptureFixture[str]) -> None:
     told = refused(capsys, "run.stepz=3")
-    assert told.startswith("error: Could not override 'run.stepz'.\nKey 'stepz' is not in struct")
+    assert told.startswith("error: Could not override 'run.stepz'.\nThere is no key 'run.stepz'; did you mean")
     told = refused(capsys, "model=huge")
     assert told.startswith("error: ")
     assert "Could not find 'model/huge'" in told

@@ -2,12 +2,18 @@
 
 import os
 from collections.abc import Iterator
+from importlib.util import find_spec
 
 import pytest
 from hypothesis import HealthCheck, settings
 
 from tests.caches import cached_functions, clear_caches
 from tests.pool import Pools
+
+# Python's own distutils and the one of setuptools exclude each other: torch's compiler wants the latter, and fails where
+# some library has imported the former before.
+if find_spec("setuptools") is not None:
+    import setuptools  # noqa: F401
 
 # No deadline anywhere: the first call of a kernel or a worker pool takes seconds. CI must not fail by luck of the draw.
 settings.register_profile("dev", deadline=None, print_blob=True)

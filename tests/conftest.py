@@ -10,8 +10,8 @@ from hypothesis import HealthCheck, settings
 from tests.caches import cached_functions, clear_caches
 from tests.pool import Pools
 
-# Python's own distutils and the one of setuptools exclude each other: torch's compiler wants the latter, and fails where
-# some library has imported the former before.
+# Python's own distutils and the one of setuptools exclude each other: torch's compiler wants the latter, and fails
+# where some library has imported the former before.
 if find_spec("setuptools") is not None:
     import setuptools  # noqa: F401
 

@@ -7,7 +7,6 @@ key), then tail pieces, then padding: so every kernel call reads and writes one 
 
 from bisect import bisect_right
 from collections.abc import Sequence
-from enum import IntEnum
 from itertools import accumulate, chain, pairwise
 from operator import attrgetter
 from typing import NamedTuple
@@ -217,17 +216,6 @@ def _queue(owners: list[tuple[int, int]]) -> list[tuple[int, int, int]]:
     return pieces
 
 
-class _Kind(IntEnum):
-    """What a piece is of its document. Pieces of one kind stand together, in this order, so that a kernel call over
-    them is one run of rows."""
-
-    WHOLE = 0
-    OPENING_HEAD = 1  # it needs no remote key
-    HEAD = 2
-    TAIL = 3
-    PADDING = 4
-
-
 def _ordered(held: list[Shares]) -> Positions:
     """Ranges of every position, by kind; joined where they touch."""
     placement = []
@@ -235,19 +223,24 @@ def _ordered(held: list[Shares]) -> Positions:
         pieces = _joined(sorted(pieces, key=lambda piece: piece[0].start + piece[1]))
         # The first of two pieces of one document is its head; a piece that is alone counts as a tail.
         heads = {a[0].start + a[1] for a, b in pairwise(pieces) if a[0].start == b[0].start}
-        by_kind: list[list[Range]] = [[] for _ in _Kind]
+        # Pieces of one kind stand together, so that a kernel call over them is one run of rows.
+        whole: list[Range] = []
+        opening_heads: list[Range] = []  # they need no remote key
+        later_heads: list[Range] = []
+        tails: list[Range] = []
+        padding: list[Range] = []
         for span, first, last in pieces:
             begin = span.start + first
             if not span.cost:
-                kind = _Kind.PADDING
+                kind = padding
             elif last - first == span.size:
-                kind = _Kind.WHOLE
+                kind = whole
             elif first == 0:
-                kind = _Kind.OPENING_HEAD
+                kind = opening_heads
             else:
-                kind = _Kind.HEAD if begin in heads else _Kind.TAIL
-            by_kind[kind].append((begin, span.start + last))
-        placement.append(touching(chain.from_iterable(by_kind)))
+                kind = later_heads if begin in heads else tails
+            kind.append((begin, span.start + last))
+        placement.append(touching(chain(whole, opening_heads, later_heads, tails, padding)))
     return tuple(placement)
 
 

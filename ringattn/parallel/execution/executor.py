@@ -14,9 +14,11 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from ringattn.kernels.merge import apply_sinks_, sinks_grad
+from ringattn.kernels.spec import Range
 from ringattn.parallel.execution.accumulator import Accumulator, part
 from ringattn.parallel.execution.head_exchange import Columns, HeadExchange, Returning
 from ringattn.parallel.execution.job import Job, Saved, Steps, T
+from ringattn.parallel.execution.recall import Attended, Results, attention_begins
 from ringattn.parallel.execution.stages import backward_stages, forward_stages
 
 
@@ -58,8 +60,12 @@ class _Attention(torch.autograd.Function):
     def forward(
         ctx: Any, q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None, jobs: Sequence[Job]
     ) -> tuple[Tensor, Tensor]:
-        out = q.new_empty(q.shape[0], q.shape[1], v.shape[2])
-        done = forward_parts(jobs, q, k, v, sinks, out, keep=any(ctx.needs_input_grad[:3]))
+        attended = attention_begins(jobs)
+        if attended is not None and attended.replays and len(jobs) == 1 and jobs[0].exchange is None:
+            out = attended.known(_part_of(jobs[0])).out
+        else:
+            out = q.new_empty(q.shape[0], q.shape[1], v.shape[2])
+        done = forward_parts(jobs, q, k, v, sinks, out, any(ctx.needs_input_grad[:3]), attended)
         ctx.jobs, ctx.kept = jobs, [len(one.kept) for one in done]
         ctx.save_for_backward(sinks, *(x for one in done for tensors in (*one.saved, one.kept) for x in tensors))
         lse = joined_lse([one.lse for one in done]) if jobs[0].return_lse else done[0].lse
@@ -93,16 +99,32 @@ class Forward(NamedTuple):
 
 
 def forward_parts(
-    jobs: Sequence[Job], q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None, out: Tensor, keep: bool
+    jobs: Sequence[Job],
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    sinks: Tensor | None,
+    out: Tensor,
+    keep: bool,
+    attended: Attended | None = None,
 ) -> list[Forward]:
     """The forward pass of each part, on its rows of the rank's tensors, into those of `out`. What one waits for travels
-    while another is computed. `keep`: those whose plans say so keep their cast keys."""
+    while another is computed.
+
+    Arguments:
+        keep: those parts whose plans say so keep their cast keys.
+        attended: where results are noted, or taken from instead of being computed.
+    """
     with without_autocast(q):
         passes = []
         for job in jobs:
             own_q, own_k, own_v, own_out = (part(x, job.rows) for x in (q, k, v, out))
-            passes.append(forward_pass(job, own_q, own_k, own_v, sinks, own_out, keep and job.plan.keep_keys))
-        return take_turns(passes)
+            kept = keep and job.plan.keep_keys
+            passes.append(forward_pass(job, own_q, own_k, own_v, sinks, own_out, kept, attended))
+        done = take_turns(passes)
+    if attended is not None and not attended.replays:
+        attended.end()
+    return done
 
 
 def backward_parts(
@@ -149,20 +171,58 @@ def joined_lse(parts: Sequence[Tensor]) -> Tensor:
 
 
 def forward_pass(
-    job: Job, q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None, out: Tensor, keep: bool
+    job: Job,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    sinks: Tensor | None,
+    out: Tensor,
+    keep: bool,
+    attended: Attended | None,
 ) -> Steps[Forward]:
     """The forward pass of q (t, H, D), k (t, K, D), v (t, K, V) into out (t, H, V)."""
     q, k, v = q.contiguous(), k.contiguous(), v.contiguous()
     if job.exchange is not None:
-        return (yield from _exchanged_forward(job, job.exchange, (q, k, v), sinks, out, keep))
-    lse, kept = yield from forward_stages(job, q, k, v, out, keep)
-    if sinks is not None:
-        apply_sinks_(out, lse, sinks)
+        return (yield from _exchanged_forward(job, job.exchange, (q, k, v), sinks, out, keep, attended))
+    lse, kept = yield from _attend(job, (q, k, v), sinks, out, keep, attended)
     return Forward(lse, [Saved.of(job, q, k, v, out, lse, kept)], kept)
 
 
+def _attend(
+    job: Job,
+    tensors: tuple[Tensor, Tensor, Tensor],
+    sinks: Tensor | None,
+    out: Tensor,
+    keep: bool,
+    attended: Attended | None,
+) -> Steps[tuple[Tensor, list[Tensor]]]:
+    """The stages of a group of heads into `out`, with its sinks; lse and kept keys."""
+    if attended is not None and attended.replays:
+        known = attended.known(_part_of(job))
+        if known.out is not out:
+            out.copy_(known.out)
+        return known.lse, list(known.kept)
+    lse, kept = yield from forward_stages(job, *tensors, out, keep)
+    if sinks is not None:
+        apply_sinks_(out, lse, sinks)
+    if attended is not None:
+        attended.note(_part_of(job), Results(out, lse, kept))
+    return lse, kept
+
+
+def _part_of(job: Job) -> tuple[Range, int]:
+    """What tells a group of heads of a part from the others of an attention."""
+    return job.rows, job.group
+
+
 def _exchanged_forward(
-    job: Job, exchange: HeadExchange, tensors: Sequence[Tensor], sinks: Tensor | None, local_out: Tensor, keep: bool
+    job: Job,
+    exchange: HeadExchange,
+    tensors: Sequence[Tensor],
+    sinks: Tensor | None,
+    local_out: Tensor,
+    keep: bool,
+    attended: Attended | None,
 ) -> Steps[Forward]:
     """While a group of heads is computed the queries of the next arrive and the output of the last leaves."""
     q, k, v = tensors
@@ -177,10 +237,12 @@ def _exchanged_forward(
         if not way.last:
             arriving = exchange.groups[way.group + 1].to_heads([q], [])
         own_k, own_v = (x[:, way.own_keys] for x in keys)
-        out = queries.new_empty(*queries.shape[:2], v.shape[2])
-        lse, kept = yield from forward_stages(group, queries, own_k, own_v, out, keep)
-        if sinks is not None:
-            apply_sinks_(out, lse, sinks[slice(*group.heads)])
+        own_sinks = None if sinks is None else sinks[slice(*group.heads)]
+        if attended is not None and attended.replays:
+            out = attended.known(_part_of(group)).out
+        else:
+            out = queries.new_empty(*queries.shape[:2], v.shape[2])
+        lse, kept = yield from _attend(group, (queries, own_k, own_v), own_sinks, out, keep, attended)
         saved.append(Saved.of(group, queries, own_k, own_v, out, lse, kept))
         back = [way.to_tokens(out.flatten(1), [Columns("query", out.shape[2])])]
         if job.return_lse:

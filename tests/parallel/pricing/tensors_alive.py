@@ -156,7 +156,7 @@ def left_before_results(plan: AttentionPlan, shape: Shape) -> tuple[int, int]:
     one = _Attention(plan, shape, plan.exchange.own_rows, "ulysses")
     under_way: list[_Pending] = []
     found: list[tuple[int, int]] = []
-    exchange, rows_of = Nothing.exchange, executor._LocalGrads.rows_of
+    exchange, rows_of = Nothing.exchange, executor.LocalGrads.rows_of
 
     def noted(*arguments: Any) -> _Pending:
         under_way.append(exchange(*arguments))
@@ -171,7 +171,7 @@ def left_before_results(plan: AttentionPlan, shape: Shape) -> tuple[int, int]:
     with (
         mock.patch.object(executor, "without_autocast", lambda _: nullcontext()),  # noqa: PT008
         mock.patch.object(Nothing, "exchange", noted),
-        mock.patch.object(executor._LocalGrads, "rows_of", first_rows),
+        mock.patch.object(executor.LocalGrads, "rows_of", first_rows),
     ):
         (done,) = executor.forward_parts([one.job], one.q, one.k, one.v, None, one.out, keep=True)
         with one.alive(*(x for of in done.saved for x in of)) as alive:

@@ -125,7 +125,7 @@ def alone(model: Any, form: Form) -> Outcome:
     for start, length in zip(docs.starts, docs.lengths, strict=True):
         part = slice(start, start + length)
         out = model(input_ids=ids[None, part], use_cache=False).logits[0]
-        total = total + nn.functional.cross_entropy(out.float(), targets[part], reduction="sum")
+        total = total + nn.functional.cross_entropy(_wide(out), targets[part], reduction="sum")
         logits.append(out.detach())
     loss = total / (targets != IGNORE_INDEX).sum()
     loss.backward()
@@ -242,6 +242,10 @@ def expected_features(model: Any) -> dict[int, frozenset[str]]:
         }
         expected[index] = frozenset(name for name in FEATURES if needs[name])
     return expected
+
+
+def _wide(logits: Tensor) -> Tensor:
+    return logits if logits.dtype == torch.float64 else logits.float()
 
 
 def _vocabulary(model: Any) -> int:

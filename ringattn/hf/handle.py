@@ -11,6 +11,7 @@ from torch.utils.hooks import RemovableHandle
 from ringattn.hf.features import features_of
 from ringattn.hf.images import EmbeddingNeeds
 from ringattn.hf.local_draws import LocalDraws
+from ringattn.hf.memory import ModelMemory
 from ringattn.hf.support import LengthLimit
 from ringattn.parallel.mesh.mesh import SequenceMesh
 
@@ -28,6 +29,7 @@ class Handle:
     Arguments:
         layers: attention layers that the configuration says there are.
         draws: the random numbers of its forward passes.
+        memory: what was put in about memory.
         adapters: those of PEFT that were looked at.
         limits, needs: what batches must keep to, see `LengthLimit` and `EmbeddingNeeds`.
         calls: attention calls of each layer module in the newest forward pass.
@@ -43,6 +45,7 @@ class Handle:
     limits: list[LengthLimit]
     needs: EmbeddingNeeds
     draws: LocalDraws
+    memory: ModelMemory | None = None
     adapters: tuple[tuple[str, int], ...] = ()
     calls: dict[str, int] = field(default_factory=dict)
     asked: dict[int, frozenset[str]] = field(default_factory=dict)
@@ -100,12 +103,14 @@ class Handle:
         return self.__dict__ | {"mesh": None}  # process groups cannot be pickled; `check_changes` says what to do
 
     def undo(self) -> None:
-        """Give the model its own attention, mask and loss back. Without effect the second time."""
+        """Give the model its own attention, mask, loss and layers back. Without effect the second time."""
         model = self.model
         if model.__dict__.get("_ringattn") is not self:
             return
         for hook in self._hooks:
             hook.remove()
+        if self.memory is not None:
+            self.memory.undo()
         if self._loss is not None:
             model.loss_function = self._loss
         else:

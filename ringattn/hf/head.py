@@ -18,6 +18,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
+from ringattn.hf.layers import decoder_layers
 from ringattn.memory.tiled_loss import TILE, tiled_loss
 
 # What may be done to logits: these, with numbers as other arguments, ...
@@ -75,6 +76,10 @@ class TiledHead:
             scale: what the sum of their losses is multiplied with.
         """
         self._announced = targets, scale
+
+    def forget(self) -> None:
+        """The next forward pass is of no targets, unless some are announced: one that failed may have left its own."""
+        self._announced = None
 
     @torch.compiler.disable
     def __call__(self, hidden: Tensor) -> Tensor:
@@ -238,17 +243,24 @@ class _Noted(Exception):
 
 
 class _Stub(nn.Module):
-    """Stands for a decoder: returns one hidden state whatever it is given. Attributes are the decoder's."""
+    """Stands for a decoder: returns one hidden state whatever it is given. Attributes are the decoder's.
 
-    def __init__(self, hidden: Tensor, decoder: nn.Module) -> None:
+    A part of it that holds the layers is such a stub as well: some families call that one (OPT).
+    """
+
+    def __init__(self, hidden: Tensor, decoder: nn.Module, layers: nn.Module) -> None:
         super().__init__()
-        self.__dict__.update(hidden=hidden, decoder=decoder)
+        self.__dict__["_stands_for"] = hidden, decoder, layers
 
     def __getattr__(self, name: str) -> Any:
-        return getattr(self.__dict__["decoder"], name)
+        hidden, decoder, layers = self.__dict__["_stands_for"]
+        found = getattr(decoder, name)
+        if isinstance(found, nn.Module) and found is not layers and any(one is layers for one in found.modules()):
+            return _Stub(hidden, found, layers)
+        return found
 
     def forward(self, *args: Any, **kwargs: Any) -> "_Outputs":
-        return _Outputs(self.hidden)
+        return _Outputs(self.__dict__["_stands_for"][0])
 
 
 class _Outputs:
@@ -271,13 +283,18 @@ class _Outputs:
 @contextmanager
 def _instead(model: Any, head: nn.Linear, note: Callable[..., Any], stop: Callable[..., Any]) -> Iterator[None]:
     """The model with an empty decoder, a head that notes, and a loss function that stops."""
-    prefix = model.base_model_prefix
-    decoder = model._modules.get(prefix)
-    if decoder is None or any(module is head for module in decoder.modules()):
-        raise NotImplementedError(f"its decoder, {prefix!r}, does not stand beside its head")
+    layers = decoder_layers(model)
+    beside = (
+        (name, child)
+        for name, child in model.named_children()
+        if any(module is layers for module in child.modules()) and not any(module is head for module in child.modules())
+    )
+    prefix, decoder = next(beside, (None, None))
+    if decoder is None:
+        raise NotImplementedError("its decoder does not stand beside its head")
     hidden = torch.zeros(1, 2, head.in_features, dtype=head.weight.dtype, device=head.weight.device)
     before = model.__dict__.get("_loss_function", _NONE)
-    model._modules[prefix], model._loss_function = _Stub(hidden, decoder), stop
+    model._modules[prefix], model._loss_function = _Stub(hidden, decoder, layers), stop
     head.forward = note  # type: ignore[method-assign]
     try:
         yield

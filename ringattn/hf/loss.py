@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from ringattn.documents import Documents
+from ringattn.hf.head import LossAsLogits
 from ringattn.parallel.mesh.mesh import SequenceMesh
 
 IGNORE_INDEX = -100
@@ -73,6 +74,18 @@ def check_is_share(function: Callable[..., Any], vocabulary: int, device: torch.
             raise NotImplementedError(f"{wanted}; {what} it returns {found:.5g} instead of {right:.5g}")
 
 
+def check_is_usual(function: Callable[..., Any]) -> None:
+    """Raises NotImplementedError unless a loss function is the one that transformers gives to language models."""
+    from transformers.loss.loss_utils import ForCausalLMLoss
+
+    if function is not ForCausalLMLoss:
+        name = getattr(function, "__qualname__", type(function).__name__)
+        raise NotImplementedError(
+            f"loss_tile: model.loss_function is {name}, and a tiled loss is the cross entropy of transformers' "
+            "ForCausalLMLoss; leave loss_tile out, or the loss function as it was"
+        )
+
+
 class GlobalLoss:
     """A model's loss function, as the mean over the targets of all ranks: of every part and every replica.
 
@@ -101,14 +114,22 @@ class GlobalLoss:
     def __getstate__(self) -> dict[str, Any]:
         return self.__dict__ | {"mesh": None, "result": None}  # neither process groups nor graphs can be pickled
 
-    def __call__(self, *args: Any, **kwargs: Any) -> Tensor:
+    def count(self, kwargs: dict[str, Any]) -> Tensor:
+        """Targets of all replicas, at least 1, as a scalar of the batch's device. Collective over replicas."""
         if kwargs.get("num_items_in_batch") is None or kwargs.get("shift_labels") is None:
             raise ValueError("the loss of a sharded batch needs shift_labels and num_items_in_batch from shard_batch")
         targets = torch.as_tensor(kwargs["num_items_in_batch"], device=kwargs["shift_labels"].device).clone()
         if self.mesh.data > 1:
             dist.all_reduce(targets, group=self.mesh.device_mesh.get_group("data"))
-        kwargs["num_items_in_batch"] = targets.clamp_min(1)
-        self.result = _SumOverRanks.apply(self.local(*args, **kwargs))
+        return targets.clamp_min(1)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Tensor:
+        logits = args[0] if args else kwargs.get("logits")
+        if isinstance(logits, LossAsLogits):
+            local = logits.loss()
+        else:
+            local = self.local(*args, **kwargs | {"num_items_in_batch": self.count(kwargs)})
+        self.result = _SumOverRanks.apply(local)
         return self.result
 
 

@@ -15,14 +15,16 @@ from ringattn.hf.handle import NAME, OPTIONS, Handle, set_attention
 from ringattn.hf.images import embedding_needs
 from ringattn.hf.keywords import check_keywords
 from ringattn.hf.local_draws import LocalDraws, fork_before, join_after
-from ringattn.hf.loss import GlobalLoss, check_is_share
+from ringattn.hf.loss import GlobalLoss, check_is_share, check_is_usual
 from ringattn.hf.masks import note_mask
+from ringattn.hf.memory import ModelMemory, check_checkpoints, without_logits
 from ringattn.hf.same_batch import check_same_batch
 from ringattn.hf.support import check_model, length_limits, text_model
+from ringattn.memory.settings import MemorySettings
 from ringattn.parallel.mesh.mesh import SequenceMesh
 
 
-def parallelize(model: Any, mesh: SequenceMesh, **options: Any) -> Handle:
+def parallelize(model: Any, mesh: SequenceMesh, memory: MemorySettings | None = None, **options: Any) -> Handle:
     """Make a transformers model attend over the sequence ranks of `mesh`, in place.
 
     Its `loss` becomes the mean over all targets of the global batch, the same number on every rank. The
@@ -34,11 +36,14 @@ def parallelize(model: Any, mesh: SequenceMesh, **options: Any) -> Handle:
     Arguments:
         model: a decoder from transformers whose attention goes through its AttentionInterface; also inside of PEFT,
             DistributedDataParallel or torch.compile.
+        memory: what is alive in a step, see `MemorySettings`; with a `loss_tile` the model gives a loss and no logits
+            for batches with labels. Put it in before an engine shards the model. None changes nothing.
         options: keywords of `parallel_attention`: scheme, backend, stages, keep_keys, wide_reduce, memory_limit,
             head_chunks, deterministic.
 
     Returns: a `Handle`; after the first forward pass it has verified that every attention layer came here once.
-    Raises NotImplementedError naming what the model has that is not supported.
+    Raises NotImplementedError naming what the model has that is not supported, MemoryError where `memory` wants more of
+    the host than there is.
     """
     from transformers import AttentionInterface, AttentionMaskInterface
 
@@ -52,6 +57,8 @@ def parallelize(model: Any, mesh: SequenceMesh, **options: Any) -> Handle:
         raise ValueError(f"mesh must come from init_mesh, got {type(mesh).__name__}")
     if unknown := set(options) - OPTIONS:
         raise TypeError(f"parallelize got unknown options {sorted(unknown)}; it takes {sorted(OPTIONS)}")
+    if memory is not None and not isinstance(memory, MemorySettings):
+        raise ValueError(f"memory must be MemorySettings or None, got {type(memory).__name__}")
     layers = check_model(model)
     check_adapters(wrapped)
     limits, needs = length_limits(model.config.get_text_config()), embedding_needs(model)
@@ -67,6 +74,8 @@ def parallelize(model: Any, mesh: SequenceMesh, **options: Any) -> Handle:
         if model.config.get_text_config()._attn_implementation != NAME:
             raise NotImplementedError(f"{type(model).__name__} does not let its attention be replaced")
         _check_reached(model)
+        if memory is not None:
+            handle.memory = ModelMemory(model, memory, mesh.device)
         _take_loss(handle)
         handle._hooks.append(model.register_forward_pre_hook(_before_forward, with_kwargs=True))
         handle._hooks.append(model.register_forward_hook(_after_forward, with_kwargs=True))
@@ -75,6 +84,7 @@ def parallelize(model: Any, mesh: SequenceMesh, **options: Any) -> Handle:
             handle._hooks.append(inner.register_forward_hook(join_after, always_call=True))
             handle._hooks.append(inner.register_forward_pre_hook(put_in, with_kwargs=True))
             handle._hooks.append(inner.register_forward_hook(take_out, with_kwargs=True))
+        handle._hooks.append(model.register_forward_pre_hook(_tell_head, with_kwargs=True))
     except BaseException:
         handle.undo()
         raise
@@ -120,6 +130,8 @@ def _take_loss(handle: Handle) -> None:
         return
     config = model.config.get_text_config()
     device = next((p.device for p in model.parameters() if p.device.type != "meta"), torch.device("cpu"))
+    if handle.memory is not None and handle.memory.head is not None:
+        check_is_usual(model.loss_function)
     check_is_share(model.loss_function, config.vocab_size, device)
     handle._loss = model.__dict__.get("_loss_function")
     model.loss_function = GlobalLoss(model.loss_function, handle.mesh)
@@ -149,6 +161,8 @@ def _before_forward(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -
         handle.draws.parts = [*model.modules()]
     _take_loss(handle)
     model.loss_function.expect()
+    if handle.memory is not None:
+        check_checkpoints(model, handle.memory)
     handle.calls.clear()
     if not handle.verified:
         handle._called.clear()
@@ -156,7 +170,14 @@ def _before_forward(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -
     reset_compiled_calls(layout)
 
 
-def _after_forward(model: Any, args: Any, kwargs: dict[str, Any], output: Any) -> None:
+def _tell_head(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    """Announce the targets to a tiled head, those of the row that an empty rank was given included."""
+    handle: Handle = model._ringattn
+    if handle.memory is not None:
+        handle.memory.expect(kwargs, model.loss_function)
+
+
+def _after_forward(model: Any, args: Any, kwargs: dict[str, Any], output: Any) -> Any:
     """Verify that every attention layer and every loss came from here."""
     handle: Handle = model._ringattn
     handle.verify(compiled_calls(layout_of(kwargs["cu_seq_lens_q"])))
@@ -165,6 +186,7 @@ def _after_forward(model: Any, args: Any, kwargs: dict[str, Any], output: Any) -
             f"{type(model).__name__} computes its loss itself, or adds something to it, on a rank's tokens alone: "
             "leave labels out of its keywords and compute the loss from logits and shift_labels"
         )
+    return without_logits(output)
 
 
 def _loss_of(output: Any) -> Any:

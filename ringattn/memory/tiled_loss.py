@@ -58,6 +58,8 @@ def tiled_loss(
     """
     hidden, weight = _autocast(hidden), _autocast(weight)
     _check(hidden, weight, targets, bias, tile)
+    if not torch.is_grad_enabled():  # autograd tells a function what requires gradients, but not this
+        hidden, weight, bias = hidden.detach(), weight.detach(), None if bias is None else bias.detach()
     return _TiledLoss.apply(hidden, weight, bias, targets, transform, z_loss, scale, tile)
 
 

@@ -24,6 +24,7 @@ from ringattn.hf.trainer.failures import told_to_torchrun
 from ringattn.hf.trainer.lockstep import Lockstep
 from ringattn.hf.trainer.refusals import check_class, check_counts, check_place
 from ringattn.hf.trainer.tokens import count_tokens
+from ringattn.memory.settings import MemorySettings
 from ringattn.parallel.layout import POLICIES
 from ringattn.parallel.mesh.mesh import SequenceMesh
 
@@ -39,9 +40,9 @@ class OnMesh(_Base):
     `per_device_train_batch_size` counts rows for each replica (the ranks that share a sequence), and batches may hold
     whatever `shard_batch` reads: padded rows, packed rows with segment ids, what DataCollatorWithFlattening makes.
     Every rank is given the whole data set; rows are dealt to replicas here, each once. What data sets and collators
-    draw is the same on all ranks of a sequence, and again when a run goes on. A model that is not parallelized yet will
-    be, whenever it is set. The loss of a step is the mean over the targets of all micro-batches of all replicas; the
-    loss of an evaluation the mean over the targets of the whole data set.
+    draw is the same on all ranks of a sequence, and again when a run goes on. A model that is not parallelized yet
+    will be, whenever it is set, with `memory` as of `parallelize`. The loss of a step is the mean over the targets of
+    all micro-batches of all replicas; the loss of an evaluation the mean over the targets of the whole data set.
 
     `docs/trainer-options.md` lists every option: tested, inert, or refused. Raises NotImplementedError, before anything
     is read or sent, for what would be wrong silently: compute_metrics and predictions (a rank holds a part of the
@@ -51,7 +52,14 @@ class OnMesh(_Base):
         class Mine(OnMesh, SFTTrainer): ...   # and so for other Trainers of language models
     """
 
-    def __init__(self, *args: Any, mesh: SequenceMesh, policy: str = "auto", **kwargs: Any) -> None:
+    def __init__(
+        self,
+        *args: Any,
+        mesh: SequenceMesh,
+        policy: str = "auto",
+        memory: MemorySettings | None = None,
+        **kwargs: Any,
+    ) -> None:
         if not isinstance(mesh, SequenceMesh):
             raise ValueError(f"mesh must come from init_mesh, got {type(mesh).__name__}")
         if policy not in POLICIES:
@@ -61,7 +69,7 @@ class OnMesh(_Base):
         if given.get("args") is not None:
             check_arguments(given["args"])
         check_trainer(given)
-        self.sequence_mesh, self.policy = mesh, policy
+        self.sequence_mesh, self.policy, self.memory = mesh, policy, memory
         self._failures, self._tally = FirstFailure(), Tally(mesh)
         self._spent: Any = None  # an iterator of which no replica has a batch left
         self._averaged = False  # gradients were seen to be equal on all ranks
@@ -93,8 +101,8 @@ class OnMesh(_Base):
     def _put_on_mesh(self, model: Any) -> None:
         handle = getattr(unwrapped(model), "_ringattn", None)
         if handle is None:
-            options = {"deterministic": True} if self.args.full_determinism else {}
-            parallelize(model, self.sequence_mesh, **options)
+            options: dict[str, Any] = {"deterministic": True} if self.args.full_determinism else {}
+            parallelize(model, self.sequence_mesh, self.memory, **options)
         elif handle.mesh != self.sequence_mesh:
             raise ValueError(f"model was parallelized on {handle.mesh}, the Trainer's mesh is {self.sequence_mesh}")
 

@@ -1,0 +1,95 @@
+"""Settings of memory put into a transformers model: tiled head, tiled MLPs, layers that keep little."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import nn
+
+from ringattn.hf.head import LossAsLogits, TiledHead
+from ringattn.hf.layers import decoder_layers, mlps_of
+from ringattn.hf.loss import GlobalLoss
+from ringattn.memory.layers import keep_layers
+from ringattn.memory.offload import Offload
+from ringattn.memory.settings import MemorySettings
+from ringattn.memory.tiled_rows import TiledModule
+
+
+class ModelMemory:
+    """What a model does about memory from now on; `undo` gives it back as it was.
+
+    Arguments:
+        model: a transformers model, which may be on the meta device.
+        settings: what to put in; the default of each field changes nothing.
+        device: where it will compute.
+
+    Raises ValueError or NotImplementedError naming the setting that does not fit the model, MemoryError for more host
+    memory than there is; then the model is as it was.
+    """
+
+    def __init__(self, model: nn.Module, settings: MemorySettings, device: torch.device) -> None:
+        self.settings = settings
+        self.head: TiledHead | None = None
+        self.mlps: list[TiledModule] = []
+        self.offload: Offload | None = None
+        self._undo: list[Callable[[], None]] = []
+        try:
+            self._put_in(model, device)
+        except BaseException:
+            self.undo()
+            raise
+
+    def _put_in(self, model: nn.Module, device: torch.device) -> None:
+        settings = self.settings
+        if settings.loss_tile is not None:
+            self.head = TiledHead(model, settings.loss_tile)
+            self._undo.append(self.head.undo)
+        if settings.mlp_tile is not None:
+            for mlp in mlps_of(model):
+                self.mlps.append(TiledModule(mlp, settings.mlp_tile))
+                self._undo.append(self.mlps[-1].undo)
+        if settings.keep == "all":
+            return
+        layers = decoder_layers(model)
+        if settings.host_layers > len(layers):
+            raise ValueError(
+                f"host_layers must be at most the {len(layers)} layers of {type(model).__name__}, got "
+                f"{settings.host_layers}"
+            )
+        if settings.host_layers:
+            self.offload = Offload(device, settings.host_bytes)
+            self._undo.append(self.offload.close)
+        self._undo.append(keep_layers(layers, settings.keep, self.offload, settings.host_layers).undo)
+
+    def expect(self, kwargs: dict[str, Any], loss: GlobalLoss) -> None:
+        """A forward pass with these keywords begins. Collective over replicas if it has labels and a tiled loss."""
+        if self.head is None:
+            return
+        self.head.forget()
+        if kwargs.get("labels") is not None:
+            count = loss.count(kwargs)
+            self.head.announce(kwargs["shift_labels"], count.double().reciprocal())
+
+    def undo(self) -> None:
+        """The model as it was. Without effect the second time."""
+        while self._undo:
+            self._undo.pop()()
+
+
+def without_logits(output: Any) -> Any:
+    """A model's output without the loss that stood for its logits: there are no logits to look at."""
+    if isinstance(output, tuple):
+        return tuple(one for one in output if not isinstance(one, LossAsLogits))
+    if isinstance(getattr(output, "logits", None), LossAsLogits):
+        output["logits"] = None
+    return output
+
+
+def check_checkpoints(model: nn.Module, memory: ModelMemory) -> None:
+    """Raises ValueError if layers that keep little are to be checkpointed by transformers as well."""
+    if memory.settings.keep != "all" and getattr(model, "is_gradient_checkpointing", False):
+        raise ValueError(
+            f"keep={memory.settings.keep!r} and transformers' gradient checkpointing both decide what layers keep: "
+            "call model.gradient_checkpointing_disable() (gradient_checkpointing=False in TrainingArguments), or "
+            "leave keep out"
+        )

@@ -41,7 +41,7 @@ def parser() -> argparse.ArgumentParser:
     what.add_argument("--kernel", default="auto", help="attention's kernel for all rows, a backend's name")
     what.add_argument("--device", choices=("cuda", "cpu"), help="default: a GPU where there is one")
     what.add_argument(
-        "--ulysses", type=int, help="ranks of ours that exchange heads; the others are a ring. Default: all"
+        "--ulysses", type=int, help="ranks of ours that exchange heads; the others are a ring. Default: 1"
     )
     what.add_argument("--seed", type=int, default=3)
     memory = made.add_argument_group("memory: fields of ringattn.memory.settings; a peer takes of them what it has")

@@ -22,7 +22,11 @@ def shard_model(model: nn.Module, case: Case, place: Place) -> None:
     options: dict[str, Any] = {
         "mesh": init_device_mesh(place.device.type, (place.ranks,)),
         "mp_policy": MixedPrecisionPolicy(param_dtype=case.dtype, reduce_dtype=wide[case.states.reduce]),
-        "offload_policy": CPUOffloadPolicy() if case.states.states_on == "host" else OffloadPolicy(),
+        "offload_policy": (
+            CPUOffloadPolicy(pin_memory=place.device.type == "cuda")
+            if case.states.states_on == "host"
+            else OffloadPolicy()
+        ),
     }
     for layer in decoder_layers(model):
         fully_shard(layer, reshard_after_forward=case.states.reshard, **options)
@@ -42,26 +46,24 @@ def new_optimizer(parameters: Iterable[nn.Parameter], case: Case) -> torch.optim
             from torchao.optim import AdamW8bit
         except ImportError as error:
             raise NotImplementedError(f"moments=int8 needs torchao, which cannot be imported: {error}") from None
-        return AdamW8bit(list(parameters), lr=RATE, bf16_stochastic_round=states.weights == "bfloat16")
+        narrow = states.weights == "bfloat16"
+        return AdamW8bit(list(parameters), lr=RATE, weight_decay=0.0, bf16_stochastic_round=narrow)
     if states.moments != states.weights:
         raise NotImplementedError(
             f"moments={states.moments} of weights={states.weights}: torch's AdamW has moments in the dtype of weights"
         )
-    return torch.optim.AdamW(list(parameters), lr=RATE, fused=True)
+    return torch.optim.AdamW(list(parameters), lr=RATE, weight_decay=0.0, fused=True)
 
 
 def make_moments(optimizer: torch.optim.Optimizer | None) -> None:
-    """A step with gradients of zero and a rate of zero: moments are there before the first step, as in all later."""
+    """A step with gradients of zero, which changes nothing: moments are there before the first step."""
     if optimizer is None:
         return
     for group in optimizer.param_groups:
-        group["lr"] = 0.0
         for parameter in group["params"]:
             parameter.grad = torch.zeros_like(parameter)
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
-    for group in optimizer.param_groups:
-        group["lr"] = RATE
 
 
 def clear_gradients(model: nn.Module) -> None:

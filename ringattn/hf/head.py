@@ -137,6 +137,8 @@ class _Disguised(Tensor):
             name = func.__self__.__name__  # type: ignore[attr-defined]
             if name in ("shape", "ndim"):
                 return own.pretended if name == "shape" else len(own.pretended)
+            if name == "_base":  # FSDP warns of views, for what would be done to them in place: nothing can be, here
+                return None
             if name in _PROPERTIES:
                 with torch._C.DisableTorchFunctionSubclass():
                     return func(*args)

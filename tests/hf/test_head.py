@@ -1,12 +1,17 @@
 """A model's head and loss in tiles: what families do to their logits is seen and done, anything else is refused."""
 
+import warnings
+
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from ringattn.hf.head import LossAsLogits, Step, TiledHead
+from tests.pool import Pools
 
 SMALL = {
     "vocab_size": 41, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2,
@@ -158,3 +163,33 @@ def test_targets_of_other_tokens_are_refused():
     head.announce(ids, 1.0)
     with pytest.raises(ValueError, match="was given 1 tokens and 9 targets"):
         model(input_ids=ids, labels=ids, logits_to_keep=1)
+
+
+def sharded_gradients() -> tuple[float, float]:
+    """The largest difference of a tiled head's gradients in a model that FSDP2 shards, to the plain model's."""
+    ids = torch.randint(0, 41, (1, 23), generator=torch.Generator().manual_seed(0))
+    wanted = small("llama")
+    wanted.loss_function = summed
+    loss = wanted(input_ids=ids, labels=ids, shift_labels=ids).loss
+    loss.backward()
+    model = small("llama")
+    head = TiledHead(model, 5)
+    fully_shard(model.model.layers[0], mesh=(mesh := init_device_mesh("cpu", (2,))))
+    fully_shard(model, mesh=mesh)
+    head.announce(ids, 1 / 7)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        found = model(input_ids=ids).logits.loss()
+    found.backward()
+    differences = [
+        float((one.grad.full_tensor() - other.grad).abs().max())
+        for one, other in zip(model.parameters(), wanted.parameters(), strict=True)
+    ]
+    return float((found - loss).abs()), max(differences)
+
+
+def test_fsdp_shards_a_model_with_a_tiled_head(pool: Pools) -> None:
+    """It looks at what a forward pass returns, and puts hooks on it."""
+    for loss, gradients in pool(2).run(sharded_gradients):
+        assert loss < 1e-11
+        assert gradients < 1e-11

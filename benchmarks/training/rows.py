@@ -1,0 +1,249 @@
+"""Who trains: each row makes its model, and does forward, backward and update as its users would.
+
+Legend: T tokens of the stream, t of one rank.
+"""
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from benchmarks.training.case import Case, Place, check_host_room, new_model
+from benchmarks.training.kernel import MeasuredKernel
+from benchmarks.training.peer_attention import NAME, PeerAttention
+from benchmarks.training.states import clear_gradients, make_moments, new_optimizer, shard_model
+from ringattn.hf import parallelize, shard_batch
+from ringattn.hf.head import TiledHead
+from ringattn.memory.layers import keep_layers
+from ringattn.memory.offload import LEAST, Offload
+from ringattn.memory.tiled_rows import TiledModule
+from ringattn.training.models import decoder_layers
+
+
+@dataclass
+class Tools:
+    """What the rows of a process share.
+
+    Arguments:
+        attention: the measured kernel as transformers calls it.
+        parallel_state: DeepSpeed's groups, once it has put its Ulysses in the attention's place.
+    """
+
+    kernel: MeasuredKernel
+    attention: PeerAttention
+    parallel_state: Any = None
+
+
+class Row(Protocol):
+    """A model in training. Every method is collective."""
+
+    model: nn.Module
+    streams: int
+    """How many streams of T tokens a step trains on: 1, or one for each rank."""
+    features: str
+    """What of the case's memory settings it has, for the table."""
+
+    def prepare(self) -> None:
+        """The next batch, outside of what is timed."""
+
+    def forward(self) -> Tensor:
+        """The loss to go backward from."""
+
+    def mean_of(self, loss: Tensor) -> float:
+        """The mean over all targets of all ranks, of what `forward` returned."""
+
+    def backward(self, loss: Tensor) -> None: ...
+
+    def update(self) -> None:
+        """The optimizer's step."""
+
+    @property
+    def pinned(self) -> int:
+        """Bytes of host memory that it locked itself, beside torch's allocator."""
+
+    def close(self) -> None:
+        """Lets everything go."""
+
+
+@dataclass
+class Built:
+    """A model of ours, ready to train.
+
+    Arguments:
+        loss_of: the loss to go backward from, of a batch of `shard_batch` with labels.
+        shares: the loss is this rank's share of the mean times the number of ranks, not the mean itself.
+    """
+
+    model: nn.Module
+    loss_of: Callable[[dict[str, Any]], Tensor]
+    shares: bool
+    offload: Offload | None
+    undo: list[Callable[[], None]] = field(default_factory=list)
+
+
+def build_ours(case: Case, place: Place, kernel: str) -> Built:
+    """A model with the case's memory settings, from the parts of `ringattn.memory`."""
+    memory = case.memory
+    if memory.every != 1:
+        raise NotImplementedError(f"every={memory.every}: layers of this benchmark keep each or nothing")
+    model: Any = new_model(case, place.device)
+    handle = parallelize(model, place.mesh, backend=kernel)
+    head = None if memory.loss_tile is None else TiledHead(model, memory.loss_tile)
+    layers = decoder_layers(model)
+    if memory.mlp_tile is not None:
+        for layer in layers:
+            TiledModule(layer.mlp, memory.mlp_tile)
+    offload = _new_offload(case, place)
+    if memory.keep != "all":
+        keep_layers(layers, memory.keep, offload, memory.host_layers)  # type: ignore[arg-type]
+
+    def loss_of(batch: dict[str, Any]) -> Tensor:
+        if head is None:
+            return model(**batch).loss
+        words = {name: value for name, value in batch.items() if name not in ("labels", "shift_labels")}
+        head.announce(batch["shift_labels"], place.ranks / case.num_targets)
+        return model(**words).logits.loss()
+
+    return Built(model, loss_of, head is not None, offload, [handle.undo])
+
+
+def _new_offload(case: Case, place: Place) -> Offload | None:
+    if not case.memory.host_layers:
+        return None
+    check_host_room(case, case.memory.host_bytes)
+    return Offload(place.device, case.memory.host_bytes, LEAST if place.device.type == "cuda" else 1)
+
+
+class Ours:
+    """ringattn: one stream over all ranks."""
+
+    streams = 1
+
+    def __init__(self, case: Case, place: Place, tools: Tools) -> None:
+        self._case, self._place = case, place
+        self._built = build_ours(case, place, tools.kernel.name)
+        self.model = self._built.model
+        shard_model(self.model, case, place)
+        self._optimizer = new_optimizer(self.model.parameters(), case)
+        make_moments(self._optimizer)
+        memory = case.memory
+        host = f", {memory.host_layers} layers on the host" if memory.host_layers else ""
+        self.features = f"{_tiles(case)}, keep {memory.keep}{host}"
+
+    def prepare(self) -> None:
+        case = self._case
+        ids = case.ids(self._place.device)[None]
+        self._batch = shard_batch({"input_ids": ids, "labels": ids}, case.docs, self._place.mesh)
+
+    def forward(self) -> Tensor:
+        return self._built.loss_of(self._batch)
+
+    def mean_of(self, loss: Tensor) -> float:
+        return self._place.total(loss) / self._place.ranks if self._built.shares else float(loss)
+
+    def backward(self, loss: Tensor) -> None:
+        loss.backward()
+
+    def update(self) -> None:
+        apply_update(self.model, self._optimizer)
+
+    @property
+    def pinned(self) -> int:
+        offload = self._built.offload
+        return offload.stack.size if offload is not None and self._place.device.type == "cuda" else 0
+
+    def close(self) -> None:
+        for undo in self._built.undo:
+            undo()
+        if self._built.offload is not None:
+            self._built.offload.close()
+
+
+class Plain:
+    """The plain Hugging Face loop: every rank has a stream of its own, whole, and all logits at once."""
+
+    def __init__(self, case: Case, place: Place, tools: Tools) -> None:
+        self._case, self._place, self.streams = case, place, place.ranks
+        model: Any = new_model(case, place.device, NAME)
+        tools.attention.of(case.docs)
+        if case.memory.keep != "all":
+            enable_checkpoints(model, use_reentrant=False)
+        self.model = model
+        shard_model(model, case, place)
+        self._optimizer = new_optimizer(model.parameters(), case)
+        make_moments(self._optimizer)
+        self.features = "all logits" + (", keep layer" if case.memory.keep != "all" else ", keep all")
+        self.pinned = 0
+
+    def prepare(self) -> None:
+        self._batch = whole_batch(self._case, self._place.device)
+
+    def forward(self) -> Tensor:
+        return self.model(**self._batch, use_cache=False).loss
+
+    def mean_of(self, loss: Tensor) -> float:
+        return self._place.total(loss) / self._place.ranks
+
+    def backward(self, loss: Tensor) -> None:
+        loss.backward()
+
+    def update(self) -> None:
+        apply_update(self.model, self._optimizer)
+
+    def close(self) -> None: ...
+
+
+def whole_batch(case: Case, device: torch.device) -> dict[str, Tensor]:
+    """The stream as keywords of a transformers model, (1, T) each; every label is its token's own target."""
+    ids = case.ids(device)
+    positions = torch.cat([torch.arange(length) for length in case.docs.lengths]).to(device)
+    targets = case.targets(ids)
+    return {
+        "input_ids": ids[None],
+        "position_ids": positions[None],
+        "labels": ids[None],
+        "shift_labels": targets[None],
+        "num_items_in_batch": torch.tensor(case.num_targets, device=device),
+    }
+
+
+def enable_checkpoints(
+    model: Any, use_reentrant: bool, around: Callable[[], AbstractContextManager[Any]] | None = None
+) -> None:
+    """transformers' checkpointing of every layer.
+
+    Arguments:
+        around: a context for the calls of the checkpoint.
+    """
+    # Renamed in transformers 5.24.
+    enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+    enable({"use_reentrant": use_reentrant})
+    if around is None:
+        return
+    for module in model.modules():
+        plain = module.__dict__.get("_gradient_checkpointing_func")
+        if plain is not None:
+            module._gradient_checkpointing_func = _inside(around, plain)
+
+
+def _inside(around: Callable[[], AbstractContextManager[Any]], function: Callable[..., Any]) -> Callable[..., Any]:
+    def called(*args: Any, **kwargs: Any) -> Any:
+        with around():
+            return function(*args, **kwargs)
+
+    return called
+
+
+def apply_update(model: nn.Module, optimizer: torch.optim.Optimizer | None) -> None:
+    """The optimizer's step; gradients go in any case."""
+    if optimizer is not None:
+        optimizer.step()
+    clear_gradients(model)
+
+
+def _tiles(case: Case) -> str:
+    loss, mlp = case.memory.loss_tile, case.memory.mlp_tile
+    return f"loss {'whole' if loss is None else f'in {loss}'}, MLP {'whole' if mlp is None else f'in {mlp}'}"

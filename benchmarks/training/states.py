@@ -1,0 +1,71 @@
+"""Weights and optimizer: the same states for all rows, sharded by FSDP2 where there is something to shard."""
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, OffloadPolicy, fully_shard
+
+from benchmarks.training.case import Case, Place
+from ringattn.training.models import decoder_layers
+
+RATE = 1e-6  # the learning rate: figures of the second step are those of the same model
+
+
+def shard_model(model: nn.Module, case: Case, place: Place) -> None:
+    """FSDP2 on every layer and on the root. One rank whose weights are used as they are held needs none."""
+    if place.ranks == 1 and not case.mixed and case.states.states_on == "device":
+        return
+    wide = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+    options: dict[str, Any] = {
+        "mesh": init_device_mesh(place.device.type, (place.ranks,)),
+        "mp_policy": MixedPrecisionPolicy(param_dtype=case.dtype, reduce_dtype=wide[case.states.reduce]),
+        "offload_policy": (
+            CPUOffloadPolicy(pin_memory=place.device.type == "cuda")
+            if case.states.states_on == "host"
+            else OffloadPolicy()
+        ),
+    }
+    for layer in decoder_layers(model):
+        fully_shard(layer, reshard_after_forward=case.states.reshard, **options)
+    fully_shard(model, **options)
+
+
+def new_optimizer(parameters: Iterable[nn.Parameter], case: Case) -> torch.optim.Optimizer | None:
+    """AdamW whose moments have the dtype that the case says; None for a case without updates.
+
+    torch's keeps moments in the dtype of the weights. Raises NotImplementedError for what no installed one does.
+    """
+    if not case.updates:
+        return None
+    states = case.states
+    if states.moments == "int8":
+        try:
+            from torchao.optim import AdamW8bit
+        except ImportError as error:
+            raise NotImplementedError(f"moments=int8 needs torchao, which cannot be imported: {error}") from None
+        narrow = states.weights == "bfloat16"
+        return AdamW8bit(list(parameters), lr=RATE, weight_decay=0.0, bf16_stochastic_round=narrow)
+    if states.moments != states.weights:
+        raise NotImplementedError(
+            f"moments={states.moments} of weights={states.weights}: torch's AdamW has moments in the dtype of weights"
+        )
+    return torch.optim.AdamW(list(parameters), lr=RATE, weight_decay=0.0, fused=True)
+
+
+def make_moments(optimizer: torch.optim.Optimizer | None) -> None:
+    """A step with gradients of zero, which changes nothing: moments are there before the first step."""
+    if optimizer is None:
+        return
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            parameter.grad = torch.zeros_like(parameter)
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+
+
+def clear_gradients(model: nn.Module) -> None:
+    for parameter in model.parameters():
+        parameter.grad = None

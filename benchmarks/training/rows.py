@@ -16,11 +16,7 @@ from benchmarks.training.kernel import MeasuredKernel
 from benchmarks.training.peer_attention import NAME, PeerAttention
 from benchmarks.training.states import clear_gradients, make_moments, new_optimizer, shard_model
 from ringattn.hf import parallelize, shard_batch
-from ringattn.hf.head import TiledHead
-from ringattn.memory.layers import keep_layers
-from ringattn.memory.offload import LEAST, Offload
-from ringattn.memory.tiled_rows import TiledModule
-from ringattn.training.models import decoder_layers
+from ringattn.memory.offload import Offload
 
 
 @dataclass
@@ -74,47 +70,23 @@ class Built:
 
     Arguments:
         loss_of: the loss to go backward from, of a batch of `shard_batch` with labels.
-        shares: the loss is this rank's share of the mean times the number of ranks, not the mean itself.
     """
 
     model: nn.Module
     loss_of: Callable[[dict[str, Any]], Tensor]
-    shares: bool
     offload: Offload | None
     undo: list[Callable[[], None]] = field(default_factory=list)
 
 
 def build_ours(case: Case, place: Place, kernel: str) -> Built:
-    """A model with the case's memory settings, from the parts of `ringattn.memory`."""
+    """A model with the case's memory settings."""
     memory = case.memory
-    if memory.every != 1:
-        raise NotImplementedError(f"every={memory.every}: layers of this benchmark keep each or nothing")
+    if memory.host_layers:
+        check_host_room(case, memory.host_bytes)
     model: Any = new_model(case, place.device)
-    handle = parallelize(model, place.mesh, backend=kernel)
-    head = None if memory.loss_tile is None else TiledHead(model, memory.loss_tile)
-    layers = decoder_layers(model)
-    if memory.mlp_tile is not None:
-        for layer in layers:
-            TiledModule(layer.mlp, memory.mlp_tile)
-    offload = _new_offload(case, place)
-    if memory.keep != "all":
-        keep_layers(layers, memory.keep, offload, memory.host_layers)  # type: ignore[arg-type]
-
-    def loss_of(batch: dict[str, Any]) -> Tensor:
-        if head is None:
-            return model(**batch).loss
-        words = {name: value for name, value in batch.items() if name not in ("labels", "shift_labels")}
-        head.announce(batch["shift_labels"], place.ranks / case.num_targets)
-        return model(**words).logits.loss()
-
-    return Built(model, loss_of, head is not None, offload, [handle.undo])
-
-
-def _new_offload(case: Case, place: Place) -> Offload | None:
-    if not case.memory.host_layers:
-        return None
-    check_host_room(case, case.memory.host_bytes)
-    return Offload(place.device, case.memory.host_bytes, LEAST if place.device.type == "cuda" else 1)
+    handle = parallelize(model, place.mesh, memory, backend=kernel)
+    assert handle.memory is not None
+    return Built(model, lambda batch: model(**batch).loss, handle.memory.offload, [handle.undo])
 
 
 class Ours:
@@ -142,7 +114,7 @@ class Ours:
         return self._built.loss_of(self._batch)
 
     def mean_of(self, loss: Tensor) -> float:
-        return self._place.total(loss) / self._place.ranks if self._built.shares else float(loss)
+        return float(loss)
 
     def backward(self, loss: Tensor) -> None:
         loss.backward()
@@ -158,8 +130,6 @@ class Ours:
     def close(self) -> None:
         for undo in self._built.undo:
             undo()
-        if self._built.offload is not None:
-            self._built.offload.close()
 
 
 class Plain:

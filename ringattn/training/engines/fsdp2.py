@@ -22,7 +22,7 @@ from ringattn.training.engines.clipping import clip_sharded
 from ringattn.training.engines.groups import shard_groups
 from ringattn.training.engines.interface import EngineOptions
 from ringattn.training.engines.optimizers import adamw, set_learning_rate
-from ringattn.training.models import checkpoint_layers, empty_model, parameter_groups
+from ringattn.training.models import checkpoint_layers, empty_model
 
 
 class FSDP2Engine:
@@ -48,7 +48,7 @@ class FSDP2Engine:
         self.model.to_empty(device=options.device if states.states_on == "device" else "cpu")
         _broadcast_weights(self.model, options)
         self.model.train()
-        self._optimizer = adamw(parameter_groups(self.model, options.weight_decay), options)
+        self._optimizer = adamw(self.model, options)
 
     def backward(self, loss: torch.Tensor) -> None:
         """Adds the gradient of one micro-step, reduced to shards."""

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from ringattn.memory.tiled_rows import tiled_modules
 from ringattn.parallel.mesh.mesh import SequenceMesh
 from ringattn.training.engines.interface import EngineOptions
 from ringattn.training.models import checkpoint_layers, parameter_groups
@@ -37,6 +38,8 @@ class DeepSpeedEngine:
         options.attach(model)
         if options.checkpoint_layers:
             checkpoint_layers(model)
+        for module in tiled_modules(model):
+            deepspeed.utils.set_z3_leaf_module(module, True)
         model.to(options.device).train()
         optimizer = torch.optim.AdamW(
             parameter_groups(model, options.weight_decay), lr=0.0, betas=options.betas, eps=options.eps

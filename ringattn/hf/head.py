@@ -29,7 +29,9 @@ _CASTS = {"to", "float", "contiguous", "clone", "type", "half", "bfloat16"}
 _METHODS = {"register_hook", "requires_grad_", "is_floating_point", "is_complex", "is_contiguous", "element_size",
             "get_device", "retain_grad"}  # fmt: skip
 _PROPERTIES = {"dtype", "device", "layout", "requires_grad", "grad_fn", "is_leaf", "is_cuda", "is_cpu", "is_sparse",
-               "is_nested", "is_quantized", "is_meta", "output_nr", "retains_grad"}  # fmt: skip
+               "is_nested", "is_quantized", "is_meta", "output_nr", "retains_grad", "_base"}  # fmt: skip
+# What engines do to what a module returns, to put a node of their own into autograd's graph.
+_SAME = {"detach", "view_as"}
 
 T = TypeVar("T", bound="_Disguised")
 
@@ -121,6 +123,10 @@ class _Disguised(Tensor):
         """It after one thing that changes values."""
         raise NotImplementedError
 
+    def again(self: T, data: Tensor) -> T:
+        """The same disguise for other data."""
+        raise NotImplementedError
+
     @classmethod
     def __torch_function__(
         cls, func: Callable[..., Any], types: Sequence[type], args: Sequence[Any] = (), kwargs: Any = None
@@ -133,6 +139,9 @@ class _Disguised(Tensor):
             numbers = (*args[1:], *kwargs.values())
             if all(isinstance(one, int | float) for one in numbers):
                 return own.at_step(Step(name.rstrip("_"), tuple(numbers)))
+        if own is not None and name in _SAME:
+            with torch._C.DisableTorchFunctionSubclass():
+                return own.again(func(*args, **kwargs))
         if own is not None and name == "__get__":
             name = func.__self__.__name__  # type: ignore[attr-defined]
             if name in ("shape", "ndim"):
@@ -172,6 +181,9 @@ class NotedLogits(_Disguised):
         self.steps.append(step)
         return self
 
+    def again(self, data: Tensor) -> "NotedLogits":
+        return self
+
 
 class LossAsLogits(_Disguised):
     """A loss that a model takes for its logits; its data and its place in autograd's graph are the loss's."""
@@ -193,6 +205,9 @@ class LossAsLogits(_Disguised):
                 "its loss cannot be tiled"
             )
         return LossAsLogits.of(self._plain(), self.pretended, self.steps, self.done + 1)
+
+    def again(self, data: Tensor) -> "LossAsLogits":
+        return LossAsLogits.of(data, self.pretended, self.steps, self.done)
 
     def loss(self) -> Tensor:
         """The loss, a plain tensor. Raises NotImplementedError if the model left out what it did before."""

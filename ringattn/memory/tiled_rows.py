@@ -110,6 +110,12 @@ class TiledModule:
             return self._tile(x)
 
 
+def tiled_modules(model: nn.Module) -> list[nn.Module]:
+    """Parts of a model whose forward pass is tiled. An engine that gathers weights by module must do so once for each of
+    these as a whole: in the backward pass its own parts are run, and hooks on them come too late."""
+    return [module for module in model.modules() if isinstance(module.__dict__.get("forward"), TiledModule)]
+
+
 def _with_last_layer(module: nn.Module, function: Rows, x: Tensor) -> tuple[Tensor, nn.Linear | None]:
     """What a module's function returns, and the linear layer whose output that is, if it is one."""
     outputs: list[tuple[nn.Linear, Tensor]] = []

@@ -14,6 +14,7 @@ from ringattn.kernels.registry import backends
 from ringattn.parallel.mesh.shape import MeshShape, resolve_mesh
 from ringattn.parallel.planning.options import check_scheme, scheme_names
 from ringattn.settings import AttentionOptions
+from ringattn.training import memory
 from ringattn.training.corpus import Corpus
 from ringattn.training.data.files import matching_files
 from ringattn.training.data.tokenizer import AUTO, BYTES, has_tokenizer
@@ -65,8 +66,10 @@ OF_DEEPSPEED = ("engine.zero_stage",)
 OPTIONAL = {"data.packs_per_step", "data.delay", "parallel.data", "parallel.ring", "parallel.ulysses"}
 OPTIONAL |= {"parallel.head_chunks", "optim.lr"}
 OPTIONAL |= {"model.family", "model.path", "model.config", "model.lr", "model.lr_from_path", "model.allow_mismatch"}
+OPTIONAL |= memory.OPTIONAL
 # Below model.config every key of the transformers configuration is allowed.
 KEYS = {*CHOICES, *INTEGERS, *NUMBERS, *SWITCHES, *TEXTS, "model.config", "model.allow_mismatch", "optim.betas"}
+KEYS |= memory.KEYS
 # What may differ between two starts in the same folder without changing the curve, beside `parallel` and most of `run`.
 # Files and tokenizer count by their contents, which the corpus' fingerprint holds, and learning rates as optim.lr.
 SAME_CURVE = {"data.prefetch", "data.cache", "data.files", "data.tokenizer", "engine.checkpoint_layers"}
@@ -107,6 +110,7 @@ def validate(cfg: DictConfig, world_size: int, ranks_per_node: int, device_type:
     shape = _check_mesh(cfg, world_size, ranks_per_node)
     _check_device(cfg, device_type)
     _check_engine(cfg)
+    memory.check_memory(cfg, device_type)
     _check_data(cfg, shape)
     if cfg.run.tensorboard and importlib.util.find_spec("tensorboard") is None:
         raise ValueError("run.tensorboard=true needs the package: pip install tensorboard")
@@ -159,7 +163,7 @@ def check_positions(cfg: DictConfig, model_config: Any, corpus: Corpus) -> None:
 
 def curve_differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[tuple[str, Any, Any]]:
     """Keys whose values would change the loss curve: (key, old value, new value). Absent and null are the same."""
-    before, after = flat(old), flat(new)
+    before, after = memory.BEFORE | flat(old), memory.BEFORE | flat(new)
     missing = "(absent)"
     keys = sorted(key for key in before.keys() | after.keys() if before.get(key) != after.get(key))
     return [(key, before.get(key, missing), after.get(key, missing)) for key in keys if _shapes_curve(key)]
@@ -169,6 +173,8 @@ def _shapes_curve(key: str) -> bool:
     group = key.split(".")[0]
     if group == "run":
         return key in CURVE_OF_RUN
+    if group == "memory":
+        return key in memory.SHAPE_CURVE
     return group != "parallel" and key not in SAME_CURVE
 
 

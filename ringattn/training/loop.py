@@ -24,6 +24,7 @@ from ringattn.training.flops import StepFlops, peak_flops
 from ringattn.training.grouping import DocumentCost, GroupedPacker, GroupedPosition
 from ringattn.training.job import Job
 from ringattn.training.loss import backward_loss, share, token_loss_sum
+from ringattn.training.memory import state_settings
 from ringattn.training.metrics import StepMetrics, peak_memory_gib
 from ringattn.training.models import build_model, empty_model
 from ringattn.training.output import write_config
@@ -118,6 +119,7 @@ class Trainer:
             checkpoint_layers=cfg.engine.checkpoint_layers,
             micro_steps=cfg.data.packs_per_step // self.mesh.data,
             zero_stage=cfg.engine.get("zero_stage", 0),
+            states=state_settings(cfg),
         )
 
     def _resume(self) -> None:

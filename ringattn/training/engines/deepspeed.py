@@ -7,12 +7,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
+from ringattn.memory.tiled_rows import tiled_modules
 from ringattn.parallel.mesh.mesh import SequenceMesh
 from ringattn.training.engines.interface import EngineOptions
-from ringattn.training.models import checkpoint_layers, parameter_groups
+from ringattn.training.models import checkpoint_layers, decoder_layers, parameter_groups
 
 TAG = "zero"
+LIVE = 10**9  # DeepSpeed's own bound of gathered parameters
+ALL = 10**15  # more than there are
 
 
 def available() -> bool:
@@ -21,7 +25,8 @@ def available() -> bool:
 
 
 class DeepSpeedEngine:
-    """torch's AdamW under ZeRO, bf16 with float32 master weights on GPUs, float32 on the CPU.
+    """torch's AdamW (DeepSpeed's own where states are on the host) under ZeRO: bf16 with float32 master weights on GPUs,
+    float32 on the CPU.
 
     DeepSpeed makes the master weights from weights that it has rounded to bf16, FSDP2 from those of the model: in bf16
     the two curves part by about 0.2 % at the second step. In float32 they are the same.
@@ -37,12 +42,15 @@ class DeepSpeedEngine:
         options.attach(model)
         if options.checkpoint_layers:
             checkpoint_layers(model)
+        for module in tiled_modules(model):
+            deepspeed.utils.set_z3_leaf_module(module, True)
         model.to(options.device).train()
-        optimizer = torch.optim.AdamW(
-            parameter_groups(model, options.weight_decay), lr=0.0, betas=options.betas, eps=options.eps
-        )
+        layer = sum(p.numel() for p in decoder_layers(model)[0].parameters())
         self._engine, *_ = deepspeed.initialize(
-            model=model, optimizer=optimizer, config=zero_config(options), dist_init_required=False
+            model=model,
+            optimizer=_adamw(model, options),
+            config=zero_config(options, layer),
+            dist_init_required=False,
         )
         self.model = self._engine
 
@@ -75,20 +83,66 @@ class DeepSpeedEngine:
             raise ValueError(f"{folder} holds no DeepSpeed checkpoint of this number of ranks and ZeRO stage")
 
 
-def zero_config(options: EngineOptions) -> dict[str, Any]:
-    """DeepSpeed's configuration. Its batch size only fixes the number of micro-steps: the loss has its own count."""
+def _adamw(model: nn.Module, options: EngineOptions) -> torch.optim.Optimizer:
+    groups = parameter_groups(model, options.weight_decay)
+    given: dict[str, Any] = {"lr": 0.0, "betas": options.betas, "eps": options.eps}
+    if options.states.states_on == "device":
+        return torch.optim.AdamW(groups, **given)
+    from deepspeed.ops.adam import DeepSpeedCPUAdam
+
+    made: torch.optim.Optimizer = DeepSpeedCPUAdam(groups, adamw_mode=True, **given)
+    return made
+
+
+def zero_config(options: EngineOptions, layer: int) -> dict[str, Any]:
+    """DeepSpeed's configuration. Its batch size only fixes the number of micro-steps: the loss has its own count.
+
+    Arguments:
+        layer: parameters of a decoder layer.
+    """
     return {
         "train_micro_batch_size_per_gpu": 1,
         "gradient_accumulation_steps": options.micro_steps,
         "gradient_clipping": options.clip,
-        "zero_optimization": {"stage": options.zero_stage, "overlap_comm": options.device.type == "cuda"},
+        "zero_optimization": _zero(options, layer),
         "zero_allow_untested_optimizer": True,
         "bf16": {"enabled": options.dtype == torch.bfloat16},
-        "communication_data_type": "fp32",
+        "communication_data_type": {"float32": "fp32", "bfloat16": "bf16"}[options.states.reduce],
         "data_types": {"grad_accum_dtype": "fp32"},
         "steps_per_print": 10**9,
         "wall_clock_breakdown": False,
     }
+
+
+def _zero(options: EngineOptions, layer: int) -> dict[str, Any]:
+    """What is partitioned, where it is, and at stage 3 how weights are gathered."""
+    states, on_gpu = options.states, options.device.type == "cuda"
+    config: dict[str, Any] = {"stage": options.zero_stage, "overlap_comm": on_gpu}
+    host = {"device": "cpu", "pin_memory": on_gpu}
+    if states.states_on == "host":
+        config["offload_optimizer"] = host
+    if options.zero_stage == 3:
+        # DeepSpeed counts in parameters: those that it gathers ahead, and how far off the next use of some may be for
+        # them to stay.
+        config["stage3_prefetch_bucket_size"] = states.prefetch * layer
+        config["stage3_max_reuse_distance"] = 0 if states.reshard else ALL
+        config["stage3_max_live_parameters"] = max(LIVE, (states.prefetch + 1) * layer) if states.reshard else ALL
+        if states.states_on == "host":
+            config["offload_param"] = host
+    return config
+
+
+def why_no_cpu_adam(device_type: str) -> str | None:
+    """Why DeepSpeed's AdamW for the host cannot be had here, or None. Its C++ is compiled at the first call on a machine,
+    which takes a minute or two."""
+    _import_deepspeed(torch.device(device_type))
+    from deepspeed.ops.op_builder import CPUAdamBuilder
+
+    try:
+        CPUAdamBuilder().load(verbose=False)
+    except Exception as error:  # compilers fail in many ways
+        return f"DeepSpeed's CPU Adam cannot be built here ({type(error).__name__}: {str(error).strip().splitlines()[0]})"
+    return None
 
 
 def _import_deepspeed(device: torch.device) -> Any:

@@ -14,44 +14,41 @@ from torch.distributed.checkpoint.state_dict import (
     set_state_dict,
 )
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
-from torch.distributed.tensor import DTensor
+from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, OffloadPolicy
 
+from ringattn.memory.settings import StateSettings
 from ringattn.parallel.mesh.mesh import SequenceMesh
+from ringattn.training.engines.clipping import clip_sharded
+from ringattn.training.engines.groups import shard_groups
 from ringattn.training.engines.interface import EngineOptions
-from ringattn.training.models import checkpoint_layers, decoder_layers, empty_model, parameter_groups
+from ringattn.training.engines.optimizers import adamw, set_learning_rate
+from ringattn.training.models import checkpoint_layers, empty_model
 
 
 class FSDP2Engine:
-    """`fully_shard` on every decoder layer and on the root, AdamW on the shards.
+    """`fully_shard` on the groups of `groups.py`, AdamW on the shards.
 
     Every rank builds the model without weights; rank 0 alone makes them and they are broadcast as they are sharded, so
-    host memory holds one copy of the model per machine at most. Gradients are reduced in every micro-step: this keeps
-    only shards of them between micro-steps.
+    host memory holds one copy of the model per machine at most (beside the shards, where those are on the host).
+    Gradients are reduced in every micro-step: this keeps only shards of them between micro-steps.
     """
 
     def __init__(self, mesh: SequenceMesh, options: EngineOptions) -> None:
+        states = options.states
         self.model = empty_model(options.config)
         self.num_parameters = sum(p.numel() for p in self.model.parameters())
-        self._clip = options.clip
+        self._clip, self._device, self._mesh = options.clip, options.device, _all_ranks(mesh)
         options.attach(self.model)
-        self._shard(_all_ranks(mesh), options)
-        self.model.to_empty(device=options.device)
-        _broadcast_weights(self.model, options)
-        self.model.train()
-        self._optimizer = torch.optim.AdamW(
-            parameter_groups(self.model, options.weight_decay), lr=0.0, betas=options.betas, eps=options.eps
-        )
-
-    def _shard(self, mesh: DeviceMesh, options: EngineOptions) -> None:
-        precision = MixedPrecisionPolicy()
-        if options.dtype != torch.float32:
-            precision = MixedPrecisionPolicy(param_dtype=options.dtype, reduce_dtype=torch.float32)
+        _hold_weights_in(self.model, states)
         if options.checkpoint_layers:
             checkpoint_layers(self.model)
-        for layer in decoder_layers(self.model):
-            fully_shard(layer, mesh=mesh, mp_policy=precision)
-        fully_shard(self.model, mesh=mesh, mp_policy=precision)
+        shard_groups(
+            self.model, states, mesh=self._mesh, mp_policy=_precision(options), offload_policy=_place(options)
+        )
+        self.model.to_empty(device=options.device if states.states_on == "device" else "cpu")
+        _broadcast_weights(self.model, options)
+        self.model.train()
+        self._optimizer = adamw(self.model, options)
 
     def backward(self, loss: torch.Tensor) -> None:
         """Adds the gradient of one micro-step, reduced to shards."""
@@ -59,13 +56,11 @@ class FSDP2Engine:
 
     def step(self, learning_rate: float) -> float:
         """Clips, steps, clears the gradients; returns the global gradient norm before clipping."""
-        limit = self._clip if self._clip > 0 else float("inf")
-        norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), limit)
-        for group in self._optimizer.param_groups:
-            group["lr"] = learning_rate
+        norm = clip_sharded(self.model.parameters(), self._clip, self._device, self._mesh.get_group())
+        set_learning_rate(self._optimizer, learning_rate)
         self._optimizer.step()
         self._optimizer.zero_grad(set_to_none=True)
-        return (norm.full_tensor() if isinstance(norm, DTensor) else norm).item()
+        return float(norm.item())
 
     def save(self, folder: Path) -> None:
         """Writes model and optimiser with torch.distributed.checkpoint; any number of ranks can read it again."""
@@ -85,16 +80,39 @@ def _all_ranks(mesh: SequenceMesh) -> DeviceMesh:
     return mesh.device_mesh["data", "ring", "ulysses"]._flatten("all")
 
 
+def _precision(options: EngineOptions) -> MixedPrecisionPolicy:
+    """Computation in `dtype`, sums over ranks in `states.reduce`."""
+    return MixedPrecisionPolicy(param_dtype=options.dtype, reduce_dtype=getattr(torch, options.states.reduce))
+
+
+def _place(options: EngineOptions) -> OffloadPolicy:
+    if options.states.states_on == "device":
+        return OffloadPolicy()
+    return CPUOffloadPolicy(pin_memory=options.device.type == "cuda")
+
+
+def _hold_weights_in(model: nn.Module, states: StateSettings) -> None:
+    """Casts parameters one by one, and no buffers: rotary frequencies of 8 bits would turn long positions."""
+    for parameter in model.parameters():
+        parameter.data = parameter.data.to(getattr(torch, states.weights))
+
+
 def _broadcast_weights(model: nn.Module, options: EngineOptions) -> None:
     """Rank 0 makes the weights; every rank gets its shards of them, and the buffers."""
     full = options.load() if dist.get_rank() == 0 else None
+    if full is not None:
+        _hold_weights_in(full, options.states)
     weights = full.state_dict() if full is not None else {}
     set_model_state_dict(
         model, weights, options=StateDictOptions(full_state_dict=True, broadcast_from_rank0=True, strict=True)
     )
-    # Buffers that are not saved (rotary frequencies) are in no state dict.
+    # Buffers compute, so that they are on the device wherever weights wait. Those that are not saved (rotary
+    # frequencies) are in no state dict.
     sources = dict(full.named_buffers()) if full is not None else {}
-    for name, buffer in model.named_buffers():
+    for name, buffer in [*model.named_buffers()]:
         if full is not None:
             buffer.copy_(sources[name.replace("_checkpoint_wrapped_module.", "")])
-        dist.broadcast(buffer, 0)
+        moved = buffer.to(options.device)
+        dist.broadcast(moved, 0)
+        owner, _, own = name.rpartition(".")
+        setattr(model.get_submodule(owner), own, moved)

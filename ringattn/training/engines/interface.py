@@ -8,6 +8,8 @@ from typing import Any, Protocol
 import torch
 from torch import nn
 
+from ringattn.memory.settings import StateSettings
+
 
 @dataclass(frozen=True)
 class EngineOptions:
@@ -24,6 +26,7 @@ class EngineOptions:
         checkpoint_layers: compute decoder layers again in the backward pass.
         micro_steps: backward calls per step.
         zero_stage: DeepSpeed's stage, 1 to 3.
+        states: what lives between steps. `ringattn.training.memory.check_states` says what an engine cannot do.
     """
 
     config: Any
@@ -38,6 +41,7 @@ class EngineOptions:
     checkpoint_layers: bool
     micro_steps: int
     zero_stage: int
+    states: StateSettings = StateSettings()
 
 
 class Engine(Protocol):

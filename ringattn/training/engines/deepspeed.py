@@ -56,13 +56,13 @@ class DeepSpeedEngine:
         if not self._engine.is_gradient_accumulation_boundary():
             self._engine.step()
 
-    def step(self, learning_rate: float) -> float:
+    def step(self, learning_rate: float) -> torch.Tensor | float:
         """Clips, steps, clears the gradients; returns the global gradient norm before clipping."""
         for group in self._engine.optimizer.param_groups:
             group["lr"] = learning_rate
         self._engine.step()
-        norm = self._engine.get_global_grad_norm()
-        return float("nan") if norm is None else float(norm)
+        norm: torch.Tensor | float | None = self._engine.get_global_grad_norm()
+        return float("nan") if norm is None else norm
 
     def save(self, folder: Path) -> None:
         """Writes DeepSpeed's own checkpoint files: torch.distributed.checkpoint does not know ZeRO's partitions."""

@@ -57,7 +57,7 @@ class FSDP2Engine:
         """Adds the gradient of one micro-step, reduced to shards."""
         loss.backward()
 
-    def step(self, learning_rate: float) -> float:
+    def step(self, learning_rate: float) -> torch.Tensor:
         """Clips, steps, clears the gradients; returns the global gradient norm before clipping."""
         limit = self._clip if self._clip > 0 else float("inf")
         norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), limit)
@@ -65,7 +65,7 @@ class FSDP2Engine:
             group["lr"] = learning_rate
         self._optimizer.step()
         self._optimizer.zero_grad(set_to_none=True)
-        return (norm.full_tensor() if isinstance(norm, DTensor) else norm).item()
+        return norm.full_tensor() if isinstance(norm, DTensor) else norm
 
     def save(self, folder: Path) -> None:
         """Writes model and optimiser with torch.distributed.checkpoint; any number of ranks can read it again."""

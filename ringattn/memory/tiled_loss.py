@@ -40,8 +40,8 @@ def tiled_loss(
 
     Gradients of `hidden`, `weight` and `bias` are made in the forward pass, if they are wanted at all, and only scaled
     in the backward pass. Rows without a target are skipped, which waits once for the device unless `count` is given
-    (and except while a CUDA graph is captured). Call it where the weight is whole: with a head that FSDP or ZeRO shards,
-    inside of its forward pass.
+    (and except while a CUDA graph is captured). Call it where the weight is whole: with a head that FSDP or ZeRO
+    shards, inside of its forward pass.
 
     Arguments:
         hidden: (t, E).

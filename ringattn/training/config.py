@@ -27,6 +27,7 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "parallel.policy": ("auto", "contiguous", "zigzag", "balanced"),
     "parallel.backend": ("auto", *backends()),
     "engine.name": ("fsdp2", "deepspeed"),
+    "engine.compile": ("none", "elementwise"),
     "run.dtype": ("auto", "float32", "bfloat16"),
     "run.resume": ("auto", "force"),
 }
@@ -72,7 +73,7 @@ KEYS = {*CHOICES, *INTEGERS, *NUMBERS, *SWITCHES, *TEXTS, "model.config", "model
 # What may differ between two starts in the same folder without changing the curve, beside `parallel` and most of `run`.
 # Files and tokenizer count by their contents, which the corpus' fingerprint holds, and learning rates as optim.lr.
 SAME_CURVE = {"data.prefetch", "data.ahead", "data.cache", "data.files", "data.tokenizer", "engine.checkpoint_layers"}
-SAME_CURVE |= {"model.name", "model.lr", "model.lr_from_path", "model.allow_mismatch"}
+SAME_CURVE |= {"engine.compile", "model.name", "model.lr", "model.lr_from_path", "model.allow_mismatch"}
 CURVE_OF_RUN = ("run.seed", "run.steps", "run.dtype")
 
 

@@ -10,10 +10,12 @@ from typing import NamedTuple
 import numpy as np
 import torch
 import torch.distributed as dist
+from torch import nn
 
 from ringattn import init_mesh
 from ringattn.first_failure import FirstFailure
 from ringattn.hf import attention_kwargs, parallelize
+from ringattn.hf.elementwise import Elementwise
 from ringattn.training.ahead import BatchesAhead
 from ringattn.training.batches import Batch
 from ringattn.training.checkpoint import TrainState, load_random_states, save_checkpoint
@@ -96,13 +98,7 @@ class Trainer:
         return EngineOptions(
             config=job.model_config,
             load=lambda: build_model(job.model_config, cfg.run.seed, cfg.model.path, list(cfg.model.allow_mismatch)),
-            attach=lambda model: parallelize(
-                model,
-                self.mesh,
-                scheme=cfg.parallel.scheme,
-                backend=cfg.parallel.backend,
-                head_chunks=cfg.parallel.head_chunks,
-            ),
+            attach=self._attach,
             device=job.device,
             dtype=compute_dtype(cfg),
             weight_decay=cfg.optim.weight_decay,
@@ -112,6 +108,15 @@ class Trainer:
             checkpoint_layers=cfg.engine.checkpoint_layers,
             micro_steps=cfg.data.packs_per_step // self.mesh.data,
             zero_stage=cfg.engine.get("zero_stage", 0),
+        )
+
+    def _attach(self, model: nn.Module) -> None:
+        """What is done to a model before it is sharded."""
+        parallel = self.cfg.parallel
+        if self.cfg.engine.compile == "elementwise":
+            Elementwise(model)
+        parallelize(
+            model, self.mesh, scheme=parallel.scheme, backend=parallel.backend, head_chunks=parallel.head_chunks
         )
 
     def _resume(self) -> None:

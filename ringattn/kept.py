@@ -19,6 +19,21 @@ def kept(owner: Any, key: Hashable, make: Callable[[], T]) -> T:
     return value
 
 
+def keep(owner: Any, key: Hashable, value: Any) -> None:
+    """Keeps what was made elsewhere, for `kept` to find."""
+    owner.__dict__.setdefault(_NAME, {})[key] = value
+
+
+def kept_keys(owner: Any) -> tuple[Hashable, ...]:
+    """The keys by which something is kept, oldest first."""
+    return tuple(owner.__dict__.get(_NAME, ()))
+
+
+def without_kept(owner: Any) -> dict[str, Any]:
+    """Its attributes but what is kept: the state of a copy, which makes that again where it is needed."""
+    return {name: value for name, value in owner.__dict__.items() if name != _NAME}
+
+
 def kept_already(owner: Any, key: Hashable) -> Any:
     """What is kept by a key, or None. For calls so frequent that making a function of what makes it would show."""
     found = owner.__dict__.get(_NAME)

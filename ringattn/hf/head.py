@@ -67,17 +67,18 @@ class TiledHead:
             raise ValueError(f"tile must be a number of tokens >= 1, got {tile!r}")
         self.head, self.tile = _linear_head(model), tile
         self.steps = steps_after_head(model, self.head)
-        self._announced: tuple[Tensor, float | Tensor] | None = None
+        self._announced: tuple[Tensor, float | Tensor, int | None] | None = None
         self._plain = self.head.forward
         self.head.forward = self  # type: ignore[method-assign]
 
-    def announce(self, targets: Tensor, scale: float | Tensor) -> None:
+    def announce(self, targets: Tensor, scale: float | Tensor, count: int | None = None) -> None:
         """The next forward pass is of these targets: any shape, one for each token, -100 for none.
 
         Arguments:
             scale: what the sum of their losses is multiplied with.
+            count: how many they are, if the host knows: then it need not wait for the device.
         """
-        self._announced = targets, scale
+        self._announced = targets, scale, count
 
     def forget(self) -> None:
         """The next forward pass is of no targets, unless some are announced: one that failed may have left its own."""
@@ -87,7 +88,7 @@ class TiledHead:
     def __call__(self, hidden: Tensor) -> Tensor:
         if self._announced is None:
             return self._plain(hidden)
-        (targets, scale), self._announced = self._announced, None
+        (targets, scale, count), self._announced = self._announced, None
         if targets.numel() != hidden.shape[:-1].numel():
             raise ValueError(
                 f"the head was given {hidden.shape[:-1].numel()} tokens and {targets.numel()} targets: with a tiled "
@@ -102,6 +103,7 @@ class TiledHead:
             transform=self._transform if self.steps else None,
             scale=scale,
             tile=self.tile,
+            count=count,
         )
         return LossAsLogits.of(loss, torch.Size((*hidden.shape[:-1], head.out_features)), self.steps)
 

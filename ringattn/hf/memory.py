@@ -6,13 +6,28 @@ from typing import Any
 import torch
 from torch import nn
 
+from ringattn.hf.empty import layout_of
 from ringattn.hf.head import LossAsLogits, TiledHead
 from ringattn.hf.layers import decoder_layers, mlps_of
 from ringattn.hf.loss import GlobalLoss
+from ringattn.kept import keep, kept_already
 from ringattn.memory.layers import keep_layers
 from ringattn.memory.offload import Offload
 from ringattn.memory.settings import MemorySettings
 from ringattn.memory.tiled_rows import TiledModule
+from ringattn.parallel.layout import Layout
+
+
+_KEY = "targets of this rank"
+
+
+def note_targets(layout: Layout, count: int) -> None:
+    """Keep with its layout how many targets this rank has, where the host knows: a tiled loss need not ask the device.
+
+    Arguments:
+        count: of the `shift_labels` that will go into the model; -100 is none.
+    """
+    keep(layout, _KEY, count)
 
 
 class ModelMemory:
@@ -68,7 +83,8 @@ class ModelMemory:
         self.head.forget()
         if kwargs.get("labels") is not None:
             count = loss.count(kwargs)
-            self.head.announce(kwargs["shift_labels"], count.double().reciprocal())
+            local = kept_already(layout_of(kwargs["cu_seq_lens_q"]), _KEY)
+            self.head.announce(kwargs["shift_labels"], count.double().reciprocal(), local)
 
     def undo(self) -> None:
         """The model as it was. Without effect the second time."""

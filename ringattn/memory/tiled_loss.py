@@ -9,7 +9,7 @@ as they add up the head's gradient in its own dtype; here it is added up in floa
 Legend: t tokens, n rows of a tile, E hidden size, V words.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -34,12 +34,14 @@ def tiled_loss(
     z_loss: float = 0.0,
     scale: float | Tensor = 1.0,
     tile: int = TILE,
+    count: int | None = None,
 ) -> Tensor:
     """The sum over targets of the cross entropy of `transform(hidden @ weight.T + bias)`, times `scale`.
 
     Gradients of `hidden`, `weight` and `bias` are made in the forward pass, if they are wanted at all, and only scaled
-    in the backward pass. Rows without a target are skipped, which waits once for the device, except while a CUDA graph
-    is captured. Call it where the weight is whole: with a head that FSDP or ZeRO shards, inside of its forward pass.
+    in the backward pass. Rows without a target are skipped, which waits once for the device unless `count` is given
+    (and except while a CUDA graph is captured). Call it where the weight is whole: with a head that FSDP or ZeRO
+    shards, inside of its forward pass.
 
     Arguments:
         hidden: (t, E).
@@ -52,6 +54,8 @@ def tiled_loss(
         z_loss: weight of the square of each target's log-sum-exp, which is added to its loss (PaLM, arXiv 2204.02311).
         scale: number, or tensor without dimensions: as one over the targets of all ranks. It has no gradient.
         tile: tokens of a tile.
+        count: how many of the t targets are none of -100, if the host knows. Another number than there are is a
+            ValueError on the CPU, and on a GPU a failed assertion of the device.
 
     Returns: scalar, float32 (float64 of float64); 0 without any target.
     Raises ValueError for shapes, dtypes or a tile that do not fit.
@@ -60,7 +64,8 @@ def tiled_loss(
     _check(hidden, weight, targets, bias, tile)
     if not torch.is_grad_enabled():  # autograd tells a function what requires gradients, but not this
         hidden, weight, bias = hidden.detach(), weight.detach(), None if bias is None else bias.detach()
-    return _TiledLoss.apply(hidden, weight, bias, targets, transform, z_loss, scale, tile)
+    tiles = _tiles(targets, tile, _checked(count, targets))
+    return _TiledLoss.apply(hidden, weight, bias, targets, transform, z_loss, scale, tiles)
 
 
 class _TiledLoss(torch.autograd.Function):
@@ -74,7 +79,7 @@ class _TiledLoss(torch.autograd.Function):
         transform: Transform | None,
         z_loss: float,
         scale: float | Tensor,
-        tile: int,
+        tiles: Sequence[Tensor | slice],
     ) -> Tensor:
         wide = torch.promote_types(hidden.dtype, torch.float32)
         # In float16 a gradient that is divided by a million targets is zero: it is scaled at the end, with the scale of
@@ -84,8 +89,7 @@ class _TiledLoss(torch.autograd.Function):
         head = _Head(weight, bias, transform, z_loss, 1.0 if late else scale, wide)
         with torch.autocast(hidden.device.type, enabled=False):  # logits are float32 matrix products too
             losses = [
-                head.loss_of(hidden[rows], targets[rows], grads.at(rows) if grads.wanted else None)
-                for rows in _tiles(targets, tile)
+                head.loss_of(hidden[rows], targets[rows], grads.at(rows) if grads.wanted else None) for rows in tiles
             ]
         # Added up at the end, in a tree: one after another, a thousand tiles would round a thousand times.
         total = torch.stack(losses).sum() if losses else hidden.new_zeros((), dtype=wide)
@@ -177,14 +181,30 @@ class _TileGradients:
             _add_product(self.of.weight, narrow.T, hidden)
 
 
-def _tiles(targets: Tensor, tile: int) -> list[Any]:
+def _tiles(targets: Tensor, tile: int, count: int | None) -> Sequence[Tensor | slice]:
     """Rows of each tile: those that have a target, or while a CUDA graph is captured, which must not wait, all."""
+    views = [slice(first, first + tile) for first in range(0, len(targets), tile)]
     if targets.is_cuda and torch.cuda.is_current_stream_capturing():
-        return [slice(first, first + tile) for first in range(0, len(targets), tile)]
-    rows = (targets != IGNORE_INDEX).nonzero()[:, 0]
+        return views
+    known = targets != IGNORE_INDEX
+    rows = known.nonzero() if count is None else torch.nonzero_static(known, size=count)
     if len(rows) == len(targets):  # then they are views, not copies
-        return [slice(first, first + tile) for first in range(0, len(targets), tile)]
-    return list(rows.split(tile)) if len(rows) else []
+        return views
+    return rows[:, 0].split(tile) if len(rows) else []
+
+
+def _checked(count: int | None, targets: Tensor) -> int | None:
+    """The number of targets. A wrong one would leave some out without a word."""
+    if count is None:
+        return None
+    if not isinstance(count, int) or isinstance(count, bool) or not 0 <= count <= len(targets):
+        raise ValueError(f"count must be a number of the {len(targets)} targets, got {count!r}")
+    found = (targets != IGNORE_INDEX).sum()
+    if targets.is_cuda:
+        torch._assert_async(found == count, f"tiled_loss was told of {count} targets, and there are others")
+    elif found != count:
+        raise ValueError(f"count must be the number of targets that are not {IGNORE_INDEX}, {int(found)}, got {count}")
+    return count
 
 
 def _product(a: Tensor, b: Tensor, wide: torch.dtype) -> Tensor:

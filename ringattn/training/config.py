@@ -15,6 +15,7 @@ from ringattn.parallel.mesh.shape import MeshShape, resolve_mesh
 from ringattn.parallel.planning.options import check_scheme, scheme_names
 from ringattn.settings import AttentionOptions
 from ringattn.training import memory
+from ringattn.training.ahead import PLACES
 from ringattn.training.corpus import Corpus
 from ringattn.training.data.files import matching_files
 from ringattn.training.data.tokenizer import AUTO, BYTES, has_tokenizer
@@ -22,10 +23,12 @@ from ringattn.training.engines.deepspeed import available as deepspeed_available
 
 CHOICES: dict[str, tuple[str, ...]] = {
     "data.name": ("stdlib", "text"),
+    "data.ahead": PLACES,
     "parallel.scheme": scheme_names(),
     "parallel.policy": ("auto", "contiguous", "zigzag", "balanced"),
     "parallel.backend": ("auto", *backends()),
     "engine.name": ("fsdp2", "deepspeed"),
+    "engine.compile": ("none", "elementwise"),
     "run.dtype": ("auto", "float32", "bfloat16"),
     "run.resume": ("auto", "force"),
 }
@@ -72,8 +75,8 @@ KEYS = {*CHOICES, *INTEGERS, *NUMBERS, *SWITCHES, *TEXTS, "model.config", "model
 KEYS |= memory.KEYS
 # What may differ between two starts in the same folder without changing the curve, beside `parallel` and most of `run`.
 # Files and tokenizer count by their contents, which the corpus' fingerprint holds, and learning rates as optim.lr.
-SAME_CURVE = {"data.prefetch", "data.cache", "data.files", "data.tokenizer", "engine.checkpoint_layers"}
-SAME_CURVE |= {"model.name", "model.lr", "model.lr_from_path", "model.allow_mismatch"}
+SAME_CURVE = {"data.prefetch", "data.ahead", "data.cache", "data.files", "data.tokenizer", "engine.checkpoint_layers"}
+SAME_CURVE |= {"engine.compile", "model.name", "model.lr", "model.lr_from_path", "model.allow_mismatch"}
 CURVE_OF_RUN = ("run.seed", "run.steps", "run.dtype")
 
 

@@ -11,6 +11,7 @@ import sysconfig
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from mmap import mmap
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +40,13 @@ class Corpus:
     vocab_size: int
     fingerprint: str
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Another process opens the memory map instead of getting a copy of it."""
+        rest = self.offsets, self.vocab_size, self.fingerprint
+        if isinstance(self.tokens, np.memmap) and isinstance(self.tokens.base, mmap):  # and no part of one
+            return _mapped, (self.tokens.filename, self.tokens.dtype, self.tokens.offset, len(self.tokens), *rest)
+        return Corpus, (self.tokens, *rest)
+
     def __len__(self) -> int:
         return len(self.offsets) - 1
 
@@ -60,6 +68,10 @@ class Corpus:
         """Tokens `[start, stop)` of one document, (stop - start,) int64."""
         base = int(self.offsets[document])
         return self.tokens[base + start : base + stop].astype(np.int64)
+
+
+def _mapped(path: Path, dtype: np.dtype[Any], offset: int, count: int, *rest: Any) -> Corpus:
+    return Corpus(np.memmap(path, dtype, mode="r", offset=offset, shape=(count,)), *rest)
 
 
 def corpus_of(documents: Sequence[npt.NDArray[Any]], vocab_size: int) -> Corpus:

@@ -4,19 +4,20 @@ import random
 import signal
 import time
 import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
 from types import FrameType
+from typing import NamedTuple
 
 import numpy as np
 import torch
 import torch.distributed as dist
+from torch import nn
 
-from ringattn import Layout, init_mesh
+from ringattn import init_mesh
 from ringattn.first_failure import FirstFailure
 from ringattn.hf import attention_kwargs, parallelize
-from ringattn.training.batches import Batch, Prefetcher, batches
+from ringattn.hf.elementwise import Elementwise
+from ringattn.training.ahead import BatchesAhead
+from ringattn.training.batches import Batch
 from ringattn.training.checkpoint import TrainState, load_random_states, save_checkpoint
 from ringattn.training.config import compute_dtype
 from ringattn.training.engines import Engine, EngineOptions, build_engine
@@ -25,27 +26,13 @@ from ringattn.training.grouping import DocumentCost, GroupedPacker, GroupedPosit
 from ringattn.training.job import Job
 from ringattn.training.loss import backward_loss, share, token_loss_sum
 from ringattn.training.memory import state_settings
-from ringattn.training.metrics import StepMetrics, peak_memory_gib
+from ringattn.training.metrics import StepMetrics, StepSeconds, peak_memory_gib
 from ringattn.training.models import build_model, empty_model
 from ringattn.training.output import write_config
-from ringattn.training.packing import Pack, Packer, Position
+from ringattn.training.packing import Packer, Position
+from ringattn.training.placing import BatchMaker, LocalPack
 from ringattn.training.report import Report
 from ringattn.training.schedule import Schedule
-
-
-@dataclass(frozen=True)
-class LocalPack:
-    """This rank's part of a pack: t of its T tokens.
-
-    Arguments:
-        ids, targets, positions: (t,) int64 on the CPU; targets are already shifted, positions count in the document.
-        layout: who holds which token.
-    """
-
-    ids: torch.Tensor
-    targets: torch.Tensor
-    positions: torch.Tensor
-    layout: Layout
 
 
 class StopRequest:
@@ -71,6 +58,15 @@ class StopRequest:
     def __exit__(self, *_: object) -> None:
         for number, handler in self._before.items():
             signal.signal(number, handler)  # type: ignore[arg-type]
+
+
+class StepDone(NamedTuple):
+    """A step's results, the same on every rank: mean loss and gradient norm of the global batch, and whether any rank
+    was asked to stop."""
+
+    loss: float
+    norm: float
+    stopping: bool
 
 
 class Trainer:
@@ -103,13 +99,7 @@ class Trainer:
         return EngineOptions(
             config=job.model_config,
             load=lambda: build_model(job.model_config, cfg.run.seed, cfg.model.path, list(cfg.model.allow_mismatch)),
-            attach=lambda model: parallelize(
-                model,
-                self.mesh,
-                scheme=cfg.parallel.scheme,
-                backend=cfg.parallel.backend,
-                head_chunks=cfg.parallel.head_chunks,
-            ),
+            attach=self._attach,
             device=job.device,
             dtype=compute_dtype(cfg),
             weight_decay=cfg.optim.weight_decay,
@@ -120,6 +110,15 @@ class Trainer:
             micro_steps=cfg.data.packs_per_step // self.mesh.data,
             zero_stage=cfg.engine.get("zero_stage", 0),
             states=state_settings(cfg),
+        )
+
+    def _attach(self, model: nn.Module) -> None:
+        """What is done to a model before it is sharded."""
+        parallel = self.cfg.parallel
+        if self.cfg.engine.compile == "elementwise":
+            Elementwise(model)
+        parallelize(
+            model, self.mesh, scheme=parallel.scheme, backend=parallel.backend, head_chunks=parallel.head_chunks
         )
 
     def _resume(self) -> None:
@@ -133,11 +132,15 @@ class Trainer:
         """Trains until all steps are done or a signal asks to stop, and saves in both cases. True if all are done."""
         cfg = self.cfg
         with StopRequest() as stop, self._batches() as stream:
+            first = True
             while self.step < cfg.run.steps:
                 started = time.perf_counter()
                 batch = next(stream)
-                loss, norm, stopping = self._train_step(batch, stop.requested)
-                report.step(self._metrics(batch, loss, norm, time.perf_counter() - started))
+                waited = time.perf_counter() - started
+                done = self._train_step(batch, stop.requested)
+                seconds = StepSeconds(time.perf_counter() - started, waited, warmup=first)
+                report.step(self._metrics(batch, done, seconds))
+                first, stopping = False, done.stopping
                 due = cfg.run.save_every > 0 and self.step % cfg.run.save_every == 0
                 if due or stopping or self.step == cfg.run.steps:
                     self.save()
@@ -158,12 +161,12 @@ class Trainer:
         )
         save_checkpoint(self.job.output / "checkpoints", state, self.engine.save, self.cfg.run.keep)
 
-    @contextmanager
-    def _batches(self) -> Iterator[Prefetcher[Batch[LocalPack]]]:
-        data = self.cfg.data
-        source = batches(self._packer(), data.packs_per_step, self.mesh.data_rank, self.mesh.data, self._place)
-        with Prefetcher(source, data.prefetch) as stream:
-            yield stream
+    def _batches(self) -> BatchesAhead:
+        data, mesh = self.cfg.data, self.mesh
+        maker = BatchMaker(
+            self._packer(), data.packs_per_step, mesh.data_rank, mesh.data, mesh, self.cfg.parallel.policy
+        )
+        return BatchesAhead(maker, mesh, self.job.device, data.prefetch, data.ahead)
 
     def _packer(self) -> Packer | GroupedPacker:
         data, corpus, seed = self.cfg.data, self.job.corpus, self.cfg.run.seed
@@ -172,25 +175,19 @@ class Trainer:
         cost = DocumentCost(self.flops.attention, self.flops.per_token)
         return GroupedPacker(corpus, data.seq_len, seed, cost, data.delay, GroupedPosition.from_state(self.position))
 
-    def _place(self, pack: Pack) -> LocalPack:
-        """Plans the layout of a pack and takes this rank's tokens; runs in the prefetch thread."""
-        layout = Layout(pack.docs, self.mesh, policy=self.cfg.parallel.policy)
-        positions = layout.position_ids(torch.device("cpu"))
-        return LocalPack(layout.shard(pack.tokens), layout.shard(pack.labels), positions, layout)
-
-    def _train_step(self, batch: Batch[LocalPack], stop: bool) -> tuple[float, float, bool]:
-        """Global mean loss, global gradient norm, and whether any rank was asked to stop."""
+    def _train_step(self, batch: Batch[LocalPack], stop: bool) -> StepDone:
+        """One optimiser step. The host waits for the device once, at its end."""
         loss_sum = torch.zeros((), device=self.job.device)
         for local in batch.micro:
             local_sum = self._forward(local)
             self.engine.backward(backward_loss(local_sum, batch.targets, self.world_size))
             loss_sum += local_sum.detach()
         norm = self.engine.step(self.schedule(self.step))
-        total, stopping = share(loss_sum, stop)
+        total, norm, stopping = share(loss_sum, norm, stop)
         self.step += 1
         self.tokens += batch.tokens
         self.position = batch.position.state_dict()
-        return total / max(batch.targets, 1), norm, stopping
+        return StepDone(total / max(batch.targets, 1), norm, stopping)
 
     def _forward(self, local: LocalPack) -> torch.Tensor:
         """Sum of the losses of this rank's targets."""
@@ -203,23 +200,20 @@ class Trainer:
         ).logits
         return token_loss_sum(logits[0], local.targets.to(device, non_blocking=True))
 
-    def _metrics(self, batch: Batch[LocalPack], loss: float, norm: float, seconds: float) -> StepMetrics:
+    def _metrics(self, batch: Batch[LocalPack], done: StepDone, seconds: StepSeconds) -> StepMetrics:
         device = self.job.device
         peak = peak_flops(torch.cuda.get_device_name(device)) if device.type == "cuda" else None
-        mfu = self.flops(batch.tokens, batch.lengths) / (seconds * self.world_size * peak) if peak else None
+        at_peak = self.flops(batch.tokens, batch.lengths) / (peak * self.world_size) if peak else None
         return StepMetrics(
             step=self.step,
-            loss=loss,
-            grad_norm=norm,
+            loss=done.loss,
+            grad_norm=done.norm,
             lr=self.schedule(self.step - 1),
-            tokens_per_second=batch.tokens / seconds,
-            tokens_per_second_per_gpu=batch.tokens / seconds / self.world_size,
-            mfu=mfu,
             peak_memory_gib=peak_memory_gib(device),
-            seconds=seconds,
             tokens=self.tokens,
             targets=batch.targets,
             epoch=batch.epoch,
+            **seconds.rates(batch.tokens, self.world_size, at_peak),
         )
 
 

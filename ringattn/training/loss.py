@@ -33,13 +33,18 @@ def backward_loss(loss_sum: torch.Tensor, global_targets: int, world_size: int) 
     return loss_sum * (world_size / max(global_targets, 1))
 
 
-def share(loss_sum: torch.Tensor, stop: bool) -> tuple[float, bool]:
-    """The sum of all ranks' detached loss sums, and whether any rank was asked to stop. Collective.
+def share(loss_sum: torch.Tensor, norm: torch.Tensor | float, stop: bool) -> tuple[float, float, bool]:
+    """The sum of all ranks' detached loss sums, the gradient norm, and whether any rank was asked to stop. Collective.
 
-    One all-reduce carries both, so that all ranks stop after the same step. On the CPU it adds in fp64.
+    One all-reduce carries loss and stop, so that all ranks stop after the same step, and all three come to the host
+    together: the one time in a step that it waits for the device. On the CPU it adds in fp64.
+
+    Arguments:
+        norm: the same on every rank.
     """
     loss_sum = loss_sum.detach().to(torch.float64 if loss_sum.device.type == "cpu" else torch.float32)
     shared = torch.stack([loss_sum, torch.full_like(loss_sum, float(stop))])
     dist.all_reduce(shared)
-    total, stops = shared.tolist()
-    return total, stops > 0
+    norm = norm.detach().to(shared) if isinstance(norm, torch.Tensor) else torch.full_like(loss_sum, norm)
+    total, stops, norm_value = torch.cat([shared, norm.reshape(1)]).tolist()
+    return total, norm_value, stops > 0

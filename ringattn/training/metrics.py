@@ -22,27 +22,34 @@ class StepMetrics:
         loss: mean over all target tokens of the global batch, in nats.
         grad_norm: global, before clipping.
         lr: learning rate of the step.
-        tokens_per_second, tokens_per_second_per_gpu: without padding; per rank where there is no GPU.
-        mfu: model FLOPs utilisation, 0 to 1, causal attention counted by its true area; None on the CPU.
+        tokens_per_second, tokens_per_second_per_gpu: without padding; per rank where there is no GPU. None in a warm-up
+            step.
+        mfu: model FLOPs utilisation, 0 to 1, causal attention counted by its true area; None on the CPU and in a
+            warm-up step.
         peak_memory_gib: highest allocated GPU memory of rank 0, or the process's highest resident memory on the CPU.
         seconds: of the step, waiting for data included.
         tokens: seen since the start of the run.
         targets: tokens that the loss counts in this step.
         epoch: passes over the corpus since the start of the run, as in 1.25.
+        waited: seconds of the step that it waited for its batch.
+        warmup: whether it is the first step of a process, which compiles kernels and makes room: its seconds say
+            nothing about the others, so it has no rates.
     """
 
     step: int
     loss: float
     grad_norm: float
     lr: float
-    tokens_per_second: float
-    tokens_per_second_per_gpu: float
+    tokens_per_second: float | None
+    tokens_per_second_per_gpu: float | None
     mfu: float | None
     peak_memory_gib: float
     seconds: float
     tokens: int
     targets: int
     epoch: float = 0.0
+    waited: float = 0.0
+    warmup: bool = False
 
     def line(self, steps: int, left: float | None = None) -> str:
         """For people; `left` seconds are expected to the last step."""
@@ -51,9 +58,37 @@ class StepMetrics:
         return (
             f"step {self.step:>{len(str(steps))}}/{steps}  epoch {self.epoch:.2f}  loss {self.loss:.4f}  "
             f"grad {self.grad_norm:.3f}  "
-            f"lr {self.lr:.2e}  {self.tokens_per_second:,.0f} tokens/s{mfu}  {self.peak_memory_gib:.2f} GiB  "
+            f"lr {self.lr:.2e}  {self.rate}{mfu}  {self.peak_memory_gib:.2f} GiB  "
             f"{self.seconds:.2f} s{rest}"
         )
+
+    @property
+    def rate(self) -> str:
+        """Tokens a second, for people."""
+        return "warm-up" if self.tokens_per_second is None else f"{self.tokens_per_second:,.0f} tokens/s"
+
+
+@dataclass(frozen=True)
+class StepSeconds:
+    """How long a step took; see `StepMetrics`."""
+
+    seconds: float
+    waited: float
+    warmup: bool
+
+    def rates(self, tokens: int, ranks: int, at_peak: float | None) -> dict[str, Any]:
+        """What `StepMetrics` says about it.
+
+        Arguments:
+            tokens: of the step.
+            at_peak: seconds that the ranks would take at the peak of their GPUs; None where that is not known.
+        """
+        known = asdict(self)
+        if self.warmup:
+            return known | {"tokens_per_second": None, "tokens_per_second_per_gpu": None, "mfu": None}
+        rate = tokens / self.seconds
+        mfu = None if at_peak is None else at_peak / self.seconds
+        return known | {"tokens_per_second": rate, "tokens_per_second_per_gpu": rate / ranks, "mfu": mfu}
 
 
 def peak_memory_gib(device: torch.device) -> float:
@@ -104,24 +139,26 @@ class Progress:
 
     def __init__(self, step: int, steps: int, every: int) -> None:
         self._steps, self._every = steps, every
-        self._seconds = 0.0  # of a step, smoothed: the first ones, which compile and allocate, are forgotten
+        self._seconds = 0.0  # of a step, smoothed; warm-up steps are left out
         self._bar: Any = None
         if sys.stderr.isatty():
             from tqdm import tqdm
 
             self._bar = tqdm(total=steps, initial=step, unit="step", dynamic_ncols=True)
+            self._bar.set_postfix_str("the first step compiles")
 
     def update(self, metrics: StepMetrics) -> None:
         """Shows a step."""
-        self._seconds = 0.9 * self._seconds + 0.1 * metrics.seconds if self._seconds else metrics.seconds
+        if not metrics.warmup:
+            self._seconds = 0.9 * self._seconds + 0.1 * metrics.seconds if self._seconds else metrics.seconds
         if self._bar is not None:
             self._bar.set_postfix_str(
-                f"epoch {metrics.epoch:.2f}, loss {metrics.loss:.3f}, {metrics.tokens_per_second:,.0f} tokens/s",
-                refresh=False,
+                f"epoch {metrics.epoch:.2f}, loss {metrics.loss:.3f}, {metrics.rate}", refresh=False
             )
             self._bar.update()
         elif metrics.step % self._every == 0 or metrics.step in (1, self._steps):
-            print(metrics.line(self._steps, self._seconds * (self._steps - metrics.step)), flush=True)
+            left = None if metrics.warmup else self._seconds * (self._steps - metrics.step)
+            print(metrics.line(self._steps, left), flush=True)
 
     def close(self) -> None:
         """Ends the bar's line."""
@@ -140,7 +177,7 @@ class TensorBoard:
     def write(self, metrics: StepMetrics) -> None:
         """Adds every number of a step."""
         for name, value in asdict(metrics).items():
-            if name != "step" and value is not None:
+            if name not in ("step", "warmup") and value is not None:
                 self._writer.add_scalar(name, value, metrics.step)
 
     def close(self) -> None:

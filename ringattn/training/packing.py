@@ -147,6 +147,9 @@ class Packer:
         if not 0 <= self.position.index <= len(corpus) or not 0 <= self.position.offset <= self._open_length():
             raise ValueError(f"{self.position} is no place in this corpus of {len(corpus)} documents")
 
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"_order_of": None, "_before": None}  # as large as the corpus has documents
+
     @property
     def epoch(self) -> float:
         """Passes over the corpus so far, by tokens, as in 1.25."""

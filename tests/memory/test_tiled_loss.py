@@ -6,6 +6,7 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from ringattn.memory.tiled_loss import IGNORE_INDEX, tiled_loss
 
@@ -46,15 +47,17 @@ def plain_loss(hidden, weight, targets, bias=None, transform=None, z_loss=0.0, s
     z_loss=st.sampled_from([0.0, 0.01]),
     with_bias=st.booleans(),
     scale=st.sampled_from([1.0, 0.125]),
+    counted=st.booleans(),
 )
 def test_loss_and_gradients_are_those_of_all_logits_at_once(
-    tokens, tile, share, seed, transform, z_loss, with_bias, scale
+    tokens, tile, share, seed, transform, z_loss, with_bias, scale, counted
 ):
     *parameters, targets = inputs(tokens, share, seed)
     hidden, weight, bias = parameters
     kwargs = {"bias": bias if with_bias else None, "transform": transform, "z_loss": z_loss, "scale": scale}
     wanted = plain_loss(hidden, weight, targets, **kwargs)
-    found = tiled_loss(hidden, weight, targets, tile=tile, **kwargs)
+    count = int((targets != IGNORE_INDEX).sum()) if counted else None
+    found = tiled_loss(hidden, weight, targets, tile=tile, count=count, **kwargs)
     torch.testing.assert_close(found, wanted, rtol=1e-12, atol=1e-12)
     of = parameters if with_bias else parameters[:2]
     for one, other in zip(torch.autograd.grad(found * 1.7, of), torch.autograd.grad(wanted * 1.7, of), strict=True):
@@ -69,6 +72,42 @@ def test_only_the_gradients_that_are_wanted_are_made():
     torch.testing.assert_close(found, wanted)
     with torch.no_grad():
         assert not tiled_loss(hidden, weight, targets).requires_grad
+
+
+class Waits(TorchDispatchMode):
+    """Notes operators whose results have as many rows as the device finds, or are read by the host."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: list[str] = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func in (torch.ops.aten.nonzero.default, torch.ops.aten._local_scalar_dense.default):
+            self.found.append(str(func))
+        return func(*args, **(kwargs or {}))
+
+
+def test_with_the_number_of_targets_nothing_waits(monkeypatch):
+    hidden, weight, _, targets = inputs(40, 0.5)
+    count = int((targets != IGNORE_INDEX).sum())
+    assert 0 < count < 40
+    # What is checked at once here is left to the device on a GPU.
+    monkeypatch.setattr("ringattn.memory.tiled_loss._checked", lambda count, targets: count)
+    for known, expected in ((None, ["aten.nonzero.default"]), (count, [])):
+        with Waits() as waits:
+            tiled_loss(hidden, weight, targets, tile=7, count=known).backward()
+        assert waits.found == expected
+
+
+@pytest.mark.parametrize("off", [-1, 1])
+def test_a_wrong_number_of_targets_is_refused(off):
+    hidden, weight, _, targets = inputs(40, 0.5)
+    count = int((targets != IGNORE_INDEX).sum())
+    with pytest.raises(ValueError, match=rf"the number of targets that are not -100, {count}, got {count + off}"):
+        tiled_loss(hidden, weight, targets, count=count + off)
+    for wrong in (41, -1, 1.0, True):
+        with pytest.raises(ValueError, match="count must be a number of the 40 targets, got"):
+            tiled_loss(hidden, weight, targets, count=wrong)
 
 
 def test_a_weight_used_as_embedding_too_gets_both_gradients():

@@ -1,12 +1,16 @@
 """Engines around the attention: what they do to a layout on its way to the layers."""
 
+from dataclasses import replace
+
 import pytest
 import torch
+from torch import nn
 
 pytest.importorskip("transformers")
 
 from ringattn import Documents, Layout, SequenceMesh
 from ringattn.hf import attention_kwargs, parallelize
+from ringattn.hf.elementwise import Elementwise
 from ringattn.training.engines import EngineOptions, build_engine
 from ringattn.training.loss import backward_loss, share, token_loss_sum
 from ringattn.training.models import build_model, model_config
@@ -54,7 +58,8 @@ def one_step(dtype: torch.dtype, checkpoint_layers: bool, ring: int) -> tuple[fl
     ).logits[0]
     loss = token_loss_sum(logits, local[0])
     engine.backward(backward_loss(loss, docs.total, ring))
-    return share(loss, False)[0] / docs.total, engine.step(1e-3)
+    total, norm, _ = share(loss, engine.step(1e-3), False)
+    return total / docs.total, norm
 
 
 @pytest.mark.parametrize("checkpoint_layers", [False, True])
@@ -85,3 +90,43 @@ def test_rotary_frequencies_stay_exact(pool: Pools, engine: str, zero_stage: int
         for name, buffer in expected.items():
             assert found[name].dtype == torch.float32
             assert torch.equal(found[name], buffer)
+
+
+def two_steps(engine: str, zero_stage: int, compiled: bool) -> tuple[list[float], list[int]]:
+    """Losses and gradient norms of two steps of different lengths on two ranks, layers computed again; and how many
+    graphs were compiled after each."""
+    mesh, graphs = mesh_of(2, 1), []
+    torch._dynamo.utils.counters.clear()
+
+    def attach(model: nn.Module) -> None:
+        if compiled:
+            Elementwise(model, backend="aot_eager")
+        parallelize(model, mesh)
+
+    options = replace(options_of(mesh, torch.float32, True, zero_stage), attach=attach)
+    built, told = build_engine(engine, mesh, options), []
+    for lengths in ([40, 7, 100], [60, 31]):
+        docs = Documents(lengths)
+        layout = Layout(docs, mesh)
+        ids = torch.randint(0, 64, (docs.total,), generator=torch.Generator().manual_seed(docs.total))
+        local = layout.shard(ids)
+        logits = built.model(
+            input_ids=local[None], position_ids=layout.position_ids()[None], use_cache=False, **attention_kwargs(layout)
+        ).logits
+        loss = token_loss_sum(logits[0], local)
+        built.backward(backward_loss(loss, docs.total, 2))
+        told += share(loss, built.step(1e-2), False)[:2]
+        graphs.append(torch._dynamo.utils.counters["stats"]["unique_graphs"])
+    torch._dynamo.reset()
+    return told, graphs
+
+
+@pytest.mark.parametrize(("engine", "zero_stage"), [("fsdp2", 0), ("deepspeed", 1), ("deepspeed", 3)])
+def test_compiled_elementwise_work_trains_the_same(pool: Pools, engine: str, zero_stage: int) -> None:
+    if engine == "deepspeed":
+        pytest.importorskip("deepspeed")
+    plain, compiled = (pool(2).run(two_steps, engine, zero_stage, on) for on in (False, True))
+    for (told, graphs), (expected, none) in zip(compiled, plain, strict=True):
+        assert told == pytest.approx(expected, rel=1e-6)
+        assert graphs[0] == graphs[1] > 0, "another length is compiled again"
+        assert none == [0, 0]

@@ -4,8 +4,9 @@ from itertools import pairwise
 
 import pytest
 import torch
+import torch.distributed as dist
 
-from ringattn.training.loss import backward_loss, token_loss_sum
+from ringattn.training.loss import backward_loss, share, token_loss_sum
 
 
 def test_shares_of_any_split_average_to_the_gradient_of_the_mean():
@@ -46,3 +47,16 @@ def test_the_softmax_is_computed_in_float32():
     assert loss.dtype == torch.float32
     exact = torch.nn.functional.cross_entropy(logits.double(), targets, reduction="sum")
     torch.testing.assert_close(loss.double(), exact, rtol=1e-6, atol=0)
+
+
+def shared_by(rank_losses: list[float], stopping: int | None) -> list[tuple[float, float, bool]]:
+    rank = dist.get_rank()
+    loss = torch.tensor(rank_losses[rank], dtype=torch.float64)
+    return [share(loss, norm, stopping == rank) for norm in (0.1, torch.tensor(0.1, dtype=torch.float64))]
+
+
+def test_a_steps_results_come_together(pool):
+    """Losses are added up, the norm is every rank's, and one rank that is asked to stop stops all."""
+    for stopping in (None, 1):
+        for found in pool(2).run(shared_by, [2.5, 1e-9], stopping):
+            assert found == [(2.5 + 1e-9, 0.1, stopping is not None)] * 2

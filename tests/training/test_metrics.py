@@ -1,12 +1,13 @@
 """metrics.jsonl over a killed run, FLOPs by hand, a picture."""
 
 import json
+from dataclasses import replace
 
 import pytest
 
 from ringattn.mask import Mask
 from ringattn.training.flops import StepFlops, peak_flops
-from ringattn.training.metrics import MetricsFile, StepMetrics, read_metrics
+from ringattn.training.metrics import MetricsFile, Progress, StepMetrics, StepSeconds, read_metrics
 from ringattn.training.plot import plot_loss, smoothed
 
 
@@ -53,6 +54,36 @@ def test_the_line_for_people_has_the_numbers():
     assert "step   2/120" in line
     assert "loss 0.5000" in line
     assert metrics(2).line(120, 3725).endswith("1:02:05 left")
+
+
+def test_a_warm_up_step_has_seconds_and_no_rates(tmp_path, capsys):
+    """What it took to compile is told, and is part neither of a rate nor of the time that is left."""
+    first = StepSeconds(30.0, 0.5, warmup=True).rates(1000, 2, 0.1)
+    assert first == {
+        "seconds": 30.0, "waited": 0.5, "warmup": True, "tokens_per_second": None, "tokens_per_second_per_gpu": None,
+        "mfu": None,
+    }  # fmt: skip
+    later = StepSeconds(2.0, 0.0, warmup=False)
+    assert later.rates(1000, 2, 0.5) == {
+        "seconds": 2.0, "waited": 0.0, "warmup": False, "tokens_per_second": 500.0, "tokens_per_second_per_gpu": 250.0,
+        "mfu": 0.25,
+    }  # fmt: skip
+    assert later.rates(1000, 2, None)["mfu"] is None
+    steps = [replace(metrics(1), **first), replace(metrics(2), **later.rates(1000, 2, None))]
+    progress = Progress(0, 10, every=1)
+    for one in steps:
+        progress.update(one)
+    lines = capsys.readouterr().out.splitlines()
+    assert "warm-up" in lines[0]
+    assert "30.00 s" in lines[0]
+    assert "left" not in lines[0]
+    assert "500 tokens/s" in lines[1]
+    assert lines[1].endswith("0:00:16 left")  # 8 steps of 2 seconds
+    file = MetricsFile(tmp_path / "metrics.jsonl", 0)
+    for one in steps:
+        file.write(one)
+    file.close()
+    assert [record["warmup"] for record in read_metrics(tmp_path / "metrics.jsonl")] == [True, False]
 
 
 def test_the_operations_of_a_step_are_those_counted_by_hand():

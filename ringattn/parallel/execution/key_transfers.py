@@ -1,7 +1,7 @@
 """Rows of keys on their way: cast to the ranks that need them, and their gradients returned to the owners."""
 
 from bisect import bisect_right
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -82,6 +82,19 @@ class _Moves:
 
     def _index(self, name: str, ranges: list[Range], device: torch.device) -> Tensor:
         return kept(self, (name, device), lambda: to_device(torch.from_numpy(row_index(ranges)), device))
+
+
+def make_tables(stage: Stage, bases: Iterable[int], device: torch.device) -> None:
+    """Put the tables of a stage's transfers on `device`, for local sums that begin with one of the rows `bases`."""
+    moves = _Moves.of(stage)
+    moves.sent(device)
+    moves.buffer(device)
+    if stage.repeats:
+        moves.returned_sums.tables(device)
+    else:
+        moves.returned(device)
+    for base in bases:
+        moves.additions(base).tables(device)
 
 
 def _pack_returning(stage: Stage, message: Tensor, grads: Pair) -> None:

@@ -58,6 +58,14 @@ class SequenceMesh(MeshShape):
         return self  # process groups cannot be copied, and a copied model attends over the same ranks
 
     @property
+    def shape(self) -> MeshShape:
+        """Its numbers without the processes: what plans are made from, wherever that is done."""
+        others = tuple(other.shape for other in self.alternatives if isinstance(other, SequenceMesh))
+        return MeshShape(
+            self.data, self.ring, self.ulysses, self.sequence_rank, machine=self.machine, alternatives=others
+        )
+
+    @property
     def device(self) -> torch.device:
         return _device(self.device_type)
 

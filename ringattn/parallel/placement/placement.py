@@ -3,8 +3,10 @@
 import math
 from collections.abc import Sequence
 from functools import cached_property
+from typing import Any
 
 from ringattn.documents import Documents
+from ringattn.kept import without_kept
 from ringattn.kernels.spec import Range
 from ringattn.mask import Mask
 from ringattn.parallel.geometry.ranges import length, overlap
@@ -50,6 +52,9 @@ class Placement:
         self.masks = tuple(masks)
         rates = () if timed is None else (timed.rate(head_dim, False), timed.rate(head_dim, True))
         self.load = Load(self.masks, rates, 2 * head_dim)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return without_kept(self)
 
     @cached_property
     def held(self) -> Documents:

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from dataclasses import replace
+from typing import NamedTuple
 
 from ringattn.kept import kept
 from ringattn.kernels.spec import Range
@@ -19,6 +20,14 @@ from ringattn.parallel.pricing.pricer import Pricer
 from ringattn.parallel.pricing.setting import PriceInputs
 from ringattn.parallel.schedules.candidates import candidates
 from ringattn.settings import AttentionOptions
+
+
+class PlansKey(NamedTuple):
+    """By what the plans of an attention are kept with their layout."""
+
+    options: AttentionOptions  # for planning
+    shape: Shape
+    machines: tuple[str, ...]  # digests of those of the parts
 
 
 def plan_parts(
@@ -39,10 +48,10 @@ def plan_parts(
     """
     check_scheme(options, layout.mesh, len(layout.parts))
     wanted = options.for_planning()
-    digests = tuple(part.mesh.planned_for(machine).digest for part in layout.parts)
+    machines = tuple(part.mesh.planned_for(machine).digest for part in layout.parts)
     return kept(
         layout,
-        ("plans", wanted, shape, digests),
+        PlansKey(wanted, shape, machines),
         lambda: PartedPlan(tuple(_plans(layout, shape, wanted, machine))),
     )
 

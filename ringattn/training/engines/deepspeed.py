@@ -25,8 +25,9 @@ def available() -> bool:
 
 
 class DeepSpeedEngine:
-    """torch's AdamW (DeepSpeed's own where states are on the host) under ZeRO: bf16 with float32 master weights on GPUs,
-    float32 on the CPU.
+    """torch's AdamW (DeepSpeed's own where states are on the host) under ZeRO.
+
+    It computes in bf16 with float32 master weights on GPUs, and in float32 on the CPU.
 
     DeepSpeed makes the master weights from weights that it has rounded to bf16, FSDP2 from those of the model: in bf16
     the two curves part by about 0.2 % at the second step. In float32 they are the same.
@@ -64,13 +65,13 @@ class DeepSpeedEngine:
         if not self._engine.is_gradient_accumulation_boundary():
             self._engine.step()
 
-    def step(self, learning_rate: float) -> float:
+    def step(self, learning_rate: float) -> torch.Tensor | float:
         """Clips, steps, clears the gradients; returns the global gradient norm before clipping."""
         for group in self._engine.optimizer.param_groups:
             group["lr"] = learning_rate
         self._engine.step()
-        norm = self._engine.get_global_grad_norm()
-        return float("nan") if norm is None else float(norm)
+        norm: torch.Tensor | float | None = self._engine.get_global_grad_norm()
+        return float("nan") if norm is None else norm
 
     def save(self, folder: Path) -> None:
         """Writes DeepSpeed's own checkpoint files: torch.distributed.checkpoint does not know ZeRO's partitions."""
@@ -141,7 +142,9 @@ def why_no_cpu_adam(device_type: str) -> str | None:
     try:
         CPUAdamBuilder().load(verbose=False)
     except Exception as error:  # compilers fail in many ways
-        return f"DeepSpeed's CPU Adam cannot be built here ({type(error).__name__}: {str(error).strip().splitlines()[0]})"
+        return (
+            f"DeepSpeed's CPU Adam cannot be built here ({type(error).__name__}: {str(error).strip().splitlines()[0]})"
+        )
     return None
 
 

@@ -42,9 +42,7 @@ class FSDP2Engine:
         _hold_weights_in(self.model, states)
         if options.checkpoint_layers:
             checkpoint_layers(self.model)
-        shard_groups(
-            self.model, states, mesh=self._mesh, mp_policy=_precision(options), offload_policy=_place(options)
-        )
+        shard_groups(self.model, states, mesh=self._mesh, mp_policy=_precision(options), offload_policy=_place(options))
         self.model.to_empty(device=options.device if states.states_on == "device" else "cpu")
         _broadcast_weights(self.model, options)
         self.model.train()
@@ -54,13 +52,13 @@ class FSDP2Engine:
         """Adds the gradient of one micro-step, reduced to shards."""
         loss.backward()
 
-    def step(self, learning_rate: float) -> float:
+    def step(self, learning_rate: float) -> torch.Tensor:
         """Clips, steps, clears the gradients; returns the global gradient norm before clipping."""
         norm = clip_sharded(self.model.parameters(), self._clip, self._device, self._mesh.get_group())
         set_learning_rate(self._optimizer, learning_rate)
         self._optimizer.step()
         self._optimizer.zero_grad(set_to_none=True)
-        return float(norm.item())
+        return norm
 
     def save(self, folder: Path) -> None:
         """Writes model and optimiser with torch.distributed.checkpoint; any number of ranks can read it again."""

@@ -59,8 +59,11 @@ class Engine(Protocol):
     def backward(self, loss: torch.Tensor) -> None:
         """Adds the gradient of one micro-step."""
 
-    def step(self, learning_rate: float) -> float:
-        """Clips, steps, clears the gradients; returns the global gradient norm before clipping."""
+    def step(self, learning_rate: float) -> torch.Tensor | float:
+        """Clips, steps, clears the gradients; returns the global gradient norm before clipping.
+
+        A norm that is on the device stays there, a tensor of one element: reading it would wait for the step.
+        """
 
     def save(self, folder: Path) -> None:
         """Writes model and optimiser into `folder`, which exists."""

@@ -27,6 +27,7 @@ from ringattn.memory.every import Again, Chain, Link
 from ringattn.memory.modes import Modes
 from ringattn.memory.offload import Offload
 from ringattn.memory.products import KeptLinears, Products, narrow
+from ringattn.memory.tiled_rows import TiledModule
 from ringattn.parallel.execution.recall import Recall
 
 Keep = Literal["layer", "attention", "selective"]
@@ -65,7 +66,7 @@ class KeptLayer:
         if isinstance(layer.__dict__.get("forward"), KeptLayer):
             raise ValueError(f"this {type(layer).__name__} keeps what it should already: undo that first")
         self.layer, self.keep, self.offload, self.away, self.chain = layer, keep, offload, away, chain
-        self._linears = KeptLinears(narrow(layer)) if keep == "selective" else None
+        self._linears = KeptLinears(_outside_of_tiles(narrow(layer), layer)) if keep == "selective" else None
         self._plain, self._replaced = layer.forward, layer.__dict__.get("forward")
         layer.forward = self
 
@@ -119,12 +120,12 @@ class KeptLayer:
     def _in_chain(self, chain: Chain, place: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """The layer, while the chain takes care of its input."""
         x, regions = chain.hidden(place, args), self._regions(None)
-        version = x._version
+        version, memory = x._version, (x.data_ptr(), x.shape)  # autograd holds `pack`, so that may not hold x
         again = Again(self.layer, self._plain, args[1:], kwargs, regions[1], Modes(x.device))
         link = Link(chain.enter(place, x, again, self._pack, self._unpack), place)
 
         def pack(saved: Tensor) -> Any:
-            return link if saved.data_ptr() == x.data_ptr() and saved.shape == x.shape else self._pack(saved)
+            return link if (saved.data_ptr(), saved.shape) == memory else self._pack(saved)
 
         def unpack(packed: Any) -> Tensor:
             return packed.run.input(packed.place) if isinstance(packed, Link) else self._unpack(packed)
@@ -154,6 +155,12 @@ def _check_no_checkpoint(layer: nn.Module) -> None:
         raise ValueError(
             f"{type(layer).__name__} checkpoints itself already: call model.gradient_checkpointing_disable() first"
         )
+
+
+def _outside_of_tiles(linears: list[nn.Linear], layer: nn.Module) -> list[nn.Linear]:
+    tiled = [one for one in layer.modules() if isinstance(one.__dict__.get("forward"), TiledModule)]
+    inside = {id(one) for module in tiled for one in module.modules()}
+    return [one for one in linears if id(one) not in inside]
 
 
 class KeptLayers:

@@ -95,9 +95,9 @@ class KeptLinears:
             one.undo()
 
     def look(self, last: nn.Linear, node: Any, outputs: Sequence[Any]) -> None:
-        """Finds out, once, whether the output of the last linear layer goes nowhere but into sums."""
+        """Finds out, once, whether the backward pass needs the output of the last linear layer."""
         self.looked = True
-        if node is not None and _only_added(outputs, node):
+        if node is not None and not _is_read(node, outputs):
             self.unread = last
 
 
@@ -212,18 +212,20 @@ READS_NOTHING = frozenset({
     # DeepSpeed's, around every module
     "PreBackwardFunctionForModuleBackward", "PostBackwardFunctionModuleBackward",
 })  # fmt: skip
+GATHERS_GRADIENT = "torch::autograd::AccumulateGrad"  # of a leaf: it was made whenever, and says that it came last
 
 
-def _only_added(outputs: Sequence[Any], product: Any) -> bool:
-    """Whether a product's node is reached from the outputs through nodes that need nothing of it."""
+def _is_read(product: Any, outputs: Sequence[Any]) -> bool:
+    """Whether anything that autograd computed after a product, on the way to the outputs, needs what went into it."""
+    made = product._sequence_nr()
     todo = [out.grad_fn for out in outputs if isinstance(out, Tensor)]
     seen: set[Any] = set()
     while todo:
         node = todo.pop()
-        if node is product:
-            return True
-        if node is None or node in seen or node.name() not in READS_NOTHING:
+        if node is None or node in seen or node._sequence_nr() <= made or node.name() == GATHERS_GRADIENT:
             continue
+        if node.name() not in READS_NOTHING:
+            return True
         seen.add(node)
         todo += [before for before, _ in node.next_functions]
     return False

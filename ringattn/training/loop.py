@@ -16,6 +16,7 @@ import torch.distributed as dist
 from ringattn import Layout, init_mesh
 from ringattn.first_failure import FirstFailure
 from ringattn.hf import attention_kwargs, parallelize
+from ringattn.memory.out_of_memory import CudaMemory, MemoryWatch
 from ringattn.training.batches import Batch, Prefetcher, batches
 from ringattn.training.checkpoint import TrainState, load_random_states, save_checkpoint
 from ringattn.training.config import compute_dtype
@@ -93,6 +94,8 @@ class Trainer:
         self.flops = StepFlops.of(empty_model(job.model_config), job.model_config)
         _seed(cfg.run.seed, dist.get_rank())
         self.engine: Engine = build_engine(cfg.engine.name, self.mesh, self._engine_options())
+        memory = CudaMemory(job.device) if job.device.type == "cuda" else None
+        self.memory = MemoryWatch(memory, job.output, dist.get_rank())
         self.step, self.tokens, self.position = 0, 0, Position().state_dict()
         if job.resume is not None:
             self._resume()
@@ -179,11 +182,15 @@ class Trainer:
     def _train_step(self, batch: Batch[LocalPack], stop: bool) -> tuple[float, float, bool]:
         """Global mean loss, global gradient norm, and whether any rank was asked to stop."""
         loss_sum = torch.zeros((), device=self.job.device)
-        for local in batch.micro:
-            local_sum = self._forward(local)
-            self.engine.backward(backward_loss(local_sum, batch.targets, self.world_size))
-            loss_sum += local_sum.detach()
-        norm = self.engine.step(self.schedule(self.step))
+        with self.memory.step(self.step + 1) as at:
+            for local in batch.micro:
+                at("forward pass")
+                local_sum = self._forward(local)
+                at("backward pass")
+                self.engine.backward(backward_loss(local_sum, batch.targets, self.world_size))
+                loss_sum += local_sum.detach()
+            at("optimizer step")
+            norm = self.engine.step(self.schedule(self.step))
         total, stopping = share(loss_sum, stop)
         self.step += 1
         self.tokens += batch.tokens

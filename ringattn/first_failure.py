@@ -8,6 +8,7 @@ store that the ranks met in, and whoever fails of lost connections looks there.
 import time
 from contextlib import ContextDecorator
 
+import torch
 import torch.distributed as dist
 
 KEY = "ringattn/first-failure"
@@ -65,6 +66,8 @@ def _wait_for_first(before: str) -> str:
 
 def _lost_connection(error: BaseException) -> bool:
     """Whether an exception, or what it came from, is of a peer that is gone or late."""
+    if isinstance(error, torch.OutOfMemoryError):  # which a library of connections may have met
+        return False
     if isinstance(error, dist.DistError | ConnectionError):
         return True
     # gloo raises RuntimeError, with the place in its source

@@ -20,7 +20,7 @@ from benchmarks.training.case import Case, Place, check_host_room, new_model
 from benchmarks.training.peer_attention import EXCHANGED, NAME
 from benchmarks.training.rows import Tools, apply_update, enable_checkpoints, whole_batch
 from benchmarks.training.states import RATE, make_moments, new_optimizer
-from ringattn.training.models import decoder_layers
+from ringattn.hf.layers import decoder_layers
 
 
 class Alst:

@@ -9,7 +9,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, OffloadPolicy, fully_shard
 
 from benchmarks.training.case import Case, Place
-from ringattn.training.models import decoder_layers
+from ringattn.hf.layers import decoder_layers
 
 RATE = 1e-6  # the learning rate: figures of the second step are those of the same model
 

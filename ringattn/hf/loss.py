@@ -118,7 +118,11 @@ class GlobalLoss:
         """Targets of all replicas, at least 1, as a scalar of the batch's device. Collective over replicas."""
         if kwargs.get("num_items_in_batch") is None or kwargs.get("shift_labels") is None:
             raise ValueError("the loss of a sharded batch needs shift_labels and num_items_in_batch from shard_batch")
-        targets = torch.as_tensor(kwargs["num_items_in_batch"], device=kwargs["shift_labels"].device).clone()
+        number, device = kwargs["num_items_in_batch"], kwargs["shift_labels"].device
+        if isinstance(number, Tensor):
+            targets = number.to(device, torch.int64, copy=True)
+        else:  # a copy from the host would wait for the device
+            targets = torch.full((), number, dtype=torch.int64, device=device)
         if self.mesh.data > 1:
             dist.all_reduce(targets, group=self.mesh.device_mesh.get_group("data"))
         return targets.clamp_min(1)

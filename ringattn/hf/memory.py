@@ -17,7 +17,6 @@ from ringattn.memory.settings import MemorySettings
 from ringattn.memory.tiled_rows import TiledModule
 from ringattn.parallel.layout import Layout
 
-
 _KEY = "targets of this rank"
 
 
@@ -74,7 +73,8 @@ class ModelMemory:
         if settings.host_layers:
             self.offload = Offload(device, settings.host_bytes)
             self._undo.append(self.offload.close)
-        self._undo.append(keep_layers(layers, settings.keep, self.offload, settings.host_layers).undo)
+        kept = keep_layers(layers, settings.keep, self.offload, settings.host_layers, settings.every)
+        self._undo.append(kept.undo)
 
     def expect(self, kwargs: dict[str, Any], loss: GlobalLoss) -> None:
         """A forward pass with these keywords begins. Collective over replicas if it has labels and a tiled loss."""

@@ -21,6 +21,8 @@ import torch
 from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
 
+from ringattn.memory.host import host_memory
+
 ALIGNMENT = 512  # bytes
 LEAST = 2**20  # bytes: smaller tensors stay where they are
 IN_FLIGHT = 2  # tensors that may still be on their way out while later ones are computed
@@ -36,6 +38,12 @@ class HostStack:
     def __init__(self, size: int, pinned: bool) -> None:
         self.size, self.pinned, self.top, self.most = size, pinned, 0, 0
         self._open: list[_Place] = []
+        host = host_memory()
+        if host.available is not None and size > host.available:
+            # Linux would hand it out, and kill whoever uses what there is not.
+            raise MemoryError(
+                f"host_bytes={size} ({size / 2**30:.1f} GiB) are more than there is: {host}; offload less"
+            )
         try:
             self._memory = torch.empty(size, dtype=torch.uint8, device="cpu")
             if pinned and size:
@@ -44,7 +52,7 @@ class HostStack:
         except RuntimeError as error:
             raise MemoryError(
                 f"host_bytes={size} ({size / 2**30:.1f} GiB) cannot be {'pinned' if pinned else 'allocated'} on this "
-                f"machine: {error}; offload less, or raise the limit of locked memory (ulimit -l)"
+                f"machine: {error}; {host}; offload less, or raise the limit of locked memory (ulimit -l)"
             ) from error
 
     def take(self, like: Tensor) -> "_Place":

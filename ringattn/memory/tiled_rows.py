@@ -17,6 +17,9 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from ringattn.memory.modes import Modes
+from ringattn.memory.products import linear_of, unset
+
 TILE = 8192  # tokens
 
 
@@ -101,7 +104,7 @@ class TiledModule:
         """As `_tile`, for the gradients alone: the last linear layer, a ninth of an MLP's work, is not computed."""
         if self._last is None or _has_hooks(self._last):
             return self._tile(x)
-        modes = _Modes(x.device)
+        modes = Modes(x.device)
         with _uncomputed(self._last) as made:
             out = self._plain(x)
         if len(made) == 1 and out is made[0] and out._version == 0:
@@ -146,12 +149,7 @@ def _uncomputed(layer: nn.Linear) -> Iterator[list[Tensor]]:
     made: list[Tensor] = []
 
     def forward(x: Tensor) -> Tensor:
-        weight: Tensor = layer.weight
-        bias: Tensor | None = layer.bias
-        if torch.is_autocast_enabled(x.device.type):
-            dtype = torch.get_autocast_dtype(x.device.type)
-            x, weight, bias = x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
-        made.append(_Uncomputed.apply(x, weight, bias))
+        made.append(linear_of(layer, x, unset))
         return made[-1]
 
     layer.forward = forward  # type: ignore[method-assign, assignment]
@@ -159,24 +157,6 @@ def _uncomputed(layer: nn.Linear) -> Iterator[list[Tensor]]:
         yield made
     finally:
         del layer.forward
-
-
-class _Uncomputed(torch.autograd.Function):
-    """x (..., E), weight (F, E), bias (F,) -> memory of x @ weight.T + bias, without its values."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        ctx.save_for_backward(x, weight)
-        return x.new_empty(*x.shape[:-1], weight.shape[0])
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        x, weight = ctx.saved_tensors
-        dout, wanted = grads[0], ctx.needs_input_grad
-        rows = dout.flatten(0, -2)
-        dx = dout @ weight if wanted[0] else None
-        return dx, rows.T @ x.flatten(0, -2) if wanted[1] else None, rows.sum(0) if wanted[2] else None
 
 
 class _Input(torch.autograd.Function):
@@ -203,7 +183,7 @@ class _TiledRows(torch.autograd.Function):
         function, ctx.again = functions
         ctx.node, ctx.tile, ctx.parameters = node, tile, parameters
         ctx.input = x.detach() if node is None else None
-        ctx.modes = _Modes(x.device)
+        ctx.modes = Modes(x.device)
         return _forward(function, x, tile)
 
     @staticmethod
@@ -253,24 +233,3 @@ def _add(sums: list[Tensor | None], found: Sequence[Tensor | None]) -> None:
             sums[number] = grad.to(torch.promote_types(grad.dtype, torch.float32))
         else:
             total += grad
-
-
-class _Modes:
-    """Autocast and random states of the forward pass, for the pass that repeats it."""
-
-    def __init__(self, device: torch.device) -> None:
-        self.kind = device.type
-        self.autocast = torch.get_autocast_dtype(self.kind), torch.is_autocast_enabled(self.kind)
-        self.cpu = torch.get_rng_state()
-        self.devices: dict[torch.device, Tensor] = {}
-        if device.type == "cuda" and not torch.cuda.is_current_stream_capturing():
-            self.devices[device] = torch.cuda.get_rng_state(device)
-
-    @contextmanager
-    def again(self) -> Iterator[None]:
-        """As it was, and after that what was before."""
-        with torch.random.fork_rng(list(self.devices)), torch.autocast(self.kind, *self.autocast):
-            torch.set_rng_state(self.cpu)
-            for device, state in self.devices.items():
-                torch.cuda.set_rng_state(state, device)
-            yield

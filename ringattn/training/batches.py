@@ -33,6 +33,10 @@ class Batch(Generic[T]):
         """Target tokens of the global batch: what the loss is divided by, on every rank alike."""
         return sum(plan.targets for plan in self.plans)
 
+    def targets_of(self, replica: int, replicas: int) -> int:
+        """Target tokens of one replica's packs."""
+        return sum(plan.targets for plan in self.plans[replica::replicas])
+
     @property
     def tokens(self) -> int:
         """Tokens of the global batch, without padding."""

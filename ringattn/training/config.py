@@ -60,7 +60,7 @@ NUMBERS: dict[str, tuple[float, float]] = {
     "optim.eps": (0.0, math.inf),
     "optim.clip": (0.0, math.inf),
 }
-SWITCHES = ("data.pad", "engine.checkpoint_layers", "parallel.ulysses_across_nodes", "run.tensorboard")
+SWITCHES = ("data.pad", "parallel.ulysses_across_nodes", "run.tensorboard")
 TEXTS = ("model.name", "model.family", "model.path", "run.output")
 # Keys that only one option of their group has.
 OF_TEXT = ("data.files", "data.text_field", "data.tokenizer", "data.add_eos", "data.cache")
@@ -75,7 +75,7 @@ KEYS = {*CHOICES, *INTEGERS, *NUMBERS, *SWITCHES, *TEXTS, "model.config", "model
 KEYS |= memory.KEYS
 # What may differ between two starts in the same folder without changing the curve, beside `parallel` and most of `run`.
 # Files and tokenizer count by their contents, which the corpus' fingerprint holds, and learning rates as optim.lr.
-SAME_CURVE = {"data.prefetch", "data.ahead", "data.cache", "data.files", "data.tokenizer", "engine.checkpoint_layers"}
+SAME_CURVE = {"data.prefetch", "data.ahead", "data.cache", "data.files", "data.tokenizer"}
 SAME_CURVE |= {"engine.compile", "model.name", "model.lr", "model.lr_from_path", "model.allow_mismatch"}
 CURVE_OF_RUN = ("run.seed", "run.steps", "run.dtype")
 

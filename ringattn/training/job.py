@@ -33,6 +33,7 @@ class Job:
         output: the run's folder.
         corpus: its documents.
         model_config: its transformers configuration.
+        memory, states: what is done about memory.
         resume: newest complete checkpoint and the state to go on from, or None for a first start.
         notes: what the user should know about what was decided for them.
     """
@@ -43,6 +44,8 @@ class Job:
     output: Path
     corpus: Corpus
     model_config: Any
+    memory: MemorySettings
+    states: StateSettings
     resume: tuple[Path, TrainState] | None
     notes: tuple[str, ...] = ()
 

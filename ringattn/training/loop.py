@@ -16,6 +16,8 @@ from ringattn import init_mesh
 from ringattn.first_failure import FirstFailure
 from ringattn.hf import attention_kwargs, parallelize
 from ringattn.hf.elementwise import Elementwise
+from ringattn.hf.memory import note_targets
+from ringattn.memory.out_of_memory import CudaMemory, MemoryWatch
 from ringattn.training.ahead import BatchesAhead
 from ringattn.training.batches import Batch
 from ringattn.training.checkpoint import TrainState, load_random_states, save_checkpoint
@@ -24,7 +26,7 @@ from ringattn.training.engines import Engine, EngineOptions, build_engine
 from ringattn.training.flops import StepFlops, peak_flops
 from ringattn.training.grouping import DocumentCost, GroupedPacker, GroupedPosition
 from ringattn.training.job import Job
-from ringattn.training.loss import backward_loss, share, token_loss_sum
+from ringattn.training.loss import brought
 from ringattn.training.memory import state_settings
 from ringattn.training.metrics import StepMetrics, StepSeconds, peak_memory_gib
 from ringattn.training.models import build_model, empty_model
@@ -90,6 +92,8 @@ class Trainer:
         self.flops = StepFlops.of(empty_model(job.model_config), job.model_config)
         _seed(cfg.run.seed, dist.get_rank())
         self.engine: Engine = build_engine(cfg.engine.name, self.mesh, self._engine_options())
+        memory = CudaMemory(job.device) if job.device.type == "cuda" else None
+        self.memory = MemoryWatch(memory, job.output, dist.get_rank())
         self.step, self.tokens, self.position = 0, 0, Position().state_dict()
         if job.resume is not None:
             self._resume()
@@ -106,7 +110,6 @@ class Trainer:
             betas=(cfg.optim.betas[0], cfg.optim.betas[1]),
             eps=cfg.optim.eps,
             clip=cfg.optim.clip,
-            checkpoint_layers=cfg.engine.checkpoint_layers,
             micro_steps=cfg.data.packs_per_step // self.mesh.data,
             zero_stage=cfg.engine.get("zero_stage", 0),
             states=state_settings(cfg),
@@ -118,7 +121,12 @@ class Trainer:
         if self.cfg.engine.compile == "elementwise":
             Elementwise(model)
         parallelize(
-            model, self.mesh, scheme=parallel.scheme, backend=parallel.backend, head_chunks=parallel.head_chunks
+            model,
+            self.mesh,
+            self.job.memory,
+            scheme=parallel.scheme,
+            backend=parallel.backend,
+            head_chunks=parallel.head_chunks,
         )
 
     def _resume(self) -> None:
@@ -177,28 +185,40 @@ class Trainer:
 
     def _train_step(self, batch: Batch[LocalPack], stop: bool) -> StepDone:
         """One optimiser step. The host waits for the device once, at its end."""
-        loss_sum = torch.zeros((), device=self.job.device)
-        for local in batch.micro:
-            local_sum = self._forward(local)
-            self.engine.backward(backward_loss(local_sum, batch.targets, self.world_size))
-            loss_sum += local_sum.detach()
-        norm = self.engine.step(self.schedule(self.step))
-        total, norm, stopping = share(loss_sum, norm, stop)
+        loss = torch.zeros((), device=self.job.device)
+        with self.memory.step(self.step + 1) as at:
+            for local in batch.micro:
+                at("forward pass")
+                share = self._forward(local, batch.targets_of(self.mesh.data_rank, self.mesh.data))
+                at("backward pass")
+                self.engine.backward(share)
+                loss += share.detach()
+            at("optimizer step")
+            norm = self.engine.step(self.schedule(self.step))
+            done = StepDone(*brought(loss, norm, stop))
         self.step += 1
         self.tokens += batch.tokens
         self.position = batch.position.state_dict()
-        return StepDone(total / max(batch.targets, 1), norm, stopping)
+        return done
 
-    def _forward(self, local: LocalPack) -> torch.Tensor:
-        """Sum of the losses of this rank's targets."""
-        device = self.job.device
-        logits = self.engine.model(
-            input_ids=local.ids[None].to(device, non_blocking=True),
-            position_ids=local.positions[None].to(device, non_blocking=True),
+    def _forward(self, local: LocalPack, targets: int) -> torch.Tensor:
+        """A micro-step's share in the mean loss of the step, the same number on every rank.
+
+        Arguments:
+            targets: of this replica's micro-steps together.
+        """
+        note_targets(local.layout, local.count)
+        ids, positions, labels = (x[None].to(self.job.device) for x in (local.ids, local.positions, local.targets))
+        loss: torch.Tensor = self.engine.model(
+            input_ids=ids,
+            position_ids=positions,
+            labels=labels,
+            shift_labels=labels,
+            num_items_in_batch=targets,
             use_cache=False,
             **attention_kwargs(local.layout),
-        ).logits
-        return token_loss_sum(logits[0], local.targets.to(device, non_blocking=True))
+        ).loss
+        return loss
 
     def _metrics(self, batch: Batch[LocalPack], done: StepDone, seconds: StepSeconds) -> StepMetrics:
         device = self.job.device

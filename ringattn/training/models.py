@@ -5,7 +5,6 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import CheckpointImpl, checkpoint_wrapper
 
 from ringattn.training.architecture import configured
 from ringattn.training.pretrained import load_weights
@@ -37,22 +36,6 @@ def empty_model(config: Any) -> nn.Module:
 
     with torch.device("meta"):
         return AutoModelForCausalLM.from_config(config, dtype=torch.float32)
-
-
-def decoder_layers(model: nn.Module) -> nn.ModuleList:
-    """The repeated layers, which engines shard and checkpoint one by one. Raises ValueError if they cannot be found."""
-    wanted = model.config.get_text_config().num_hidden_layers  # type: ignore[operator, union-attr]
-    found = [m for m in model.modules() if isinstance(m, nn.ModuleList) and len(m) == wanted]
-    if not found:
-        raise ValueError(f"{type(model).__name__} has no list of {wanted} decoder layers")
-    return max(found, key=lambda layers: sum(p.numel() for p in layers.parameters()))
-
-
-def checkpoint_layers(model: nn.Module) -> None:
-    """Wraps every decoder layer so that the backward pass computes it again instead of keeping what is inside."""
-    layers = decoder_layers(model)
-    for index, layer in enumerate(layers):
-        layers[index] = checkpoint_wrapper(layer, CheckpointImpl.NO_REENTRANT)
 
 
 def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:

@@ -11,13 +11,14 @@ from torch import Tensor, nn
 pytest.importorskip("transformers")
 
 from ringattn.hf.head import TiledHead
+from ringattn.hf.layers import decoder_layers
 from ringattn.memory.tiled_rows import TiledModule
 from ringattn.training.engines import EngineOptions, build_engine
 from ringattn.training.engines.deepspeed import available
-from ringattn.training.loss import backward_loss, token_loss_sum
-from ringattn.training.models import build_model, decoder_layers, model_config
+from ringattn.training.models import build_model, model_config
 from tests.parallel.ranks import mesh_of
 from tests.pool import Pools
+from tests.training.token_loss import backward_loss, token_loss_sum
 
 SIZES = {
     "vocab_size": 61,
@@ -88,7 +89,6 @@ def in_an_engine(engine: str, stage: int, tied: bool, tiles: tuple[int | None, i
         betas=(0.9, 0.95),
         eps=1e-8,
         clip=0.0,
-        checkpoint_layers=False,
         micro_steps=1,
         zero_stage=stage,
     )

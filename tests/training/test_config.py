@@ -153,7 +153,7 @@ def test_another_curve_in_the_same_folder_is_refused_unless_forced(tmp_path, mon
     output = f"run.output={tmp_path}"
     checkpoint_in(tmp_path, single(compose_with(output)))
     assert single(compose_with(output)).resume[1].step == 5
-    same = ["run.save_every=7", "parallel.policy=zigzag", "engine.checkpoint_layers=true", "run.log_every=3"]
+    same = ["run.save_every=7", "parallel.policy=zigzag", "memory.keep=layer", "run.log_every=3"]
     assert single(compose_with(output, *same)).resume is not None
     with pytest.raises(ValueError, match=r"optim\.lr was 0\.003 and is now 0\.01; run\.steps was .* and is now 7\."):
         single(compose_with(output, "optim.lr=0.01", "run.steps=7"))

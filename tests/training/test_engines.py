@@ -1,6 +1,7 @@
 """Engines around the attention: what they do to a layout on its way to the layers."""
 
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -9,13 +10,15 @@ from torch import nn
 pytest.importorskip("transformers")
 
 from ringattn import Documents, Layout, SequenceMesh
-from ringattn.hf import attention_kwargs, parallelize
+from ringattn.hf import parallelize
 from ringattn.hf.elementwise import Elementwise
+from ringattn.memory.settings import MemorySettings
 from ringattn.training.engines import EngineOptions, build_engine
-from ringattn.training.loss import backward_loss, share, token_loss_sum
+from ringattn.training.loss import brought
 from ringattn.training.models import build_model, model_config
 from tests.parallel.ranks import mesh_of
 from tests.pool import Pools
+from tests.training.token_loss import model_loss
 
 SIZES = {
     "vocab_size": 64,
@@ -27,47 +30,43 @@ SIZES = {
 }
 
 
-def options_of(mesh: SequenceMesh, dtype: torch.dtype, checkpoint_layers: bool, zero_stage: int = 0) -> EngineOptions:
+def options_of(mesh: SequenceMesh, dtype: torch.dtype, keep: Any = "all", zero_stage: int = 0) -> EngineOptions:
     config = model_config("llama", None, SIZES)
     return EngineOptions(
         config=config,
         load=lambda: build_model(config, 0),
-        attach=lambda model: parallelize(model, mesh),
+        attach=lambda model: parallelize(model, mesh, MemorySettings(keep=keep)),
         device=torch.device("cpu"),
         dtype=dtype,
         weight_decay=0.1,
         betas=(0.9, 0.95),
         eps=1e-8,
         clip=1.0,
-        checkpoint_layers=checkpoint_layers,
         micro_steps=1,
         zero_stage=zero_stage,
     )
 
 
-def one_step(dtype: torch.dtype, checkpoint_layers: bool, ring: int) -> tuple[float, float]:
+def one_step(dtype: torch.dtype, keep: str, ring: int) -> tuple[float, float]:
     """Loss and gradient norm of one step on the ranks of a ring."""
     mesh = mesh_of(ring, 1)
-    engine = build_engine("fsdp2", mesh, options_of(mesh, dtype, checkpoint_layers))
+    engine = build_engine("fsdp2", mesh, options_of(mesh, dtype, keep))
     docs = Documents([40, 7, 100])
     layout = Layout(docs, mesh)
     ids = torch.randint(0, 64, (docs.total,), generator=torch.Generator().manual_seed(0))
-    local = layout.shard(ids)[None]
-    logits = engine.model(
-        input_ids=local, position_ids=layout.position_ids()[None], use_cache=False, **attention_kwargs(layout)
-    ).logits[0]
-    loss = token_loss_sum(logits, local[0])
-    engine.backward(backward_loss(loss, docs.total, ring))
-    total, norm, _ = share(loss, engine.step(1e-3), False)
-    return total / docs.total, norm
+    local = layout.shard(ids)
+    loss = model_loss(engine.model, layout, local)
+    engine.backward(loss)
+    total, norm, _ = brought(loss, engine.step(1e-3), False)
+    return total, norm
 
 
-@pytest.mark.parametrize("checkpoint_layers", [False, True])
-def test_mixed_precision_leaves_the_layout_alone(pool: Pools, checkpoint_layers: bool) -> None:
+@pytest.mark.parametrize("keep", ["all", "selective", "attention", "layer"])
+def test_mixed_precision_leaves_the_layout_alone(pool: Pools, keep: str) -> None:
     """FSDP takes the keywords of a forward apart, to cast the tensors in them."""
-    exact = pool(2).run(one_step, torch.float32, checkpoint_layers, 2)
-    rounded = pool(2).run(one_step, torch.bfloat16, checkpoint_layers, 2)
-    alone = pool(1).run(one_step, torch.bfloat16, checkpoint_layers, 1)[0]
+    exact = pool(2).run(one_step, torch.float32, keep, 2)
+    rounded = pool(2).run(one_step, torch.bfloat16, keep, 2)
+    alone = pool(1).run(one_step, torch.bfloat16, keep, 1)[0]
     assert rounded[0] == rounded[1]
     assert rounded != exact
     assert rounded[0] == pytest.approx(alone, rel=1e-4)
@@ -75,7 +74,7 @@ def test_mixed_precision_leaves_the_layout_alone(pool: Pools, checkpoint_layers:
 
 def buffers_of(engine: str, zero_stage: int) -> dict[str, torch.Tensor]:
     mesh = mesh_of(2, 1)
-    built = build_engine(engine, mesh, options_of(mesh, torch.bfloat16, False, zero_stage))
+    built = build_engine(engine, mesh, options_of(mesh, torch.bfloat16, "all", zero_stage))
     return {name.removeprefix("module."): buffer for name, buffer in built.model.named_buffers()}
 
 
@@ -101,21 +100,18 @@ def two_steps(engine: str, zero_stage: int, compiled: bool) -> tuple[list[float]
     def attach(model: nn.Module) -> None:
         if compiled:
             Elementwise(model, backend="aot_eager")
-        parallelize(model, mesh)
+        parallelize(model, mesh, MemorySettings(mlp_tile=32, keep="attention"))
 
-    options = replace(options_of(mesh, torch.float32, True, zero_stage), attach=attach)
+    options = replace(options_of(mesh, torch.float32, "layer", zero_stage), attach=attach)
     built, told = build_engine(engine, mesh, options), []
     for lengths in ([40, 7, 100], [60, 31]):
         docs = Documents(lengths)
         layout = Layout(docs, mesh)
         ids = torch.randint(0, 64, (docs.total,), generator=torch.Generator().manual_seed(docs.total))
         local = layout.shard(ids)
-        logits = built.model(
-            input_ids=local[None], position_ids=layout.position_ids()[None], use_cache=False, **attention_kwargs(layout)
-        ).logits
-        loss = token_loss_sum(logits[0], local)
-        built.backward(backward_loss(loss, docs.total, 2))
-        told += share(loss, built.step(1e-2), False)[:2]
+        loss = model_loss(built.model, layout, local)
+        built.backward(loss)
+        told += brought(loss, built.step(1e-2), False)[:2]
         graphs.append(torch._dynamo.utils.counters["stats"]["unique_graphs"])
     torch._dynamo.reset()
     return told, graphs

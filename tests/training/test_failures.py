@@ -26,15 +26,28 @@ def test_torchrun_is_told_the_message_alone(tmp_path, monkeypatch):
 
 def test_the_end_of_torchruns_screen(tmp_path):
     """Rank 1 raises and rank 0 loses its connection in the same second: torchrun alone would name rank 0."""
-    pytest.importorskip("transformers")
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--standalone"]
-    command += ["tests/training/faulty.py", "1", f"run.output={tmp_path}", "data.seq_len=64", "run.steps=3"]
-    environment = {key: value for key, value in os.environ.items() if not key.startswith(("SLURM_", "HYDRA_"))}
-    environment |= {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=200)
-    assert done.returncode != 0
+    done = faulty("1", tmp_path)
     last = done.stderr.splitlines()[-10:]
     assert any(re.fullmatch(r"\s*rank\s*: 1 \(local_rank: 1\)", line) for line in last), done.stderr
     assert any(line.endswith(": ArithmeticError: the fault of this test") for line in last), done.stderr
     assert "step 1/3" in done.stdout
     assert not Path(tmp_path, "checkpoints").exists()
+
+
+def test_a_step_that_does_not_fit_says_so_at_the_end_of_the_screen(tmp_path):
+    done = faulty("1:memory", tmp_path)
+    said = "step 2 on rank 1, in its forward pass: the GPU's memory is full, 3.00 GiB more were wanted"
+    assert any(line.endswith(f": OutOfMemoryError: {said}") for line in done.stderr.splitlines()[-10:]), done.stderr
+    assert "step 1/3" in done.stdout
+
+
+def faulty(fault, output):
+    """The recipe on two ranks, which fails."""
+    pytest.importorskip("transformers")
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--standalone"]
+    command += ["tests/training/faulty.py", fault, f"run.output={output}", "data.seq_len=64", "run.steps=3"]
+    environment = {key: value for key, value in os.environ.items() if not key.startswith(("SLURM_", "HYDRA_"))}
+    environment |= {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=200)
+    assert done.returncode != 0
+    return done

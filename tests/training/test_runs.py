@@ -127,7 +127,7 @@ def reference(tmp_path_factory) -> list[tuple[int, float, float]]:
     ("ranks", "overrides"),
     [
         (2, ()),
-        (2, ("parallel.data=2", "engine.checkpoint_layers=true")),
+        (2, ("parallel.data=2", "memory.keep=attention")),
         (4, ("parallel.head_chunks=2",)),
         pytest.param(2, ("engine=deepspeed", "engine.zero_stage=1"), marks=needs_deepspeed),
         pytest.param(2, ("engine=deepspeed", "engine.zero_stage=3", "parallel.data=2"), marks=needs_deepspeed),

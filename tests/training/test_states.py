@@ -10,14 +10,15 @@ import torch
 pytest.importorskip("transformers")
 
 from ringattn import Documents, Layout, SequenceMesh
-from ringattn.hf import attention_kwargs, parallelize
+from ringattn.hf import parallelize
 from ringattn.memory.settings import StateSettings
 from ringattn.training.engines import Engine, EngineOptions, build_engine
 from ringattn.training.engines.optimizers import PAIRS, adamw, set_learning_rate, why_no_optimizer
-from ringattn.training.loss import backward_loss, share, token_loss_sum
+from ringattn.training.loss import brought
 from ringattn.training.models import build_model, model_config
 from tests.parallel.ranks import mesh_of
 from tests.pool import Pools
+from tests.training.token_loss import model_loss
 
 SIZES = {
     "vocab_size": 320,  # times 64 numbers over 2 ranks: more than 4,096 a shard
@@ -42,7 +43,6 @@ def options_of(mesh: SequenceMesh, states: StateSettings, tied: bool = False, **
         "betas": (0.9, 0.95),
         "eps": 1e-8,
         "clip": 1.0,
-        "checkpoint_layers": False,
         "micro_steps": 1,
         "zero_stage": 0,
         "states": states,
@@ -56,13 +56,9 @@ def train(engine: Engine, mesh: SequenceMesh, first: int, last: int, rate: float
     for step in range(first, last):
         layout = Layout(DOCS, mesh)
         ids = torch.randint(0, 64, (DOCS.total,), generator=torch.Generator().manual_seed(step))
-        local = layout.shard(ids)[None]
-        logits = engine.model(
-            input_ids=local, position_ids=layout.position_ids()[None], use_cache=False, **attention_kwargs(layout)
-        ).logits[0]
-        loss = token_loss_sum(logits, local[0])
-        engine.backward(backward_loss(loss, DOCS.total, mesh.sequence_size))
-        found.append((share(loss, False)[0] / DOCS.total, engine.step(rate)))
+        loss = model_loss(engine.model, layout, layout.shard(ids))
+        engine.backward(loss)
+        found.append(brought(loss, engine.step(rate), False)[:2])
     return found
 
 
@@ -139,8 +135,12 @@ def test_states_are_as_small_as_asked(pool: Pools) -> None:
     small = pool(2).run(places_and_types, StateSettings(weights="bfloat16", moments="int8"))[0]
     assert {weight for _, weight, _, _ in small} == {"torch.bfloat16"}
     kinds = {name: kind for name, _, kind, _ in small}
-    assert kinds["model.layers.0.mlp.up_proj.weight"] == kinds["model.layers.1.mlp.down_proj.weight"] == "OptimState8bit"
-    assert kinds["model.embed_tokens.weight"] == kinds["lm_head.weight"] == kinds["model.norm.weight"] == "torch.bfloat16"
+    assert (
+        kinds["model.layers.0.mlp.up_proj.weight"] == kinds["model.layers.1.mlp.down_proj.weight"] == "OptimState8bit"
+    )
+    assert (
+        kinds["model.embed_tokens.weight"] == kinds["lm_head.weight"] == kinds["model.norm.weight"] == "torch.bfloat16"
+    )
     half = pool(2).run(places_and_types, StateSettings(weights="bfloat16", moments="bfloat16"))[0]
     assert {kind for _, _, kind, _ in half} == {"torch.bfloat16"}
 

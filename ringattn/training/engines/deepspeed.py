@@ -9,10 +9,11 @@ from typing import Any
 import torch
 from torch import nn
 
+from ringattn.hf.layers import decoder_layers
 from ringattn.memory.tiled_rows import tiled_modules
 from ringattn.parallel.mesh.mesh import SequenceMesh
 from ringattn.training.engines.interface import EngineOptions
-from ringattn.training.models import checkpoint_layers, decoder_layers, parameter_groups
+from ringattn.training.models import parameter_groups
 
 TAG = "zero"
 LIVE = 10**9  # DeepSpeed's own bound of gathered parameters
@@ -41,8 +42,6 @@ class DeepSpeedEngine:
         model = options.load()
         self.num_parameters = sum(p.numel() for p in model.parameters())
         options.attach(model)
-        if options.checkpoint_layers:
-            checkpoint_layers(model)
         for module in tiled_modules(model):
             deepspeed.utils.set_z3_leaf_module(module, True)
         model.to(options.device).train()

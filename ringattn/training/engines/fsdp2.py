@@ -22,7 +22,7 @@ from ringattn.training.engines.clipping import clip_sharded
 from ringattn.training.engines.groups import shard_groups
 from ringattn.training.engines.interface import EngineOptions
 from ringattn.training.engines.optimizers import adamw, set_learning_rate
-from ringattn.training.models import checkpoint_layers, empty_model
+from ringattn.training.models import empty_model
 
 
 class FSDP2Engine:
@@ -40,8 +40,6 @@ class FSDP2Engine:
         self._clip, self._device, self._mesh = options.clip, options.device, _all_ranks(mesh)
         options.attach(self.model)
         _hold_weights_in(self.model, states)
-        if options.checkpoint_layers:
-            checkpoint_layers(self.model)
         shard_groups(self.model, states, mesh=self._mesh, mp_policy=_precision(options), offload_policy=_place(options))
         self.model.to_empty(device=options.device if states.states_on == "device" else "cpu")
         _broadcast_weights(self.model, options)
@@ -109,7 +107,7 @@ def _broadcast_weights(model: nn.Module, options: EngineOptions) -> None:
     sources = dict(full.named_buffers()) if full is not None else {}
     for name, buffer in [*model.named_buffers()]:
         if full is not None:
-            buffer.copy_(sources[name.replace("_checkpoint_wrapped_module.", "")])
+            buffer.copy_(sources[name])
         moved = buffer.to(options.device)
         dist.broadcast(moved, 0)
         owner, _, own = name.rpartition(".")

@@ -11,8 +11,8 @@ from typing import Any
 from torch import nn
 from torch.distributed.fsdp import FSDPModule, fully_shard
 
+from ringattn.hf.layers import decoder_layers
 from ringattn.memory.settings import StateSettings
-from ringattn.training.models import decoder_layers
 
 
 def shard_groups(model: nn.Module, states: StateSettings, **shared: Any) -> None:

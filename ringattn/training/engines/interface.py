@@ -18,12 +18,11 @@ class EngineOptions:
     Arguments:
         config: the transformers configuration of the model.
         load: builds the whole model with its first weights on the CPU; the same on every rank that calls it.
-        attach: installs the attention in a model, before it is sharded.
+        attach: installs attention and memory settings in a model, before it is sharded.
         device: where this rank computes.
         dtype: of the computation: torch.float32, or torch.bfloat16 with float32 master weights and reductions.
         weight_decay, betas, eps: of AdamW; norms and biases have no weight decay.
         clip: largest global gradient norm; 0 does not clip.
-        checkpoint_layers: compute decoder layers again in the backward pass.
         micro_steps: backward calls per step.
         zero_stage: DeepSpeed's stage, 1 to 3.
         states: what lives between steps. `ringattn.training.memory.check_states` says what an engine cannot do.
@@ -38,7 +37,6 @@ class EngineOptions:
     betas: tuple[float, float]
     eps: float
     clip: float
-    checkpoint_layers: bool
     micro_steps: int
     zero_stage: int
     states: StateSettings = StateSettings()
@@ -47,7 +45,7 @@ class EngineOptions:
 class Engine(Protocol):
     """Holds model and optimiser. All methods are collective over all ranks of data × sequence.
 
-    Gradients are averaged over all ranks; `ringattn.training.loss.backward_loss` accounts for it.
+    Gradients are averaged over all ranks; the loss of `ringattn.hf.parallelize` accounts for it.
     """
 
     model: nn.Module

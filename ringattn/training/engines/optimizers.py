@@ -66,7 +66,9 @@ def kept_whole(model: nn.Module) -> list[nn.Parameter]:
     return [parameter for parameter in model.parameters() if parameter.shape in shapes]
 
 
-def _adamw_int8(groups: list[dict[str, Any]], whole: list[nn.Parameter], given: dict[str, Any]) -> torch.optim.Optimizer:
+def _adamw_int8(
+    groups: list[dict[str, Any]], whole: list[nn.Parameter], given: dict[str, Any]
+) -> torch.optim.Optimizer:
     """torchao's AdamW8bit, with moments in the weights' dtype for the parameters in `whole`."""
     from torchao.optim import AdamW8bit
     from torchao.optim.subclass_8bit import OptimState8bit

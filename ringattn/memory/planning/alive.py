@@ -100,19 +100,21 @@ class Alive:
     def _forward(self) -> Iterator[Moment]:
         before = {GRADIENTS: self.held.device_gradients(self.model.total) if self.run.micro_steps > 1 else 0}
         ahead = self._ahead(self.model.head)
-        for number in {0, max(0, self.layers.away - 1), self.layers.count - 1}:
+        for number in sorted({0, max(0, self.layers.away - 1), self.layers.count - 1}):
             last = number == self.layers.count - 1
-            there = together(before, self._kept(number + 1), {MOVING: self.layers.leaving(number)})
             gathered = self._gathered(self.model.layers[number], ahead if last else self._next(number, 1), False)
-            own_input = 0 if self._input_is_kept(number) else self.layers.layer.stream
+            there = together(before, self._kept(number + 1), gathered, self._inputs(number))
             for name, items in self.layers.layer.forward():
-                yield self._moment(FORWARD, f"{name}, layer {number}", items, there, gathered, {STREAM: own_input})
-        there = together(before, self._kept(self.layers.count))
-        gathered = self._gathered(self.model.head, NONE, False)
+                moving = {MOVING: self.layers.leaving(number, attended="MLP" in name)}
+                yield self._moment(FORWARD, f"{name}, layer {number}", items, there, moving)
+        there = together(before, self._kept(self.layers.count), self._gathered(self.model.head, NONE, False))
+        moving = {MOVING: self.layers.leaving(self.layers.count, True), STREAM: self.layers.layer.stream}
         for name, items in self.head.forward():
-            yield self._moment(
-                FORWARD, name, items, there, gathered, self._final_norm, {STREAM: self.layers.layer.stream}
-            )
+            yield self._moment(FORWARD, name, items, there, self._final_norm, moving)
+
+    def _inputs(self, number: int) -> dict[str, int]:
+        """The input of a layer and that of the first, which the model holds in its forward pass; where not kept."""
+        return {STREAM: self.layers.layer.stream * sum(not self._input_is_kept(one) for one in {0, number})}
 
     def _backward(self) -> Iterator[Moment]:
         yield from self._backward_head()

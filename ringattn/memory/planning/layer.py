@@ -8,6 +8,8 @@ Legend: t local tokens, E hidden size, A and K elements of a token's queries and
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cached_property
+from itertools import accumulate
 
 from ringattn.memory.offload import ALIGNMENT, IN_FLIGHT, LEAST
 from ringattn.memory.planning.attention import AttentionUse
@@ -40,7 +42,7 @@ class Layer:
         """A hidden state: b t E."""
         return self.tokens * self.model.hidden * self.itemsize
 
-    @property
+    @cached_property
     def tensors(self) -> tuple[int, ...]:
         """Bytes of each tensor that the layer keeps, its input apart from the others."""
         if self.memory.keep == "all":
@@ -197,11 +199,15 @@ class Layers:
 
     def kept(self, first: int) -> int:
         """Bytes on the device of what the first layers keep."""
-        here = 0
-        for number in range(first):
-            least = LEAST if number < self.away else None
-            here += sum(size for size in self._tensors(number) if least is None or size < least)
-        return here
+        return self._kept[first]
+
+    @cached_property
+    def _kept(self) -> list[int]:
+        sizes = (
+            sum(size for size in self._tensors(number) if number >= self.away or size < LEAST)
+            for number in range(self.count)
+        )
+        return [0, *accumulate(sizes)]
 
     def in_flight(self, number: int) -> int:
         """Bytes on the device that are under way while a layer is computed: the last tensors to leave, or what the layer
@@ -211,12 +217,24 @@ class Layers:
         own = [size for size in self._tensors(number) if size >= LEAST]
         return sum(own) + sum(self._tensors(number - 1)[:1]) if number else sum(own)
 
-    def leaving(self, number: int) -> int:
-        """The same in the forward pass."""
-        if number >= self.away:
-            return 0
-        sizes = [size for one in (number - 1, number) if one >= 0 for size in self._tensors(one) if size >= LEAST]
-        return sum(sizes[-IN_FLIGHT:])
+    def leaving(self, number: int, attended: bool) -> int:
+        """Bytes of the last tensors on their way to the host while a layer is computed forward, beside its own input and
+        the model's; of the last ones nobody frees the memory before the backward pass.
+
+        Arguments:
+            attended: the layer's attention is over.
+        """
+        sent = [
+            (layer, place, size)
+            for layer in range(max(0, min(number, self.away - 1) - IN_FLIGHT), min(number + 1, self.away))
+            for place, size in enumerate(self._tensors(layer))
+            if size >= LEAST and (attended or layer < number or not place)
+        ]
+        return sum(
+            size
+            for layer, place, size in sent[len(sent) - min(IN_FLIGHT, len(sent)) :]
+            if place or layer not in (0, number)
+        )
 
     def between(self, number: int) -> int:
         """Inputs of the layers of a chain that were computed again, and are there while a layer goes backward."""

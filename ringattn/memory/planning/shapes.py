@@ -4,6 +4,7 @@ import math
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import Any
 
 from torch import nn
@@ -111,12 +112,12 @@ class ModelShape:
         """Whether the head is the embedding."""
         return self.head.count == 0
 
-    @property
+    @cached_property
     def largest_layer(self) -> Weights:
         """The layer with the most parameters."""
         return max(self.layers, key=lambda layer: layer.count)
 
-    @property
+    @cached_property
     def total(self) -> Weights:
         """All parameters."""
         return sum(self.layers, self.embedding + self.head + self.rest)

@@ -357,7 +357,7 @@ def draw_memory(
     figure.savefig(path)
 
 
-_NAMED = 0.03  # of the axis: a part of a bar that is as high has room for its number
+_NAMED = 0.04  # of the axis: a part of a bar that is as high has room for its number
 
 
 def _stack(axes: Any, bars: Mapping[str, Mapping[str, float]], unit: str, form: str) -> None:

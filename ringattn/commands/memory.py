@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ringattn.commands import _workload
-from ringattn.commands._call import HEADS, RANKS, TOKENS, integer, ranks
+from ringattn.commands._call import HEADS, TOKENS, integer, ranks
 from ringattn.commands._files import check_target, file
 from ringattn.memory.settings import CHOICES
 
@@ -81,6 +81,7 @@ def option(name: str) -> str:
 
 def run(args: argparse.Namespace) -> int:
     from ringattn.drawing import check_drawing, draw_memory
+    from ringattn.memory.planning.items import ITEMS
 
     try:
         if args.draw is not None:
@@ -92,7 +93,11 @@ def run(args: argparse.Namespace) -> int:
     print(json.dumps(report(choice), indent=2) if args.json else choice.text())
     if args.draw is not None:
         plan = choice.plan
-        bars = {name: moment.items for name, moment in plan.peaks.items()}
+        there = {item for items in (plan.host, *(moment.items for moment in plan.peaks.values())) for item in items}
+        bars = {
+            name: {item: moment.items.get(item, 0) for item in ITEMS if item in there}
+            for name, moment in plan.peaks.items()
+        }
         title = f"{plan.model.name}, {plan.run.tokens:,} tokens on {plan.run.ranks} GPUs: memory of a rank"
         draw_memory(bars, plan.host, choice.limits.device_room, choice.time.items, title, str(args.draw))
     return 0

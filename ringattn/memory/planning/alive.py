@@ -1,7 +1,8 @@
 """All that is alive on a rank, at each moment of a step that can be the peak.
 
-The forward pass is at its fullest in the last layer and in the loss; the backward pass in the layer with which it begins,
-or where layers on the host end, or in the first one, whose gradients come last; then comes the optimizer's step.
+The forward pass is at its fullest in the last layer and in the loss; the backward pass in the layer with which it
+begins, or where layers on the host end, or in the first one, whose gradients come last; then comes the optimizer's
+step.
 """
 
 from collections.abc import Iterator
@@ -103,18 +104,26 @@ class Alive:
         for number in sorted({0, max(0, self.layers.away - 1), self.layers.count - 1}):
             last = number == self.layers.count - 1
             gathered = self._gathered(self.model.layers[number], ahead if last else self._next(number, 1), False)
-            there = together(before, self._kept(number + 1), gathered, self._inputs(number))
-            for name, items in self.layers.layer.forward():
-                moving = {MOVING: self.layers.leaving(number, attended="MLP" in name)}
+            for name, items, attended in self.layers.layer.forward():
+                there = together(before, gathered, self._held(number, attended))
+                moving = {MOVING: self.layers.leaving(number, attended)}
                 yield self._moment(FORWARD, f"{name}, layer {number}", items, there, moving)
         there = together(before, self._kept(self.layers.count), self._gathered(self.model.head, NONE, False))
         moving = {MOVING: self.layers.leaving(self.layers.count, True), STREAM: self.layers.layer.stream}
         for name, items in self.head.forward():
             yield self._moment(FORWARD, name, items, there, self._final_norm, moving)
 
-    def _inputs(self, number: int) -> dict[str, int]:
-        """The input of a layer and that of the first, which the model holds in its forward pass; where not kept."""
-        return {STREAM: self.layers.layer.stream * sum(not self._input_is_kept(one) for one in {0, number})}
+    def _held(self, number: int, attended: bool) -> dict[str, int]:
+        """What layers have kept while one is computed forward, and beside it the layer's input and that of the first,
+        which the model holds."""
+        if attended and self.memory.keep != "all":
+            inputs, kept = {0, number}, number + 1
+            there = sum(not self._input_is_kept(one) for one in inputs)
+        else:
+            kept = number
+            own = self.memory.keep != "all" or not self._input_is_kept(number)
+            there = own + (number > 0 and not self._input_is_kept(0))
+        return {**self._kept(kept), STREAM: self.layers.layer.stream * there}
 
     def _backward(self) -> Iterator[Moment]:
         yield from self._backward_head()
@@ -196,7 +205,9 @@ class Alive:
         return {KEPT: self.layers.kept(first)}
 
     def _input_is_kept(self, number: int) -> bool:
-        return self.memory.keep != "all" and number >= self.layers.away and number % self.memory.every == 0
+        if self.memory.keep == "all":  # autograd keeps float32 copies, which of float32 are no copies
+            return self.run.itemsize == WIDE
+        return number >= self.layers.away and number % self.memory.every == 0
 
     @property
     def _final_norm(self) -> dict[str, int]:

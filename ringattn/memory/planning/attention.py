@@ -1,7 +1,7 @@
 """What attention holds in a layer, and how long it takes: from the plans and prices of the documents."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -70,8 +70,6 @@ def degrees(model: ModelShape, run: RunShape, machine: Machine) -> RunShape:
     size = run.ring * run.ulysses
     node = machine.gpus_per_node
     pairs: Sequence[tuple[int, int]] = MeshShape(1, size).parted(node if size > node else None)
-    from dataclasses import replace
-
     runs = [replace(run, ring=ring, ulysses=ulysses) for ring, ulysses in pairs if ulysses <= model.query_heads]
     priced = [(one, AttentionUse.of(model, one, machine)) for one in runs]
     return min(priced, key=lambda pair: pair[1].forward_seconds + pair[1].backward_seconds)[0]

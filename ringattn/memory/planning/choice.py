@@ -13,8 +13,10 @@ from typing import Any
 from ringattn.memory.planning.alive import Alive
 from ringattn.memory.planning.attention import AttentionUse
 from ringattn.memory.planning.limits import GIB, Limits
+from ringattn.memory.planning.settled import Alternative, Settled
 from ringattn.memory.planning.shapes import ModelShape, RunShape
 from ringattn.memory.planning.step_time import StepTime, step_time
+from ringattn.memory.planning.text import render
 from ringattn.memory.settings import MemorySettings, StateSettings
 from ringattn.parallel.machine.machine import Machine
 from ringattn.parallel.machine.shipped import SHIPPED
@@ -46,56 +48,6 @@ LONGEST = 1 << 31  # tokens of a pack
 
 
 @dataclass(frozen=True)
-class Settled:
-    """One way to run, with what it takes.
-
-    Arguments:
-        pinned: bytes of pinned memory that were asked for, if any were.
-    """
-
-    alive: Alive
-    time: StepTime
-    limits: Limits
-    pinned: int | None = None
-
-    @cached_property
-    def lacking(self) -> str:
-        """Why it does not fit, or ""."""
-        needed = self.alive.layers.host_bytes
-        if self.pinned is not None and needed > self.pinned:
-            return f"{needed} bytes of pinned memory, host_bytes={self.pinned} are asked for"
-        return self.limits.lacking(self.alive)
-
-    @property
-    def size(self) -> int:
-        """Bytes of both memories."""
-        return self.alive.peak().total + sum(self.alive.host.values())
-
-    @property
-    def memory(self) -> MemorySettings:
-        return self.alive.memory
-
-    @property
-    def states(self) -> StateSettings:
-        return self.alive.states
-
-    @property
-    def values(self) -> dict[str, Any]:
-        """All fields of both records."""
-        return {one.name: getattr(part, one.name) for part in (self.memory, self.states) for one in fields(part)}
-
-
-@dataclass(frozen=True)
-class Alternative:
-    """Another value of one field, the others as chosen, and why it was not taken."""
-
-    key: str
-    value: Any
-    settled: Settled
-    reason: str
-
-
-@dataclass(frozen=True)
 class Choice:
     """The settings of a run, what they take and why they were taken."""
 
@@ -124,9 +76,7 @@ class Choice:
 
     def text(self) -> str:
         """For people: tables of memory and time, and the reasons."""
-        from ringattn.memory.planning.text import render
-
-        return render(self)
+        return render(self.settled, self.fixed, self.limits, self.machine, self.alternatives)
 
 
 @dataclass(frozen=True)
@@ -144,7 +94,7 @@ class Planner:
         return AttentionUse.of(self.model, self.run, self.machine)
 
     def settled(self, values: Mapping[str, Any]) -> Settled:
-        """With these values of fields, those left out being the defaults. Host memory is computed where it is not given."""
+        """With these values of fields, and the defaults of others. Host memory is computed where it is not given."""
         values = dict(values)
         pinned = values.pop("host_bytes", None)
         if not values.get("host_layers"):
@@ -271,8 +221,8 @@ def longest(
     limits: Limits,
     machine: Machine = SHIPPED["H200"],
 ) -> int:
-    """The most tokens of a pack that fit in any way that agrees with `fixed`, in thousands for each rank of the sequence;
-    0 if none do. `lengths` of the run do not count: it is one document.
+    """The most tokens of a pack that fit in any way that agrees with `fixed`, to a percent and in 1,024s a rank of the
+    sequence; 0 if not even these fit. The documents of the run do not count: it is one.
     """
     asked, step = checked(fixed), 1024 * run_shape.ring * run_shape.ulysses
 

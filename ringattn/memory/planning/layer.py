@@ -61,19 +61,28 @@ class Layer:
 
     # Forward.
 
-    def forward(self) -> Iterator[tuple[str, Items]]:
-        """Moments of the forward pass, beside the layer's input and what layers keep."""
+    def forward(self) -> Iterator[tuple[str, Items, bool]]:
+        """Moments of the forward pass, beside the layer's input; with each, whether what the layer keeps is there then.
+        With keep="all" that grows from moment to moment, and is part of these."""
         t, b, m = self.tokens, self.itemsize, self.model
         n, qkv = self.stream, self._qkv
-        yield "norm", {NORMS: 2 * WIDE * t * m.hidden}
+        grows = self.memory.keep == "all"
+        normed = {NORMS: (self._first_norms - n) * grows}
+        yield "norm", {NORMS: 2 * WIDE * t * m.hidden}, False
         if m.head_norms:
-            yield "norm of queries", {STREAM: n, ATTENTION: (b + 2 * WIDE) * t * m.query_width}
-        yield "rotary embedding", {STREAM: n, ATTENTION: qkv + 3 * b * t * m.query_width}
-        held = qkv + self._out
-        yield "attention", {STREAM: n, ATTENTION: held + self._lse + self.attention.forward}
-        yield "product after attention", {STREAM: 2 * n, ATTENTION: held + self._lse}
-        yield "norm before the MLP", {STREAM: n, NORMS: 2 * WIDE * t * m.hidden}
-        yield "MLP", {STREAM: 2 * n, MLP: self._mlp_forward}
+            yield "norm of queries", {STREAM: n, ATTENTION: (b + 2 * WIDE) * t * m.query_width}, False
+        yield "rotary embedding", _plus(normed, {STREAM: n, ATTENTION: qkv + 3 * b * t * m.query_width}), False
+        held = qkv + self._out + self._lse
+        yield "attention", _plus(normed, {STREAM: n, ATTENTION: held + self.attention.forward}), False
+        yield "product after attention", _plus(normed, {STREAM: 2 * n, ATTENTION: held}), False
+        attended = {NORMS: self._first_norms * grows, ATTENTION: self._saved_before_mlp[ATTENTION] * grows}
+        yield "norm before the MLP", _plus(attended, {STREAM: n, NORMS: 2 * WIDE * t * m.hidden}), True
+        if not grows:
+            yield "MLP", {STREAM: 2 * n, MLP: self._mlp_forward}, True
+            return
+        copies = 0 if b == WIDE else n  # in float32 the norm has kept its input
+        yield "MLP", _plus(self._saved_before_mlp, {STREAM: copies, MLP: self._mlp_forward}), True
+        yield "sum after the MLP", _plus(self._saved_before_mlp, {STREAM: copies + 2 * n, MLP: self._mlp_saved}), True
 
     @property
     def _mlp_forward(self) -> int:
@@ -155,7 +164,7 @@ class Layer:
 
     @property
     def _first_norms(self) -> int:
-        """Of the first norm, and of those of heads. In float32 its copy is the layer's input, which is counted there."""
+        """Of the first norm, and of those of heads. A float32 copy of what is float32 is the layer's input itself."""
         heads = self.model.query_width + self.model.key_width if self.model.head_norms else 0
         own = self.tokens * heads * (WIDE + self.itemsize)
         kept = self.itemsize == WIDE and self.memory.keep != "all"
@@ -210,16 +219,16 @@ class Layers:
         return [0, *accumulate(sizes)]
 
     def in_flight(self, number: int) -> int:
-        """Bytes on the device that are under way while a layer is computed: the last tensors to leave, or what the layer
-        itself got back and the first of the layer before."""
+        """Bytes on the device of what came back from the host while a layer goes backward: its own, and the first of
+        the layer before."""
         if number >= self.away:
             return sum(self._tensors(number - 1)[:1]) if 0 < number == self.away else 0
         own = [size for size in self._tensors(number) if size >= LEAST]
         return sum(own) + sum(self._tensors(number - 1)[:1]) if number else sum(own)
 
     def leaving(self, number: int, attended: bool) -> int:
-        """Bytes of the last tensors on their way to the host while a layer is computed forward, beside its own input and
-        the model's; of the last ones nobody frees the memory before the backward pass.
+        """Bytes of the last tensors on their way to the host while a layer is computed forward, without its own input
+        and the model's. Nobody frees those of the last layer that goes there before the backward pass.
 
         Arguments:
             attended: the layer's attention is over.

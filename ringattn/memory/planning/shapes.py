@@ -215,7 +215,7 @@ class RunShape:
         """The most tokens that a rank holds.
 
         A balanced position is off its share by what the cut at either end is rounded by, half a tile each; a zigzag by
-        a row or two of each document; runs of the stream by none. A position deals its rows evenly to its ulysses ranks.
+        a row or two of each document; runs of the stream by none. A position deals its rows evenly to ulysses ranks.
         """
         position = math.ceil(self.tokens / self.ring)
         if self.ring > 1:
@@ -233,7 +233,7 @@ def _layers(model: nn.Module, wanted: int) -> nn.ModuleList:
 
 
 def _mlp(layer: nn.Module) -> nn.Module:
-    """What stands beside attention in a layer: of its children the one with the most parameters that is no attention."""
+    """What stands beside attention in a layer: of its other children the one with the most parameters."""
     children = [child for name, child in layer.named_children() if "attn" not in name and "attention" not in name]
     if not children:
         raise NotImplementedError(

@@ -92,7 +92,7 @@ class States:
         return math.ceil(trained * self.run.itemsize)
 
     def reducing(self, group: Weights) -> int:
-        """What stands between the gradients of a group and the rank's shards, until the next group's takes its place."""
+        """What stands between gradients of a group and the rank's shards, until that of the next takes its place."""
         if self.run.engine == "deepspeed":
             return int(2 * min(BUCKET, self.model.total.trained) * self.run.itemsize)
         wide = ITEMSIZE[self.settings.reduce]

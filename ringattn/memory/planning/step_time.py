@@ -8,8 +8,8 @@ from ringattn.memory.planning.rates import Rates
 from ringattn.memory.planning.shapes import ITEMSIZE
 from ringattn.parallel.machine.machine import Machine
 
-# Bytes that are read and written of a token, in elements of each width, as transformers' layers do it, kernel by kernel:
-# two norms (their float32 copies in elements of 2 bytes) and two sums; rotary embeddings; the activation.
+# Elements of a token that are read and written for each one of a width, kernel by kernel as transformers' layers do it:
+# two norms (their float32 copies as two elements) and two sums; rotary embeddings; the activation and its product.
 HIDDEN_PASSES, HEAD_PASSES, INNER_PASSES = 38, 9, 5
 BACKWARD = 2.0  # elementwise work backward, in that of a forward pass
 LOGIT_BYTES = 40  # a logit: written, softmax read and written, exponentials, slope, cast
@@ -56,6 +56,7 @@ def step_time(alive: Alive, machine: Machine) -> StepTime:
         "matrix products": run.micro_steps * 3 * work.products,
         "element by element": run.micro_steps * work.elementwise,
         "computed again": run.micro_steps * work.again,
+        "tiles of the MLP": run.micro_steps * work.mlp_tiles,
         "head and loss beside its products": run.micro_steps * work.head,
         "exposed gathers and reductions": run.micro_steps * work.exposed_transfers,
         "exposed offload": run.micro_steps * work.exposed_offload,
@@ -130,6 +131,15 @@ class _Work:
         return parameters / max(layer.count for layer in self.alive.model.layers)
 
     @property
+    def mlp_tiles(self) -> float:
+        """Sums of an MLP's gradients over its tiles: each is read, and the sum read and written in float32."""
+        tile, size = self.alive.memory.mlp_tile, self.alive.run.itemsize
+        if tile is None or tile >= self._tokens:
+            return 0.0
+        tiles = -(-self._tokens // tile)
+        return self._layers * tiles * self.alive.model.mlp.trained * (size + 2 * 4) / self.rates.memory
+
+    @property
     def head(self) -> float:
         """Passes over logits, and in tiles those over the head's gradient."""
         model, tile = self.alive.model, self.alive.memory.loss_tile
@@ -147,8 +157,11 @@ class _Work:
 
     @property
     def exposed_transfers(self) -> float:
-        """What no kernel hides of gathers (forward and backward) and reductions: all of the first gather and of the last
-        reduction, and of the others what takes longer than the layer beside which they travel; and what kernels lose."""
+        """What no kernel hides of gathers (forward and backward) and reductions, and what kernels lose by the rest.
+
+        That is the first gather and the last reduction, and of the others what takes longer than the layer beside which
+        they travel.
+        """
         run, model, states = self.alive.run, self.alive.model, self.alive.states
         if run.ranks == 1:
             return 0.0

@@ -1,38 +1,42 @@
 """A choice of settings in words and tables, for people."""
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from ringattn.memory.planning.alive import Alive
 from ringattn.memory.planning.items import ITEMS, PHASES
-from ringattn.memory.planning.limits import GIB
-
-if TYPE_CHECKING:
-    from ringattn.memory.planning.choice import Choice
+from ringattn.memory.planning.limits import GIB, Limits
+from ringattn.memory.planning.settled import Alternative, Settled
+from ringattn.memory.planning.step_time import StepTime
+from ringattn.parallel.machine.machine import Machine
 
 HOST = "host"
 
 
-def render(choice: "Choice") -> str:
+def render(
+    settled: Settled, fixed: Mapping[str, Any], limits: Limits, machine: Machine, alternatives: Sequence[Alternative]
+) -> str:
     """The settings, memory by item at the peak of each phase, the time of a step by item, and the alternatives."""
-    run, model, plan = choice.plan.run, choice.plan.model, choice.plan
+    plan = settled.alive
+    run, model = plan.run, plan.model
     lines = [
-        f"{model.name}: {model.total.count / 1e9:.2f} B parameters in {len(model.layers)} layers; {run.tokens:,} tokens "
-        f"on ring {run.ring} × ulysses {run.ulysses}" + (f" × data {run.data}" if run.data > 1 else ""),
-        f"{run.compute}, {run.engine}, at most {run.local_tokens:,} tokens a rank; predicted for {choice.machine}",
+        f"{model.name}: {model.total.count / 1e9:.2f} B parameters in {len(model.layers)} layers; {run.tokens:,} "
+        f"tokens on ring {run.ring} × ulysses {run.ulysses}" + (f" × data {run.data}" if run.data > 1 else ""),
+        f"{run.compute}, {run.engine}, at most {run.local_tokens:,} tokens a rank; predicted for {machine}",
         "",
         "Settings (* asked for, the others chosen)",
-        *settings(choice.settled.values, choice.fixed),
+        *settings(settled.values, fixed),
         "",
         "GiB of a rank at the peak of each phase",
-        *memory_table(choice),
+        *memory_table(plan),
         *[f"  {phase}: {moment.name}" for phase, moment in plan.peaks.items()],
-        *limits(choice),
+        *room(plan, limits),
         "",
         "Seconds of a step",
-        *time_table(choice),
+        *time_table(settled.time),
     ]
-    if choice.alternatives:
-        lines += ["", "Instead", *alternatives(choice)]
+    if alternatives:
+        lines += ["", "Instead", *others(alternatives)]
     return "\n".join(lines)
 
 
@@ -46,9 +50,9 @@ def settings(values: Mapping[str, Any], fixed: Mapping[str, Any]) -> list[str]:
     ]
 
 
-def memory_table(choice: "Choice") -> list[str]:
+def memory_table(plan: Alive) -> list[str]:
     """A row for each item, a column for each phase and one for the host."""
-    columns = {**{phase: moment.items for phase, moment in choice.plan.peaks.items()}, HOST: choice.plan.host}
+    columns = {**{phase: moment.items for phase, moment in plan.peaks.items()}, HOST: plan.host}
     rows = [["", *PHASES, HOST]]
     for item in ITEMS:
         if any(items.get(item) for items in columns.values()):
@@ -57,9 +61,8 @@ def memory_table(choice: "Choice") -> list[str]:
     return aligned(rows)
 
 
-def limits(choice: "Choice") -> list[str]:
+def room(plan: Alive, has: Limits) -> list[str]:
     """What the machine has, and what is not of torch's allocator."""
-    has, plan = choice.limits, choice.plan
     host = has.host_room(plan.run.ranks)
     told = (
         f"  limits: {has.device_room / GIB:.1f} GiB on the GPU ({has.gpu / GIB:.0f} less {has.margin:.0%} and what is "
@@ -70,18 +73,17 @@ def limits(choice: "Choice") -> list[str]:
     return [told, *messages]
 
 
-def time_table(choice: "Choice") -> list[str]:
+def time_table(time: StepTime) -> list[str]:
     """A row for each item, and what comes of it."""
-    time = choice.time
     rows = [[name, f"{seconds:.3f}", f"{seconds / time.seconds:.1%}"] for name, seconds in time.items.items()]
     rows.append(["together", f"{time.seconds:.3f}", f"{time.tokens_per_second:,.0f} tokens/s/GPU, MFU {time.mfu:.1%}"])
     return aligned(rows, last_left=True)
 
 
-def alternatives(choice: "Choice") -> list[str]:
+def others(alternatives: Sequence[Alternative]) -> list[str]:
     """A row for each."""
     rows = [["", "GPU GiB", "host GiB", "seconds", ""]]
-    for one in choice.alternatives:
+    for one in alternatives:
         alive = one.settled.alive
         sizes = gib(alive.peak().total), gib(sum(alive.host.values()))
         rows.append([f"{one.key}={written(one.value)}", *sizes, f"{one.settled.time.seconds:.3f}", one.reason])

@@ -2,8 +2,6 @@
 
 import weakref
 from collections import Counter
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -12,7 +10,7 @@ from torch.utils._pytree import tree_leaves
 
 
 class Tracker(TorchDispatchMode):
-    """Counts the storages that operators return, from then on until they are gone. Not what is inside of an operator."""
+    """Counts the storages that operators return until they are gone. Not what is inside of an operator."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -43,11 +41,9 @@ class Tracker(TorchDispatchMode):
     def _drop(self, key: int) -> None:
         self.now -= self.alive.pop(key)[1]
 
-    @contextmanager
-    def fresh_peak(self) -> Iterator[None]:
-        """Inside, the peak is that of the inside."""
+    def begin_peak(self) -> None:
+        """From now on the peak is a new one."""
         self.peak, self.at_peak = self.now, []
-        yield
 
     def told(self) -> str:
         """What was alive at the peak, the largest first."""

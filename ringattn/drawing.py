@@ -316,3 +316,70 @@ def picture(plans: Sequence[AttentionPlan], total: int) -> str:
 
 def _indices(spans: Sequence[Range]) -> Tensor:
     return torch.cat([torch.arange(0), *(torch.arange(*span) for span in spans)])
+
+
+def draw_memory(
+    phases: Mapping[str, Mapping[str, int]],
+    host: Mapping[str, int],
+    room: float,
+    seconds: Mapping[str, float],
+    title: str,
+    path: str,
+) -> None:
+    """Writes what is alive in each phase of a step, a stacked bar each, and what a step's time is spent on.
+
+    Arguments:
+        phases: bytes by item at the peak of each phase.
+        host: bytes by item on the host.
+        room: bytes that there are on the GPU.
+        seconds: of a step, by item.
+    """
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(12, 6), dpi=110, layout="constrained")
+    FigureCanvasAgg(figure)
+    figure.suptitle(title)
+    memory, time = figure.subplots(1, 2, width_ratios=(1.7, 1))
+    bars = {**phases, **({"host": host} if host else {})}
+    sizes = {name: {item: size / 2**30 for item, size in items.items()} for name, items in bars.items()}
+    _stack(memory, sizes, "GiB", ".1f")
+    memory.axhline(room / 2**30, color="black", linestyle="--", linewidth=1)
+    memory.annotate(
+        "room on the GPU", (1, room / 2**30), xycoords=("axes fraction", "data"), xytext=(-4, 4),
+        textcoords="offset points", ha="right", fontsize=9,
+    )  # fmt: skip
+    memory.set_ylabel("GiB of a rank")
+    memory.set_ylim(0, 1.08 * max(room / 2**30, *(sum(items.values()) for items in sizes.values())))
+    _stack(time, {"a step": dict(seconds)}, "s", ".3g")
+    time.set_ylabel("seconds")
+    time.set_xlim(-0.9, 0.9)
+    figure.savefig(path)
+
+
+_NAMED = 0.04  # of the axis: a part of a bar that is as high has room for its number
+
+
+def _stack(axes: Any, bars: Mapping[str, Mapping[str, float]], unit: str, form: str) -> None:
+    """Stacked bars with a colour for each item, and their sums above."""
+    import matplotlib
+
+    items = list(dict.fromkeys(item for parts in bars.values() for item in parts))
+    colours = [matplotlib.colormaps["tab20"](2 * number % 20 + (number >= 10)) for number in range(len(items))]
+    tallest = max(sum(parts.values()) for parts in bars.values()) or 1.0
+    for place, parts in enumerate(bars.values()):
+        bottom = 0.0
+        for item, colour in zip(items, colours, strict=True):
+            size = parts.get(item, 0.0)
+            label = item if place == next(n for n, one in enumerate(bars.values()) if item in one) else None
+            axes.bar(place, size, 0.62, bottom=bottom, color=colour, edgecolor="white", linewidth=0.5, label=label)
+            if size > _NAMED * tallest:
+                axes.text(place, bottom + size / 2, f"{size:{form}}", ha="center", va="center", fontsize=8)
+            bottom += size
+        axes.text(place, bottom, f"{bottom:{form}} {unit}", ha="center", va="bottom", fontsize=10, weight="bold")
+    axes.set_xticks(range(len(bars)), list(bars))
+    handles, labels = axes.get_legend_handles_labels()
+    order = sorted(range(len(labels)), key=lambda number: -items.index(labels[number]))
+    axes.legend([handles[n] for n in order], [labels[n] for n in order], fontsize=9, frameon=False, loc="center left",
+                bbox_to_anchor=(1, 0.5))  # fmt: skip
+    axes.spines[["top", "right"]].set_visible(False)

@@ -19,12 +19,12 @@ ROOMS = (
     "parallel.mesh", "parallel.placement", "parallel.schedules", "parallel.pricing", "parallel.choice",
     "parallel.simulation", "parallel.layout", "parallel.planning", "parallel",
     "preparation", "compiled", "attention", "drawing", "",
-    "memory", "hf", "training", "benchmarking", "commands", "cli", "__main__",
+    "memory", "memory.planning", "hf", "training", "benchmarking", "commands", "cli", "__main__",
 )  # fmt: skip
 # Integers only: they are computed alike on every rank, and tested without a device.
 PURE = (
     "mask", "documents", "parallel.geometry", "parallel.plan", "parallel.placement", "parallel.schedules",
-    "parallel.pricing", "parallel.choice", "parallel.simulation",
+    "parallel.pricing", "parallel.choice", "parallel.simulation", "memory.planning",
 )  # fmt: skip
 
 

@@ -1,0 +1,259 @@
+"""What one layer keeps, and what is alive while it is computed, forward and backward.
+
+Counted are the tensors that PyTorch holds for the layers of transformers: norms that are computed in float32, rotary
+embeddings by halves, an MLP of three products. Bytes are of one rank.
+
+Legend: t local tokens, E hidden size, A and K elements of a token's queries and keys, F inner rows of the MLP, b bytes.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import accumulate
+
+from ringattn.memory.offload import ALIGNMENT, IN_FLIGHT, LEAST
+from ringattn.memory.planning.attention import AttentionUse
+from ringattn.memory.planning.items import ATTENTION, MLP, NORMS, STREAM, Items
+from ringattn.memory.planning.shapes import ModelShape
+from ringattn.memory.settings import MemorySettings
+
+WIDE = 4  # bytes of float32, in which norms and sums are computed
+
+
+@dataclass(frozen=True)
+class Layer:
+    """One layer of a model on a rank.
+
+    Arguments:
+        tokens: of the rank.
+        itemsize: bytes of an element of what is computed.
+    """
+
+    model: ModelShape
+    tokens: int
+    itemsize: int
+    memory: MemorySettings
+    attention: AttentionUse
+
+    # What stays.
+
+    @property
+    def stream(self) -> int:
+        """A hidden state: b t E."""
+        return self.tokens * self.model.hidden * self.itemsize
+
+    @cached_property
+    def tensors(self) -> tuple[int, ...]:
+        """Bytes of each tensor that the layer keeps, its input apart from the others."""
+        if self.memory.keep == "all":
+            return (self.saved,)
+        if self.memory.keep == "layer":
+            return (self.stream,)
+        kept = [self.stream, self._out, self._lse]
+        if self.memory.keep == "selective":  # the products before attention and the one after it
+            kept += [self._queries, self._keys, self._keys, self.stream]
+        return (*kept, self.attention.keys) if self.attention.keys else tuple(kept)
+
+    @property
+    def saved(self) -> int:
+        """What autograd keeps of a layer that is computed with gradients, beside its input where that is kept."""
+        return sum(self._saved_before_mlp.values()) + self._mlp_saved
+
+    # Forward.
+
+    def forward(self) -> Iterator[tuple[str, Items, bool]]:
+        """Moments of the forward pass, beside the layer's input; with each, whether what the layer keeps is there then.
+        With keep="all" that grows from moment to moment, and is part of these."""
+        t, b, m = self.tokens, self.itemsize, self.model
+        n, qkv = self.stream, self._qkv
+        grows = self.memory.keep == "all"
+        normed = {NORMS: (self._first_norms - n) * grows}
+        yield "norm", {NORMS: 2 * WIDE * t * m.hidden}, False
+        if m.head_norms:
+            yield "norm of queries", {STREAM: n, ATTENTION: (b + 2 * WIDE) * t * m.query_width}, False
+        yield "rotary embedding", _plus(normed, {STREAM: n, ATTENTION: qkv + 3 * b * t * m.query_width}), False
+        held = qkv + self._out + self._lse
+        yield "attention", _plus(normed, {STREAM: n, ATTENTION: held + self.attention.forward}), False
+        yield "product after attention", _plus(normed, {STREAM: 2 * n, ATTENTION: held}), False
+        attended = {NORMS: self._first_norms * grows, ATTENTION: self._saved_before_mlp[ATTENTION] * grows}
+        yield "norm before the MLP", _plus(attended, {STREAM: n, NORMS: 2 * WIDE * t * m.hidden}), True
+        if not grows:
+            yield "MLP", {STREAM: 2 * n, MLP: self._mlp_forward}, True
+            return
+        copies = 0 if b == WIDE else n  # in float32 the norm has kept its input
+        yield "MLP", _plus(self._saved_before_mlp, {STREAM: copies, MLP: self._mlp_forward}), True
+        yield "sum after the MLP", _plus(self._saved_before_mlp, {STREAM: copies + 2 * n, MLP: self._mlp_saved}), True
+
+    @property
+    def _mlp_forward(self) -> int:
+        """The activation, the other product, and theirs; in tiles also the output of all and of one."""
+        rows = (3 if self.model.gated else 2) * self.itemsize * self._tile * self.model.inner
+        return rows + self._tiled * (self.stream + self._tile * self.model.hidden * self.itemsize)
+
+    # Backward.
+
+    def backward(self) -> Iterator[tuple[str, Items, float]]:
+        """Moments of the backward pass, beside the layer's input and the gradient of its output; with each the share of
+        the layer's weights whose gradients are there."""
+        m, before = self.model, self._saved_before_mlp
+        done = m.mlp.count / m.largest_layer.count
+        yield "MLP", _plus(before, {MLP: self._mlp_backward}), 0.0 if self._tiled else done / (3 if m.gated else 2)
+        wide = 5 * WIDE * self.tokens * m.hidden  # three gradients, a factor and a product
+        attended = {ATTENTION: before[ATTENTION], NORMS: self._first_norms + self._norm_copy}
+        yield "norm before the MLP", _plus(attended, {NORMS: wide}), done
+        computed = self._attended + self._out + self.attention.backward
+        yield "attention", {NORMS: self._first_norms, ATTENTION: computed}, done + (1.0 - done) / 3
+
+    @property
+    def tile_grads(self) -> int:
+        """Of an MLP in tiles: sums of gradients in float32, the gradients of a tile, and the first one of the next."""
+        products = 3 if self.model.gated else 2
+        return self._tiled * self.model.mlp.trained * (WIDE * products + self.itemsize * (products + 1)) // products
+
+    @property
+    def _mlp_backward(self) -> int:
+        """Backward of the product of two: both factors and the input of one, its gradient and theirs."""
+        rows = (6 if self.model.gated else 4) * self.itemsize * self._tile * self.model.inner
+        return rows + self._tiled * (self.stream + self._tile * self.model.hidden * self.itemsize)
+
+    # Parts.
+
+    @property
+    def _tile(self) -> int:
+        """Tokens of a tile of the MLP."""
+        return min(self.tokens, self.memory.mlp_tile or self.tokens)
+
+    @property
+    def _tiled(self) -> bool:
+        return self._tile < self.tokens
+
+    @property
+    def _queries(self) -> int:
+        return self.tokens * self.model.query_width * self.itemsize
+
+    @property
+    def _keys(self) -> int:
+        return self.tokens * self.model.key_width * self.itemsize
+
+    @property
+    def _qkv(self) -> int:
+        return self._queries + 2 * self._keys
+
+    @property
+    def _out(self) -> int:
+        return self._queries
+
+    @property
+    def _lse(self) -> int:
+        return self.tokens * self.model.query_heads * WIDE
+
+    @property
+    def _attended(self) -> int:
+        """What attention's backward pass needs of its forward pass."""
+        return self._qkv + self._out + self._lse + self.attention.keys
+
+    @property
+    def _norm_copy(self) -> int:
+        """The input of a norm in float32, which its gradient needs."""
+        return self.tokens * self.model.hidden * WIDE
+
+    @property
+    def _norm_saved(self) -> int:
+        """That, what is multiplied by the weight, and the result."""
+        return self._norm_copy + 2 * self.stream
+
+    @property
+    def _first_norms(self) -> int:
+        """Of the first norm, and of those of heads. A float32 copy of what is float32 is the layer's input itself."""
+        heads = self.model.query_width + self.model.key_width if self.model.head_norms else 0
+        own = self.tokens * heads * (WIDE + self.itemsize)
+        kept = self.itemsize == WIDE and self.memory.keep != "all"
+        return self._norm_saved - kept * self._norm_copy + own
+
+    @property
+    def _saved_before_mlp(self) -> dict[str, int]:
+        again = self._out if self.attention.exchanged else 0  # the product after attention keeps the local one
+        return {NORMS: self._first_norms + self._norm_saved, ATTENTION: self._attended + again}
+
+    @property
+    def _mlp_saved(self) -> int:
+        """Both products, the activation and the product of both; in tiles nothing but the norm's result."""
+        return 0 if self._tiled else (4 if self.model.gated else 2) * self.itemsize * self.tokens * self.model.inner
+
+
+@dataclass(frozen=True)
+class Layers:
+    """All layers one after another: what they keep, and where."""
+
+    layer: Layer
+
+    @property
+    def count(self) -> int:
+        return len(self.layer.model.layers)
+
+    @property
+    def away(self) -> int:
+        """Layers, from the first one, whose share is on the host."""
+        return min(self.layer.memory.host_layers, self.count)
+
+    @property
+    def host_bytes(self) -> int:
+        """Pinned memory for what they keep, each tensor from where the stack of it aligns."""
+        return sum(
+            -(-size // ALIGNMENT) * ALIGNMENT
+            for number in range(self.away)
+            for size in self._tensors(number)
+            if size >= LEAST
+        )
+
+    def kept(self, first: int) -> int:
+        """Bytes on the device of what the first layers keep."""
+        return self._kept[first]
+
+    @cached_property
+    def _kept(self) -> list[int]:
+        sizes = (
+            sum(size for size in self._tensors(number) if number >= self.away or size < LEAST)
+            for number in range(self.count)
+        )
+        return [0, *accumulate(sizes)]
+
+    def in_flight(self, number: int) -> int:
+        """Bytes on the device of what came back from the host while a layer goes backward: its own, and the first of
+        the layer before."""
+        if number >= self.away:
+            return sum(self._tensors(number - 1)[:1]) if 0 < number == self.away else 0
+        own = [size for size in self._tensors(number) if size >= LEAST]
+        return sum(own) + sum(self._tensors(number - 1)[:1]) if number else sum(own)
+
+    def leaving(self, number: int, attended: bool) -> int:
+        """Bytes of the last tensors on their way to the host while a layer is computed forward, without its own input
+        and the model's. Nobody frees those of the last layer that goes there before the backward pass.
+
+        Arguments:
+            attended: the layer's attention is over.
+        """
+        sent = [
+            (layer, place, size)
+            for layer in range(max(0, min(number, self.away - 1) - IN_FLIGHT), min(number + 1, self.away))
+            for place, size in enumerate(self._tensors(layer))
+            if size >= LEAST and (attended or layer < number or not place)
+        ]
+        return sum(
+            size
+            for layer, place, size in sent[len(sent) - min(IN_FLIGHT, len(sent)) :]
+            if place or layer not in (0, number)
+        )
+
+    def between(self, number: int) -> int:
+        """Inputs of the layers of a chain that were computed again, and are there while a layer goes backward."""
+        every = self.layer.memory.every
+        return (number % every) * self.layer.stream
+
+    def _tensors(self, number: int) -> tuple[int, ...]:
+        every = self.layer.memory.every
+        return self.layer.tensors if number % every == 0 else self.layer.tensors[1:]
+
+
+def _plus(a: Items, b: Items) -> dict[str, int]:
+    return {name: a.get(name, 0) + b.get(name, 0) for name in {**a, **b}}

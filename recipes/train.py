@@ -27,6 +27,10 @@ def main(cfg: DictConfig) -> None:
         job = prepare(cfg, current(), chosen_by_user(cfg))
     except (ValueError, OmegaConfBaseException) as error:
         refuse(error)
+    if job.cfg.run.plan_only:
+        if job.launch.rank == 0:
+            print(job.plan.text())
+        return
     # Imported late: a refusal must not wait for torch.distributed and transformers.
     from ringattn.training.loop import train
 

@@ -162,7 +162,7 @@ def _before_forward(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -
     _take_loss(handle)
     model.loss_function.expect()
     if handle.memory is not None:
-        check_checkpoints(model, handle.memory)
+        check_checkpoints(handle.memory)
     handle.calls.clear()
     if not handle.verified:
         handle._called.clear()

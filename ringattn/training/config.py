@@ -60,7 +60,7 @@ NUMBERS: dict[str, tuple[float, float]] = {
     "optim.eps": (0.0, math.inf),
     "optim.clip": (0.0, math.inf),
 }
-SWITCHES = ("data.pad", "parallel.ulysses_across_nodes", "run.tensorboard")
+SWITCHES = ("data.pad", "parallel.ulysses_across_nodes", "run.plan_only", "run.tensorboard")
 TEXTS = ("model.name", "model.family", "model.path", "run.output")
 # Keys that only one option of their group has.
 OF_TEXT = ("data.files", "data.text_field", "data.tokenizer", "data.add_eos", "data.cache")

@@ -17,6 +17,7 @@ from ringattn.training.data.files import matching_files
 from ringattn.training.data.tokenizer import BYTE_VOCABULARY, BYTES, has_tokenizer, load_tokenizer
 from ringattn.training.fitness import check_attention, check_head_chunks
 from ringattn.training.launched import Launch, pick_device
+from ringattn.training.memory_plan import MemoryPlan, plan_memory, values_of
 from ringattn.training.output import check_output
 from ringattn.training.pretrained import load_weights
 from ringattn.training.resume import check_resume
@@ -33,7 +34,7 @@ class Job:
         output: the run's folder.
         corpus: its documents.
         model_config: its transformers configuration.
-        memory, states: what is done about memory.
+        plan: what is done about memory, and what it takes.
         resume: newest complete checkpoint and the state to go on from, or None for a first start.
         notes: what the user should know about what was decided for them.
     """
@@ -44,8 +45,7 @@ class Job:
     output: Path
     corpus: Corpus
     model_config: Any
-    memory: MemorySettings
-    states: StateSettings
+    plan: MemoryPlan
     resume: tuple[Path, TrainState] | None
     notes: tuple[str, ...] = ()
 
@@ -74,12 +74,14 @@ def prepare(cfg: DictConfig, launch: Launch, chosen: Collection[str] | None = No
     config, notes = _model(resolved)
     empty = check_attention(config)
     check_head_chunks(cfg, shape, config)
+    plan = plan_memory(resolved, config, empty, shape, launch, device)
+    resolved.memory.update(values_of(plan))
     corpus = load_corpus(resolved, config, output)
     check_positions(resolved, config, corpus)
     if found is not None:
         state, said = check_resume(resolved, output, found[1], launch, corpus, config, empty)
         found, notes = (found[0], state), notes + said
-    return Job(resolved, launch, device, output, corpus, config, found, tuple(notes))
+    return Job(resolved, launch, device, output, corpus, config, plan, found, (*notes, plan.note))
 
 
 def _model(cfg: DictConfig) -> tuple[Any, list[str]]:

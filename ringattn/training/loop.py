@@ -5,7 +5,7 @@ import signal
 import time
 import warnings
 from types import FrameType
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -27,7 +27,6 @@ from ringattn.training.flops import StepFlops, peak_flops
 from ringattn.training.grouping import DocumentCost, GroupedPacker, GroupedPosition
 from ringattn.training.job import Job
 from ringattn.training.loss import brought
-from ringattn.training.memory import state_settings
 from ringattn.training.metrics import StepMetrics, StepSeconds, peak_memory_gib
 from ringattn.training.models import build_model, empty_model
 from ringattn.training.output import write_config
@@ -86,6 +85,7 @@ class Trainer:
             ulysses_across_nodes=parallel.ulysses_across_nodes,
         )
         self.world_size = dist.get_world_size()
+        _same_plan_everywhere(job)
         self.schedule = Schedule(
             cfg.optim.lr, round(cfg.optim.warmup_ratio * cfg.run.steps), cfg.run.steps, cfg.optim.min_ratio
         )
@@ -93,7 +93,7 @@ class Trainer:
         _seed(cfg.run.seed, dist.get_rank())
         self.engine: Engine = build_engine(cfg.engine.name, self.mesh, self._engine_options())
         memory = CudaMemory(job.device) if job.device.type == "cuda" else None
-        self.memory = MemoryWatch(memory, job.output, dist.get_rank())
+        self.memory = MemoryWatch(memory, job.output, dist.get_rank(), job.plan.items, job.plan.advice)
         self.step, self.tokens, self.position = 0, 0, Position().state_dict()
         if job.resume is not None:
             self._resume()
@@ -112,7 +112,7 @@ class Trainer:
             clip=cfg.optim.clip,
             micro_steps=cfg.data.packs_per_step // self.mesh.data,
             zero_stage=cfg.engine.get("zero_stage", 0),
-            states=state_settings(cfg),
+            states=job.plan.states,
         )
 
     def _attach(self, model: nn.Module) -> None:
@@ -123,7 +123,7 @@ class Trainer:
         parallelize(
             model,
             self.mesh,
-            self.job.memory,
+            self.job.plan.memory,
             scheme=parallel.scheme,
             backend=parallel.backend,
             head_chunks=parallel.head_chunks,
@@ -269,6 +269,18 @@ def _same_checkpoint_everywhere(job: Job) -> None:
         raise RuntimeError(
             f"run.output={job.output} must be on a file system that all machines share; "
             f"newest checkpoint by rank: {steps}"
+        )
+
+
+def _same_plan_everywhere(job: Job) -> None:
+    """Raises RuntimeError on every rank if their machines have different memories, for which they planned apart."""
+    plans: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(plans, (job.plan.memory, job.plan.states))
+    other = next((rank for rank, plan in enumerate(plans) if plan != plans[0]), None)
+    if other is not None:
+        raise RuntimeError(
+            f"memory is planned apart on ranks 0 and {other}, whose machines differ: {plans[0]} and {plans[other]}; "
+            "give memory.gpu_memory and memory.host_memory, those of the smallest"
         )
 
 

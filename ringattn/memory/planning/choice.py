@@ -129,6 +129,23 @@ class Planner:
         fitting = (found for way in ways if (found := self._fitting(way, fixed)) is not None)
         return next(fitting, None) or min(ways, key=lambda way: way.alive.peak().total)
 
+    def smaller(self, settled: Settled, room: float) -> tuple[str, Any, Settled] | None:
+        """Of all single changes that leave at most `room` bytes alive the fastest, with its key and value; without one
+        that does, the one that takes least, if it takes less than `settled` does."""
+        base = {key: value for key, value in settled.values.items() if key != "host_bytes"}
+        ways = [
+            (key, value, self.settled({**base, key: value}))
+            for key, tried in (*TRIED.items(), ("host_layers", (len(self.model.layers),)))
+            for value in tried
+            if value != base[key] and _sensible({**base, key: value}, {})
+            if not (base["host_layers"] or key == "host_layers") or {**base, key: value}["keep"] != "all"
+        ]
+        fitting = [way for way in ways if way[2].alive.peak().total <= room]
+        if fitting:
+            return min(fitting, key=lambda way: way[2].time.seconds)
+        least = min(ways, key=lambda way: way[2].alive.peak().total)
+        return least if least[2].alive.peak().total < settled.alive.peak().total else None
+
     def _settled_ways(self, fixed: Mapping[str, Any], tried: Mapping[str, tuple[Any, ...]]) -> Iterator[Settled]:
         for values in self._ways(fixed, tried):
             yield self.settled({**values, "host_layers": fixed.get("host_layers", 0)})

@@ -1,0 +1,188 @@
+"""What a run does about memory: what the user left open is decided from shapes, before anything is built.
+
+Every rank decides for itself, from integers that are the same on machines of one kind; `Trainer` compares.
+"""
+
+from collections.abc import Collection
+from dataclasses import dataclass, fields
+from typing import Any
+
+import torch
+from omegaconf import DictConfig
+from torch import nn
+
+from ringattn.hf.head import TiledHead
+from ringattn.hf.layers import mlps_of
+from ringattn.memory.host import host_memory
+from ringattn.memory.planning.choice import Choice, Planner, plan_run
+from ringattn.memory.planning.limits import GIB, OUTSIDE, Limits
+from ringattn.memory.planning.settled import Settled
+from ringattn.memory.planning.shapes import ModelShape, RunShape
+from ringattn.memory.settings import MemorySettings, StateSettings
+from ringattn.parallel.machine.shipped import local_machine
+from ringattn.parallel.mesh.shape import MeshShape
+from ringattn.training.engines.deepspeed import why_no_cpu_adam
+from ringattn.training.launched import Launch
+from ringattn.training.memory import AUTO, OF_STATES, OF_STEP, state_settings, step_settings
+
+
+@dataclass(frozen=True)
+class MemoryPlan:
+    """What is done about memory, and what it takes.
+
+    Arguments:
+        settled: the plan of it; None for a model that the planner cannot read.
+        choice: why the settings are these and not others, where some were left open.
+        limits: what it has to fit.
+        note: for people.
+    """
+
+    memory: MemorySettings
+    states: StateSettings
+    settled: Settled | None
+    choice: Choice | None
+    limits: Limits
+    note: str
+
+    def text(self) -> str:
+        """The whole plan, for people."""
+        return self.note if self.choice is None else self.choice.text()
+
+    @property
+    def items(self) -> dict[str, int]:
+        """Bytes on the device by item at the fullest moment; empty if they are not known."""
+        return {} if self.settled is None else dict(self.settled.alive.peak().items)
+
+    def advice(self, asked: int) -> str:
+        """What to change after memory ran out: of the settings not taken, the fastest that takes less.
+
+        Arguments:
+            asked: bytes that were wanted in vain.
+        """
+        if self.settled is None:
+            return "memory.loss_tile, memory.mlp_tile, then memory.keep=attention, then memory.keep=layer"
+        room = self.settled.alive.peak().total - asked
+        planner = Planner(
+            self.settled.alive.model, self.settled.alive.run, self.limits, local_machine("cuda")
+        )  # fmt: skip
+        found = planner.smaller(self.settled, room)
+        if found is None:
+            return "shorter packs (data.seq_len), or more GPUs: memory's settings are at their least"
+        key, value, other = found
+        saved = self.settled.alive.peak().total - other.alive.peak().total
+        return f"memory.{key}={value} (saves {saved / GIB:.2f} GiB by plan), or memory.margin higher with memory=auto"
+
+
+def plan_memory(
+    cfg: DictConfig, config: Any, empty: nn.Module, shape: MeshShape, launch: Launch, device: torch.device
+) -> MemoryPlan:
+    """The settings of a resolved configuration.
+
+    Arguments:
+        config, empty: of the model, and it without weights.
+
+    Raises ValueError, naming keys, if what is left open cannot be settled so that it fits.
+    """
+    limits = limits_of(cfg, launch, device)
+    given = {name: cfg.memory[name] for name in (*OF_STEP, *OF_STATES)}
+    free = [name for name, value in given.items() if value == AUTO]
+    fixed = {name: value for name, value in given.items() if value != AUTO} | _impossible(cfg, empty, free, device)
+    try:
+        model = ModelShape.of(empty, config, str(cfg.model.name))
+    except NotImplementedError as error:
+        return _unplanned(cfg, limits, free, str(error))
+    run = run_shape(cfg, shape, device)
+    machine = local_machine(device.type)
+    if free:
+        choice = plan_run(model, run, fixed, limits, machine)
+        settled, said = choice.settled, f"memory=auto chose {_told(choice.settled, free)}; "
+    else:
+        choice, settled = None, Planner(model, run, limits, machine).settled(fixed)
+        said = ""
+    peak = settled.alive.peak()
+    note = f"{said}planned: {peak.total / GIB:.2f} GiB of {limits.device_room / GIB:.1f} a rank (at {peak.name})"
+    if away := sum(settled.alive.host.values()):
+        note += f", {away / GIB:.2f} GiB of the host"
+    if settled.lacking:
+        note = f"warning: memory will run out, by plan it needs {settled.lacking}; memory=auto finds what fits"
+    return MemoryPlan(settled.memory, settled.states, settled, choice, limits, note)
+
+
+def limits_of(cfg: DictConfig, launch: Launch, device: torch.device) -> Limits:
+    """What `memory.gpu_memory`, `memory.host_memory` and `memory.margin` say, or the machine does."""
+    host, ranks = host_memory().total, launch.ranks_per_node
+    if cfg.memory.host_memory is not None:
+        host = round(cfg.memory.host_memory * GIB)
+    if cfg.memory.gpu_memory is not None:
+        gpu = cfg.memory.gpu_memory * GIB
+    elif device.type == "cuda":
+        gpu = torch.cuda.get_device_properties(device).total_memory
+    else:  # then ranks compute in the host's memory
+        gpu = (host or 2**50) / ranks
+    outside = OUTSIDE if device.type == "cuda" else 0
+    return Limits(gpu, host, ranks, cfg.memory.margin, outside)
+
+
+def run_shape(cfg: DictConfig, shape: MeshShape, device: torch.device) -> RunShape:
+    """A run's numbers: its longest pack is one document, the dearest that there is."""
+    return RunShape(
+        tokens=cfg.data.seq_len,
+        ring=shape.ring,
+        ulysses=shape.ulysses,
+        data=shape.data,
+        compute=cfg.run.dtype,
+        engine=cfg.engine.name,
+        zero_stage=cfg.engine.get("zero_stage", 3),
+        micro_steps=max(1, cfg.data.packs_per_step // shape.data),
+        policy=cfg.parallel.policy,
+        head_chunks=cfg.parallel.head_chunks or 1,
+        kernel_sums=device.type == "cuda",
+    )
+
+
+def _impossible(cfg: DictConfig, empty: nn.Module, free: Collection[str], device: torch.device) -> dict[str, Any]:
+    """Fields that are open, but have only one value for this model and engine."""
+    out: dict[str, Any] = {}
+    if "loss_tile" in free:
+        try:
+            TiledHead(empty).undo()
+        except NotImplementedError:
+            out["loss_tile"] = None
+    if "mlp_tile" in free:
+        try:
+            mlps_of(empty)
+        except NotImplementedError:
+            out["mlp_tile"] = None
+    if cfg.engine.name == "deepspeed":
+        plain = StateSettings()
+        out |= {name: getattr(plain, name) for name in ("reshard", "prefetch") if name in free}
+        if "states_on" in free and why_no_cpu_adam(device.type) is not None:
+            out["states_on"] = "device"
+    return out
+
+
+def _unplanned(cfg: DictConfig, limits: Limits, free: Collection[str], reason: str) -> MemoryPlan:
+    """The records' own values where keys are open.
+
+    Raises ValueError for layers on the host, whose bytes nobody knows.
+    """
+    if cfg.memory.host_layers not in (0, AUTO):
+        raise ValueError(f"memory.host_layers={cfg.memory.host_layers} cannot be planned: {reason}")
+    said = f"; {', '.join(f'memory.{name}' for name in free)} are as with memory=off" if free else ""
+    note = f"warning: memory cannot be planned for this model ({reason}){said}"
+    return MemoryPlan(step_settings(cfg), state_settings(cfg), None, None, limits, note)
+
+
+def _told(settled: Settled, free: Collection[str]) -> str:
+    return ", ".join(f"{name}={_word(settled.values[name])}" for name in free)
+
+
+def _word(value: Any) -> str:
+    return "null" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
+
+
+def values_of(plan: MemoryPlan) -> dict[str, Any]:
+    """The keys of the configuration's group that the plan settles."""
+    names = {one.name for kind in (MemorySettings, StateSettings) for one in fields(kind)} - {"host_bytes"}
+    both = (plan.memory, plan.states)
+    return {name: getattr(part, name) for part in both for name in names if hasattr(part, name)}

@@ -30,7 +30,10 @@ SIZES = {
 TOKENS, WORLD = 23, 2
 ENGINES = [
     ("fsdp2", 0),
-    *(pytest.param("deepspeed", stage, marks=pytest.mark.skipif(not available(), reason="no deepspeed")) for stage in (1, 2, 3)),
+    *(
+        pytest.param("deepspeed", stage, marks=pytest.mark.skipif(not available(), reason="no deepspeed"))
+        for stage in (1, 2, 3)
+    ),
 ]
 
 

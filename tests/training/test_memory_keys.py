@@ -32,7 +32,13 @@ def test_keys_reach_the_records(tmp_path, monkeypatch):
     given += ["moments=int8", "reduce=bfloat16", "states_on=host", "reshard=false", "prefetch=0"]
     cfg = prepared(f"run.output={tmp_path}", *(f"memory.{one}" for one in given)).cfg
     found = step_settings(cfg)
-    assert (found.loss_tile, found.mlp_tile, found.keep, found.every, found.host_layers) == (512, 1024, "attention", 2, 1)
+    assert (found.loss_tile, found.mlp_tile, found.keep, found.every, found.host_layers) == (
+        512,
+        1024,
+        "attention",
+        2,
+        1,
+    )
     assert state_settings(cfg) == StateSettings("bfloat16", "int8", "bfloat16", "host", False, 0)
 
 
@@ -67,7 +73,7 @@ def test_refusals_name_the_key(overrides, words, tmp_path, monkeypatch):
     monkeypatch.setattr("ringattn.training.config.deepspeed_available", lambda: True)
     monkeypatch.setattr(memory, "why_no_cpu_adam", lambda device_type: "no compiler")
     overrides = [one if "tiles" not in one else f"+{one}" for one in overrides]
-    with pytest.raises(ValueError) as error:
+    with pytest.raises(ValueError, match="memory") as error:
         prepared(f"run.output={tmp_path}", *overrides)
     assert all(word in str(error.value) for word in words), error.value
 
@@ -79,7 +85,9 @@ def test_a_missing_package_is_named(tmp_path, monkeypatch):
 
 
 def test_what_changes_the_curve():
-    old = {"memory": {"weights": "float32", "moments": "float32", "reduce": "float32", "loss_tile": None, "prefetch": 1}}
+    old = {
+        "memory": {"weights": "float32", "moments": "float32", "reduce": "float32", "loss_tile": None, "prefetch": 1}
+    }
     new = {"memory": {"weights": "float32", "moments": "int8", "reduce": "float32", "loss_tile": 512, "prefetch": 0}}
     assert curve_differences(old, new) == [("memory.moments", "float32", "int8")]
     assert curve_differences({}, old) == []  # a run from before there were these keys

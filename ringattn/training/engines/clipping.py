@@ -13,8 +13,8 @@ def clip_sharded(
 ) -> Tensor:
     """Scales gradients so that their global norm is at most `limit`; returns the norm before, a scalar on `device`.
 
-    torch's own `clip_grad_norm_` would reduce the norm where the gradients are; on the host NCCL cannot. Here every rank
-    computes that of its shards where they are, in float32 at least, and one number travels from `device` to `device`.
+    torch's own `clip_grad_norm_` would reduce the norm where the gradients are; on the host NCCL cannot. Here every
+    rank computes that of its shards where they are, in float32 at least, and one number is added up on `device`.
     Nothing waits for the device where gradients are on it.
 
     Arguments:

@@ -25,8 +25,9 @@ def available() -> bool:
 
 
 class DeepSpeedEngine:
-    """torch's AdamW (DeepSpeed's own where states are on the host) under ZeRO: bf16 with float32 master weights on GPUs,
-    float32 on the CPU.
+    """AdamW under ZeRO: torch's, or DeepSpeed's where states are on the host.
+
+    It computes in bf16 with float32 master weights on GPUs, in float32 on the CPU.
 
     DeepSpeed makes the master weights from weights that it has rounded to bf16, FSDP2 from those of the model: in bf16
     the two curves part by about 0.2 % at the second step. In float32 they are the same.
@@ -133,15 +134,19 @@ def _zero(options: EngineOptions, layer: int) -> dict[str, Any]:
 
 
 def why_no_cpu_adam(device_type: str) -> str | None:
-    """Why DeepSpeed's AdamW for the host cannot be had here, or None. Its C++ is compiled at the first call on a machine,
-    which takes a minute or two."""
+    """Why DeepSpeed's AdamW for the host cannot be had here, or None.
+
+    Its C++ is compiled at the first call on a machine, which takes a minute or two.
+    """
     _import_deepspeed(torch.device(device_type))
     from deepspeed.ops.op_builder import CPUAdamBuilder
 
     try:
         CPUAdamBuilder().load(verbose=False)
     except Exception as error:  # compilers fail in many ways
-        return f"DeepSpeed's CPU Adam cannot be built here ({type(error).__name__}: {str(error).strip().splitlines()[0]})"
+        return (
+            f"DeepSpeed's CPU Adam cannot be built here ({type(error).__name__}: {str(error).strip().splitlines()[0]})"
+        )
     return None
 
 

@@ -42,9 +42,7 @@ class FSDP2Engine:
         _hold_weights_in(self.model, states)
         if options.checkpoint_layers:
             checkpoint_layers(self.model)
-        shard_groups(
-            self.model, states, mesh=self._mesh, mp_policy=_precision(options), offload_policy=_place(options)
-        )
+        shard_groups(self.model, states, mesh=self._mesh, mp_policy=_precision(options), offload_policy=_place(options))
         self.model.to_empty(device=options.device if states.states_on == "device" else "cpu")
         _broadcast_weights(self.model, options)
         self.model.train()

@@ -1,7 +1,7 @@
 """The contract of an engine, and the one place that picks one by name."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -41,7 +41,7 @@ class EngineOptions:
     checkpoint_layers: bool
     micro_steps: int
     zero_stage: int
-    states: StateSettings = StateSettings()
+    states: StateSettings = field(default_factory=StateSettings)
 
 
 class Engine(Protocol):

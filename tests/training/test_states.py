@@ -40,7 +40,7 @@ def options_of(mesh: SequenceMesh, states: StateSettings, tied: bool = False, **
         "config": config,
         "load": partial(build_model, config, 0),
         "attach": lambda model: parallelize(model, mesh),
-        "device": torch.device("cpu"),
+        "device": mesh.device,
         "dtype": torch.float32,
         "weight_decay": 0.1,
         "betas": (0.9, 0.95),
@@ -60,9 +60,10 @@ def train(engine: Engine, mesh: SequenceMesh, first: int, last: int, rate: float
     for step in range(first, last):
         layout = Layout(DOCS, mesh)
         ids = torch.randint(0, 64, (DOCS.total,), generator=torch.Generator().manual_seed(step))
-        local = layout.shard(ids)[None]
+        local = layout.shard(ids)[None].to(mesh.device)
+        positions = layout.position_ids(mesh.device)[None]
         logits = engine.model(
-            input_ids=local, position_ids=layout.position_ids()[None], use_cache=False, **attention_kwargs(layout)
+            input_ids=local, position_ids=positions, use_cache=False, **attention_kwargs(layout)
         ).logits[0]
         loss = token_loss_sum(logits, local[0])
         engine.backward(backward_loss(loss, DOCS.total, mesh.sequence_size))

@@ -275,6 +275,13 @@ def test_deepspeed_computes_on_the_host(pool: Pools, tmp_path: Path, stage: int)
     assert flat(after[0]) == pytest.approx(flat(expected[3:]), rel=1e-5)
 
 
+@needs_deepspeed
+@pytest.mark.parametrize("settings", [StateSettings(weights="bfloat16"), StateSettings(prefetch=0)], ids=str)
+def test_deepspeed_refuses_what_it_cannot_do(pool: Pools, settings: StateSettings) -> None:
+    with pytest.raises(ValueError, match=r"weights=bfloat16 is not for|prefetch=0 is about"):
+        pool(1).run(curve, 1, settings, engine="deepspeed", zero_stage=2)
+
+
 def reason_without_compiler() -> str | None:
     os.environ.setdefault("DS_ACCELERATOR", "cpu")
     from deepspeed.ops.op_builder import CPUAdamBuilder

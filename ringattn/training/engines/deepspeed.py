@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from ringattn.memory.settings import StateSettings
 from ringattn.memory.tiled_rows import tiled_modules
 from ringattn.parallel.mesh.mesh import SequenceMesh
 from ringattn.training.engines.interface import EngineOptions
@@ -37,6 +38,8 @@ class DeepSpeedEngine:
     """
 
     def __init__(self, mesh: SequenceMesh, options: EngineOptions) -> None:
+        if (reason := why_not(options.states, options.zero_stage)) is not None:
+            raise ValueError(reason)
         deepspeed = _import_deepspeed(options.device)
         model = options.load()
         self.num_parameters = sum(p.numel() for p in model.parameters())
@@ -131,6 +134,28 @@ def _zero(options: EngineOptions, layer: int) -> dict[str, Any]:
         if states.states_on == "host":
             config["offload_param"] = host
     return config
+
+
+def why_not(states: StateSettings, stage: int) -> str | None:
+    """Which of the states DeepSpeed cannot do at a stage, and why, or None."""
+    if states.weights != "float32":
+        return (
+            f"weights={states.weights} is not for engine=deepspeed, which rounds to the nearest, so that small updates "
+            "are lost; use engine=fsdp2"
+        )
+    if states.moments != "float32":
+        return (
+            f"moments={states.moments} is not for engine=deepspeed, whose flat partitions do not fit torchao's blocks; "
+            "use engine=fsdp2"
+        )
+    for name, usual in (("reshard", True), ("prefetch", 1)):
+        value = getattr(states, name)
+        if stage != 3 and value != usual:
+            return (
+                f"{name}={value} is about weights that are gathered, and with engine.zero_stage={stage} every rank "
+                "holds them whole; use engine.zero_stage=3 or engine=fsdp2"
+            )
+    return None
 
 
 def why_no_cpu_adam(device_type: str) -> str | None:

@@ -26,7 +26,7 @@ class EngineOptions:
         checkpoint_layers: compute decoder layers again in the backward pass.
         micro_steps: backward calls per step.
         zero_stage: DeepSpeed's stage, 1 to 3.
-        states: what lives between steps. `ringattn.training.memory.check_states` says what an engine cannot do.
+        states: what lives between steps. An engine raises ValueError for what it cannot do.
     """
 
     config: Any

@@ -4,5 +4,5 @@ set -euo pipefail
 
 # shellcheck source=launch/setup.sh
 source "$(dirname "${BASH_SOURCE[0]}")/setup.sh"
-set_up "train dev hf" deepspeed
+set_up "train dev hf memory" deepspeed
 exec "$python" -m pytest "$@"

@@ -116,8 +116,8 @@ class TiledModule:
 def tiled_modules(model: nn.Module) -> list[nn.Module]:
     """Parts of a model whose forward pass is tiled.
 
-    An engine that gathers weights by module must do so once for each of these as a whole: in the backward pass its own
-    parts are run, and hooks on them come too late.
+    An engine that gathers weights by module must do so once for each of these as a whole: within its backward pass the
+    parts of it run again, and hooks on them would let weights go between the tiles.
     """
     return [module for module in model.modules() if isinstance(module.__dict__.get("forward"), TiledModule)]
 

@@ -8,7 +8,7 @@ from typing import Any
 from omegaconf import DictConfig
 
 from ringattn.memory.settings import MemorySettings, StateSettings
-from ringattn.training.engines.deepspeed import why_no_cpu_adam
+from ringattn.training.engines.deepspeed import why_no_cpu_adam, why_not
 from ringattn.training.engines.optimizers import why_no_optimizer
 
 AUTO = "auto"
@@ -61,28 +61,9 @@ def check_memory(cfg: DictConfig, device_type: str) -> None:
         if (reason := why_no_optimizer(states)) is not None:
             raise ValueError(f"memory.weights={states.weights} memory.moments={states.moments}: {reason}")
         return
-    _check_deepspeed(states, cfg.engine.zero_stage, device_type)
-
-
-def _check_deepspeed(states: StateSettings, stage: int, device_type: str) -> None:
-    if states.weights != "float32":
-        raise ValueError(
-            f"memory.weights={states.weights} is not for engine=deepspeed, which rounds to the nearest, so that small "
-            "updates are lost; use engine=fsdp2"
-        )
-    if states.moments != "float32":
-        raise ValueError(
-            f"memory.moments={states.moments} is not for engine=deepspeed, whose flat partitions do not fit torchao's "
-            "blocks; use engine=fsdp2"
-        )
-    plain = StateSettings()
-    for name in ("reshard", "prefetch"):
-        value = getattr(states, name)
-        if stage != 3 and value != getattr(plain, name):
-            raise ValueError(
-                f"memory.{name}={value} is about weights that are gathered, and with engine.zero_stage={stage} every "
-                "rank holds them whole; use engine.zero_stage=3 or engine=fsdp2"
-            )
+    stage = cfg.engine.zero_stage
+    if (reason := why_not(states, stage)) is not None:
+        raise ValueError(f"memory.{reason}")
     if states.states_on == "host" and (reason := why_no_cpu_adam(device_type)) is not None:
         raise ValueError(f"memory.states_on=host: {reason}; use memory.states_on=device or engine=fsdp2")
 

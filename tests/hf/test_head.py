@@ -78,6 +78,34 @@ def test_looking_at_the_head_leaves_the_model_as_it_was():
     assert (dict(model.__dict__), dict(model._modules), dict(model.lm_head.__dict__)) == before
 
 
+def test_engines_may_put_a_node_of_theirs_behind_the_head():
+    """As DeepSpeed does around each module at stage 3."""
+
+    class Node(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x):
+            return x.detach()
+
+        @staticmethod
+        def backward(ctx, grad):
+            return 3 * grad
+
+    model = small("gemma2")
+    ids = torch.randint(0, 41, (1, 9))
+    wanted = []
+    for factor in (1, 3):
+        head = TiledHead(model)
+        hook = model.lm_head.register_forward_hook(lambda _, args, out, f=factor: Node.apply(out) if f == 3 else None)
+        model.loss_function = summed
+        head.announce(ids, 1.0)
+        loss = model(input_ids=ids, labels=ids).loss
+        wanted.append((loss.item(), torch.autograd.grad(loss, model.model.norm.weight)[0]))
+        hook.remove()
+        head.undo()
+    assert wanted[0][0] == wanted[1][0]
+    torch.testing.assert_close(3 * wanted[0][1], wanted[1][1])
+
+
 def test_a_model_without_weights_can_be_looked_at():
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(AutoConfig.for_model("gemma2", **SMALL))
@@ -89,7 +117,7 @@ def test_a_model_without_weights_can_be_looked_at():
     [
         lambda x: x.argmax(-1),
         lambda x: x[:, -1],
-        lambda x: x.detach(),
+        lambda x: x.detach().sum(),
         lambda x: x.sum(),
         lambda x: x.view(-1, 41),
         lambda x: x * torch.ones(41),

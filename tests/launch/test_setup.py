@@ -47,7 +47,7 @@ def test_tests_add_their_extras_to_the_same_venv(checkout: Checkout) -> None:
     checkout.run("launch/local.sh", SATISFIED="1")
     done = checkout.run("launch/test.sh", "-k", "two words", SATISFIED="1")
     assert done.returncode == 0
-    assert checkout.calls[1].endswith("-e .[dev,hf]")
+    assert checkout.calls[1].endswith("-e .[dev,hf,memory]")
     assert checkout.calls[2].endswith("--no-build-isolation -e .[deepspeed]")
     assert checkout.calls[3] == "pytest -k two words"
 

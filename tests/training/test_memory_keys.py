@@ -73,7 +73,7 @@ def test_refusals_name_the_key(overrides, words, tmp_path, monkeypatch):
     monkeypatch.setattr("ringattn.training.config.deepspeed_available", lambda: True)
     monkeypatch.setattr(memory, "why_no_cpu_adam", lambda device_type: "no compiler")
     overrides = [one if "tiles" not in one else f"+{one}" for one in overrides]
-    with pytest.raises(ValueError) as error:
+    with pytest.raises(ValueError, match="memory") as error:
         prepared(f"run.output={tmp_path}", *overrides)
     assert all(word in str(error.value) for word in words), error.value
 

@@ -128,9 +128,11 @@ def reference(tmp_path_factory) -> list[tuple[int, float, float]]:
     [
         (2, ()),
         (2, ("parallel.data=2", "memory.keep=attention")),
+        (2, ("memory.states_on=host", "memory.prefetch=2")),
         (4, ("parallel.head_chunks=2",)),
         pytest.param(2, ("engine=deepspeed", "engine.zero_stage=1"), marks=needs_deepspeed),
         pytest.param(2, ("engine=deepspeed", "engine.zero_stage=3", "parallel.data=2"), marks=needs_deepspeed),
+        pytest.param(2, ("engine=deepspeed", "engine.zero_stage=3", "memory.states_on=host"), marks=needs_deepspeed),
         pytest.param(4, ("engine=deepspeed", "engine.zero_stage=2"), marks=needs_deepspeed),
     ],
     ids=lambda value: " ".join(value) or "fsdp2" if isinstance(value, tuple) else str(value),

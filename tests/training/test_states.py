@@ -1,8 +1,10 @@
 """What lives between steps: each setting against the same run without it, on two ranks."""
 
+import os
 from functools import partial
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -13,6 +15,8 @@ from ringattn import Documents, Layout, SequenceMesh
 from ringattn.hf import parallelize
 from ringattn.memory.settings import StateSettings
 from ringattn.training.engines import Engine, EngineOptions, build_engine
+from ringattn.training.engines.deepspeed import available as deepspeed_available
+from ringattn.training.engines.deepspeed import why_no_cpu_adam
 from ringattn.training.engines.optimizers import PAIRS, adamw, set_learning_rate, why_no_optimizer
 from ringattn.training.loss import brought
 from ringattn.training.models import build_model, model_config
@@ -37,7 +41,7 @@ def options_of(mesh: SequenceMesh, states: StateSettings, tied: bool = False, **
         "config": config,
         "load": partial(build_model, config, 0),
         "attach": lambda model: parallelize(model, mesh),
-        "device": torch.device("cpu"),
+        "device": mesh.device,
         "dtype": torch.float32,
         "weight_decay": 0.1,
         "betas": (0.9, 0.95),
@@ -56,7 +60,7 @@ def train(engine: Engine, mesh: SequenceMesh, first: int, last: int, rate: float
     for step in range(first, last):
         layout = Layout(DOCS, mesh)
         ids = torch.randint(0, 64, (DOCS.total,), generator=torch.Generator().manual_seed(step))
-        loss = model_loss(engine.model, layout, layout.shard(ids))
+        loss = model_loss(engine.model, layout, layout.shard(ids).to(mesh.device))
         engine.backward(loss)
         found.append(brought(loss, engine.step(rate), False)[:2])
     return found
@@ -233,3 +237,76 @@ def test_what_there_is_no_optimizer_for(monkeypatch: pytest.MonkeyPatch) -> None
     reason = why_no_optimizer(StateSettings(moments="int8"))
     assert reason is not None
     assert "pip install 'ringattn[memory]'" in reason
+
+
+needs_deepspeed = pytest.mark.skipif(not deepspeed_available(), reason="deepspeed is not installed")
+
+
+@needs_deepspeed
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_deepspeed_keeps_the_curve_of_fsdp2(pool: Pools, stage: int) -> None:
+    expected = pool(2).run(curve, 2, StateSettings())[0]
+    given = {"engine": "deepspeed", "zero_stage": stage}
+    settings = [StateSettings()]
+    if stage == 3:
+        settings += [StateSettings(reshard=False), StateSettings(prefetch=0), StateSettings(prefetch=2)]
+    for one in settings:
+        assert flat(pool(2).run(curve, 2, one, **given)[0]) == pytest.approx(flat(expected), rel=1e-5)
+    sums = pool(2).run(curve, 2, StateSettings(reduce="bfloat16"), **given)[0]
+    assert 0 < distance(sums, expected) < 0.005
+
+
+@needs_deepspeed
+@pytest.mark.slow  # its C++ is compiled first
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_deepspeed_computes_on_the_host(pool: Pools, tmp_path: Path, stage: int) -> None:
+    assert why_no_cpu_adam("cpu") is None
+    given = {"engine": "deepspeed", "zero_stage": stage}
+    expected = pool(2).run(curve, 2, StateSettings(), **given)[0]
+    host = StateSettings(states_on="host")
+    assert flat(pool(2).run(curve, 2, host, **given)[0]) == pytest.approx(flat(expected), rel=1e-5)
+    after = pool(2).run(resumed, tmp_path, host, True, **given)
+    assert pool(2).run(resumed, tmp_path, host, False, **given) == after
+    assert flat(after[0]) == pytest.approx(flat(expected[3:]), rel=1e-5)
+
+
+@needs_deepspeed
+@pytest.mark.parametrize("settings", [StateSettings(weights="bfloat16"), StateSettings(prefetch=0)], ids=str)
+def test_deepspeed_refuses_what_it_cannot_do(pool: Pools, settings: StateSettings) -> None:
+    with pytest.raises(ValueError, match=r"weights=bfloat16 is not for|prefetch=0 is about"):
+        pool(1).run(curve, 1, settings, engine="deepspeed", zero_stage=2)
+
+
+def reason_without_compiler() -> str | None:
+    os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    from deepspeed.ops.op_builder import CPUAdamBuilder
+
+    with mock.patch.object(CPUAdamBuilder, "load", side_effect=RuntimeError("no compiler\nand a long log")):
+        return why_no_cpu_adam("cpu")
+
+
+@needs_deepspeed
+def test_why_deepspeed_cannot_compute_on_the_host(pool: Pools) -> None:
+    reason = pool(1).run(reason_without_compiler)[0]
+    assert reason is not None
+    assert "RuntimeError: no compiler" in reason
+    assert "long log" not in reason
+
+
+def gathers(states: StateSettings, tied: bool) -> int:
+    """How often weights are gathered in a step."""
+    from torch.distributed.fsdp._fully_shard import _fsdp_param_group as group
+
+    mesh = mesh_of(2, 1)
+    engine = build_engine("fsdp2", mesh, options_of(mesh, states, tied))
+    with mock.patch.object(group, "foreach_all_gather", wraps=group.foreach_all_gather) as gather:
+        train(engine, mesh, 0, 2)
+    return gather.call_count
+
+
+@pytest.mark.parametrize("prefetch", [0, 1, 3])
+def test_weights_are_gathered_no_more_than_needed(pool: Pools, prefetch: int) -> None:
+    """Two steps with three layers, an embedding, a head and the rest."""
+    assert pool(2).run(gathers, StateSettings(prefetch=prefetch), False)[0] == 2 * (2 * 3 + 3)
+    assert pool(2).run(gathers, StateSettings(prefetch=prefetch, reshard=False), False)[0] == 2 * (3 + 3)
+    assert pool(2).run(gathers, StateSettings(prefetch=prefetch), True)[0] == 2 * (2 * 3 + 1)

@@ -24,7 +24,7 @@ def model_loss(model: Any, layout: Layout, local: torch.Tensor) -> torch.Tensor:
     labels = local[None]
     loss: torch.Tensor = model(
         input_ids=labels,
-        position_ids=layout.position_ids()[None],
+        position_ids=layout.position_ids(local.device)[None],
         labels=labels,
         shift_labels=labels,
         num_items_in_batch=layout.docs.total,

@@ -14,7 +14,7 @@ def clip_sharded(
     """Scales gradients so that their global norm is at most `limit`; returns the norm before, a scalar on `device`.
 
     torch's own `clip_grad_norm_` would reduce the norm where the gradients are; on the host NCCL cannot. Here every
-    rank computes that of its shards where they are, in float32 at least, and one number travels between devices.
+    rank computes that of its shards where they are, in float32 at least, and one number is added up on `device`.
     Nothing waits for the device where gradients are on it.
 
     Arguments:

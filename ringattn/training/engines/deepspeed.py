@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from ringattn.hf.layers import decoder_layers
+from ringattn.memory.settings import StateSettings
 from ringattn.memory.tiled_rows import tiled_modules
 from ringattn.parallel.mesh.mesh import SequenceMesh
 from ringattn.training.engines.interface import EngineOptions
@@ -26,9 +27,9 @@ def available() -> bool:
 
 
 class DeepSpeedEngine:
-    """torch's AdamW (DeepSpeed's own where states are on the host) under ZeRO.
+    """AdamW under ZeRO: torch's, or DeepSpeed's where states are on the host.
 
-    It computes in bf16 with float32 master weights on GPUs, and in float32 on the CPU.
+    It computes in bf16 with float32 master weights on GPUs, in float32 on the CPU.
 
     DeepSpeed makes the master weights from weights that it has rounded to bf16, FSDP2 from those of the model: in bf16
     the two curves part by about 0.2 % at the second step. In float32 they are the same.
@@ -38,6 +39,8 @@ class DeepSpeedEngine:
     """
 
     def __init__(self, mesh: SequenceMesh, options: EngineOptions) -> None:
+        if (reason := why_not(options.states, options.zero_stage)) is not None:
+            raise ValueError(reason)
         deepspeed = _import_deepspeed(options.device)
         model = options.load()
         self.num_parameters = sum(p.numel() for p in model.parameters())
@@ -132,9 +135,33 @@ def _zero(options: EngineOptions, layer: int) -> dict[str, Any]:
     return config
 
 
+def why_not(states: StateSettings, stage: int) -> str | None:
+    """Which of the states DeepSpeed cannot do at a stage, and why, or None."""
+    if states.weights != "float32":
+        return (
+            f"weights={states.weights} is not for engine=deepspeed, which rounds to the nearest, so that small updates "
+            "are lost; use engine=fsdp2"
+        )
+    if states.moments != "float32":
+        return (
+            f"moments={states.moments} is not for engine=deepspeed, whose flat partitions do not fit torchao's blocks; "
+            "use engine=fsdp2"
+        )
+    for name, usual in (("reshard", True), ("prefetch", 1)):
+        value = getattr(states, name)
+        if stage != 3 and value != usual:
+            return (
+                f"{name}={value} is about weights that are gathered, and with engine.zero_stage={stage} every rank "
+                "holds them whole; use engine.zero_stage=3 or engine=fsdp2"
+            )
+    return None
+
+
 def why_no_cpu_adam(device_type: str) -> str | None:
-    """Why DeepSpeed's AdamW for the host cannot be had here, or None. Its C++ is compiled at the first call on a machine,
-    which takes a minute or two."""
+    """Why DeepSpeed's AdamW for the host cannot be had here, or None.
+
+    Its C++ is compiled at the first call on a machine, which takes a minute or two.
+    """
     _import_deepspeed(torch.device(device_type))
     from deepspeed.ops.op_builder import CPUAdamBuilder
 

@@ -1,7 +1,7 @@
 """The contract of an engine, and the one place that picks one by name."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -25,7 +25,7 @@ class EngineOptions:
         clip: largest global gradient norm; 0 does not clip.
         micro_steps: backward calls per step.
         zero_stage: DeepSpeed's stage, 1 to 3.
-        states: what lives between steps. `ringattn.training.memory.check_states` says what an engine cannot do.
+        states: what lives between steps. An engine raises ValueError for what it cannot do.
     """
 
     config: Any
@@ -39,7 +39,7 @@ class EngineOptions:
     clip: float
     micro_steps: int
     zero_stage: int
-    states: StateSettings = StateSettings()
+    states: StateSettings = field(default_factory=StateSettings)
 
 
 class Engine(Protocol):

@@ -30,9 +30,10 @@ def why_no_optimizer(states: StateSettings) -> str | None:
 def adamw(model: nn.Module, options: EngineOptions) -> torch.optim.Optimizer:
     """AdamW over the parameters of a model, which are in the dtype of `states.weights`, where they are.
 
-    torch's fused kernel holds nothing beside the states. torchao computes in float32, rounds bfloat16 weights by chance,
-    and keeps moments in bfloat16 or, in blocks of 256 numbers, in 8 bits (Dettmers et al., arXiv 2110.02861). In the
-    weights' dtype stay moments of `kept_whole`, and those of a shard with less than 4,096 numbers or no multiple of 256.
+    torch's fused kernel holds nothing beside the states. torchao computes in float32, rounds bfloat16 weights by
+    chance, and keeps moments in bfloat16 or, in blocks of 256 numbers, in 8 bits (Dettmers et al., arXiv 2110.02861).
+    Moments of `kept_whole` stay in the weights' dtype, and those of a shard with less than 4,096 numbers or not a
+    multiple of 256.
 
     Raises ValueError where `why_no_optimizer` has a reason.
     """
@@ -56,11 +57,12 @@ def kept_whole(model: nn.Module) -> list[nn.Parameter]:
     """Parameters that should not have moments of 8 bits: embeddings, and whatever has the shape of one (the head).
 
     The gradient of an embedding is exactly zero in most rows of a step. In 8 bits the second moment of a small number
-    beside a large one is 0, and its first is not. Another gradient hides that, except where there is none: then AdamW
-    divides a first moment by epsilon, and the step is a hundred times too long. (bitsandbytes keeps embeddings out, too.)
+    beside a large one is 0, and its first is not. The next gradient hides that, except where there is none: then AdamW
+    divides a first moment by epsilon, and the step is a hundred times too long. (transformers keeps embeddings out of
+    bitsandbytes' 8 bits, too.)
 
-    Those of the same shape are the price of torch.compile (2.13): it does not see what shards are made of, and would run
-    the step of one kind of moments on the other.
+    Those of the same shape are the price of torch.compile (2.13): it does not look at what shards are made of, and
+    would run the step of one kind of moments on the other.
     """
     shapes = {module.weight.shape for module in model.modules() if isinstance(module, nn.Embedding)}
     return [parameter for parameter in model.parameters() if parameter.shape in shapes]
@@ -75,9 +77,12 @@ def _adamw_int8(
 
     kept = {id(parameter) for parameter in whole}
 
-    class AdamWInt8(AdamW8bit):  # type: ignore[misc]
+    class AdamWInt8(AdamW8bit):
+        block_size: float  # numbers that share a scale
+
         def _new_buffer(self, p: Tensor, signed: bool) -> Tensor:
-            block, self.block_size = self.block_size, math.inf if id(p) in kept else self.block_size
+            block = self.block_size
+            self.block_size = math.inf if id(p) in kept else block  # torchao's word for "not at all"
             try:
                 buffer: Tensor = super()._new_buffer(p, signed)
             finally:

@@ -19,6 +19,7 @@ from ringattn.memory.planning.limits import GIB, OUTSIDE, Limits
 from ringattn.memory.planning.settled import Settled
 from ringattn.memory.planning.shapes import ModelShape, RunShape
 from ringattn.memory.settings import MemorySettings, StateSettings
+from ringattn.parallel.machine.machine import Machine
 from ringattn.parallel.machine.shipped import local_machine
 from ringattn.parallel.mesh.shape import MeshShape
 from ringattn.training.engines.deepspeed import why_no_cpu_adam
@@ -86,7 +87,7 @@ def plan_memory(
     limits = limits_of(cfg, launch, device)
     given = {name: cfg.memory[name] for name in (*OF_STEP, *OF_STATES)}
     free = [name for name, value in given.items() if value == AUTO]
-    fixed = {name: value for name, value in given.items() if value != AUTO} | _impossible(cfg, empty, free, device)
+    fixed = {name: value for name, value in given.items() if value != AUTO} | _impossible(cfg, empty, free)
     try:
         model = ModelShape.of(empty, config, str(cfg.model.name))
     except NotImplementedError as error:
@@ -94,7 +95,7 @@ def plan_memory(
     run = run_shape(cfg, shape, device)
     machine = local_machine(device.type)
     if free:
-        choice = plan_run(model, run, fixed, limits, machine)
+        choice = _choice(model, run, fixed, limits, machine)
         settled, said = choice.settled, f"memory=auto chose {_told(choice.settled, free)}; "
     else:
         choice, settled = None, Planner(model, run, limits, machine).settled(fixed)
@@ -140,7 +141,19 @@ def run_shape(cfg: DictConfig, shape: MeshShape, device: torch.device) -> RunSha
     )
 
 
-def _impossible(cfg: DictConfig, empty: nn.Module, free: Collection[str], device: torch.device) -> dict[str, Any]:
+def _choice(model: ModelShape, run: RunShape, fixed: dict[str, Any], limits: Limits, machine: Machine) -> Choice:
+    """What fits. DeepSpeed's AdamW for the host, which is compiled to see whether it can be, is a last resort."""
+    if run.engine != "deepspeed" or "states_on" in fixed:
+        return plan_run(model, run, fixed, limits, machine)
+    try:
+        return plan_run(model, run, fixed | {"states_on": "device"}, limits, machine)
+    except ValueError:
+        if why_no_cpu_adam("cuda" if run.kernel_sums else "cpu") is not None:
+            raise
+    return plan_run(model, run, fixed, limits, machine)
+
+
+def _impossible(cfg: DictConfig, empty: nn.Module, free: Collection[str]) -> dict[str, Any]:
     """Fields that are open, but have only one value for this model and engine."""
     out: dict[str, Any] = {}
     if "loss_tile" in free:
@@ -156,8 +169,6 @@ def _impossible(cfg: DictConfig, empty: nn.Module, free: Collection[str], device
     if cfg.engine.name == "deepspeed":
         plain = StateSettings()
         out |= {name: getattr(plain, name) for name in ("reshard", "prefetch") if name in free}
-        if "states_on" in free and why_no_cpu_adam(device.type) is not None:
-            out["states_on"] = "device"
     return out
 
 

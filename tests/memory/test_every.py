@@ -288,7 +288,14 @@ ENGINES: dict[str, Callable[[Any, dict[str, Any]], list[Tensor]]] = {
 }
 
 
-CASES = [("fsdp2", None), ("fsdp2", 7), ("fsdp2, weights stay gathered", None), ("zero1", 7), ("zero3", None)]
+CASES = [
+    ("fsdp2", None),
+    ("fsdp2", 7),
+    ("fsdp2, weights stay gathered", None),
+    ("zero1", 7),
+    ("zero3", None),
+    ("zero3", 7),
+]
 
 
 @pytest.mark.parametrize(("engine", "tile"), CASES)

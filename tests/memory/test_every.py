@@ -13,6 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils.checkpoint import checkpoint
 
 from ringattn.memory.layers import keep_layers
 from ringattn.memory.offload import Offload
@@ -197,6 +198,21 @@ def test_a_checkpoint_that_comes_later_is_refused() -> None:
     layers[1].gradient_checkpointing = True
     with pytest.raises(ValueError, match="Layer checkpoints itself already"):
         run(layers, lambda _, x: x)
+
+
+def test_a_checkpoint_around_a_layer_has_nothing_to_do() -> None:
+    class Wrapped(nn.ModuleList):
+        def forward(self, *args: Any, **kwargs: Any) -> Tensor:
+            return checkpoint(self[0], *args, use_reentrant=False, **kwargs)
+
+    layers = layers_of(4)
+    wanted = gradients(layers)
+    keep_layers(layers, "layer", every=2)
+    for layer in layers:
+        layer.calls = 0
+    for one, other in zip(gradients(nn.ModuleList(Wrapped([layer]) for layer in layers)), wanted, strict=True):
+        assert torch.equal(one, other)
+    assert [layer.calls for layer in layers] == [3, 2, 3, 2]
 
 
 # keep, away, every

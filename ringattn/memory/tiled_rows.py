@@ -69,9 +69,13 @@ class TiledModule:
         self._last: nn.Linear | None = None  # the layer whose output is the module's
         self._looked = False
         module.forward = self
+        # Tells DeepSpeed's ZeRO-3 to gather the module's weights at once and not piece by piece in each tile, as its
+        # `set_z3_leaf_module` does: it looks for this mark when an engine is made.
+        module._z3_leaf = True  # type: ignore[assignment]
 
     def undo(self) -> None:
         """The module as it was."""
+        self.module.__dict__.pop("_z3_leaf", None)
         if self.module.__dict__.get("forward") is self:
             del self.module.forward
             if self.module.forward != self._plain:  # it had been replaced before
@@ -84,7 +88,13 @@ class TiledModule:
             raise NotImplementedError(
                 f"a tiled {type(self.module).__name__} takes one tensor and nothing else, got also {more}"
             )
-        return tiled_rows(self._tile, x, list(self.module.parameters()), self.tile, self._tile_again)
+        parameters = list(self.module.parameters())
+        if any(hasattr(one, "ds_id") and not one.numel() for one in parameters):
+            raise NotImplementedError(
+                f"a tiled {type(self.module).__name__} has no weights here: with DeepSpeed's ZeRO-3 it must be tiled "
+                "before deepspeed.initialize"
+            )
+        return tiled_rows(self._tile, x, parameters, self.tile, self._tile_again)
 
     def _tile(self, x: Tensor) -> Tensor:
         if self._looked:

@@ -13,6 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils.checkpoint import checkpoint
 
 from ringattn.memory.layers import keep_layers
 from ringattn.memory.offload import Offload
@@ -199,6 +200,21 @@ def test_a_checkpoint_that_comes_later_is_refused() -> None:
         run(layers, lambda _, x: x)
 
 
+def test_a_checkpoint_around_a_layer_has_nothing_to_do() -> None:
+    class Wrapped(nn.ModuleList):
+        def forward(self, *args: Any, **kwargs: Any) -> Tensor:
+            return checkpoint(self[0], *args, use_reentrant=False, **kwargs)
+
+    layers = layers_of(4)
+    wanted = gradients(layers)
+    keep_layers(layers, "layer", every=2)
+    for layer in layers:
+        layer.calls = 0
+    for one, other in zip(gradients(nn.ModuleList(Wrapped([layer]) for layer in layers)), wanted, strict=True):
+        assert torch.equal(one, other)
+    assert [layer.calls for layer in layers] == [3, 2, 3, 2]
+
+
 # keep, away, every
 WAYS: tuple[tuple[Any, int, int], ...] = (
     ("layer", 0, 1), ("attention", 2, 1), ("selective", 0, 1), ("selective", 2, 1), ("layer", 0, 2),
@@ -288,7 +304,14 @@ ENGINES: dict[str, Callable[[Any, dict[str, Any]], list[Tensor]]] = {
 }
 
 
-CASES = [("fsdp2", None), ("fsdp2", 7), ("fsdp2, weights stay gathered", None), ("zero1", 7), ("zero3", None)]
+CASES = [
+    ("fsdp2", None),
+    ("fsdp2", 7),
+    ("fsdp2, weights stay gathered", None),
+    ("zero1", 7),
+    ("zero3", None),
+    ("zero3", 7),
+]
 
 
 @pytest.mark.parametrize(("engine", "tile"), CASES)

@@ -10,6 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from ringattn.memory.layers import keep_layers
 from ringattn.memory.offload import Offload
@@ -167,6 +168,16 @@ def test_a_retained_graph_takes_them_twice() -> None:
     assert torch.equal(first, second)
 
 
+def test_a_checkpoint_around_the_layer_changes_no_gradient() -> None:
+    layer = Layer()
+    wanted = gradients(layer, rows())
+    keep_layers([layer], "selective")
+    outer = nn.ModuleList([layer])
+    outer.forward = lambda x: checkpoint(layer, x, use_reentrant=False)  # type: ignore[method-assign]
+    for _ in range(2):
+        assert_same(gradients(outer, rows()), wanted)
+
+
 def test_frozen_weights_and_inputs_get_no_gradient() -> None:
     layer = Layer()
     for frozen in (layer.q, layer.mlp.down, layer.mlp.gate):
@@ -215,7 +226,7 @@ def families() -> list[tuple[str, float]]:
     from tests.hf.families import GQA
 
     out = []
-    for family in ("llama", "qwen3", "gemma3_text", "cohere2"):
+    for family in ("llama", "qwen3", "gemma3_text", "gemma4_text", "cohere2"):
         model = tiny_model(tiny_config(read_config(family), **GQA)).double().train()
         ids = torch.arange(40)[None] * 7 % 97
 
@@ -224,11 +235,12 @@ def families() -> list[tuple[str, float]]:
             return [loss.detach(), *torch.autograd.grad(loss, list(model.parameters()))]
 
         wanted = found()
-        kept = keep_layers(model.model.layers, "selective")
-        for _ in range(2):
-            worst = max(float((a - b).abs().max()) for a, b in zip(found(), wanted, strict=True))
-            out.append((family, worst))
-        kept.undo()
+        for keep, every in (("selective", 1), ("layer", 2)):
+            kept = keep_layers(model.model.layers, keep, every=every)
+            for _ in range(2):
+                worst = max(float((a - b).abs().max()) for a, b in zip(found(), wanted, strict=True))
+                out.append((f"{family} {keep}", worst))
+            kept.undo()
     return out
 
 

@@ -214,3 +214,11 @@ def test_what_is_not_one_row_a_token_is_refused():
     TiledModule(mlp, 2)
     with pytest.raises(NotImplementedError, match="a tiled MLP takes one tensor and nothing else, got also residual"):
         mlp(torch.zeros(3, SIZE), residual=1)
+
+
+def test_weights_that_deepspeed_holds_elsewhere_are_noticed():
+    mlp = MLP()
+    TiledModule(mlp, 2)
+    mlp.up.weight.ds_id, mlp.up.weight.data = 1, torch.empty(0, dtype=torch.float64)
+    with pytest.raises(NotImplementedError, match=r"a tiled MLP has no weights here: .* before deepspeed\.initialize"):
+        mlp(torch.zeros(3, SIZE, dtype=torch.float64))

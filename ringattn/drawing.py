@@ -343,15 +343,13 @@ def draw_memory(
     memory, time = figure.subplots(1, 2, width_ratios=(1.7, 1))
     bars = {**phases, **({"host": host} if host else {})}
     sizes = {name: {item: size / 2**30 for item, size in items.items()} for name, items in bars.items()}
-    _stack(memory, sizes, "GiB", ".1f")
-    memory.axhline(room / 2**30, color="black", linestyle="--", linewidth=1)
-    memory.annotate(
-        "room on the GPU", (1, room / 2**30), xycoords=("axes fraction", "data"), xytext=(-4, 4),
-        textcoords="offset points", ha="right", fontsize=9,
-    )  # fmt: skip
+    _stack(memory, sizes, "GiB")
+    edge = len(phases) - 0.5
+    memory.hlines(room / 2**30, -0.5, edge, color="black", linestyle="--", linewidth=1)
+    memory.text(edge, room / 2**30, f"room {room / 2**30:.1f} GiB", ha="right", va="bottom", fontsize=9)
     memory.set_ylabel("GiB of a rank")
     memory.set_ylim(0, 1.08 * max(room / 2**30, *(sum(items.values()) for items in sizes.values())))
-    _stack(time, {"a step": dict(seconds)}, "s", ".3g")
+    _stack(time, {"a step": dict(seconds)}, "s")
     time.set_ylabel("seconds")
     time.set_xlim(-0.9, 0.9)
     figure.savefig(path)
@@ -360,7 +358,12 @@ def draw_memory(
 _NAMED = 0.04  # of the axis: a part of a bar that is as high has room for its number
 
 
-def _stack(axes: Any, bars: Mapping[str, Mapping[str, float]], unit: str, form: str) -> None:
+def _short(number: float) -> str:
+    """Three digits or more."""
+    return f"{number:,.0f}" if number >= 1000 else f"{number:.1f}" if number >= 10 else f"{number:.3g}"
+
+
+def _stack(axes: Any, bars: Mapping[str, Mapping[str, float]], unit: str) -> None:
     """Stacked bars with a colour for each item, and their sums above."""
     import matplotlib
 
@@ -374,9 +377,13 @@ def _stack(axes: Any, bars: Mapping[str, Mapping[str, float]], unit: str, form: 
             label = item if place == next(n for n, one in enumerate(bars.values()) if item in one) else None
             axes.bar(place, size, 0.62, bottom=bottom, color=colour, edgecolor="white", linewidth=0.5, label=label)
             if size > _NAMED * tallest:
-                axes.text(place, bottom + size / 2, f"{size:{form}}", ha="center", va="center", fontsize=8)
+                axes.text(place, bottom + size / 2, _short(size), ha="center", va="center", fontsize=8)
             bottom += size
-        axes.text(place, bottom, f"{bottom:{form}} {unit}", ha="center", va="bottom", fontsize=10, weight="bold")
+        box = {"facecolor": "white", "edgecolor": "none", "pad": 1}
+        axes.text(
+            place, bottom + 0.006 * tallest, f"{_short(bottom)} {unit}", ha="center", va="bottom", fontsize=10,
+            weight="bold", bbox=box,
+        )  # fmt: skip
     axes.set_xticks(range(len(bars)), list(bars))
     handles, labels = axes.get_legend_handles_labels()
     order = sorted(range(len(labels)), key=lambda number: -items.index(labels[number]))

@@ -80,7 +80,8 @@ def option(name: str) -> str:
 
 
 def run(args: argparse.Namespace) -> int:
-    from ringattn.drawing import check_drawing, draw_memory
+    from ringattn.drawing import check_drawing
+    from ringattn.memory.planning.drawing import draw_memory
     from ringattn.memory.planning.items import ITEMS
 
     try:

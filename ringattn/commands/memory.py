@@ -80,7 +80,8 @@ def option(name: str) -> str:
 
 
 def run(args: argparse.Namespace) -> int:
-    from ringattn.drawing import check_drawing, draw_memory
+    from ringattn.drawing import check_drawing
+    from ringattn.memory.planning.drawing import draw_memory
     from ringattn.memory.planning.items import ITEMS
 
     try:
@@ -98,7 +99,8 @@ def run(args: argparse.Namespace) -> int:
             name: {item: moment.items.get(item, 0) for item in ITEMS if item in there}
             for name, moment in plan.peaks.items()
         }
-        title = f"{plan.model.name}, {plan.run.tokens:,} tokens on {plan.run.ranks} GPUs: memory of a rank"
+        what = f"{plan.model.name}, {plan.run.tokens:,} tokens on {plan.run.ranks} GPUs"
+        title = f"{what}: memory of a rank, and a step's time"
         draw_memory(bars, plan.host, choice.limits.device_room, choice.time.items, title, str(args.draw))
     return 0
 

@@ -22,7 +22,8 @@ def render(
     lines = [
         f"{model.name}: {model.total.count / 1e9:.2f} B parameters in {len(model.layers)} layers; {run.tokens:,} "
         f"tokens on ring {run.ring} × ulysses {run.ulysses}" + (f" × data {run.data}" if run.data > 1 else ""),
-        f"{run.compute}, {run.engine}, at most {run.local_tokens:,} tokens a rank; predicted for {machine}",
+        f"{run.compute}, {run.engine}, at most {run.local_tokens:,} tokens a rank; attention: {plan.attention.told}; "
+        f"predicted for {machine}",
         "",
         "Settings (* asked for, the others chosen)",
         *settings(settled.values, fixed),

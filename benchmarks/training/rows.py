@@ -126,9 +126,13 @@ class Ours:
         self._case, self._place = case, place
         self._built = build_ours(case, place, tools.kernel.name)
         self.model = self._built.model
-        shard_model(self.model, case, place)
-        self._optimizer = new_optimizer(self.model.parameters(), case)
-        make_moments(self._optimizer)
+        try:
+            shard_model(self.model, case, place)
+            self._optimizer = new_optimizer(self.model.parameters(), case)
+            make_moments(self._optimizer)
+        except BaseException:  # the host's memory is locked already
+            self.close()
+            raise
         memory = case.memory
         host = f", {memory.host_layers} layers on the host" if memory.host_layers else ""
         self.features = f"{_tiles(case)}, keep {memory.keep}{host}"

@@ -75,6 +75,8 @@ class Bench:
         result = measure(case, self.place, self.tools, profiled)
         if floor is not None and result.seconds is not None and result.update is not None and not case.dry:
             result.floor, result.share = floor.seconds, floor.seconds / (result.seconds - result.update)
+        if result.left is not None and result.left > 0.05:
+            self.note(f"{result.left:.2f} GiB of the GPU were held before {case.row} was built, and count in its peak")
         self.results.append(result)
         self.note(table_of([result])[-1])
 

@@ -153,8 +153,14 @@ def new_model(case: Case, device: torch.device, attention: str = "sdpa") -> nn.M
 
 
 def packs(kind: str, tokens: int, seed: int) -> Documents:
-    """Documents of so many tokens; kinds are those of `ringattn.benchmarking.workloads`."""
-    return workload(f"{kind}{tokens}", seed).docs
+    """Documents of so many tokens; kinds are those of `ringattn.benchmarking.workloads`.
+
+    Raises ValueError for fewer tokens than the kind has documents.
+    """
+    docs = workload(f"{kind}{tokens}", seed).docs
+    if docs.total != tokens:
+        raise ValueError(f"--documents={kind} has {len(docs.lengths)} documents, too many for --seq-len={tokens}")
+    return docs
 
 
 def check_host_room(case: Case, wanted: int) -> None:

@@ -17,7 +17,7 @@ from benchmarks.training.peer_attention import NAME, PeerAttention
 from benchmarks.training.states import clear_gradients, make_moments, new_optimizer, shard_model
 from ringattn.hf import parallelize, shard_batch
 from ringattn.hf.head import TiledHead
-from ringattn.memory.layers import keep_layers
+from ringattn.memory.layers import KEEPS, keep_layers
 from ringattn.memory.offload import LEAST, Offload
 from ringattn.memory.tiled_rows import TiledModule
 from ringattn.training.models import decoder_layers
@@ -87,8 +87,8 @@ class Built:
 def build_ours(case: Case, place: Place, kernel: str) -> Built:
     """A model with the case's memory settings, from the parts of `ringattn.memory`."""
     memory = case.memory
-    if memory.every != 1:
-        raise NotImplementedError(f"every={memory.every}: layers of this benchmark keep each or nothing")
+    if memory.every != 1 or memory.keep not in ("all", *KEEPS):
+        raise NotImplementedError(f"keep={memory.keep} every={memory.every}: `keep_layers` has {', '.join(KEEPS)}")
     model: Any = new_model(case, place.device)
     handle = parallelize(model, place.mesh, backend=kernel)
     head = None if memory.loss_tile is None else TiledHead(model, memory.loss_tile)

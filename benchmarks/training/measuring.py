@@ -133,8 +133,8 @@ def _fill(result: Result, case: Case, place: Place, tools: Tools, after: Callabl
         reset_peaks(place.device)
         tools.kernel.counts = Counts()
         steps = _take_steps(row, case.steps + 1, place)
-        layers = case.config.num_hidden_layers
-        result.calls = tuple(count / layers / (case.steps + 1) for count in tools.kernel.counts)  # type: ignore[assignment]
+        counts, times = tools.kernel.counts, case.config.num_hidden_layers * (case.steps + 1)
+        result.calls = counts.forward / times, counts.backward / times
         _note_memory(result, row, place)
         _note_times(result, steps, case, place, row.streams)
         if after is not None:

@@ -94,7 +94,7 @@ def build_ours(case: Case, place: Place, kernel: str) -> Built:
     head = None if memory.loss_tile is None else TiledHead(model, memory.loss_tile)
     layers = decoder_layers(model)
     if memory.mlp_tile is not None:
-        for layer in layers:
+        for layer in model.model.layers:
             TiledModule(layer.mlp, memory.mlp_tile)
     offload = _new_offload(case, place)
     if memory.keep != "all":

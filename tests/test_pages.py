@@ -25,6 +25,7 @@ import pytest
 import yaml
 from hydra import compose, initialize_config_dir
 
+from benchmarks.training.options import checked, parser
 from ringattn.cli import join_negative, main, make_parser
 from ringattn.environment import VARIABLES
 from tests.pool import Pools
@@ -165,8 +166,15 @@ def check_python(rest: Sequence[str]) -> None:
         made = ROOT.joinpath(*rest[1].split("."))
         ours = made.is_dir() or made.with_suffix(".py").is_file()
         assert ours or rest[1] in ("ruff", "mypy", "pytest", "zensical") or importlib.util.find_spec(rest[1]), rest
+        if rest[1] in CHECKS:
+            check(rest[1:])
     else:
         assert (ROOT / rest[0]).is_file(), rest[0]
+
+
+def check_training_benchmark(rest: Sequence[str]) -> None:
+    with contextlib.redirect_stderr(None):
+        checked(parser().parse_args(rest))
 
 
 def check_pip(rest: Sequence[str]) -> None:
@@ -188,6 +196,7 @@ CHECKS: dict[str, Callable[[Sequence[str]], None]] = {
     "torchrun": check_torchrun,
     "ringattn": check_ringattn,
     "python": check_python,
+    "benchmarks.training": check_training_benchmark,
     "pip": check_pip,
 }
 

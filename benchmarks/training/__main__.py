@@ -15,7 +15,7 @@ from benchmarks.training.attempts import attempt_apart, attempt_here, end_withou
 from benchmarks.training.case import Case, Place, kernel_spec, model_config
 from benchmarks.training.floor import Floor, measure_floor
 from benchmarks.training.kernel import measured_kernel
-from benchmarks.training.longest import Longest, find_longest
+from benchmarks.training.longest import Attempt, Longest, find_longest
 from benchmarks.training.measuring import Result, is_lack_of_room, measure
 from benchmarks.training.options import case_of, checked, lengths, parser
 from benchmarks.training.peer_attention import PeerAttention
@@ -45,9 +45,7 @@ class Bench:
         rows = self.options.rows.split(",")
         if self.options.longest:
             for row in rows:
-                self.searches[row] = search(self.options, lambda tokens, row=row: attempt_here(
-                    self.options, row, tokens, self.place, self.tools
-                ))  # fmt: skip
+                self.searches[row] = search(self.options, row, self._attempt)
                 self.note(longest_table({row: self.searches[row]})[-1])
             return
         for tokens in lengths(self.options):
@@ -56,6 +54,9 @@ class Bench:
                 case = case_of(self.options, row, tokens, self.place)
                 for dry in {None: [False], "only": [True], "also": [True, False]}[self.options.dry_attention]:
                     self.measure_row(replace(case, dry=dry), floor)
+
+    def _attempt(self, row: str, tokens: int) -> Attempt:
+        return attempt_here(self.options, row, tokens, self.place, self.tools)
 
     def floor_of(self, case: Case) -> Floor | None:
         if not self.options.floor:
@@ -74,6 +75,8 @@ class Bench:
         result = measure(case, self.place, self.tools, profiled)
         if floor is not None and result.seconds is not None and result.update is not None and not case.dry:
             result.floor, result.share = floor.seconds, floor.seconds / (result.seconds - result.update)
+        if result.left is not None and result.left > 0.05:
+            self.note(f"{result.left:.2f} GiB of the GPU were held before {case.row} was built, and count in its peak")
         self.results.append(result)
         self.note(table_of([result])[-1])
 
@@ -104,19 +107,27 @@ class Bench:
             print("\n" + markdown(self.facts, self.results, self.searches), flush=True)
 
 
-def search(options: argparse.Namespace, attempt: Callable) -> Longest:
-    return find_longest(attempt, lengths(options)[0], options.precision, options.limit)
+def search(options: argparse.Namespace, row: str, attempt: Callable[[str, int], Attempt]) -> Longest:
+    """The longest stream of a row. Every attempt is printed: a search may be cut short."""
+
+    def told(tokens: int) -> Attempt:
+        found = attempt(row, tokens)
+        result = found.failure or f"{found.peak:.2f} of {found.room:.2f} GiB"
+        print(f"{row}, {tokens:,} tokens: {result}, in {found.seconds:.0f} s", flush=True)
+        return found
+
+    return find_longest(told, lengths(options)[0], options.precision, options.limit)
 
 
-def search_apart(options: argparse.Namespace) -> None:
+def search_apart(options: argparse.Namespace) -> dict[str, Longest]:
     """Searches whose attempts are runs of several ranks. This process touches no GPU."""
-    searches = {}
+    searches: dict[str, Longest] = {}
     for row in options.rows.split(","):
-        searches[row] = search(options, lambda tokens, row=row: attempt_apart(options, row, tokens))
-        print(longest_table({row: searches[row]})[-1], flush=True)
+        searches[row] = search(options, row, lambda row, tokens: attempt_apart(options, row, tokens))
         if options.json is not None:
             write_json(options.json, {"command": " ".join(sys.argv)}, [], searches)
     print("\n" + "\n".join(longest_table(searches)), flush=True)
+    return searches
 
 
 @contextmanager

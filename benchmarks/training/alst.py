@@ -6,10 +6,12 @@ exchange. `alst-unsharded` is the same pieces without DeepSpeed's engine, which 
 t tokens of this rank: an even, contiguous part of the stream.
 """
 
+import gc
 import logging
 import math
 import os
 from contextlib import AbstractContextManager
+from functools import _lru_cache_wrapper
 from typing import Any
 
 import torch
@@ -81,6 +83,7 @@ class Alst:
     def close(self) -> None:
         self._engine.destroy()
         del self._engine
+        forget_models()
 
 
 class UnshardedAlst(Alst):
@@ -118,6 +121,16 @@ def import_deepspeed(device: torch.device) -> Any:
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # would be compiled at the first start on a CPU
     deepspeed.comm.init_distributed(dist_backend="nccl" if device.type == "cuda" else "gloo", dist_init_required=False)
     return deepspeed
+
+
+def forget_models() -> None:
+    """ZeRO-3 keeps every model that it ran, with its weights, in a list and in caches of its own."""
+    from deepspeed.runtime.zero import parameter_offload
+
+    getattr(parameter_offload, "FWD_MODULE_STACK", []).clear()
+    for one in gc.get_objects():
+        if isinstance(one, _lru_cache_wrapper) and (one.__module__ or "").startswith("deepspeed.runtime.zero"):
+            one.cache_clear()
 
 
 def alst_model(case: Case, place: Place, tools: Tools) -> tuple[nn.Module, str]:

@@ -7,6 +7,7 @@ attempt is a torchrun of its own: a rank without room leaves the others in a col
 import argparse
 import json
 import os
+import signal
 import subprocess
 import sys
 import tempfile
@@ -60,20 +61,34 @@ def attempt_apart(options: argparse.Namespace, row: str, tokens: int) -> Attempt
             sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(options.gpus),
             "-m", "benchmarks.training", *words_of(options, _OWN), *own,
         ]  # fmt: skip
-        done = subprocess.run(command, capture_output=True, text=True, timeout=options.limit, check=False)
+        code, told = finished(command, options.limit)
         seconds, lack = time.monotonic() - began, path.with_name(path.name + LACK)
         if lack.exists():
             return Attempt(tokens, None, 0.0, seconds, lack.read_text(encoding="utf-8"))
-        if done.returncode:
-            told = done.stdout + done.stderr
-            if "SIGKILL" in told:
-                return Attempt(tokens, None, 0.0, seconds, "killed: the host had no room, most likely")
+        if "SIGKILL" in told:
+            return Attempt(tokens, None, 0.0, seconds, "killed: the host had no room, most likely")
+        if code:
             raise RuntimeError(f"{' '.join(command)} failed:\n{told[-4000:]}")
         found = json.loads(path.read_text(encoding="utf-8"))
     result = found["results"][0]
     peak = result["resident"] if result["allocated"] is None else result["allocated"]
     failure = result["failure"]
     return judged(Attempt(tokens, None if failure else peak, found["facts"]["room"], seconds, failure))
+
+
+def finished(command: list[str], limit: float) -> tuple[int, str]:
+    """The exit code of a command and what it said. Raises RuntimeError if it does not end within `limit` seconds, when
+    its processes are ended with it: torchrun's ranks would keep their GPUs."""
+    started = subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True
+    )  # fmt: skip
+    try:
+        told, _ = started.communicate(timeout=limit)
+    except subprocess.TimeoutExpired:
+        os.killpg(started.pid, signal.SIGKILL)
+        told, _ = started.communicate()
+        raise RuntimeError(f"{' '.join(command)} did not end within {limit:.0f} s:\n{told[-4000:]}") from None
+    return started.returncode, told
 
 
 def judged(attempt: Attempt) -> Attempt:

@@ -15,7 +15,6 @@ from ringattn import Documents, SequenceMesh
 from ringattn.benchmarking.workloads import workload
 from ringattn.hf.loss import shifted_labels
 from ringattn.kernels.spec import CallSpec
-from ringattn.memory.offload import ALIGNMENT
 from ringattn.memory.settings import MemorySettings, StateSettings
 from ringattn.training.architecture import configured
 
@@ -46,6 +45,7 @@ class Case:
         dry: attention's kernel writes zeros.
         steps: those that are timed, beside one before them.
         host_room: GiB of host memory that one rank may keep layers' shares in; None: nobody looks.
+        compiled: ours has its elementwise work compiled.
     """
 
     row: str
@@ -59,6 +59,7 @@ class Case:
     steps: int = 1
     seed: int = 0
     host_room: float | None = None
+    compiled: bool = False
 
     @property
     def mixed(self) -> bool:
@@ -153,8 +154,14 @@ def new_model(case: Case, device: torch.device, attention: str = "sdpa") -> nn.M
 
 
 def packs(kind: str, tokens: int, seed: int) -> Documents:
-    """Documents of so many tokens; kinds are those of `ringattn.benchmarking.workloads`."""
-    return workload(f"{kind}{tokens}", seed).docs
+    """Documents of so many tokens; kinds are those of `ringattn.benchmarking.workloads`.
+
+    Raises ValueError for fewer tokens than the kind has documents.
+    """
+    docs = workload(f"{kind}{tokens}", seed).docs
+    if docs.total != tokens:
+        raise ValueError(f"--documents={kind} has {len(docs.lengths)} documents, too many for --seq-len={tokens}")
+    return docs
 
 
 def check_host_room(case: Case, wanted: int) -> None:
@@ -163,15 +170,6 @@ def check_host_room(case: Case, wanted: int) -> None:
         raise MemoryError(
             f"{wanted / 2**30:.1f} GiB are wanted to keep layers' shares in, and a rank may have {case.host_room:.1f}"
         )
-
-
-def layer_share(config: Any, dtype: torch.dtype, keep: str, local: int) -> int:
-    """Bytes that one layer keeps on the host, of `local` tokens of a rank."""
-    tensors = [local * config.hidden_size * dtype.itemsize]
-    if keep != "layer":
-        heads = config.num_attention_heads
-        tensors += [local * heads * head_dim(config) * dtype.itemsize, local * heads * 4]
-    return sum(-(-one // ALIGNMENT) * ALIGNMENT for one in tensors)
 
 
 def _name_of(dtype: torch.dtype) -> str:

@@ -9,6 +9,7 @@ T tokens of the stream, t = T / ranks, E and F input and output width of a linea
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 
@@ -52,15 +53,15 @@ def measure_floor(case: Case, place: Place, kernel: MeasuredKernel) -> Floor:
     head = sum(_product_seconds(config.hidden_size, config.vocab_size, case, place)) * local
     number = config.num_hidden_layers
     flops = 8 * local * sum(width * out for width, out in linear_layers(config))
-    found = place.most(number * forward, number * backward, number * inner, head)
+    seconds = place.most(number * forward, number * backward, number * inner, head)
     free_memory()
-    return Floor(*found, rate=flops / inner)
+    return Floor(seconds[0], seconds[1], seconds[2], seconds[3], flops / inner)
 
 
-def linear_layers(config: object) -> list[tuple[int, int]]:
+def linear_layers(config: Any) -> list[tuple[int, int]]:
     """Input and output width of each linear layer of a decoder layer of Llama's kind."""
-    width, inner, dim = config.hidden_size, config.intermediate_size, head_dim(config)  # type: ignore[attr-defined]
-    queries, keys = config.num_attention_heads * dim, config.num_key_value_heads * dim  # type: ignore[attr-defined]
+    width, inner, dim = config.hidden_size, config.intermediate_size, head_dim(config)
+    queries, keys = config.num_attention_heads * dim, config.num_key_value_heads * dim
     return [
         (width, queries), (width, keys), (width, keys), (queries, width),
         (width, inner), (width, inner), (inner, width),

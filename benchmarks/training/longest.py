@@ -82,7 +82,10 @@ def next_length(found: Longest, precision: float) -> int | None:
     if high is None:
         return _rounded(min(4.0 * low, max(aim, low + step)), low, high)
     aim = max(aim, low + step / 2)
-    return _rounded(aim if aim < high else (low + high) / 2, low, high)
+    if aim >= high:  # the peaks promise too much: a step back, twice as far each time
+        failures = len(found.attempts) - len(fitting)
+        aim = max(high * (1 - 0.9 * precision * 2 ** (failures - 1)), (low + high) / 2)
+    return _rounded(aim, low, high)
 
 
 def meeting(before: Attempt, last: Attempt) -> float:

@@ -17,6 +17,7 @@ import torch.distributed as dist
 from benchmarks.training.alst import Alst, UnshardedAlst
 from benchmarks.training.case import Case, Place
 from benchmarks.training.kernel import Counts
+from benchmarks.training.planned import plan_of
 from benchmarks.training.rows import Ours, Plain, Row, Tools
 from ringattn.training.flops import StepFlops, peak_flops
 from ringattn.training.models import empty_model
@@ -42,6 +43,7 @@ class Result:
         per_gpu: tokens a second.
         floor: seconds that attention's kernel and the matrix products alone take; `share` is it by `seconds - update`.
         calls: of attention's kernel, forward and backward, of a layer in a step.
+        planned: of ours GiB of the GPU, GiB of the host and seconds, as the planner has them; `peak` is its moment.
         loss: of the first step, the mean over the targets.
     """
 
@@ -66,6 +68,8 @@ class Result:
     share: float | None = None
     calls: tuple[float, float] = (0.0, 0.0)
     loss: float | None = None
+    planned: tuple[float, float, float] | None = None
+    peak: str = ""
     failure: str = ""
 
     def as_dict(self) -> dict[str, Any]:
@@ -133,10 +137,12 @@ def _fill(result: Result, case: Case, place: Place, tools: Tools, after: Callabl
         reset_peaks(place.device)
         tools.kernel.counts = Counts()
         steps = _take_steps(row, case.steps + 1, place)
-        layers = case.config.num_hidden_layers
-        result.calls = tuple(count / layers / (case.steps + 1) for count in tools.kernel.counts)  # type: ignore[assignment]
+        counts, times = tools.kernel.counts, case.config.num_hidden_layers * (case.steps + 1)
+        result.calls = counts.forward / times, counts.backward / times
         _note_memory(result, row, place)
         _note_times(result, steps, case, place, row.streams)
+        if case.row == "ours":
+            _note_plan(result, case, place)
         if after is not None:
             after(row)
     finally:
@@ -200,6 +206,13 @@ def _note_memory(result: Result, row: Row, place: Place) -> None:
     result.pinned, result.resident = found[:2]
     if len(found) == 4:
         result.allocated, result.reserved = found[2:]
+
+
+def _note_plan(result: Result, case: Case, place: Place) -> None:
+    settled = plan_of(case, place)
+    top = settled.alive.peak()
+    result.planned = top.total / GIB, sum(settled.alive.host.values()) / GIB, settled.time.seconds
+    result.peak = top.name
 
 
 def _note_times(result: Result, steps: Steps, case: Case, place: Place, streams: int) -> None:

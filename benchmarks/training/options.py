@@ -3,14 +3,15 @@
 import argparse
 from collections.abc import Sequence
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from benchmarks.training.case import Case, Place, layer_share, model_config, packs
+from benchmarks.training.case import Case, Place, model_config, packs
 from benchmarks.training.measuring import ROWS
-from ringattn import Layout
+from benchmarks.training.planned import plan, run_of
 from ringattn.memory.settings import CHOICES, MemorySettings, StateSettings
 
 GIB = 2**30
@@ -56,6 +57,9 @@ def parser() -> argparse.ArgumentParser:
     )
     memory.add_argument("--reduce", choices=CHOICES["reduce"], default="float32")
     memory.add_argument("--states-on", choices=CHOICES["states_on"], default="device")
+    memory.add_argument("--compile", action="store_true", help="ours compiles its elementwise work")
+    memory.add_argument("--no-reshard", action="store_true", help="layers' weights stay from forward to backward")
+    memory.add_argument("--prefetch", type=int, default=1)
     how = made.add_argument_group("how it is measured")
     how.add_argument("--dry-attention", nargs="?", const="only", choices=("only", "also"),
                      help="attention writes zeros; also: beside real rows")  # fmt: skip
@@ -109,21 +113,21 @@ def case_of(options: argparse.Namespace, row: str, tokens: int, place: Place) ->
     if not 0 <= host <= layers:
         raise ValueError(f"--host-layers must be all or a number of the {layers} layers, got {options.host_layers}")
     docs, dtype = packs(options.documents, tokens, options.seed), getattr(torch, options.dtype)
-    local = max(Layout(docs, place.mesh).tokens(rank) for rank in range(place.mesh.sequence_size))
     updates = options.moments != "none"
     states = StateSettings(
         weights=options.weights, moments=options.moments if updates else options.weights, reduce=options.reduce,
-        states_on=options.states_on,
+        states_on=options.states_on, reshard=not options.no_reshard, prefetch=options.prefetch,
     )  # fmt: skip
-    memory = MemorySettings(
-        loss_tile=options.loss_tile, mlp_tile=options.mlp_tile, keep=options.keep, every=options.every,
-        host_layers=host, host_bytes=host * layer_share(config, dtype, options.keep, local),
-    )  # fmt: skip
+    memory: dict[str, Any] = {
+        "loss_tile": options.loss_tile, "mlp_tile": options.mlp_tile, "keep": options.keep, "every": options.every,
+    }  # fmt: skip
     room = free_host_memory() if options.host_room is None else options.host_room
-    return Case(
-        row, config, docs, memory, states, updates, dtype, steps=options.steps, seed=options.seed,
-        host_room=room / place.ranks,
+    case = Case(
+        row, config, docs, MemorySettings(**memory), states, updates, dtype, steps=options.steps, seed=options.seed,
+        host_room=room / place.ranks, compiled=options.compile,
     )  # fmt: skip
+    planned = plan(config, run_of(case, place), {**memory, "host_layers": host}, states, place.device.type)
+    return replace(case, memory=planned.memory)
 
 
 def free_host_memory() -> float:

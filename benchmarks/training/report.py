@@ -15,6 +15,7 @@ from benchmarks.training.measuring import Result
 
 COLUMNS = (
     "row", "tokens", "attention", "states", "features", "GPU GiB allocated / reserved", "host GiB locked / resident",
+    "planned GPU / host / s",
     "first s", "step s", "update s", "tokens/s/GPU", "MFU", "share of the floor", "kernel calls a layer f / b",
 )  # fmt: skip
 PACKAGES = "torch", "transformers", "deepspeed", "flash-attn-4", "torchao"
@@ -50,6 +51,7 @@ def line_of(result: Result) -> str:
             *begin,
             f"{_shown(result.allocated, 2)} / {_shown(result.reserved, 2)}",
             f"{_shown(result.pinned, 2)} / {_shown(result.resident, 2)}",
+            " / ".join(_shown(value, 2) for value in result.planned or ()),
             *(_shown(seconds, 3) for seconds in (result.first, result.seconds, result.update)),
             _shown(result.per_gpu, 0),
             "" if result.mfu is None else f"{result.mfu:.1%}",

@@ -14,9 +14,11 @@ from torch import Tensor, nn
 from benchmarks.training.case import Case, Place, check_host_room, new_model
 from benchmarks.training.kernel import MeasuredKernel
 from benchmarks.training.peer_attention import NAME, PeerAttention
-from benchmarks.training.states import clear_gradients, make_moments, new_optimizer, shard_model
+from benchmarks.training.states import clear_gradients, make_moments, new_optimizer, shard_model, sharded
 from ringattn.hf import parallelize, shard_batch
+from ringattn.hf.elementwise import Elementwise
 from ringattn.memory.offload import Offload
+from ringattn.training.engines.groups import shard_groups
 
 
 @dataclass
@@ -84,6 +86,8 @@ def build_ours(case: Case, place: Place, kernel: str) -> Built:
     if memory.host_layers:
         check_host_room(case, memory.host_bytes)
     model: Any = new_model(case, place.device)
+    if case.compiled:
+        Elementwise(model)
     handle = parallelize(model, place.mesh, memory, backend=kernel)
     assert handle.memory is not None
     return Built(model, lambda batch: model(**batch).loss, handle.memory.offload, [handle.undo])
@@ -98,12 +102,17 @@ class Ours:
         self._case, self._place = case, place
         self._built = build_ours(case, place, tools.kernel.name)
         self.model = self._built.model
-        shard_model(self.model, case, place)
-        self._optimizer = new_optimizer(self.model.parameters(), case)
-        make_moments(self._optimizer)
+        try:
+            shard_groups(self.model, case.states, **sharded(case, place))
+            self._optimizer = new_optimizer(self.model.parameters(), case)
+            make_moments(self._optimizer)
+        except BaseException:  # the host's memory is locked already
+            self.close()
+            raise
         memory = case.memory
         host = f", {memory.host_layers} layers on the host" if memory.host_layers else ""
-        self.features = f"{_tiles(case)}, keep {memory.keep}{host}"
+        every = f" of every {memory.every}" if memory.every > 1 else ""
+        self.features = f"{_tiles(case)}, keep {memory.keep}{every}{host}" + (", compiled" if case.compiled else "")
 
     def prepare(self) -> None:
         case = self._case

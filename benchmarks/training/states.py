@@ -1,4 +1,4 @@
-"""Weights and optimizer: the same states for all rows, sharded by FSDP2 where there is something to shard."""
+"""Weights and optimizer: the same states for all rows, sharded by FSDP2. One rank of a peer has nothing to shard."""
 
 from collections.abc import Iterable
 from typing import Any
@@ -15,22 +15,24 @@ RATE = 1e-6  # the learning rate: figures of the second step are those of the sa
 
 
 def shard_model(model: nn.Module, case: Case, place: Place) -> None:
-    """FSDP2 on every layer and on the root. One rank whose weights are used as they are held needs none."""
+    """FSDP2 on every layer and on the root of a peer's model. One rank whose weights are as it uses them needs none."""
     if place.ranks == 1 and not case.mixed and case.states.states_on == "device":
         return
-    wide = {"float32": torch.float32, "bfloat16": torch.bfloat16}
-    options: dict[str, Any] = {
-        "mesh": init_device_mesh(place.device.type, (place.ranks,)),
-        "mp_policy": MixedPrecisionPolicy(param_dtype=case.dtype, reduce_dtype=wide[case.states.reduce]),
-        "offload_policy": (
-            CPUOffloadPolicy(pin_memory=place.device.type == "cuda")
-            if case.states.states_on == "host"
-            else OffloadPolicy()
-        ),
-    }
+    options = sharded(case, place)
     for layer in decoder_layers(model):
         fully_shard(layer, reshard_after_forward=case.states.reshard, **options)
     fully_shard(model, **options)
+
+
+def sharded(case: Case, place: Place) -> dict[str, Any]:
+    """How FSDP2 shards each group of a model."""
+    reduced = torch.float32 if case.states.reduce == "float32" else torch.bfloat16
+    on_host = case.states.states_on == "host"
+    return {
+        "mesh": init_device_mesh(place.device.type, (place.ranks,)),
+        "mp_policy": MixedPrecisionPolicy(param_dtype=case.dtype, reduce_dtype=reduced),
+        "offload_policy": CPUOffloadPolicy(pin_memory=place.device.type == "cuda") if on_host else OffloadPolicy(),
+    }
 
 
 def new_optimizer(parameters: Iterable[nn.Parameter], case: Case) -> torch.optim.Optimizer | None:

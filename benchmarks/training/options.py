@@ -57,7 +57,7 @@ def parser() -> argparse.ArgumentParser:
     )
     memory.add_argument("--reduce", choices=CHOICES["reduce"], default="float32")
     memory.add_argument("--states-on", choices=CHOICES["states_on"], default="device")
-    memory.add_argument("--compile", action="store_true", help="ours compiles its elementwise work")
+    memory.add_argument("--fused", choices=("compile", "liger"), default="", help="elementwise work of ours")
     memory.add_argument("--no-reshard", action="store_true", help="layers' weights stay from forward to backward")
     memory.add_argument("--prefetch", type=int, default=1)
     how = made.add_argument_group("how it is measured")
@@ -124,7 +124,7 @@ def case_of(options: argparse.Namespace, row: str, tokens: int, place: Place) ->
     room = free_host_memory() if options.host_room is None else options.host_room
     case = Case(
         row, config, docs, MemorySettings(**memory), states, updates, dtype, steps=options.steps, seed=options.seed,
-        host_room=room / place.ranks, compiled=options.compile,
+        host_room=room / place.ranks, fused=options.fused,
     )  # fmt: skip
     planned = plan(config, run_of(case, place), {**memory, "host_layers": host}, states, place.device.type)
     return replace(case, memory=planned.memory)

@@ -86,8 +86,14 @@ def build_ours(case: Case, place: Place, kernel: str) -> Built:
     if memory.host_layers:
         check_host_room(case, memory.host_bytes)
     model: Any = new_model(case, place.device)
-    if case.compiled:
+    if case.fused == "compile":
         Elementwise(model)
+    elif case.fused == "liger":
+        from liger_kernel.transformers import apply_liger_kernel_to_llama
+
+        apply_liger_kernel_to_llama(
+            model=model, rope=True, rms_norm=True, swiglu=True, cross_entropy=False, fused_linear_cross_entropy=False
+        )
     handle = parallelize(model, place.mesh, memory, backend=kernel)
     assert handle.memory is not None
     return Built(model, lambda batch: model(**batch).loss, handle.memory.offload, [handle.undo])
@@ -112,7 +118,7 @@ class Ours:
         memory = case.memory
         host = f", {memory.host_layers} layers on the host" if memory.host_layers else ""
         every = f" of every {memory.every}" if memory.every > 1 else ""
-        self.features = f"{_tiles(case)}, keep {memory.keep}{every}{host}" + (", compiled" if case.compiled else "")
+        self.features = f"{_tiles(case)}, keep {memory.keep}{every}{host}" + (f", {case.fused}" if case.fused else "")
 
     def prepare(self) -> None:
         case = self._case

@@ -62,11 +62,58 @@ def _forward_of(module: nn.Module, compiled: Callable[[Any], Any]) -> Callable[.
     if kind.__name__.endswith("Norm") and not any(module.children()):
         return MethodType(compiled(kind.forward), module)
     if all(hasattr(module, name) for name in _GATED) and isinstance(module.gate_proj, nn.Linear):
-        return MethodType(compiled(kind.forward), module)
+        return _gated_forward(module, compiled)
     plain = _plain_function(kind.forward)
     if plain is None or _ROTARY not in plain.__code__.co_names:
         return None
     return MethodType(_calling(plain, compiled(plain.__globals__[_ROTARY])), module)
+
+
+def _gated_forward(module: Any, compiled: Callable[[Any], Any]) -> Callable[..., Any] | None:
+    """An MLP's forward method with the activation and the product that follows it in one; None for another MLP.
+
+    Its linear layers stay modules that are called: tiles and kept products (`ringattn.memory`) find them there.
+    """
+    plain, activation = _plain_function(type(module).forward), module.act_fn
+    if plain is None or set(plain.__code__.co_names) != set(_GATED) or _has_state(activation):
+        return None
+    product = compiled(_product_after(_Alike(activation)))
+
+    def forward(self: Any, x: torch.Tensor) -> torch.Tensor:
+        out: torch.Tensor = self.down_proj(product(self.gate_proj(x), self.up_proj(x)))
+        return out
+
+    return MethodType(forward, module)
+
+
+def _has_state(activation: Any) -> bool:
+    return isinstance(activation, nn.Module) and any(True for _ in (*activation.parameters(), *activation.buffers()))
+
+
+class _Alike:
+    """An activation function, equal to all that do the same: those of all layers are compiled once."""
+
+    def __init__(self, activation: Any) -> None:
+        self.activation = activation
+        module = isinstance(activation, nn.Module)
+        self._key = (type(activation), repr(activation)) if module else (activation, "")
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _Alike) and self._key == other._key
+
+    def __hash__(self) -> int:
+        return hash(self._key)
+
+
+@cache
+def _product_after(alike: _Alike) -> Callable[[torch.Tensor, torch.Tensor], torch.Tensor]:
+    activation = alike.activation
+
+    def product(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
+        out: torch.Tensor = activation(gate) * up
+        return out
+
+    return product
 
 
 def _plain_function(forward: Any) -> FunctionType | None:

@@ -96,8 +96,8 @@ class States:
         if self.run.engine == "deepspeed":
             return int(2 * min(BUCKET, self.model.total.trained) * self.run.itemsize)
         wide = ITEMSIZE[self.settings.reduce]
-        rounded = wide != self.held or self.settings.states_on == "host"
-        return math.ceil(group.trained * wide * (1 + rounded / self.run.ranks))
+        rounded = self.run.ranks > 1 and (wide != self.held or self.settings.states_on == "host")
+        return math.ceil(group.trained * wide * (1 + rounded / self.run.ranks))  # one rank has nothing to add up
 
     # The optimizer.
 

@@ -8,14 +8,13 @@ functions see any number of tokens, so a batch of another length does not compil
 
 from collections.abc import Callable, Iterator
 from functools import cache
-from types import FunctionType, MethodType
+from types import CodeType, FunctionType, MethodType
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 _ROTARY = "apply_rotary_pos_emb"
-_GATED = ("gate_proj", "up_proj", "down_proj", "act_fn")
 
 
 class Elementwise:
@@ -56,17 +55,53 @@ class Elementwise:
         self._modules.clear()
 
 
-def _forward_of(module: nn.Module, compiled: Callable[[Any], Any]) -> Callable[..., Any] | None:
+def _forward_of(module: Any, compiled: Callable[[Any], Any]) -> Callable[..., Any] | None:
     """What a module's forward method becomes, or None."""
     kind = type(module)
     if kind.__name__.endswith("Norm") and not any(module.children()):
         return MethodType(compiled(kind.forward), module)
-    if all(hasattr(module, name) for name in _GATED) and isinstance(module.gate_proj, nn.Linear):
-        return MethodType(compiled(kind.forward), module)
     plain = _plain_function(kind.forward)
-    if plain is None or _ROTARY not in plain.__code__.co_names:
+    if plain is None:
         return None
-    return MethodType(_calling(plain, compiled(plain.__globals__[_ROTARY])), module)
+    if _code(plain) in _GATED and not any(module.act_fn.parameters()):
+        return MethodType(_gated(compiled(_product)), module)
+    if _ROTARY in plain.__code__.co_names:
+        return MethodType(_calling(plain, compiled(plain.__globals__[_ROTARY])), module)
+    return None
+
+
+def _product(act: nn.Module, gate: Tensor, up: Tensor) -> Tensor:
+    """The product of a gated MLP. The activation's hooks, which engines put on every module, are left out."""
+    product: Tensor = act.forward(gate) * up
+    return product
+
+
+def _gated(product: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """The forward method of a gated MLP. Its linear layers are not compiled: engines and adapters hook them."""
+
+    def forward(mlp: Any, x: Tensor) -> Tensor:
+        out: Tensor = mlp.down_proj(product(mlp.act_fn, mlp.gate_proj(x), mlp.up_proj(x)))
+        return out
+
+    return forward
+
+
+def _code(function: Callable[..., Any]) -> tuple[Any, ...]:
+    """What a function does, equal for functions that do the same in the same words."""
+    code: CodeType = function.__code__
+    return code.co_code, code.co_names, code.co_argcount
+
+
+def _gated_mlp(self: Any, x: Tensor) -> Tensor:
+    return self.down_proj(self.act_fn(self.gate_proj(x)) * self.up_proj(x))
+
+
+def _gated_mlp_in_two_lines(self: Any, x: Tensor) -> Tensor:
+    down_proj = self.down_proj(self.act_fn(self.gate_proj(x)) * self.up_proj(x))
+    return down_proj  # noqa: RET504  as transformers writes it
+
+
+_GATED = {_code(_gated_mlp), _code(_gated_mlp_in_two_lines)}
 
 
 def _plain_function(forward: Any) -> FunctionType | None:

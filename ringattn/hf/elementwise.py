@@ -8,14 +8,13 @@ functions see any number of tokens, so a batch of another length does not compil
 
 from collections.abc import Callable, Iterator
 from functools import cache
-from types import FunctionType, MethodType
+from types import CodeType, FunctionType, MethodType
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 _ROTARY = "apply_rotary_pos_emb"
-_GATED = ("gate_proj", "up_proj", "down_proj", "act_fn")
 
 
 class Elementwise:
@@ -56,64 +55,53 @@ class Elementwise:
         self._modules.clear()
 
 
-def _forward_of(module: nn.Module, compiled: Callable[[Any], Any]) -> Callable[..., Any] | None:
+def _forward_of(module: Any, compiled: Callable[[Any], Any]) -> Callable[..., Any] | None:
     """What a module's forward method becomes, or None."""
     kind = type(module)
     if kind.__name__.endswith("Norm") and not any(module.children()):
         return MethodType(compiled(kind.forward), module)
-    if all(hasattr(module, name) for name in _GATED) and isinstance(module.gate_proj, nn.Linear):
-        return _gated_forward(module, compiled)
     plain = _plain_function(kind.forward)
-    if plain is None or _ROTARY not in plain.__code__.co_names:
+    if plain is None:
         return None
-    return MethodType(_calling(plain, compiled(plain.__globals__[_ROTARY])), module)
+    if _code(plain) in _GATED and not any(module.act_fn.parameters()):
+        return MethodType(_gated(compiled(_product)), module)
+    if _ROTARY in plain.__code__.co_names:
+        return MethodType(_calling(plain, compiled(plain.__globals__[_ROTARY])), module)
+    return None
 
 
-def _gated_forward(module: Any, compiled: Callable[[Any], Any]) -> Callable[..., Any] | None:
-    """An MLP's forward method with the activation and the product that follows it in one; None for another MLP.
-
-    Its linear layers stay modules that are called: tiles and kept products (`ringattn.memory`) find them there.
-    """
-    plain, activation = _plain_function(type(module).forward), module.act_fn
-    if plain is None or set(plain.__code__.co_names) != set(_GATED) or _has_state(activation):
-        return None
-    product = compiled(_product_after(_Alike(activation)))
-
-    def forward(self: Any, x: torch.Tensor) -> torch.Tensor:
-        out: torch.Tensor = self.down_proj(product(self.gate_proj(x), self.up_proj(x)))
-        return out
-
-    return MethodType(forward, module)
-
-
-def _has_state(activation: Any) -> bool:
-    return isinstance(activation, nn.Module) and any(True for _ in (*activation.parameters(), *activation.buffers()))
-
-
-class _Alike:
-    """An activation function, equal to all that do the same: those of all layers are compiled once."""
-
-    def __init__(self, activation: Any) -> None:
-        self.activation = activation
-        module = isinstance(activation, nn.Module)
-        self._key = (type(activation), repr(activation)) if module else (activation, "")
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, _Alike) and self._key == other._key
-
-    def __hash__(self) -> int:
-        return hash(self._key)
-
-
-@cache
-def _product_after(alike: _Alike) -> Callable[[torch.Tensor, torch.Tensor], torch.Tensor]:
-    activation = alike.activation
-
-    def product(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
-        out: torch.Tensor = activation(gate) * up
-        return out
-
+def _product(act: nn.Module, gate: Tensor, up: Tensor) -> Tensor:
+    """The product of a gated MLP. The activation's hooks, which engines put on every module, are left out."""
+    product: Tensor = act.forward(gate) * up
     return product
+
+
+def _gated(product: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """The forward method of a gated MLP. Its linear layers are not compiled: engines and adapters hook them."""
+
+    def forward(mlp: Any, x: Tensor) -> Tensor:
+        out: Tensor = mlp.down_proj(product(mlp.act_fn, mlp.gate_proj(x), mlp.up_proj(x)))
+        return out
+
+    return forward
+
+
+def _code(function: Callable[..., Any]) -> tuple[Any, ...]:
+    """What a function does, equal for functions that do the same in the same words."""
+    code: CodeType = function.__code__
+    return code.co_code, code.co_names, code.co_argcount
+
+
+def _gated_mlp(self: Any, x: Tensor) -> Tensor:
+    return self.down_proj(self.act_fn(self.gate_proj(x)) * self.up_proj(x))
+
+
+def _gated_mlp_in_two_lines(self: Any, x: Tensor) -> Tensor:
+    down_proj = self.down_proj(self.act_fn(self.gate_proj(x)) * self.up_proj(x))
+    return down_proj  # noqa: RET504  as transformers writes it
+
+
+_GATED = {_code(_gated_mlp), _code(_gated_mlp_in_two_lines)}
 
 
 def _plain_function(forward: Any) -> FunctionType | None:

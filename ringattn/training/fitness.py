@@ -1,11 +1,15 @@
 """Whether a model fits: the recipe's mesh, its attention, its checkpoint. On the meta device, before anything runs."""
 
+import importlib.util
+import os
+import shutil
 from typing import Any
 
 from omegaconf import DictConfig
 from torch import nn
 
 from ringattn import hf
+from ringattn.hf.elementwise import Elementwise
 from ringattn.parallel.mesh.shape import MeshShape
 from ringattn.training.architecture import reason_of
 from ringattn.training.models import empty_model
@@ -64,3 +68,22 @@ def check_same_shapes(saved: nn.Module, model: nn.Module) -> None:
             f"the checkpoint is of another model and cannot go on as this one, not even with run.resume=force: "
             f"{len(differing)} weights differ: {shown}"
         )
+
+
+def check_compile(cfg: DictConfig, device_type: str, model: nn.Module) -> None:
+    """Raises ValueError for `engine.compile` without the compiler that it needs on `device_type`, or anything to do."""
+    if cfg.engine.compile == "none":
+        return
+    if device_type == "cuda":
+        there, needed = importlib.util.find_spec("triton") is not None, "the package triton"
+    else:
+        compilers = ("c++", "g++", "clang++")
+        there, needed = "CXX" in os.environ or any(map(shutil.which, compilers)), f"one of {', '.join(compilers)}"
+    if not there:
+        raise ValueError(
+            f"engine.compile={cfg.engine.compile} needs {needed}, and it is not there; use engine.compile=none"
+        )
+    try:
+        Elementwise(model).undo()
+    except NotImplementedError as error:
+        raise ValueError(f"engine.compile={cfg.engine.compile}: {error}; use engine.compile=none") from None

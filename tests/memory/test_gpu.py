@@ -50,6 +50,21 @@ def test_a_thousand_tiles_are_as_exact_as_one():
         assert tiles <= 1.1 * single + 1e-7
 
 
+def test_with_the_number_of_targets_nothing_waits():
+    hidden = torch.randn(4096, 64, device="cuda", dtype=torch.bfloat16, requires_grad=True)
+    weight = torch.randn(1000, 64, device="cuda", dtype=torch.bfloat16, requires_grad=True)
+    targets = torch.randint(0, 1000, (4096,), device="cuda")
+    targets[::3] = -100
+    count = int((targets != -100).sum())
+    wanted = torch.autograd.grad(tiled_loss(hidden, weight, targets, tile=512), (hidden, weight))
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        found = torch.autograd.grad(tiled_loss(hidden, weight, targets, tile=512, count=count), (hidden, weight))
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert all(map(torch.equal, found, wanted))
+
+
 def test_logits_of_one_tile_are_alive():
     tokens, size, words = 16384, 256, 65536
     hidden = torch.randn(tokens, size, device="cuda", dtype=torch.bfloat16, requires_grad=True)

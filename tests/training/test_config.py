@@ -5,13 +5,15 @@ from pathlib import Path
 import pytest
 import torch.distributed as dist
 from hydra import compose, initialize_config_dir
-from omegaconf import OmegaConf
+from omegaconf import OmegaConf, open_dict
+from torch import nn
 
-from ringattn.training import config
+from ringattn.training import config, fitness
 from ringattn.training.config import check_positions, check_vocabulary, curve_differences, resolve, validate
 from ringattn.training.job import prepare
 from ringattn.training.launched import Launch
 from ringattn.training.output import write_config
+from tests.training.recipe import prepared
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 
@@ -57,6 +59,8 @@ def test_left_open_is_filled_in():
         (["parallel.head_chunks=0"], ["parallel.head_chunks", "0"]),
         (["parallel.ulysses=4"], ["ulysses", "4", "2"]),  # two ranks a node here
         (["parallel.scheme=hybrid"], ["parallel.scheme=hybrid", "ring=4", "ulysses=1"]),
+        (["data.ahead=elsewhere"], ["data.ahead", "elsewhere", "process", "thread"]),
+        (["engine.compile=true"], ["engine.compile", "True", "elementwise"]),
         (["parallel.scheme=spiral"], ["parallel.scheme", "spiral", "ring"]),
         (["parallel.policy=best"], ["parallel.policy", "best", "balanced"]),
         (["parallel.backend=fa9"], ["parallel.backend", "fa9"]),
@@ -127,6 +131,24 @@ def test_models_that_do_not_fit(override, words, tmp_path):
     with pytest.raises(ValueError, match=r".") as error:
         single(compose_with(override, f"run.output={tmp_path}"))
     assert all(word in str(error.value) for word in words), str(error.value)
+
+
+def test_compiling_needs_a_compiler_and_something_to_compile(monkeypatch):
+    assert prepared("engine.compile=elementwise").cfg.engine.compile == "elementwise"
+    monkeypatch.setattr(fitness.shutil, "which", lambda name: None)
+    monkeypatch.delenv("CXX", raising=False)
+    with pytest.raises(ValueError, match=r"engine.compile=elementwise needs one of c\+\+, g\+\+, clang\+\+, and"):
+        prepared("engine.compile=elementwise")
+    monkeypatch.setattr(fitness.importlib.util, "find_spec", lambda name: None)
+    cfg = prepared().cfg
+    with open_dict(cfg):
+        cfg.engine.compile = "elementwise"
+    with pytest.raises(ValueError, match="needs the package triton"):
+        fitness.check_compile(cfg, "cuda", nn.Linear(2, 2))
+    monkeypatch.undo()
+    monkeypatch.setenv("CXX", "any")
+    with pytest.raises(ValueError, match=r"engine.compile=elementwise: Linear has no norm, gated MLP or rotary"):
+        fitness.check_compile(cfg, "cpu", nn.Linear(2, 2))
 
 
 def test_the_default_model_fits_its_data():

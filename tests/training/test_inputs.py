@@ -301,9 +301,11 @@ def test_tokenizing_and_training_tell_about_themselves(tmp_path):
     lines = [line for line in out.splitlines() if line.startswith("step")]
     assert "epoch 0.80" in lines[0]
     assert "epoch 2.40" in lines[-1]
-    assert all(line.endswith(" left") for line in lines)
+    assert "warm-up" in lines[0]
+    assert all(line.endswith(" left") for line in lines[1:])
     records = [json.loads(line) for line in (tmp_path / "out" / "metrics.jsonl").read_text().splitlines()]
     assert [round(record["epoch"]) for record in records] == [1, 2, 2]
+    assert [record["tokens_per_second"] is None for record in records] == [True, False, False]
     assert OmegaConf.load(tmp_path / "out" / "config.yaml").optim.lr == 3e-3
 
 

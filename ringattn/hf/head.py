@@ -333,7 +333,8 @@ def _linear_head(model: Any) -> nn.Linear:
     """The head; raises NotImplementedError naming what it is instead of a plain linear layer."""
     head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
     if type(head) is not nn.Linear:
-        told = "no head" if head is None else f"a {type(head).__name__} as its head"
+        adapter = "an adapter, " if hasattr(head, "base_layer") else ""  # PEFT's layers have the names of torch's
+        told = "no head" if head is None else f"{adapter}a {type(head).__name__} as its head"
         raise NotImplementedError(f"{type(model).__name__} has {told}: a tiled loss needs an nn.Linear")
     if head._forward_hooks or head._forward_pre_hooks or "forward" in head.__dict__:
         raise NotImplementedError(

@@ -20,6 +20,7 @@ from ringattn.training.corpus import Corpus
 from ringattn.training.data.files import matching_files
 from ringattn.training.data.tokenizer import AUTO, BYTES, has_tokenizer
 from ringattn.training.engines.deepspeed import available as deepspeed_available
+from ringattn.training.lora import check_lora, lora_of, lora_values
 
 CHOICES: dict[str, tuple[str, ...]] = {
     "data.name": ("stdlib", "text"),
@@ -69,10 +70,10 @@ OF_DEEPSPEED = ("engine.zero_stage",)
 OPTIONAL = {"data.packs_per_step", "data.delay", "parallel.data", "parallel.ring", "parallel.ulysses"}
 OPTIONAL |= {"parallel.head_chunks", "optim.lr"}
 OPTIONAL |= {"model.family", "model.path", "model.config", "model.lr", "model.lr_from_path", "model.allow_mismatch"}
-OPTIONAL |= memory.OPTIONAL
-# Below model.config every key of the transformers configuration is allowed.
+OPTIONAL |= memory.OPTIONAL | {"model.lora"}
+# Below model.config every key of the transformers configuration is allowed; model.lora has keys of its own.
 KEYS = {*CHOICES, *INTEGERS, *NUMBERS, *SWITCHES, *TEXTS, "model.config", "model.allow_mismatch", "optim.betas"}
-KEYS |= memory.KEYS
+KEYS |= memory.KEYS | {"model.lora"}
 # What may differ between two starts in the same folder without changing the curve, beside `parallel` and most of `run`.
 # Files and tokenizer count by their contents, which the corpus' fingerprint holds, and learning rates as optim.lr.
 SAME_CURVE = {"data.prefetch", "data.ahead", "data.cache", "data.files", "data.tokenizer"}
@@ -88,7 +89,7 @@ def completed(cfg: DictConfig) -> DictConfig:
     plain: dict[str, Any] = OmegaConf.to_container(cfg)  # type: ignore[assignment]
     given = {name for key in flat(plain) for name in _and_above(key)}
     known = KEYS | {*OF_TEXT, *OF_DEEPSPEED}
-    unknown = [key for key in flat(plain) if key not in known and not key.startswith("model.config.")]
+    unknown = [key for key in flat(plain) if key not in known and not key.startswith(("model.config.", "model.lora."))]
     if unknown:
         raise ValueError(f"unknown key {', '.join(sorted(unknown))}; the keys are in configs/, each with a comment")
     needed = KEYS - OPTIONAL
@@ -98,7 +99,8 @@ def completed(cfg: DictConfig) -> DictConfig:
         raise ValueError(f"the configuration has no {', '.join(missing)}; each is in a file of configs/")
     cfg = cfg.copy()
     for key in sorted(OPTIONAL - given):
-        OmegaConf.update(cfg, key, None, force_add=True)
+        if OmegaConf.select(cfg, key) is None:
+            OmegaConf.update(cfg, key, None, force_add=True)
     return cfg
 
 
@@ -130,6 +132,7 @@ def resolve(cfg: DictConfig, shape: MeshShape, device_type: str) -> dict[str, An
         resolved["model"]["path"] = os.path.abspath(os.path.expanduser(cfg.model.path))
     resolved["model"]["config"] = resolved["model"]["config"] or {}
     resolved["model"]["allow_mismatch"] = resolved["model"]["allow_mismatch"] or []
+    resolved["model"]["lora"] = lora_values(lora_of(cfg.model))
     if cfg.optim.lr is None:
         resolved["optim"]["lr"] = cfg.model.lr if cfg.model.path is None else cfg.model.lr_from_path
     if cfg.data.get("tokenizer") == AUTO:
@@ -260,6 +263,7 @@ def _check_model_keys(cfg: DictConfig) -> None:
     _check_texts(cfg, "model.allow_mismatch", "lm_head.*")
     if model.allow_mismatch and model.path is None:
         raise ValueError("model.allow_mismatch is about the weights at model.path, which is null")
+    check_lora(cfg)
     rate = "model.lr" if model.path is None else "model.lr_from_path"
     if cfg.optim.lr is None and OmegaConf.select(cfg, rate) is None:
         raise ValueError(f"optim.lr is null, and so is {rate}, which it would be; give one of them")

@@ -10,16 +10,20 @@ from torch import nn
 
 from ringattn import hf
 from ringattn.hf.elementwise import Elementwise
+from ringattn.hf.head import TiledHead
 from ringattn.parallel.mesh.shape import MeshShape
 from ringattn.training.architecture import reason_of
+from ringattn.training.lora import Lora, put_lora
+from ringattn.training.memory import AUTO
 from ringattn.training.models import empty_model
 
 # Attention dropout by the names that configurations give it.
 DROPOUTS = ("attention_dropout", "attn_pdrop", "attention_probs_dropout_prob")
 
 
-def check_attention(config: Any) -> nn.Module:
-    """The model without weights. Raises ValueError if it cannot be built, or split over a sequence axis."""
+def check_attention(config: Any, lora: Lora | None = None) -> nn.Module:
+    """The model without weights. Raises ValueError if it cannot be built, or split over a sequence axis, or given the
+    factors of `lora`."""
     text = config.get_text_config()
     queries, keys = text.num_attention_heads, getattr(text, "num_key_value_heads", None)
     if text.num_hidden_layers < 1:
@@ -42,6 +46,8 @@ def check_attention(config: Any) -> nn.Module:
         hf.check_model(model)
     except NotImplementedError as error:
         raise ValueError(f"model: {error}") from None
+    if lora is not None:
+        put_lora(model, lora)
     return model
 
 
@@ -68,6 +74,17 @@ def check_same_shapes(saved: nn.Module, model: nn.Module) -> None:
             f"the checkpoint is of another model and cannot go on as this one, not even with run.resume=force: "
             f"{len(differing)} weights differ: {shown}"
         )
+
+
+def check_tiles(cfg: DictConfig, model: nn.Module) -> None:
+    """Raises ValueError for tiles that the user chose and the model cannot have."""
+    tile = cfg.memory.loss_tile
+    if tile is None or tile == AUTO:
+        return
+    try:
+        TiledHead(model, tile).undo()
+    except NotImplementedError as error:
+        raise ValueError(f"memory.loss_tile={tile}: {error}; use memory.loss_tile=null") from None
 
 
 def check_compile(cfg: DictConfig, device_type: str, model: nn.Module) -> None:

@@ -26,30 +26,35 @@ class StepFlops:
         parameters: that multiply every token (all but the input embedding, unless it is also the output head).
         per_pair: forward FLOPs of one layer for one allowed (query, key) pair: 4 × heads × head dim.
         masks: of each attention layer.
+        frozen: of the parameters, those that get no gradient: the backward pass has one product with them, not two.
     """
 
     parameters: int
     per_pair: int
     masks: tuple[Mask, ...]
+    frozen: int = 0
 
     @classmethod
     def of(cls, model: nn.Module, config: Any) -> "StepFlops":
         """Of an unsharded model with its transformers configuration."""
         text = config.get_text_config()
         parameters = sum(p.numel() for p in model.parameters())
+        frozen = sum(p.numel() for p in model.parameters() if not p.requires_grad)
         if not text.tie_word_embeddings:
             parameters -= text.vocab_size * text.hidden_size
+            frozen -= text.vocab_size * text.hidden_size * (not _embeds_trained(model))
         head_dim = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
-        return cls(parameters, 4 * text.num_attention_heads * head_dim, tuple(_masks(text)))
+        return cls(parameters, 4 * text.num_attention_heads * head_dim, tuple(_masks(text)), frozen)
 
     def __call__(self, tokens: int, lengths: Sequence[int]) -> float:
-        """FLOPs of `tokens` tokens in documents of these lengths; the backward pass costs twice the forward pass."""
+        """FLOPs of `tokens` tokens in documents of these lengths; where all weights are trained the backward pass
+        costs twice the forward pass."""
         return self.per_token * tokens + sum(map(self.attention, lengths))
 
     @property
     def per_token(self) -> float:
         """FLOPs of a token in everything but the attention."""
-        return 6.0 * self.parameters
+        return 6.0 * self.parameters - 2.0 * self.frozen
 
     def attention(self, length: int) -> float:
         """FLOPs of one document's attention, all layers."""
@@ -58,6 +63,10 @@ class StepFlops:
     @cached_property
     def _bands(self) -> Counter[Band]:
         return Counter(mask.band for mask in self.masks)
+
+
+def _embeds_trained(model: Any) -> bool:
+    return bool(model.get_input_embeddings().weight.requires_grad)
 
 
 def _masks(config: Any) -> list[Mask]:

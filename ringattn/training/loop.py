@@ -26,6 +26,7 @@ from ringattn.training.engines import Engine, EngineOptions, build_engine
 from ringattn.training.flops import StepFlops, peak_flops
 from ringattn.training.grouping import DocumentCost, GroupedPacker, GroupedPosition
 from ringattn.training.job import Job
+from ringattn.training.lora import lora_of
 from ringattn.training.loss import brought
 from ringattn.training.metrics import StepMetrics, StepSeconds, peak_memory_gib
 from ringattn.training.models import build_model, empty_model
@@ -89,7 +90,7 @@ class Trainer:
         self.schedule = Schedule(
             cfg.optim.lr, round(cfg.optim.warmup_ratio * cfg.run.steps), cfg.run.steps, cfg.optim.min_ratio
         )
-        self.flops = StepFlops.of(empty_model(job.model_config), job.model_config)
+        self.flops = StepFlops.of(empty_model(job.model_config, lora_of(cfg.model)), job.model_config)
         _seed(cfg.run.seed, dist.get_rank())
         self.engine: Engine = build_engine(cfg.engine.name, self.mesh, self._engine_options())
         memory = CudaMemory(job.device) if job.device.type == "cuda" else None
@@ -100,9 +101,10 @@ class Trainer:
 
     def _engine_options(self) -> EngineOptions:
         cfg, job = self.cfg, self.job
+        config, lora = job.model_config, lora_of(cfg.model)
         return EngineOptions(
-            config=job.model_config,
-            load=lambda: build_model(job.model_config, cfg.run.seed, cfg.model.path, list(cfg.model.allow_mismatch)),
+            empty=lambda: empty_model(config, lora),
+            load=lambda: build_model(config, cfg.run.seed, cfg.model.path, list(cfg.model.allow_mismatch), lora),
             attach=self._attach,
             device=job.device,
             dtype=compute_dtype(cfg),

@@ -14,6 +14,7 @@ from ringattn.training.corpus import Corpus
 from ringattn.training.fitness import check_same_shapes
 from ringattn.training.grouping import GroupedPosition
 from ringattn.training.launched import Launch
+from ringattn.training.lora import Lora, check_same_base, lora_of
 from ringattn.training.models import empty_model
 from ringattn.training.output import model_values, read_config
 from ringattn.training.packing import Position
@@ -41,7 +42,8 @@ def check_resume(
     if cfg.run.resume != "force":
         _check_same(cfg, output, state, corpus, saved or now, now, _model_differences(saved_model, model_config))
     elif saved_model is not None:
-        _check_shapes(saved_model, model)
+        _check_shapes(saved_model, lora_of((saved or now)["model"]), model)
+    check_same_base(saved or now, now)
     seed = (saved or now).get("run", {}).get("seed")
     if state.corpus != corpus.fingerprint or seed != cfg.run.seed:
         epoch = int(state.position["epoch"]) + 1
@@ -100,11 +102,11 @@ def _model_differences(saved: dict[str, Any] | None, model_config: Any) -> list[
     return [(f"model.config.{key}", saved[key], now[key]) for key in both if saved[key] != now[key]]
 
 
-def _check_shapes(saved: dict[str, Any], model: nn.Module) -> None:
+def _check_shapes(saved: dict[str, Any], lora: Lora | None, model: nn.Module) -> None:
     from transformers import AutoConfig
 
     try:
-        before = empty_model(AutoConfig.for_model(**saved))
+        before = empty_model(AutoConfig.for_model(**saved), lora)
     except Exception:  # by another version of transformers: the engine will say whether its files fit
         return
     check_same_shapes(before, model)

@@ -15,7 +15,7 @@ from ringattn.hf.elementwise import Elementwise
 from ringattn.memory.settings import MemorySettings
 from ringattn.training.engines import EngineOptions, build_engine
 from ringattn.training.loss import brought
-from ringattn.training.models import build_model, model_config
+from ringattn.training.models import build_model, empty_model, model_config
 from tests.parallel.ranks import mesh_of
 from tests.pool import Pools
 from tests.training.token_loss import model_loss
@@ -33,7 +33,7 @@ SIZES = {
 def options_of(mesh: SequenceMesh, dtype: torch.dtype, keep: Any = "all", zero_stage: int = 0) -> EngineOptions:
     config = model_config("llama", None, SIZES)
     return EngineOptions(
-        config=config,
+        empty=lambda: empty_model(config),
         load=lambda: build_model(config, 0),
         attach=lambda model: parallelize(model, mesh, MemorySettings(keep=keep)),
         device=torch.device("cpu"),

@@ -19,7 +19,7 @@ from ringattn.training.engines.deepspeed import available as deepspeed_available
 from ringattn.training.engines.deepspeed import why_no_cpu_adam
 from ringattn.training.engines.optimizers import PAIRS, adamw, set_learning_rate, why_no_optimizer
 from ringattn.training.loss import brought
-from ringattn.training.models import build_model, model_config
+from ringattn.training.models import build_model, empty_model, model_config
 from tests.parallel.ranks import mesh_of
 from tests.pool import Pools
 from tests.training.token_loss import model_loss
@@ -38,7 +38,7 @@ DOCS = Documents([40, 7, 100])
 def options_of(mesh: SequenceMesh, states: StateSettings, tied: bool = False, **changes: Any) -> EngineOptions:
     config = model_config("llama", None, SIZES | {"tie_word_embeddings": tied})
     given: dict[str, Any] = {
-        "config": config,
+        "empty": partial(empty_model, config),
         "load": partial(build_model, config, 0),
         "attach": lambda model: parallelize(model, mesh),
         "device": mesh.device,

@@ -123,6 +123,11 @@ class ModelShape:
         return sum(self.layers, self.embedding + self.head + self.rest)
 
     @property
+    def backward(self) -> float:
+        """Matrix products of the backward pass, in those of the forward pass: frozen weights have no gradient."""
+        return 1.0 + self.total.trained / self.total.count
+
+    @property
     def query_width(self) -> int:
         """Elements of a token's queries, and of its attention output."""
         return self.query_heads * self.head_dim

@@ -53,7 +53,7 @@ def step_time(alive: Alive, machine: Machine) -> StepTime:
     work = _Work(alive, machine, rates)
     items = {
         "attention": run.micro_steps * (alive.attention.forward_seconds + alive.attention.backward_seconds),
-        "matrix products": run.micro_steps * 3 * work.products,
+        "matrix products": run.micro_steps * (1 + model.backward) * work.products,
         "element by element": run.micro_steps * work.elementwise,
         "computed again": run.micro_steps * work.again,
         "tiles of the MLP": run.micro_steps * work.mlp_tiles,
@@ -65,7 +65,7 @@ def step_time(alive: Alive, machine: Machine) -> StepTime:
     pairs = sum(count * sum(mask.band.area(0, one, one) for one in run.documents) for mask, count in model.masks)
     tokens = run.tokens * run.data * run.micro_steps
     head = model.vocabulary * model.hidden
-    flops = 6.0 * (model.active * len(model.layers) + head) * tokens
+    flops = 2.0 * (1 + model.backward) * (model.active * len(model.layers) + head) * tokens
     flops += 12.0 * model.query_width * pairs * run.data * run.micro_steps
     return StepTime({k: v for k, v in items.items() if v > 0}, tokens, run.ranks, flops, rates.peak)
 
@@ -145,14 +145,15 @@ class _Work:
         model, tile = self.alive.model, self.alive.memory.loss_tile
         logits = LOGIT_BYTES * self._tokens * model.vocabulary
         tiles = 0 if tile is None else -(-self._tokens // tile)
-        return (logits + tiles * 2 * 4 * model.vocabulary * model.hidden) / self.rates.memory
+        trained = (model.embedding if model.tied else model.head).trained
+        return (logits + tiles * 2 * 4 * trained) / self.rates.memory
 
     @property
     def _layer_seconds(self) -> tuple[float, float]:
         """One layer forward, and backward with what it computes again."""
         attention = self.alive.attention
         forward = self._layer_products + self._layer_elements + attention.forward_seconds / self._layers
-        backward = 2 * self._layer_products + BACKWARD * self._layer_elements
+        backward = self.alive.model.backward * self._layer_products + BACKWARD * self._layer_elements
         return forward, backward + (attention.backward_seconds + self.again) / self._layers
 
     @property

@@ -56,6 +56,7 @@ class DeepSpeedEngine:
             dist_init_required=False,
         )
         self.model = self._engine
+        self._frozen = any(not parameter.requires_grad for parameter in model.parameters())
 
     def backward(self, loss: torch.Tensor) -> None:
         """Adds the gradient of one micro-step; the loss is already divided by the global count of all of them."""
@@ -77,11 +78,11 @@ class DeepSpeedEngine:
 
     def save(self, folder: Path) -> None:
         """Writes DeepSpeed's own checkpoint files: torch.distributed.checkpoint does not know ZeRO's partitions."""
-        self._engine.save_checkpoint(str(folder), tag=TAG, save_latest=False)
+        self._engine.save_checkpoint(str(folder), tag=TAG, save_latest=False, exclude_frozen_parameters=True)
 
     def load(self, folder: Path) -> None:
         """Reads what `save` wrote. Raises ValueError if the files are not those of this number of ranks and stage."""
-        path, _ = self._engine.load_checkpoint(str(folder), tag=TAG)
+        path, _ = self._engine.load_checkpoint(str(folder), tag=TAG, load_module_strict=not self._frozen)
         if path is None:
             raise ValueError(f"{folder} holds no DeepSpeed checkpoint of this number of ranks and ZeRO stage")
 

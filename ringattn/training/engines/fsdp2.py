@@ -22,7 +22,9 @@ from ringattn.training.engines.clipping import clip_sharded
 from ringattn.training.engines.groups import shard_groups
 from ringattn.training.engines.interface import EngineOptions
 from ringattn.training.engines.optimizers import adamw, set_learning_rate
-from ringattn.training.models import empty_model
+
+# What a checkpoint holds. Reading is strict all the same: DCP raises for whatever is asked for and is not there.
+_TRAINED = StateDictOptions(ignore_frozen_params=True, strict=False)
 
 
 class FSDP2Engine:
@@ -35,7 +37,7 @@ class FSDP2Engine:
 
     def __init__(self, mesh: SequenceMesh, options: EngineOptions) -> None:
         states = options.states
-        self.model = empty_model(options.config)
+        self.model = options.empty()
         self.num_parameters = sum(p.numel() for p in self.model.parameters())
         self._clip, self._device, self._mesh = options.clip, options.device, _all_ranks(mesh)
         options.attach(self.model)
@@ -59,16 +61,22 @@ class FSDP2Engine:
         return norm
 
     def save(self, folder: Path) -> None:
-        """Writes model and optimiser with torch.distributed.checkpoint; any number of ranks can read it again."""
-        model, optim = get_state_dict(self.model, self._optimizer)
+        """Writes what is trained with torch.distributed.checkpoint; any number of ranks can read it again."""
+        model, optim = get_state_dict(self.model, self._optimizer, options=_TRAINED)
         dcp.save({"model": model, "optim": optim}, checkpoint_id=folder)
 
     def load(self, folder: Path) -> None:
         """Reads what `save` wrote, sharded for this run's ranks."""
-        model, optim = get_state_dict(self.model, self._optimizer)
+        model, optim = get_state_dict(self.model, self._optimizer, options=_TRAINED)
         state: dict[str, Any] = {"model": model, "optim": optim}
         dcp.load(state, checkpoint_id=folder)
-        set_state_dict(self.model, self._optimizer, model_state_dict=state["model"], optim_state_dict=state["optim"])
+        set_state_dict(
+            self.model,
+            self._optimizer,
+            model_state_dict=state["model"],
+            optim_state_dict=state["optim"],
+            options=_TRAINED,
+        )
 
 
 def _all_ranks(mesh: SequenceMesh) -> DeviceMesh:

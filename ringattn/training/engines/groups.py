@@ -24,8 +24,9 @@ def shard_groups(model: nn.Module, states: StateSettings, **shared: Any) -> None
     embedding, head = _ends(model)
     layers = list(decoder_layers(model))
     if embedding is not None:
-        # Its backward pass needs indices alone, so that it is gathered once.
-        fully_shard(embedding, reshard_after_forward=True, **shared).set_unshard_in_backward(False)
+        group = fully_shard(embedding, reshard_after_forward=True, **shared)
+        # The backward pass of a plain one needs indices alone, so that it is gathered once.
+        group.set_unshard_in_backward(not isinstance(embedding, nn.Embedding))
     for layer in layers:
         fully_shard(layer, reshard_after_forward=states.reshard, **shared)
     if head is not None:

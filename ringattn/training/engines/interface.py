@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
 from torch import nn
@@ -16,8 +16,8 @@ class EngineOptions:
     """What every engine needs to know.
 
     Arguments:
-        config: the transformers configuration of the model.
-        load: builds the whole model with its first weights on the CPU; the same on every rank that calls it.
+        empty: builds the model without weights, on the meta device.
+        load: builds the same whole, with its first weights, on the CPU; equal on every rank that calls it.
         attach: installs attention and memory settings in a model, before it is sharded.
         device: where this rank computes.
         dtype: of the computation: torch.float32, or torch.bfloat16 with float32 master weights and reductions.
@@ -28,7 +28,7 @@ class EngineOptions:
         states: what lives between steps. An engine raises ValueError for what it cannot do.
     """
 
-    config: Any
+    empty: Callable[[], nn.Module]
     load: Callable[[], nn.Module]
     attach: Callable[[nn.Module], object]
     device: torch.device
@@ -52,7 +52,7 @@ class Engine(Protocol):
     """Call it for the forward pass; its parameters may be sharded."""
 
     num_parameters: int
-    """Parameters of the whole model."""
+    """Parameters of the whole model, frozen ones included."""
 
     def backward(self, loss: torch.Tensor) -> None:
         """Adds the gradient of one micro-step."""
@@ -64,7 +64,7 @@ class Engine(Protocol):
         """
 
     def save(self, folder: Path) -> None:
-        """Writes model and optimiser into `folder`, which exists."""
+        """Writes what is trained, and the optimiser, into `folder`, which exists. Frozen weights come from `load`."""
 
     def load(self, folder: Path) -> None:
         """Reads what `save` wrote."""

@@ -15,7 +15,7 @@ from ringattn.training.config import check_positions, check_vocabulary, complete
 from ringattn.training.corpus import Corpus, stdlib_corpus, text_corpus
 from ringattn.training.data.files import matching_files
 from ringattn.training.data.tokenizer import BYTE_VOCABULARY, BYTES, has_tokenizer, load_tokenizer
-from ringattn.training.fitness import check_attention, check_compile, check_head_chunks
+from ringattn.training.fitness import check_attention, check_head_chunks, compile_mode
 from ringattn.training.launched import Launch, pick_device
 from ringattn.training.memory_plan import MemoryPlan, plan_memory, values_of
 from ringattn.training.output import check_output
@@ -74,7 +74,7 @@ def prepare(cfg: DictConfig, launch: Launch, chosen: Collection[str] | None = No
     config, notes = _model(resolved)
     empty = check_attention(config)
     check_head_chunks(cfg, shape, config)
-    check_compile(cfg, device.type, empty)
+    resolved.engine.compile = compile_mode(cfg, device.type, empty)
     plan = plan_memory(resolved, config, empty, shape, launch, device)
     resolved.memory.update(values_of(plan))
     corpus = load_corpus(resolved, config, output)

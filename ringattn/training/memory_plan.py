@@ -138,6 +138,7 @@ def run_shape(cfg: DictConfig, shape: MeshShape, device: torch.device) -> RunSha
         policy=cfg.parallel.policy,
         head_chunks=cfg.parallel.head_chunks or 1,
         kernel_sums=device.type == "cuda",
+        fused=cfg.engine.compile == "elementwise",
     )
 
 

@@ -35,7 +35,7 @@ def run_of(case: Case, place: Place) -> RunShape:
         lengths=tuple(case.docs.lengths),
         compute=str(case.dtype).removeprefix("torch."),
         kernel_sums=place.device.type == "cuda",
-        fused=bool(case.fused),
+        fused=case.fused != "none",
     )
 
 

@@ -33,10 +33,10 @@ from ringattn.memory.tiled_loss import tiled_loss
 from ringattn.memory.tiled_rows import TiledModule
 from ringattn.parallel.layout import Layout
 from ringattn.parallel.machine.shipped import SHIPPED
-from ringattn.training.loss import token_loss_sum
 from tests.memory.planning.shapes_of import llama_8b
 from tests.memory.planning.tracker import Tracker
 from tests.pool import Pools
+from tests.training.token_loss import token_loss_sum
 
 TOKENS, LEAST = 512, 2**14
 SIZES: dict[str, Any] = {

@@ -109,9 +109,10 @@ class Layer:
 
     @property
     def tile_grads(self) -> int:
-        """Of an MLP in tiles: sums of gradients in float32, the gradients of a tile, and the first one of the next."""
+        """Of an MLP in tiles: sums of gradients in float32, and the first gradient of a tile; when the others come, the
+        tile's rows have gone."""
         products = 3 if self.model.gated else 2
-        return self._tiled * self.model.mlp.trained * (WIDE * products + self.itemsize * (products + 1)) // products
+        return self._tiled * self.model.mlp.trained * (WIDE * products + self.itemsize) // products
 
     @property
     def _mlp_backward(self) -> int:

@@ -148,7 +148,7 @@ class MemoryWatch:
 
     def _of_host(self, error: BaseException, where: str) -> str:
         lines = [f"{where}: the host's memory is full, {_first_line(error)}", str(self.host())]
-        lines.append("to change next: fewer memory.host_layers, more host_bytes if you set them, or fewer ranks on a machine")
+        lines.append("to change next: fewer memory.host_layers, more host_bytes where you set them, or fewer ranks")
         return "\n  ".join(lines)
 
     def _look(self, lines: list[str]) -> tuple[Figures | None, dict[str, Any]]:

@@ -45,7 +45,7 @@ class Case:
         dry: attention's kernel writes zeros.
         steps: those that are timed, beside one before them.
         host_room: GiB of host memory that one rank may keep layers' shares in; None: nobody looks.
-        fused: by what ours has its elementwise work fused, "compile" or "liger"; "" for not.
+        fused: by what ours has its elementwise work fused, "compile", "liger" or "none".
     """
 
     row: str
@@ -59,7 +59,7 @@ class Case:
     steps: int = 1
     seed: int = 0
     host_room: float | None = None
-    fused: str = ""
+    fused: str = "none"
 
     @property
     def mixed(self) -> bool:

@@ -57,7 +57,7 @@ def parser() -> argparse.ArgumentParser:
     )
     memory.add_argument("--reduce", choices=CHOICES["reduce"], default="float32")
     memory.add_argument("--states-on", choices=CHOICES["states_on"], default="device")
-    memory.add_argument("--fused", choices=("compile", "liger"), default="", help="elementwise work of ours")
+    memory.add_argument("--fused", choices=("none", "compile", "liger"), default="none", help="elementwise work")
     memory.add_argument("--no-reshard", action="store_true", help="layers' weights stay from forward to backward")
     memory.add_argument("--prefetch", type=int, default=1)
     how = made.add_argument_group("how it is measured")

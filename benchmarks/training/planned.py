@@ -35,6 +35,7 @@ def run_of(case: Case, place: Place) -> RunShape:
         lengths=tuple(case.docs.lengths),
         compute=str(case.dtype).removeprefix("torch."),
         kernel_sums=place.device.type == "cuda",
+        fused=case.fused != "none",
     )
 
 

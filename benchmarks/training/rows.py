@@ -118,7 +118,9 @@ class Ours:
         memory = case.memory
         host = f", {memory.host_layers} layers on the host" if memory.host_layers else ""
         every = f" of every {memory.every}" if memory.every > 1 else ""
-        self.features = f"{_tiles(case)}, keep {memory.keep}{every}{host}" + (f", {case.fused}" if case.fused else "")
+        self.features = f"{_tiles(case)}, keep {memory.keep}{every}{host}" + (
+            f", {case.fused}" if case.fused != "none" else ""
+        )
 
     def prepare(self) -> None:
         case = self._case

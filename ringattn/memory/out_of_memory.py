@@ -1,6 +1,6 @@
 """A step that runs out of memory says so once, with all that is needed to go on.
 
-    watch = MemoryWatch(torch.device("cuda:0"), folder)
+    watch = MemoryWatch(CudaMemory(torch.device("cuda:0")), folder)
     with watch.step(12) as at:
         at("forward pass")
         loss = model(ids)
@@ -148,7 +148,7 @@ class MemoryWatch:
 
     def _of_host(self, error: BaseException, where: str) -> str:
         lines = [f"{where}: the host's memory is full, {_first_line(error)}", str(self.host())]
-        lines.append("to change next: fewer memory.host_layers, more memory.host_bytes where there are, or fewer ranks")
+        lines.append("to change next: fewer memory.host_layers, more host_bytes where you set them, or fewer ranks")
         return "\n  ".join(lines)
 
     def _look(self, lines: list[str]) -> tuple[Figures | None, dict[str, Any]]:

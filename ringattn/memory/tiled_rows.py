@@ -9,9 +9,10 @@ float32 and handed out once, so that they lose nothing with the number of tiles,
 beneath a checkpoint of the whole layer the module's forward pass does not run a third time: see `_Input`.
 """
 
+import functools
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -57,8 +58,8 @@ class TiledModule:
     """A module whose forward pass is tiled from now on; `undo` gives it back.
 
     Arguments:
-        module: takes one tensor (..., t, E), tokens in the last dimension but one, and returns one; each token's row
-            depends on that row alone.
+        module: takes one tensor (..., t, E), tokens in the last dimension but one, and returns one, or a tuple of them
+            as mixtures of experts do with their router's scores; each token's row depends on that row alone.
         tile: tokens of a tile.
     """
 
@@ -66,6 +67,7 @@ class TiledModule:
         if not isinstance(tile, int) or isinstance(tile, bool) or tile < 1:
             raise ValueError(f"tile must be a number of tokens >= 1, got {tile!r}")
         self.module, self.tile, self._plain = module, tile, module.forward
+        self._parts: tuple[_Part, ...] = ()  # of what it returns, if that is a tuple
         self._last: nn.Linear | None = None  # the layer whose output is the module's
         self._looked = False
         module.forward = self
@@ -82,7 +84,7 @@ class TiledModule:
                 self.module.forward = self._plain
 
     @torch.compiler.disable
-    def __call__(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    def __call__(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor | tuple[Tensor, ...]:
         if args or kwargs:
             more = ", ".join((*(type(one).__name__ for one in args), *kwargs))
             raise NotImplementedError(
@@ -94,7 +96,11 @@ class TiledModule:
                 f"a tiled {type(self.module).__name__} has no weights here: with DeepSpeed's ZeRO-3 it must be tiled "
                 "before deepspeed.initialize"
             )
-        return tiled_rows(self._tile, x, parameters, self.tile, self._tile_again)
+        out = tiled_rows(self._tile, x, parameters, self.tile, self._tile_again)
+        if not self._parts:
+            return out
+        parts = out.split([part.width for part in self._parts], -1)
+        return tuple(part.apart(one) for part, one in zip(self._parts, parts, strict=True))
 
     def _tile(self, x: Tensor) -> Tensor:
         if self._looked:
@@ -102,13 +108,20 @@ class TiledModule:
         else:
             out, self._last = _with_last_layer(self.module, self._plain, x)
             self._looked = True
-        if not isinstance(out, Tensor) or out.shape[:-1] != x.shape[:-1]:
+        several = type(out) is tuple
+        parts = tuple(_Part.of(one, x) for one in (out if several else (out,)))
+        if not parts or any(part is None for part in parts):
             what = tuple(out.shape) if isinstance(out, Tensor) else type(out).__name__
             raise NotImplementedError(
-                f"a tiled {type(self.module).__name__} must return one tensor with a row for each of "
-                f"{tuple(x.shape)}, got {what}"
+                f"a tiled {type(self.module).__name__} must return tensors with a row for each of {tuple(x.shape)}, "
+                f"got {what}"
             )
-        return out
+        if not several:
+            return out
+        self._parts = parts  # type: ignore[assignment]
+        rows = [one.reshape(*x.shape[:-1], one.shape[-1]) for one in out]
+        wide = functools.reduce(torch.promote_types, (one.dtype for one in rows))
+        return torch.cat([one.to(wide) for one in rows], -1)
 
     def _tile_again(self, x: Tensor) -> Tensor:
         """As `_tile`, for the gradients alone: the last linear layer, a ninth of an MLP's work, is not computed."""
@@ -121,6 +134,27 @@ class TiledModule:
             return out
         with modes.again():  # this time the module went another way
             return self._tile(x)
+
+
+class _Part(NamedTuple):
+    """One of several tensors that a module returns."""
+
+    width: int
+    dtype: torch.dtype
+    flat: bool  # (t, F) where the input is (1, t, E)
+
+    @classmethod
+    def of(cls, out: Any, x: Tensor) -> "_Part | None":
+        """None for what has no row for each of x."""
+        if not isinstance(out, Tensor) or not out.dim() or not out.is_floating_point():
+            return None
+        flat = out.dim() < x.dim() and out.shape[:-1] == x.shape[-2:-1] and x.shape[:-2].numel() == 1
+        return cls(out.shape[-1], out.dtype, flat) if flat or out.shape[:-1] == x.shape[:-1] else None
+
+    def apart(self, rows: Tensor) -> Tensor:
+        """It, from the rows of all tiles."""
+        rows = rows.to(self.dtype)
+        return (rows.flatten(0, -2) if self.flat else rows).contiguous()
 
 
 def tiled_modules(model: nn.Module) -> list[nn.Module]:
@@ -212,6 +246,7 @@ class _TiledRows(torch.autograd.Function):
                 if dx is not None:
                     dx[rows] = found.pop(0)
                 _add(sums, found)
+                del out, found  # or they would be there beside those of the next tile
         return dx, None, None, None, *sums
 
 

@@ -29,7 +29,7 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "parallel.policy": ("auto", "contiguous", "zigzag", "balanced"),
     "parallel.backend": ("auto", *backends()),
     "engine.name": ("fsdp2", "deepspeed"),
-    "engine.compile": ("none", "elementwise"),
+    "engine.compile": ("auto", "none", "elementwise"),
     "run.dtype": ("auto", "float32", "bfloat16"),
     "run.resume": ("auto", "force"),
 }

@@ -87,10 +87,26 @@ def check_tiles(cfg: DictConfig, model: nn.Module) -> None:
         raise ValueError(f"memory.loss_tile={tile}: {error}; use memory.loss_tile=null") from None
 
 
-def check_compile(cfg: DictConfig, device_type: str, model: nn.Module) -> None:
-    """Raises ValueError for `engine.compile` without the compiler that it needs on `device_type`, or anything to do."""
-    if cfg.engine.compile == "none":
-        return
+def compile_mode(cfg: DictConfig, device_type: str, model: nn.Module) -> str:
+    """What `engine.compile` comes to: "none" or "elementwise", which "auto" is on GPUs where it can be.
+
+    Raises ValueError for "elementwise" without the compiler that it needs on `device_type`, or anything to do.
+    """
+    asked = str(cfg.engine.compile)
+    if asked == "elementwise":
+        _check_compile(cfg, device_type, model)
+    if asked != "auto":
+        return asked
+    if device_type != "cuda":  # seconds of a compiler for steps that take milliseconds
+        return "none"
+    try:
+        _check_compile(cfg, device_type, model)
+    except ValueError:
+        return "none"
+    return "elementwise"
+
+
+def _check_compile(cfg: DictConfig, device_type: str, model: nn.Module) -> None:
     if device_type == "cuda":
         there, needed = importlib.util.find_spec("triton") is not None, "the package triton"
     else:

@@ -32,6 +32,8 @@ def step_settings(cfg: DictConfig) -> MemorySettings:
     Raises ValueError naming the key.
     """
     chosen = _chosen(cfg, OF_STEP)
+    if "keep" not in chosen and (chosen.get("host_layers") or chosen.get("every", 1) > 1):
+        chosen["keep"] = "layer"  # what these go with: keep=auto will come to one of them
     # How many bytes these layers need is known when the model and the lengths are.
     return _record(MemorySettings, chosen | {"host_bytes": int(bool(chosen.get("host_layers")))})
 

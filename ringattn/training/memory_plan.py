@@ -84,6 +84,10 @@ def plan_memory(
 
     Raises ValueError, naming keys, if what is left open cannot be settled so that it fits.
     """
+    layers = config.get_text_config().num_hidden_layers
+    for name in ("host_layers", "every"):
+        if cfg.memory[name] != AUTO and cfg.memory[name] > layers:
+            raise ValueError(f"memory.{name} must be at most the {layers} layers of the model, got {cfg.memory[name]}")
     limits = limits_of(cfg, launch, device)
     given = {name: cfg.memory[name] for name in (*OF_STEP, *OF_STATES)}
     free = [name for name, value in given.items() if value == AUTO]
@@ -138,6 +142,7 @@ def run_shape(cfg: DictConfig, shape: MeshShape, device: torch.device) -> RunSha
         policy=cfg.parallel.policy,
         head_chunks=cfg.parallel.head_chunks or 1,
         kernel_sums=device.type == "cuda",
+        fused=cfg.engine.compile == "elementwise",
     )
 
 

@@ -35,8 +35,6 @@ FEATURES: dict[str, dict[str, Any]] = {
 # What a family cannot have is refused by name; the rest of its settings are exact.
 WITHOUT = {
     "opt": ("mlp_tile", "no MLP of its own"),
-    "gpt_oss": ("mlp_tile", "must return one tensor"),
-    "llama4_text": ("mlp_tile", "must return one tensor"),
 }
 
 

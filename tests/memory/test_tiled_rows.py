@@ -201,15 +201,62 @@ def test_a_tile_is_a_number_of_tokens(tile):
         TiledModule(MLP(), tile)
 
 
-def test_what_is_not_one_row_a_token_is_refused():
-    class Pair(nn.Module):
-        def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-            return x, x
+class Routed(nn.Module):
+    """As mixtures of experts: rows, and scores of a router without the first dimension and in another dtype."""
 
-    pair = Pair()
-    TiledModule(pair, 2)
-    with pytest.raises(NotImplementedError, match=r"a tiled Pair must return one tensor .* got tuple"):
-        pair(torch.zeros(3, 4))
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.router, self.up = (nn.Linear(SIZE, SIZE, dtype=torch.float64) for _ in range(2))
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        scores = self.router(x.reshape(-1, SIZE)).softmax(-1)
+        return self.up(x) * scores.view_as(x), scores[:, :2].float()
+
+
+@pytest.mark.parametrize("tile", [3, 20])
+@pytest.mark.parametrize("used", [(1.0, 1.0), (1.0, 0.0), (0.0, 1.0)])
+def test_several_tensors_are_put_together_again(tile, used):
+    def of(module: nn.Module, x: Tensor) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, ...]]:
+        out, scores = module(x)
+        loss = used[0] * out.square().sum() + used[1] * scores.double().square().sum()
+        return (out, scores), torch.autograd.grad(loss, (x, *module.parameters()))
+
+    x = torch.randn(1, 13, SIZE, dtype=torch.float64, requires_grad=True)
+    module = Routed()
+    wanted = of(module, x)
+    tiled = TiledModule(module, tile)
+    found = of(module, x)
+    for one, other in zip((*found[0], *found[1]), (*wanted[0], *wanted[1]), strict=True):
+        assert one.is_contiguous()
+        torch.testing.assert_close(one, other, rtol=1e-11, atol=1e-11)
+    with torch.no_grad():
+        assert [one.shape for one in module(x)] == [(1, 13, SIZE), (13, 2)]
+    with pytest.raises(NotImplementedError, match="must return tensors with a row for each of"):
+        module(x.expand(2, 13, SIZE))  # scores of two rows of tokens would be told apart no more
+    tiled.undo()
+
+
+def test_what_is_not_one_row_a_token_is_refused():
+    class Wrong(nn.Module):
+        def __init__(self, out) -> None:
+            super().__init__()
+            self.out = out
+
+        def forward(self, x: Tensor):
+            return self.out(x)
+
+    for out, told in (
+        (lambda x: (x, x.sum()), "tuple"),
+        (lambda x: (x, x.long()), "tuple"),
+        (lambda x: x[:1], r"\(1, 4\)"),
+        (lambda x: [x, x], "list"),
+        (lambda x: (), "tuple"),
+    ):
+        wrong = Wrong(out)
+        TiledModule(wrong, 2)
+        with pytest.raises(NotImplementedError, match=rf"a tiled Wrong must return tensors .* got {told}"):
+            wrong(torch.zeros(3, 4))
     mlp = MLP()
     TiledModule(mlp, 2)
     with pytest.raises(NotImplementedError, match="a tiled MLP takes one tensor and nothing else, got also residual"):

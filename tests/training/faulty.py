@@ -17,12 +17,12 @@ sys.argv[:2] = [str(Path(__file__).parents[2] / "recipes" / "train.py")]
 before = loop.Trainer._forward
 
 
-def forward(self: loop.Trainer, local: loop.LocalPack):
+def forward(self: loop.Trainer, local: loop.LocalPack, targets: int):
     if os.environ["RANK"] == rank and self.step == 1:
         if kind == "memory":
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 3.00 GiB. The rest is not read.")
         raise ArithmeticError("the fault of this test")
-    return before(self, local)
+    return before(self, local, targets)
 
 
 loop.Trainer._forward = forward  # type: ignore[method-assign]

@@ -144,11 +144,11 @@ def test_compiling_needs_a_compiler_and_something_to_compile(monkeypatch):
     with open_dict(cfg):
         cfg.engine.compile = "elementwise"
     with pytest.raises(ValueError, match="needs the package triton"):
-        fitness.check_compile(cfg, "cuda", nn.Linear(2, 2))
+        fitness.compile_mode(cfg, "cuda", nn.Linear(2, 2))
     monkeypatch.undo()
     monkeypatch.setenv("CXX", "any")
     with pytest.raises(ValueError, match=r"engine.compile=elementwise: Linear has no norm, gated MLP or rotary"):
-        fitness.check_compile(cfg, "cpu", nn.Linear(2, 2))
+        fitness.compile_mode(cfg, "cpu", nn.Linear(2, 2))
 
 
 def test_the_default_model_fits_its_data():

@@ -330,10 +330,10 @@ def test_a_pickled_model_is_read_as_well(copied):
 
 @pytest.mark.parametrize(("option", "rate"), [("tiny", 3e-3), ("llama_8b", 3e-4), ("qwen3_8b", 3e-4)])
 def test_the_learning_rate_is_the_models(option, rate, saved):
-    assert prepared(f"model={option}", "run.output=/nowhere").cfg.optim.lr == rate
+    assert prepared(f"model={option}", "run.output=/nowhere", "memory=off").cfg.optim.lr == rate
     assert prepared(f"model={option}", f"model.path={saved}", "data.seq_len=64").cfg.optim.lr == 1e-5
-    assert prepared(f"model={option}", "optim.lr=0.5").cfg.optim.lr == 0.5
-    assert prepared(f"model={option}", "model.lr=0.25").cfg.optim.lr == 0.25
+    assert prepared(f"model={option}", "optim.lr=0.5", "memory=off").cfg.optim.lr == 0.5
+    assert prepared(f"model={option}", "model.lr=0.25", "memory=off").cfg.optim.lr == 0.25
 
 
 def test_a_model_without_a_learning_rate_needs_one():

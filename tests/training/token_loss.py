@@ -11,7 +11,8 @@ from ringattn.hf import attention_kwargs
 
 def token_loss_sum(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
     """The sum of the losses of targets (t,), already shifted, -100 for none, from logits (t, V)."""
-    return F.cross_entropy(logits, targets, ignore_index=-100, reduction="sum")
+    wide = logits if logits.dtype == torch.float64 else logits.float()
+    return F.cross_entropy(wide, targets, ignore_index=-100, reduction="sum")
 
 
 def backward_loss(loss_sum: torch.Tensor, targets: int, ranks: int) -> torch.Tensor:

@@ -89,7 +89,8 @@ class Alive:
     @cached_property
     def layers(self) -> Layers:
         """The layers."""
-        return Layers(Layer(self.model, self.run.local_tokens, self.run.itemsize, self.memory, self.attention))
+        run = self.run
+        return Layers(Layer(self.model, run.local_tokens, run.itemsize, self.memory, self.attention, run.fused))
 
     @cached_property
     def head(self) -> Head:
@@ -129,7 +130,8 @@ class Alive:
         yield from self._backward_head()
         after = self.model.rest + (NONE if self.model.tied else self.model.head)
         every = self.layers.count
-        for number in sorted({0, max(0, self.layers.away - 1), min(self.layers.away, every - 1), every - 1}):
+        second = min(self.memory.every, every - 1)  # while its chain goes backward, the input of the first comes back
+        for number in sorted({0, second, max(0, self.layers.away - 1), min(self.layers.away, every - 1), every - 1}):
             done = sum(self.model.layers[number + 1 :], after)
             following = self.model.layers[number + 1] if number + 1 < every else self.model.head
             yield from self._backward_layer(number, done, following)
@@ -145,7 +147,7 @@ class Alive:
         stream = {STREAM: self.layers.layer.stream}
         reducing = {REDUCING: own + (0 if self.model.tied else self.held.reducing(head))}
         yield self._moment(BACKWARD, "gradients of the head are reduced", kept, reducing, self._final_norm, stream)
-        wide = {NORMS: 5 * WIDE * self.run.local_tokens * self.model.hidden}
+        wide = {NORMS: self.layers.layer.norm_backward}
         gathered = self._gathered(NONE, self._next(self.layers.count, -1), True)
         yield self._moment(
             BACKWARD, "final norm", kept, gathered, self._final_norm, wide, {REDUCING: self.held.reducing(head)}
@@ -211,9 +213,9 @@ class Alive:
 
     @property
     def _final_norm(self) -> dict[str, int]:
-        """What the norm before the head keeps: its input in float32, that by its deviation, and until the loss the
-        result."""
-        return {NORMS: self.run.local_tokens * self.model.hidden * (WIDE + self.run.itemsize)}
+        """What the norm before the head keeps: its input in float32, that by its deviation; in one kernel its input."""
+        wide = 0 if self.run.fused else WIDE
+        return {NORMS: self.run.local_tokens * self.model.hidden * (wide + self.run.itemsize)}
 
     def _gathered(self, group: Weights, ahead: Weights, backward: bool) -> dict[str, int]:
         whole = 0

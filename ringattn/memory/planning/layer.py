@@ -27,6 +27,7 @@ class Layer:
     Arguments:
         tokens: of the rank.
         itemsize: bytes of an element of what is computed.
+        fused: norms, rotary embeddings and the MLP's product are one kernel each, which keep their inputs as they are.
     """
 
     model: ModelShape
@@ -34,6 +35,7 @@ class Layer:
     itemsize: int
     memory: MemorySettings
     attention: AttentionUse
+    fused: bool = False
 
     # What stays.
 
@@ -68,15 +70,17 @@ class Layer:
         n, qkv = self.stream, self._qkv
         grows = self.memory.keep == "all"
         normed = {NORMS: (self._first_norms - n) * grows}
-        yield "norm", {NORMS: 2 * WIDE * t * m.hidden}, False
+        yield "norm", {NORMS: self._norm_forward}, False
         if m.head_norms:
-            yield "norm of queries", {STREAM: n, ATTENTION: (b + 2 * WIDE) * t * m.query_width}, False
-        yield "rotary embedding", _plus(normed, {STREAM: n, ATTENTION: qkv + 3 * b * t * m.query_width}), False
+            wide = 2 * (b if self.fused else WIDE)
+            yield "norm of queries", {STREAM: n, ATTENTION: (b + wide) * t * m.query_width}, False
+        turned = m.query_width + m.key_width if self.fused else 3 * m.query_width
+        yield "rotary embedding", _plus(normed, {STREAM: n, ATTENTION: qkv + b * t * turned}), False
         held = qkv + self._out + self._lse
         yield "attention", _plus(normed, {STREAM: n, ATTENTION: held + self.attention.forward}), False
         yield "product after attention", _plus(normed, {STREAM: 2 * n, ATTENTION: held}), False
         attended = {NORMS: self._first_norms * grows, ATTENTION: self._saved_before_mlp[ATTENTION] * grows}
-        yield "norm before the MLP", _plus(attended, {STREAM: n, NORMS: 2 * WIDE * t * m.hidden}), True
+        yield "norm before the MLP", _plus(attended, {STREAM: n, NORMS: self._norm_forward}), True
         if not grows:
             yield "MLP", {STREAM: 2 * n, MLP: self._mlp_forward}, True
             return
@@ -98,22 +102,22 @@ class Layer:
         m, before = self.model, self._saved_before_mlp
         done = m.mlp.count / m.largest_layer.count
         yield "MLP", _plus(before, {MLP: self._mlp_backward}), 0.0 if self._tiled else done / (3 if m.gated else 2)
-        wide = 5 * WIDE * self.tokens * m.hidden  # three gradients, a factor and a product
         attended = {ATTENTION: before[ATTENTION], NORMS: self._first_norms + self._norm_copy}
-        yield "norm before the MLP", _plus(attended, {NORMS: wide}), done
+        yield "norm before the MLP", _plus(attended, {NORMS: self.norm_backward}), done
         computed = self._attended + self._out + self.attention.backward
         yield "attention", {NORMS: self._first_norms, ATTENTION: computed}, done + (1.0 - done) / 3
 
     @property
     def tile_grads(self) -> int:
-        """Of an MLP in tiles: sums of gradients in float32, the gradients of a tile, and the first one of the next."""
+        """Of an MLP in tiles: sums of gradients in float32, and the first gradient of a tile; when the others come, the
+        tile's rows have gone."""
         products = 3 if self.model.gated else 2
-        return self._tiled * self.model.mlp.trained * (WIDE * products + self.itemsize * (products + 1)) // products
+        return self._tiled * self.model.mlp.trained * (WIDE * products + self.itemsize) // products
 
     @property
     def _mlp_backward(self) -> int:
         """Backward of the product of two: both factors and the input of one, its gradient and theirs."""
-        rows = (6 if self.model.gated else 4) * self.itemsize * self._tile * self.model.inner
+        rows = (6 - self.fused if self.model.gated else 4) * self.itemsize * self._tile * self.model.inner
         return rows + self._tiled * (self.stream + self._tile * self.model.hidden * self.itemsize)
 
     # Parts.
@@ -153,21 +157,31 @@ class Layer:
         return self._qkv + self._out + self._lse + self.attention.keys
 
     @property
+    def _norm_forward(self) -> int:
+        """What a norm holds beside its input: two tensors in float32, or its result alone."""
+        return self.stream if self.fused else 2 * WIDE * self.tokens * self.model.hidden
+
+    @property
+    def norm_backward(self) -> int:
+        """Three gradients, a factor and a product in float32; in one kernel two gradients as they are."""
+        return 2 * self.stream if self.fused else 5 * WIDE * self.tokens * self.model.hidden
+
+    @property
     def _norm_copy(self) -> int:
-        """The input of a norm in float32, which its gradient needs."""
-        return self.tokens * self.model.hidden * WIDE
+        """The input of a norm, which its gradient needs: in float32, unless one kernel reads it as it is."""
+        return self.stream if self.fused else self.tokens * self.model.hidden * WIDE
 
     @property
     def _norm_saved(self) -> int:
-        """That, what is multiplied by the weight, and the result."""
-        return self._norm_copy + 2 * self.stream
+        """That, what is multiplied by the weight (in one kernel it is not kept), and the result."""
+        return self._norm_copy + (1 if self.fused else 2) * self.stream
 
     @property
     def _first_norms(self) -> int:
         """Of the first norm, and of those of heads. A float32 copy of what is float32 is the layer's input itself."""
         heads = self.model.query_width + self.model.key_width if self.model.head_norms else 0
-        own = self.tokens * heads * (WIDE + self.itemsize)
-        kept = self.itemsize == WIDE and self.memory.keep != "all"
+        own = self.tokens * heads * ((0 if self.fused else WIDE) + self.itemsize)
+        kept = (self.itemsize == WIDE or self.fused) and self.memory.keep != "all"
         return self._norm_saved - kept * self._norm_copy + own
 
     @property
@@ -178,7 +192,8 @@ class Layer:
     @property
     def _mlp_saved(self) -> int:
         """Both products, the activation and the product of both; in tiles nothing but the norm's result."""
-        return 0 if self._tiled else (4 if self.model.gated else 2) * self.itemsize * self.tokens * self.model.inner
+        rows = 4 - self.fused if self.model.gated else 2
+        return 0 if self._tiled else rows * self.itemsize * self.tokens * self.model.inner
 
 
 @dataclass(frozen=True)
@@ -219,12 +234,18 @@ class Layers:
         return [0, *accumulate(sizes)]
 
     def in_flight(self, number: int) -> int:
-        """Bytes on the device of what came back from the host while a layer goes backward: its own, and the first of
-        the layer before."""
+        """Bytes on the device of what came back from the host while a layer goes backward: its own and what its chain
+        begins with, and the first of the layer before, or of the chain before where that has none."""
         if number >= self.away:
-            return sum(self._tensors(number - 1)[:1]) if 0 < number == self.away else 0
+            return self._first_before(number) if 0 < number == self.away else 0
+        begin = number - number % self.layer.memory.every
         own = [size for size in self._tensors(number) if size >= LEAST]
-        return sum(own) + sum(self._tensors(number - 1)[:1]) if number else sum(own)
+        own += self._tensors(begin)[:1] if begin < number else ()
+        return sum(own) + self._first_before(begin if len(own) < 2 else number)
+
+    def _first_before(self, number: int) -> int:
+        """Bytes of the first tensor of the nearest layer before that keeps any."""
+        return next((self._tensors(one)[0] for one in range(number - 1, -1, -1) if self._tensors(one)), 0)
 
     def leaving(self, number: int, attended: bool) -> int:
         """Bytes of the last tensors on their way to the host while a layer is computed forward, without its own input

@@ -169,6 +169,7 @@ class RunShape:
         policy: of the layout.
         head_chunks: see `parallel_attention`.
         kernel_sums: attention's backward kernel adds up in float32 memory of its own, as all on GPUs do.
+        fused: norms, rotary embeddings and the MLP's product are one kernel each (`ringattn.hf.elementwise`).
     """
 
     tokens: int
@@ -183,6 +184,7 @@ class RunShape:
     policy: str = "auto"
     head_chunks: int = 1
     kernel_sums: bool = True
+    fused: bool = False
 
     def __post_init__(self) -> None:
         for name in ("tokens", "ring", "ulysses", "data", "micro_steps", "head_chunks"):

@@ -11,6 +11,7 @@ from ringattn.parallel.machine.machine import Machine
 # Elements of a token that are read and written for each one of a width, kernel by kernel as transformers' layers do it:
 # two norms (their float32 copies as two elements) and two sums; rotary embeddings; the activation and its product.
 HIDDEN_PASSES, HEAD_PASSES, INNER_PASSES = 38, 9, 5
+FUSED_PASSES = 10, 2, 3  # of the same, where each is one kernel
 BACKWARD = 2.0  # elementwise work backward, in that of a forward pass
 LOGIT_BYTES = 40  # a logit: written, softmax read and written, exponentials, slope, cast
 
@@ -101,8 +102,8 @@ class _Work:
     def _layer_elements(self) -> float:
         """What is not a product in one layer forward."""
         m = self.alive.model
-        inner = INNER_PASSES if m.gated else INNER_PASSES / 2
-        width = HIDDEN_PASSES * m.hidden + HEAD_PASSES * (m.query_width + m.key_width) + inner * m.inner
+        hidden, heads, inner = FUSED_PASSES if self.alive.run.fused else (HIDDEN_PASSES, HEAD_PASSES, INNER_PASSES)
+        width = hidden * m.hidden + heads * (m.query_width + m.key_width) + inner * m.inner / (1 if m.gated else 2)
         return self._tokens * width * self.alive.run.itemsize / self.rates.memory
 
     @property

@@ -53,7 +53,7 @@ def test_what_others_choose_may_be_left_to_them(tmp_path):
     [
         (["memory.loss_tile=0"], ["memory.loss_tile", "at least 1", "0"]),
         (["memory.keep=nothing"], ["memory.keep", "attention", "nothing"]),
-        (["memory.host_layers=3"], ["memory.host_layers=3", "attention"]),
+        (["memory.keep=all", "memory.host_layers=1"], ["memory.host_layers=1", "attention"]),
         (["memory.weights=auto"], ["memory.weights", "must be chosen"]),
         (["memory.moments=int4"], ["memory.moments", "int8", "int4"]),
         (["memory.states_on=disk"], ["memory.states_on", "host", "disk"]),

@@ -181,8 +181,10 @@ def forget_exchange(tools: Tools) -> None:
     """Ulysses is gone from transformers, and its groups from DeepSpeed."""
     if tools.parallel_state is None:
         return
+    from deepspeed.utils import groups
     from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+    groups.mpu = None  # it would be asked for these groups by every engine after
     del ALL_ATTENTION_FUNCTIONS[EXCHANGED]
     tools.parallel_state._SEQUENCE_PARALLEL_GROUP = tools.parallel_state._SEQUENCE_DATA_PARALLEL_GROUP = None
     tools.parallel_state = None

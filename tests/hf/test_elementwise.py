@@ -74,6 +74,7 @@ def test_the_same_for_any_length_by_one_compilation(family: str) -> None:
     assert all(map(torch.equal, step(model, 57), wanted[1]))
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not (shutil.which("g++") or shutil.which("c++")), reason="inductor needs a C++ compiler")
 def test_fused_kernels_are_exact_to_rounding() -> None:
     model = small("llama", 2, torch.float32)

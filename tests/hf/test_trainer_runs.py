@@ -295,6 +295,7 @@ def test_gradients_that_nobody_averages(pool: Pools, tmp_path: Path) -> None:
         assert told.startswith("RuntimeError: gradients differ between ranks, their norms are ")
 
 
+@pytest.mark.slow
 def test_torch_compile(pool: Pools, tmp_path: Path) -> None:
     """Later steps run what the first one compiled."""
     changes = {"torch_compile": True, "torch_compile_backend": "aot_eager", "max_steps": 3}

@@ -4,6 +4,7 @@ from dataclasses import fields
 from typing import Any
 
 from benchmarks.training.case import Case, Place
+from ringattn.hf.shape import model_shape
 from ringattn.memory.planning.choice import Planner
 from ringattn.memory.planning.limits import Limits
 from ringattn.memory.planning.settled import Settled
@@ -44,5 +45,5 @@ _shapes: dict[str, ModelShape] = {}
 
 def _shape(key: str, config: Any) -> ModelShape:
     if key not in _shapes:
-        _shapes[key] = ModelShape.of(empty_model(config), config)
+        _shapes[key] = model_shape(empty_model(config), config)
     return _shapes[key]

@@ -5,7 +5,7 @@ Legend: T tokens of the stream, t of one rank.
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
@@ -17,7 +17,6 @@ from benchmarks.training.peer_attention import NAME, PeerAttention
 from benchmarks.training.states import clear_gradients, make_moments, new_optimizer, shard_model, sharded
 from ringattn.hf import parallelize, shard_batch
 from ringattn.hf.elementwise import Elementwise
-from ringattn.memory.offload import Offload
 from ringattn.training.engines.groups import shard_groups
 
 
@@ -66,48 +65,26 @@ class Row(Protocol):
         """Lets everything go."""
 
 
-@dataclass
-class Built:
-    """A model of ours, ready to train.
-
-    Arguments:
-        loss_of: the loss to go backward from, of a batch of `shard_batch` with labels.
-    """
-
-    model: nn.Module
-    loss_of: Callable[[dict[str, Any]], Tensor]
-    offload: Offload | None
-    undo: list[Callable[[], None]] = field(default_factory=list)
-
-
-def build_ours(case: Case, place: Place, kernel: str) -> Built:
-    """A model with the case's memory settings."""
-    memory = case.memory
-    if memory.host_layers:
-        check_host_room(case, memory.host_bytes)
-    model: Any = new_model(case, place.device)
-    if case.fused == "compile":
-        Elementwise(model)
-    elif case.fused == "liger":
-        from liger_kernel.transformers import apply_liger_kernel_to_llama
-
-        apply_liger_kernel_to_llama(
-            model=model, rope=True, rms_norm=True, swiglu=True, cross_entropy=False, fused_linear_cross_entropy=False
-        )
-    handle = parallelize(model, place.mesh, memory, backend=kernel)
-    assert handle.memory is not None
-    return Built(model, lambda batch: model(**batch).loss, handle.memory.offload, [handle.undo])
-
-
 class Ours:
     """ringattn: one stream over all ranks."""
 
     streams = 1
 
     def __init__(self, case: Case, place: Place, tools: Tools) -> None:
-        self._case, self._place = case, place
-        self._built = build_ours(case, place, tools.kernel.name)
-        self.model = self._built.model
+        self._case, self._place, memory = case, place, case.memory
+        if memory.host_layers:
+            check_host_room(case, memory.host_bytes)
+        self.model: Any = new_model(case, place.device)
+        if case.fused == "compile":
+            Elementwise(self.model)
+        elif case.fused == "liger":
+            from liger_kernel.transformers import apply_liger_kernel_to_llama
+
+            apply_liger_kernel_to_llama(
+                model=self.model, rope=True, rms_norm=True, swiglu=True, cross_entropy=False,
+                fused_linear_cross_entropy=False,
+            )  # fmt: skip
+        self._handle = parallelize(self.model, place.mesh, memory, backend=tools.kernel.name)
         try:
             shard_groups(self.model, case.states, **sharded(case, place))
             self._optimizer = new_optimizer(self.model.parameters(), case)
@@ -115,7 +92,6 @@ class Ours:
         except BaseException:  # the host's memory is locked already
             self.close()
             raise
-        memory = case.memory
         host = f", {memory.host_layers} layers on the host" if memory.host_layers else ""
         every = f" of every {memory.every}" if memory.every > 1 else ""
         self.features = f"{_tiles(case)}, keep {memory.keep}{every}{host}" + (
@@ -128,7 +104,7 @@ class Ours:
         self._batch = shard_batch({"input_ids": ids, "labels": ids}, case.docs, self._place.mesh)
 
     def forward(self) -> Tensor:
-        return self._built.loss_of(self._batch)
+        return self.model(**self._batch).loss
 
     def mean_of(self, loss: Tensor) -> float:
         return float(loss)
@@ -141,12 +117,11 @@ class Ours:
 
     @property
     def pinned(self) -> int:
-        offload = self._built.offload
+        offload = self._handle.memory.offload if self._handle.memory is not None else None
         return offload.stack.size if offload is not None and self._place.device.type == "cuda" else 0
 
     def close(self) -> None:
-        for undo in self._built.undo:
-            undo()
+        self._handle.undo()
 
 
 class Plain:

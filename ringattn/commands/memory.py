@@ -1,6 +1,6 @@
 """What a training run would hold on each rank and how long a step takes, and the fastest settings that fit.
 
-    ringattn memory --model llama_8b --seq-len 1M --gpus 8 --gpu-memory 141 --host-memory 1500
+    ringattn memory --model llama_8b --seq-len 1M --gpus 8 --gpu-memory 140 --host-memory 1500
     ringattn memory --seq-len 128K --gpus 2 --keep attention --loss-tile 2048
     ringattn memory --gpus 8 --longest
 
@@ -32,6 +32,7 @@ SUFFIXES = {"K": 1 << 10, "M": 1 << 20}
 TILES, COUNTS = ("loss_tile", "mlp_tile"), ("every", "host_layers", "prefetch")
 WORDS = {"true": True, "false": False}
 LARGEST = 1 << 20  # GiB
+MARGIN = 0.05  # as in configs/memory
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -48,9 +49,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--micro-steps", type=integer(TOKENS), default=1, metavar="N", help="packs of a rank in a step")
     parser.add_argument("--engine", choices=("fsdp2", "deepspeed"), default="fsdp2", help="default fsdp2")
     parser.add_argument("--zero-stage", type=integer(3), default=3, metavar="N", help="of deepspeed, default 3")
-    parser.add_argument("--gpu-memory", type=gibibytes, default=141.0, metavar="GIB", help="of a GPU, default 141")
+    parser.add_argument(
+        "--compile",
+        choices=("elementwise", "none"),
+        default="elementwise",
+        help="as engine.compile; default elementwise, as the recipe does on GPUs",
+    )
+    parser.add_argument("--gpu-memory", type=gibibytes, default=140.0, metavar="GIB", help="of a GPU, default 140")
     parser.add_argument(
         "--host-memory", type=gibibytes, metavar="GIB", help="of a machine, for all its GPUs; default: no limit"
+    )
+    parser.add_argument(
+        "--margin", type=share, default=MARGIN, metavar="SHARE", help=f"of either to leave free, default {MARGIN:g}"
     )
     parser.add_argument("--machine", metavar="NAME", help="whose speeds are used, as of `ringattn plan`")
     parser.add_argument("--longest", action="store_true", help="say how long a pack can be, and plan that")
@@ -110,7 +120,7 @@ def examine(args: argparse.Namespace) -> "Choice":
     from ringattn.memory.planning.choice import longest, plan_run
 
     machine = _workload.machine(args)
-    model = model_shape(args)
+    model = shape_of_model(args)
     room = limits(args, machine)
     if args.longest == (args.seq_len is not None):
         raise ValueError("expected --seq-len, or --longest to find it")
@@ -149,6 +159,7 @@ def run_shape(args: argparse.Namespace, model: "ModelShape", machine: "Machine")
         zero_stage=args.zero_stage,
         micro_steps=args.micro_steps,
         head_chunks=args.head_chunks,
+        fused=args.compile == "elementwise",
     )
     if args.ring is None and args.ulysses is None:
         # The longest pack is not known yet: any long one has the same degrees.
@@ -163,17 +174,17 @@ def limits(args: argparse.Namespace, machine: "Machine") -> "Limits":
     from ringattn.memory.planning.limits import GIB, Limits
 
     host = None if args.host_memory is None else args.host_memory * GIB
-    return Limits(args.gpu_memory * GIB, host, machine.gpus_per_node)
+    return Limits(args.gpu_memory * GIB, host, machine.gpus_per_node, args.margin)
 
 
-def model_shape(args: argparse.Namespace) -> "ModelShape":
+def shape_of_model(args: argparse.Namespace) -> "ModelShape":
     """The shape of a model by its name or folder. Raises ValueError if there is none."""
     from ringattn.commands.train import CONFIGS
-    from ringattn.memory.planning.shapes import ModelShape
 
     try:
         import yaml
 
+        from ringattn.hf.shape import model_shape
         from ringattn.training.models import empty_model, model_config
     except ImportError as error:
         raise ValueError(f"--model needs transformers: pip install 'ringattn[train]' ({error})") from None
@@ -185,7 +196,7 @@ def model_shape(args: argparse.Namespace) -> "ModelShape":
         config, name = model_config(None, args.model, {}), Path(args.model).expanduser().resolve().name
     else:
         raise ValueError(f"--model must be {', '.join(shipped)} or the folder of a saved model, got {args.model!r}")
-    shape = ModelShape.of(empty_model(config), config, name)
+    shape = model_shape(empty_model(config), config, name)
     return shape if args.layers is None else shape.with_layers(args.layers)
 
 
@@ -251,6 +262,16 @@ def count(text: str) -> int | str:
     if text != AUTO and not (text.isdecimal() and int(text) <= HEADS):
         raise argparse.ArgumentTypeError(f"expected a number from 0 to {HEADS} or auto, got {text!r}")
     return text if text == AUTO else int(text)
+
+
+def share(text: str) -> float:
+    try:
+        found = float(text)
+    except ValueError:
+        found = -1.0
+    if not 0 <= found < 1:
+        raise argparse.ArgumentTypeError(f"expected a share, a number from 0 up to 1, got {text!r}")
+    return found
 
 
 def gibibytes(text: str) -> float:

@@ -1,6 +1,6 @@
 """Settings of memory put into a transformers model: tiled head, tiled MLPs, layers that keep little."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -11,7 +11,7 @@ from ringattn.hf.head import LossAsLogits, TiledHead
 from ringattn.hf.layers import decoder_layers, mlps_of
 from ringattn.hf.loss import GlobalLoss
 from ringattn.kept import keep, kept_already
-from ringattn.memory.layers import KeptLayer, keep_layers
+from ringattn.memory.layers import keep_layers
 from ringattn.memory.offload import Offload
 from ringattn.memory.settings import MemorySettings
 from ringattn.memory.tiled_rows import TiledModule
@@ -45,7 +45,6 @@ class ModelMemory:
         self.settings = settings
         self.head: TiledHead | None = None
         self.mlps: list[TiledModule] = []
-        self.layers: Sequence[KeptLayer] = ()
         self.offload: Offload | None = None
         self._undo: list[Callable[[], None]] = []
         try:
@@ -75,7 +74,6 @@ class ModelMemory:
             self.offload = Offload(device, settings.host_bytes)
             self._undo.append(self.offload.close)
         kept = keep_layers(layers, settings.keep, self.offload, settings.host_layers, settings.every)
-        self.layers = kept.layers
         self._undo.append(kept.undo)
 
     def expect(self, kwargs: dict[str, Any], loss: GlobalLoss) -> None:
@@ -101,13 +99,3 @@ def without_logits(output: Any) -> Any:
     if isinstance(getattr(output, "logits", None), LossAsLogits):
         output["logits"] = None
     return output
-
-
-def check_checkpoints(memory: ModelMemory) -> None:
-    """Raises ValueError if layers that keep little are to be checkpointed by transformers as well."""
-    if any(getattr(one.layer, "gradient_checkpointing", False) for one in memory.layers):
-        raise ValueError(
-            f"keep={memory.settings.keep!r} and transformers' gradient checkpointing both decide what layers keep: "
-            "call model.gradient_checkpointing_disable() (gradient_checkpointing=False in TrainingArguments), or "
-            "leave keep out"
-        )

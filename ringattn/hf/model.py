@@ -17,7 +17,7 @@ from ringattn.hf.keywords import check_keywords
 from ringattn.hf.local_draws import LocalDraws, fork_before, join_after
 from ringattn.hf.loss import GlobalLoss, check_is_share, check_is_usual
 from ringattn.hf.masks import note_mask
-from ringattn.hf.memory import ModelMemory, check_checkpoints, without_logits
+from ringattn.hf.memory import ModelMemory, without_logits
 from ringattn.hf.same_batch import check_same_batch
 from ringattn.hf.support import check_model, length_limits, text_model
 from ringattn.memory.settings import MemorySettings
@@ -70,25 +70,31 @@ def parallelize(model: Any, mesh: SequenceMesh, memory: MemorySettings | None = 
     for module in [model, *text_model(model).modules()]:
         module._ringattn = handle
     try:
-        set_attention(model, NAME)
-        if model.config.get_text_config()._attn_implementation != NAME:
-            raise NotImplementedError(f"{type(model).__name__} does not let its attention be replaced")
-        _check_reached(model)
-        if memory is not None:
-            handle.memory = ModelMemory(model, memory, mesh.device)
-        _take_loss(handle)
-        handle._hooks.append(model.register_forward_pre_hook(_before_forward, with_kwargs=True))
-        handle._hooks.append(model.register_forward_hook(_after_forward, with_kwargs=True))
-        for inner in _decoders(model):
-            handle._hooks.append(inner.register_forward_pre_hook(fork_before))
-            handle._hooks.append(inner.register_forward_hook(join_after, always_call=True))
-            handle._hooks.append(inner.register_forward_pre_hook(put_in, with_kwargs=True))
-            handle._hooks.append(inner.register_forward_hook(take_out, with_kwargs=True))
-        handle._hooks.append(model.register_forward_pre_hook(_tell_head, with_kwargs=True))
+        _put_in_place(handle, memory)
     except BaseException:
         handle.undo()
         raise
     return handle
+
+
+def _put_in_place(handle: Handle, memory: MemorySettings | None) -> None:
+    """Everything that a handle undoes: attention, memory settings, loss, and hooks in the order in which they run."""
+    model, hooks = handle.model, handle._hooks
+    set_attention(model, NAME)
+    if model.config.get_text_config()._attn_implementation != NAME:
+        raise NotImplementedError(f"{type(model).__name__} does not let its attention be replaced")
+    _check_reached(model)
+    if memory is not None:
+        handle.memory = ModelMemory(model, memory, handle.mesh.device)
+    _take_loss(handle)
+    hooks.append(model.register_forward_pre_hook(_before_forward, with_kwargs=True))
+    hooks.append(model.register_forward_hook(_after_forward, with_kwargs=True))
+    for inner in _decoders(model):
+        hooks.append(inner.register_forward_pre_hook(fork_before))
+        hooks.append(inner.register_forward_hook(join_after, always_call=True))
+        hooks.append(inner.register_forward_pre_hook(put_in, with_kwargs=True))
+        hooks.append(inner.register_forward_hook(take_out, with_kwargs=True))
+    hooks.append(model.register_forward_pre_hook(_tell_head, with_kwargs=True))
 
 
 def unwrapped(model: Any) -> Any:
@@ -161,8 +167,6 @@ def _before_forward(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -
         handle.draws.parts = [*model.modules()]
     _take_loss(handle)
     model.loss_function.expect()
-    if handle.memory is not None:
-        check_checkpoints(handle.memory)
     handle.calls.clear()
     if not handle.verified:
         handle._called.clear()

@@ -20,6 +20,7 @@ from torch.distributed.tensor import DTensor
 from torch.multiprocessing.reductions import StorageWeakRef
 
 from ringattn.memory.modes import Modes
+from ringattn.memory.offload import view_of
 
 Pack = Callable[[Tensor], Any]
 Unpack = Callable[[Any], Tensor]
@@ -140,16 +141,12 @@ class _Seen:
     """A tensor that may be gone, to be known again."""
 
     def __init__(self, x: Tensor) -> None:
-        self._storage, self._view = StorageWeakRef(x.untyped_storage()), _view_of(x)
+        self._storage, self._view = StorageWeakRef(x.untyped_storage()), view_of(x)
 
     def is_still(self, x: Tensor) -> bool:
         """Whether it is this one, with the same values."""
         same = self._storage.cdata == x.untyped_storage()._cdata and not self._storage.expired()
-        return same and self._view == _view_of(x)
-
-
-def _view_of(x: Tensor) -> tuple[Any, ...]:
-    return x.storage_offset(), x.shape, x.stride(), x.dtype, x._version
+        return same and self._view == view_of(x)
 
 
 def _hidden(out: Any) -> Tensor | None:

@@ -119,6 +119,8 @@ class KeptLayer:
 
     def _in_chain(self, chain: Chain, place: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """The layer, while the chain takes care of its input."""
+        if self.offload is not None:
+            self.offload.next_layer()
         x, regions = chain.hidden(place, args), self._regions(None)
         version, memory = x._version, (x.data_ptr(), x.shape)  # autograd holds `pack`, so that may not hold x
         again = Again(self.layer, self._plain, args[1:], kwargs, regions[1], Modes(x.device))
@@ -153,7 +155,8 @@ class _Both:
 def _check_no_checkpoint(layer: nn.Module) -> None:
     if getattr(layer, "gradient_checkpointing", False):
         raise ValueError(
-            f"{type(layer).__name__} checkpoints itself already: call model.gradient_checkpointing_disable() first"
+            f"{type(layer).__name__} checkpoints itself already, and what it keeps is decided here: call "
+            "model.gradient_checkpointing_disable() (gradient_checkpointing=False in TrainingArguments)"
         )
 
 

@@ -95,9 +95,10 @@ class _Place:
 class _Kept:
     """What stands for a saved tensor in autograd's graph; with the graph it goes, and gives its memory back."""
 
-    def __init__(self, number: int, here: Tensor | None, away: _Place | None, stack: HostStack) -> None:
-        self.number, self.here, self.away, self._stack = number, here, away, stack
+    def __init__(self, number: int, layer: int, here: Tensor | None, away: _Place | None, stack: HostStack) -> None:
+        self.number, self.layer, self.here, self.away, self._stack = number, layer, here, away, stack
         self.arrived: Any = None  # the event after its copy back
+        self.asked = False  # whoever needs it has it, or had it
 
     def __del__(self) -> None:
         if self.away is None:
@@ -128,6 +129,7 @@ class Offload:
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
         self._leaving: deque[tuple[Tensor, Any]] = deque()
         self._order: list[weakref.ref[_Kept]] = []
+        self._layer = 0
         self._shared: dict[int, tuple[StorageWeakRef, tuple[Any, ...], weakref.ref[_Kept]]] = {}
 
     @contextmanager
@@ -138,8 +140,13 @@ class Offload:
             away: False lets it stay, but when it is used in the backward pass, what lies before it is brought back: for
                 the last layers, whose backward pass begins at once.
         """
+        self.next_layer()
         with torch.autograd.graph.saved_tensors_hooks(lambda x: self.pack(x, away), self.unpack):
             yield
+
+    def next_layer(self) -> None:
+        """What is packed from here on is of another layer, which goes backward before those that were packed."""
+        self._layer += 1
 
     def pack(self, x: Tensor, away: bool = True) -> Tensor | _Kept:
         """What stands for a tensor until the backward pass; the same for the same tensor."""
@@ -154,28 +161,47 @@ class Offload:
         if not self._order:  # another step begins
             self._shared.clear()
         source, place = x.detach(), self.stack.take(x) if away else None
-        kept = _Kept(len(self._order), None if away else source, place, self.stack)
+        kept = _Kept(len(self._order), self._layer, None if away else source, place, self.stack)
         if place is not None:
             self._send(source, place)
         self._order.append(weakref.ref(kept))
         storage = x.untyped_storage()
-        self._shared[storage._cdata] = StorageWeakRef(storage), _view_of(x), weakref.ref(kept)
+        self._shared[storage._cdata] = StorageWeakRef(storage), view_of(x), weakref.ref(kept)
         return kept
 
     def unpack(self, kept: Tensor | _Kept) -> Tensor:
-        """The tensor again; the one that is wanted next is set on its way."""
+        """The tensor again; the next one of the layer before is set on its way."""
         if isinstance(kept, Tensor):
             return kept
         self._let_go(0)
         x, arrived = self._bring(kept)
         if arrived is not None:
             torch.cuda.current_stream(self.device).wait_event(arrived)
+        kept.asked = True
         if kept.away is not None:
             kept.here = kept.arrived = None  # whoever asked holds it now
-        before = next((one for ref in reversed(self._order[: kept.number]) if (one := ref()) is not None), None)
-        if before is not None:
-            self._bring(before)
+        following = self._following(kept)
+        if following is not None:
+            self._bring(following)
         return x
+
+    def _following(self, kept: _Kept) -> _Kept | None:
+        """The nearest tensor before one that is still away, of its layer or of the one that goes backward next.
+
+        Not one that was asked for: autograd may hold its place still. As a layer asks for each of its tensors once, all
+        of the next layer are on their way when it is over, and none of those after that.
+        """
+        layer = kept.layer
+        for ref in reversed(self._order[: kept.number]):
+            one = ref()
+            if one is None or one.asked:
+                continue
+            if one.layer < layer < kept.layer:
+                return None
+            layer = one.layer
+            if one.here is None:
+                return one
+        return None
 
     def close(self) -> None:
         """Waits for copies that are under way and gives the host's memory back. No graph may be left."""
@@ -190,7 +216,7 @@ class Offload:
             return None
         storage, view, ref = found
         # A storage that died may have left its number to another one.
-        return ref() if not storage.expired() and view == _view_of(x) else None
+        return ref() if not storage.expired() and view == view_of(x) else None
 
     def _send(self, source: Tensor, place: _Place) -> None:
         if self._stream is None:
@@ -226,6 +252,6 @@ class Offload:
         return kept.here, kept.arrived
 
 
-def _view_of(x: Tensor) -> tuple[Any, ...]:
+def view_of(x: Tensor) -> tuple[Any, ...]:
     """What a tensor is beside its storage."""
     return x.storage_offset(), x.shape, x.stride(), x.dtype, x._version

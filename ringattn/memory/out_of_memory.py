@@ -114,17 +114,16 @@ class MemoryWatch:
 
         Raises torch.OutOfMemoryError or MemoryError with the whole report, from the one that came.
         """
-        doing = "step"
-        begins = False
+        doing = ""
 
         def at(what: str) -> None:
-            nonlocal doing, begins
-            doing, begins = what, True
+            nonlocal doing
+            doing = what
 
         try:
             yield at
         except (RuntimeError, MemoryError) as error:
-            where = f"step {number} on rank {self.rank}" + (f", in its {doing}" if begins else "")
+            where = f"step {number} on rank {self.rank}" + (f", in its {doing}" if doing else "")
             if _of_device(error):
                 raise torch.OutOfMemoryError(self._of_device(error, where, number)) from error
             if _of_host(error):

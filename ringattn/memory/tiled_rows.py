@@ -157,15 +157,6 @@ class _Part(NamedTuple):
         return (rows.flatten(0, -2) if self.flat else rows).contiguous()
 
 
-def tiled_modules(model: nn.Module) -> list[nn.Module]:
-    """Parts of a model whose forward pass is tiled.
-
-    An engine that gathers weights by module must do so once for each of these as a whole: within its backward pass the
-    parts of it run again, and hooks on them would let weights go between the tiles.
-    """
-    return [module for module in model.modules() if isinstance(module.__dict__.get("forward"), TiledModule)]
-
-
 def _with_last_layer(module: nn.Module, function: Rows, x: Tensor) -> tuple[Tensor, nn.Linear | None]:
     """What a module's function returns, and the linear layer whose output that is, if it is one."""
     outputs: list[tuple[nn.Linear, Tensor]] = []

@@ -74,11 +74,6 @@ OPTIONAL |= memory.OPTIONAL | {"model.lora"}
 # Below model.config every key of the transformers configuration is allowed; model.lora has keys of its own.
 KEYS = {*CHOICES, *INTEGERS, *NUMBERS, *SWITCHES, *TEXTS, "model.config", "model.allow_mismatch", "optim.betas"}
 KEYS |= memory.KEYS | {"model.lora"}
-# What may differ between two starts in the same folder without changing the curve, beside `parallel` and most of `run`.
-# Files and tokenizer count by their contents, which the corpus' fingerprint holds, and learning rates as optim.lr.
-SAME_CURVE = {"data.prefetch", "data.ahead", "data.cache", "data.files", "data.tokenizer"}
-SAME_CURVE |= {"engine.compile", "model.name", "model.lr", "model.lr_from_path", "model.allow_mismatch"}
-CURVE_OF_RUN = ("run.seed", "run.steps", "run.dtype")
 
 
 def completed(cfg: DictConfig) -> DictConfig:
@@ -165,23 +160,6 @@ def check_positions(cfg: DictConfig, model_config: Any, corpus: Corpus) -> None:
             f"data.seq_len={cfg.data.seq_len} gives documents of {longest} tokens, the model has "
             f"model.config.max_position_embeddings={positions}; raise it (and the rotary base) if that is what you want"
         )
-
-
-def curve_differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[tuple[str, Any, Any]]:
-    """Keys whose values would change the loss curve: (key, old value, new value). Absent and null are the same."""
-    before, after = memory.BEFORE | flat(old), memory.BEFORE | flat(new)
-    missing = "(absent)"
-    keys = sorted(key for key in before.keys() | after.keys() if before.get(key) != after.get(key))
-    return [(key, before.get(key, missing), after.get(key, missing)) for key in keys if _shapes_curve(key)]
-
-
-def _shapes_curve(key: str) -> bool:
-    group = key.split(".")[0]
-    if group == "run":
-        return key in CURVE_OF_RUN
-    if group == "memory":
-        return key in memory.SHAPE_CURVE
-    return group != "parallel" and key not in SAME_CURVE
 
 
 def flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

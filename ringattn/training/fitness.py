@@ -10,11 +10,9 @@ from torch import nn
 
 from ringattn import hf
 from ringattn.hf.elementwise import Elementwise
-from ringattn.hf.head import TiledHead
 from ringattn.parallel.mesh.shape import MeshShape
 from ringattn.training.architecture import reason_of
 from ringattn.training.lora import Lora, put_lora
-from ringattn.training.memory import AUTO
 from ringattn.training.models import empty_model
 
 # Attention dropout by the names that configurations give it.
@@ -74,17 +72,6 @@ def check_same_shapes(saved: nn.Module, model: nn.Module) -> None:
             f"the checkpoint is of another model and cannot go on as this one, not even with run.resume=force: "
             f"{len(differing)} weights differ: {shown}"
         )
-
-
-def check_tiles(cfg: DictConfig, model: nn.Module) -> None:
-    """Raises ValueError for tiles that the user chose and the model cannot have."""
-    tile = cfg.memory.loss_tile
-    if tile is None or tile == AUTO:
-        return
-    try:
-        TiledHead(model, tile).undo()
-    except NotImplementedError as error:
-        raise ValueError(f"memory.loss_tile={tile}: {error}; use memory.loss_tile=null") from None
 
 
 def compile_mode(cfg: DictConfig, device_type: str, model: nn.Module) -> str:

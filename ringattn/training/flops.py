@@ -12,6 +12,7 @@ from typing import Any
 
 from torch import nn
 
+from ringattn.hf.shape import layer_masks
 from ringattn.mask import Band, Mask
 from ringattn.parallel.machine.peak_flops import peak_flops
 
@@ -43,8 +44,9 @@ class StepFlops:
         if not text.tie_word_embeddings:
             parameters -= text.vocab_size * text.hidden_size
             frozen -= text.vocab_size * text.hidden_size * (not _embeds_trained(model))
+        masks = tuple(mask for mask, count in layer_masks(text) for _ in range(count))
         head_dim = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
-        return cls(parameters, 4 * text.num_attention_heads * head_dim, tuple(_masks(text)), frozen)
+        return cls(parameters, 4 * text.num_attention_heads * head_dim, masks, frozen)
 
     def __call__(self, tokens: int, lengths: Sequence[int]) -> float:
         """FLOPs of `tokens` tokens in documents of these lengths; where all weights are trained the backward pass
@@ -67,10 +69,3 @@ class StepFlops:
 
 def _embeds_trained(model: Any) -> bool:
     return bool(model.get_input_embeddings().weight.requires_grad)
-
-
-def _masks(config: Any) -> list[Mask]:
-    kinds = getattr(config, "layer_types", None) or ["full_attention"] * config.num_hidden_layers
-    window = getattr(config, "sliding_window", None)
-    sliding = Mask(window=(window - 1, 0)) if window else Mask()
-    return [sliding if kind == "sliding_attention" else Mask() for kind in kinds]

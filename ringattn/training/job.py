@@ -15,7 +15,7 @@ from ringattn.training.config import check_positions, check_vocabulary, complete
 from ringattn.training.corpus import Corpus, stdlib_corpus, text_corpus
 from ringattn.training.data.files import matching_files
 from ringattn.training.data.tokenizer import BYTE_VOCABULARY, BYTES, has_tokenizer, load_tokenizer
-from ringattn.training.fitness import check_attention, check_head_chunks, check_tiles, compile_mode
+from ringattn.training.fitness import check_attention, check_head_chunks, compile_mode
 from ringattn.training.launched import Launch, pick_device
 from ringattn.training.lora import lora_notes, lora_of
 from ringattn.training.memory_plan import MemoryPlan, plan_memory, values_of
@@ -76,7 +76,6 @@ def prepare(cfg: DictConfig, launch: Launch, chosen: Collection[str] | None = No
     empty = check_attention(config, lora_of(resolved.model))
     notes += lora_notes(resolved, lora_of(resolved.model), cfg.optim.lr, empty)
     check_head_chunks(cfg, shape, config)
-    check_tiles(cfg, empty)
     resolved.engine.compile = compile_mode(cfg, device.type, empty)
     plan = plan_memory(resolved, config, empty, shape, launch, device)
     resolved.memory.update(values_of(plan))

@@ -3,7 +3,7 @@
 Every rank decides for itself, from integers that are the same on machines of one kind; `Trainer` compares.
 """
 
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -13,11 +13,12 @@ from torch import nn
 
 from ringattn.hf.head import TiledHead
 from ringattn.hf.layers import mlps_of
+from ringattn.hf.shape import model_shape
 from ringattn.memory.host import host_memory
 from ringattn.memory.planning.choice import Choice, Planner, plan_run
 from ringattn.memory.planning.limits import GIB, OUTSIDE, Limits
-from ringattn.memory.planning.settled import Settled
 from ringattn.memory.planning.shapes import ModelShape, RunShape
+from ringattn.memory.planning.text import written
 from ringattn.memory.settings import MemorySettings, StateSettings
 from ringattn.parallel.machine.machine import Machine
 from ringattn.parallel.machine.shipped import local_machine
@@ -32,17 +33,13 @@ class MemoryPlan:
     """What is done about memory, and what it takes.
 
     Arguments:
-        settled: the plan of it; None for a model that the planner cannot read.
-        choice: why the settings are these and not others, where some were left open.
-        limits: what it has to fit.
+        choice: the plan, and why it is this one; None for a model that the planner cannot read.
         note: for people.
     """
 
     memory: MemorySettings
     states: StateSettings
-    settled: Settled | None
     choice: Choice | None
-    limits: Limits
     note: str
 
     def text(self) -> str:
@@ -52,7 +49,7 @@ class MemoryPlan:
     @property
     def items(self) -> dict[str, int]:
         """Bytes on the device by item at the fullest moment; empty if they are not known."""
-        return {} if self.settled is None else dict(self.settled.alive.peak().items)
+        return {} if self.choice is None else dict(self.choice.plan.peak().items)
 
     def advice(self, asked: int) -> str:
         """What to change after memory ran out: of the settings not taken, the fastest that takes less.
@@ -60,18 +57,16 @@ class MemoryPlan:
         Arguments:
             asked: bytes that were wanted in vain.
         """
-        if self.settled is None:
+        if self.choice is None:
             return "memory.loss_tile, memory.mlp_tile, then memory.keep=attention, then memory.keep=layer"
-        room = self.settled.alive.peak().total - asked
-        planner = Planner(
-            self.settled.alive.model, self.settled.alive.run, self.limits, local_machine("cuda")
-        )  # fmt: skip
-        found = planner.smaller(self.settled, room)
+        peak = self.choice.plan.peak().total
+        found = self.choice.smaller(peak - asked)
         if found is None:
             return "shorter packs (data.seq_len), or more GPUs: memory's settings are at their least"
         key, value, other = found
-        saved = self.settled.alive.peak().total - other.alive.peak().total
-        return f"memory.{key}={value} (saves {saved / GIB:.2f} GiB by plan), or memory.margin higher with memory=auto"
+        saved = (peak - other.alive.peak().total) / GIB
+        change = f"memory.{key}={written(value)} (saves {saved:.2f} GiB by plan)"
+        return f"{change}, or memory.margin higher with memory=auto"
 
 
 def plan_memory(
@@ -82,35 +77,34 @@ def plan_memory(
     Arguments:
         config, empty: of the model, and it without weights.
 
-    Raises ValueError, naming keys, if what is left open cannot be settled so that it fits.
+    Raises ValueError, naming keys, for what the model cannot have, or if what is left open cannot be settled so that it
+    fits.
     """
-    layers = config.get_text_config().num_hidden_layers
-    for name in ("host_layers", "every"):
-        if cfg.memory[name] != AUTO and cfg.memory[name] > layers:
-            raise ValueError(f"memory.{name} must be at most the {layers} layers of the model, got {cfg.memory[name]}")
-    limits = limits_of(cfg, launch, device)
     given = {name: cfg.memory[name] for name in (*OF_STEP, *OF_STATES)}
     free = [name for name, value in given.items() if value == AUTO]
-    fixed = {name: value for name, value in given.items() if value != AUTO} | _impossible(cfg, empty, free)
+    fixed = {name: value for name, value in given.items() if value != AUTO}
+    fixed |= _only_values(cfg, config, empty, free)
     try:
-        model = ModelShape.of(empty, config, str(cfg.model.name))
+        model = model_shape(empty, config, str(cfg.model.name))
     except NotImplementedError as error:
-        return _unplanned(cfg, limits, free, str(error))
-    run = run_shape(cfg, shape, device)
-    machine = local_machine(device.type)
+        return _unplanned(cfg, free, str(error))
+    run, limits, machine = run_shape(cfg, shape, device), limits_of(cfg, launch, device), local_machine(device.type)
     if free:
         choice = _choice(model, run, fixed, limits, machine)
-        settled, said = choice.settled, f"memory=auto chose {_told(choice.settled, free)}; "
+        said = f"memory=auto chose {', '.join(f'{name}={written(choice.settled.values[name])}' for name in free)}; "
     else:
-        choice, settled = None, Planner(model, run, limits, machine).settled(fixed)
-        said = ""
-    peak = settled.alive.peak()
-    note = f"{said}planned: {peak.total / GIB:.2f} GiB of {limits.device_room / GIB:.1f} a rank (at {peak.name})"
-    if away := sum(settled.alive.host.values()):
-        note += f", {away / GIB:.2f} GiB of the host"
-    if settled.lacking:
-        note = f"warning: memory will run out, by plan it needs {settled.lacking}; memory=auto finds what fits"
-    return MemoryPlan(settled.memory, settled.states, settled, choice, limits, note)
+        choice, said = Choice(Planner(model, run, limits, machine).settled(fixed), fixed, limits, machine, ()), ""
+    return MemoryPlan(choice.memory, choice.states, choice, said + _told(choice))
+
+
+def _told(choice: Choice) -> str:
+    """What a plan takes, in a line."""
+    if lacking := choice.settled.lacking:
+        return f"warning: memory will run out, by plan it needs {lacking}; memory=auto finds what fits"
+    peak, away = choice.plan.peak(), sum(choice.plan.host.values())
+    room = choice.limits.device_room
+    note = f"planned: {peak.total / GIB:.2f} GiB of {room / GIB:.1f} a rank (at {peak.name})"
+    return note + (f", {away / GIB:.2f} GiB of the host" if away else "")
 
 
 def limits_of(cfg: DictConfig, launch: Launch, device: torch.device) -> Limits:
@@ -158,26 +152,36 @@ def _choice(model: ModelShape, run: RunShape, fixed: dict[str, Any], limits: Lim
     return plan_run(model, run, fixed, limits, machine)
 
 
-def _impossible(cfg: DictConfig, empty: nn.Module, free: Collection[str]) -> dict[str, Any]:
-    """Fields that are open, but have only one value for this model and engine."""
-    out: dict[str, Any] = {}
-    if "loss_tile" in free:
+def _only_values(cfg: DictConfig, config: Any, empty: nn.Module, free: Collection[str]) -> dict[str, Any]:
+    """Fields that are open, but have only one value for this model and engine.
+
+    Raises ValueError for a value that the user chose and the model cannot have.
+    """
+    layers, out = config.get_text_config().num_hidden_layers, dict[str, Any]()
+    for name in ("host_layers", "every"):
+        if name not in free and cfg.memory[name] > layers:
+            raise ValueError(f"memory.{name} must be at most the {layers} layers of the model, got {cfg.memory[name]}")
+    tries: dict[str, Callable[[], object]] = {
+        "loss_tile": lambda: TiledHead(empty).undo(),
+        "mlp_tile": lambda: mlps_of(empty),
+    }
+    for name, possible in tries.items():
+        tile = cfg.memory[name]
+        if tile is None:
+            continue
         try:
-            TiledHead(empty).undo()
-        except NotImplementedError:
-            out["loss_tile"] = None
-    if "mlp_tile" in free:
-        try:
-            mlps_of(empty)
-        except NotImplementedError:
-            out["mlp_tile"] = None
+            possible()
+        except NotImplementedError as error:
+            if name not in free:
+                raise ValueError(f"memory.{name}={tile}: {error}; use memory.{name}=null") from None
+            out[name] = None
     if cfg.engine.name == "deepspeed":
         plain = StateSettings()
         out |= {name: getattr(plain, name) for name in ("reshard", "prefetch") if name in free}
     return out
 
 
-def _unplanned(cfg: DictConfig, limits: Limits, free: Collection[str], reason: str) -> MemoryPlan:
+def _unplanned(cfg: DictConfig, free: Collection[str], reason: str) -> MemoryPlan:
     """The records' own values where keys are open.
 
     Raises ValueError for layers on the host, whose bytes nobody knows.
@@ -186,15 +190,7 @@ def _unplanned(cfg: DictConfig, limits: Limits, free: Collection[str], reason: s
         raise ValueError(f"memory.host_layers={cfg.memory.host_layers} cannot be planned: {reason}")
     said = f"; {', '.join(f'memory.{name}' for name in free)} are as with memory=off" if free else ""
     note = f"warning: memory cannot be planned for this model ({reason}){said}"
-    return MemoryPlan(step_settings(cfg), state_settings(cfg), None, None, limits, note)
-
-
-def _told(settled: Settled, free: Collection[str]) -> str:
-    return ", ".join(f"{name}={_word(settled.values[name])}" for name in free)
-
-
-def _word(value: Any) -> str:
-    return "null" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
+    return MemoryPlan(step_settings(cfg), state_settings(cfg), None, note)
 
 
 def values_of(plan: MemoryPlan) -> dict[str, Any]:

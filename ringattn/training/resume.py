@@ -9,8 +9,8 @@ from omegaconf import DictConfig, OmegaConf
 from torch import nn
 
 from ringattn.training.checkpoint import TrainState
-from ringattn.training.config import curve_differences
 from ringattn.training.corpus import Corpus
+from ringattn.training.curve import curve_differences
 from ringattn.training.fitness import check_same_shapes
 from ringattn.training.grouping import GroupedPosition
 from ringattn.training.launched import Launch

@@ -31,7 +31,7 @@ def refused(capsys: pytest.CaptureFixture[str], *argv: str) -> str:
 def test_it_says_what_is_planned(capsys: pytest.CaptureFixture[str]) -> None:
     found = report(capsys, "--seq-len", "128K", "--keep", "attention", "--host-memory", "256", "--mlp-tile", "none")
     fixed = {"keep": "attention", "mlp_tile": None}
-    choice = plan_run(llama_8b(8), RunShape(131072, ring=2), fixed, Limits(141 * GIB, 256 * GIB))
+    choice = plan_run(llama_8b(8), RunShape(131072, ring=2, fused=True), fixed, Limits(140 * GIB, 256 * GIB))
     assert found["settings"] == choice.settled.values
     assert found["fixed"] == ["keep", "mlp_tile"]
     assert found["memory"]["backward"]["total"] == choice.plan.peak("backward").total
@@ -40,6 +40,16 @@ def test_it_says_what_is_planned(capsys: pytest.CaptureFixture[str]) -> None:
     assert found["seconds"] == choice.time.items
     assert found["run"]["local_tokens"] == 65536 + 128
     assert {one["key"] for one in found["alternatives"]} == {"loss_tile", "every", "states_on", "reshard", "prefetch"}
+
+
+def test_margin_and_compiler_count(capsys: pytest.CaptureFixture[str]) -> None:
+    usual = report(capsys, "--seq-len", "128K", "--keep", "attention")
+    assert usual["memory"] != report(capsys, "--seq-len", "128K", "--keep", "attention", "--compile", "none")["memory"]
+    wide = report(capsys, "--seq-len", "128K", "--keep", "attention", "--margin", "0.25")["limits"]["device"]
+    assert usual["limits"]["device"] - wide == pytest.approx(0.2 * 140 * GIB)
+    with pytest.raises(SystemExit):
+        main([*CALL, "--seq-len", "128K", "--margin", "1"])
+    assert "expected a share, a number from 0 up to 1, got '1'" in capsys.readouterr().err
 
 
 def test_people_get_tables(capsys: pytest.CaptureFixture[str]) -> None:

@@ -120,3 +120,29 @@ def test_a_full_host_is_an_error_with_the_numbers():
         offload.pack(torch.zeros(512))
     with pytest.raises(ValueError, match="host_bytes must be >= 0, got -1"):
         Offload(CPU, -1)
+
+
+def test_all_of_a_layer_come_once_and_before_they_are_asked_for():
+    offload = Offload(CPU, 2**16, least=1)
+    layers = []
+    for layer in range(3):
+        offload.next_layer()
+        layers.append([offload.pack(torch.full((4,), 10.0 * layer + number)) for number in range(3)])
+    copies, early = [], []
+    bring = offload._bring
+
+    def counted(kept):
+        copies.extend([kept.number] * (kept.here is None))
+        return bring(kept)
+
+    offload._bring = counted
+    for layer in reversed(range(3)):
+        early.append([one.here is not None for one in layers[layer]])
+        # As a layer does: its input first, then what it computed.
+        for number, one in enumerate(layers[layer]):
+            assert torch.equal(offload.unpack(one), torch.full((4,), 10.0 * layer + number))
+        if layer:
+            beyond = [one.here is not None for earlier in layers[: layer - 1] for one in earlier]
+            assert not any(beyond)
+    assert sorted(copies) == list(range(9))
+    assert early[1:] == [[True] * 3] * 2

@@ -9,7 +9,8 @@ from omegaconf import OmegaConf, open_dict
 from torch import nn
 
 from ringattn.training import config, fitness
-from ringattn.training.config import check_positions, check_vocabulary, curve_differences, resolve, validate
+from ringattn.training.config import check_positions, check_vocabulary, resolve, validate
+from ringattn.training.curve import curve_differences
 from ringattn.training.job import prepare
 from ringattn.training.launched import Launch
 from ringattn.training.output import write_config

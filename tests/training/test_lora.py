@@ -17,9 +17,9 @@ from ringattn import Documents, Layout, SequenceMesh
 from ringattn.hf import parallelize
 from ringattn.hf.elementwise import Elementwise
 from ringattn.hf.layers import decoder_layers, mlps_of
-from ringattn.memory.planning.shapes import ModelShape
+from ringattn.hf.shape import model_shape
 from ringattn.memory.settings import MemorySettings, StateSettings
-from ringattn.training.config import curve_differences
+from ringattn.training.curve import curve_differences
 from ringattn.training.engines import Engine, EngineOptions, build_engine
 from ringattn.training.engines.deepspeed import available as deepspeed_available
 from ringattn.training.flops import StepFlops
@@ -289,7 +289,7 @@ def test_models_are_found_and_counted_through_the_factors():
     assert len(decoder_layers(model)) == len(mlps_of(model)) == 3
     widths = 3 * ((32 + 32) * 2 + (32 + 16) * 2 + (32 + 48) * 3)
     trained = 4 * widths
-    shape, without = ModelShape.of(model, config), ModelShape.of(plain, config)
+    shape, without = model_shape(model, config), model_shape(plain, config)
     assert shape.total.trained == trained
     assert shape.total.count == without.total.count + trained
     assert (shape.head.trained, shape.embedding.trained, shape.rest.trained) == (0, 0, 0)

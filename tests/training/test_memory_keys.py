@@ -9,7 +9,7 @@ pytest.importorskip("transformers")
 
 from ringattn.memory.settings import MemorySettings, StateSettings
 from ringattn.training import memory
-from ringattn.training.config import curve_differences
+from ringattn.training.curve import curve_differences
 from ringattn.training.memory import state_settings, step_settings
 from tests.training.recipe import CONFIGS, prepared
 

@@ -74,6 +74,10 @@ class Choice:
     def time(self) -> StepTime:
         return self.settled.time
 
+    def smaller(self, room: float) -> tuple[str, Any, Settled] | None:
+        """See `Planner.smaller`, from these settings."""
+        return Planner(self.plan.model, self.plan.run, self.limits, self.machine).smaller(self.settled, room)
+
     def text(self) -> str:
         """For people: tables of memory and time, and the reasons."""
         return render(self.settled, self.fixed, self.limits, self.machine, self.alternatives)

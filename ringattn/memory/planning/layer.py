@@ -234,18 +234,23 @@ class Layers:
         return [0, *accumulate(sizes)]
 
     def in_flight(self, number: int) -> int:
-        """Bytes on the device of what came back from the host while a layer goes backward: its own and what its chain
-        begins with, and the first of the layer before, or of the chain before where that has none."""
+        """Bytes on the device of what came back from the host while a layer goes backward: its own, what its chain
+        begins with, and what the nearest layer before it that keeps anything does."""
         if number >= self.away:
-            return self._first_before(number) if 0 < number == self.away else 0
+            return self._before(number) if 0 < number == self.away else 0
         begin = number - number % self.layer.memory.every
-        own = [size for size in self._tensors(number) if size >= LEAST]
-        own += self._tensors(begin)[:1] if begin < number else ()
-        return sum(own) + self._first_before(begin if len(own) < 2 else number)
+        own = self._large(number)
+        own += sum(self._tensors(begin)[:1]) if begin < number else 0
+        # In a chain that keeps one input alone the next to come is that of the chain before.
+        return own + self._before(number if self._large(number) else begin)
 
-    def _first_before(self, number: int) -> int:
-        """Bytes of the first tensor of the nearest layer before that keeps any."""
-        return next((self._tensors(one)[0] for one in range(number - 1, -1, -1) if self._tensors(one)), 0)
+    def _before(self, number: int) -> int:
+        """Of the nearest layer before one that keeps any."""
+        return next((size for one in range(number - 1, -1, -1) if (size := self._large(one))), 0)
+
+    def _large(self, number: int) -> int:
+        """Bytes of what a layer keeps and may send away."""
+        return sum(size for size in self._tensors(number) if size >= LEAST)
 
     def leaving(self, number: int, attended: bool) -> int:
         """Bytes of the last tensors on their way to the host while a layer is computed forward, without its own input

@@ -24,7 +24,7 @@ class Limits:
     gpu: float
     host: float | None = None
     ranks_per_host: int = 8
-    margin: float = 0.06
+    margin: float = 0.05
     outside: float = OUTSIDE
 
     def __post_init__(self) -> None:

@@ -1,20 +1,14 @@
 """A model and a run in numbers: all that the planner of memory looks at."""
 
 import math
-from collections import Counter
-from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import Any
-
-from torch import nn
 
 from ringattn.mask import Mask
 from ringattn.parallel.placement.policies import TILE
 from ringattn.parallel.plan.shape import Shape
 
 ITEMSIZE = {"float32": 4, "bfloat16": 2}
-_STEPS_OF_CAP = 3  # of logits that are softcapped: divided, tanh, multiplied
 
 
 @dataclass(frozen=True)
@@ -25,19 +19,13 @@ class Weights:
     trained: int
     tensors: int = 1
 
-    @classmethod
-    def of(cls, parameters: Sequence[nn.Parameter]) -> "Weights":
-        """Those of some parameters."""
-        trained = sum(one.numel() for one in parameters if one.requires_grad)
-        return cls(sum(one.numel() for one in parameters), trained, len(parameters))
-
     def __add__(self, other: "Weights") -> "Weights":
         return Weights(self.count + other.count, self.trained + other.trained, self.tensors + other.tensors)
 
 
 @dataclass(frozen=True)
 class ModelShape:
-    """A decoder in numbers. Parameters are counted; what a layer computes is taken from the configuration.
+    """A decoder in numbers. `ringattn.hf.shape` reads those of a transformers model.
 
     Arguments:
         hidden: width of the residual stream.
@@ -69,43 +57,6 @@ class ModelShape:
     gated: bool = True
     head_norms: bool = False
     logit_steps: int = 0
-
-    @classmethod
-    def of(cls, model: nn.Module, config: Any, name: str = "") -> "ModelShape":
-        """Of a transformers model, which may be on the meta device, with its configuration.
-
-        Raises NotImplementedError for layers that are not attention and an MLP.
-        """
-        text = config.get_text_config()
-        layers = _layers(model, text.num_hidden_layers)
-        embedding, head = (getattr(model, f"get_{one}_embeddings")() for one in ("input", "output"))
-        tied = head is not None and head.weight is embedding.weight
-        inside = {id(p) for layer in layers for p in layer.parameters()}
-        inside |= {id(p) for one in (embedding, head) if one is not None for p in one.parameters()}
-        mlps = [_mlp(layer) for layer in layers]
-        largest = max(mlps, key=lambda mlp: sum(p.numel() for p in mlp.parameters()))
-        heads = text.num_attention_heads
-        return cls(
-            name=name or text.model_type,
-            hidden=text.hidden_size,
-            inner=_inner(text),
-            query_heads=heads,
-            key_heads=getattr(text, "num_key_value_heads", None) or heads,
-            head_dim=getattr(text, "head_dim", None) or text.hidden_size // heads,
-            vocabulary=text.vocab_size,
-            layers=tuple(Weights.of(list(layer.parameters())) for layer in layers),
-            mlp=Weights.of(list(largest.parameters())),
-            active=sum(_active(layer, text) for layer in layers) // len(layers),
-            embedding=Weights.of(list(embedding.parameters())),
-            head=Weights(0, 0, 0) if tied or head is None else Weights.of(list(head.parameters())),
-            rest=Weights.of([p for p in model.parameters() if id(p) not in inside]),
-            masks=_masks(text),
-            gated=any("gate" in name or "w1" in name for name, _ in largest.named_parameters()),
-            head_norms=any(
-                name.endswith(("q_norm.weight", "k_norm.weight")) for name, _ in layers[0].named_parameters()
-            ),
-            logit_steps=_logit_steps(text),
-        )
 
     @property
     def tied(self) -> bool:
@@ -229,74 +180,3 @@ class RunShape:
             rounding = 2 * len(self.documents) if self.policy == "zigzag" else TILE * (self.policy != "contiguous")
             position = min(self.tokens, position + rounding)
         return math.ceil(position / self.ulysses)
-
-
-def _layers(model: nn.Module, wanted: int) -> nn.ModuleList:
-    """The repeated layers. Raises ValueError if they cannot be found."""
-    found = [m for m in model.modules() if isinstance(m, nn.ModuleList) and len(m) == wanted]
-    if not found:
-        raise ValueError(f"{type(model).__name__} has no list of {wanted} decoder layers")
-    return max(found, key=lambda layers: sum(p.numel() for p in layers.parameters()))
-
-
-def _mlp(layer: nn.Module) -> nn.Module:
-    """What stands beside attention in a layer: of its other children the one with the most parameters."""
-    children = [child for name, child in layer.named_children() if "attn" not in name and "attention" not in name]
-    if not children:
-        raise NotImplementedError(
-            f"{type(layer).__name__} has nothing beside attention: the planner knows no such layer"
-        )
-    return max(children, key=lambda child: sum(p.numel() for p in child.parameters()))
-
-
-def _experts(text: Any) -> tuple[int, int]:
-    """Experts that a token sees, and all experts of a layer; 0 of 0 without."""
-    seen = getattr(text, "num_experts_per_tok", None) or 0
-    every = next(
-        (n for key in ("num_experts", "num_local_experts", "n_routed_experts") if (n := getattr(text, key, None))), 0
-    )
-    return (seen, every) if seen and every else (0, 0)
-
-
-def _inner(text: Any) -> int:
-    """Inner rows of a token in one layer's MLP."""
-    inner = getattr(text, "intermediate_size", None) or 4 * text.hidden_size
-    seen, every = _experts(text)
-    if not every:
-        return int(inner)
-    own = getattr(text, "moe_intermediate_size", None) or inner
-    shared = getattr(text, "shared_expert_intermediate_size", None) or own * (getattr(text, "n_shared_experts", 0) or 0)
-    return int(seen * own + shared)
-
-
-def _active(layer: nn.Module, text: Any) -> int:
-    """Parameters of a layer's matrices that multiply a token."""
-    seen, every = _experts(text)
-    total = 0
-    for name, parameter in layer.named_parameters():
-        if parameter.dim() >= 2:
-            total += parameter.numel() * seen // every if every and ".experts." in f".{name}." else parameter.numel()
-    return total
-
-
-def _masks(text: Any) -> tuple[tuple[Mask, int], ...]:
-    """Masks of the attention layers, with the number of each."""
-    kinds = getattr(text, "layer_types", None) or ["full_attention"] * text.num_hidden_layers
-    window, chunk = getattr(text, "sliding_window", None), getattr(text, "attention_chunk_size", None)
-    known = {
-        "full_attention": Mask(),
-        "sliding_attention": Mask(window=(window - 1, 0)) if window else Mask(),
-        "chunked_attention": Mask(chunk=chunk) if chunk else Mask(),
-    }
-    if unknown := sorted(set(kinds) - known.keys()):
-        raise NotImplementedError(f"{text.model_type} has layers of {', '.join(unknown)}: the planner knows attention")
-    if not getattr(text, "layer_types", None) and window and getattr(text, "use_sliding_window", True):
-        return ((known["sliding_attention"], len(kinds)),)
-    return tuple(Counter(known[kind] for kind in kinds).items())
-
-
-def _logit_steps(text: Any) -> int:
-    """Things that a model does to its logits."""
-    capped = getattr(text, "final_logit_softcapping", None)
-    scaled = next((x for key in ("logit_scale", "logits_scaling") if (x := getattr(text, key, None))), None)
-    return _STEPS_OF_CAP * bool(capped) + (scaled not in (None, 1, 1.0))

@@ -11,7 +11,6 @@ from torch import nn
 
 from ringattn.hf.layers import decoder_layers
 from ringattn.memory.settings import StateSettings
-from ringattn.memory.tiled_rows import tiled_modules
 from ringattn.parallel.mesh.mesh import SequenceMesh
 from ringattn.training.engines.interface import EngineOptions
 from ringattn.training.models import parameter_groups
@@ -45,8 +44,6 @@ class DeepSpeedEngine:
         model = options.load()
         self.num_parameters = sum(p.numel() for p in model.parameters())
         options.attach(model)
-        for module in tiled_modules(model):
-            deepspeed.utils.set_z3_leaf_module(module, True)
         model.to(options.device).train()
         layer = sum(p.numel() for p in decoder_layers(model)[0].parameters())
         self._engine, *_ = deepspeed.initialize(

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from ringattn import Documents, init_mesh
 from ringattn.hf import attention_kwargs, parallelize
+from ringattn.hf.shape import model_shape
 from ringattn.memory import offload as offloading
 from ringattn.memory.layers import keep_layers
 from ringattn.memory.offload import Offload
@@ -70,7 +71,7 @@ def model_of(family: str) -> tuple[Any, Any]:
 def measured(family: str, memory: MemorySettings, dtype: torch.dtype) -> tuple[dict[str, int], int, ModelShape]:
     """The most bytes of live tensors in each pass, beside weights and gradients that were there; host bytes used."""
     model, config = model_of(family)
-    shape = ModelShape.of(model, config)
+    shape = model_shape(model, config)
     parallelize(model.to(dtype), mesh := init_mesh())
     inner: Any = model.model
     if memory.mlp_tile:

@@ -7,6 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ringattn import Documents, MeshShape
+from ringattn.hf.shape import model_shape
 from ringattn.hf.tiny import read_config, tiny_config
 from ringattn.mask import Mask
 from ringattn.memory.planning.shapes import ModelShape, RunShape
@@ -18,7 +19,7 @@ from tests.memory.planning.shapes_of import llama_8b
 def shape_of(source: str, **changes: Any) -> tuple[ModelShape, Any]:
     config = tiny_config(read_config(source), **changes)
     model = empty_model(config)
-    return ModelShape.of(model, config), model
+    return model_shape(model, config), model
 
 
 @pytest.mark.parametrize("source", ["llama", "qwen3", "gemma2", "mistral", "gpt_oss", "qwen3_moe", "mixtral", "gpt2"])
@@ -49,7 +50,7 @@ def test_frozen_parameters_are_not_trained() -> None:
     _, model = shape_of("llama")
     for parameter in model.model.layers[0].parameters():
         parameter.requires_grad_(False)
-    shape = ModelShape.of(model, model.config)
+    shape = model_shape(model, model.config)
     assert shape.layers[0].trained == 0 < shape.layers[1].trained == shape.layers[1].count
 
 

@@ -28,7 +28,7 @@ from ringattn.hf.layers import decoder_layers
 class Alst:
     """The pieces, trained by DeepSpeed's engine at stage 3 of ZeRO."""
 
-    streams, pinned = 1, 0
+    streams, pinned, waited = 1, 0, 0.0
 
     def __init__(self, case: Case, place: Place, tools: Tools) -> None:
         self._case, self._place = case, place

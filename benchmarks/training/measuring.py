@@ -41,6 +41,7 @@ class Result:
         pinned, resident: GiB of the host, locked for copies and of the whole process.
         first, seconds: of the first step, and of one of the others (the mean), with the optimizer's part `update`.
         per_gpu: tokens a second.
+        waited: seconds of a step, the mean, that the device waited for copies to and from the host.
         floor: seconds that attention's kernel and the matrix products alone take; `share` is it by `seconds - update`.
         calls: of attention's kernel, forward and backward, of a layer in a step.
         planned: of ours GiB of the GPU, GiB of the host and seconds, as the planner has them; `peak` is its moment.
@@ -62,6 +63,7 @@ class Result:
     first: float | None = None
     seconds: float | None = None
     update: float | None = None
+    waited: float | None = None
     per_gpu: float | None = None
     mfu: float | None = None
     floor: float | None = None
@@ -83,6 +85,7 @@ class Steps:
     whole: list[float] = field(default_factory=list)
     updates: list[float] = field(default_factory=list)
     losses: list[float] = field(default_factory=list)
+    waits: list[float] = field(default_factory=list)
 
 
 def measure(case: Case, place: Place, tools: Tools, after: Callable[[Row], None] | None = None) -> Result:
@@ -164,6 +167,7 @@ def _take_steps(row: Row, number: int, place: Place) -> Steps:
         whole.stop()
         steps.whole.append(whole.seconds())
         steps.updates.append(update.seconds())
+        steps.waits.append(row.waited)
         steps.losses.append(row.mean_of(loss.detach()))
         del loss
     return steps
@@ -217,14 +221,13 @@ def _note_plan(result: Result, case: Case, place: Place) -> None:
 
 def _note_times(result: Result, steps: Steps, case: Case, place: Place, streams: int) -> None:
     later = slice(1, None)
-    seconds, update = (
-        (sum(one[later]) / case.steps for one in (steps.whole, steps.updates)) if case.steps else (0.0, 0.0)
-    )
-    result.first, seconds, update = place.most(steps.whole[0], seconds, update)
+    taken = steps.whole, steps.updates, steps.waits
+    means = [sum(one[later]) / case.steps if case.steps else 0.0 for one in taken]
+    result.first, seconds, update, waited = place.most(steps.whole[0], *means)
     result.loss = steps.losses[0]
     if not case.steps:
         return
-    result.seconds, result.update = seconds, update
+    result.seconds, result.update, result.waited = seconds, update, waited
     tokens = streams * case.docs.total
     result.per_gpu = tokens / seconds / place.ranks
     peak = peak_flops(torch.cuda.get_device_name(place.device)) if place.device.type == "cuda" else None

@@ -16,7 +16,8 @@ from benchmarks.training.measuring import Result
 COLUMNS = (
     "row", "tokens", "attention", "states", "features", "GPU GiB allocated / reserved", "host GiB locked / resident",
     "planned GPU / host / s",
-    "first s", "step s", "update s", "tokens/s/GPU", "MFU", "share of the floor", "kernel calls a layer f / b",
+    "first s", "step s", "update s", "wait s", "tokens/s/GPU", "MFU", "share of the floor",
+    "kernel calls a layer f / b",
 )  # fmt: skip
 PACKAGES = "torch", "transformers", "deepspeed", "flash-attn-4", "torchao"
 
@@ -52,7 +53,7 @@ def line_of(result: Result) -> str:
             f"{_shown(result.allocated, 2)} / {_shown(result.reserved, 2)}",
             f"{_shown(result.pinned, 2)} / {_shown(result.resident, 2)}",
             " / ".join(_shown(value, 2) for value in result.planned or ()),
-            *(_shown(seconds, 3) for seconds in (result.first, result.seconds, result.update)),
+            *(_shown(seconds, 3) for seconds in (result.first, result.seconds, result.update, result.waited)),
             _shown(result.per_gpu, 0),
             "" if result.mfu is None else f"{result.mfu:.1%}",
             share,
@@ -93,7 +94,8 @@ def markdown(facts: dict[str, Any], results: Sequence[Result], searches: dict[st
         "",
         "The most of all ranks. GPU: at most from the first step on, moments included. Step: the mean of those after "
         "the first, the optimizer's update included. Floor: attention's kernel and the matrix products alone; its "
-        "share is of the step without the update. hf trains a stream of its own on every rank.",
+        "share is of the step without the update. Wait: for copies to and from the "
+        "host. hf trains a stream of its own on every rank.",
         "",
     ]
     if results:

@@ -57,12 +57,43 @@ class Row(Protocol):
     def update(self) -> None:
         """The optimizer's step."""
 
+    waited: float
+    """Seconds that the device waited for copies from and to the host since this was last asked for."""
+
     @property
     def pinned(self) -> int:
         """Bytes of host memory that it locked itself, beside torch's allocator."""
 
     def close(self) -> None:
         """Lets everything go."""
+
+
+class Waits:
+    """How long kernels wait for copies to and from the host, by events before and after each wait."""
+
+    def __init__(self) -> None:
+        self._pairs: list[tuple[Any, Any]] = []
+
+    def of(self, offload: Any) -> None:
+        """Measures an `Offload` from now on."""
+        plain = offload.wait
+
+        def timed(copied: Any) -> None:
+            pair = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+            pair[0].record()
+            plain(copied)
+            pair[1].record()
+            self._pairs.append(pair)
+
+        offload.wait = timed
+
+    def taken(self) -> float:
+        """Seconds since it was last asked for. Waits for the device."""
+        if self._pairs:
+            torch.cuda.synchronize()
+        seconds = sum(before.elapsed_time(after) for before, after in self._pairs) / 1e3
+        self._pairs.clear()
+        return seconds
 
 
 class Ours:
@@ -85,6 +116,9 @@ class Ours:
                 fused_linear_cross_entropy=False,
             )  # fmt: skip
         self._handle = parallelize(self.model, place.mesh, memory, backend=tools.kernel.name)
+        self._waits = Waits()
+        if memory.host_layers and place.device.type == "cuda":
+            self._waits.of(self._handle.memory.offload)
         try:
             shard_groups(self.model, case.states, **sharded(case, place))
             self._optimizer = new_optimizer(self.model.parameters(), case)
@@ -116,6 +150,10 @@ class Ours:
         apply_update(self.model, self._optimizer)
 
     @property
+    def waited(self) -> float:
+        return self._waits.taken()
+
+    @property
     def pinned(self) -> int:
         offload = self._handle.memory.offload if self._handle.memory is not None else None
         return offload.stack.size if offload is not None and self._place.device.type == "cuda" else 0
@@ -138,7 +176,7 @@ class Plain:
         self._optimizer = new_optimizer(model.parameters(), case)
         make_moments(self._optimizer)
         self.features = "all logits" + (", keep layer" if case.memory.keep != "all" else ", keep all")
-        self.pinned = 0
+        self.pinned, self.waited = 0, 0.0
 
     def prepare(self) -> None:
         self._batch = whole_batch(self._case, self._place.device)

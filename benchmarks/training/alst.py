@@ -54,7 +54,7 @@ class Alst:
             return DeepSpeedCPUAdam(self.model.parameters(), lr=RATE, fp32_optimizer_states=wide)
         if not self._case.updates:
             raise NotImplementedError("ZeRO-3 has an optimizer: moments=none needs the row alst-unsharded")
-        return new_optimizer(self.model.parameters(), self._case)
+        return new_optimizer(self.model, self._case)
 
     def prepare(self) -> None:
         ranks, rank = self._place.ranks, self._place.rank
@@ -93,7 +93,7 @@ class UnshardedAlst(Alst):
         case = self._case
         if self._place.ranks > 1 or case.mixed or case.states.states_on == "host":
             raise NotImplementedError("alst-unsharded is for one rank, with weights as they are computed with, there")
-        self._optimizer = new_optimizer(self.model.parameters(), case)
+        self._optimizer = new_optimizer(self.model, case)
         make_moments(self._optimizer)
 
     @property

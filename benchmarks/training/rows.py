@@ -121,7 +121,7 @@ class Ours:
             self._waits.of(self._handle.memory.offload)
         try:
             shard_groups(self.model, case.states, **sharded(case, place))
-            self._optimizer = new_optimizer(self.model.parameters(), case)
+            self._optimizer = new_optimizer(self.model, case)
             make_moments(self._optimizer)
         except BaseException:  # the host's memory is locked already
             self.close()
@@ -173,7 +173,7 @@ class Plain:
             enable_checkpoints(model, use_reentrant=False)
         self.model = model
         shard_model(model, case, place)
-        self._optimizer = new_optimizer(model.parameters(), case)
+        self._optimizer = new_optimizer(model, case)
         make_moments(self._optimizer)
         self.features = "all logits" + (", keep layer" if case.memory.keep != "all" else ", keep all")
         self.pinned, self.waited = 0, 0.0

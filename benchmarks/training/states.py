@@ -1,6 +1,5 @@
 """Weights and optimizer: the same states for all rows, sharded by FSDP2. One rank of a peer has nothing to shard."""
 
-from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -10,6 +9,7 @@ from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, Offlo
 
 from benchmarks.training.case import Case, Place
 from ringattn.hf.layers import decoder_layers
+from ringattn.training.engines.optimizers import adamw_int8, kept_whole, why_no_optimizer
 
 RATE = 1e-6  # the learning rate: figures of the second step are those of the same model
 
@@ -35,7 +35,7 @@ def sharded(case: Case, place: Place) -> dict[str, Any]:
     }
 
 
-def new_optimizer(parameters: Iterable[nn.Parameter], case: Case) -> torch.optim.Optimizer | None:
+def new_optimizer(model: nn.Module, case: Case) -> torch.optim.Optimizer | None:
     """AdamW whose moments have the dtype that the case says; None for a case without updates.
 
     torch's keeps moments in the dtype of the weights. Raises NotImplementedError for what no installed one does.
@@ -44,17 +44,16 @@ def new_optimizer(parameters: Iterable[nn.Parameter], case: Case) -> torch.optim
         return None
     states = case.states
     if states.moments == "int8":
-        try:
-            from torchao.optim import AdamW8bit
-        except ImportError as error:
-            raise NotImplementedError(f"moments=int8 needs torchao, which cannot be imported: {error}") from None
-        narrow = states.weights == "bfloat16"
-        return AdamW8bit(list(parameters), lr=RATE, weight_decay=0.0, bf16_stochastic_round=narrow)
+        if (reason := why_no_optimizer(states)) is not None:
+            raise NotImplementedError(reason)
+        groups: list[dict[str, Any]] = [{"params": list(model.parameters())}]
+        given = {"lr": RATE, "weight_decay": 0.0, "bf16_stochastic_round": states.weights == "bfloat16"}
+        return adamw_int8(groups, kept_whole(model), given)
     if states.moments != states.weights:
         raise NotImplementedError(
             f"moments={states.moments} of weights={states.weights}: torch's AdamW has moments in the dtype of weights"
         )
-    return torch.optim.AdamW(list(parameters), lr=RATE, weight_decay=0.0, fused=True)
+    return torch.optim.AdamW(list(model.parameters()), lr=RATE, weight_decay=0.0, fused=True)
 
 
 def make_moments(optimizer: torch.optim.Optimizer | None) -> None:

@@ -74,7 +74,8 @@ def test_a_full_gpu_is_reported(tmp_path: Path) -> None:
     device = torch.device("cuda", torch.cuda.current_device())
     watch = MemoryWatch(CudaMemory(device), tmp_path)
     held = torch.empty(2**30, dtype=torch.uint8, device=device)
-    with pytest.raises(torch.OutOfMemoryError) as caught, watch.step(3):
+    with pytest.raises(torch.OutOfMemoryError) as caught, watch.step(3) as at:  # noqa: PT012  who asks is part of it
+        at("forward pass")
         torch.empty(2**45, dtype=torch.uint8, device=device)
     said = str(caught.value)
     print(said)

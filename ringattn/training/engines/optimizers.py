@@ -46,7 +46,7 @@ def adamw(model: nn.Module, options: EngineOptions) -> torch.optim.Optimizer:
         return torch.optim.AdamW(groups, fused=True, **given)
     given["bf16_stochastic_round"] = states.weights == "bfloat16"
     if states.moments == "int8":
-        return _adamw_int8(groups, kept_whole(model), given)
+        return adamw_int8(groups, kept_whole(model), given)
     from torchao.optim import _AdamW
 
     made: torch.optim.Optimizer = _AdamW(groups, **given)
@@ -68,10 +68,13 @@ def kept_whole(model: nn.Module) -> list[nn.Parameter]:
     return [parameter for parameter in model.parameters() if parameter.shape in shapes]
 
 
-def _adamw_int8(
-    groups: list[dict[str, Any]], whole: list[nn.Parameter], given: dict[str, Any]
-) -> torch.optim.Optimizer:
-    """torchao's AdamW8bit, with moments in the weights' dtype for the parameters in `whole`."""
+def adamw_int8(groups: list[dict[str, Any]], whole: list[nn.Parameter], given: dict[str, Any]) -> torch.optim.Optimizer:
+    """torchao's AdamW8bit, with moments in the weights' dtype for the parameters in `whole`.
+
+    Arguments:
+        groups: of parameters, as torch's optimizers take them.
+        given: further arguments of AdamW8bit.
+    """
     from torchao.optim import AdamW8bit
     from torchao.optim.subclass_8bit import OptimState8bit
 

@@ -130,10 +130,27 @@ def reference(tmp_path_factory) -> list[tuple[int, float, float]]:
         (2, ("parallel.data=2", "memory.keep=attention")),
         (2, ("memory.states_on=host", "memory.prefetch=2")),
         (4, ("parallel.head_chunks=2",)),
+        pytest.param(4, ("memory.loss_tile=64", "memory.mlp_tile=64", "memory.keep=attention"), marks=pytest.mark.slow),
         pytest.param(2, ("engine=deepspeed", "engine.zero_stage=1"), marks=needs_deepspeed),
         pytest.param(2, ("engine=deepspeed", "engine.zero_stage=3", "parallel.data=2"), marks=needs_deepspeed),
         pytest.param(2, ("engine=deepspeed", "engine.zero_stage=3", "memory.states_on=host"), marks=needs_deepspeed),
         pytest.param(4, ("engine=deepspeed", "engine.zero_stage=2"), marks=needs_deepspeed),
+        pytest.param(
+            4,
+            ("engine=deepspeed", "engine.zero_stage=1", "memory.loss_tile=64"),
+            marks=[needs_deepspeed[0], pytest.mark.nightly],
+        ),
+        pytest.param(
+            4,
+            (
+                "engine=deepspeed",
+                "engine.zero_stage=3",
+                "memory.loss_tile=64",
+                "memory.mlp_tile=64",
+                "memory.keep=layer",
+            ),
+            marks=needs_deepspeed,
+        ),
     ],
     ids=lambda value: " ".join(value) or "fsdp2" if isinstance(value, tuple) else str(value),
 )

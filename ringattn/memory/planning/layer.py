@@ -153,8 +153,9 @@ class Layer:
 
     @property
     def _attended(self) -> int:
-        """What attention's backward pass needs of its forward pass."""
-        return self._qkv + self._out + self._lse + self.attention.keys
+        """What attention's backward pass needs of its forward pass, beside what the layer has kept of it."""
+        result = self._out + self._lse + self.attention.keys
+        return self._qkv + (0 if self.memory.keep in ("attention", "selective") else result)
 
     @property
     def _norm_forward(self) -> int:

@@ -5,6 +5,7 @@ so that the next step is as good as if the packs of this one had not been there.
 """
 
 import math
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -60,16 +61,17 @@ class BadSteps:
         Raises BadNumbers on all ranks if it was one too many.
         """
         self._in_a_row += 1
-        findings: list[dict[str, Any] | None] = [None] * dist.get_world_size()
-        dist.all_gather_object(findings, self._told(finding, batch))
+        answers: list[dict[str, Any] | None] = [None] * dist.get_world_size()
+        dist.all_gather_object(answers, self._told(finding, batch))
+        findings = first_of(answers)
         message = f"step {step} is left out: loss {done.loss:g}, gradient norm {done.norm:g}; {_who(findings)}"
         if dist.get_rank() == 0:
             print(f"warning: {message}", flush=True)
             facts: dict[str, Any] = {"step": step, "in_a_row": self._in_a_row, "loss": f"{done.loss:g}"}
-            facts |= {"grad_norm": f"{done.norm:g}", "found": [one for one in findings if one is not None]}
-            if not facts["found"]:
+            facts |= {"grad_norm": f"{done.norm:g}", "found": findings}
+            if not findings:
                 facts["packs"] = [documents_of(plan, None) for plan in batch.plans]
-            record_incident(self._output, KIND, message, first_rank(findings), **facts)
+            record_incident(self._output, KIND, message, findings[0]["rank"] if findings else None, **facts)
         if self._in_a_row > self._most:
             first = step - self._in_a_row + 1
             raise BadNumbers(
@@ -85,13 +87,15 @@ class BadSteps:
         plan = batch.plans[finding.micro * self._replicas + self._data_rank]
         indices = batch.micro[finding.micro].layout.indices()
         documents = documents_of(plan, indices[finding.rows].tolist() if finding.rows else None)
-        where = {"rank": dist.get_rank(), "module": finding.module, "how": finding.how, "micro_step": finding.micro}
-        return where | {"documents": documents}
+        where = {"rank": dist.get_rank(), "module": finding.module, "how": finding.how}
+        return where | {"micro_step": finding.micro, "order": finding.order, "documents": documents}
 
 
-def first_rank(findings: list[dict[str, Any] | None]) -> int | None:
-    """The rank to blame: the only one, or the first, that found anything."""
-    return next((rank for rank, one in enumerate(findings) if one is not None), None)
+def first_of(findings: Sequence[dict[str, Any] | None]) -> list[dict[str, Any]]:
+    """Those that came first: what one rank makes spreads to the others."""
+    told = [one for one in findings if one is not None]
+    places = [(one["micro_step"], one["order"]) for one in told]
+    return [one for one, place in zip(told, places, strict=True) if place == min(places)]
 
 
 def finite(done: Brought) -> bool:
@@ -99,8 +103,8 @@ def finite(done: Brought) -> bool:
     return math.isfinite(done.loss) and math.isfinite(done.norm)
 
 
-def weights_are_finite(model: nn.Module, device: torch.device) -> bool:
-    """Whether no weight of any rank is infinite or NaN, the same on all. Collective."""
+def check_weights(model: nn.Module, step: int, device: torch.device) -> None:
+    """Raises BadNumbers, on all ranks, if any weight of any rank is infinite or NaN. Collective."""
     held = [getattr(p, "ds_tensor", p) for p in model.parameters()]  # what ZeRO 3 leaves of a parameter on this rank
     local = [getattr(one, "_local_tensor", one).detach() for one in held]
     bad = torch.zeros((), device=device)
@@ -108,12 +112,15 @@ def weights_are_finite(model: nn.Module, device: torch.device) -> bool:
         if tensor.is_floating_point() and tensor.numel():
             bad += (~torch.isfinite(tensor)).any().to(bad)
     dist.all_reduce(bad)
-    return not bool(bad)
+    if bool(bad):
+        raise BadNumbers(
+            f"the weights are not finite after step {step}: no checkpoint of them is written, and those that there are "
+            "stay as they are"
+        )
 
 
-def _who(findings: list[dict[str, Any] | None]) -> str:
+def _who(told: list[dict[str, Any]]) -> str:
     """Which ranks made it, and where."""
-    told = [one for one in findings if one is not None]
     if not told:
         return "it did not come again when the passes were repeated, as a fault of the hardware would not"
     shown = [

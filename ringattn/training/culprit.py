@@ -26,12 +26,15 @@ class Finding:
         module: its full name in the model.
         how: in words, which follow the name.
         micro: which of the rank's micro-steps, from 0.
+        order: of the place among all that are looked at in a micro-step, the same on every rank: what one rank makes
+            spreads to the others, which find it later.
         rows: of the rank's tokens, those that have such numbers; empty where that cannot be told.
     """
 
     module: str
     how: str
     micro: int = 0
+    order: int = 0
     rows: list[int] = field(default_factory=list)
 
 
@@ -62,26 +65,32 @@ class _Watch:
 
     def __init__(self) -> None:
         self.found: Finding | None = None
+        self._count = 0
 
     def after_forward(self, name: str, module: nn.Module, given: Any, kwargs: Any, result: Any) -> None:
+        self._count += 1
         if self.found is not None:
             return
         for tensor in _floating((given, kwargs)):
             if (rows := _bad_rows(tensor)) is not None:
                 parent, _, own = name.rpartition(".")
-                self.found = Finding(parent or "the model", f"in the forward pass, before its {own}", rows=rows)
+                self._note(parent, f"in the forward pass, before its {own}", rows)
                 return
         for tensor in _floating(result):
             if (rows := _bad_rows(tensor)) is not None:
                 how = "in the forward pass" if _weights_are_finite(module) else "whose weights are not finite"
-                self.found = Finding(name or "the model", how, rows=rows)
+                self._note(name, how, rows)
                 return
             if tensor.requires_grad:
                 tensor.register_hook(partial(self._of_gradient, name))
 
     def _of_gradient(self, name: str, gradient: Tensor) -> None:
+        self._count += 1
         if self.found is None and (rows := _bad_rows(gradient)) is not None:
-            self.found = Finding(name or "the model", "in the backward pass, in the gradient of its output", rows=rows)
+            self._note(name, "in the backward pass, in the gradient of its output", rows)
+
+    def _note(self, name: str, how: str, rows: list[int]) -> None:
+        self.found = Finding(name or "the model", how, order=self._count, rows=rows)
 
 
 @contextmanager

@@ -21,7 +21,7 @@ from ringattn.hf.memory import note_targets
 from ringattn.memory.out_of_memory import CudaMemory, MemoryWatch
 from ringattn.training.agreement import Agreement, digest_of, meet, record_of
 from ringattn.training.ahead import BatchesAhead
-from ringattn.training.bad_numbers import BadSteps, finite, weights_are_finite
+from ringattn.training.bad_numbers import BadSteps, check_weights, finite
 from ringattn.training.batches import Batch
 from ringattn.training.checkpoint import TrainState, load_random_states, save_checkpoint
 from ringattn.training.config import compute_dtype
@@ -162,9 +162,11 @@ class Trainer:
         return bool(self.step == cfg.run.steps)
 
     def save(self) -> None:
-        """Writes a checkpoint of the steps done so far; none of weights that are not finite. Collective."""
-        if self.bad.last_was_bad and not weights_are_finite(self.engine.model, self.job.device):
-            return
+        """Writes a checkpoint of the steps done so far. Collective.
+
+        Raises BadNumbers instead of a checkpoint of weights that are not finite.
+        """
+        check_weights(self.engine.model, self.step, self.job.device)
         state = TrainState(
             self.step,
             self.tokens,

@@ -5,8 +5,8 @@ import random
 import signal
 import time
 import warnings
+from pathlib import Path
 from types import FrameType
-from typing import Any
 
 import numpy as np
 import torch
@@ -19,13 +19,12 @@ from ringattn.hf import attention_kwargs, parallelize
 from ringattn.hf.elementwise import Elementwise
 from ringattn.hf.memory import note_targets
 from ringattn.memory.out_of_memory import CudaMemory, MemoryWatch
-from ringattn.training.agreement import Agreement, digest_of, meet, record_of
+from ringattn.training.agreement import meet
 from ringattn.training.ahead import BatchesAhead
-from ringattn.training.bad_numbers import BadSteps, check_weights, finite
+from ringattn.training.bad_numbers import check_weights, finite
 from ringattn.training.batches import Batch
-from ringattn.training.checkpoint import TrainState, load_random_states, save_checkpoint
+from ringattn.training.checkpoint import TrainState, load_random_states, newest_checkpoint, save_checkpoint
 from ringattn.training.config import compute_dtype
-from ringattn.training.culprit import Finding, first_culprit
 from ringattn.training.determinism import be_deterministic
 from ringattn.training.engines import Engine, EngineOptions, build_engine
 from ringattn.training.flops import StepFlops, peak_flops
@@ -40,6 +39,9 @@ from ringattn.training.packing import Packer, Position
 from ringattn.training.placing import BatchMaker, LocalPack
 from ringattn.training.report import Report
 from ringattn.training.schedule import Schedule
+from ringattn.training.spikes import Spikes, losses_before, record_spike
+from ringattn.training.step_checks import StepChecks
+from ringattn.training.stragglers import Stragglers
 
 
 class StopRequest:
@@ -90,12 +92,10 @@ class Trainer:
         self.engine: Engine = build_engine(cfg.engine.name, self.mesh, self._engine_options())
         memory = CudaMemory(job.device) if job.device.type == "cuda" else None
         self.memory = MemoryWatch(memory, job.output, dist.get_rank(), job.plan.items, job.plan.advice)
-        self.agreement = Agreement(job.output, job.device, cfg.run.check_every)
-        self.bad = BadSteps(job.output, cfg.run.max_bad_steps, self.mesh.data_rank, self.mesh.data)
-        self._started_with = digest_of(record_of(job))
+        self.checks = StepChecks(job, self.mesh, self.engine, self._forward)
         self.step, self.tokens, self.position = 0, 0, Position().state_dict()
         if job.resume is not None:
-            self._resume()
+            self._load(*job.resume)
 
     def _engine_options(self) -> EngineOptions:
         cfg, job = self.cfg, self.job
@@ -130,9 +130,7 @@ class Trainer:
             deterministic=self.cfg.run.deterministic,
         )
 
-    def _resume(self) -> None:
-        assert self.job.resume is not None
-        folder, state = self.job.resume
+    def _load(self, folder: Path, state: TrainState) -> None:
         self.engine.load(folder)
         load_random_states(folder)
         self.step, self.tokens, self.position = state.step, state.tokens, state.position
@@ -140,26 +138,53 @@ class Trainer:
     def run(self, report: Report) -> bool:
         """Trains until all steps are done or a signal asks to stop, and saves in both cases. True if all are done."""
         cfg = self.cfg
-        with StopRequest() as stop, self._batches() as stream:
+        self.spikes = Spikes(cfg.run.spike, losses_before(self.job.output, self.step) if cfg.run.spike else ())
+        with StopRequest() as stop, self._batches() as stream, self._stragglers() as stragglers:
             first, due = True, False
             while self.step < cfg.run.steps:
                 started = time.perf_counter()
-                batch = next(stream)
-                waited = time.perf_counter() - started
-                if self.agreement.due(self.step):
-                    self.agreement.compare(self.step, self._alike(batch) | self.engine.alike())
-                done = self._train_step(batch, stop.requested)
+                with stragglers.step():
+                    batch = next(stream)
+                    waited = time.perf_counter() - started
+                    done = self._train_step(batch, stop.requested)
                 seconds = StepSeconds(time.perf_counter() - started, waited, warmup=first)
                 report.step(self._metrics(batch, done, seconds))
+                stragglers.done(self.step, waited, warmup=first)
                 first, stopping = False, done.stopping
+                if self._went_back(batch, done):
+                    report.back_to(self.step)
                 due = due or (cfg.run.save_every > 0 and self.step % cfg.run.save_every == 0)
-                if stopping or self.step == cfg.run.steps or (due and not self.bad.last_was_bad):
+                if stopping or self.step == cfg.run.steps or (due and not self.checks.bad_steps.last_was_bad):
                     due = False
                     self.save()
                     report.saved()
                 if stopping:
                     break
         return bool(self.step == cfg.run.steps)
+
+    def _stragglers(self) -> Stragglers:
+        run = self.cfg.run
+        return Stragglers(
+            self.job.output, self.engine.model, self.job.device, run.straggler_every, run.straggler_percent
+        )
+
+    def _went_back(self, batch: Batch[LocalPack], done: Brought) -> bool:
+        """Whether the loss of a step was a spike after which the run is back at a checkpoint, its data further on."""
+        middle = self.spikes.median_before(self.step, done.loss) if finite(done) else None
+        if middle is None:
+            return False
+        run, output = self.cfg.run, self.job.output
+        found = newest_checkpoint(output / "checkpoints") if run.on_spike == "skip" else None
+        then = "the run goes on" if run.on_spike == "record" else "there is no checkpoint to go back to"
+        if found is not None:
+            then = f"back to step {found[1].step}, and on with the data after step {self.step}"
+        record_spike(output, self.step, done.loss, middle, batch, then)
+        if found is None:
+            return False
+        self.spikes.back_to(found[1].step, run.max_bad_steps)
+        self._load(*found)
+        self.position = batch.position.state_dict()
+        return True
 
     def save(self) -> None:
         """Writes a checkpoint of the steps done so far. Collective.
@@ -191,18 +216,9 @@ class Trainer:
         cost = DocumentCost(self.flops.attention, self.flops.per_token)
         return GroupedPacker(corpus, data.seq_len, seed, cost, data.delay, GroupedPosition.from_state(self.position))
 
-    def _alike(self, batch: Batch[LocalPack]) -> dict[str, Any]:
-        """What the next step is, by name; ranks of one run have the same."""
-        return {
-            "steps done": self.step,
-            "the learning rate": self.schedule(self.step),
-            "the packs of the step": hash(batch.plans),
-            "the configuration": self._started_with,
-        }
-
     def _train_step(self, batch: Batch[LocalPack], stop: bool) -> Brought:
         """One optimiser step. The host waits for the device once, at its end, and again where something is wrong."""
-        alike = self._alike(batch)
+        before = self.checks.before(self.step, self.schedule(self.step), batch)
         loss = torch.zeros((), device=self.job.device)
         with self.memory.step(self.step + 1) as at:
             for local in batch.micro:
@@ -213,21 +229,12 @@ class Trainer:
                 loss += share.detach()
             at("optimizer step")
             norm = self.engine.step(self.schedule(self.step))
-            done = brought(loss, norm, stop, hash(tuple(alike.values())[:3]) % 2**62)
-        if not done.alike:
-            self.agreement.explain(self.step, alike)
-        if finite(done):
-            self.bad.good()
-        else:
-            self.bad.bad(self.step + 1, done, self._culprit(batch), batch)
+            done = brought(loss, norm, stop, before.digest)
+        self.checks.after(before, done, batch)
         self.step += 1
         self.tokens += batch.tokens
         self.position = batch.position.state_dict()
         return done
-
-    def _culprit(self, batch: Batch[LocalPack]) -> Finding | None:
-        targets = batch.targets_of(self.mesh.data_rank, self.mesh.data)
-        return first_culprit(self.engine, lambda local: self._forward(local, targets), batch, self.job.device)
 
     def _forward(self, local: LocalPack, targets: int) -> torch.Tensor:
         """A micro-step's share in the mean loss of the step, the same number on every rank.

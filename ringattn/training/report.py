@@ -33,6 +33,16 @@ class Report:
             self._board.write(metrics)
         self._progress.update(metrics)
 
+    def back_to(self, step: int) -> None:
+        """The run went back: what was recorded of later steps is dropped."""
+        if not self._enabled:
+            return
+        self._file.close()
+        self._file = MetricsFile(self._output / "metrics.jsonl", step)
+        if self._board is not None:
+            self._board.close()
+            self._board = TensorBoard(self._output / "tensorboard", step)
+
     def saved(self) -> None:
         """Draws the curve; called after each checkpoint."""
         if not self._enabled or importlib.util.find_spec("matplotlib") is None:

@@ -4,14 +4,16 @@ import json
 import math
 import socket
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from statistics import median_low
 from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch import nn
 
-from ringattn.training.own_time import PERIOD, OwnTime
+from ringattn.training.own_time import PERIOD, OwnTime, OwnTimes
 
 FILE = "stragglers.jsonl"
 # Less than this part of a step is not worth a word, however much it is of a rank's own time.
@@ -20,17 +22,50 @@ KINDS = {"own": "own time", "kernels": "kernels on the GPU", "data": "waiting fo
 
 
 class Stragglers:
-    """Compares ranks every so many steps. Made and called by all ranks at the same places.
+    """Compares ranks every so many steps. Made and called by all ranks at the same places; a context manager.
 
     Arguments:
         output: the run's folder.
+        model: whose MLPs are timed.
         device: where this rank computes.
+        every: steps between comparisons; 0: none, and nothing is measured.
         percent: a rank is told of when it takes so much more than the median.
     """
 
-    def __init__(self, output: Path, device: torch.device, percent: float) -> None:
-        self._path, self._device, self._percent = output / FILE, device, percent
+    def __init__(self, output: Path, model: nn.Module, device: torch.device, every: int, percent: float) -> None:
+        self._path, self._device, self._every, self._percent = output / FILE, device, every, percent
         self._hosts: list[Any] | None = None
+        self._steps = 0
+        self._times = OwnTimes(model, device) if every and dist.get_world_size() > 1 else None
+
+    def __enter__(self) -> "Stragglers":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._times is not None:
+            self._times.close()
+
+    def step(self) -> AbstractContextManager[None]:
+        """Around a step and the wait for its batch."""
+        return nullcontext() if self._times is None else self._times.step()
+
+    def done(self, step: int, waited: float, warmup: bool) -> None:
+        """After a step: compares the ranks when it is time. Collective.
+
+        Arguments:
+            waited: seconds for the step's batch.
+            warmup: the step says nothing about the others.
+        """
+        if self._times is None:
+            return
+        if warmup:
+            self._times.take()
+            return
+        self._times.waited(waited)
+        self._steps += 1
+        if step % self._every == 0:
+            self.compare(step, self._steps, self._times.take())
+            self._steps = 0
 
     def compare(self, step: int, steps: int, mine: OwnTime) -> list[dict[str, Any]]:
         """One small gather; rank 0 tells. Collective. Returns the ranks that are behind, slowest first.

@@ -167,7 +167,9 @@ def bad_gradient(tmp_path: Path, steps: Sequence[int], *overrides: str) -> Fault
     """In some steps one rank's gradient is NaN."""
     output = tmp_path / "run"
     codes, _, said = run_with(
-        output, ["run.save_every=2", "run.steps=10", *overrides], faults={1: partial(_spoil, output, tuple(steps), True)}
+        output,
+        ["run.save_every=2", "run.steps=10", *overrides],
+        faults={1: partial(_spoil, output, tuple(steps), True)},
     )
     seconds = _seconds_to(output, "bad-numbers")
     return Fault("NaN in one rank's gradient", codes, seconds, said, _lost(output, steps[-1]) if codes[0] else 0)
@@ -177,7 +179,9 @@ def bad_activation(tmp_path: Path, steps: Sequence[int], *overrides: str) -> Fau
     """In some steps a module of one rank gives an infinite number, in the last of its tokens."""
     output = tmp_path / "run"
     codes, _, said = run_with(
-        output, ["run.save_every=2", "run.steps=10", *overrides], faults={1: partial(_spoil, output, tuple(steps), False)}
+        output,
+        ["run.save_every=2", "run.steps=10", *overrides],
+        faults={1: partial(_spoil, output, tuple(steps), False)},
     )
     seconds = _seconds_to(output, "bad-numbers")
     return Fault("an infinite number in one rank's forward pass", codes, seconds, said, 0 if not codes[0] else None)
@@ -211,10 +215,41 @@ def _spoil(output: Path, steps: tuple[int, ...], gradient: bool) -> None:
     Trainer.__init__ = init  # type: ignore[method-assign]
 
 
-def slow_rank(tmp_path: Path, seconds: float = 0.05) -> Fault:
+def silent_fault(tmp_path: Path, *overrides: str) -> Fault:
+    """In one of the two computations of step 6 one rank's layer gives other numbers."""
+    output = tmp_path / "run"
+    codes, _, said = run_with(
+        output, ["run.save_every=2", "run.recompute_every=3", *overrides], faults={1: partial(_compute_wrong, output)}
+    )
+    return Fault("one rank computes wrong, once", codes, _seconds_to(output, "silent-fault"), said, _lost(output, 6))
+
+
+def _compute_wrong(output: Path) -> None:
+    from ringattn.hf.layers import mlps_of
+    from ringattn.training.loop import Trainer
+
+    made, count = Trainer.__init__, 0
+
+    def init(self: Trainer, *given: Any) -> None:
+        made(self, *given)
+
+        def after(module: Any, given: Any, result: Any) -> Any:
+            nonlocal count
+            if self.step != 5 or count:
+                return result
+            count += 1
+            _mark(output)
+            return result * 1.5
+
+        mlps_of(self.engine.model)[1].register_forward_hook(after)
+
+    Trainer.__init__ = init  # type: ignore[method-assign]
+
+
+def slow_rank(tmp_path: Path, seconds: float = 0.2) -> Fault:
     """One rank sleeps in every forward pass."""
     output = tmp_path / "run"
-    codes, _, said = run_with(output, ["run.straggler_every=10"], faults={1: partial(_sleep, seconds)})
+    codes, _, said = run_with(output, ["run.straggler_every=10", "run.steps=11", "run.save_every=0"], faults={1: partial(_sleep, seconds)})
     return Fault("a slow rank", codes, 0.0, said, None, {"after_steps": 10})
 
 

@@ -80,6 +80,10 @@ class DeepSpeedEngine:
         norm: torch.Tensor | float | None = self._engine.get_global_grad_norm()
         return float("nan") if norm is None else norm
 
+    def norm(self) -> torch.Tensor:
+        """Known after a step alone."""
+        raise NotImplementedError("DeepSpeed computes the gradient norm in its step")
+
     def forget(self) -> None:
         """Nothing: a forward pass leaves nothing, and a backward pass cannot be undone."""
 

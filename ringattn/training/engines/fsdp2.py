@@ -63,6 +63,10 @@ class FSDP2Engine:
         self.forget()
         return norm
 
+    def norm(self) -> torch.Tensor:
+        """The global norm of the gradients that are there."""
+        return clip_sharded(self.model.parameters(), 0.0, self._device, self._mesh.get_group())
+
     def forget(self) -> None:
         """Drops the gradients."""
         self._optimizer.zero_grad(set_to_none=True)

@@ -60,6 +60,9 @@ class Engine(Protocol):
     def backward(self, loss: torch.Tensor) -> None:
         """Adds the gradient of one micro-step."""
 
+    def norm(self) -> torch.Tensor:
+        """The global norm of the gradients that are there, a scalar on the device; only where `goes_back_twice`."""
+
     def forget(self) -> None:
         """Drops what passes since the last step have left."""
 

@@ -249,7 +249,9 @@ def _compute_wrong(output: Path) -> None:
 def slow_rank(tmp_path: Path, seconds: float = 0.2) -> Fault:
     """One rank sleeps in every forward pass."""
     output = tmp_path / "run"
-    codes, _, said = run_with(output, ["run.straggler_every=10", "run.steps=11", "run.save_every=0"], faults={1: partial(_sleep, seconds)})
+    codes, _, said = run_with(
+        output, ["run.straggler_every=10", "run.steps=11", "run.save_every=0"], faults={1: partial(_sleep, seconds)}
+    )
     return Fault("a slow rank", codes, 0.0, said, None, {"after_steps": 10})
 
 

@@ -63,7 +63,7 @@ def meet(job: Job) -> None:
     if job.done:
         leave(store, launch)
     else:
-        join(store, launch, job.device)
+        join(store, launch)
 
 
 def record_of(job: Job) -> dict[str, Any]:

@@ -14,7 +14,6 @@ from contextlib import suppress
 from datetime import timedelta
 from typing import Any
 
-import torch
 import torch.distributed as dist
 
 from ringattn.training.launched import Launch, detect
@@ -88,11 +87,10 @@ def leave(store: dist.Store, launch: Launch) -> None:
             _until(lambda: store.add(LEFT, 0) >= launch.world_size, HEARD)
 
 
-def join(store: dist.Store, launch: Launch, device: torch.device) -> None:
-    """The default process group, in the same store."""
-    backend, own = ("nccl", device) if device.type == "cuda" else ("gloo", None)
+def join(store: dist.Store, launch: Launch) -> None:
+    """The default process group, in the same store, with torch's backend for each kind of device."""
     group_store = dist.PrefixStore("group", store)
-    dist.init_process_group(backend, store=group_store, rank=launch.rank, world_size=launch.world_size, device_id=own)
+    dist.init_process_group(store=group_store, rank=launch.rank, world_size=launch.world_size)
 
 
 def cannot(message: str) -> bool:

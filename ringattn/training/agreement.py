@@ -22,7 +22,7 @@ import ringattn
 from ringattn.training.config import flat
 from ringattn.training.incidents import record_incident
 from ringattn.training.job import Job
-from ringattn.training.meeting import CannotStart, details, everyone, join, leave
+from ringattn.training.meeting import CannotStart, Meeting
 from ringattn.training.output import model_values
 from ringattn.training.ranks import differences, joined
 
@@ -53,17 +53,16 @@ def meet(job: Job) -> None:
     launch = job.launch
     if launch.world_size == 1 or dist.is_initialized():
         return
-    seconds = float(job.cfg.run.start_timeout)
     mine = record_of(job)
-    store, answers = everyone(launch, digest_of(mine), seconds)
-    if len(set(answers)) > 1:
-        lines = differences(details(store, launch, mine, seconds))
-        leave(store, launch)
+    meeting = Meeting(launch, float(job.cfg.run.start_timeout))
+    if len(set(meeting.everyone(digest_of(mine)))) > 1:
+        lines = differences(meeting.details(mine))
+        meeting.leave()
         raise CannotStart(f"ranks were not started alike: {joined(lines)}{_advice(lines)}")
     if job.done:
-        leave(store, launch)
+        meeting.leave()
     else:
-        join(store, launch)
+        meeting.join()
 
 
 def record_of(job: Job) -> dict[str, Any]:

@@ -2,6 +2,9 @@
 
 Each says there what it is about to train, or why it cannot, and hears all the others. Nothing here can hang: every wait
 has an end, which names who is missing.
+
+A launcher that starts ranks again may give them the store of the ranks before, with all that these have said. So rank 0
+opens a part of it that nobody has used, and every other rank asks it for the name, with a word that is its own.
 """
 
 import json
@@ -9,6 +12,7 @@ import os
 import socket
 import sys
 import time
+import uuid
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from datetime import timedelta
@@ -21,8 +25,8 @@ from ringattn.training.ranks import listed
 
 HEARD = 5.0  # seconds that a rank which cannot start waits for rank 0 to say so
 NEWS = 30.0  # seconds between words about who is waited for
-PREFIX = "ringattn/meeting"
-REFUSED, ARRIVED, SAID, LEFT = "refused", "arrived", "said", "left"
+ROOM = "ringattn/meeting"
+REFUSED, ARRIVED, SAID, LEFT, HELLO = "refused", "arrived", "said", "left", "hello"
 NOBODY = "nobody"  # refused: somebody is missing
 
 
@@ -38,59 +42,105 @@ class Missing(CannotStart):
     restart = True
 
 
-def everyone(launch: Launch, mine: str, seconds: float) -> tuple[dist.Store, list[str]]:
-    """What all ranks say, in their order, and the store. Every rank of a run of several calls it.
+class Meeting:
+    """All ranks of one start of a run. Made by every rank, in any order; it waits for rank 0.
 
     Arguments:
-        mine: what this rank says: short, since every rank reads that of all.
-        seconds: until all have to be there.
+        seconds: of every wait.
 
-    Raises CannotStart with the words of a rank that has said `cannot`, and Missing naming those who did not come.
+    Raises Missing if rank 0 does not come.
     """
-    store = _open(launch, seconds)
-    store.set(f"mine/{launch.rank}", mine)
-    store.add(ARRIVED, 1)
-    began = told = time.monotonic()
-    pause = 0.02
-    while store.add(ARRIVED, 0) < launch.world_size or store.check([REFUSED]):
-        now = time.monotonic()
-        if now - began > seconds:
-            late = f"{_missing(store, launch)} did not come within run.start_timeout={seconds:g} s"
-            store.compare_set(REFUSED, "", f"{NOBODY}\n{late}")
-        if store.check([REFUSED]):
-            who, _, message = store.get(REFUSED).decode().partition("\n")
-            leave(store, launch)
-            raise Missing(message) if who == NOBODY else CannotStart(f"rank {who} cannot start: {message}")
-        if launch.rank == 0 and now - told > NEWS:
-            print(f"waiting for {_missing(store, launch)} since {now - began:.0f} s", file=sys.stderr, flush=True)
-            told = now
-        time.sleep(pause)
-        pause = min(0.5, 1.5 * pause)
-    return store, [word.decode() for word in store.multi_get([f"mine/{rank}" for rank in range(launch.world_size)])]
 
+    def __init__(self, launch: Launch, seconds: float) -> None:
+        self._launch, self._seconds = launch, seconds
+        self._lobby = _open(launch, seconds)
+        self._greeted = 0
+        name = uuid.uuid4().hex
+        if launch.rank:
+            place = self._lobby.add(HELLO, 1)
+            self._lobby.set(f"{HELLO}/{place}", name)
+            if not _until(lambda: self._lobby.check([name]), seconds):
+                raise Missing(f"rank 0 did not come within run.start_timeout={seconds:g} s")
+            name = self._lobby.get(name).decode()
+        self.store = dist.PrefixStore(name, self._lobby)
+        self._name = name
 
-def details(store: dist.Store, launch: Launch, mine: Mapping[str, Any], seconds: float) -> list[dict[str, Any]]:
-    """The long words of all ranks, for when the short ones differ."""
-    store.set(f"whole/{launch.rank}", json.dumps(mine, default=str))
-    keys = [f"whole/{rank}" for rank in range(launch.world_size)]
-    store.wait(keys, timedelta(seconds=seconds))
-    return [json.loads(word) for word in store.multi_get(keys)]
+    def everyone(self, mine: str) -> list[str]:
+        """What all ranks say, in their order. Every rank calls it.
 
+        Arguments:
+            mine: what this rank says: short, since every rank reads that of all.
 
-def leave(store: dist.Store, launch: Launch) -> None:
-    """Before a rank ends because of what it has heard: the one that holds the store waits for the others to read."""
-    with suppress(RuntimeError):
-        store.add(LEFT, 1)
-        if launch.rank == 0:
-            store.set(SAID, "")
-        if _holds(launch):
-            _until(lambda: store.add(LEFT, 0) >= launch.world_size, HEARD)
+        Raises CannotStart with the words of a rank that `refuse`d, and Missing naming those who did not come.
+        """
+        store, launch = self.store, self._launch
+        store.set(f"mine/{launch.rank}", mine)
+        store.add(ARRIVED, 1)
+        began = told = time.monotonic()
+        pause = 0.02
+        while True:
+            self._greet()
+            waited = time.monotonic() - began
+            if waited > self._seconds and store.add(ARRIVED, 0) < launch.world_size:
+                late = f"{self._missing()} did not come within run.start_timeout={self._seconds:g} s"
+                store.compare_set(REFUSED, "", f"{NOBODY}\n{late}")
+            if store.check([REFUSED]):
+                who, _, message = store.get(REFUSED).decode().partition("\n")
+                self.leave()
+                raise Missing(message) if who == NOBODY else CannotStart(f"rank {who} cannot start: {message}")
+            if store.add(ARRIVED, 0) >= launch.world_size:
+                return [word.decode() for word in store.multi_get(self._of_all("mine"))]
+            if launch.rank == 0 and time.monotonic() - told > NEWS:
+                told = time.monotonic()
+                print(f"waiting for {self._missing()} since {waited:.0f} s", file=sys.stderr, flush=True)
+            time.sleep(pause)
+            pause = min(0.5, 1.5 * pause)
 
+    def details(self, mine: Mapping[str, Any]) -> list[dict[str, Any]]:
+        """The long words of all ranks, for when the short ones differ. Every rank calls it."""
+        self.store.set(f"whole/{self._launch.rank}", json.dumps(mine, default=str))
+        self.store.wait(self._of_all("whole"), timedelta(seconds=self._seconds))
+        return [json.loads(word) for word in self.store.multi_get(self._of_all("whole"))]
 
-def join(store: dist.Store, launch: Launch) -> None:
-    """The default process group, in the same store, with torch's backend for each kind of device."""
-    group_store = dist.PrefixStore("group", store)
-    dist.init_process_group(store=group_store, rank=launch.rank, world_size=launch.world_size)
+    def refuse(self, message: str) -> bool:
+        """Says that this rank cannot start, and why; whether rank 0 tells the user, or is this one."""
+        self.store.compare_set(REFUSED, "", f"{self._launch.rank}\n{message}")
+        self.store.add(ARRIVED, 1)
+        if self._launch.rank:
+            heard = _until(lambda: self.store.check([SAID]), HEARD)
+        else:
+            heard = True
+        self.leave()
+        return heard
+
+    def leave(self) -> None:
+        """Before a rank ends because of what it has heard: rank 0, who may hold the store, waits until others have."""
+        with suppress(RuntimeError):
+            self.store.add(LEFT, 1)
+            if self._launch.rank == 0:
+                self.store.set(SAID, "")
+                _until(lambda: self._greet() or self.store.add(LEFT, 0) >= self._launch.world_size, HEARD)
+
+    def join(self) -> None:
+        """The default process group, in the same store, with torch's backend for each kind of device. Collective."""
+        store = dist.PrefixStore("group", self.store)
+        dist.init_process_group(store=store, rank=self._launch.rank, world_size=self._launch.world_size)
+
+    def _greet(self) -> bool:
+        """Rank 0 tells those who have asked where the others are; those of an earlier start may have asked, too."""
+        if self._launch.rank == 0:
+            count = self._lobby.add(HELLO, 0)
+            while self._greeted < count:
+                self._greeted += 1
+                self._lobby.set(self._lobby.get(f"{HELLO}/{self._greeted}").decode(), self._name)
+        return False
+
+    def _missing(self) -> str:
+        ranks = range(self._launch.world_size)
+        return listed([rank for rank in ranks if not self.store.check([f"mine/{rank}"])])
+
+    def _of_all(self, what: str) -> list[str]:
+        return [f"{what}/{rank}" for rank in range(self._launch.world_size)]
 
 
 def cannot(message: str) -> bool:
@@ -100,18 +150,9 @@ def cannot(message: str) -> bool:
     """
     try:
         launch = detect(os.environ)
-        if launch.world_size == 1:
-            return launch.rank == 0
-        store = _open(launch, HEARD)
-        store.compare_set(REFUSED, "", f"{launch.rank}\n{message}")
-        store.add(ARRIVED, 1)
-        if launch.rank == 0:
-            store.set(SAID, "")
-        said = _until(lambda: store.check([SAID]), HEARD)
-        leave(store, launch)
+        return launch.rank == 0 if launch.world_size == 1 else Meeting(launch, HEARD).refuse(message)
     except (ValueError, RuntimeError, OSError):
         return False
-    return said
 
 
 def _until(happened: Callable[[], bool], seconds: float) -> bool:
@@ -123,30 +164,21 @@ def _until(happened: Callable[[], bool], seconds: float) -> bool:
     return True
 
 
-def _missing(store: dist.Store, launch: Launch) -> str:
-    return listed([rank for rank in range(launch.world_size) if not store.check([f"mine/{rank}"])])
-
-
-def _holds(launch: Launch) -> bool:
-    """Whether the store lives in this process: torchrun's agent has its own."""
-    return launch.rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
-
-
 def _open(launch: Launch, seconds: float) -> dist.Store:
-    """The store of this start of the run. Raises Missing if nobody listens in time."""
-    if not _holds(launch):
+    """The store of the run: torchrun's agent holds it, else rank 0 does. Raises Missing if nobody listens in time."""
+    holds = launch.rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
+    if not holds:
         _wait_for_listener(launch, seconds)
     store = dist.TCPStore(
         launch.master_addr,
         launch.master_port,
         launch.world_size,
-        is_master=_holds(launch),
+        is_master=holds,
         timeout=timedelta(seconds=seconds),
         wait_for_workers=False,
         multi_tenant=True,
     )
-    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
-    return dist.PrefixStore(f"{PREFIX}/{attempt}", store)
+    return dist.PrefixStore(ROOM, store)
 
 
 def _wait_for_listener(launch: Launch, seconds: float) -> None:
@@ -159,7 +191,7 @@ def _wait_for_listener(launch: Launch, seconds: float) -> None:
         except OSError as error:
             if time.monotonic() > deadline:
                 raise Missing(
-                    f"rank 0 does not listen at {launch.master_addr}:{launch.master_port} within "
+                    f"nobody listens at {launch.master_addr}:{launch.master_port} within "
                     f"run.start_timeout={seconds:g} s: {error}"
                 ) from None
         time.sleep(0.1)

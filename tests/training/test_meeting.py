@@ -1,0 +1,65 @@
+"""Ranks hear each other before they have a process group, also in a store that others have used."""
+
+import threading
+import time
+from datetime import timedelta
+
+import pytest
+import torch.distributed as dist
+
+from ringattn.training import meeting
+from ringattn.training.launched import Launch
+from ringattn.training.meeting import CannotStart, Meeting, Missing
+
+
+@pytest.fixture
+def port(monkeypatch):
+    """Of a store that torchrun's agent would hold."""
+    monkeypatch.setenv("TORCHELASTIC_USE_AGENT_STORE", "True")
+    monkeypatch.setattr(meeting, "HEARD", 1.0)
+    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False, timeout=timedelta(seconds=20))
+    yield store.port
+    del store
+
+
+def at_once(port: int, words: list, seconds: float = 20.0) -> list:
+    """What comes of a meeting of threads in the place of ranks: each says a word, refuses, or is absent (None)."""
+    found: list = [None] * len(words)
+
+    def rank(number: int) -> None:
+        launch = Launch("torchrun", number, len(words), number, len(words), "127.0.0.1", port)
+        time.sleep(0.1 * (len(words) - number))  # rank 0 comes last
+        try:
+            one = Meeting(launch, seconds)
+            word = words[number]
+            found[number] = one.refuse(str(word)) if isinstance(word, Exception) else one.everyone(word)
+        except CannotStart as error:
+            found[number] = error
+
+    threads = [threading.Thread(target=rank, args=(number,)) for number, word in enumerate(words) if word is not None]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(60)
+        assert not thread.is_alive()
+    return found
+
+
+def test_all_hear_all_and_nothing_of_an_earlier_start_is_left(port):
+    first, second, third = at_once(port, ["a", "b", ValueError("no data here")])
+    assert isinstance(first, CannotStart)
+    assert str(first) == str(second) == "rank 2 cannot start: no data here"
+    assert third is True  # rank 0 has said it
+    assert at_once(port, ["a", "b", "a"]) == [["a", "b", "a"]] * 3
+    assert at_once(port, ["c", "c"]) == [["c", "c"]] * 2
+
+
+def test_who_does_not_come_is_named_by_all(port):
+    first, _, third = at_once(port, ["a", None, "c"], seconds=1.0)
+    assert isinstance(first, Missing)
+    assert str(first) == str(third) == "rank 1 did not come within run.start_timeout=1 s"
+
+
+def test_without_rank_0_nobody_waits_for_ever(port):
+    _, second = at_once(port, [None, "b"], seconds=0.5)
+    assert str(second) == "rank 0 did not come within run.start_timeout=0.5 s"

@@ -214,6 +214,8 @@ def _check_values(cfg: DictConfig) -> None:
             raise ValueError(f"{key} must be true or false, got {value!r}")
     for key in TEXTS:
         _check_text(cfg, key)
+    if ".." in Path(cfg.model.name).parts:  # the default of run.output has it
+        raise ValueError(f"model.name must not lead out of the folder of outputs, got {cfg.model.name!r}")
     betas = OmegaConf.to_container(cfg.optim.betas) if OmegaConf.is_list(cfg.optim.betas) else cfg.optim.betas
     good = isinstance(betas, list) and len(betas) == 2 and all(_is_number(b) and 0 <= b < 1 for b in betas)
     if not good:

@@ -49,7 +49,7 @@ def losses(output, *overrides: str) -> list[tuple[float, float]]:
 @pytest.mark.parametrize(
     "overrides",
     [
-        (),
+        pytest.param((), marks=pytest.mark.slow),
         ("parallel.data=2",),
         pytest.param(
             ("engine=deepspeed", "engine.zero_stage=1"),

@@ -27,6 +27,7 @@ HEARD = 5.0  # seconds that a rank which cannot start waits for rank 0 to say so
 NEWS = 30.0  # seconds between words about who is waited for
 ROOM = "ringattn/meeting"
 REFUSED, ARRIVED, SAID, LEFT, HELLO = "refused", "arrived", "said", "left", "hello"
+LOOPBACK = ("127.0.0.1", "localhost")
 NOBODY = "nobody"  # refused: somebody is missing
 
 
@@ -165,20 +166,40 @@ def _until(happened: Callable[[], bool], seconds: float) -> bool:
 
 
 def _open(launch: Launch, seconds: float) -> dist.Store:
-    """The store of the run: torchrun's agent holds it, else rank 0 does. Raises Missing if nobody listens in time."""
+    """The store of the run: torchrun's agent holds it, else rank 0 does.
+
+    Raises Missing if nobody listens in time, and CannotStart if rank 0 cannot listen.
+    """
     holds = launch.rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
     if not holds:
         _wait_for_listener(launch, seconds)
-    store = dist.TCPStore(
-        launch.master_addr,
-        launch.master_port,
-        launch.world_size,
-        is_master=holds,
-        timeout=timedelta(seconds=seconds),
-        wait_for_workers=False,
-        multi_tenant=True,
-    )
+    try:
+        store = dist.TCPStore(
+            launch.master_addr,
+            launch.master_port,
+            launch.world_size,
+            is_master=holds,
+            timeout=timedelta(seconds=seconds),
+            wait_for_workers=False,
+            master_listen_fd=_listener(launch) if holds else None,
+        )
+    except (OSError, dist.DistNetworkError) as error:
+        told = getattr(error, "strerror", None) or str(error).partition("\n")[0]
+        raise CannotStart(f"rank {launch.rank} cannot meet at {_address(launch)}: {told}") from None
     return dist.PrefixStore(ROOM, store)
+
+
+def _address(launch: Launch) -> str:
+    return f"{launch.master_addr}:{launch.master_port}"
+
+
+def _listener(launch: Launch) -> int | None:
+    """A socket that listens on loopback alone, where all ranks are on one machine and meet there: torch's own (None)
+    would listen on every address."""
+    if launch.world_size != launch.ranks_per_node or launch.master_addr not in LOOPBACK:
+        return None
+    with socket.create_server(("127.0.0.1", launch.master_port), backlog=4096) as listening:
+        return listening.detach()
 
 
 def _wait_for_listener(launch: Launch, seconds: float) -> None:
@@ -191,7 +212,6 @@ def _wait_for_listener(launch: Launch, seconds: float) -> None:
         except OSError as error:
             if time.monotonic() > deadline:
                 raise Missing(
-                    f"nobody listens at {launch.master_addr}:{launch.master_port} within "
-                    f"run.start_timeout={seconds:g} s: {error}"
+                    f"nobody listens at {_address(launch)} within run.start_timeout={seconds:g} s: {error}"
                 ) from None
         time.sleep(0.1)

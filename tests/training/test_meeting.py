@@ -3,12 +3,13 @@
 import threading
 import time
 from datetime import timedelta
+from pathlib import Path
 
 import pytest
 import torch.distributed as dist
 
 from ringattn.training import meeting
-from ringattn.training.launched import Launch
+from ringattn.training.launched import Launch, free_port
 from ringattn.training.meeting import CannotStart, Meeting, Missing
 
 
@@ -63,3 +64,17 @@ def test_who_does_not_come_is_named_by_all(port):
 def test_without_rank_0_nobody_waits_for_ever(port):
     _, second = at_once(port, [None, "b"], seconds=0.5)
     assert str(second) == "rank 0 did not come within run.start_timeout=0.5 s"
+
+
+@pytest.mark.skipif(not Path("/proc/net/tcp").exists(), reason="only Linux lists who listens")
+def test_rank_0_listens_on_loopback_alone(monkeypatch):
+    monkeypatch.delenv("TORCHELASTIC_USE_AGENT_STORE", raising=False)
+    number = free_port()
+    one = Meeting(Launch("slurm", 0, 2, 0, 2, "127.0.0.1", number), 5.0)
+    rows = [line.split() for line in Path("/proc/net/tcp").read_text().splitlines()[1:]]
+    rows += [line.split() for line in Path("/proc/net/tcp6").read_text().splitlines()[1:]]
+    listening = [row[1] for row in rows if row[3] == "0A" and row[1].endswith(f":{number:04X}")]
+    assert listening == [f"0100007F:{number:04X}"]
+    with pytest.raises(CannotStart, match=rf"rank 0 cannot meet at 127\.0\.0\.1:{number}"):
+        Meeting(Launch("slurm", 0, 2, 0, 2, "127.0.0.1", number), 5.0)
+    del one

@@ -2,7 +2,8 @@
 
 Starts under torchrun (`ringattn train` calls it), as the tasks of SLURM's srun, or alone. Every key is in `configs/`,
 with a comment.
-Exit codes: 0 done (or stopped by a signal, with a checkpoint), 2 for a configuration that cannot run.
+Exit codes: 0 done (or stopped by a signal, with a checkpoint), 2 for a configuration that cannot run, or that
+is not the same on all ranks.
 """
 
 import os
@@ -33,8 +34,12 @@ def main(cfg: DictConfig) -> None:
         return
     # Imported late: a refusal must not wait for torch.distributed and transformers.
     from ringattn.training.loop import train
+    from ringattn.training.meeting import CannotStart
 
-    train(job)
+    try:
+        train(job)
+    except CannotStart as error:
+        refuse(error)
 
 
 if __name__ == "__main__":

@@ -19,6 +19,7 @@ from ringattn.training.ahead import PLACES
 from ringattn.training.corpus import Corpus
 from ringattn.training.data.files import matching_files
 from ringattn.training.data.tokenizer import AUTO, BYTES, has_tokenizer
+from ringattn.training.determinism import check_backend
 from ringattn.training.engines.deepspeed import available as deepspeed_available
 from ringattn.training.lora import check_lora, lora_of, lora_values
 
@@ -32,6 +33,7 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "engine.compile": ("auto", "none", "elementwise"),
     "run.dtype": ("auto", "float32", "bfloat16"),
     "run.resume": ("auto", "force"),
+    "run.on_spike": ("record", "skip"),
 }
 # Smallest allowed value.
 INTEGERS: dict[str, int] = {
@@ -48,6 +50,10 @@ INTEGERS: dict[str, int] = {
     "run.save_every": 0,
     "run.keep": 1,
     "run.log_every": 1,
+    "run.check_every": 0,
+    "run.recompute_every": 0,
+    "run.max_bad_steps": 0,
+    "run.straggler_every": 0,
 }
 LARGEST = {"run.seed": 2**32 - 1}  # what every library's generator takes
 # Allowed interval, both ends included, of finite numbers.
@@ -60,8 +66,11 @@ NUMBERS: dict[str, tuple[float, float]] = {
     "optim.weight_decay": (0.0, math.inf),
     "optim.eps": (0.0, math.inf),
     "optim.clip": (0.0, math.inf),
+    "run.start_timeout": (1.0, math.inf),
+    "run.spike": (0.0, math.inf),
+    "run.straggler_percent": (0.0, math.inf),
 }
-SWITCHES = ("data.pad", "parallel.ulysses_across_nodes", "run.plan_only", "run.tensorboard")
+SWITCHES = ("data.pad", "parallel.ulysses_across_nodes", "run.plan_only", "run.tensorboard", "run.deterministic")
 TEXTS = ("model.name", "model.family", "model.path", "run.output")
 # Keys that only one option of their group has.
 OF_TEXT = ("data.files", "data.text_field", "data.tokenizer", "data.add_eos", "data.cache")
@@ -114,6 +123,10 @@ def validate(cfg: DictConfig, world_size: int, ranks_per_node: int, device_type:
     _check_data(cfg, shape)
     if cfg.run.tensorboard and importlib.util.find_spec("tensorboard") is None:
         raise ValueError("run.tensorboard=true needs the package: pip install tensorboard")
+    if cfg.run.deterministic:
+        check_backend(cfg.parallel.backend)
+    if 0 < cfg.run.spike <= 1:
+        raise ValueError(f"run.spike must be 0 or a factor above 1, got {cfg.run.spike}: every loss would be one")
     return shape
 
 
@@ -201,6 +214,8 @@ def _check_values(cfg: DictConfig) -> None:
             raise ValueError(f"{key} must be true or false, got {value!r}")
     for key in TEXTS:
         _check_text(cfg, key)
+    if ".." in Path(cfg.model.name).parts:  # the default of run.output has it
+        raise ValueError(f"model.name must not lead out of the folder of outputs, got {cfg.model.name!r}")
     betas = OmegaConf.to_container(cfg.optim.betas) if OmegaConf.is_list(cfg.optim.betas) else cfg.optim.betas
     good = isinstance(betas, list) and len(betas) == 2 and all(_is_number(b) and 0 <= b < 1 for b in betas)
     if not good:

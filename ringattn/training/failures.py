@@ -8,6 +8,7 @@ from collections.abc import Callable
 from torch.distributed.elastic.multiprocessing.errors import ErrorHandler, record
 
 from ringattn.first_failure import said
+from ringattn.training.secrets import redacted
 
 
 def reported(main: Callable[[], None]) -> Callable[[], object]:
@@ -20,7 +21,7 @@ def report(message: str) -> bool:
     path = os.environ.get("TORCHELASTIC_ERROR_FILE")
     if path is None:
         return False
-    told = {"message": message, "extraInfo": {"timestamp": str(int(time.time()))}}
+    told = {"message": redacted(message), "extraInfo": {"timestamp": str(int(time.time()))}}
     with open(path, "w") as file:
         json.dump({"message": told}, file)
     return True

@@ -11,6 +11,8 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from ringattn.training.secrets import redacted
+
 INCIDENTS, EXIT = "incidents", "exit.json"
 
 
@@ -88,7 +90,7 @@ def _written(path: Path, record: dict[str, Any]) -> bool:
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        partial.write_text(json.dumps(record, indent=2) + "\n")
+        partial.write_text(json.dumps(redacted(record), indent=2) + "\n")
         partial.replace(path)
     except OSError:
         return False

@@ -1,11 +1,12 @@
 """The training loop: data, layout, forward, loss, backward, clip, step, metrics, checkpoint."""
 
+import math
 import random
 import signal
 import time
 import warnings
+from pathlib import Path
 from types import FrameType
-from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -18,16 +19,19 @@ from ringattn.hf import attention_kwargs, parallelize
 from ringattn.hf.elementwise import Elementwise
 from ringattn.hf.memory import note_targets
 from ringattn.memory.out_of_memory import CudaMemory, MemoryWatch
+from ringattn.training.agreement import meet
 from ringattn.training.ahead import BatchesAhead
+from ringattn.training.bad_numbers import check_weights, finite
 from ringattn.training.batches import Batch
-from ringattn.training.checkpoint import TrainState, load_random_states, save_checkpoint
+from ringattn.training.checkpoint import TrainState, load_random_states, newest_checkpoint, save_checkpoint
 from ringattn.training.config import compute_dtype
+from ringattn.training.determinism import be_deterministic
 from ringattn.training.engines import Engine, EngineOptions, build_engine
 from ringattn.training.flops import StepFlops, peak_flops
 from ringattn.training.grouping import DocumentCost, GroupedPacker, GroupedPosition
 from ringattn.training.job import Job
 from ringattn.training.lora import lora_of
-from ringattn.training.loss import brought
+from ringattn.training.loss import Brought, brought, spoiling
 from ringattn.training.metrics import StepMetrics, StepSeconds, peak_memory_gib
 from ringattn.training.models import build_model, empty_model
 from ringattn.training.output import write_config
@@ -35,6 +39,9 @@ from ringattn.training.packing import Packer, Position
 from ringattn.training.placing import BatchMaker, LocalPack
 from ringattn.training.report import Report
 from ringattn.training.schedule import Schedule
+from ringattn.training.spikes import Spikes, losses_before, record_spike
+from ringattn.training.step_checks import StepChecks
+from ringattn.training.stragglers import Stragglers
 
 
 class StopRequest:
@@ -62,15 +69,6 @@ class StopRequest:
             signal.signal(number, handler)  # type: ignore[arg-type]
 
 
-class StepDone(NamedTuple):
-    """A step's results, the same on every rank: mean loss and gradient norm of the global batch, and whether any rank
-    was asked to stop."""
-
-    loss: float
-    norm: float
-    stopping: bool
-
-
 class Trainer:
     """One run. Making it is collective over all ranks, and so is `run`; both expect an initialised process group."""
 
@@ -86,7 +84,6 @@ class Trainer:
             ulysses_across_nodes=parallel.ulysses_across_nodes,
         )
         self.world_size = dist.get_world_size()
-        _same_plan_everywhere(job)
         self.schedule = Schedule(
             cfg.optim.lr, round(cfg.optim.warmup_ratio * cfg.run.steps), cfg.run.steps, cfg.optim.min_ratio
         )
@@ -95,9 +92,10 @@ class Trainer:
         self.engine: Engine = build_engine(cfg.engine.name, self.mesh, self._engine_options())
         memory = CudaMemory(job.device) if job.device.type == "cuda" else None
         self.memory = MemoryWatch(memory, job.output, dist.get_rank(), job.plan.items, job.plan.advice)
+        self.checks = StepChecks(job, self.mesh, self.engine, self._forward)
         self.step, self.tokens, self.position = 0, 0, Position().state_dict()
         if job.resume is not None:
-            self._resume()
+            self._load(*job.resume)
 
     def _engine_options(self) -> EngineOptions:
         cfg, job = self.cfg, self.job
@@ -129,11 +127,10 @@ class Trainer:
             scheme=parallel.scheme,
             backend=parallel.backend,
             head_chunks=parallel.head_chunks,
+            deterministic=self.cfg.run.deterministic,
         )
 
-    def _resume(self) -> None:
-        assert self.job.resume is not None
-        folder, state = self.job.resume
+    def _load(self, folder: Path, state: TrainState) -> None:
         self.engine.load(folder)
         load_random_states(folder)
         self.step, self.tokens, self.position = state.step, state.tokens, state.position
@@ -141,26 +138,60 @@ class Trainer:
     def run(self, report: Report) -> bool:
         """Trains until all steps are done or a signal asks to stop, and saves in both cases. True if all are done."""
         cfg = self.cfg
-        with StopRequest() as stop, self._batches() as stream:
-            first = True
+        self.spikes = Spikes(cfg.run.spike, losses_before(self.job.output, self.step) if cfg.run.spike else ())
+        with StopRequest() as stop, self._batches() as stream, self._stragglers() as stragglers:
+            first, due = True, False
             while self.step < cfg.run.steps:
                 started = time.perf_counter()
-                batch = next(stream)
-                waited = time.perf_counter() - started
-                done = self._train_step(batch, stop.requested)
+                with stragglers.step():
+                    batch = next(stream)
+                    waited = time.perf_counter() - started
+                    done = self._train_step(batch, stop.requested)
                 seconds = StepSeconds(time.perf_counter() - started, waited, warmup=first)
                 report.step(self._metrics(batch, done, seconds))
+                stragglers.done(self.step, waited, warmup=first)
                 first, stopping = False, done.stopping
-                due = cfg.run.save_every > 0 and self.step % cfg.run.save_every == 0
-                if due or stopping or self.step == cfg.run.steps:
+                if self._went_back(batch, done):
+                    report.back_to(self.step)
+                due = due or (cfg.run.save_every > 0 and self.step % cfg.run.save_every == 0)
+                if stopping or self.step == cfg.run.steps or (due and not self.checks.bad_steps.last_was_bad):
+                    due = False
                     self.save()
                     report.saved()
                 if stopping:
                     break
         return bool(self.step == cfg.run.steps)
 
+    def _stragglers(self) -> Stragglers:
+        run = self.cfg.run
+        return Stragglers(
+            self.job.output, self.engine.model, self.job.device, run.straggler_every, run.straggler_percent
+        )
+
+    def _went_back(self, batch: Batch[LocalPack], done: Brought) -> bool:
+        """Whether the loss of a step was a spike after which the run is back at a checkpoint, its data further on."""
+        middle = self.spikes.median_before(self.step, done.loss) if finite(done) else None
+        if middle is None:
+            return False
+        run, output = self.cfg.run, self.job.output
+        found = newest_checkpoint(output / "checkpoints") if run.on_spike == "skip" else None
+        then = "the run goes on" if run.on_spike == "record" else "there is no checkpoint to go back to"
+        if found is not None:
+            then = f"back to step {found[1].step}, and on with the data after step {self.step}"
+        record_spike(output, self.step, done.loss, middle, batch, then)
+        if found is None:
+            return False
+        self.spikes.back_to(found[1].step, run.max_bad_steps)
+        self._load(*found)
+        self.position = batch.position.state_dict()
+        return True
+
     def save(self) -> None:
-        """Writes a checkpoint of the steps done so far. Collective."""
+        """Writes a checkpoint of the steps done so far. Collective.
+
+        Raises BadNumbers instead of a checkpoint of weights that are not finite.
+        """
+        check_weights(self.engine.model, self.step, self.job.device)
         state = TrainState(
             self.step,
             self.tokens,
@@ -185,19 +216,21 @@ class Trainer:
         cost = DocumentCost(self.flops.attention, self.flops.per_token)
         return GroupedPacker(corpus, data.seq_len, seed, cost, data.delay, GroupedPosition.from_state(self.position))
 
-    def _train_step(self, batch: Batch[LocalPack], stop: bool) -> StepDone:
-        """One optimiser step. The host waits for the device once, at its end."""
+    def _train_step(self, batch: Batch[LocalPack], stop: bool) -> Brought:
+        """One optimiser step. The host waits for the device once, at its end, and again where something is wrong."""
+        before = self.checks.before(self.step, self.schedule(self.step), batch)
         loss = torch.zeros((), device=self.job.device)
         with self.memory.step(self.step + 1) as at:
             for local in batch.micro:
                 at("forward pass")
                 share = self._forward(local, batch.targets_of(self.mesh.data_rank, self.mesh.data))
                 at("backward pass")
-                self.engine.backward(share)
+                self.engine.backward(spoiling(share))
                 loss += share.detach()
             at("optimizer step")
             norm = self.engine.step(self.schedule(self.step))
-            done = StepDone(*brought(loss, norm, stop))
+            done = brought(loss, norm, stop, before.digest)
+        self.checks.after(before, done, batch)
         self.step += 1
         self.tokens += batch.tokens
         self.position = batch.position.state_dict()
@@ -222,19 +255,20 @@ class Trainer:
         ).loss
         return loss
 
-    def _metrics(self, batch: Batch[LocalPack], done: StepDone, seconds: StepSeconds) -> StepMetrics:
+    def _metrics(self, batch: Batch[LocalPack], done: Brought, seconds: StepSeconds) -> StepMetrics:
         device = self.job.device
         peak = peak_flops(torch.cuda.get_device_name(device)) if device.type == "cuda" else None
         at_peak = self.flops(batch.tokens, batch.lengths) / (peak * self.world_size) if peak else None
         return StepMetrics(
             step=self.step,
-            loss=done.loss,
-            grad_norm=done.norm,
+            loss=done.loss if math.isfinite(done.loss) else None,
+            grad_norm=done.norm if math.isfinite(done.norm) else None,
             lr=self.schedule(self.step - 1),
             peak_memory_gib=peak_memory_gib(device),
             tokens=self.tokens,
             targets=batch.targets,
             epoch=batch.epoch,
+            skipped=not finite(done),
             **seconds.rates(batch.tokens, self.world_size, at_peak),
         )
 
@@ -243,13 +277,15 @@ class Trainer:
 def train(job: Job) -> None:
     """Runs a prepared job to its end, or to a checkpoint if a signal asks to stop. Collective."""
     rank0 = job.launch.rank == 0
+    meet(job)
     if job.done:
         if rank0:
             print(_finished(job))
         return
     _quiet_libraries()
+    if job.cfg.run.deterministic:
+        be_deterministic()
     trainer = Trainer(job)
-    _same_checkpoint_everywhere(job)
     if rank0:
         write_config(job.cfg, job.output, job.model_config)
     with Report(job, trainer.step, trainer.engine.num_parameters, enabled=rank0) as report:
@@ -260,30 +296,6 @@ def train(job: Job) -> None:
     dist.barrier()
     # Not where something was raised: the others would hear of lost connections before they can hear of the reason.
     dist.destroy_process_group()
-
-
-def _same_checkpoint_everywhere(job: Job) -> None:
-    """Raises RuntimeError on every rank if machines see different checkpoints, that is, do not share the folder."""
-    step = -1 if job.resume is None else job.resume[1].step
-    steps: list[int] = [0] * dist.get_world_size()
-    dist.all_gather_object(steps, step)
-    if len(set(steps)) > 1:
-        raise RuntimeError(
-            f"run.output={job.output} must be on a file system that all machines share; "
-            f"newest checkpoint by rank: {steps}"
-        )
-
-
-def _same_plan_everywhere(job: Job) -> None:
-    """Raises RuntimeError on every rank if their machines have different memories, for which they planned apart."""
-    plans: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(plans, (job.plan.memory, job.plan.states))
-    other = next((rank for rank, plan in enumerate(plans) if plan != plans[0]), None)
-    if other is not None:
-        raise RuntimeError(
-            f"memory is planned apart on ranks 0 and {other}, whose machines differ: {plans[0]} and {plans[other]}; "
-            "give memory.gpu_memory and memory.host_memory, those of the smallest"
-        )
 
 
 def _finished(job: Job) -> str:

@@ -1,6 +1,7 @@
 """What a run writes about itself, by rank 0: metrics.jsonl, progress, TensorBoard."""
 
 import json
+import math
 import os
 import resource
 import sys
@@ -19,8 +20,9 @@ class StepMetrics:
 
     Arguments:
         step: counted from 1.
-        loss: mean over all target tokens of the global batch, in nats.
-        grad_norm: global, before clipping.
+        loss: mean over all target tokens of the global batch, in nats; None where it is not finite, which JSON cannot
+            say.
+        grad_norm: global, before clipping; None where it is not finite.
         lr: learning rate of the step.
         tokens_per_second, tokens_per_second_per_gpu: without padding; per rank where there is no GPU. None in a warm-up
             step.
@@ -34,11 +36,12 @@ class StepMetrics:
         waited: seconds of the step that it waited for its batch.
         warmup: whether it is the first step of a process, which compiles kernels and makes room: its seconds say
             nothing about the others, so it has no rates.
+        skipped: the step left weights and moments as they were, for its loss or gradient was not finite.
     """
 
     step: int
-    loss: float
-    grad_norm: float
+    loss: float | None
+    grad_norm: float | None
     lr: float
     tokens_per_second: float | None
     tokens_per_second_per_gpu: float | None
@@ -50,16 +53,18 @@ class StepMetrics:
     epoch: float = 0.0
     waited: float = 0.0
     warmup: bool = False
+    skipped: bool = False
 
     def line(self, steps: int, left: float | None = None) -> str:
         """For people; `left` seconds are expected to the last step."""
         rest = "" if left is None else f"  {clock(left)} left"
         mfu = "" if self.mfu is None else f"  mfu {self.mfu:.1%}"
+        loss = "not finite" if self.loss is None else f"{self.loss:.4f}"
+        norm = "not finite" if self.grad_norm is None else f"{self.grad_norm:.3f}"
         return (
-            f"step {self.step:>{len(str(steps))}}/{steps}  epoch {self.epoch:.2f}  loss {self.loss:.4f}  "
-            f"grad {self.grad_norm:.3f}  "
+            f"step {self.step:>{len(str(steps))}}/{steps}  epoch {self.epoch:.2f}  loss {loss}  grad {norm}  "
             f"lr {self.lr:.2e}  {self.rate}{mfu}  {self.peak_memory_gib:.2f} GiB  "
-            f"{self.seconds:.2f} s{rest}"
+            f"{self.seconds:.2f} s{rest}{'  left out' if self.skipped else ''}"
         )
 
     @property
@@ -153,7 +158,7 @@ class Progress:
             self._seconds = 0.9 * self._seconds + 0.1 * metrics.seconds if self._seconds else metrics.seconds
         if self._bar is not None:
             self._bar.set_postfix_str(
-                f"epoch {metrics.epoch:.2f}, loss {metrics.loss:.3f}, {metrics.rate}", refresh=False
+                f"epoch {metrics.epoch:.2f}, loss {metrics.loss or math.nan:.3f}, {metrics.rate}", refresh=False
             )
             self._bar.update()
         elif metrics.step % self._every == 0 or metrics.step in (1, self._steps):
@@ -177,7 +182,7 @@ class TensorBoard:
     def write(self, metrics: StepMetrics) -> None:
         """Adds every number of a step."""
         for name, value in asdict(metrics).items():
-            if name not in ("step", "warmup") and value is not None:
+            if name not in ("step", "warmup", "skipped") and value is not None:
                 self._writer.add_scalar(name, value, metrics.step)
 
     def close(self) -> None:

@@ -8,15 +8,19 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
+from ringattn.training.secrets import redacted
+
 CONFIG, MODEL = "config.yaml", "model.json"
 # Not of the model, but of how it is stored and by what.
 _OF_STORING = ("architectures", "dtype", "torch_dtype", "transformers_version")
 
 
 def check_output(output: Path, given: str, write: bool) -> None:
-    """Raises ValueError if `output` is no folder or, with `write`, cannot be written to. It is not made."""
+    """Raises ValueError if `output` is no folder, leads out of itself or, with `write`, cannot be written to. It is not
+    made."""
     if output.exists() and not output.is_dir():
         raise ValueError(f"run.output={given} is a file; it must be a folder")
+    _check_stays_inside(output, given)
     if not write:
         return
     folder = output / "checkpoints"
@@ -28,15 +32,27 @@ def check_output(output: Path, given: str, write: bool) -> None:
         raise ValueError(f"run.output={given}: nothing can be written in {existing}: {error.strerror}") from None
 
 
+def _check_stays_inside(output: Path, given: str) -> None:
+    """A run writes to its folder alone: neither a link in it nor a folder in that may lead elsewhere."""
+    inside = [*output.iterdir()] if output.is_dir() else []
+    inside += [path for folder in inside if folder.is_dir() and not folder.is_symlink() for path in folder.iterdir()]
+    for path in inside:
+        if path.is_symlink() and not path.resolve().is_relative_to(output):
+            raise ValueError(
+                f"run.output={given}: {path.relative_to(output)} is a link to {path.resolve()}, out of it; "
+                "a run writes nothing elsewhere: remove the link, or choose a run.output that is on that disk"
+            )
+
+
 def write_config(cfg: DictConfig, output: Path, model_config: Any = None) -> None:
     """Writes the resolved configuration as `config.yaml`, and the model's whole transformers configuration."""
     output.mkdir(parents=True, exist_ok=True)
     partial = output / f"{CONFIG}.partial"
-    OmegaConf.save(cfg, partial)
+    OmegaConf.save(OmegaConf.create(redacted(OmegaConf.to_container(cfg))), partial)
     partial.replace(output / CONFIG)
     if model_config is not None:
         partial = output / f"{MODEL}.partial"
-        partial.write_text(json.dumps(model_values(model_config), indent=2, sort_keys=True) + "\n")
+        partial.write_text(json.dumps(redacted(model_values(model_config)), indent=2, sort_keys=True) + "\n")
         partial.replace(output / MODEL)
 
 

@@ -66,13 +66,18 @@ class BatchMaker:
         return batches(self.packer, self.packs_per_step, self.replica, self.replicas, self._place)
 
     def _place(self, pack: Pack) -> LocalPack:
-        layout = Layout(pack.docs, self.mesh, policy=self.policy)
-        targets = layout.shard(pack.labels)
-        return LocalPack(
-            ids=layout.shard(pack.tokens),
-            targets=targets,
-            positions=layout.position_ids(torch.device("cpu")),
-            layout=layout,
-            plans=plan_ahead(layout, self.attentions),
-            count=int((targets != NO_TARGET).sum()),
-        )
+        return placed(pack, self.mesh, self.policy, self.attentions)
+
+
+def placed(pack: Pack, mesh: MeshShape, policy: str, attentions: tuple[Attention, ...] = ()) -> LocalPack:
+    """This rank's part of a pack."""
+    layout = Layout(pack.docs, mesh, policy=policy)
+    targets = layout.shard(pack.labels)
+    return LocalPack(
+        ids=layout.shard(pack.tokens),
+        targets=targets,
+        positions=layout.position_ids(torch.device("cpu")),
+        layout=layout,
+        plans=plan_ahead(layout, attentions),
+        count=int((targets != NO_TARGET).sum()),
+    )

@@ -22,8 +22,9 @@ def plot_loss(records: Sequence[dict[str, Any]], path: Path, title: str) -> None
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    steps = [record["step"] for record in records]
-    losses = [record["loss"] for record in records]
+    known = [record for record in records if record["loss"] is not None]
+    steps = [record["step"] for record in known]
+    losses = [record["loss"] for record in known]
     with matplotlib.rc_context({"font.size": 11}):
         figure = Figure(figsize=(8, 4.5), dpi=120, layout="constrained")
         FigureCanvasAgg(figure)

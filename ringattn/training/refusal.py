@@ -12,6 +12,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from ringattn.training.failures import report
 from ringattn.training.launched import is_first, speaks_for_machine
+from ringattn.training.secrets import redacted
 
 HINT = "To append to your config use "
 
@@ -19,14 +20,20 @@ HINT = "To append to your config use "
 def refuse(error: Exception) -> NoReturn:
     """Says why, and exits with code 2.
 
-    Rank 0 says it, and other ranks leave it to torchrun's report at the end, or without torchrun to the first rank of
-    each machine: a file may be missing on one machine only.
+    Rank 0 says it, once, also for another rank, which tells it in the store that all meet in. Where nobody listens
+    there it is left to torchrun's report at the end, or without torchrun to the first rank of each machine: a file may
+    be missing on one machine only.
     """
-    message = _message(error)
+    # Imported late: not every refusal comes when torch.distributed has been imported.
+    from ringattn.training.meeting import CannotStart, cannot
+
+    message = redacted(_message(error))
     reported = report(message)
-    if is_first(os.environ):
+    first = is_first(os.environ)
+    if first:
         print(f"error: {message}", file=sys.stderr, flush=True)
-    elif not reported and speaks_for_machine(os.environ):
+    heard = isinstance(error, CannotStart) or cannot(message)
+    if not first and not heard and not reported and speaks_for_machine(os.environ):
         print(f"error on this machine: {message}", file=sys.stderr, flush=True)
     sys.exit(2)
 

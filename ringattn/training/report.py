@@ -6,6 +6,7 @@ from pathlib import Path
 from ringattn.training.job import Job
 from ringattn.training.metrics import MetricsFile, Progress, StepMetrics, TensorBoard, read_metrics
 from ringattn.training.plot import plot_loss
+from ringattn.training.secrets import redacted
 
 
 class Report:
@@ -19,7 +20,7 @@ class Report:
         self._output: Path = job.output
         self._title = f"{job.cfg.model.name} on {job.cfg.data.name}, {job.cfg.data.seq_len:,} tokens a pack"
         self._output.mkdir(parents=True, exist_ok=True)
-        print(_opening(job, step, parameters), flush=True)
+        print(redacted(_opening(job, step, parameters)), flush=True)
         self._file = MetricsFile(self._output / "metrics.jsonl", step)
         self._board = TensorBoard(self._output / "tensorboard", step) if run.tensorboard else None
         self._progress = Progress(step, run.steps, run.log_every)
@@ -32,6 +33,16 @@ class Report:
         if self._board is not None:
             self._board.write(metrics)
         self._progress.update(metrics)
+
+    def back_to(self, step: int) -> None:
+        """The run went back: what was recorded of later steps is dropped."""
+        if not self._enabled:
+            return
+        self._file.close()
+        self._file = MetricsFile(self._output / "metrics.jsonl", step)
+        if self._board is not None:
+            self._board.close()
+            self._board = TensorBoard(self._output / "tensorboard", step)
 
     def saved(self) -> None:
         """Draws the curve; called after each checkpoint."""

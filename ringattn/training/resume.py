@@ -18,6 +18,7 @@ from ringattn.training.lora import Lora, check_same_base, lora_of
 from ringattn.training.models import empty_model
 from ringattn.training.output import model_values, read_config
 from ringattn.training.packing import Position
+from ringattn.training.secrets import redacted
 
 
 def check_resume(
@@ -38,7 +39,7 @@ def check_resume(
     """
     _check_readable(cfg, output, state, launch)
     saved, saved_model = read_config(output)
-    now: dict[str, Any] = OmegaConf.to_container(cfg)  # type: ignore[assignment]
+    now: dict[str, Any] = redacted(OmegaConf.to_container(cfg))  # as it is saved
     if cfg.run.resume != "force":
         _check_same(cfg, output, state, corpus, saved or now, now, _model_differences(saved_model, model_config))
     elif saved_model is not None:
@@ -97,7 +98,7 @@ def _model_differences(saved: dict[str, Any] | None, model_config: Any) -> list[
     have been written to. Keys of another version of transformers are in one of both only, and do not count."""
     if saved is None:
         return []
-    now = model_values(model_config)
+    now = redacted(model_values(model_config))
     both = sorted(saved.keys() & now.keys())
     return [(f"model.config.{key}", saved[key], now[key]) for key in both if saved[key] != now[key]]
 

@@ -9,7 +9,7 @@ import os
 import runpy
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 
@@ -18,9 +18,19 @@ from tests.forks import forks
 ROOT = Path(__file__).parents[2]
 
 
-def fork_rank(arguments: Sequence[str], variables: dict[str, str], out: Path, err: Path) -> BaseProcess:
-    """Starts one rank; what it writes is added to `out` and `err`, which may be one file."""
-    process = forks().Process(target=_main, args=(list(arguments), variables, out, err), daemon=True)
+def fork_rank(
+    arguments: Sequence[str],
+    variables: dict[str, str],
+    out: Path,
+    err: Path,
+    fault: Callable[[], object] | None = None,
+) -> BaseProcess:
+    """Starts one rank; what it writes is added to `out` and `err`, which may be one file.
+
+    Arguments:
+        fault: called in the rank before the recipe, to break something in it; a function of a module, or a `partial`.
+    """
+    process = forks().Process(target=_main, args=(list(arguments), variables, out, err, fault), daemon=True)
     process.start()
     return process
 
@@ -37,7 +47,9 @@ def all_end(ranks: Sequence[BaseProcess], seconds: float) -> bool:
     return not late
 
 
-def _main(arguments: list[str], variables: dict[str, str], out: Path, err: Path) -> None:
+def _main(
+    arguments: list[str], variables: dict[str, str], out: Path, err: Path, fault: Callable[[], object] | None
+) -> None:
     for number, path in ((1, out), (2, err)):
         file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
         os.dup2(file, number)
@@ -46,4 +58,6 @@ def _main(arguments: list[str], variables: dict[str, str], out: Path, err: Path)
     os.environ.clear()
     os.environ.update(variables)
     sys.argv = ["recipes/train.py", *arguments]
+    if fault is not None:
+        fault()
     runpy.run_path(sys.argv[0], run_name="__main__")

@@ -57,7 +57,7 @@ def one_step(dtype: torch.dtype, keep: str, ring: int) -> tuple[float, float]:
     local = layout.shard(ids)
     loss = model_loss(engine.model, layout, local)
     engine.backward(loss)
-    total, norm, _ = brought(loss, engine.step(1e-3), False)
+    total, norm, *_ = brought(loss, engine.step(1e-3), False)
     return total, norm
 
 

@@ -12,6 +12,7 @@ from torch import nn
 from ringattn.hf.layers import decoder_layers
 from ringattn.memory.settings import StateSettings
 from ringattn.parallel.mesh.mesh import SequenceMesh
+from ringattn.training.engines.alike import bits_of, numbers_of
 from ringattn.training.engines.interface import EngineOptions
 from ringattn.training.models import parameter_groups
 
@@ -36,6 +37,8 @@ class DeepSpeedEngine:
     Every rank builds the whole model on the host before it is partitioned: host memory for one copy per rank. A
     checkpoint can be read again by the same number of ranks and the same stage only.
     """
+
+    goes_back_twice = False
 
     def __init__(self, mesh: SequenceMesh, options: EngineOptions) -> None:
         if (reason := why_not(options.states, options.zero_stage)) is not None:
@@ -66,12 +69,30 @@ class DeepSpeedEngine:
             self._engine.step()
 
     def step(self, learning_rate: float) -> torch.Tensor | float:
-        """Clips, steps, clears the gradients; returns the global gradient norm before clipping."""
+        """Clips, steps where the norm is finite, clears the gradients; returns the global norm before clipping.
+
+        Every one of DeepSpeed's optimizers waits for the norm and leaves such a step out by itself; then it is infinite
+        or NaN here.
+        """
         for group in self._engine.optimizer.param_groups:
             group["lr"] = learning_rate
         self._engine.step()
         norm: torch.Tensor | float | None = self._engine.get_global_grad_norm()
         return float("nan") if norm is None else norm
+
+    def norm(self) -> torch.Tensor:
+        """Known after a step alone."""
+        raise NotImplementedError("DeepSpeed computes the gradient norm in its step")
+
+    def forget(self) -> None:
+        """Nothing: a forward pass leaves nothing, and a backward pass cannot be undone."""
+
+    def alike(self) -> dict[str, Any]:
+        """Parameters that every rank holds whole (none at stage 3), buffers, and the optimizer's
+        numbers."""
+        parameters = bits_of(p for p in self._engine.module.parameters() if not hasattr(p, "ds_id"))
+        numbers = numbers_of(self._engine.optimizer.optimizer)
+        return {"parameters": parameters, "buffers": bits_of(self._engine.module.buffers())} | numbers
 
     def save(self, folder: Path) -> None:
         """Writes DeepSpeed's own checkpoint files: torch.distributed.checkpoint does not know ZeRO's partitions."""

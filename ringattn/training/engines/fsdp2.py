@@ -18,10 +18,11 @@ from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, Offlo
 
 from ringattn.memory.settings import StateSettings
 from ringattn.parallel.mesh.mesh import SequenceMesh
+from ringattn.training.engines.alike import bits_of, numbers_of
 from ringattn.training.engines.clipping import clip_sharded
 from ringattn.training.engines.groups import shard_groups
 from ringattn.training.engines.interface import EngineOptions
-from ringattn.training.engines.optimizers import adamw, set_learning_rate
+from ringattn.training.engines.optimizers import adamw, set_learning_rate, step_if_finite
 
 # What a checkpoint holds. Reading is strict all the same: DCP raises for whatever is asked for and is not there.
 _TRAINED = StateDictOptions(ignore_frozen_params=True, strict=False)
@@ -34,6 +35,8 @@ class FSDP2Engine:
     host memory holds one copy of the model per machine at most (beside the shards, where those are on the host).
     Gradients are reduced in every micro-step: this keeps only shards of them between micro-steps.
     """
+
+    goes_back_twice = True
 
     def __init__(self, mesh: SequenceMesh, options: EngineOptions) -> None:
         states = options.states
@@ -53,12 +56,24 @@ class FSDP2Engine:
         loss.backward()
 
     def step(self, learning_rate: float) -> torch.Tensor:
-        """Clips, steps, clears the gradients; returns the global gradient norm before clipping."""
+        """Clips, steps where the norm is finite, clears the gradients; returns the global norm before clipping."""
         norm = clip_sharded(self.model.parameters(), self._clip, self._device, self._mesh.get_group())
         set_learning_rate(self._optimizer, learning_rate)
-        self._optimizer.step()
-        self._optimizer.zero_grad(set_to_none=True)
+        step_if_finite(self._optimizer, norm)
+        self.forget()
         return norm
+
+    def norm(self) -> torch.Tensor:
+        """The global norm of the gradients that are there."""
+        return clip_sharded(self.model.parameters(), 0.0, self._device, self._mesh.get_group())
+
+    def forget(self) -> None:
+        """Drops the gradients."""
+        self._optimizer.zero_grad(set_to_none=True)
+
+    def alike(self) -> dict[str, Any]:
+        """Parameters are shards, another one on every rank; buffers and the optimizer's numbers are not."""
+        return {"buffers": bits_of(self.model.buffers())} | numbers_of(self._optimizer)
 
     def save(self, folder: Path) -> None:
         """Writes what is trained with torch.distributed.checkpoint; any number of ranks can read it again."""

@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import nn
@@ -54,12 +54,26 @@ class Engine(Protocol):
     num_parameters: int
     """Parameters of the whole model, frozen ones included."""
 
+    goes_back_twice: bool
+    """Whether a backward pass that no step follows can be undone by `forget`."""
+
     def backward(self, loss: torch.Tensor) -> None:
         """Adds the gradient of one micro-step."""
+
+    def norm(self) -> torch.Tensor:
+        """The global norm of the gradients that are there, a scalar on the device; only where `goes_back_twice`."""
+
+    def forget(self) -> None:
+        """Drops what passes since the last step have left."""
+
+    def alike(self) -> dict[str, Any]:
+        """What is equal on all ranks between steps, by name: integers, floats, or scalars on the device. No
+        collective."""
 
     def step(self, learning_rate: float) -> torch.Tensor | float:
         """Clips, steps, clears the gradients; returns the global gradient norm before clipping.
 
+        Where the norm is not finite weights, moments and the optimizer's own count stay as they were, on all ranks.
         A norm that is on the device stays there, a tensor of one element: reading it would wait for the step.
         """
 

@@ -102,6 +102,23 @@ def adamw_int8(groups: list[dict[str, Any]], whole: list[nn.Parameter], given: d
     return made
 
 
+def step_if_finite(optimizer: torch.optim.Optimizer, norm: Tensor) -> None:
+    """One step where the gradient norm is finite; else weights and moments, and the optimizer's count, stay.
+
+    torch's fused kernel decides on the device. torchao's step cannot, so that the host waits for the norm before it.
+
+    Arguments:
+        norm: of all gradients, a scalar, the same on every rank.
+    """
+    if not optimizer.defaults.get("fused"):
+        if bool(torch.isfinite(norm)):
+            optimizer.step()
+        return
+    place = next(p.device for group in optimizer.param_groups for p in group["params"])
+    optimizer.found_inf = (~torch.isfinite(norm)).to(torch.float32).to(place)  # type: ignore[attr-defined]
+    optimizer.step()
+
+
 def set_learning_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
     """The same rate in all groups. torchao's compiled step reads it from a tensor."""
     for group in optimizer.param_groups:

@@ -22,6 +22,7 @@ from ringattn.training.engines.alike import bits_of, numbers_of
 from ringattn.training.engines.clipping import clip_sharded
 from ringattn.training.engines.groups import shard_groups
 from ringattn.training.engines.interface import EngineOptions
+from ringattn.training.engines.muon import muon
 from ringattn.training.engines.optimizers import adamw, set_learning_rate, step_if_finite
 
 # What a checkpoint holds. Reading is strict all the same: DCP raises for whatever is asked for and is not there.
@@ -29,7 +30,7 @@ _TRAINED = StateDictOptions(ignore_frozen_params=True, strict=False)
 
 
 class FSDP2Engine:
-    """`fully_shard` on the groups of `groups.py`, AdamW on the shards.
+    """`fully_shard` on the groups of `groups.py`, AdamW (or Muon) on the shards.
 
     Every rank builds the model without weights; rank 0 alone makes them and they are broadcast as they are sharded, so
     host memory holds one copy of the model per machine at most (beside the shards, where those are on the host).
@@ -49,7 +50,7 @@ class FSDP2Engine:
         self.model.to_empty(device=options.device if states.states_on == "device" else "cpu")
         _broadcast_weights(self.model, options)
         self.model.train()
-        self._optimizer = adamw(self.model, options)
+        self._optimizer = adamw(self.model, options) if options.momentum is None else muon(self.model, options)
 
     def backward(self, loss: torch.Tensor) -> None:
         """Adds the gradient of one micro-step, reduced to shards."""

@@ -25,6 +25,7 @@ class EngineOptions:
         clip: largest global gradient norm; 0 does not clip.
         micro_steps: backward calls per step.
         zero_stage: DeepSpeed's stage, 1 to 3.
+        momentum: of Muon for matrices; None for AdamW alone.
         states: what lives between steps. An engine raises ValueError for what it cannot do.
     """
 
@@ -39,6 +40,7 @@ class EngineOptions:
     clip: float
     micro_steps: int
     zero_stage: int
+    momentum: float | None = None
     states: StateSettings = field(default_factory=StateSettings)
 
 

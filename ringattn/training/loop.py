@@ -4,6 +4,7 @@ import random
 import signal
 import time
 import warnings
+from collections.abc import Sequence
 from types import FrameType
 from typing import Any, NamedTuple
 
@@ -20,12 +21,13 @@ from ringattn.hf.memory import note_targets
 from ringattn.memory.out_of_memory import CudaMemory, MemoryWatch
 from ringattn.training.ahead import BatchesAhead
 from ringattn.training.batches import Batch
-from ringattn.training.checkpoint import TrainState, load_random_states, save_checkpoint
+from ringattn.training.checkpoint import Place, TrainState
 from ringattn.training.config import compute_dtype
 from ringattn.training.engines import Engine, EngineOptions, build_engine
 from ringattn.training.flops import StepFlops, peak_flops
 from ringattn.training.grouping import DocumentCost, GroupedPacker, GroupedPosition
 from ringattn.training.job import Job
+from ringattn.training.keeping import Keeping
 from ringattn.training.lora import lora_of
 from ringattn.training.loss import brought
 from ringattn.training.metrics import StepMetrics, StepSeconds, peak_memory_gib
@@ -96,8 +98,8 @@ class Trainer:
         memory = CudaMemory(job.device) if job.device.type == "cuda" else None
         self.memory = MemoryWatch(memory, job.output, dist.get_rank(), job.plan.items, job.plan.advice)
         self.step, self.tokens, self.position = 0, 0, Position().state_dict()
-        if job.resume is not None:
-            self._resume()
+        self.keeping = Keeping(job)
+        self.restore()
 
     def _engine_options(self) -> EngineOptions:
         cfg, job = self.cfg, self.job
@@ -131,12 +133,16 @@ class Trainer:
             head_chunks=parallel.head_chunks,
         )
 
-    def _resume(self) -> None:
-        assert self.job.resume is not None
-        folder, state = self.job.resume
-        self.engine.load(folder)
-        load_random_states(folder)
+    def restore(self, before: int | None = None) -> bool:
+        """Goes on from the newest good checkpoint, not later than step `before`; False if there is none. Collective.
+
+        Batches that were made ahead are of the old place in the data: a stream is to be opened anew.
+        """
+        state = self.keeping.restored(self.engine, before)
+        if state is None:
+            return False
         self.step, self.tokens, self.position = state.step, state.tokens, state.position
+        return True
 
     def run(self, report: Report) -> bool:
         """Trains until all steps are done or a signal asks to stop, and saves in both cases. True if all are done."""
@@ -151,16 +157,17 @@ class Trainer:
                 seconds = StepSeconds(time.perf_counter() - started, waited, warmup=first)
                 report.step(self._metrics(batch, done, seconds))
                 first, stopping = False, done.stopping
-                due = cfg.run.save_every > 0 and self.step % cfg.run.save_every == 0
-                if due or stopping or self.step == cfg.run.steps:
-                    self.save()
-                    report.saved()
-                if stopping:
+                last = stopping or self.step == cfg.run.steps
+                if places := self.keeping.due(self.step, last):
+                    self.save(places)
+                    report.saved(places)
+                if last:
+                    self.keeping.finish()
                     break
         return bool(self.step == cfg.run.steps)
 
-    def save(self) -> None:
-        """Writes a checkpoint of the steps done so far. Collective."""
+    def save(self, places: Sequence[Place] | None = None) -> None:
+        """Saves the steps done so far, on disk unless other places are given. Collective."""
         state = TrainState(
             self.step,
             self.tokens,
@@ -169,7 +176,7 @@ class Trainer:
             self.cfg.engine.name,
             self.world_size,
         )
-        save_checkpoint(self.job.output / "checkpoints", state, self.engine.save, self.cfg.run.keep)
+        self.keeping.save(state, self.engine, places)
 
     def _batches(self) -> BatchesAhead:
         data, mesh = self.cfg.data, self.mesh
@@ -249,7 +256,6 @@ def train(job: Job) -> None:
         return
     _quiet_libraries()
     trainer = Trainer(job)
-    _same_checkpoint_everywhere(job)
     if rank0:
         write_config(job.cfg, job.output, job.model_config)
     with Report(job, trainer.step, trainer.engine.num_parameters, enabled=rank0) as report:
@@ -260,18 +266,6 @@ def train(job: Job) -> None:
     dist.barrier()
     # Not where something was raised: the others would hear of lost connections before they can hear of the reason.
     dist.destroy_process_group()
-
-
-def _same_checkpoint_everywhere(job: Job) -> None:
-    """Raises RuntimeError on every rank if machines see different checkpoints, that is, do not share the folder."""
-    step = -1 if job.resume is None else job.resume[1].step
-    steps: list[int] = [0] * dist.get_world_size()
-    dist.all_gather_object(steps, step)
-    if len(set(steps)) > 1:
-        raise RuntimeError(
-            f"run.output={job.output} must be on a file system that all machines share; "
-            f"newest checkpoint by rank: {steps}"
-        )
 
 
 def _same_plan_everywhere(job: Job) -> None:

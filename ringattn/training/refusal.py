@@ -16,8 +16,8 @@ from ringattn.training.launched import is_first, speaks_for_machine
 HINT = "To append to your config use "
 
 
-def refuse(error: Exception) -> NoReturn:
-    """Says why, and exits with code 2.
+def refuse(error: Exception, code: int = 2) -> NoReturn:
+    """Says why, and exits with a code.
 
     Rank 0 says it, and other ranks leave it to torchrun's report at the end, or without torchrun to the first rank of
     each machine: a file may be missing on one machine only.
@@ -28,7 +28,7 @@ def refuse(error: Exception) -> NoReturn:
         print(f"error: {message}", file=sys.stderr, flush=True)
     elif not reported and speaks_for_machine(os.environ):
         print(f"error on this machine: {message}", file=sys.stderr, flush=True)
-    sys.exit(2)
+    sys.exit(code)
 
 
 def _message(error: Exception) -> str:

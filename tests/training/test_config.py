@@ -5,10 +5,12 @@ from pathlib import Path
 import pytest
 import torch.distributed as dist
 from hydra import compose, initialize_config_dir
-from omegaconf import OmegaConf, open_dict
+from omegaconf import open_dict
 from torch import nn
 
 from ringattn.training import config, fitness
+from ringattn.training.checkpoint import TrainState
+from ringattn.training.checkpoint.marker import Marker, write_marker
 from ringattn.training.config import check_positions, check_vocabulary, resolve, validate
 from ringattn.training.curve import curve_differences
 from ringattn.training.job import prepare
@@ -164,9 +166,8 @@ def test_the_default_model_fits_its_data():
 def checkpoint_in(output: Path, job, step: int = 5) -> None:
     folder = output / "checkpoints" / f"step-{step:08d}"
     folder.mkdir(parents=True)
-    state = {"step": step, "tokens": 1, "position": {"epoch": 0, "index": 0, "offset": 0}}
-    state |= {"corpus": job.corpus.fingerprint, "engine": "fsdp2", "world_size": 2}
-    (folder / "complete.json").write_text(OmegaConf.create(state).__str__().replace("'", '"'))
+    state = TrainState(step, 1, {"epoch": 0, "index": 0, "offset": 0}, job.corpus.fingerprint, "fsdp2", 2)
+    write_marker(folder, Marker(state, {}))
     write_config(job.cfg, output)
 
 

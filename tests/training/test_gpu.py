@@ -12,6 +12,7 @@ from ringattn.memory.settings import StateSettings
 from ringattn.training.engines import build_engine
 from tests.parallel.ranks import mesh_of
 from tests.pool import Pools
+from tests.training.parts import load_parts, save_parts
 from tests.training.test_states import SMALL, distance, options_of, train
 
 
@@ -23,9 +24,9 @@ def curve_on_gpus(ranks: int, states: StateSettings, folder: Path | None = None)
     engine = build_engine("fsdp2", mesh, options_of(mesh, states, **given))
     found = train(engine, mesh, 0, 6)
     if folder is not None:
-        engine.save(folder)
+        save_parts(engine, folder)
         engine = build_engine("fsdp2", mesh, options_of(mesh, states, **given))
-        engine.load(folder)
+        load_parts(engine, folder)
     return found + train(engine, mesh, 6, 12)
 
 

@@ -114,7 +114,7 @@ def test_a_marker_that_cannot_be_read_is_named(content, tmp_path):
     with_checkpoint(tmp_path)
     marker = tmp_path / "checkpoints" / "step-00000005" / "complete.json"
     marker.write_text(content)
-    with pytest.raises(ValueError, match=rf"{marker} cannot be read: .*remove step-00000005"):
+    with pytest.raises(ValueError, match=rf"no checkpoint .*{marker.parent}.* to begin anew|written by a version"):
         prepared(f"run.output={tmp_path}")
 
 
@@ -182,11 +182,7 @@ def test_forced_on_to_another_order_the_stream_begins_an_epoch(tmp_path):
 
 
 def test_documents_that_wait_are_refused_before_training(tmp_path):
-    with_checkpoint(tmp_path)
-    marker = tmp_path / "checkpoints" / "step-00000005" / "complete.json"
-    state = json.loads(marker.read_text())
-    state["position"] |= {"step": 5, "rest": [], "unusual": [[0, 0, 4, True, 3]]}
-    marker.write_text(json.dumps(state))
+    with_checkpoint(tmp_path, step=5, rest=[], unusual=[[0, 0, 4, True, 3]])
     with pytest.raises(ValueError, match=r"1 documents that wait .*data\.delay"):
         prepared(f"run.output={tmp_path}", "run.resume=force")
 

@@ -126,10 +126,13 @@ def begin(folder: Path, size: int) -> None:
     root.mkdir(parents=True, exist_ok=True)
     free = shutil.disk_usage(root).free
     if free < needed:
-        raise OSError(
-            None, f"{folder.name} needs {needed / GIB:.3f} GiB and {free / GIB:.3f} GiB are free in {root}", None
-        )
+        raise OSError(None, f"{folder.name} needs {in_units(needed)} and {in_units(free)} are free in {root}", None)
     partial_of(folder).mkdir()
+
+
+def in_units(size: int) -> str:
+    """Bytes for people."""
+    return f"{size / GIB:.2f} GiB" if size >= GIB else f"{size / 2**20:.1f} MiB"
 
 
 def partial_of(folder: Path) -> Path:

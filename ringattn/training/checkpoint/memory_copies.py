@@ -12,10 +12,10 @@ import shutil
 import stat
 from pathlib import Path
 
+from ringattn.training.checkpoint.folders import in_units
 from ringattn.training.checkpoint.saved_state import SavedState, part_name
 
 RUN = "run.json"
-GIB = 2**30
 COPIES = 2  # the newest, and the next one while it is written
 
 
@@ -107,6 +107,6 @@ def lacking_room(folder: Path, copies: Path, size: int) -> str:
     if free >= needed:
         return ""
     return (
-        f"{needed / GIB:.3f} GiB are needed in {folder} on each machine ({COPIES} copies of {size / GIB:.3f} GiB: one "
-        f"stays while the next is written) and {free / GIB:.3f} GiB are free"
+        f"{in_units(needed)} are needed in {folder} on each machine ({COPIES} copies of {in_units(size)}: one stays "
+        f"while the next is written) and {in_units(free)} are free"
     )

@@ -124,7 +124,7 @@ def test_a_full_disk_is_named_before_anything_is_written(tmp_path, monkeypatch):
     (root / "step-00000007.partial").mkdir()  # left by a process that was killed
     usage = shutil.disk_usage(root)._replace(free=2**20)
     monkeypatch.setattr(folders.shutil, "disk_usage", lambda path: usage)
-    with pytest.raises(SaveFailed, match=r"step-00000010 needs 0\.001 GiB and 0\.001 GiB are free in .*checkpoints"):
+    with pytest.raises(SaveFailed, match=r"step-00000010 needs 1\.0 MiB and 1\.0 MiB are free in .*checkpoints"):
         save(root, 10, keep=1)
     assert names(root) == ["step-00000005"]
 

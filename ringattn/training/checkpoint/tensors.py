@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ringattn.training.checkpoint.marker import BadCheckpoint, FileSum
 
-PIECE = 1 << 24  # bytes that are summed and written at a time: they stay in the processor's cache in between
+PIECE = 1 << 20  # bytes that are summed and written, or read, at a time: they stay in the processor's cache in between
 INDEX = "ringattn"  # the header's text about what the tensors are
 
 _NAMES = {

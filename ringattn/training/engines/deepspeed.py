@@ -11,6 +11,7 @@ from torch import nn
 from ringattn.hf.layers import decoder_layers
 from ringattn.memory.settings import StateSettings
 from ringattn.parallel.mesh.mesh import SequenceMesh
+from ringattn.training.checkpoint.marker import BadCheckpoint
 from ringattn.training.checkpoint.saved_state import SavedState
 from ringattn.training.engines.deepspeed_states import give_back, taken
 from ringattn.training.engines.interface import STATE, EngineOptions
@@ -78,13 +79,13 @@ class DeepSpeedEngine:
         return taken(self._engine)
 
     def load(self, saved: SavedState) -> None:
-        """Reads what `state` was. Raises ValueError if it is not that of this number of ranks and stage."""
+        """Reads what `state` was. Raises BadCheckpoint if it is not that of this number of ranks and stage."""
         try:
             loaded = give_back(self._engine, saved, STATE, strict=not self._frozen)
         except KeyError as error:
-            raise ValueError(f"the checkpoint holds no {error} of this number of ranks and ZeRO stage") from None
+            raise BadCheckpoint(f"the checkpoint holds no {error} of this number of ranks and ZeRO stage") from None
         if not loaded:
-            raise ValueError("the checkpoint is not one of DeepSpeed, this number of ranks and this ZeRO stage")
+            raise BadCheckpoint("the checkpoint is not one of DeepSpeed, this number of ranks and this ZeRO stage")
 
 
 def _adamw(model: nn.Module, options: EngineOptions) -> torch.optim.Optimizer:

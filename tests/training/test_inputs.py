@@ -2,6 +2,7 @@
 
 import json
 import os
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -101,6 +102,20 @@ def test_an_output_folder_that_cannot_be_written_is_refused_before_training(plac
     monkeypatch.setattr(job_module, "load_corpus", lambda *_: pytest.fail("refused after the data was read"))
     with pytest.raises(ValueError, match=f"run.output={tmp_path / place}.*(is a file|Not a dir|Read-only)"):
         prepared(f"run.output={tmp_path / place}")
+
+
+def test_a_disk_that_a_killed_save_filled_is_emptied_first(tmp_path, monkeypatch):
+    partial = tmp_path / "checkpoints" / "step-00000008.partial"
+    partial.mkdir(parents=True)
+
+    def probe(dir: Path):
+        if partial.exists():
+            raise OSError(28, "No space left on device")
+        return tempfile.SpooledTemporaryFile()
+
+    monkeypatch.setattr("ringattn.training.output.tempfile.TemporaryFile", probe)
+    prepared(f"run.output={tmp_path}")
+    assert not partial.exists()
 
 
 def test_a_finished_run_is_told_of_where_nothing_can_be_written(tmp_path, monkeypatch):

@@ -5,7 +5,13 @@ from contextlib import suppress
 from pathlib import Path
 
 from ringattn.training.checkpoint import Place, Saves, TrainState
-from ringattn.training.checkpoint.memory_copies import copies_folder, make_rank_folder, remove_copies, run_of
+from ringattn.training.checkpoint.memory_copies import (
+    copies_folder,
+    make_rank_folder,
+    remove_copies,
+    remove_other_copies,
+    run_of,
+)
 from ringattn.training.checkpoint.random_states import random_states, set_random_states
 from ringattn.training.engines.interface import STATE, Engine
 from ringattn.training.job import Job
@@ -24,6 +30,8 @@ class Keeping:
         self._job, run = job, job.cfg.run
         self._saves = Saves(job.output, run.async_save, run.max_failed_saves, job.device)
         self._rank = self._saves.together.rank
+        # On all ranks or none, since an engine's state is collective; machines may differ in their memories.
+        self._ahead = any(self._saves.together.gather(run.async_save and job.device.type == "cuda"))
         self._disk = Place(job.output / "checkpoints", run.keep)
         self._copies = copies_folder(Path(run.memory_folder), job.output)
         self._memory = self._place_in_memory() if run.memory_every else None
@@ -55,6 +63,11 @@ class Keeping:
         tree = {STATE: engine.state(), RANDOM: random_states()}
         self._saves.save(state, tree, [self._disk] if places is None else places)
 
+    def take_memory(self, engine: Engine) -> None:
+        """Takes what the first save would wait for, once there is something to save: after the first step."""
+        if self._ahead:
+            self._saves.take_memory({STATE: engine.state(), RANDOM: random_states()})
+
     def finish(self) -> None:
         """After the last save: waits for it, and removes copies in memory. Raises SaveFailed if it failed."""
         self._saves.finish()
@@ -71,7 +84,11 @@ class Keeping:
         Raises ValueError if it cannot be read by this run, or none is good.
         """
         self._saves.wait()
-        chosen = choose(self._job.output, self._disk, self._memory, self._saves.together, before)
+        together = self._saves.together
+        chosen = choose(self._job.output, self._disk, self._memory, together, before)
+        if self._memory is not None:
+            kept = None if chosen is None or chosen.place.shared else chosen.folder
+            remove_other_copies(self._copies, self._rank, together.count, kept)
         if chosen is None:
             return None
         state = self._checked(chosen)

@@ -156,6 +156,8 @@ class Trainer:
                 done = self._train_step(batch, stop.requested)
                 seconds = StepSeconds(time.perf_counter() - started, waited, warmup=first)
                 report.step(self._metrics(batch, done, seconds))
+                if first:
+                    self.keeping.take_memory(self.engine)
                 first, stopping = False, done.stopping
                 last = stopping or self.step == cfg.run.steps
                 if places := self.keeping.due(self.step, last):

@@ -25,11 +25,7 @@ class HostCopy:
 
         Raises MemoryError with the numbers if there is not enough host memory.
         """
-        places, size = {}, 0
-        for name, tensor in snapshot.tensors.items():
-            places[name] = size
-            size += -(-tensor.nbytes // _ALIGNMENT) * _ALIGNMENT
-        self._take(size)
+        places = self._places(snapshot)
         copies = {name: self._view(places[name], tensor) for name, tensor in snapshot.tensors.items()}
         for name, tensor in snapshot.tensors.items():
             copies[name].copy_(tensor, non_blocking=True)
@@ -37,11 +33,28 @@ class HostCopy:
             torch.cuda.current_stream(self._device).synchronize()
         return Snapshot(copies, snapshot.index)
 
+    def take_memory(self, snapshot: Snapshot) -> None:
+        """Takes the memory for a copy ahead, where a GPU would wait for it to be locked: about a second for each GiB.
+
+        Raises MemoryError as `of` does.
+        """
+        if self._device.type == "cuda":
+            self._places(snapshot)
+
     def close(self) -> None:
         """Gives the memory back."""
         if self._locked:
             torch.cuda.cudart().cudaHostUnregister(self._memory.data_ptr())
         self._memory, self._locked = torch.empty(0, dtype=torch.uint8), False
+
+    def _places(self, snapshot: Snapshot) -> dict[str, int]:
+        """Where each tensor's copy begins, in memory that is there then."""
+        places, size = {}, 0
+        for name, tensor in snapshot.tensors.items():
+            places[name] = size
+            size += -(-tensor.nbytes // _ALIGNMENT) * _ALIGNMENT
+        self._take(size)
+        return places
 
     def _view(self, start: int, like: Tensor) -> Tensor:
         return self._memory[start : start + like.nbytes].view(like.dtype).view(like.shape)

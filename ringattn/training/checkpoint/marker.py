@@ -90,7 +90,7 @@ def read_marker(folder: Path) -> Marker:
         raise BadCheckpoint(f"{folder}: {MARKER} is not there") from None
     except OSError as error:
         raise BadCheckpoint(f"{path} cannot be read: {error.strerror}") from None
-    except ValueError as error:  # of UTF-8 and JSON
+    except (ValueError, RecursionError) as error:  # of UTF-8 and JSON
         raise BadCheckpoint(f"{path} is damaged: {error}") from None
     if not isinstance(body, dict):
         raise BadCheckpoint(f"{path} is damaged: it holds no object")

@@ -51,6 +51,17 @@ def remove_copies(copies: Path, rank: int) -> None:
         return
 
 
+def remove_other_copies(copies: Path, rank: int, count: int, kept: Path | None) -> None:
+    """Deletes what a run does not go on from: a rank's other copies, and folders of ranks that it does not have."""
+    own = rank_folder(copies, rank)
+    for folder in [*own.iterdir()]:
+        if folder != kept:
+            shutil.rmtree(folder, ignore_errors=True)
+    for folder in copies.glob("rank-*"):
+        if folder.name.removeprefix("rank-").isdigit() and int(folder.name.removeprefix("rank-")) >= count:
+            shutil.rmtree(folder, ignore_errors=True)
+
+
 def saved_copies(copies: Path, step: int, rank: int, count: int) -> SavedState:
     """The copy of a step: the rank's own part, and those of the ranks of the same machine."""
     parts = {one: rank_folder(copies, one) / f"step-{step:08d}" / part_name(one) for one in range(count)}

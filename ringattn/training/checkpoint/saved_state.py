@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
@@ -188,6 +187,8 @@ class _Part:
         return blocked(codes[low:high], scale[low * width // block : high * width // block], qmap, signed)
 
     def _read(self, name: str, low: int, high: int | None) -> Tensor:
+        from safetensors import SafetensorError
+
         try:
             if low == 0 and high is None:
                 whole: Tensor = self._file.get_tensor(name)

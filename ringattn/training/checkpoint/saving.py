@@ -2,9 +2,9 @@
 
 import sys
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
@@ -14,6 +14,8 @@ from ringattn.training.checkpoint.snapshot import Snapshot, snapshot_of
 from ringattn.training.checkpoint.together import SaveFailed, Together
 from ringattn.training.checkpoint.writing import Place, write_checkpoint
 from ringattn.training.incidents import record_incident
+
+T = TypeVar("T")
 
 
 class Saves:
@@ -54,6 +56,11 @@ class Saves:
         self._thread = threading.Thread(target=self._write, args=(state, copied, places), name="saving", daemon=True)
         self._thread.start()
 
+    def take_memory(self, tree: Mapping[str, Any]) -> None:
+        """Takes the host memory of the first copy ahead of it. Not collective."""
+        if self._copy is not None:
+            self._with_memory(lambda copy: copy.take_memory(snapshot_of(tree)))
+
     def wait(self) -> None:
         """Until what was saved is written. Raises SaveFailed if too many saves failed in a row."""
         if self._thread is not None:
@@ -82,10 +89,13 @@ class Saves:
 
     def _copied(self, snapshot: Snapshot) -> Snapshot | None:
         """A copy for the thread, or None to write at once: so it was asked for, or there is no memory for a copy."""
+        return self._with_memory(lambda copy: copy.of(snapshot))
+
+    def _with_memory(self, use: Callable[[HostCopy], T]) -> T | None:
         if self._copy is None:
             return None
         try:
-            return self._copy.of(snapshot)
+            return use(self._copy)
         except MemoryError as error:
             self._warn(f"{error}; from now on the training waits while this rank writes")
             self._copy = None

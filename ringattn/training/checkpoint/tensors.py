@@ -9,9 +9,9 @@ import os
 import zlib
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from ringattn.training.checkpoint.marker import BadCheckpoint, FileSum
@@ -76,8 +76,13 @@ def check_sum(path: Path, expected: FileSum) -> None:
         )
 
 
-def open_tensors(path: Path) -> tuple[safe_open, str]:
-    """A file that `write_tensors` wrote, and the text in it. Raises BadCheckpoint for any other."""
+def open_tensors(path: Path) -> tuple[Any, str]:
+    """A file that `write_tensors` wrote, as `safetensors.safe_open` gives it, and the text in it.
+
+    Raises BadCheckpoint for any other.
+    """
+    from safetensors import SafetensorError, safe_open
+
     try:
         file = safe_open(str(path), "pt")
         return file, (file.metadata() or {})[INDEX]

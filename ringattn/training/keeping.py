@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 
-from ringattn.training.checkpoint import Place, Saves, TrainState
+from ringattn.training.checkpoint import BadCheckpoint, Place, Saves, TrainState
 from ringattn.training.checkpoint.memory_copies import (
     copies_folder,
     make_rank_folder,
@@ -81,7 +81,7 @@ class Keeping:
         Arguments:
             before: the latest step that may be taken.
 
-        Raises ValueError if it cannot be read by this run, or none is good.
+        Raises BadCheckpoint if it cannot be read by this run, or none is good.
         """
         self._saves.wait()
         together = self._saves.together
@@ -104,7 +104,12 @@ class Keeping:
         if job.resume is not None and chosen.folder == job.resume[0]:
             return job.resume[1]
         model = empty_model(job.model_config, lora_of(job.cfg.model))
-        state, said = check_resume(job.cfg, job.output, chosen.state, job.launch, job.corpus, job.model_config, model)
+        try:
+            state, said = check_resume(
+                job.cfg, job.output, chosen.state, job.launch, job.corpus, job.model_config, model
+            )
+        except ValueError as error:
+            raise BadCheckpoint(str(error)) from None
         if self._rank == 0:
             print("\n".join([f"going on from the {chosen.place.kind} {chosen.folder}", *said]), flush=True)
         return state

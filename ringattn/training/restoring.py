@@ -82,9 +82,10 @@ def choose(
 
 def _seen_by_all(root: Path, together: Together) -> list[Found]:
     """What rank 0 finds on disk. Raises RuntimeError on every rank if another one finds something else."""
-    found = found_in(root)
-    told = together.gather(([(one.step, one.marker is not None) for one in found], found if together.rank == 0 else []))
-    newest = [next((step for step, whole in steps if whole), -1) for steps, _ in told]
+    found = list(found_in(root)) if together.rank == 0 else []
+    whole = next((one.step for one in found or found_in(root) if one.marker is not None), -1)
+    told = together.gather((whole, found))
+    newest = [step for step, _ in told]
     if len(set(newest)) > 1:
         raise RuntimeError(
             f"run.output={root.parent} must be on a file system that all machines share; "

@@ -7,6 +7,7 @@
 import os
 import re
 import shutil
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -36,12 +37,13 @@ class Found:
     old: bool = False
 
 
-def found_in(root: Path) -> list[Found]:
-    """All checkpoints, newest first, judged by their markers and by the sizes of their files."""
+def found_in(root: Path) -> Iterator[Found]:
+    """All checkpoints, newest first, each judged by its marker and by the sizes of its files when it is its turn."""
     if not root.is_dir():
-        return []
+        return
     folders = [(int(match[1]), path) for path in root.iterdir() if (match := _NAME.fullmatch(path.name))]
-    return [_judged(step, path) for step, path in sorted(folders, reverse=True)]
+    for step, path in sorted(folders, reverse=True):
+        yield _judged(step, path)
 
 
 def _judged(step: int, folder: Path) -> Found:
@@ -56,7 +58,7 @@ def _judged(step: int, folder: Path) -> Found:
 
 def complete_checkpoints(root: Path) -> list[Path]:
     """Folders of checkpoints that are whole, oldest first."""
-    return [found.folder for found in reversed(found_in(root)) if found.marker is not None]
+    return [found.folder for found in found_in(root) if found.marker is not None][::-1]
 
 
 def newest_checkpoint(root: Path) -> tuple[Path, TrainState] | None:

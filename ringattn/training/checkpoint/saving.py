@@ -2,6 +2,7 @@
 
 import sys
 import threading
+import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
@@ -31,6 +32,8 @@ class Saves:
 
     def __init__(self, output: Path, asynchronous: bool, limit: int, device: torch.device) -> None:
         self.together = Together()
+        self.stalled = 0.0
+        """Seconds that the last call of `save` kept the training waiting."""
         self._output, self._limit = output, limit
         self._copy = HostCopy(device) if asynchronous else None
         self._thread: threading.Thread | None = None
@@ -46,15 +49,18 @@ class Saves:
         A save that fails costs a warning and an incident. Raises SaveFailed if it was the last that may fail; where a
         thread writes, the next call does so.
         """
+        began = time.perf_counter()
         self.wait()
         snapshot = snapshot_of(tree)
-        copied = self._copied(snapshot)
-        if copied is None:
-            self._write(state, snapshot, places)
+        copied = self._with_memory(lambda copy: copy.of(snapshot))
+        given = (state, copied or snapshot, places)
+        if copied is not None:
+            self._thread = threading.Thread(target=self._write, args=given, name="saving", daemon=True)
+            self._thread.start()
+        else:
+            self._write(*given)
             self.wait()
-            return
-        self._thread = threading.Thread(target=self._write, args=(state, copied, places), name="saving", daemon=True)
-        self._thread.start()
+        self.stalled = time.perf_counter() - began
 
     def take_memory(self, tree: Mapping[str, Any]) -> None:
         """Takes the host memory of the first copy ahead of it. Not collective."""
@@ -87,11 +93,8 @@ class Saves:
             self._copy.close()
         self.together.close()
 
-    def _copied(self, snapshot: Snapshot) -> Snapshot | None:
-        """A copy for the thread, or None to write at once: so it was asked for, or there is no memory for a copy."""
-        return self._with_memory(lambda copy: copy.of(snapshot))
-
     def _with_memory(self, use: Callable[[HostCopy], T]) -> T | None:
+        """What is done with host memory for a copy; None where there is none, or was not asked for."""
         if self._copy is None:
             return None
         try:

@@ -185,7 +185,7 @@ def test_a_bad_one_is_passed_over_and_says_why(tmp_path, how):
     newest = newest_checkpoint(root)
     assert newest is not None
     assert newest[1] == state(5)
-    bad, good = folders.found_in(root)
+    bad, good = list(folders.found_in(root))
     assert REASONS[how] in bad.reason
     assert "step-00000010" in bad.reason
     assert good.marker is not None

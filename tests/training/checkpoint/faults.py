@@ -4,13 +4,16 @@ Every function here takes an empty folder and an undisturbed run, and returns `F
 them.
 """
 
+import io
 import os
 import shutil
 import time
 from collections.abc import Callable
+from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
 
+from ringattn.training.corpus import text_corpus
 from ringattn.training.incidents import read_incidents
 from tests.training.forked import all_end, fork_rank
 from tests.training.test_runs import LIMIT, SMALL, curve, free_port, variables_of
@@ -30,7 +33,7 @@ class Facts:
         told: what was printed, of all ranks.
         codes: exit codes of the ranks that met the fault.
         steps_lost: steps that were done and had to be done again.
-        same_curve: whether the whole curve is that of the undisturbed run.
+        same_curve: whether the whole curve, or the tokens, are those of the undisturbed run.
         kinds: of the incidents in the run's folder.
     """
 
@@ -107,6 +110,25 @@ def killed_between_saves(folder: Path, whole: Undisturbed) -> Facts:
     facts = _continued(folder, whole, "SIGKILL between saves, with copies in memory", codes, told, seconds, *same)
     assert not list((folder / "memory").iterdir()), "copies of a run that is done"
     return facts
+
+
+def corrupt_token_cache(folder: Path) -> Facts:
+    """A flipped bit in the tokens of a text corpus between two starts."""
+    (folder / "a.txt").write_text("some text " * 100)
+
+    def opened() -> tuple[str, bytes]:
+        with redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()) as told:
+            corpus = text_corpus([folder / "a.txt"], "bytes", "text", False, folder / "cache")
+        return told.getvalue(), bytes(corpus.read(0, 0, corpus.length(0)).astype("uint8"))
+
+    _, right = opened()
+    (tokens,) = (folder / "cache").rglob("tokens.bin")
+    data = bytearray(tokens.read_bytes())
+    data[500] ^= 1
+    tokens.write_bytes(data)
+    began = time.time()
+    told, again = opened()
+    return Facts("corrupt token cache", time.time() - began, told, (), 0, again == right, ())
 
 
 def _continued(

@@ -74,6 +74,14 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_taken(whole, tmp_path,
     assert (tmp_path / "checkpoints" / "step-00000012.bad").is_dir()
 
 
+def test_a_corrupt_token_cache_is_named_and_made_again(tmp_path):
+    facts = faults.corrupt_token_cache(tmp_path)
+    assert facts.same_curve
+    assert facts.told.startswith("warning: the token cache is not taken: ")
+    assert "tokens.bin is damaged: its checksum is" in facts.told
+    assert facts.seconds < 10
+
+
 def test_copies_in_memory_lose_fewer_steps(whole, tmp_path):
     facts = faults.killed_between_saves(tmp_path, whole)
     assert facts.codes[1] == -9

@@ -2,8 +2,8 @@
 
 Starts under torchrun (`ringattn train` calls it), as the tasks of SLURM's srun, or alone. Every key is in `configs/`,
 with a comment.
-Exit codes: 0 done (or stopped by a signal, with a checkpoint), 2 for a configuration that cannot run, or that
-is not the same on all ranks.
+Exit codes: 0 done (or stopped by a signal, with a checkpoint), 1 if its state could not be saved, 2 for a configuration
+that cannot run, or that is not the same on all ranks.
 """
 
 import os
@@ -33,12 +33,15 @@ def main(cfg: DictConfig) -> None:
             print(job.plan.text())
         return
     # Imported late: a refusal must not wait for torch.distributed and transformers.
+    from ringattn.training.checkpoint import BadCheckpoint, SaveFailed
     from ringattn.training.loop import train
     from ringattn.training.meeting import CannotStart
 
     try:
         train(job)
-    except CannotStart as error:
+    except SaveFailed as error:
+        refuse(error, code=1)
+    except (CannotStart, BadCheckpoint) as error:
         refuse(error)
 
 

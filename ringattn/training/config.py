@@ -23,7 +23,7 @@ from ringattn.training.determinism import check_backend
 from ringattn.training.engines.deepspeed import available as deepspeed_available
 from ringattn.training.lora import check_lora, lora_of, lora_values
 
-CHOICES: dict[str, tuple[str, ...]] = {
+CHOICES: dict[str, tuple[str | bool, ...]] = {
     "data.name": ("stdlib", "text"),
     "data.ahead": PLACES,
     "parallel.scheme": scheme_names(),
@@ -34,6 +34,7 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "run.dtype": ("auto", "float32", "bfloat16"),
     "run.resume": ("auto", "force"),
     "run.on_spike": ("record", "skip"),
+    "run.async_save": ("auto", True, False),
 }
 # Smallest allowed value.
 INTEGERS: dict[str, int] = {
@@ -49,6 +50,8 @@ INTEGERS: dict[str, int] = {
     "run.seed": 0,
     "run.save_every": 0,
     "run.keep": 1,
+    "run.memory_every": 0,
+    "run.max_failed_saves": 1,
     "run.log_every": 1,
     "run.check_every": 0,
     "run.recompute_every": 0,
@@ -71,7 +74,7 @@ NUMBERS: dict[str, tuple[float, float]] = {
     "run.straggler_percent": (0.0, math.inf),
 }
 SWITCHES = ("data.pad", "parallel.ulysses_across_nodes", "run.plan_only", "run.tensorboard", "run.deterministic")
-TEXTS = ("model.name", "model.family", "model.path", "run.output")
+TEXTS = ("model.name", "model.family", "model.path", "run.output", "run.memory_folder")
 # Keys that only one option of their group has.
 OF_TEXT = ("data.files", "data.text_field", "data.tokenizer", "data.add_eos", "data.cache")
 OF_DEEPSPEED = ("engine.zero_stage",)
@@ -194,7 +197,7 @@ def _and_above(key: str) -> list[str]:
 def _check_values(cfg: DictConfig) -> None:
     for key, allowed in CHOICES.items():
         if (value := OmegaConf.select(cfg, key)) not in allowed:
-            raise ValueError(f"{key} must be one of {', '.join(allowed)}, got {value!r}")
+            raise ValueError(f"{key} must be one of {', '.join(map(_written, allowed))}, got {value!r}")
     for key, smallest in INTEGERS.items():
         value = OmegaConf.select(cfg, key)
         if value is None and key in OPTIONAL:
@@ -220,6 +223,11 @@ def _check_values(cfg: DictConfig) -> None:
     good = isinstance(betas, list) and len(betas) == 2 and all(_is_number(b) and 0 <= b < 1 for b in betas)
     if not good:
         raise ValueError(f"optim.betas must be two numbers in [0, 1), got {betas!r}")
+
+
+def _written(value: str | bool) -> str:
+    """As it is written in YAML."""
+    return str(value).lower() if isinstance(value, bool) else value
 
 
 def _is_integer(value: Any) -> bool:

@@ -22,6 +22,7 @@ from ringattn.training.memory_plan import MemoryPlan, plan_memory, values_of
 from ringattn.training.output import check_output
 from ringattn.training.pretrained import load_weights
 from ringattn.training.resume import check_resume
+from ringattn.training.save_plan import settle_saving
 
 
 @dataclass(frozen=True)
@@ -79,6 +80,7 @@ def prepare(cfg: DictConfig, launch: Launch, chosen: Collection[str] | None = No
     resolved.engine.compile = compile_mode(cfg, device.type, empty)
     plan = plan_memory(resolved, config, empty, shape, launch, device)
     resolved.memory.update(values_of(plan))
+    resolved.run.async_save = settle_saving(resolved, empty, plan.states, launch, device, output)
     corpus = load_corpus(resolved, config, output)
     check_positions(resolved, config, corpus)
     if found is not None:

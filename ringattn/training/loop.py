@@ -5,7 +5,7 @@ import random
 import signal
 import time
 import warnings
-from pathlib import Path
+from collections.abc import Sequence
 from types import FrameType
 
 import numpy as np
@@ -23,13 +23,14 @@ from ringattn.training.agreement import meet
 from ringattn.training.ahead import BatchesAhead
 from ringattn.training.bad_numbers import check_weights, finite
 from ringattn.training.batches import Batch
-from ringattn.training.checkpoint import TrainState, load_random_states, newest_checkpoint, save_checkpoint
+from ringattn.training.checkpoint import Place, TrainState
 from ringattn.training.config import compute_dtype
 from ringattn.training.determinism import be_deterministic
 from ringattn.training.engines import Engine, EngineOptions, build_engine
 from ringattn.training.flops import StepFlops, peak_flops
 from ringattn.training.grouping import DocumentCost, GroupedPacker, GroupedPosition
 from ringattn.training.job import Job
+from ringattn.training.keeping import Keeping
 from ringattn.training.lora import lora_of
 from ringattn.training.loss import Brought, brought, spoiling
 from ringattn.training.metrics import StepMetrics, StepSeconds, peak_memory_gib
@@ -94,8 +95,8 @@ class Trainer:
         self.memory = MemoryWatch(memory, job.output, dist.get_rank(), job.plan.items, job.plan.advice)
         self.checks = StepChecks(job, self.mesh, self.engine, self._forward)
         self.step, self.tokens, self.position = 0, 0, Position().state_dict()
-        if job.resume is not None:
-            self._load(*job.resume)
+        self.keeping = Keeping(job)
+        self.restore()
 
     def _engine_options(self) -> EngineOptions:
         cfg, job = self.cfg, self.job
@@ -130,17 +131,24 @@ class Trainer:
             deterministic=self.cfg.run.deterministic,
         )
 
-    def _load(self, folder: Path, state: TrainState) -> None:
-        self.engine.load(folder)
-        load_random_states(folder)
+    def restore(self, before: int | None = None) -> bool:
+        """Goes on from the newest good checkpoint, not later than step `before`; False if there is none. Collective.
+
+        Batches that were made ahead are of the old place in the data: a stream is to be opened anew.
+        """
+        state = self.keeping.restored(self.engine, before)
+        if state is None:
+            return False
         self.step, self.tokens, self.position = state.step, state.tokens, state.position
+        return True
 
     def run(self, report: Report) -> bool:
         """Trains until all steps are done or a signal asks to stop, and saves in both cases. True if all are done."""
         cfg = self.cfg
         self.spikes = Spikes(cfg.run.spike, losses_before(self.job.output, self.step) if cfg.run.spike else ())
         with StopRequest() as stop, self._batches() as stream, self._stragglers() as stragglers:
-            first, due = True, False
+            first = True
+            owed: list[Place] = []
             while self.step < cfg.run.steps:
                 started = time.perf_counter()
                 with stragglers.step():
@@ -150,17 +158,26 @@ class Trainer:
                 seconds = StepSeconds(time.perf_counter() - started, waited, warmup=first)
                 report.step(self._metrics(batch, done, seconds))
                 stragglers.done(self.step, waited, warmup=first)
-                first, stopping = False, done.stopping
+                if first:
+                    self.keeping.take_memory(self.engine)
+                first, last = False, done.stopping or self.step == cfg.run.steps
                 if self._went_back(batch, done):
                     report.back_to(self.step)
-                due = due or (cfg.run.save_every > 0 and self.step % cfg.run.save_every == 0)
-                if stopping or self.step == cfg.run.steps or (due and not self.checks.bad_steps.last_was_bad):
-                    due = False
-                    self.save()
-                    report.saved()
-                if stopping:
+                    last = done.stopping
+                owed = self._owed(owed, last)
+                if owed and (last or not self.checks.bad_steps.last_was_bad):
+                    self.save(owed)
+                    report.saved(owed)
+                    owed = []
+                if last:
+                    self.keeping.finish()
                     break
         return bool(self.step == cfg.run.steps)
+
+    def _owed(self, owed: Sequence[Place], last: bool) -> list[Place]:
+        """Where the state is to be saved now, or after the next step whose numbers are good."""
+        due = self.keeping.due(self.step, last)
+        return due if last else [*owed, *(place for place in due if place not in owed)]
 
     def _stragglers(self) -> Stragglers:
         run = self.cfg.run
@@ -173,23 +190,21 @@ class Trainer:
         middle = self.spikes.median_before(self.step, done.loss) if finite(done) else None
         if middle is None:
             return False
-        run, output = self.cfg.run, self.job.output
-        found = newest_checkpoint(output / "checkpoints") if run.on_spike == "skip" else None
-        then = "the run goes on" if run.on_spike == "record" else "there is no checkpoint to go back to"
-        if found is not None:
-            then = f"back to step {found[1].step}, and on with the data after step {self.step}"
-        record_spike(output, self.step, done.loss, middle, batch, then)
-        if found is None:
-            return False
-        self.spikes.back_to(found[1].step, run.max_bad_steps)
-        self._load(*found)
-        self.position = batch.position.state_dict()
-        return True
+        spiked, skip = self.step, self.cfg.run.on_spike == "skip"
+        back = skip and self.restore()
+        then = "there is no checkpoint to go back to" if skip else "the run goes on"
+        if back:
+            then = f"back to step {self.step}, and on with the data after step {spiked}"
+        record_spike(self.job.output, spiked, done.loss, middle, batch, then)
+        if back:
+            self.spikes.back_to(self.step, self.cfg.run.max_bad_steps)
+            self.position = batch.position.state_dict()
+        return back
 
-    def save(self) -> None:
-        """Writes a checkpoint of the steps done so far. Collective.
+    def save(self, places: Sequence[Place] | None = None) -> None:
+        """Saves the steps done so far, on disk unless other places are given. Collective.
 
-        Raises BadNumbers instead of a checkpoint of weights that are not finite.
+        Raises BadNumbers instead of saving weights that are not finite.
         """
         check_weights(self.engine.model, self.step, self.job.device)
         state = TrainState(
@@ -200,7 +215,7 @@ class Trainer:
             self.cfg.engine.name,
             self.world_size,
         )
-        save_checkpoint(self.job.output / "checkpoints", state, self.engine.save, self.cfg.run.keep)
+        self.keeping.save(state, self.engine, places)
 
     def _batches(self) -> BatchesAhead:
         data, mesh = self.cfg.data, self.mesh

@@ -92,10 +92,11 @@ class Hosts:
 
     def lost(self) -> int:
         """Packets that the link has dropped so far."""
-        text = [
-            subprocess.run(["tc", "-n", name, "-s", "qdisc"], capture_output=True, text=True) for name in self.names
-        ]
-        return sum(int(count) for done in text for count in re.findall(r"dropped (\d+)", done.stdout))
+        dropped = 0
+        for name in self.names:
+            shown = subprocess.run(["tc", "-n", name, "-s", "qdisc"], capture_output=True, text=True).stdout
+            dropped += sum(int(count) for count in re.findall(r"dropped (\d+)", shown))
+        return dropped
 
     def cut(self) -> None:
         """Takes the link away: nothing arrives any more, and nobody is told."""

@@ -55,7 +55,7 @@ def test_exit_codes_decide_what_is_started_again(name):
     ending = [rule["onExitCodes"]["values"] for rule in rules if rule["action"] == "FailJob"]
     assert ending == [[EXIT_CODES["refused"]]]
     assert {rule["onExitCodes"]["containerName"] for rule in rules if "onExitCodes" in rule} == {container["name"]}
-    assert {"action": "Ignore", "onPodConditions": [{"type": "DisruptionTarget"}]} in rules
+    assert {"action": "Ignore", "onPodConditions": [{"type": "DisruptionTarget", "status": "True"}]} in rules
     assert spec["template"]["spec"]["restartPolicy"] == "Never"
 
 

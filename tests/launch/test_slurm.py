@@ -28,9 +28,12 @@ NOT_PREEMPTED = "JobId=31234 JobState=RUNNING PreemptTime=None Partition=low"
 
 
 WAITING_SRUN = """#!/usr/bin/env bash
-trap 'echo "srun got TERM" >>"$CALLS"; exit 15' TERM
 echo ready >>"$CALLS"
-for _ in {1..300}; do sleep 0.1; done
+for _ in {1..300}; do [ ! -e "$CALLS.stop" ] || exit 15; sleep 0.1; done
+"""
+SCANCEL = """#!/bin/sh
+echo "scancel $*" >>"$CALLS"
+touch "$CALLS.stop"
 """
 
 
@@ -109,6 +112,28 @@ def test_slurm_requeues_by_how_the_run_ended(
     assert ("scontrol requeue 31234" in checkout.calls) == requeued, done.stderr
 
 
+def signalled(checkout: Checkout, number: signal.Signals, **variables: str) -> tuple[int, str]:
+    """Exit code and messages of a job that is signalled while srun runs. With TERM, SLURM itself tells the ranks."""
+    for name, text in (("srun", WAITING_SRUN), ("scontrol", SCONTROL), ("scancel", SCANCEL)):
+        checkout.program(name, text)
+    checkout.calls_file.write_text("")
+    environment = checkout.environment(SLURM_SUBMIT_DIR=str(checkout.root), **JOB | variables)
+    job = subprocess.Popen(
+        ["bash", "launch/slurm.sbatch"], cwd=checkout.root, env=environment, stderr=subprocess.PIPE, text=True
+    )
+    try:
+        deadline = time.monotonic() + 20
+        while "ready" not in checkout.calls and time.monotonic() < deadline:
+            time.sleep(0.05)
+        job.send_signal(number)
+        if number == signal.SIGTERM:
+            checkout.calls_file.with_name("calls.stop").touch()
+        _, told = job.communicate(timeout=20)
+    finally:
+        job.kill()
+    return job.returncode, told
+
+
 @pytest.mark.parametrize(
     ("number", "ending", "requeued"),
     [
@@ -118,43 +143,18 @@ def test_slurm_requeues_by_how_the_run_ended(
         (signal.SIGTERM, "stopped yes 5", False),
     ],
 )
-def test_slurm_forwards_signals_and_requeues_at_the_time_limit(
+def test_slurm_tells_the_ranks_and_requeues_at_the_time_limit(
     checkout: Checkout, number: signal.Signals, ending: str, requeued: bool
 ) -> None:
-    checkout.program("srun", WAITING_SRUN)
-    checkout.program("scontrol", SCONTROL)
-    checkout.calls_file.write_text("")
-    variables = JOB | {"SLURM_SUBMIT_DIR": str(checkout.root), "PREFLIGHT": "off", "ENDING": ending}
-    job = subprocess.Popen(["bash", "launch/slurm.sbatch"], cwd=checkout.root, env=checkout.environment(**variables))
-    try:
-        deadline = time.monotonic() + 20
-        while "ready" not in checkout.calls and time.monotonic() < deadline:
-            time.sleep(0.05)
-        job.send_signal(number)
-        assert job.wait(timeout=20) == 15
-    finally:
-        job.kill()
-    assert "srun got TERM" in checkout.calls
+    code, told = signalled(checkout, number, PREFLIGHT="off", ENDING=ending)
+    assert code == 15, told
+    assert ("scancel --signal=TERM 31234" in checkout.calls) == (number == signal.SIGUSR1)
     assert ("scontrol requeue 31234" in checkout.calls) == requeued
 
 
 def test_a_signal_while_the_nodes_are_looked_at_is_no_verdict_on_them(checkout: Checkout) -> None:
-    checkout.program("srun", WAITING_SRUN)
-    checkout.program("scontrol", SCONTROL)
-    checkout.calls_file.write_text("")
-    environment = checkout.environment(SLURM_SUBMIT_DIR=str(checkout.root), **JOB)
-    job = subprocess.Popen(
-        ["bash", "launch/slurm.sbatch"], cwd=checkout.root, env=environment, stderr=subprocess.PIPE, text=True
-    )
-    try:
-        deadline = time.monotonic() + 20
-        while "ready" not in checkout.calls and time.monotonic() < deadline:
-            time.sleep(0.05)
-        job.send_signal(signal.SIGTERM)
-        _, told = job.communicate(timeout=20)
-    finally:
-        job.kill()
-    assert job.returncode == 15
+    code, told = signalled(checkout, signal.SIGTERM)
+    assert code == 15
     assert "cannot run this job" not in told
 
 

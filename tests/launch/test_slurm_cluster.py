@@ -15,7 +15,7 @@ from tests.training.forked import ROOT
 from tests.training.test_runs import SMALL, STEPS, assert_same_curve, curve, run
 
 why = unavailable()
-pytestmark = [pytest.mark.slow, pytest.mark.skipif(why is not None, reason=str(why))]
+pytestmark = pytest.mark.skipif(why is not None, reason=str(why))
 
 LIMIT = 180  # seconds for what takes a fraction of it on an idle machine
 JOB = ("--nodes=1", "--gpus-per-node=0", "--partition=low")
@@ -34,6 +34,7 @@ def steps(output: Path) -> int:
     return records[-1]["step"] if records else 0
 
 
+@pytest.mark.slow
 def test_a_job_is_looked_at_preempted_requeued_and_finished(cluster, tmp_path):
     """Preempted by a job of a higher partition, with a time of grace for a checkpoint; the curve is of one run."""
     output, log, began = tmp_path / "run", tmp_path / "job.log", time.monotonic()
@@ -55,6 +56,7 @@ def test_a_job_is_looked_at_preempted_requeued_and_finished(cluster, tmp_path):
     assert_same_curve(curve(output), curve(tmp_path / "alone"))
 
 
+@pytest.mark.nightly
 def test_the_warning_before_the_time_limit_saves_and_requeues_and_a_cancelled_job_stays_so(cluster, tmp_path):
     """USR1 comes as SLURM sends it before the limit, here at once: time limits are of whole minutes."""
     output, log = tmp_path / "run", tmp_path / "job.log"
@@ -73,6 +75,7 @@ def test_the_warning_before_the_time_limit_saves_and_requeues_and_a_cancelled_jo
     assert cluster.job(job)["JobState"] == "CANCELLED"
 
 
+@pytest.mark.nightly
 def test_a_job_that_is_refused_is_not_requeued(cluster, tmp_path):
     log = tmp_path / "job.log"
     job = cluster.submit(

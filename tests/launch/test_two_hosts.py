@@ -20,12 +20,13 @@ from tests.training.forked import ROOT
 from tests.training.test_runs import SMALL, assert_same_curve, curve, environment, run, wait_for_step
 
 why = unavailable()
-pytestmark = [pytest.mark.slow, pytest.mark.skipif(why is not None, reason=str(why))]
+pytestmark = pytest.mark.skipif(why is not None, reason=str(why))
 
 LIMIT = 240  # seconds after which a run hangs, on a busy machine
 GONE_WITHIN = 60  # seconds in which the other host must end when one is gone: its connections close
 HANG_AFTER = 15  # seconds that nothing may move
 CUT_WITHIN = HANG_AFTER + 60  # and in which a run over a cut link must end on both hosts
+RATES = [pytest.param("100mbit", marks=pytest.mark.slow), pytest.param("", marks=pytest.mark.nightly)]
 NOTICES_HANGS = "hang_after:" in (ROOT / "configs" / "run" / "default.yaml").read_text(encoding="utf-8")
 
 
@@ -74,7 +75,7 @@ def tell(what: str, since: float) -> None:
     print(f"{what}: {time.monotonic() - since:.1f} s", file=sys.__stderr__, flush=True)
 
 
-@pytest.mark.parametrize("rate", ["100mbit", pytest.param("", marks=pytest.mark.nightly)], ids=["bad", "good"])
+@pytest.mark.parametrize("rate", RATES, ids=["bad", "good"])
 def test_two_hosts_train_the_curve_of_one(hosts, rate, reference, tmp_path):
     link = hosts.disturb(rate) if rate else "good"
     both = Both(hosts, tmp_path / "run")
@@ -84,6 +85,7 @@ def test_two_hosts_train_the_curve_of_one(hosts, rate, reference, tmp_path):
     assert_same_curve(curve(both.output), reference)
 
 
+@pytest.mark.slow
 def test_a_host_that_is_lost_and_a_link_that_is_cut_end_the_run_and_cost_nothing(hosts, reference, tmp_path):
     """A host loses its power, comes back, and then the link is gone: the same command goes on each time."""
     output = tmp_path / "run"
@@ -115,6 +117,7 @@ def test_a_host_that_is_lost_and_a_link_that_is_cut_end_the_run_and_cost_nothing
     assert_same_curve(curve(output), reference)
 
 
+@pytest.mark.slow
 @pytest.mark.xfail(not NOTICES_HANGS, reason="torchrun --standalone listens on all interfaces", strict=True)
 def test_a_run_of_one_node_listens_on_the_loopback_alone(hosts, tmp_path):
     """Looked at while it trains, when everything that listens does so. The namespace has nobody else's sockets."""
@@ -127,6 +130,7 @@ def test_a_run_of_one_node_listens_on_the_loopback_alone(hosts, tmp_path):
     assert not elsewhere, f"{listening} in\n{log.read_text()}"
 
 
+@pytest.mark.slow
 def test_preflight_finds_the_slow_link(hosts, tmp_path):
     """40 Mbit/s is 0.1 % of what a CPU's links are taken to be; the other checks are as on one host."""
     hosts.disturb("40mbit")

@@ -77,9 +77,10 @@ def _signs(meeting: Meeting, output: Path) -> Path:
 class Door:
     """A port of this node that greets whoever connects, so that others can see whether they reach it."""
 
-    def __init__(self, address: str) -> None:
-        family = socket.getaddrinfo(address, 0, type=socket.SOCK_STREAM)[0][0]
-        self._listener = socket.create_server((address, 0), family=family, backlog=1024)
+    def __init__(self, meeting: Meeting) -> None:
+        family = socket.getaddrinfo(meeting.address, 0, type=socket.SOCK_STREAM)[0][0]
+        at = "" if meeting.wide else meeting.address
+        self._listener = socket.create_server((at, 0), family=family, backlog=1024)
         self.port = int(self._listener.getsockname()[1])
         threading.Thread(target=self._greet, daemon=True).start()
 

@@ -87,6 +87,9 @@ def check_folders(reports: dict[int, Any], bounds: Bounds) -> Check:
             if found["error"]:
                 text = f"{label(reports, node)}: {key} folder {found['path']}: {found['error']}"
                 check.problems.append(Problem(text, (node,)))
+            elif key == "output" and report["unsigned"]:
+                text = f"{label(reports, node)}: nothing can be written in {found['path']}: {report['unsigned']}"
+                check.problems.append(Problem(text, (node,)))
             elif found["free"] < needs:
                 text = f"{label(reports, node)}: {key} folder {found['path']} has {found['free'] / GIB:.1f} GiB free, "
                 check.problems.append(Problem(f"{text}{needs / GIB:.0f} GiB are asked for", (node,)))
@@ -186,6 +189,8 @@ def check_products(reports: dict[int, Any], bounds: Bounds) -> Check:
 def check_reach(reports: dict[int, Any]) -> Check:
     pairs = [(node, int(other), why) for node, report in reports.items() for other, why in report["unreached"].items()]
     check = Check("reach", "" if pairs or len(reports) < 2 else "every node reaches every other")
+    if 0 in reports and reports[0]["wide"]:
+        check.remarks.append("node 0 listened on all its interfaces: the endpoint's name means the loopback there")
     blamed = common(reports, [(a, b) for a, b, _ in pairs])
     for node in blamed:
         why = next(why for a, b, why in pairs if node in (a, b))

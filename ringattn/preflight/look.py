@@ -47,21 +47,20 @@ def look(options: Options) -> tuple[Meeting, dict[int, Any]]:
     Raises NotThere if node 0 does not answer, or went on without this node.
     """
     with ExitStack() as stack:
-        doctor = Doctor(options.device)
-        stack.callback(doctor.close)
         ranks = start_ranks(options.device, options.ranks)
         for rank in ranks:
             stack.callback(rank.close)
         meeting = meet(options.node, options.nodes, options.endpoint, options.name, options.seconds)
         report = examine(options.output, options.cache)
-        door = between.Door(meeting.address)
+        door = between.Door(meeting)
         stack.callback(door.close)
         roster = _roster(meeting, {"host": report["host"], "door": [meeting.address, door.port]}, options.seconds)
         report["address"], report["wide"] = meeting.address, meeting.wide
         report |= _together(meeting, roster, options)
-        until = time.monotonic() + options.seconds
-        passed = wait_for_all(ranks, "product", until)
-        report["kernels"] = doctor.report(until)
+        passed = wait_for_all(ranks, "product", time.monotonic() + options.seconds)
+        doctor = Doctor(options.device)  # only now: the memory of its device was full
+        stack.callback(doctor.close)
+        report["kernels"] = doctor.report(time.monotonic() + options.seconds)
         _links(meeting, roster, ranks, passed, report, options)
         report["ranks"] = [rank.report() for rank in ranks]
         meeting.say(f"report/{meeting.node}", report)

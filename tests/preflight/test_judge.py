@@ -42,6 +42,7 @@ FAULTS: dict[str, tuple[Callable[[Any], Any], list[str]]] = {
     "clock": (lambda report: report.update(clock={"ahead": -7.5, "error": 0.1}), ["clock", "7.5 s behind node 0's"]),
     "disk": (lambda report: report["folders"]["output"].update(free=GIB), ["/shared/out has 1.0 GiB", "10 GiB"]),
     "read-only": (lambda report: report["folders"]["cache"].update(error="no way"), ["cache folder", "no way"]),
+    "no folder": (lambda report: report.update(unsigned="Permission denied"), ["/shared/out", "Permission denied"]),
     "files": (lambda report: report["limits"].update(open_files=256), ["256 open files (ulimit -n), 1024 are needed"]),
     "shm": (lambda report: report["limits"].update(shared_memory=1 << 26), ["/dev/shm has 0.06 GiB free"]),
     "memlock": (lambda report: report["limits"].update(locked_memory=1 << 23), ["locked memory", "InfiniBand"]),

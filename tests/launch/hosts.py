@@ -14,6 +14,9 @@ from contextlib import suppress
 from pathlib import Path
 
 INTERFACE = "link0"
+OVER_THE_LINK = {
+    "GLOO_SOCKET_IFNAME": INTERFACE
+}  # for ranks of both hosts: the name of this machine means the loopback
 SHORT_QUEUE = ("burst", "32kb", "limit", "64kb")
 ADDRESSES = ("10.213.77.1", "10.213.77.2")
 
@@ -64,7 +67,7 @@ class Hosts:
             return subprocess.Popen(
                 ["ip", "netns", "exec", self.names[host], *command],
                 cwd=folder,
-                env=environment | {"GLOO_SOCKET_IFNAME": INTERFACE},
+                env=environment,
                 stdout=file,
                 stderr=subprocess.STDOUT,
                 start_new_session=True,

@@ -15,7 +15,7 @@ import pytest
 
 pytest.importorskip("transformers")
 
-from tests.launch.hosts import ADDRESSES, Hosts, unavailable
+from tests.launch.hosts import ADDRESSES, OVER_THE_LINK, Hosts, unavailable
 from tests.training.forked import ROOT
 from tests.training.test_runs import SMALL, assert_same_curve, curve, environment, run, wait_for_step
 
@@ -57,7 +57,7 @@ class Both:
             where = ["--nodes", "2", "--node-rank", str(number), "--endpoint", f"{ADDRESSES[0]}:29500", "--nproc", "2"]
             recipe = [*SMALL, f"run.output={output}", "parallel.ulysses=2", *hang, *overrides]
             command = [sys.executable, "-m", "ringattn", "train", *where, *recipe]
-            self.hosts.append(hosts.start(number, command, environment(), ROOT, log))
+            self.hosts.append(hosts.start(number, command, environment() | OVER_THE_LINK, ROOT, log))
 
     def end(self, within: float, *numbers: int) -> list[int]:
         """Exit codes of these hosts, both if none are named; fails if they take longer."""
@@ -139,7 +139,7 @@ def test_preflight_finds_the_slow_link(hosts, tmp_path):
     command += ["--device", "cpu", "--machine", "CPU", "--slow", "1", "--free", "1", "--output", str(output)]
     began = time.monotonic()
     nodes = [
-        hosts.start(number, [*command, "--node-rank", str(number)], environment(), ROOT, log)
+        hosts.start(number, [*command, "--node-rank", str(number)], environment() | OVER_THE_LINK, ROOT, log)
         for number, log in enumerate(logs)
     ]
     codes, page = [node.wait(LIMIT) for node in nodes], logs[0].read_text()

@@ -91,7 +91,7 @@ def test_more_ranks_need_more_open_files():
     reports = healthy(2)
     for report in reports.values():
         report["limits"]["open_files"] = 1024
-        report["ranks"] = [rank | {"links": []} for rank in report["ranks"] * 100]
+        report["ranks"] = [rank | {"links": []} for rank in report["ranks"] * 50]
     assert problems(reports) == []
     for report in reports.values():
         report["ranks"] *= 2

@@ -91,7 +91,11 @@ class Cluster:
 
     def __exit__(self, *_: object) -> None:
         subprocess.run(["scancel", "--user=root"], env=self.environment, capture_output=True)
-        time.sleep(1)
+        for _ in range(30):  # jobs outlive a slurmd that ends before them
+            left = subprocess.run(["squeue", "-h"], env=self.environment, capture_output=True, text=True)
+            if not left.stdout:
+                break
+            time.sleep(1)
         for name in ("slurmd", "slurmctld", "munge"):
             with suppress(OSError, ValueError):
                 pid = int((self.folder / f"{name}.pid").read_text())

@@ -24,6 +24,7 @@ import io
 import os
 import re
 import runpy
+import socket
 import sys
 from contextlib import redirect_stdout
 from importlib import metadata
@@ -176,7 +177,26 @@ def rendezvous(args: argparse.Namespace) -> list[str]:
     # machine.
     is_host = f"is_host={str(int(node_rank) == 0).lower()}"
     meeting = ["--rdzv-backend", "c10d", "--rdzv-endpoint", endpoint, "--rdzv-conf", is_host]
+    meeting += local_address(endpoint)
     return ["--nnodes", str(args.nodes), *meeting, "--rdzv-id", args.id or os.environ.get("JOB_ID") or "ringattn"]
+
+
+def local_address(endpoint: str) -> list[str]:
+    """This machine's address on its way to the endpoint, as an option of torchrun.
+
+    torchrun would tell the other machines this one's own name, which often means the loopback, here or to them. Nothing
+    is sent: connecting a datagram socket chooses the address. Where the endpoint itself is the loopback, or has no
+    route yet, torchrun decides.
+    """
+    host, _, port = endpoint.rpartition(":")
+    try:
+        kind, _, _, _, address = socket.getaddrinfo(host.strip("[]"), int(port), type=socket.SOCK_DGRAM)[0]
+        with socket.socket(kind, socket.SOCK_DGRAM) as probe:
+            probe.connect(address)
+            found = str(probe.getsockname()[0])
+    except OSError:
+        return []
+    return [] if found.startswith("127.") or found == "::1" else ["--local-addr", found]
 
 
 def default_ranks() -> int:

@@ -32,9 +32,11 @@ def main(cfg: DictConfig) -> None:
             print(job.plan.text())
         return
     # Imported late: a refusal must not wait for torch.distributed and transformers.
+    from ringattn.training.health.rank import running
     from ringattn.training.loop import train
 
-    train(job)
+    with running(job) as health:
+        train(job, health)
 
 
 if __name__ == "__main__":

@@ -60,8 +60,9 @@ NUMBERS: dict[str, tuple[float, float]] = {
     "optim.weight_decay": (0.0, math.inf),
     "optim.eps": (0.0, math.inf),
     "optim.clip": (0.0, math.inf),
+    "run.grace": (1.0, math.inf),
 }
-SWITCHES = ("data.pad", "parallel.ulysses_across_nodes", "run.plan_only", "run.tensorboard")
+SWITCHES = ("data.pad", "parallel.ulysses_across_nodes", "run.elastic", "run.plan_only", "run.tensorboard")
 TEXTS = ("model.name", "model.family", "model.path", "run.output")
 # Keys that only one option of their group has.
 OF_TEXT = ("data.files", "data.text_field", "data.tokenizer", "data.add_eos", "data.cache")
@@ -73,6 +74,7 @@ OPTIONAL |= {"model.family", "model.path", "model.config", "model.lr", "model.lr
 OPTIONAL |= memory.OPTIONAL | {"model.lora"}
 # Below model.config every key of the transformers configuration is allowed; model.lora has keys of its own.
 KEYS = {*CHOICES, *INTEGERS, *NUMBERS, *SWITCHES, *TEXTS, "model.config", "model.allow_mismatch", "optim.betas"}
+KEYS |= {"run.hang_after"}
 KEYS |= memory.KEYS | {"model.lora"}
 
 
@@ -201,6 +203,8 @@ def _check_values(cfg: DictConfig) -> None:
             raise ValueError(f"{key} must be true or false, got {value!r}")
     for key in TEXTS:
         _check_text(cfg, key)
+    if (value := cfg.run.hang_after) != "auto" and not (_is_number(value) and value >= 1):
+        raise ValueError(f"run.hang_after must be auto or a number of seconds of at least 1, got {value!r}")
     betas = OmegaConf.to_container(cfg.optim.betas) if OmegaConf.is_list(cfg.optim.betas) else cfg.optim.betas
     good = isinstance(betas, list) and len(betas) == 2 and all(_is_number(b) and 0 <= b < 1 for b in betas)
     if not good:

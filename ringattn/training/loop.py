@@ -1,10 +1,8 @@
 """The training loop: data, layout, forward, loss, backward, clip, step, metrics, checkpoint."""
 
 import random
-import signal
 import time
 import warnings
-from types import FrameType
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -25,6 +23,8 @@ from ringattn.training.config import compute_dtype
 from ringattn.training.engines import Engine, EngineOptions, build_engine
 from ringattn.training.flops import StepFlops, peak_flops
 from ringattn.training.grouping import DocumentCost, GroupedPacker, GroupedPosition
+from ringattn.training.health.meeting import meet
+from ringattn.training.health.rank import Health, StopRequest
 from ringattn.training.job import Job
 from ringattn.training.lora import lora_of
 from ringattn.training.loss import brought
@@ -37,31 +37,6 @@ from ringattn.training.report import Report
 from ringattn.training.schedule import Schedule
 
 
-class StopRequest:
-    """Notes SIGTERM, SIGINT and SIGUSR1 (what schedulers send before they take a machine) instead of dying from them.
-
-    A second SIGINT interrupts at once. Use it as a context manager; the handlers before it come back.
-    """
-
-    def __init__(self) -> None:
-        self.requested = False
-        self._before: dict[int, object] = {}
-
-    def _note(self, number: int, frame: FrameType | None) -> None:
-        if self.requested and number == signal.SIGINT:
-            raise KeyboardInterrupt
-        self.requested = True
-
-    def __enter__(self) -> "StopRequest":
-        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
-            self._before[number] = signal.signal(number, self._note)
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        for number, handler in self._before.items():
-            signal.signal(number, handler)  # type: ignore[arg-type]
-
-
 class StepDone(NamedTuple):
     """A step's results, the same on every rank: mean loss and gradient norm of the global batch, and whether any rank
     was asked to stop."""
@@ -72,11 +47,17 @@ class StepDone(NamedTuple):
 
 
 class Trainer:
-    """One run. Making it is collective over all ranks, and so is `run`; both expect an initialised process group."""
+    """One run. Making it is collective over all ranks, and so is `run`.
 
-    def __init__(self, job: Job) -> None:
+    Arguments:
+        health: where this rank says what it does.
+    """
+
+    def __init__(self, job: Job, health: Health | None = None) -> None:
         cfg = job.cfg
         self.job, self.cfg = job, cfg
+        self.health = health = Health() if health is None else health
+        meet(job.launch, health)
         parallel = cfg.parallel
         self.mesh = init_mesh(
             data=parallel.data,
@@ -120,6 +101,7 @@ class Trainer:
     def _attach(self, model: nn.Module) -> None:
         """What is done to a model before it is sharded."""
         parallel = self.cfg.parallel
+        self.health.watch_layers(model)
         if self.cfg.engine.compile == "elementwise":
             Elementwise(model)
         parallelize(
@@ -141,14 +123,19 @@ class Trainer:
     def run(self, report: Report) -> bool:
         """Trains until all steps are done or a signal asks to stop, and saves in both cases. True if all are done."""
         cfg = self.cfg
-        with StopRequest() as stop, self._batches() as stream:
+        record = self.health.record
+        with StopRequest(record) as stop, self._batches() as stream:
             first = True
             while self.step < cfg.run.steps:
                 started = time.perf_counter()
+                record.begin(self.step + 1)
+                record.at("data")
                 batch = next(stream)
+                self.health.computes(batch.targets, batch.lengths)
                 waited = time.perf_counter() - started
                 done = self._train_step(batch, stop.requested)
                 seconds = StepSeconds(time.perf_counter() - started, waited, warmup=first)
+                record.took(seconds.seconds)
                 report.step(self._metrics(batch, done, seconds))
                 first, stopping = False, done.stopping
                 due = cfg.run.save_every > 0 and self.step % cfg.run.save_every == 0
@@ -161,6 +148,7 @@ class Trainer:
 
     def save(self) -> None:
         """Writes a checkpoint of the steps done so far. Collective."""
+        self.health.record.at("saving")
         state = TrainState(
             self.step,
             self.tokens,
@@ -188,7 +176,8 @@ class Trainer:
     def _train_step(self, batch: Batch[LocalPack], stop: bool) -> StepDone:
         """One optimiser step. The host waits for the device once, at its end."""
         loss = torch.zeros((), device=self.job.device)
-        with self.memory.step(self.step + 1) as at:
+        with self.memory.step(self.step + 1) as told:
+            at = self.health.in_step(told)
             for local in batch.micro:
                 at("forward pass")
                 share = self._forward(local, batch.targets_of(self.mesh.data_rank, self.mesh.data))
@@ -240,7 +229,7 @@ class Trainer:
 
 
 @FirstFailure()
-def train(job: Job) -> None:
+def train(job: Job, health: Health | None = None) -> None:
     """Runs a prepared job to its end, or to a checkpoint if a signal asks to stop. Collective."""
     rank0 = job.launch.rank == 0
     if job.done:
@@ -248,12 +237,14 @@ def train(job: Job) -> None:
             print(_finished(job))
         return
     _quiet_libraries()
-    trainer = Trainer(job)
+    health = Health() if health is None else health
+    trainer = Trainer(job, health)
     _same_checkpoint_everywhere(job)
     if rank0:
         write_config(job.cfg, job.output, job.model_config)
     with Report(job, trainer.step, trainer.engine.num_parameters, enabled=rank0) as report:
         done = trainer.run(report)
+    health.finished(trainer.step, done)
     if rank0:
         state = "done" if done else f"stopped after step {trainer.step}; start again with the same command to go on"
         print(f"{state}: {job.output}", flush=True)

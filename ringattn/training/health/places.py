@@ -1,0 +1,104 @@
+"""Where the health of a run is kept: records in this machine's memory, what nodes tell each other in the run's folder.
+
+    /dev/shm/ringattn-USER-AGENT-BEGAN-RUN/LOCAL-PID.record     one a rank
+    OUTPUT/health/node-N.json                                   by the monitor of node N
+    OUTPUT/health/verdict-ATTEMPT.json                          by the first monitor that ends the run
+"""
+
+import hashlib
+import json
+import os
+import re
+import tempfile
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+HEALTH = "health"
+_CHECKPOINT = re.compile(r"step-(\d{8})")
+
+
+def memory_root() -> Path:
+    """The folder of files in memory, or that of temporary files where there is none."""
+    shared = Path("/dev/shm")
+    return shared if shared.is_dir() and os.access(shared, os.W_OK) else Path(tempfile.gettempdir())
+
+
+def memory_folder(agent: int, began: int, output: Path) -> Path:
+    """Of the records of this machine's ranks of a run.
+
+    Arguments:
+        agent, began: the process that started the ranks.
+    """
+    name = hashlib.sha256(str(output).encode()).hexdigest()[:12]
+    return memory_root() / f"ringattn-{os.getuid()}-{agent}-{began}-{name}"
+
+
+def folders_of(agent: int) -> list[Path]:
+    """Folders of records of ranks that a process has started."""
+    return sorted(memory_root().glob(f"ringattn-{os.getuid()}-{agent}-*"))
+
+
+def records_in(folder: Path) -> list[Path]:
+    return sorted(folder.glob("*-*.record"))
+
+
+def node_file(output: Path, node: int) -> Path:
+    return output / HEALTH / f"node-{node}.json"
+
+
+def verdict_file(output: Path, attempt: int) -> Path:
+    return output / HEALTH / f"verdict-{attempt:016x}.json"
+
+
+def newest_step(output: Path) -> int:
+    """Steps in the newest complete checkpoint of a run, 0 without one."""
+    found = [0]
+    try:
+        for path in (output / "checkpoints").iterdir():
+            match = _CHECKPOINT.fullmatch(path.name)
+            if match and (path / "complete.json").is_file():
+                found.append(int(match[1]))
+    except OSError:
+        pass
+    return max(found)
+
+
+def write_json(path: Path, value: Any, first: bool = False) -> bool:
+    """Writes a file that is complete or absent.
+
+    Arguments:
+        first: leave the file alone if somebody else was first.
+
+    False where it could not be written, or was there.
+    """
+    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        partial.write_text(json.dumps(value) + "\n")
+        if not first:
+            partial.replace(path)
+            return True
+        try:
+            os.link(partial, path)
+        except FileExistsError:
+            return False
+        except OSError:  # a file system without links
+            if path.exists():
+                return False
+            partial.replace(path)
+        return True
+    except OSError:
+        return False
+    finally:
+        with suppress(OSError):
+            partial.unlink()
+
+
+def read_json(path: Path) -> dict[str, Any] | None:
+    """What a file holds; None if it is not there or is no object."""
+    try:
+        value = json.loads(path.read_text())
+    except (OSError, ValueError):
+        return None
+    return value if isinstance(value, dict) else None

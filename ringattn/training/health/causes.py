@@ -49,6 +49,8 @@ def gone(one: Standing, host: str, out_of_memory: int, stack: Stack | None) -> V
             "the host's memory was full; fewer memory.host_layers or fewer ranks on this machine need less",
             restart=False,
         )  # fmt: skip
+    if one.told:
+        return Verdict("rank-gone", (one.rank,), f"{who}: it was told to stop, and killed before it had saved")
     if one.phase in ("starting", "joining") and not one.step:
         return Verdict("rank-gone", (one.rank,), f"{who}: it was ended by a signal, or crashed, before it trained")
     return Verdict("rank-gone", (one.rank,), f"{who}: it was killed (SIGKILL), by a person, a scheduler or the system")
@@ -77,28 +79,36 @@ def hang(standings: Mapping[int, Standing], stacks: Mapping[int, Stack], world_s
     still = f"nothing has changed for {seconds:.0f} s"
     missing = sorted(set(range(world_size)) - set(standings))
     if missing:
-        return Verdict("hang", tuple(missing), f"{still}: {names(missing)} say nothing: machine or network gone")
+        cause = f"{still}: nothing is known of {names(missing)}: their machine is gone, or does not reach the run's folder"
+        return Verdict("hang", tuple(missing), cause)
     # Only of ranks in the same step: one that is behind has the batch before.
     newest = max(one.step for one in standings.values())
-    odd = _minority({rank: one.plans for rank, one in standings.items() if one.step == newest})
+    odd = _minority({rank: (one.batch, one.plans) for rank, one in standings.items() if one.step == newest})
     if odd:
-        return Verdict("hang", odd, f"{still}: {names(odd)} computed another batch or other plans than the other ranks")
+        computes = "computes" if len(odd) == 1 else "compute"
+        return Verdict("hang", odd, f"{still}: {names(odd)} {computes} another batch or other plans than the other ranks")
     waiting = {rank for rank, stack in stacks.items() if stack.waits}
     busy = sorted(set(stacks) - waiting)
     if waiting and busy:
         at = "; ".join(f"rank {rank} is at {stacks[rank].where or '?'}" for rank in busy[:SHOWN])
-        return Verdict("hang", tuple(busy), f"{still}: {names(waiting)} wait for {names(busy)}: {at}, and in no collective")
+        cause = f"{still}: {_wait(waiting)} for {names(busy)}: {at}, and in no collective"
+        return Verdict("hang", tuple(busy), cause)
     if waiting:
         calls = {rank: (stacks[rank].call, stacks[rank].where) for rank in sorted(waiting)}
         odd = _minority(calls)
+        if len(odd) * 2 >= len(calls):  # no majority: who skips one is further than the others
+            most = max(progress(standings[rank]) for rank in calls)
+            ahead = tuple(rank for rank in calls if progress(standings[rank]) == most)
+            odd = ahead if len(ahead) < len(calls) else odd
         if odd:
             return Verdict("hang", odd, _skipped(still, odd, calls, standings))
     behind = _behind(standings)
     if behind:
         others = sorted(set(standings) - set(behind))
-        return Verdict("hang", behind, f"{still}: {names(behind)} fell behind, at {standings[behind[0]].where()}, and {names(others)} wait")
-    everyone = tuple(sorted(standings))
-    return Verdict("hang", everyone, f"{still}: all ranks wait in the same place: a link between them is cut or very slow")
+        where = standings[behind[0]].where()
+        return Verdict("hang", behind, f"{still}: {names(behind)} fell behind, in {where}, and {_wait(others)}")
+    cause = f"{still}: all ranks wait in the same place: a link between them is cut or very slow"
+    return Verdict("hang", tuple(sorted(standings)), cause)
 
 
 def table(standings: Mapping[int, Standing], stacks: Mapping[int, Stack], suspects: Sequence[int]) -> list[str]:
@@ -119,10 +129,8 @@ def table(standings: Mapping[int, Standing], stacks: Mapping[int, Stack], suspec
 def _skipped(
     still: str, odd: Sequence[int], calls: Mapping[int, tuple[str, str]], standings: Mapping[int, Standing]
 ) -> str:
-    usual = Counter(calls.values()).most_common(1)[0][0]
-    if usual == calls[odd[0]]:  # two ranks: either may be the one that is wrong
-        usual = next(call for call in calls.values() if call != usual)
     rest = sorted(set(calls) - set(odd))
+    usual = calls[rest[0]]
     return (
         f"{still}: ranks wait in different collectives, so one was skipped or called twice: {names(odd)} in "
         f"{calls[odd[0]][0]} at {calls[odd[0]][1]} ({standings[odd[0]].where()}), {names(rest)} in {usual[0]} at "
@@ -152,6 +160,10 @@ def _minority(values: Mapping[int, Any]) -> tuple[int, ...]:
         return ()
     (first, _), *_ = counts.most_common(1)
     return tuple(sorted(rank for rank, value in values.items() if value != first))
+
+
+def _wait(ranks: Any) -> str:
+    return f"{names(ranks)} {'waits' if len(ranks) == 1 else 'wait'}"
 
 
 def names(ranks: Any) -> str:

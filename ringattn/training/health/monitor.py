@@ -122,6 +122,9 @@ class Monitor:
                 one.standing, one.since = standing, now
             one.state = processes.state(standing.pid, standing.started)
             if one.state != processes.STOPPED:
+                if one.stopped_since and self._told_stopped:
+                    tell(f"rank {standing.rank} goes on after {now - one.stopped_since:.0f} s")
+                    self._told_stopped = False
                 one.stopped_since = 0.0
             elif not one.stopped_since:
                 one.stopped_since = now
@@ -137,15 +140,15 @@ class Monitor:
                 return Seen(path, one, now)
         return None
 
-    def patience(self) -> float:
-        """Seconds that a record may stay as it is."""
-        if self.watch.hang_after is not None:
-            patience = self.watch.hang_after
-        else:
-            patience = max([LEAST, *(TIMES * seconds for one in self.seen.values() for seconds in one.steps)])
-        quick = all(one.standing.phase not in ("starting", "joining", "saving", "done") for one in self.seen.values())
-        first = any(one.standing.step_seconds == 0 for one in self.seen.values())
-        return patience if quick and not (first and self.watch.hang_after is None) else max(patience, SLOW)
+    def patience(self, one: Seen) -> float:
+        """Seconds that a rank's record may stay as it is."""
+        given = self.watch.hang_after
+        patience = max([LEAST, *(TIMES * took for seen in self.seen.values() for took in seen.steps)])
+        patience = patience if given is None else given
+        long = one.standing.phase in ("starting", "joining", "saving")
+        # The first step compiles; who gives a number of seconds knows how long that takes.
+        long |= one.standing.step_seconds == 0 and given is None
+        return max(patience, SLOW) if long else patience
 
     # --- judging
 
@@ -166,27 +169,33 @@ class Monitor:
                 return self._gone(one)
         if ended and all(one.standing.phase == "failed" for one in self.seen.values()):
             return causes.failed(ended[0].standing)
-        patience = self.patience()
         held = [one for one in self.seen.values() if one.stopped_since]
-        if held and (verdict := self._stopped(held, patience)):
-            return verdict
-        still = [now - one.since for one in self.seen.values() if one.standing.phase != "done"]
-        if not still or held:
-            return None
-        if max(still) > 0.75 * patience and not self._suspected:
+        if held:
+            return self._stopped(held)
+        return self._still(now)
+
+    def _still(self, now: float) -> Verdict | None:
+        """Whether a rank stands still for longer than it may. Stacks are taken before that: as it ends it is late."""
+        late = 0.0  # of what a rank may: the share that has passed
+        for one in self.seen.values():
+            if one.standing.phase != "done":
+                late = max(late, (now - one.since) / self.patience(one))
+        if late > 0.75 and not self._suspected:
             self._suspected = self.take_stacks()
             self._told_nodes = -TOLD_EVERY  # other nodes shall know now
-        if max(still) < 0.5 * patience:
+        elif late < 0.5:
             self._suspected = {}
-        return self._hang(max(still)) if max(still) > patience else None
+        return self._hang(max(now - one.since for one in self.seen.values())) if late > 1 else None
 
     def _gone(self, one: Seen) -> Verdict:
         time.sleep(POLL)  # what a dying process wrote, and the kernel counted, is there now
         kills = processes.out_of_memory_kills() - self._killed_before
         return causes.gone(one.standing, self.host, kills, self._stack_of(one))
 
-    def _stopped(self, held: list[Seen], patience: float) -> Verdict | None:
+    def _stopped(self, held: list[Seen]) -> Verdict | None:
+        """Of ranks that a signal holds: named after some seconds, and the end of the run when that is too long."""
         longest = max(time.monotonic() - one.stopped_since for one in held)
+        patience = max(self.patience(one) for one in held)
         verdict = causes.stopped([one.standing for one in held], self.host, longest)
         if longest > patience:
             return verdict

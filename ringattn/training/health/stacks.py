@@ -50,8 +50,7 @@ def read_stacks(text: str) -> Stack:
     for thread in [main, *reversed(threads[:-1])]:
         waiting = [frame for frame in thread if any(place in frame["file"] for place in _WAITS)]
         if waiting and waiting[0] in thread[:6]:
-            # The outermost of torch.distributed is what was called: all_reduce, and not the wrappers in it.
-            return Stack(True, waiting[-1]["name"], _own_place(thread), crashed[1] if crashed else "")
+            return Stack(True, _called(waiting), _own_place(thread), crashed[1] if crashed else "")
     return Stack(False, "", _own_place(main), crashed[1] if crashed else "")
 
 
@@ -67,6 +66,13 @@ def from_outside(pid: int, seconds: float = 10) -> str:
     except (OSError, subprocess.TimeoutExpired):
         return ""
     return done.stdout
+
+
+def _called(frames: list[re.Match[str]]) -> str:
+    """The collective, such as all_reduce, from the frames of torch.distributed."""
+    named = [frame for frame in frames if frame["name"] not in ("wrapper", "inner", "<lambda>")]
+    collectives = [frame["name"] for frame in named if frame["file"].endswith("distributed_c10d.py")]
+    return (collectives or [frame["name"] for frame in reversed(named)] or ["?"])[0]
 
 
 def _own_place(frames: list[re.Match[str]]) -> str:

@@ -2,7 +2,8 @@
 
 Starts under torchrun (`ringattn train` calls it), as the tasks of SLURM's srun, or alone. Every key is in `configs/`,
 with a comment.
-Exit codes: 0 done (or stopped by a signal, with a checkpoint), 2 for a configuration that cannot run.
+Exit codes of a rank: 0 done, or stopped by a signal with a checkpoint; 2 for a configuration that cannot run. torchrun
+makes 1 of all but 0, and `ringattn train` more than it: how a run ended stands in exit.json of its folder.
 """
 
 import os
@@ -15,6 +16,7 @@ from yaml import YAMLError
 
 from ringattn.training.choices import chosen_by_user
 from ringattn.training.failures import reported
+from ringattn.training.health.start import hold, refused
 from ringattn.training.job import prepare
 from ringattn.training.launched import current
 from ringattn.training.refusal import refuse
@@ -25,9 +27,11 @@ def main(cfg: DictConfig) -> None:
     """Refuses before any process group starts, then trains."""
     try:
         job = prepare(cfg, current(), chosen_by_user(cfg))
+        lock = None if job.cfg.run.plan_only else hold(job)
     except (ValueError, OmegaConfBaseException) as error:
+        refused(cfg, error)
         refuse(error)
-    if job.cfg.run.plan_only:
+    if lock is None:
         if job.launch.rank == 0:
             print(job.plan.text())
         return
@@ -35,7 +39,7 @@ def main(cfg: DictConfig) -> None:
     from ringattn.training.health.rank import running
     from ringattn.training.loop import train
 
-    with running(job) as health:
+    with running(job, lock) as health:
         train(job, health)
 
 

@@ -79,14 +79,18 @@ def hang(standings: Mapping[int, Standing], stacks: Mapping[int, Stack], world_s
     still = f"nothing has changed for {seconds:.0f} s"
     missing = sorted(set(range(world_size)) - set(standings))
     if missing:
-        cause = f"{still}: nothing is known of {names(missing)}: their machine is gone, or does not reach the run's folder"
+        cause = (
+            f"{still}: nothing is known of {names(missing)}: their machine is gone, or does not reach the run's folder"
+        )
         return Verdict("hang", tuple(missing), cause)
     # Only of ranks in the same step: one that is behind has the batch before.
     newest = max(one.step for one in standings.values())
     odd = _minority({rank: (one.batch, one.plans) for rank, one in standings.items() if one.step == newest})
     if odd:
         computes = "computes" if len(odd) == 1 else "compute"
-        return Verdict("hang", odd, f"{still}: {names(odd)} {computes} another batch or other plans than the other ranks")
+        return Verdict(
+            "hang", odd, f"{still}: {names(odd)} {computes} another batch or other plans than the other ranks"
+        )
     waiting = {rank for rank, stack in stacks.items() if stack.waits}
     busy = sorted(set(stacks) - waiting)
     if waiting and busy:

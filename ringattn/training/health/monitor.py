@@ -25,7 +25,6 @@ TOLD_EVERY = 5.0  # seconds between files for other nodes
 STOPPED_AFTER = 5.0  # seconds after which a stopped rank is named
 WAITING_AFTER = 10.0  # seconds after which ranks that wait for others say so; then each time that has tripled
 LAST_WORDS = 5.0  # seconds that ranks have to end by themselves when one is gone
-NODE_SILENT = 60.0  # seconds after which another node's monitor is missed
 LEAST, TIMES = 60.0, 10  # `auto`: so many seconds, and so many times the slowest of recent steps
 SLOW = 1800.0  # seconds that starting, the first step (which compiles) and saving may take at least
 RECENT = 20  # steps
@@ -161,18 +160,28 @@ class Monitor:
                 "launcher-gone", (),
                 f"the launcher (process {agent} on {self.host}) is gone, and nobody would start these ranks again",
             )  # fmt: skip
-        ended = [one for one in self.seen.values() if one.state == processes.GONE]
-        for one in sorted(ended, key=lambda one: one.standing.message.startswith(PEER)):
-            if one.standing.phase == "failed" and not one.standing.message.startswith(PEER):
-                return causes.failed(one.standing)
-            if one.standing.phase not in ("done", "failed"):
-                return self._gone(one)
-        if ended and all(one.standing.phase == "failed" for one in self.seen.values()):
-            return causes.failed(ended[0].standing)
+        if verdict := self._ended(now):
+            return verdict
         held = [one for one in self.seen.values() if one.stopped_since]
         if held:
             return self._stopped(held)
         return self._still(now)
+
+    def _ended(self, now: float) -> Verdict | None:
+        """Of ranks that are gone before their time. Torchrun may have ended one because another failed, and lost
+        connections are nobody's reason: a rank with a reason of its own comes first."""
+        ended = [one for one in self.seen.values() if one.state == processes.GONE]
+        failed = [one for one in self.seen.values() if one.standing.phase == "failed"]
+        reasons = [one for one in failed if not one.standing.message.startswith(PEER)]
+        late = any(now - one.since > 4 * LAST_WORDS for one in failed)  # and still there: it cannot end
+        if reasons and (ended or late):
+            return causes.failed(reasons[0].standing)
+        for one in ended:
+            if one.standing.phase not in ("done", "failed"):
+                return self._gone(one)
+        if failed and (late or len(ended) == len(self.seen)):
+            return causes.failed(failed[0].standing)
+        return None
 
     def _still(self, now: float) -> Verdict | None:
         """Whether a rank stands still for longer than it may. Stacks are taken before that: as it ends it is late."""
@@ -285,12 +294,13 @@ class Monitor:
         tell(f"{causes.names(here)} on {self.host} wait for the others since {waited:.0f} s: {who}")
 
     def _nodes_here(self) -> list[dict[str, Any]]:
-        """What nodes say that wrote in the last minute, by the clock of the file system."""
+        """What nodes say that wrote lately, by the clock of the file system."""
         found = []
+        own = places.node_file(self.output, self.watch.node)
         for node in range(self.watch.world_size // self.watch.ranks_per_node):
             path = places.node_file(self.output, node)
             try:
-                fresh = abs(time.time() - path.stat().st_mtime) < NODE_SILENT
+                fresh = own.stat().st_mtime - path.stat().st_mtime < places.FRESH
             except OSError:
                 continue
             said = places.read_json(path) if fresh else None

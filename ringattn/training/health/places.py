@@ -1,8 +1,8 @@
 """Where the health of a run is kept: records in this machine's memory, what nodes tell each other in the run's folder.
 
-    /dev/shm/ringattn-USER-AGENT-BEGAN-RUN/LOCAL-PID.record     one a rank
-    OUTPUT/health/node-N.json                                   by the monitor of node N
-    OUTPUT/health/verdict-ATTEMPT.json                          by the first monitor that ends the run
+/dev/shm/ringattn-USER-AGENT-BEGAN-RUN/LOCAL-PID.record     one a rank
+OUTPUT/health/node-N.json                                   by the monitor of node N
+OUTPUT/health/verdict-ATTEMPT.json                          by the first monitor that ends the run
 """
 
 import hashlib
@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 HEALTH = "health"
+FRESH = 30.0  # seconds after which a machine that says nothing any more is not there
 _CHECKPOINT = re.compile(r"step-(\d{8})")
 
 
@@ -36,7 +37,12 @@ def memory_folder(agent: int, began: int, output: Path) -> Path:
 
 def folders_of(agent: int) -> list[Path]:
     """Folders of records of ranks that a process has started."""
-    return sorted(memory_root().glob(f"ringattn-{os.getuid()}-{agent}-*"))
+    return sorted(memory_root().glob(f"ringattn-{os.getuid()}-{agent}-*/"))
+
+
+def refusal_file(agent: int) -> Path:
+    """Made by who started an agent and wants to know why its ranks refuse to run, and written by the first of them."""
+    return memory_root() / f"ringattn-{os.getuid()}-{agent}.refusal"
 
 
 def records_in(folder: Path) -> list[Path]:
@@ -45,6 +51,24 @@ def records_in(folder: Path) -> list[Path]:
 
 def node_file(output: Path, node: int) -> Path:
     return output / HEALTH / f"node-{node}.json"
+
+
+def launcher_file(output: Path, node: int) -> Path:
+    """Of a machine that waits for others to start."""
+    return output / HEALTH / f"launcher-{node}.json"
+
+
+def fresh_nodes(output: Path, own: int, count: int) -> list[int]:
+    """Machines that wait as this one does, by the clock of the file system that they share."""
+    found = []
+    for node in range(count):
+        try:
+            age = launcher_file(output, own).stat().st_mtime - launcher_file(output, node).stat().st_mtime
+        except OSError:
+            continue
+        if age < FRESH:
+            found.append(node)
+    return found
 
 
 def verdict_file(output: Path, attempt: int) -> Path:

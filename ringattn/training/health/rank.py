@@ -25,11 +25,11 @@ from ringattn.first_failure import PeerFailed, said
 from ringattn.hf.layers import decoder_layers
 from ringattn.training.health import places, processes
 from ringattn.training.health.endings import RECURS, ending_of, kind_of
-from ringattn.training.health.lock import Lock, take
+from ringattn.training.health.lock import Lock
 from ringattn.training.health.monitor import Watch
 from ringattn.training.health.record import Record
 from ringattn.training.health.stacks import SIGNAL
-from ringattn.training.incidents import EXIT, Ending, read_ending, record_incident, write_ending
+from ringattn.training.incidents import Ending, read_ending, record_incident, write_ending
 from ringattn.training.job import Job
 
 PACKAGE = Path(__file__).parents[2]
@@ -123,16 +123,15 @@ class StopRequest:
 
 
 @contextmanager
-def running(job: Job) -> Iterator[Health]:
-    """Around a run on this rank: holds the folder's lock, keeps its record, has a monitor watch it, and writes at the
-    end how it ended.
+def running(job: Job, lock: Lock) -> Iterator[Health]:
+    """Around a run on this rank: keeps its record, has a monitor watch it, and writes at the end how it ended.
 
-    Raises ValueError if another run is in the folder, or if this start follows one that would only fail again.
+    Arguments:
+        lock: of the run's folder, on rank 0.
     """
     if job.done:
         yield Health()
         return
-    lock = _begin(job) if job.launch.rank == 0 else Lock(-1)
     agent = _end_with_launcher()
     record = _record(job, agent[0] or os.getppid())
     health = Health(record)
@@ -151,28 +150,6 @@ def running(job: Job) -> Iterator[Health]:
         health.record.at("done")
     finally:
         lock.release()
-
-
-def _begin(job: Job) -> Lock:
-    """Of rank 0: takes the folder for this run, and away what an earlier one said of its end."""
-    before = read_ending(job.output)
-    if int(os.environ.get("TORCHELASTIC_RESTART_COUNT") or 0) and before is not None:
-        if before.state == "failed" and not before.restart:
-            raise ValueError(f"not started again, it would come to the same end: {before.why}")
-    lock, note = take(job.output)
-    if note:
-        print(f"warning: {note}", file=sys.stderr, flush=True)
-    newest = places.newest_step(job.output)
-    known = 0 if job.resume is None else job.resume[1].step
-    if newest > known:
-        lock.release()
-        raise ValueError(
-            f"run.output={job.output}: another run wrote the checkpoint of step {newest} while this one started; start "
-            "again to go on from there"
-        )
-    for path in (job.output / EXIT, *(job.output / places.HEALTH).glob("verdict-*.json")):
-        path.unlink(missing_ok=True)
-    return lock
 
 
 def _write_failure(job: Job, error: BaseException) -> None:

@@ -145,8 +145,7 @@ class Monitor:
         patience = max([LEAST, *(TIMES * took for seen in self.seen.values() for took in seen.steps)])
         patience = patience if given is None else given
         long = one.standing.phase in ("starting", "joining", "saving")
-        # The first step compiles; who gives a number of seconds knows how long that takes.
-        long |= one.standing.step_seconds == 0 and given is None
+        long |= one.standing.step_seconds == 0  # the first step compiles
         return max(patience, SLOW) if long else patience
 
     # --- judging

@@ -9,7 +9,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 LOCK = ".lock"
-PATIENCE = 15.0  # seconds: ranks that were told to end, or whose launcher is gone, need some
+PATIENCE = 10.0  # seconds: ranks that were told to end, or whose launcher is gone, need some
 
 
 class Lock:

@@ -10,6 +10,7 @@ import signal
 import socket
 import sys
 import time
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -237,6 +238,8 @@ class Monitor:
     def take_stacks(self) -> dict[int, Stack]:
         """Asks every rank that runs for its stacks, and looks at stopped ones from outside."""
         for one in self.seen.values():
+            with suppress(OSError):
+                os.truncate(one.stacks_path, 0)  # what an earlier doubt left there; ranks add to its end
             if one.state == processes.ALIVE and one.stacks_path.exists():
                 processes.end(one.standing.pid, one.standing.started, SIGNAL)
             elif one.state == processes.STOPPED and (text := from_outside(one.standing.pid)):

@@ -25,13 +25,14 @@ def memory_root() -> Path:
     return shared if shared.is_dir() and os.access(shared, os.W_OK) else Path(tempfile.gettempdir())
 
 
-def memory_folder(agent: int, began: int, output: Path) -> Path:
-    """Of the records of this machine's ranks of a run.
+def memory_folder(agent: int, began: int, output: Path, meeting: str) -> Path:
+    """Of the records of this machine's ranks of one start of a run.
 
     Arguments:
         agent, began: the process that started the ranks.
+        meeting: where they meet, another place for every start.
     """
-    name = hashlib.sha256(str(output).encode()).hexdigest()[:12]
+    name = hashlib.sha256(f"{output}\n{meeting}".encode()).hexdigest()[:12]
     return memory_root() / f"ringattn-{os.getuid()}-{agent}-{began}-{name}"
 
 

@@ -179,7 +179,7 @@ def _end_with_launcher() -> tuple[int, int]:
 def _record(job: Job, parent: int) -> Record | None:
     """The record of this rank, and its stacks on demand; None where this machine has no room for it."""
     launch = job.launch
-    folder = places.memory_folder(parent, processes.started(parent), job.output)
+    folder = _folder(job, parent)
     path = folder / f"{launch.local_rank}-{os.getpid()}.record"
     try:
         folder.mkdir(mode=0o700, exist_ok=True)
@@ -195,12 +195,17 @@ def _record(job: Job, parent: int) -> Record | None:
     return record
 
 
+def _folder(job: Job, parent: int) -> Path:
+    meeting = f"{job.launch.master_addr}:{job.launch.master_port}"
+    return places.memory_folder(parent, processes.started(parent), job.output, meeting)
+
+
 def _start_monitor(job: Job, agent: tuple[int, int], lock: Lock) -> None:
     launch, hang_after = job.launch, job.cfg.run.hang_after
     parent = agent[0] or os.getppid()
     used, most = (int(os.environ.get(f"TORCHELASTIC_{name}") or 0) for name in ("RESTART_COUNT", "MAX_RESTARTS"))
     watch = Watch(
-        folder=str(places.memory_folder(parent, processes.started(parent), job.output)),
+        folder=str(_folder(job, parent)),
         output=str(job.output),
         node=launch.rank // launch.ranks_per_node,
         ranks_per_node=launch.ranks_per_node,

@@ -36,7 +36,7 @@ class Stack:
 
 
 def read_stacks(text: str) -> Stack:
-    """The newest dump in what a rank's file holds."""
+    """What one dump says."""
     crashed = _CRASHED.search(text)
     threads: list[list[re.Match[str]]] = []
     main: list[re.Match[str]] = []

@@ -1,7 +1,7 @@
 """Faults, made on purpose in tiny runs, and what came of them: rows of a table, each a function of an empty folder.
 
-    for name, row in ROWS.items():
-        fact = row(folder)
+for name, row in ROWS.items():
+    fact = row(folder)
 """
 
 import os
@@ -192,7 +192,7 @@ def told(name: str, number: int, within: float, folder: Path, kind: str = "slow5
     program = (
         f"import sys; from pathlib import Path; from ringattn.commands import train; sys.argv = {command[2:]!r}; "
         f"train.RECIPE = Path({str(folder / 'recipe.py')!r}); "
-        "from ringattn.cli import main; sys.exit(main(sys.argv[2:]))"
+        "from ringattn.cli import main; sys.exit(main(sys.argv[1:]))"
     )
     (folder / "recipe.py").write_text(
         "import runpy, sys\n"

@@ -91,8 +91,8 @@ def test_a_signal_in_a_long_step_loses_nothing(name: str, undisturbed: Curve, tm
 def test_of_two_runs_in_a_folder_one_trains(undisturbed: Curve, tmp_path) -> None:
     """Both at once, while the folder is new."""
     output = tmp_path / "out"
-    slow = "slow20:1:2"  # so that the second one is out of patience before the first is done
-    runs = [faults.start_forked(output, fault=slow) for _ in range(2)]
+    slow = "slow14:1:2"  # so that the second one is out of patience before the first is done
+    runs = [faults.start_forked(output, "run.hang_after=100", fault=slow) for _ in range(2)]
     faults.wait_for(lambda: any(run[0].exitcode is not None for run in runs), "neither gave way")
     refused = next(run for run in runs if run[0].exitcode is not None)
     trains = next(run for run in runs if run is not refused)

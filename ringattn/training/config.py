@@ -268,9 +268,8 @@ def _check_mesh(cfg: DictConfig, world_size: int, ranks_per_node: int) -> MeshSh
             ulysses_across_nodes=parallel.ulysses_across_nodes,
         )
     except ValueError as error:
-        raise ValueError(
-            f"parallel.data, parallel.ring, parallel.ulysses: {error}; run.elastic=true lets sizes that do not fit give way"
-        ) from None
+        hint = "run.elastic=true lets sizes that do not fit give way"
+        raise ValueError(f"parallel.data, parallel.ring, parallel.ulysses: {error}; {hint}") from None
     try:
         check_scheme(AttentionOptions(scheme=parallel.scheme), shape)
     except ValueError as error:

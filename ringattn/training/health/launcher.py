@@ -16,6 +16,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -27,6 +28,7 @@ from ringattn.training.incidents import Ending, read_ending
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
 POLL = 0.2  # seconds
 WAITING_AFTER, BETWEEN = 10.0, 5.0  # seconds until machines that are missed are named, and between looks for them
+LOOK_EVERY = 3.0  # seconds between looks at exit.json
 LAST_WORDS = 10.0  # seconds that torchrun has to end once its ranks had theirs
 _PR_SET_PDEATHSIG = 1
 
@@ -49,6 +51,7 @@ class Launcher:
         self._signals: list[int] = []
         self._process: subprocess.Popen[bytes]
         self._refusal: Path | None = None
+        self._looked = time.monotonic()
         self._waiting, self._told_at = WAITING_AFTER if nodes else math.inf, 0.0
 
     def run(self) -> int:
@@ -62,7 +65,7 @@ class Launcher:
             self._refusal = places.refusal_file(self._process.pid)
             self._refusal.touch(mode=0o600)
             self._wait()
-            refused = self._refusal.read_text()
+            refused = self._refused()
         finally:
             if self._refusal is not None:
                 self._refusal.unlink(missing_ok=True)
@@ -75,12 +78,28 @@ class Launcher:
         while self._process.poll() is None:
             if self._signals:
                 return self._stop()
-            if self._refusal is not None and self._refusal.stat().st_size:
-                time.sleep(LAST_WORDS / 5)  # torchrun ends by itself if it has no restarts to try
+            if self._refused() or self._hopeless():
+                with suppress(subprocess.TimeoutExpired):
+                    self._process.wait(LAST_WORDS)  # it ends by itself if it has no restarts to try
                 return self._end()
             self._tell_waiting(time.monotonic() - began)
             time.sleep(POLL)
         return None
+
+    def _refused(self) -> bool:
+        """Whether a rank has said that it cannot start. The file is gone once rank 0 could."""
+        try:
+            return self._refusal is not None and self._refusal.stat().st_size > 0
+        except OSError:
+            return False
+
+    def _hopeless(self) -> bool:
+        """Whether the run has failed in a way that would happen again. Looked at every few seconds."""
+        if time.monotonic() - self._looked < LOOK_EVERY:
+            return False
+        self._looked = time.monotonic()
+        ending = self._ending()
+        return ending is not None and ending.state == "failed" and not ending.restart
 
     def _tell_waiting(self, waited: float) -> None:
         """Says which machines are not here yet, while torchrun waits for them without a word."""
@@ -97,7 +116,8 @@ class Launcher:
         self._waiting = waited + BETWEEN
         if waited > self._told_at:
             self._told_at = 3 * waited
-            tell(f"waits for the other machines since {waited:.0f} s: not here yet: node {missing or '(all are here)'}")
+            who = f"not here yet: node {missing}" if missing else "all are here, and about to start"
+            tell(f"waits for the other machines since {waited:.0f} s: {who}")
 
     def _stop(self) -> None:
         """Has the ranks save and end. A second Ctrl-C waits for nothing."""

@@ -120,9 +120,11 @@ class Monitor:
                 if standing.step > one.standing.step and standing.step_seconds:
                     one.steps = [*one.steps, standing.step_seconds][-RECENT:]
                 one.standing, one.since = standing, now
-            one.state = processes.state(standing.pid, standing.started)
+            state = processes.state(standing.pid, standing.started)
+            if state != one.state:
+                one.state, self._told_nodes = state, -TOLD_EVERY  # other nodes shall know now
             if one.state != processes.STOPPED:
-                if one.stopped_since and self._told_stopped:
+                if one.stopped_since and self._told_stopped and state == processes.ALIVE:
                     tell(f"rank {standing.rank} goes on after {now - one.stopped_since:.0f} s")
                     self._told_stopped = False
                 one.stopped_since = 0.0
@@ -215,18 +217,27 @@ class Monitor:
 
     def _hang(self, seconds: float) -> Verdict:
         standings, stacks = self._everywhere()
+        for said in self._others():
+            if said["stopped"]:  # its own monitor will say so, but we have been first
+                held = [standings[rank] for rank in said["stopped"]]
+                return causes.stopped(held, said["host"], seconds)
         return causes.hang(standings, stacks, self.watch.world_size, seconds)
 
     def _everywhere(self) -> tuple[dict[int, Standing], dict[int, Stack]]:
         """What is known of the ranks of all nodes."""
         standings = {rank: one.standing for rank, one in self.seen.items()}
         stacks = dict(self._suspected)
-        for node in range(self.watch.world_size // self.watch.ranks_per_node):
-            said = places.read_json(places.node_file(self.output, node)) if node != self.watch.node else None
-            if said is not None and said.get("attempt") == self.attempt:
-                standings |= {int(rank): Standing(**one) for rank, one in said["ranks"].items()}
-                stacks |= {int(rank): Stack(**one) for rank, one in said["stacks"].items()}
+        for said in self._others():
+            standings |= {int(rank): Standing(**one) for rank, one in said["ranks"].items()}
+            stacks |= {int(rank): Stack(**one) for rank, one in said["stacks"].items()}
         return standings, stacks
+
+    def _others(self) -> list[dict[str, Any]]:
+        """What the monitors of other nodes have said in this start."""
+        nodes = range(self.watch.world_size // self.watch.ranks_per_node)
+        files = [places.node_file(self.output, node) for node in nodes if node != self.watch.node]
+        found = [places.read_json(file) for file in files]
+        return [said for said in found if said is not None and said.get("attempt") == self.attempt]
 
     @property
     def attempt(self) -> int:
@@ -245,8 +256,20 @@ class Monitor:
             elif one.state == processes.STOPPED and (text := from_outside(one.standing.pid)):
                 with open(one.stacks_path, "a") as file:
                     file.write(text)
+        self._ask_for_flights()
         time.sleep(2 * POLL)
         return {rank: stack for rank, one in self.seen.items() if (stack := self._stack_of(one)) is not None}
+
+    def _ask_for_flights(self) -> None:
+        """Has NCCL's flight recorders write; they need a second or two for it."""
+        for rank in self.seen:
+            pipe = places.flights_pipe(Path(self.watch.folder), rank)
+            with suppress(OSError):  # no NCCL, or nobody reads
+                if pipe.exists():
+                    places.flights(self.output).parent.mkdir(exist_ok=True)
+                    descriptor = os.open(pipe, os.O_WRONLY | os.O_NONBLOCK)
+                    os.write(descriptor, b"1\n")
+                    os.close(descriptor)
 
     def _stack_of(self, one: Seen) -> Stack | None:
         try:
@@ -269,6 +292,7 @@ class Monitor:
             "beat": self._beat,
             "ranks": {rank: one.standing.plain() for rank, one in self.seen.items()},
             "stacks": {rank: stack.plain() for rank, stack in self._suspected.items()},
+            "stopped": [rank for rank, one in self.seen.items() if one.stopped_since],
         }
         places.write_json(places.node_file(self.output, self.watch.node), said)
 
@@ -360,12 +384,11 @@ class Monitor:
         if path is None:
             return
         for rank, one in self.seen.items():
-            try:
-                text = one.stacks_path.read_text(errors="replace")
-                if text:
+            with suppress(OSError):
+                if text := one.stacks_path.read_text(errors="replace"):
                     path.with_name(f"{path.stem}-stacks-of-rank{rank}.txt").write_text(text)
-            except OSError:
-                continue
+            with suppress(OSError):  # without NCCL there is none
+                places.flights(self.output, rank).rename(path.with_name(f"{path.stem}-flights-of-rank{rank}"))
 
     def _end_ranks(self, patience: float) -> None:
         """Ends the ranks of this machine: those that do not end by themselves in time are killed."""
@@ -385,7 +408,8 @@ class Monitor:
     def close(self) -> None:
         """Leaves nothing in memory."""
         for one in self.seen.values():
-            for path in (one.path, one.stacks_path):
+            pipe = places.flights_pipe(Path(self.watch.folder), one.standing.rank)
+            for path in (one.path, one.stacks_path, pipe):
                 path.unlink(missing_ok=True)
         try:
             Path(self.watch.folder).rmdir()
@@ -408,6 +432,7 @@ def main() -> None:
     given = json.loads(sys.argv[1])
     given |= {"leader": tuple(given["leader"]), "agent": tuple(given["agent"])}
     os.chdir("/")
+    places.sweep()
     Monitor(Watch(**given)).run()
 
 

@@ -14,8 +14,11 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from ringattn.training.health import processes
+
 HEALTH = "health"
 FRESH = 30.0  # seconds after which a machine that says nothing any more is not there
+_FOLDER = re.compile(r"ringattn-\d+-(\d+)-(\d+)-[0-9a-f]{12}")
 _CHECKPOINT = re.compile(r"step-(\d{8})")
 
 
@@ -39,6 +42,18 @@ def memory_folder(agent: int, began: int, output: Path, meeting: str) -> Path:
 def folders_of(agent: int) -> list[Path]:
     """Folders of records of ranks that a process has started."""
     return sorted(memory_root().glob(f"ringattn-{os.getuid()}-{agent}-*/"))
+
+
+def sweep() -> None:
+    """Removes records of this user's ranks whose starter is gone, and who had no monitor to do it."""
+    for folder in memory_root().glob(f"ringattn-{os.getuid()}-*/"):
+        match = _FOLDER.fullmatch(folder.name)
+        if match is None or processes.state(int(match[1]), int(match[2])) != processes.GONE:
+            continue
+        with suppress(OSError):  # somebody else is at it
+            for path in folder.iterdir():
+                path.unlink()
+            folder.rmdir()
 
 
 def refusal_file(agent: int) -> Path:
@@ -74,6 +89,16 @@ def fresh_nodes(output: Path, own: int, count: int) -> list[int]:
 
 def verdict_file(output: Path, attempt: int) -> Path:
     return output / HEALTH / f"verdict-{attempt:016x}.json"
+
+
+def flights(output: Path, rank: int | None = None) -> Path:
+    """Where NCCL's flight recorder writes what it knows of a rank; without one the name before that number."""
+    return output / "incidents" / f"flight-recorder-{'' if rank is None else rank}"
+
+
+def flights_pipe(folder: Path, rank: int | None = None) -> Path:
+    """A pipe that asks it to, made by torch; without a rank the name before its number."""
+    return folder / (f"flights-{rank}.pipe" if rank is not None else "flights-")
 
 
 def newest_step(output: Path) -> int:

@@ -40,6 +40,10 @@ _MONITOR = (
 )
 _PR_SET_PDEATHSIG = 1
 _MEETING = "ringattn/attempt"
+FLIGHT_NAMES = {
+    "TORCH_FR_BUFFER_SIZE", "TORCH_NCCL_TRACE_BUFFER_SIZE", "TORCH_FR_DUMP_TEMP_FILE",
+    "TORCH_NCCL_DEBUG_INFO_TEMP_FILE", "TORCH_NCCL_DEBUG_INFO_PIPE_FILE",
+}  # fmt: skip
 
 
 class Health:
@@ -192,7 +196,18 @@ def _record(job: Job, parent: int) -> Record | None:
         print(f"warning: this run is not watched: {folder}: {error.strerror}", file=sys.stderr, flush=True)
         return None
     record.computes(plans=_hash(str(job.cfg.parallel)))
+    if job.device.type == "cuda":
+        _record_flights(folder, job.output)
     return record
+
+
+def _record_flights(folder: Path, output: Path) -> None:
+    """Has NCCL's flight recorder run, and write into the run's folder when the monitor asks for it. What the user has
+    set stays."""
+    if not FLIGHT_NAMES & os.environ.keys():
+        os.environ["TORCH_FR_BUFFER_SIZE"] = "2000"
+        os.environ["TORCH_FR_DUMP_TEMP_FILE"] = str(places.flights(output))
+        os.environ["TORCH_NCCL_DEBUG_INFO_PIPE_FILE"] = str(places.flights_pipe(folder))
 
 
 def _folder(job: Job, parent: int) -> Path:

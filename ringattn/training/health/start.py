@@ -48,6 +48,8 @@ def hold(job: Job) -> Lock:
             f"run.output={job.output}: another run wrote the checkpoint of step {newest} while this one started; start "
             "again to go on from there"
         )
+    # From here on exit.json says what goes wrong.
+    places.refusal_file(os.getppid()).unlink(missing_ok=True)
     for path in (job.output / EXIT, *(job.output / places.HEALTH).glob("verdict-*.json")):
         path.unlink(missing_ok=True)
     return lock

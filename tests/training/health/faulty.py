@@ -1,7 +1,7 @@
 """The recipe with a fault on one rank: `python tests/training/health/faulty.py KIND:RANK:STEP [overrides]`.
 
-Kinds: kill-forward, kill-backward, kill-optimizer, stop, skip (a collective), sleep, memory, slow (a step of so many
-seconds, as in slow5:RANK:STEP). When it happens the time is written into OUTPUT/fault-time. A fault happens once in a folder.
+Kinds: kill-forward, kill-backward, kill-optimizer, stop, skip (a collective), sleep, memory, and slow5 for a step of 5
+seconds more. When it happens the time is written into OUTPUT/fault-time. A fault happens once in a folder.
 """
 
 import os

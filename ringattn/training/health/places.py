@@ -54,6 +54,9 @@ def sweep() -> None:
             for path in folder.iterdir():
                 path.unlink()
             folder.rmdir()
+    for path in memory_root().glob(f"ringattn-{os.getuid()}-*.refusal"):
+        if not processes.started(int(path.stem.rpartition("-")[2])) and processes.PROC.is_dir():
+            path.unlink(missing_ok=True)
 
 
 def refusal_file(agent: int) -> Path:

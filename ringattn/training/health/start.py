@@ -10,12 +10,12 @@ from ringattn.training.health import places
 from ringattn.training.health.lock import Lock, is_free, take
 from ringattn.training.incidents import EXIT, Ending, read_ending, write_ending
 from ringattn.training.job import Job
-from ringattn.training.launched import is_first
+from ringattn.training.launched import is_first, speaks_for_machine
 
 
 def refused(cfg: DictConfig, error: Exception) -> None:
     """Says to the launcher, and in the run's folder if there is one and no run is in it, that a start was refused."""
-    if not is_first(os.environ):
+    if not speaks_for_machine(os.environ):
         return
     refusal = places.refusal_file(os.getppid())
     if refusal.exists():
@@ -24,7 +24,7 @@ def refused(cfg: DictConfig, error: Exception) -> None:
         output = Path(cfg.run.output).expanduser().resolve()
     except Exception:  # the refusal may be about it
         return
-    if output.is_dir() and is_free(output) and not _last_said(output):
+    if is_first(os.environ) and output.is_dir() and is_free(output) and not _last_said(output):
         write_ending(output, Ending("failed", False, f"refused: {error}", places.newest_step(output)))
 
 

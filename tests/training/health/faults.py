@@ -71,19 +71,18 @@ def curve(output: Path) -> Curve:
     return [(one["step"], one["loss"], one["grad_norm"]) for one in read_metrics(output / "metrics.jsonl")]
 
 
-def start_forked(output: Path, *overrides: str, fault: str = "") -> list[BaseProcess]:
-    """Two ranks without torchrun; what they and their monitor write is in OUTPUT/ranks.log."""
+def start_forked(output: Path, *overrides: str, fault: str = "", ranks: int = 2) -> list[BaseProcess]:
+    """Ranks without torchrun; what they and their monitor write is in OUTPUT/ranks.log."""
     output.mkdir(parents=True, exist_ok=True)
     log, port = output / "ranks.log", free_port()
     arguments = [*([fault] if fault else []), *SMALL, f"run.output={output}", *overrides]
     script = FAULTY if fault else "recipes/train.py"
-    return [fork_rank(arguments, variables_of(rank, 2, port), log, log, script) for rank in range(2)]
+    return [fork_rank(arguments, variables_of(rank, ranks, port), log, log, script) for rank in range(ranks)]
 
 
-def run_forked(output: Path, *overrides: str, fault: str = "") -> str:
+def run_forked(output: Path, *overrides: str, fault: str = "", ranks: int = 2) -> str:
     """A whole run: what was written."""
-    ranks = start_forked(output, *overrides, fault=fault)
-    in_time = all_end(ranks, LIMIT)
+    in_time = all_end(start_forked(output, *overrides, fault=fault, ranks=ranks), LIMIT)
     text = (output / "ranks.log").read_text()
     assert in_time, f"hangs:\n{text}"
     wait_for(lambda: not monitors_of(output), "the monitor outlives its ranks")

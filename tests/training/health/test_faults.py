@@ -107,3 +107,13 @@ def test_of_two_runs_in_a_folder_one_trains(undisturbed: Curve, tmp_path) -> Non
     ending = faults.read_ending(output)
     assert ending is not None
     assert ending.state == "done"
+
+
+def test_fewer_ranks_go_on_where_it_is_elastic(undisturbed: Curve, tmp_path) -> None:
+    output = tmp_path / "out"
+    sizes = ("parallel.ring=2", "run.elastic=true")
+    faults.run_forked(output, *sizes, fault=f"kill-forward:1:{AT_STEP}")
+    printed = faults.run_forked(output, *sizes, ranks=1)
+    assert "run.elastic: parallel.ring=2 does not fit 1 ranks, and is left to them" in printed
+    assert "from step 2 to" in printed
+    assert_same(faults.curve(output), undisturbed)

@@ -18,7 +18,7 @@ class Verdict:
     """What is wrong with a run.
 
     Arguments:
-        kind: of the incident: `rank-gone`, `rank-stopped`, `rank-failed`, `hang`, `launcher-gone` or `node-silent`.
+        kind: of the incident: `rank-gone`, `rank-stopped`, `rank-failed`, `connection-lost`, `hang` or `launcher-gone`.
         ranks: those it is about.
         cause: in one sentence, with the ranks.
         restart: whether the same command may come further.
@@ -59,6 +59,18 @@ def gone(one: Standing, host: str, out_of_memory: int, stack: Stack | None) -> V
 def failed(one: Standing) -> Verdict:
     """Of a rank that raised."""
     return Verdict("rank-failed", (one.rank,), f"rank {one.rank} failed in step {one.step}: {one.message}")
+
+
+def disconnected(ranks: Sequence[Standing], host: str) -> Verdict:
+    """Of ranks that lost their connections, where no rank says why."""
+    first = ranks[0]
+    numbers = tuple(one.rank for one in ranks)
+    verb = "lost its connection" if len(ranks) == 1 else "lost their connections"
+    return Verdict(
+        "connection-lost", numbers,
+        f"{names(numbers)} on {host} {verb} to other ranks in step {first.step}: a link is cut, or another machine is "
+        "gone",
+    )  # fmt: skip
 
 
 def stopped(ranks: Sequence[Standing], host: str, seconds: float) -> Verdict:

@@ -182,7 +182,7 @@ class Monitor:
             if one.standing.phase not in ("done", "failed"):
                 return self._gone(one)
         if failed and (late or len(ended) == len(self.seen)):
-            return causes.failed(failed[0].standing)
+            return causes.disconnected([one.standing for one in failed], self.host)
         return None
 
     def _still(self, now: float) -> Verdict | None:

@@ -140,7 +140,10 @@ def running(job: Job, lock: Lock) -> Iterator[Health]:
     record = _record(job, agent[0] or os.getppid())
     health = Health(record)
     if job.launch.local_rank == 0 and record is not None:
-        _start_monitor(job, agent, lock)
+        try:
+            _start_monitor(job, agent, lock)
+        except OSError as error:  # no room for a process
+            print(f"warning: this run is not watched: {error}", file=sys.stderr, flush=True)
     try:
         yield health
     except BaseException as error:
@@ -234,7 +237,7 @@ def _start_monitor(job: Job, agent: tuple[int, int], lock: Lock) -> None:
     subprocess.Popen(
         [sys.executable, "-I", "-S", "-c", _MONITOR, str(PACKAGE), json.dumps(asdict(watch))],
         stdin=subprocess.DEVNULL,
-        stdout=sys.stderr.fileno(),
+        stdout=subprocess.DEVNULL,  # it speaks on stderr
         start_new_session=True,
         pass_fds=[lock.descriptor] if lock.descriptor >= 0 else [],
     )

@@ -37,16 +37,16 @@ def hold(job: Job) -> Lock:
         return Lock(-1)
     if last := _last_said(job.output):
         raise ValueError(f"not started again, it would come to the same end: {last}")
+    before = places.newest_step(job.output)
     lock, note = take(job.output)
     if note:
         print(f"warning: {note}", file=sys.stderr, flush=True)
     newest = places.newest_step(job.output)
-    known = 0 if job.resume is None else job.resume[1].step
-    if newest > known:
+    if newest != before:
         lock.release()
         raise ValueError(
-            f"run.output={job.output}: another run wrote the checkpoint of step {newest} while this one started; start "
-            "again to go on from there"
+            f"run.output={job.output}: another run wrote the checkpoint of step {newest} while this one waited for it; "
+            "start again to go on from there"
         )
     # From here on exit.json says what goes wrong.
     places.refusal_file(os.getppid()).unlink(missing_ok=True)

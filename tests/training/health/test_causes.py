@@ -85,6 +85,15 @@ def test_why_a_rank_is_gone() -> None:
     assert "before it trained" in causes.gone(replace(one, step=0, phase="joining"), "host", 0, None).cause
 
 
+def test_lost_connections_without_a_reason_are_a_link_or_a_machine() -> None:
+    found = causes.disconnected([one for one in standings().values() if one.rank < 2], "host")
+    assert found.ranks == (0, 1)
+    assert found.cause == (
+        "ranks 0, 1 on host lost their connections to other ranks in step 7: a link is cut, or another machine is gone"
+    )
+    assert found.restart
+
+
 def test_a_table_is_short_and_has_suspects_first() -> None:
     many = {rank: replace(BEGIN, rank=rank) for rank in range(100)}
     lines = causes.table(many, {99: WAITS}, [99])

@@ -11,84 +11,31 @@ import socket
 import sys
 import time
 from contextlib import suppress
-from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 from ringattn.training.health import causes, places, processes
 from ringattn.training.health.causes import Verdict
-from ringattn.training.health.record import Standing, read_record
-from ringattn.training.health.stacks import SIGNAL, Stack, from_outside, read_stacks
+from ringattn.training.health.local_ranks import POLL, LocalRanks, Seen, Watch, tell
+from ringattn.training.health.record import Standing
+from ringattn.training.health.stacks import Stack
 from ringattn.training.incidents import Ending, read_ending, record_incident, write_ending
 
-POLL = 0.25  # seconds between looks at this machine's ranks
 TOLD_EVERY = 5.0  # seconds between files for other nodes
 STOPPED_AFTER = 5.0  # seconds after which a stopped rank is named
 WAITING_AFTER = 10.0  # seconds after which ranks that wait for others say so; then each time that has tripled
 LAST_WORDS = 5.0  # seconds that ranks have to end by themselves when one is gone
-LEAST, TIMES = 60.0, 10  # `auto`: so many seconds, and so many times the slowest of recent steps
-SLOW = 1800.0  # seconds that starting, the first step (which compiles) and saving may take at least
-RECENT = 20  # steps
 PEER = "PeerFailed"  # a rank that failed because another one did
 
 
-@dataclass(frozen=True)
-class Watch:
-    """What a monitor is told as it starts.
-
-    Arguments:
-        folder: of the records.
-        output: the run's folder.
-        node, ranks_per_node, world_size: which ranks are here.
-        leader: process of the rank that starts the monitor, and when it began.
-        agent: process that started the ranks and ends with them (torchrun), and when it began; 0 if there is none.
-        hang_after: seconds, or None for those that measured steps allow.
-        restarts: how often the agent will start the ranks again.
-        lock: a file descriptor that holds the run's lock while it is open, or -1.
-    """
-
-    folder: str
-    output: str
-    node: int
-    ranks_per_node: int
-    world_size: int
-    leader: tuple[int, int]
-    agent: tuple[int, int]
-    hang_after: float | None
-    restarts: int
-    lock: int
-
-    @property
-    def ranks(self) -> range:
-        return range(self.node * self.ranks_per_node, (self.node + 1) * self.ranks_per_node)
-
-
-@dataclass
-class Seen:
-    """A rank of this machine as the monitor knows it."""
-
-    path: Path
-    standing: Standing
-    since: float  # the monitor's clock when its record last changed
-    state: str = processes.ALIVE
-    stopped_since: float = 0.0
-    steps: list[float] = field(default_factory=list)
-
-    @property
-    def stacks_path(self) -> Path:
-        return self.path.with_suffix(".stacks")
-
-
-class Monitor:
+class Monitor(LocalRanks):
     """Watches the ranks of one machine until they are gone."""
 
     def __init__(self, watch: Watch) -> None:
-        self.watch, self.output = watch, Path(watch.output)
+        super().__init__(watch)
         self.host = socket.gethostname()
         self.began = time.monotonic()
-        self.seen: dict[int, Seen] = {}
         self._killed_before = processes.out_of_memory_kills()
-        self._told_nodes, self._told_waiting, self._told_stopped = -TOLD_EVERY, WAITING_AFTER, False
+        self._told_nodes, self._told_waiting = -TOLD_EVERY, WAITING_AFTER
         self._suspected: dict[int, Stack] = {}
         self._beat = 0
 
@@ -105,51 +52,6 @@ class Monitor:
             self.tell_waiting()
             time.sleep(POLL if left else 0)
         self.close()
-
-    # --- looking
-
-    def look(self) -> bool:
-        """Reads all records of this machine. Whether a rank is left, or may yet come."""
-        now = time.monotonic()
-        for rank in self.watch.ranks:
-            if rank not in self.seen and (found := self._find(rank)) is not None:
-                self.seen[rank] = found
-        for one in self.seen.values():
-            standing = read_record(one.path) or one.standing
-            if standing != one.standing:
-                if standing.step > one.standing.step and standing.step_seconds:
-                    one.steps = [*one.steps, standing.step_seconds][-RECENT:]
-                one.standing, one.since = standing, now
-            state = processes.state(standing.pid, standing.started)
-            if state != one.state:
-                one.state, self._told_nodes = state, -TOLD_EVERY  # other nodes shall know now
-            if one.state != processes.STOPPED:
-                if one.stopped_since and self._told_stopped and state == processes.ALIVE:
-                    tell(f"rank {standing.rank} goes on after {now - one.stopped_since:.0f} s")
-                    self._told_stopped = False
-                one.stopped_since = 0.0
-            elif not one.stopped_since:
-                one.stopped_since = now
-        alive = any(one.state != processes.GONE for one in self.seen.values())
-        return alive or (not self.seen and processes.state(*self.watch.leader) != processes.GONE)
-
-    def _find(self, rank: int) -> Seen | None:
-        """The record of a rank of this start: older ones, of ranks that are gone, may lie beside it."""
-        now = time.monotonic()
-        for path in places.records_in(Path(self.watch.folder)):
-            one = read_record(path)
-            if one is not None and one.rank == rank and processes.state(one.pid, one.started) != processes.GONE:
-                return Seen(path, one, now)
-        return None
-
-    def patience(self, one: Seen) -> float:
-        """Seconds that a rank's record may stay as it is."""
-        given = self.watch.hang_after
-        patience = max([LEAST, *(TIMES * took for seen in self.seen.values() for took in seen.steps)])
-        patience = patience if given is None else given
-        long = one.standing.phase in ("starting", "joining", "saving")
-        long |= one.standing.step_seconds == 0  # the first step compiles
-        return max(patience, SLOW) if long else patience
 
     # --- judging
 
@@ -193,7 +95,7 @@ class Monitor:
                 late = max(late, (now - one.since) / self.patience(one))
         if late > 0.75 and not self._suspected:
             self._suspected = self.take_stacks()
-            self._told_nodes = -TOLD_EVERY  # other nodes shall know now
+            self.news = True
         elif late < 0.5:
             self._suspected = {}
         return self._hang(max(now - one.since for one in self.seen.values())) if late > 1 else None
@@ -201,7 +103,7 @@ class Monitor:
     def _gone(self, one: Seen) -> Verdict:
         time.sleep(POLL)  # what a dying process wrote, and the kernel counted, is there now
         kills = processes.out_of_memory_kills() - self._killed_before
-        return causes.gone(one.standing, self.host, kills, self._stack_of(one))
+        return causes.gone(one.standing, self.host, kills, self.stack_of(one))
 
     def _stopped(self, held: list[Seen]) -> Verdict | None:
         """Of ranks that a signal holds: named after some seconds, and the end of the run when that is too long."""
@@ -210,8 +112,8 @@ class Monitor:
         verdict = causes.stopped([one.standing for one in held], self.host, longest)
         if longest > patience:
             return verdict
-        if longest > STOPPED_AFTER and not self._told_stopped:
-            self._told_stopped = True
+        if longest > STOPPED_AFTER and not self.told_stopped:
+            self.told_stopped = True
             tell(f"{verdict.cause}; the others wait, and the run ends in {patience - longest:.0f} s unless it goes on")
         return None
 
@@ -244,48 +146,16 @@ class Monitor:
         """What the ranks of one start agreed on, 0 before."""
         return max((one.standing.attempt for one in self.seen.values()), default=0)
 
-    # --- stacks
-
-    def take_stacks(self) -> dict[int, Stack]:
-        """Asks every rank that runs for its stacks, and looks at stopped ones from outside."""
-        for one in self.seen.values():
-            with suppress(OSError):
-                os.truncate(one.stacks_path, 0)  # what an earlier doubt left there; ranks add to its end
-            if one.state == processes.ALIVE and one.stacks_path.exists():
-                processes.end(one.standing.pid, one.standing.started, SIGNAL)
-            elif one.state == processes.STOPPED and (text := from_outside(one.standing.pid)):
-                with open(one.stacks_path, "a") as file:
-                    file.write(text)
-        self._ask_for_flights()
-        time.sleep(2 * POLL)
-        return {rank: stack for rank, one in self.seen.items() if (stack := self._stack_of(one)) is not None}
-
-    def _ask_for_flights(self) -> None:
-        """Has NCCL's flight recorders write; they need a second or two for it."""
-        for rank in self.seen:
-            pipe = places.flights_pipe(Path(self.watch.folder), rank)
-            with suppress(OSError):  # no NCCL, or nobody reads
-                if pipe.exists():
-                    places.flights(self.output).parent.mkdir(exist_ok=True)
-                    descriptor = os.open(pipe, os.O_WRONLY | os.O_NONBLOCK)
-                    os.write(descriptor, b"1\n")
-                    os.close(descriptor)
-
-    def _stack_of(self, one: Seen) -> Stack | None:
-        try:
-            text = one.stacks_path.read_text(errors="replace")
-        except OSError:
-            return None
-        return read_stacks(text) if text else None
-
     # --- other nodes
 
     def tell_nodes(self) -> None:
         """Writes what other nodes may want to know, every few seconds."""
         now = time.monotonic()
-        if now - self._told_nodes < TOLD_EVERY or self.watch.world_size == self.watch.ranks_per_node:
+        if self.watch.world_size == self.watch.ranks_per_node:
             return
-        self._told_nodes, self._beat = now, self._beat + 1
+        if now - self._told_nodes < TOLD_EVERY and not self.news:
+            return
+        self._told_nodes, self._beat, self.news = now, self._beat + 1, False
         said = {
             "attempt": self.attempt,
             "host": self.host,
@@ -355,7 +225,7 @@ class Monitor:
             tell("\n  ".join([verdict.cause, *lines, self._next(ending.restart, step)]))
         if first and verdict.kind != "rank-failed":
             self._write_incident(verdict, standings, stacks)
-        self._end_ranks(0 if verdict.kind in ("rank-stopped", "hang", "launcher-gone") else LAST_WORDS)
+        self.end_ranks(0 if verdict.kind in ("rank-stopped", "hang", "launcher-gone") else LAST_WORDS)
 
     def _announce(self, verdict: Verdict) -> bool:
         """Tells the other nodes. Whether nobody was before us."""
@@ -389,40 +259,6 @@ class Monitor:
                     path.with_name(f"{path.stem}-stacks-of-rank{rank}.txt").write_text(text)
             with suppress(OSError):  # without NCCL there is none
                 places.flights(self.output, rank).rename(path.with_name(f"{path.stem}-flights-of-rank{rank}"))
-
-    def _end_ranks(self, patience: float) -> None:
-        """Ends the ranks of this machine: those that do not end by themselves in time are killed."""
-        deadline = time.monotonic() + patience
-        while self.look() and time.monotonic() < deadline and not self._agent_gone():
-            time.sleep(POLL)
-        for one in self.seen.values():
-            processes.end(one.standing.pid, one.standing.started, signal.SIGKILL)
-        deadline = time.monotonic() + 30
-        while self.look() and time.monotonic() < deadline:
-            time.sleep(POLL)
-
-    def _agent_gone(self) -> bool:
-        agent, began = self.watch.agent
-        return bool(agent) and processes.state(agent, began) == processes.GONE
-
-    def close(self) -> None:
-        """Leaves nothing in memory."""
-        for one in self.seen.values():
-            pipe = places.flights_pipe(Path(self.watch.folder), one.standing.rank)
-            for path in (one.path, one.stacks_path, pipe):
-                path.unlink(missing_ok=True)
-        try:
-            Path(self.watch.folder).rmdir()
-        except OSError:  # the records of others are in it
-            return
-
-
-def tell(message: str) -> None:
-    try:
-        sys.stderr.write(f"ringattn: {message}\n")
-        sys.stderr.flush()
-    except OSError:  # who read it is gone
-        return
 
 
 def main() -> None:

@@ -25,8 +25,8 @@ from ringattn.first_failure import PeerFailed, said
 from ringattn.hf.layers import decoder_layers
 from ringattn.training.health import places, processes
 from ringattn.training.health.endings import RECURS, ending_of, kind_of
+from ringattn.training.health.local_ranks import Watch
 from ringattn.training.health.lock import Lock
-from ringattn.training.health.monitor import Watch
 from ringattn.training.health.record import Record
 from ringattn.training.health.stacks import SIGNAL
 from ringattn.training.incidents import Ending, read_ending, record_incident, write_ending

@@ -186,6 +186,7 @@ def told(name: str, number: int, within: float, folder: Path, kind: str = "slow5
     """A signal to `ringattn train` in the middle of a step that is longer than torchrun's own patience would be."""
     output = folder / "out"
     command = [sys.executable, "-m", "ringattn", "train", "--nproc", "2", *SMALL, f"run.output={output}"]
+    command.append("run.hang_after=100")  # a long step is no hang
     output.mkdir(parents=True)
     # `ringattn train` starts the recipe that stands in its folder: here one with a fault.
     program = (

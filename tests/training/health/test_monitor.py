@@ -10,8 +10,9 @@ from pathlib import Path
 
 import pytest
 
-from ringattn.training.health import monitor, places, processes
-from ringattn.training.health.monitor import Monitor, Watch
+from ringattn.training.health import local_ranks, monitor, places, processes
+from ringattn.training.health.local_ranks import Watch
+from ringattn.training.health.monitor import Monitor
 from ringattn.training.health.record import Record
 from ringattn.training.incidents import read_ending, read_incidents
 
@@ -120,7 +121,7 @@ def test_patience_is_derived_from_steps_and_long_where_steps_say_nothing(ranks: 
     watch = watching(tmp_path)
     watch.look()
     one = watch.seen[0]
-    assert watch.patience(one) == monitor.LEAST
+    assert watch.patience(one) == local_ranks.LEAST
     ranks[0].record.begin(4)
     ranks[0].record.took(step=20.0)
     ranks[0].record.at("data")
@@ -128,7 +129,7 @@ def test_patience_is_derived_from_steps_and_long_where_steps_say_nothing(ranks: 
     assert watch.patience(watch.seen[1]) == 200
     ranks[0].record.at("saving")
     watch.look()
-    assert watch.patience(one) == monitor.SLOW
+    assert watch.patience(one) == local_ranks.SLOW
     assert watching(tmp_path, hang_after=7.0).look()
     quick = watching(tmp_path, hang_after=7.0)
     quick.look()

@@ -57,6 +57,7 @@ class Trainer:
         cfg = job.cfg
         self.job, self.cfg = job, cfg
         self.health = health = Health() if health is None else health
+        self.stop = StopRequest(health.record)
         meet(job.launch, health)
         parallel = cfg.parallel
         self.mesh = init_mesh(
@@ -124,7 +125,7 @@ class Trainer:
         """Trains until all steps are done or a signal asks to stop, and saves in both cases. True if all are done."""
         cfg = self.cfg
         record = self.health.record
-        with StopRequest(record) as stop, self._batches() as stream:
+        with self.stop, self._batches() as stream:
             first = True
             while self.step < cfg.run.steps:
                 started = time.perf_counter()
@@ -133,7 +134,7 @@ class Trainer:
                 batch = next(stream)
                 self.health.computes(batch.targets, batch.lengths)
                 waited = time.perf_counter() - started
-                done = self._train_step(batch, stop.requested)
+                done = self._train_step(batch)
                 seconds = StepSeconds(time.perf_counter() - started, waited, warmup=first)
                 record.took(seconds.seconds)
                 report.step(self._metrics(batch, done, seconds))
@@ -173,8 +174,12 @@ class Trainer:
         cost = DocumentCost(self.flops.attention, self.flops.per_token)
         return GroupedPacker(corpus, data.seq_len, seed, cost, data.delay, GroupedPosition.from_state(self.position))
 
-    def _train_step(self, batch: Batch[LocalPack], stop: bool) -> StepDone:
-        """One optimiser step. The host waits for the device once, at its end."""
+    def _train_step(self, batch: Batch[LocalPack], stop: bool = False) -> StepDone:
+        """One optimiser step. The host waits for the device once, at its end.
+
+        Arguments:
+            stop: after it, whether a signal asks for that meanwhile or not.
+        """
         loss = torch.zeros((), device=self.job.device)
         with self.memory.step(self.step + 1) as told:
             at = self.health.in_step(told)
@@ -186,7 +191,7 @@ class Trainer:
                 loss += share.detach()
             at("optimizer step")
             norm = self.engine.step(self.schedule(self.step))
-            done = StepDone(*brought(loss, norm, stop))
+            done = StepDone(*brought(loss, norm, stop or self.stop.requested))
         self.step += 1
         self.tokens += batch.tokens
         self.position = batch.position.state_dict()

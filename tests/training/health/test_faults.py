@@ -82,8 +82,8 @@ def test_a_signal_in_a_long_step_loses_nothing(name: str, undisturbed: Curve, tm
     fact = ROWS[name](tmp_path)
     assert fact.ending.state == "stopped"
     assert fact.ending.restart
-    assert fact.ending.step >= AT_STEP
-    assert fact.steps_lost <= 0
+    assert fact.ending.step == AT_STEP  # and not one step more, for which there may be no time
+    assert fact.steps_lost == 0
     assert "Traceback" not in fact.printed
     assert_same(fact.curve, undisturbed)
 

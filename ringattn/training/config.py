@@ -72,8 +72,11 @@ NUMBERS: dict[str, tuple[float, float]] = {
     "run.start_timeout": (1.0, math.inf),
     "run.spike": (0.0, math.inf),
     "run.straggler_percent": (0.0, math.inf),
+    "run.grace": (1.0, math.inf),
 }
-SWITCHES = ("data.pad", "parallel.ulysses_across_nodes", "run.plan_only", "run.tensorboard", "run.deterministic")
+SWITCHES = (
+    "data.pad", "parallel.ulysses_across_nodes", "run.deterministic", "run.elastic", "run.plan_only", "run.tensorboard",
+)  # fmt: skip
 TEXTS = ("model.name", "model.family", "model.path", "run.output", "run.memory_folder")
 # Keys that only one option of their group has.
 OF_TEXT = ("data.files", "data.text_field", "data.tokenizer", "data.add_eos", "data.cache")
@@ -85,6 +88,7 @@ OPTIONAL |= {"model.family", "model.path", "model.config", "model.lr", "model.lr
 OPTIONAL |= memory.OPTIONAL | {"model.lora"}
 # Below model.config every key of the transformers configuration is allowed; model.lora has keys of its own.
 KEYS = {*CHOICES, *INTEGERS, *NUMBERS, *SWITCHES, *TEXTS, "model.config", "model.allow_mismatch", "optim.betas"}
+KEYS |= {"run.hang_after"}
 KEYS |= memory.KEYS | {"model.lora"}
 
 
@@ -219,6 +223,8 @@ def _check_values(cfg: DictConfig) -> None:
         _check_text(cfg, key)
     if ".." in Path(cfg.model.name).parts:  # the default of run.output has it
         raise ValueError(f"model.name must not lead out of the folder of outputs, got {cfg.model.name!r}")
+    if (value := cfg.run.hang_after) != "auto" and not (_is_number(value) and value >= 1):
+        raise ValueError(f"run.hang_after must be auto or a number of seconds of at least 1, got {value!r}")
     betas = OmegaConf.to_container(cfg.optim.betas) if OmegaConf.is_list(cfg.optim.betas) else cfg.optim.betas
     good = isinstance(betas, list) and len(betas) == 2 and all(_is_number(b) and 0 <= b < 1 for b in betas)
     if not good:
@@ -287,7 +293,8 @@ def _check_mesh(cfg: DictConfig, world_size: int, ranks_per_node: int) -> MeshSh
             ulysses_across_nodes=parallel.ulysses_across_nodes,
         )
     except ValueError as error:
-        raise ValueError(f"parallel.data, parallel.ring, parallel.ulysses: {error}") from None
+        hint = "run.elastic=true lets sizes that do not fit give way"
+        raise ValueError(f"parallel.data, parallel.ring, parallel.ulysses: {error}; {hint}") from None
     try:
         check_scheme(AttentionOptions(scheme=parallel.scheme), shape)
     except ValueError as error:

@@ -15,6 +15,7 @@ from ringattn.training.config import check_positions, check_vocabulary, complete
 from ringattn.training.corpus import Corpus, stdlib_corpus, text_corpus
 from ringattn.training.data.files import matching_files
 from ringattn.training.data.tokenizer import BYTE_VOCABULARY, BYTES, has_tokenizer, load_tokenizer
+from ringattn.training.elastic import fitted
 from ringattn.training.fitness import check_attention, check_head_chunks, compile_mode
 from ringattn.training.launched import Launch, pick_device
 from ringattn.training.lora import lora_notes, lora_of
@@ -68,13 +69,15 @@ def prepare(cfg: DictConfig, launch: Launch, chosen: Collection[str] | None = No
     """
     device = pick_device(launch)
     cfg = with_saved_model(completed(cfg), chosen)
+    output = Path(str(cfg.run.output)).expanduser().resolve()
+    cfg, sizes = fitted(cfg, output, launch.world_size, launch.ranks_per_node)
     shape = validate(cfg, launch.world_size, launch.ranks_per_node, device.type)
     resolved = OmegaConf.create(resolve(cfg, shape, device.type))
-    output = Path(cfg.run.output).expanduser().resolve()
     found = newest_checkpoint(output / "checkpoints")
     check_output(output, str(cfg.run.output), write=found is None or found[1].step < cfg.run.steps)
     config, notes = _model(resolved)
     empty = check_attention(config, lora_of(resolved.model))
+    notes += sizes
     notes += lora_notes(resolved, lora_of(resolved.model), cfg.optim.lr, empty)
     check_head_chunks(cfg, shape, config)
     resolved.engine.compile = compile_mode(cfg, device.type, empty)

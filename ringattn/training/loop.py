@@ -2,11 +2,9 @@
 
 import math
 import random
-import signal
 import time
 import warnings
 from collections.abc import Sequence
-from types import FrameType
 
 import numpy as np
 import torch
@@ -29,6 +27,7 @@ from ringattn.training.determinism import be_deterministic
 from ringattn.training.engines import Engine, EngineOptions, build_engine
 from ringattn.training.flops import StepFlops, peak_flops
 from ringattn.training.grouping import DocumentCost, GroupedPacker, GroupedPosition
+from ringattn.training.health.rank import Health, StopRequest
 from ringattn.training.job import Job
 from ringattn.training.keeping import Keeping
 from ringattn.training.lora import lora_of
@@ -45,37 +44,18 @@ from ringattn.training.step_checks import StepChecks
 from ringattn.training.stragglers import Stragglers
 
 
-class StopRequest:
-    """Notes SIGTERM, SIGINT and SIGUSR1 (what schedulers send before they take a machine) instead of dying from them.
+class Trainer:
+    """One run. Making it is collective over all ranks, and so is `run`.
 
-    A second SIGINT interrupts at once. Use it as a context manager; the handlers before it come back.
+    Arguments:
+        health: where this rank says what it does.
     """
 
-    def __init__(self) -> None:
-        self.requested = False
-        self._before: dict[int, object] = {}
-
-    def _note(self, number: int, frame: FrameType | None) -> None:
-        if self.requested and number == signal.SIGINT:
-            raise KeyboardInterrupt
-        self.requested = True
-
-    def __enter__(self) -> "StopRequest":
-        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
-            self._before[number] = signal.signal(number, self._note)
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        for number, handler in self._before.items():
-            signal.signal(number, handler)  # type: ignore[arg-type]
-
-
-class Trainer:
-    """One run. Making it is collective over all ranks, and so is `run`; both expect an initialised process group."""
-
-    def __init__(self, job: Job) -> None:
+    def __init__(self, job: Job, health: Health | None = None) -> None:
         cfg = job.cfg
         self.job, self.cfg = job, cfg
+        self.health = health = Health() if health is None else health
+        self.stop = StopRequest(health.record)
         parallel = cfg.parallel
         self.mesh = init_mesh(
             data=parallel.data,
@@ -119,6 +99,7 @@ class Trainer:
     def _attach(self, model: nn.Module) -> None:
         """What is done to a model before it is sharded."""
         parallel = self.cfg.parallel
+        self.health.watch_layers(model)
         if self.cfg.engine.compile == "elementwise":
             Elementwise(model)
         parallelize(
@@ -146,16 +127,21 @@ class Trainer:
         """Trains until all steps are done or a signal asks to stop, and saves in both cases. True if all are done."""
         cfg = self.cfg
         self.spikes = Spikes(cfg.run.spike, losses_before(self.job.output, self.step) if cfg.run.spike else ())
-        with StopRequest() as stop, self._batches() as stream, self._stragglers() as stragglers:
+        record = self.health.record
+        with self.stop, self._batches() as stream, self._stragglers() as stragglers:
             first = True
             owed: list[Place] = []
             while self.step < cfg.run.steps:
                 started = time.perf_counter()
+                record.begin(self.step + 1)
+                record.at("data")
                 with stragglers.step():
                     batch = next(stream)
+                    self.health.computes(batch.targets, batch.lengths)
                     waited = time.perf_counter() - started
-                    done = self._train_step(batch, stop.requested)
+                    done = self._train_step(batch)
                 seconds = StepSeconds(time.perf_counter() - started, waited, warmup=first)
+                record.took(seconds.seconds)
                 report.step(self._metrics(batch, done, seconds))
                 stragglers.done(self.step, waited, warmup=first)
                 if first:
@@ -206,6 +192,7 @@ class Trainer:
 
         Raises BadNumbers instead of saving weights that are not finite.
         """
+        self.health.record.at("saving")
         check_weights(self.engine.model, self.step, self.job.device)
         state = TrainState(
             self.step,
@@ -231,11 +218,16 @@ class Trainer:
         cost = DocumentCost(self.flops.attention, self.flops.per_token)
         return GroupedPacker(corpus, data.seq_len, seed, cost, data.delay, GroupedPosition.from_state(self.position))
 
-    def _train_step(self, batch: Batch[LocalPack], stop: bool) -> Brought:
-        """One optimiser step. The host waits for the device once, at its end, and again where something is wrong."""
+    def _train_step(self, batch: Batch[LocalPack], stop: bool = False) -> Brought:
+        """One optimiser step. The host waits for the device once, at its end, and again where something is wrong.
+
+        Arguments:
+            stop: after it, whether a signal asks for that meanwhile or not.
+        """
         before = self.checks.before(self.step, self.schedule(self.step), batch)
         loss = torch.zeros((), device=self.job.device)
-        with self.memory.step(self.step + 1) as at:
+        with self.memory.step(self.step + 1) as told:
+            at = self.health.in_step(told)
             for local in batch.micro:
                 at("forward pass")
                 share = self._forward(local, batch.targets_of(self.mesh.data_rank, self.mesh.data))
@@ -244,7 +236,7 @@ class Trainer:
                 loss += share.detach()
             at("optimizer step")
             norm = self.engine.step(self.schedule(self.step))
-            done = brought(loss, norm, stop, before.digest)
+            done = brought(loss, norm, stop or self.stop.requested, before.digest)
         self.checks.after(before, done, batch)
         self.step += 1
         self.tokens += batch.tokens
@@ -289,22 +281,28 @@ class Trainer:
 
 
 @FirstFailure()
-def train(job: Job) -> None:
+def train(job: Job, health: Health | None = None) -> None:
     """Runs a prepared job to its end, or to a checkpoint if a signal asks to stop. Collective."""
     rank0 = job.launch.rank == 0
+    health = Health() if health is None else health
+    health.record.at("joining")
     meet(job)
     if job.done:
         if rank0:
             print(_finished(job))
         return
     _quiet_libraries()
+    if job.launch.world_size > 1 and dist.is_initialized():
+        health.joined()
+    health.record.at("starting")
     if job.cfg.run.deterministic:
         be_deterministic()
-    trainer = Trainer(job)
+    trainer = Trainer(job, health)
     if rank0:
         write_config(job.cfg, job.output, job.model_config)
     with Report(job, trainer.step, trainer.engine.num_parameters, enabled=rank0) as report:
         done = trainer.run(report)
+    health.finished(trainer.step, done)
     if rank0:
         state = "done" if done else f"stopped after step {trainer.step}; start again with the same command to go on"
         print(f"{state}: {job.output}", flush=True)

@@ -10,6 +10,7 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 
 from ringattn.training.checkpoint.folders import remove_partial
+from ringattn.training.health.lock import is_free
 from ringattn.training.secrets import redacted
 
 CONFIG, MODEL = "config.yaml", "model.json"
@@ -34,7 +35,7 @@ def check_output(output: Path, given: str, write: bool) -> None:
                 probe.write(bytes(4096))
             return
         except OSError as error:
-            if attempt == "as it is" and error.errno == errno.ENOSPC:
+            if attempt == "as it is" and error.errno == errno.ENOSPC and is_free(output):
                 remove_partial(folder)
                 continue
             raise ValueError(f"run.output={given}: nothing can be written in {existing}: {error.strerror}") from None

@@ -14,6 +14,8 @@ _SHOWN = 3  # ranks whose reasons are said
 class SaveFailed(RuntimeError):
     """A save failed on some rank, and so on all of them; the message names the ranks and their reasons."""
 
+    restart = False  # whoever fills a disk has to make room first
+
 
 class Together:
     """Does things on every rank that count only if all of them could. Making one is collective, and so are calls.

@@ -19,7 +19,7 @@ Environment:
   EXTRAS   more extras of pyproject.toml, e.g. EXTRAS=fa4     (default: none)
   OMP_NUM_THREADS  threads of each rank                       (default: cores / ranks)
 
-The exit code is that of the training.
+Exit code: 0 done, 75 stopped by a signal with a checkpoint, 1 failed, 2 something has to be changed first.
 TEXT
 }
 

@@ -15,7 +15,10 @@ on every node, with the same number of nodes and endpoint, in any order.
   --nproc-per-node P   ranks on this node (one per GPU, else 2)              or NPROC
   --id NAME            tells jobs with the same endpoint apart (ringattn)    or JOB_ID
 
+  --max-restarts N     start all ranks again, N times, when one fails; --nodes MIN:MAX run.elastic=true goes on with fewer
+
 What follows goes to the recipe. An argument wins over the environment. PYTHON, EXTRAS: see launch/setup.sh.
+Exit code: 0 done, 75 stopped by a signal with a checkpoint, 1 failed, 2 something has to be changed first.
 TEXT
 }
 

@@ -2,8 +2,9 @@
 
 Starts under torchrun (`ringattn train` calls it), as the tasks of SLURM's srun, or alone. Every key is in `configs/`,
 with a comment.
-Exit codes: 0 done (or stopped by a signal, with a checkpoint), 2 for a configuration that cannot run, or that
-is not the same on all ranks.
+Exit codes of a rank: 0 done, or stopped by a signal with a checkpoint; 1 if its state could not be saved; 2 for a
+configuration that cannot run, or that is not the same on all ranks. torchrun makes 1 of all but 0, and `ringattn train`
+more than it: how a run ended stands in exit.json of its folder.
 """
 
 import os
@@ -16,6 +17,7 @@ from yaml import YAMLError
 
 from ringattn.training.choices import chosen_by_user
 from ringattn.training.failures import reported
+from ringattn.training.health.start import hold, refused
 from ringattn.training.job import prepare
 from ringattn.training.launched import current
 from ringattn.training.refusal import refuse
@@ -26,19 +28,26 @@ def main(cfg: DictConfig) -> None:
     """Refuses before any process group starts, then trains."""
     try:
         job = prepare(cfg, current(), chosen_by_user(cfg))
+        lock = None if job.cfg.run.plan_only else hold(job)
     except (ValueError, OmegaConfBaseException) as error:
+        refused(cfg, error)
         refuse(error)
-    if job.cfg.run.plan_only:
+    if lock is None:
         if job.launch.rank == 0:
             print(job.plan.text())
         return
     # Imported late: a refusal must not wait for torch.distributed and transformers.
+    from ringattn.training.checkpoint import BadCheckpoint, SaveFailed
+    from ringattn.training.health.rank import running
     from ringattn.training.loop import train
     from ringattn.training.meeting import CannotStart
 
     try:
-        train(job)
-    except CannotStart as error:
+        with running(job, lock) as health:
+            train(job, health)
+    except SaveFailed as error:
+        refuse(error, code=1)
+    except (CannotStart, BadCheckpoint) as error:
         refuse(error)
 
 

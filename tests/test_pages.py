@@ -190,6 +190,12 @@ def check_pip(rest: Sequence[str]) -> None:
     assert asked.c is None or (ROOT / asked.c).is_file()
 
 
+def check_file(rest: Sequence[str], *action: str) -> None:
+    *before, file = rest
+    assert before == list(action)
+    assert (ROOT / file).is_file(), file
+
+
 CHECKS: dict[str, Callable[[Sequence[str]], None]] = {
     "bash": check_script,
     "sbatch": check_script,
@@ -198,6 +204,9 @@ CHECKS: dict[str, Callable[[Sequence[str]], None]] = {
     "python": check_python,
     "benchmarks.training": check_training_benchmark,
     "pip": check_pip,
+    "srun": lambda rest: check([word for word in rest if word != "--ntasks-per-node=1"]),
+    "kubectl": lambda rest: check_file(rest, "apply", "-f"),
+    "sky": lambda rest: check_file(rest, "jobs", "launch"),
 }
 
 

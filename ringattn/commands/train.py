@@ -15,26 +15,36 @@ mine/model/small.yaml is chosen by model=small, and mine/long-books.yaml may beg
 "defaults: [train, _self_]" and then name only what differs.
 
 The run's folder is run.output, by default outputs/MODEL-DATA below the current folder; the same
-command goes on from its newest checkpoint. Ctrl-C and SIGTERM save one first. Exit code 0 if the
-run is complete, 2 for wrong arguments, 1 if it failed or was stopped.
+command goes on from its newest checkpoint. Ctrl-C, SIGTERM and SIGUSR1 save one first.
+
+Exit code   0  all steps are done
+           75  stopped by a signal, with a checkpoint: the same command goes on
+            1  failed, and the same command may come further
+            2  refused, or failed in a way that would happen again: something has to be changed
+The same, with the reason, stands in exit.json of the run's folder.
 """
 
 import argparse
 import io
+import math
 import os
 import re
 import runpy
+import socket
 import sys
-from contextlib import redirect_stdout
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager, redirect_stdout
 from importlib import metadata
 from importlib.util import find_spec
 from pathlib import Path
-from typing import NoReturn
+from typing import Any
 
 from ringattn.commands._call import RANKS, integer
 
 PACKAGE = Path(__file__).parents[1]
 # An installed package holds recipes and configurations; in a checkout they stand beside it.
+MEETING = "RENDEZVOUS-FILE"  # in the command of torchrun: a name that is filled in as it starts
 INSTALLED = (PACKAGE / "recipes").is_dir()
 HOME = PACKAGE if INSTALLED else PACKAGE.parent
 RECIPE, CONFIGS = HOME / "recipes" / "train.py", HOME / "configs"
@@ -52,6 +62,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default=os.environ.get("NPROC") or None,
         metavar="N",
         help="ranks of this machine, default NPROC, else one for each GPU, else 2",
+    )
+    parser.add_argument(
+        "--max-restarts",
+        type=restarts,
+        default=0,
+        metavar="N",
+        help="how often all ranks start again from the newest checkpoint when one fails, default 0",
     )
     configuration = parser.add_argument_group("the configuration")
     configuration.add_argument("--config-dir", type=Path, metavar="FOLDER", help="with configuration files of your own")
@@ -72,10 +89,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     machines = parser.add_argument_group("several machines, on each with the same endpoint, in any order")
     machines.add_argument(
         "--nodes",
-        type=integer(RANKS),
+        type=nodes,
         default=os.environ.get("NNODES") or None,
         metavar="N",
-        help="machines that take part, default NNODES, else this one alone",
+        help="machines that take part, default NNODES, else this one alone; MIN:MAX with run.elastic=true goes on with "
+        "fewer, down to MIN, when machines are lost",
     )
     machines.add_argument("--node-rank", metavar="R", help="from 0 to N-1, default NODE_RANK; 0 holds the rendezvous")
     machines.add_argument(
@@ -93,26 +111,72 @@ def run(args: argparse.Namespace) -> int:
     arguments = [*hydra_options(args), *args.overrides]
     if args.cfg or args.info:
         run_recipe([*printing(args), *arguments])
-    else:
-        start(args, arguments)
-    return 0
+        return 0
+    return start(args, arguments)
 
 
-def start(args: argparse.Namespace, arguments: list[str]) -> NoReturn:
-    """Puts torchrun in the place of this process, so that signals reach it and the exit code is its own."""
+def start(args: argparse.Namespace, arguments: list[str]) -> int:
+    """Starts torchrun and stays beside it: see `ringattn.training.health.launcher`. The exit code of the run."""
+    from omegaconf import OmegaConf
+
+    from ringattn.training.health.launcher import Launcher
+
     where = rendezvous(args)
-    with redirect_stdout(io.StringIO()):  # what is wrong with the configuration is said here, once, and not by ranks
+    with redirect_stdout(io.StringIO()) as printed:  # what is wrong with the configuration is said here, once
         run_recipe(["--cfg", "job", *arguments])
+    cfg = OmegaConf.create(printed.getvalue())
+    grace = check_run(args, cfg)
     ranks = args.nproc or default_ranks()
     # torchrun would set 1; more threads than cores make CPU ranks wait for each other.
     os.environ["OMP_NUM_THREADS"] = os.environ.get("OMP_NUM_THREADS") or str(max(1, cores() // ranks))
     if not INSTALLED:  # a recipe finds what stands in its own folder, and not the package of its checkout
         paths = [str(HOME), os.environ.get("PYTHONPATH", "")]
         os.environ["PYTHONPATH"] = os.pathsep.join(path for path in paths if path)
-    launcher = ["-m", "torch.distributed.run", *where, "--nproc-per-node", str(ranks)]
+    launcher = ["-m", "torch.distributed.run", *where, "--nproc-per-node", str(ranks), *patience(grace)]
+    if args.max_restarts:
+        launcher += ["--max-restarts", str(args.max_restarts)]
     sys.stdout.flush()
     sys.stderr.flush()
-    os.execv(sys.executable, [sys.executable, *launcher, str(RECIPE), *arguments])
+    command = [sys.executable, *launcher, str(RECIPE), *arguments]
+    output = Path(cfg.run.output).expanduser().resolve()
+    nodes = (int(args.node_rank or os.environ["NODE_RANK"]), args.nodes[1]) if args.nodes else None
+    with one_machine(command):
+        return Launcher(command, output, grace, nodes).run()
+
+
+def check_run(args: argparse.Namespace, cfg: Any) -> float:
+    """Ends the program for what the options and the configuration exclude; the seconds that ranks have to save."""
+    if args.nodes and args.nodes[0] != args.nodes[1] and cfg.run.get("elastic") is not True:
+        given = f"{args.nodes[0]}:{args.nodes[1]}"
+        args.parser.error(f"--nodes {given} lets a run go on with fewer machines, which needs run.elastic=true")
+    grace = cfg.run.get("grace")
+    if not isinstance(grace, int | float) or isinstance(grace, bool) or not grace >= 1:
+        args.parser.error(f"run.grace must be a number of seconds of at least 1, got {grace!r}")
+    return float(grace)
+
+
+def patience(grace: float) -> list[str]:
+    """For signals that reach torchrun itself, from a scheduler that sends them to every process. Before torch 2.13 its
+    30 s cannot be changed."""
+    from torch.distributed.run import get_args_parser
+
+    options = [option for action in get_args_parser()._actions for option in action.option_strings]
+    return ["--shutdown-timeout", str(math.ceil(grace))] if "--shutdown-timeout" in options else []
+
+
+@contextmanager
+def one_machine(command: list[str]) -> Iterator[None]:
+    """Ranks of one machine meet in a file, whose name is filled in here, and nothing listens to the network for them.
+
+    torchrun's own way for one machine (--standalone) listens on all its addresses.
+    """
+    if MEETING not in command:
+        yield
+        return
+    with tempfile.TemporaryDirectory(prefix="ringattn-") as folder:
+        command[command.index(MEETING)] = str(Path(folder) / "rendezvous")
+        os.environ["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "1"  # the ranks open their own, on the loopback
+        yield
 
 
 def check(args: argparse.Namespace) -> None:
@@ -161,22 +225,61 @@ def rendezvous(args: argparse.Namespace) -> list[str]:
         # Only options count here: an environment may well have NODE_RANK for somebody else.
         if args.node_rank or args.endpoint or args.id:
             args.parser.error("missing: --nodes (or NNODES)")
-        return ["--standalone"]
+        local = ["--rdzv-conf", "store_type=file", "--local-addr", "127.0.0.1", "--rdzv-id", "ringattn"]
+        return ["--nnodes", "1", "--rdzv-backend", "c10d", "--rdzv-endpoint", MEETING, *local]
     absent = "" if node_rank else " --node-rank (or NODE_RANK)"
     absent += "" if endpoint else " --endpoint (or ENDPOINT)"
     if absent:
         args.parser.error(f"missing:{absent}")
-    if not node_rank.isdecimal() or int(node_rank) >= args.nodes:
-        args.parser.error(
-            f"--node-rank must be an integer from 0 to {args.nodes - 1} for --nodes {args.nodes}, got {node_rank!r}"
-        )
+    least, most = args.nodes
+    count = str(most) if least == most else f"{least}:{most}"
+    if not node_rank.isdecimal() or int(node_rank) >= most:
+        args.parser.error(f"--node-rank must be an integer from 0 to {most - 1} for --nodes {count}, got {node_rank!r}")
     if not re.fullmatch(r".+:[0-9]+", endpoint):
         args.parser.error(f"--endpoint must be HOST:PORT, got {endpoint!r}")
     # is_host is said, not guessed: torchrun compares host names, which fails in containers and for two nodes on one
     # machine.
     is_host = f"is_host={str(int(node_rank) == 0).lower()}"
     meeting = ["--rdzv-backend", "c10d", "--rdzv-endpoint", endpoint, "--rdzv-conf", is_host]
-    return ["--nnodes", str(args.nodes), *meeting, "--rdzv-id", args.id or os.environ.get("JOB_ID") or "ringattn"]
+    meeting += local_address(endpoint)
+    if least != most:
+        # A store of the ranks' own: that of torchrun keeps what ranks of other starts have left in it.
+        os.environ["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "1"
+    return ["--nnodes", count, *meeting, "--rdzv-id", args.id or os.environ.get("JOB_ID") or "ringattn"]
+
+
+def restarts(text: str) -> int:
+    if not text.isdecimal():
+        raise argparse.ArgumentTypeError(f"expected an integer of at least 0, got {text!r}")
+    return int(text)
+
+
+def nodes(text: str) -> tuple[int, int]:
+    """N, or MIN:MAX."""
+    least, _, most = text.partition(":")
+    number = integer(RANKS)
+    found = number(least), number(most or least)
+    if found[0] > found[1]:
+        raise argparse.ArgumentTypeError(f"expected MIN:MAX, got {text!r}")
+    return found
+
+
+def local_address(endpoint: str) -> list[str]:
+    """This machine's address on its way to the endpoint, as an option of torchrun.
+
+    torchrun would tell the other machines this one's own name, which often means the loopback, here or to them. Nothing
+    is sent: connecting a datagram socket chooses the address. Where the endpoint itself is the loopback, or has no
+    route yet, torchrun decides.
+    """
+    host, _, port = endpoint.rpartition(":")
+    try:
+        kind, _, _, _, address = socket.getaddrinfo(host.strip("[]"), int(port), type=socket.SOCK_DGRAM)[0]
+        with socket.socket(kind, socket.SOCK_DGRAM) as probe:
+            probe.connect(address)
+            found = str(probe.getsockname()[0])
+    except OSError:
+        return []
+    return [] if found.startswith("127.") or found == "::1" else ["--local-addr", found]
 
 
 def default_ranks() -> int:

@@ -24,7 +24,7 @@ from ringattn.training.engines.deepspeed import available as deepspeed_available
 from ringattn.training.lora import check_lora, lora_of, lora_values
 from ringattn.training.rope import rope_of, rope_values
 
-CHOICES: dict[str, tuple[str, ...]] = {
+CHOICES: dict[str, tuple[str | bool, ...]] = {
     "data.name": ("stdlib", "text"),
     "data.ahead": PLACES,
     "parallel.scheme": scheme_names(),
@@ -36,6 +36,7 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "run.dtype": ("auto", "float32", "bfloat16"),
     "run.resume": ("auto", "force"),
     "run.on_spike": ("record", "skip"),
+    "run.async_save": ("auto", True, False),
 }
 # Smallest allowed value.
 INTEGERS: dict[str, int] = {
@@ -51,6 +52,8 @@ INTEGERS: dict[str, int] = {
     "run.seed": 0,
     "run.save_every": 0,
     "run.keep": 1,
+    "run.memory_every": 0,
+    "run.max_failed_saves": 1,
     "run.log_every": 1,
     "run.check_every": 0,
     "run.recompute_every": 0,
@@ -72,9 +75,12 @@ NUMBERS: dict[str, tuple[float, float]] = {
     "run.start_timeout": (1.0, math.inf),
     "run.spike": (0.0, math.inf),
     "run.straggler_percent": (0.0, math.inf),
+    "run.grace": (1.0, math.inf),
 }
-SWITCHES = ("data.pad", "parallel.ulysses_across_nodes", "run.plan_only", "run.tensorboard", "run.deterministic")
-TEXTS = ("model.name", "model.family", "model.path", "run.output")
+SWITCHES = (
+    "data.pad", "parallel.ulysses_across_nodes", "run.deterministic", "run.elastic", "run.plan_only", "run.tensorboard",
+)  # fmt: skip
+TEXTS = ("model.name", "model.family", "model.path", "run.output", "run.memory_folder")
 # Keys that only one option of their group has.
 OF_TEXT = ("data.files", "data.text_field", "data.tokenizer", "data.add_eos", "data.cache")
 OF_DEEPSPEED = ("engine.zero_stage",)
@@ -86,6 +92,7 @@ OPTIONAL |= memory.OPTIONAL | {"model.lora", "model.rope", "model.freeze"}
 # Below model.config every key of the transformers configuration is allowed; these have keys of their own.
 NESTED = ("model.config.", "model.lora.", "model.rope.")
 KEYS = {*CHOICES, *INTEGERS, *NUMBERS, *SWITCHES, *TEXTS, "model.config", "model.allow_mismatch", "optim.betas"}
+KEYS |= {"run.hang_after"}
 KEYS |= memory.KEYS | {"model.lora", "model.rope", "model.freeze"}
 
 
@@ -202,7 +209,7 @@ def _and_above(key: str) -> list[str]:
 def _check_values(cfg: DictConfig) -> None:
     for key, allowed in CHOICES.items():
         if (value := OmegaConf.select(cfg, key)) not in allowed:
-            raise ValueError(f"{key} must be one of {', '.join(allowed)}, got {value!r}")
+            raise ValueError(f"{key} must be one of {', '.join(map(_written, allowed))}, got {value!r}")
     for key, smallest in INTEGERS.items():
         value = OmegaConf.select(cfg, key)
         if value is None and key in OPTIONAL:
@@ -224,6 +231,13 @@ def _check_values(cfg: DictConfig) -> None:
         _check_text(cfg, key)
     if ".." in Path(cfg.model.name).parts:  # the default of run.output has it
         raise ValueError(f"model.name must not lead out of the folder of outputs, got {cfg.model.name!r}")
+    if (value := cfg.run.hang_after) != "auto" and not (_is_number(value) and value >= 1):
+        raise ValueError(f"run.hang_after must be auto or a number of seconds of at least 1, got {value!r}")
+
+
+def _written(value: str | bool) -> str:
+    """As it is written in YAML."""
+    return str(value).lower() if isinstance(value, bool) else value
 
 
 def _is_integer(value: Any) -> bool:
@@ -285,7 +299,8 @@ def _check_mesh(cfg: DictConfig, world_size: int, ranks_per_node: int) -> MeshSh
             ulysses_across_nodes=parallel.ulysses_across_nodes,
         )
     except ValueError as error:
-        raise ValueError(f"parallel.data, parallel.ring, parallel.ulysses: {error}") from None
+        hint = "run.elastic=true lets sizes that do not fit give way"
+        raise ValueError(f"parallel.data, parallel.ring, parallel.ulysses: {error}; {hint}") from None
     try:
         check_scheme(AttentionOptions(scheme=parallel.scheme), shape)
     except ValueError as error:

@@ -7,6 +7,7 @@ import fcntl
 import hashlib
 import json
 import os
+import sys
 import sysconfig
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -20,7 +21,7 @@ import numpy.typing as npt
 
 from ringattn.training.data.contents import Content, contents_of
 from ringattn.training.data.kinds import is_jsonl
-from ringattn.training.data.store import FORMAT, open_store, write_store
+from ringattn.training.data.store import FORMAT, BadStore, Store, open_store, write_store
 from ringattn.training.data.tokenizer import BYTE_VOCABULARY, Tokenizer, load_tokenizer
 
 
@@ -113,9 +114,10 @@ def text_corpus(
             that is to be loaded.
         cache: folder for the token store; it may be shared by processes and machines.
 
-    Every process may call this at the same time: one writes the store under a file lock and the others wait for it,
-    with no collective. The store, and the fingerprint of the corpus, are those of what the files and the tokenizer
-    hold: neither a path nor a time counts.
+    Every process may call this at the same time: one writes the store, or reads it through, under a file lock and the
+    others wait for it, with no collective. A store that does not hold what was written is made again, with a message.
+    The store, and the fingerprint of the corpus, are those of what the files and the tokenizer hold: neither a path nor
+    a time counts.
 
     Raises ValueError for a file, a tokenizer or a cache folder that cannot be used.
     """
@@ -125,16 +127,27 @@ def text_corpus(
     key = json.dumps([FORMAT, kinds, encoder.fingerprint, text_field])
     fingerprint = hashlib.sha256(key.encode()).hexdigest()[:16]
     folder = cache / fingerprint
-    store = open_store(folder)
     try:
-        if store is None:
-            with _locked(cache / f"{fingerprint}.lock"):
-                store = open_store(folder) or write_store(folder, contents, text_field, encoder)
+        with _locked(cache / f"{fingerprint}.lock"):
+            store = _good_store(folder) or write_store(folder, contents, text_field, encoder)
     except OSError as error:
-        raise ValueError(f"data.cache={str(cache)!r} cannot be used: {error.strerror or error}") from None
+        # A cache that cannot be written to may hold the tokens all the same.
+        found = _good_store(folder, remember=False)
+        if found is None:
+            raise ValueError(f"data.cache={str(cache)!r} cannot be used: {error.strerror or error}") from None
+        store = found
     if not len(store.tokens):
         raise ValueError("data.files hold no text at all")
     return Corpus(store.tokens, store.offsets, store.vocab_size, fingerprint)
+
+
+def _good_store(folder: Path, remember: bool = True) -> Store | None:
+    """The store in a folder; None, and a message, if it is not what was written."""
+    try:
+        return open_store(folder, remember)
+    except BadStore as error:
+        print(f"warning: the token cache is not taken: {error}; it is made again", file=sys.stderr, flush=True)
+        return None
 
 
 def _contents(files: Sequence[Path], cache: Path) -> list[Content]:

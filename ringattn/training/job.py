@@ -15,6 +15,7 @@ from ringattn.training.config import check_positions, check_vocabulary, complete
 from ringattn.training.corpus import Corpus, stdlib_corpus, text_corpus
 from ringattn.training.data.files import matching_files
 from ringattn.training.data.tokenizer import BYTE_VOCABULARY, BYTES, has_tokenizer, load_tokenizer
+from ringattn.training.elastic import fitted
 from ringattn.training.fitness import check_attention, check_head_chunks, compile_mode
 from ringattn.training.freezing import freeze_notes
 from ringattn.training.launched import Launch, pick_device
@@ -24,6 +25,7 @@ from ringattn.training.output import check_output
 from ringattn.training.pretrained import load_weights
 from ringattn.training.resume import check_resume
 from ringattn.training.rope import rope_of
+from ringattn.training.save_plan import settle_saving
 
 
 @dataclass(frozen=True)
@@ -69,18 +71,21 @@ def prepare(cfg: DictConfig, launch: Launch, chosen: Collection[str] | None = No
     """
     device = pick_device(launch)
     cfg = with_saved_model(completed(cfg), chosen)
+    output = Path(str(cfg.run.output)).expanduser().resolve()
+    cfg, sizes = fitted(cfg, output, launch.world_size, launch.ranks_per_node)
     shape = validate(cfg, launch.world_size, launch.ranks_per_node, device.type)
     resolved = OmegaConf.create(resolve(cfg, shape, device.type))
-    output = Path(cfg.run.output).expanduser().resolve()
     found = newest_checkpoint(output / "checkpoints")
     check_output(output, str(cfg.run.output), write=found is None or found[1].step < cfg.run.steps)
     config, notes = _model(resolved)
     empty = check_attention(config, lora_of(resolved.model), list(resolved.model.freeze))
+    notes += sizes
     notes += lora_notes(resolved, lora_of(resolved.model), cfg.optim.lr, empty) + freeze_notes(resolved, empty)
     check_head_chunks(cfg, shape, config)
     resolved.engine.compile = compile_mode(cfg, device.type, empty)
     plan = plan_memory(resolved, config, empty, shape, launch, device)
     resolved.memory.update(values_of(plan))
+    resolved.run.async_save = settle_saving(resolved, empty, plan.states, launch, device, output)
     corpus = load_corpus(resolved, config, output)
     check_positions(resolved, config, corpus)
     if found is not None:

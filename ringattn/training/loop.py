@@ -2,11 +2,9 @@
 
 import math
 import random
-import signal
 import time
 import warnings
-from pathlib import Path
-from types import FrameType
+from collections.abc import Sequence
 
 import numpy as np
 import torch
@@ -23,13 +21,15 @@ from ringattn.training.agreement import meet
 from ringattn.training.ahead import BatchesAhead
 from ringattn.training.bad_numbers import check_weights, finite
 from ringattn.training.batches import Batch
-from ringattn.training.checkpoint import TrainState, load_random_states, newest_checkpoint, save_checkpoint
+from ringattn.training.checkpoint import Place, TrainState
 from ringattn.training.config import compute_dtype
 from ringattn.training.determinism import be_deterministic
 from ringattn.training.engines import Engine, EngineOptions, build_engine
 from ringattn.training.flops import StepFlops, peak_flops
 from ringattn.training.grouping import DocumentCost, GroupedPacker, GroupedPosition
+from ringattn.training.health.rank import Health, StopRequest
 from ringattn.training.job import Job
+from ringattn.training.keeping import Keeping
 from ringattn.training.lora import lora_of
 from ringattn.training.loss import Brought, brought, spoiling
 from ringattn.training.metrics import StepMetrics, StepSeconds, peak_memory_gib
@@ -44,37 +44,18 @@ from ringattn.training.step_checks import StepChecks
 from ringattn.training.stragglers import Stragglers
 
 
-class StopRequest:
-    """Notes SIGTERM, SIGINT and SIGUSR1 (what schedulers send before they take a machine) instead of dying from them.
+class Trainer:
+    """One run. Making it is collective over all ranks, and so is `run`.
 
-    A second SIGINT interrupts at once. Use it as a context manager; the handlers before it come back.
+    Arguments:
+        health: where this rank says what it does.
     """
 
-    def __init__(self) -> None:
-        self.requested = False
-        self._before: dict[int, object] = {}
-
-    def _note(self, number: int, frame: FrameType | None) -> None:
-        if self.requested and number == signal.SIGINT:
-            raise KeyboardInterrupt
-        self.requested = True
-
-    def __enter__(self) -> "StopRequest":
-        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
-            self._before[number] = signal.signal(number, self._note)
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        for number, handler in self._before.items():
-            signal.signal(number, handler)  # type: ignore[arg-type]
-
-
-class Trainer:
-    """One run. Making it is collective over all ranks, and so is `run`; both expect an initialised process group."""
-
-    def __init__(self, job: Job) -> None:
+    def __init__(self, job: Job, health: Health | None = None) -> None:
         cfg = job.cfg
         self.job, self.cfg = job, cfg
+        self.health = health = Health() if health is None else health
+        self.stop = StopRequest(health.record)
         parallel = cfg.parallel
         self.mesh = init_mesh(
             data=parallel.data,
@@ -94,8 +75,8 @@ class Trainer:
         self.memory = MemoryWatch(memory, job.output, dist.get_rank(), job.plan.items, job.plan.advice)
         self.checks = StepChecks(job, self.mesh, self.engine, self._forward)
         self.step, self.tokens, self.position = 0, 0, Position().state_dict()
-        if job.resume is not None:
-            self._load(*job.resume)
+        self.keeping = Keeping(job)
+        self.restore()
 
     def _engine_options(self) -> EngineOptions:
         cfg, job = self.cfg, self.job
@@ -121,6 +102,7 @@ class Trainer:
     def _attach(self, model: nn.Module) -> None:
         """What is done to a model before it is sharded."""
         parallel = self.cfg.parallel
+        self.health.watch_layers(model)
         if self.cfg.engine.compile == "elementwise":
             Elementwise(model)
         parallelize(
@@ -133,37 +115,58 @@ class Trainer:
             deterministic=self.cfg.run.deterministic,
         )
 
-    def _load(self, folder: Path, state: TrainState) -> None:
-        self.engine.load(folder)
-        load_random_states(folder)
+    def restore(self, before: int | None = None) -> bool:
+        """Goes on from the newest good checkpoint, not later than step `before`; False if there is none. Collective.
+
+        Batches that were made ahead are of the old place in the data: a stream is to be opened anew.
+        """
+        state = self.keeping.restored(self.engine, before)
+        if state is None:
+            return False
         self.step, self.tokens, self.position = state.step, state.tokens, state.position
+        return True
 
     def run(self, report: Report) -> bool:
         """Trains until all steps are done or a signal asks to stop, and saves in both cases. True if all are done."""
         cfg = self.cfg
         self.spikes = Spikes(cfg.run.spike, losses_before(self.job.output, self.step) if cfg.run.spike else ())
-        with StopRequest() as stop, self._batches() as stream, self._stragglers() as stragglers:
-            first, due = True, False
+        record = self.health.record
+        with self.stop, self._batches() as stream, self._stragglers() as stragglers:
+            first = True
+            owed: list[Place] = []
             while self.step < cfg.run.steps:
                 started = time.perf_counter()
+                record.begin(self.step + 1)
+                record.at("data")
                 with stragglers.step():
                     batch = next(stream)
+                    self.health.computes(batch.targets, batch.lengths)
                     waited = time.perf_counter() - started
-                    done = self._train_step(batch, stop.requested)
+                    done = self._train_step(batch)
                 seconds = StepSeconds(time.perf_counter() - started, waited, warmup=first)
+                record.took(seconds.seconds)
                 report.step(self._metrics(batch, done, seconds))
                 stragglers.done(self.step, waited, warmup=first)
-                first, stopping = False, done.stopping
+                if first:
+                    self.keeping.take_memory(self.engine)
+                first, last = False, done.stopping or self.step == cfg.run.steps
                 if self._went_back(batch, done):
                     report.back_to(self.step)
-                due = due or (cfg.run.save_every > 0 and self.step % cfg.run.save_every == 0)
-                if stopping or self.step == cfg.run.steps or (due and not self.checks.bad_steps.last_was_bad):
-                    due = False
-                    self.save()
-                    report.saved()
-                if stopping:
+                    last = done.stopping
+                owed = self._owed(owed, last)
+                if owed and (last or not self.checks.bad_steps.last_was_bad):
+                    self.save(owed)
+                    report.saved(owed)
+                    owed = []
+                if last:
+                    self.keeping.finish()
                     break
         return bool(self.step == cfg.run.steps)
+
+    def _owed(self, owed: Sequence[Place], last: bool) -> list[Place]:
+        """Where the state is to be saved now, or after the next step whose numbers are good."""
+        due = self.keeping.due(self.step, last)
+        return due if last else [*owed, *(place for place in due if place not in owed)]
 
     def _stragglers(self) -> Stragglers:
         run = self.cfg.run
@@ -176,24 +179,23 @@ class Trainer:
         middle = self.spikes.median_before(self.step, done.loss) if finite(done) else None
         if middle is None:
             return False
-        run, output = self.cfg.run, self.job.output
-        found = newest_checkpoint(output / "checkpoints") if run.on_spike == "skip" else None
-        then = "the run goes on" if run.on_spike == "record" else "there is no checkpoint to go back to"
-        if found is not None:
-            then = f"back to step {found[1].step}, and on with the data after step {self.step}"
-        record_spike(output, self.step, done.loss, middle, batch, then)
-        if found is None:
-            return False
-        self.spikes.back_to(found[1].step, run.max_bad_steps)
-        self._load(*found)
-        self.position = batch.position.state_dict()
-        return True
+        spiked, skip = self.step, self.cfg.run.on_spike == "skip"
+        back = skip and self.restore()
+        then = "there is no checkpoint to go back to" if skip else "the run goes on"
+        if back:
+            then = f"back to step {self.step}, and on with the data after step {spiked}"
+        record_spike(self.job.output, spiked, done.loss, middle, batch, then)
+        if back:
+            self.spikes.back_to(self.step, self.cfg.run.max_bad_steps)
+            self.position = batch.position.state_dict()
+        return back
 
-    def save(self) -> None:
-        """Writes a checkpoint of the steps done so far. Collective.
+    def save(self, places: Sequence[Place] | None = None) -> None:
+        """Saves the steps done so far, on disk unless other places are given. Collective.
 
-        Raises BadNumbers instead of a checkpoint of weights that are not finite.
+        Raises BadNumbers instead of saving weights that are not finite.
         """
+        self.health.record.at("saving")
         check_weights(self.engine.model, self.step, self.job.device)
         state = TrainState(
             self.step,
@@ -203,7 +205,7 @@ class Trainer:
             self.cfg.engine.name,
             self.world_size,
         )
-        save_checkpoint(self.job.output / "checkpoints", state, self.engine.save, self.cfg.run.keep)
+        self.keeping.save(state, self.engine, places)
 
     def _batches(self) -> BatchesAhead:
         data, mesh = self.cfg.data, self.mesh
@@ -219,11 +221,16 @@ class Trainer:
         cost = DocumentCost(self.flops.attention, self.flops.per_token)
         return GroupedPacker(corpus, data.seq_len, seed, cost, data.delay, GroupedPosition.from_state(self.position))
 
-    def _train_step(self, batch: Batch[LocalPack], stop: bool) -> Brought:
-        """One optimiser step. The host waits for the device once, at its end, and again where something is wrong."""
+    def _train_step(self, batch: Batch[LocalPack], stop: bool = False) -> Brought:
+        """One optimiser step. The host waits for the device once, at its end, and again where something is wrong.
+
+        Arguments:
+            stop: after it, whether a signal asks for that meanwhile or not.
+        """
         before = self.checks.before(self.step, self.schedule(self.step), batch)
         loss = torch.zeros((), device=self.job.device)
-        with self.memory.step(self.step + 1) as at:
+        with self.memory.step(self.step + 1) as told:
+            at = self.health.in_step(told)
             for local in batch.micro:
                 at("forward pass")
                 share = self._forward(local, batch.targets_of(self.mesh.data_rank, self.mesh.data))
@@ -232,7 +239,7 @@ class Trainer:
                 loss += share.detach()
             at("optimizer step")
             norm = self.engine.step(self.schedule(self.step))
-            done = brought(loss, norm, stop, before.digest)
+            done = brought(loss, norm, stop or self.stop.requested, before.digest)
         self.checks.after(before, done, batch)
         self.step += 1
         self.tokens += batch.tokens
@@ -277,22 +284,28 @@ class Trainer:
 
 
 @FirstFailure()
-def train(job: Job) -> None:
+def train(job: Job, health: Health | None = None) -> None:
     """Runs a prepared job to its end, or to a checkpoint if a signal asks to stop. Collective."""
     rank0 = job.launch.rank == 0
+    health = Health() if health is None else health
+    health.record.at("joining")
     meet(job)
     if job.done:
         if rank0:
             print(_finished(job))
         return
     _quiet_libraries()
+    if job.launch.world_size > 1 and dist.is_initialized():
+        health.joined()
+    health.record.at("starting")
     if job.cfg.run.deterministic:
         be_deterministic()
-    trainer = Trainer(job)
+    trainer = Trainer(job, health)
     if rank0:
         write_config(job.cfg, job.output, job.model_config)
     with Report(job, trainer.step, trainer.engine.num_parameters, enabled=rank0) as report:
         done = trainer.run(report)
+    health.finished(trainer.step, done)
     if rank0:
         state = "done" if done else f"stopped after step {trainer.step}; start again with the same command to go on"
         print(f"{state}: {job.output}", flush=True)

@@ -16,6 +16,7 @@ import uuid
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from datetime import timedelta
+from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
@@ -123,7 +124,12 @@ class Meeting:
                 _until(lambda: self._greet() or self.store.add(LEFT, 0) >= self._launch.world_size, HEARD)
 
     def join(self) -> None:
-        """The default process group, in the same store, with torch's backend for each kind of device. Collective."""
+        """The default process group, in the same store, with torch's backend for each kind of device. Collective.
+
+        Ranks of one machine, which meet on its loopback, talk there too.
+        """
+        if self._launch.world_size == self._launch.ranks_per_node and self._launch.master_addr in LOOPBACK:
+            _talk_on_loopback()
         store = dist.PrefixStore("group", self.store)
         dist.init_process_group(store=store, rank=self._launch.rank, world_size=self._launch.world_size)
 
@@ -200,6 +206,14 @@ def _listener(launch: Launch) -> int | None:
         return None
     with socket.create_server(("127.0.0.1", launch.master_port), backlog=4096) as listening:
         return listening.detach()
+
+
+def _talk_on_loopback() -> None:
+    """gloo and NCCL listen there alone, where nothing outside can reach them, unless the user chose an interface."""
+    name = next((name for name in ("lo", "lo0") if Path("/sys/class/net", name).exists()), None)
+    if name is not None:
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", name)
+        os.environ.setdefault("NCCL_SOCKET_IFNAME", name)
 
 
 def _wait_for_listener(launch: Launch, seconds: float) -> None:

@@ -26,6 +26,7 @@ from ringattn.parallel.mesh.shape import MeshShape
 from ringattn.training.engines.deepspeed import why_no_cpu_adam
 from ringattn.training.launched import Launch
 from ringattn.training.memory import AUTO, OF_STATES, OF_STEP, state_settings, step_settings
+from ringattn.training.save_plan import reserved_host
 
 
 @dataclass(frozen=True)
@@ -88,7 +89,8 @@ def plan_memory(
         model = model_shape(empty, config, str(cfg.model.name))
     except NotImplementedError as error:
         return _unplanned(cfg, free, str(error))
-    run, limits, machine = run_shape(cfg, shape, device), limits_of(cfg, launch, device), local_machine(device.type)
+    run, machine = run_shape(cfg, shape, device), local_machine(device.type)
+    limits = limits_of(cfg, launch, device, reserved_host(cfg, empty, launch))
     if free:
         choice = _choice(model, run, fixed, limits, machine)
         said = f"memory=auto chose {', '.join(f'{name}={written(choice.settled.values[name])}' for name in free)}; "
@@ -107,8 +109,12 @@ def _told(choice: Choice) -> str:
     return note + (f", {away / GIB:.2f} GiB of the host" if away else "")
 
 
-def limits_of(cfg: DictConfig, launch: Launch, device: torch.device) -> Limits:
-    """What `memory.gpu_memory`, `memory.host_memory` and `memory.margin` say, or the machine does."""
+def limits_of(cfg: DictConfig, launch: Launch, device: torch.device, reserved: int = 0) -> Limits:
+    """What `memory.gpu_memory`, `memory.host_memory` and `memory.margin` say, or the machine does.
+
+    Arguments:
+        reserved: bytes of a machine's memory that are for other things.
+    """
     host, ranks = host_memory().total, launch.ranks_per_node
     if cfg.memory.host_memory is not None:
         host = round(cfg.memory.host_memory * GIB)
@@ -119,6 +125,8 @@ def limits_of(cfg: DictConfig, launch: Launch, device: torch.device) -> Limits:
     else:  # then ranks compute in the host's memory
         gpu = (host or 2**50) / ranks
     outside = OUTSIDE if device.type == "cuda" else 0
+    if host is not None:
+        host = max(1, host - reserved)
     return Limits(gpu, host, ranks, cfg.memory.margin, outside)
 
 

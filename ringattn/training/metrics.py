@@ -128,11 +128,21 @@ class MetricsFile:
         partial = path.with_name(path.name + ".partial")
         partial.write_text("".join(json.dumps(record) + "\n" for record in kept))
         os.replace(partial, path)
-        self._file = open(path, "a", buffering=1)  # noqa: SIM115  open for the whole run, one write per line
+        self._path = path
+        self._file = open(path, "ab", buffering=0)  # noqa: SIM115  open for the whole run, one write per line
+        self._waiting = b""  # what a full disk did not take
 
     def write(self, metrics: StepMetrics) -> None:
-        """Appends one line."""
-        self._file.write(json.dumps(asdict(metrics)) + "\n")
+        """Appends one line; where the disk does not take it, it is kept for the next call, with one warning."""
+        line = json.dumps(asdict(metrics)).encode() + b"\n"
+        full = bool(self._waiting)
+        self._waiting += line
+        try:
+            while self._waiting:
+                self._waiting = self._waiting[self._file.write(self._waiting) :]
+        except OSError as error:
+            if not full:
+                print(f"warning: {self._path} cannot be written now: {error.strerror}", file=sys.stderr, flush=True)
 
     def close(self) -> None:
         """Closes the file."""

@@ -1,5 +1,6 @@
 """The folder of a run: whether it can be written to, and what it keeps of the run's configuration."""
 
+import errno
 import json
 import os
 import tempfile
@@ -8,6 +9,8 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
+from ringattn.training.checkpoint.folders import remove_partial
+from ringattn.training.health.lock import is_free
 from ringattn.training.secrets import redacted
 
 CONFIG, MODEL = "config.yaml", "model.json"
@@ -25,11 +28,17 @@ def check_output(output: Path, given: str, write: bool) -> None:
         return
     folder = output / "checkpoints"
     existing = next(path for path in (folder, *folder.parents) if os.path.lexists(path))
-    try:
-        with tempfile.TemporaryFile(dir=existing) as probe:
-            probe.write(bytes(4096))
-    except OSError as error:
-        raise ValueError(f"run.output={given}: nothing can be written in {existing}: {error.strerror}") from None
+    # A save that was killed may be what fills the disk.
+    for attempt in ("as it is", "without what it left"):
+        try:
+            with tempfile.TemporaryFile(dir=existing) as probe:
+                probe.write(bytes(4096))
+            return
+        except OSError as error:
+            if attempt == "as it is" and error.errno == errno.ENOSPC and is_free(output):
+                remove_partial(folder)
+                continue
+            raise ValueError(f"run.output={given}: nothing can be written in {existing}: {error.strerror}") from None
 
 
 def _check_stays_inside(output: Path, given: str) -> None:

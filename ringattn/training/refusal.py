@@ -17,8 +17,8 @@ from ringattn.training.secrets import redacted
 HINT = "To append to your config use "
 
 
-def refuse(error: Exception) -> NoReturn:
-    """Says why, and exits with code 2.
+def refuse(error: Exception, code: int = 2) -> NoReturn:
+    """Says why, and exits with a code.
 
     Rank 0 says it, once, also for another rank, which tells it in the store that all meet in. Where nobody listens
     there it is left to torchrun's report at the end, or without torchrun to the first rank of each machine: a file may
@@ -35,7 +35,7 @@ def refuse(error: Exception) -> NoReturn:
     heard = isinstance(error, CannotStart) or cannot(message)
     if not first and not heard and not reported and speaks_for_machine(os.environ):
         print(f"error on this machine: {message}", file=sys.stderr, flush=True)
-    sys.exit(2)
+    sys.exit(code)
 
 
 def _message(error: Exception) -> str:

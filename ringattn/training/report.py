@@ -1,8 +1,11 @@
 """What a run tells: progress, metrics.jsonl, loss.png, TensorBoard. On other ranks than 0 every call does nothing."""
 
 import importlib.util
+import sys
+from collections.abc import Sequence
 from pathlib import Path
 
+from ringattn.training.checkpoint import Place
 from ringattn.training.job import Job
 from ringattn.training.metrics import MetricsFile, Progress, StepMetrics, TensorBoard, read_metrics
 from ringattn.training.plot import plot_loss
@@ -44,11 +47,15 @@ class Report:
             self._board.close()
             self._board = TensorBoard(self._output / "tensorboard", step)
 
-    def saved(self) -> None:
-        """Draws the curve; called after each checkpoint."""
-        if not self._enabled or importlib.util.find_spec("matplotlib") is None:
+    def saved(self, places: Sequence[Place]) -> None:
+        """Draws the curve; called after each save, and does so after one on disk."""
+        on_disk = any(place.shared for place in places)
+        if not self._enabled or not on_disk or importlib.util.find_spec("matplotlib") is None:
             return
-        plot_loss(read_metrics(self._output / "metrics.jsonl"), self._output / "loss.png", self._title)
+        try:
+            plot_loss(read_metrics(self._output / "metrics.jsonl"), self._output / "loss.png", self._title)
+        except OSError as error:  # a run does not end for a picture
+            print(f"warning: loss.png could not be written: {error.strerror}", file=sys.stderr, flush=True)
 
     def __enter__(self) -> "Report":
         return self

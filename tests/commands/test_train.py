@@ -1,6 +1,7 @@
 """`ringattn train`: what it becomes, with what environment, and what it refuses. Whole runs: tests/test_wheel.py."""
 
 import os
+import re
 import sys
 from pathlib import Path
 
@@ -9,17 +10,24 @@ import torch
 
 from ringattn.cli import main
 from ringattn.commands import train
+from ringattn.training.health.launcher import Launcher
 from tests.test_import import ROOT
 
 RECIPE = str(ROOT / "recipes" / "train.py")
-VARIABLES = ("NPROC", "NNODES", "NODE_RANK", "ENDPOINT", "JOB_ID", "OMP_NUM_THREADS", "PYTHONPATH")
+# Where the ranks of one machine meet: in a file of a temporary folder, and on the loopback.
+ALONE = re.compile(
+    "--nnodes 1 --rdzv-backend c10d --rdzv-endpoint .*/ringattn-.*/rendezvous --rdzv-conf store_type=file "
+    "--local-addr 127.0.0.1 --rdzv-id ringattn"
+)
+SHARED = "TORCH_DISABLE_SHARE_RDZV_TCP_STORE"
+VARIABLES = ("NPROC", "NNODES", "NODE_RANK", "ENDPOINT", "JOB_ID", "OMP_NUM_THREADS", "PYTHONPATH", SHARED)
 
 # It wants a file descriptor, which captured output has not.
 pytestmark = pytest.mark.filterwarnings("ignore:Unable to enable fault handler")
 
 
 class Became(Exception):
-    """In place of the program that the process would become."""
+    """In place of torchrun."""
 
 
 @pytest.fixture(autouse=True)
@@ -28,11 +36,11 @@ def alone(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setenv(name, "")  # so that what the command sets is taken back
         monkeypatch.delenv(name)
 
-    def execv(program: str, arguments: list[str]) -> None:
-        assert program == arguments[0] == sys.executable
-        raise Became(*arguments[1:])
+    def run(launcher: Launcher) -> int:
+        assert launcher.command[0] == sys.executable
+        raise Became(launcher)
 
-    monkeypatch.setattr(os, "execv", execv)
+    monkeypatch.setattr(Launcher, "run", run)
     monkeypatch.setattr(sys, "argv", sys.argv)
     monkeypatch.setenv("HYDRA_FULL_ERROR", "1")  # as the recipe sets it
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
@@ -42,7 +50,8 @@ def alone(monkeypatch: pytest.MonkeyPatch) -> None:
 def became(*arguments: str) -> str:
     with pytest.raises(Became) as caught:
         main(["train", *arguments])
-    return " ".join(caught.value.args)
+    launcher = caught.value.args[0]
+    return ALONE.sub("ALONE", " ".join(launcher.command[1:]).replace("--shutdown-timeout 170 ", ""))
 
 
 def refused(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
@@ -59,7 +68,8 @@ def test_two_ranks_on_the_cpu_share_its_cores(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(train.os, "sched_getaffinity", lambda _: set(range(7)), raising=False)
-    assert became() == f"-m torch.distributed.run --standalone --nproc-per-node 2 {RECIPE}"
+    assert became() == f"-m torch.distributed.run ALONE --nproc-per-node 2 {RECIPE}"
+    assert os.environ[SHARED] == "1"
     assert os.environ["OMP_NUM_THREADS"] == "3"
     assert capsys.readouterr().err == "ringattn: 0 GPUs: 2 ranks\n"
     became("--nproc", "9")
@@ -200,7 +210,7 @@ def test_machines_by_options_and_by_environment(monkeypatch: pytest.MonkeyPatch)
     monkeypatch.delenv("JOB_ID")
     assert "--rdzv-id ringattn " in became()
     monkeypatch.delenv("NNODES")
-    assert "--standalone" in became()
+    assert "ALONE" in became()
 
 
 @pytest.mark.parametrize(
@@ -211,9 +221,32 @@ def test_machines_by_options_and_by_environment(monkeypatch: pytest.MonkeyPatch)
         ("--node-rank 0 --endpoint a:1", "missing: --nodes (or NNODES)"),
         ("--nodes two --node-rank 0 --endpoint a:1", "--nodes: expected an integer from 1 to 4096, got 'two'"),
         ("--nodes 2 --node-rank 2 --endpoint a:1", "must be an integer from 0 to 1 for --nodes 2, got '2'"),
+        ("--nodes 2:1 --node-rank 0 --endpoint a:1", "expected MIN:MAX, got '2:1'"),
+        ("--nodes 1:2 --node-rank 1 --endpoint a:1", "--nodes 1:2 lets a run go on with fewer machines, which needs"),
+        ("--max-restarts -1", "expected an integer of at least 0, got '-1'"),
+        ("run.grace=0", "run.grace must be a number of seconds of at least 1, got 0"),
         ("--nodes 2 --node-rank 0 --endpoint a", "--endpoint must be HOST:PORT, got 'a'"),
         ("--nodes 2 --node-rank", "--node-rank: expected one argument"),
     ],
 )
 def test_machines_that_cannot_meet(arguments: str, message: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert message in refused(capsys, *arguments.split()).splitlines()[-1]
+
+
+def test_machines_may_be_fewer_and_ranks_start_again() -> None:
+    where = ("--node-rank", "1", "--endpoint", "a:29400")
+    command = became("--nodes", "1:2", *where, "--max-restarts", "3", "run.elastic=true", "--nproc", "2")
+    assert "--nnodes 1:2 --rdzv-backend c10d" in command
+    assert f"--max-restarts 3 {RECIPE}" in command
+    assert "--max-restarts" not in became()
+
+
+def test_torchrun_waits_as_long_as_the_ranks_may_take() -> None:
+    with pytest.raises(Became) as caught:
+        main(["train", "run.grace=40", "run.output=/tmp/x/y"])
+    launcher = caught.value.args[0]
+    assert launcher.grace == 40
+    assert launcher.output == Path("/tmp/x/y")
+    options = train.patience(40.2)
+    assert options in ([], ["--shutdown-timeout", "41"])
+    assert all(option in launcher.command for option in train.patience(40))

@@ -17,6 +17,9 @@ case "$*" in
     "-m venv"*) mkdir -p "${{@: -1}}/bin" && cp "$0" "${{@: -1}}/bin/python"; echo "venv" >>"$CALLS" ;;
     "-m pip"*) echo "pip ${{*:3}}" >>"$CALLS"
         case "$*" in *"${{PIP_FAILS_ON:-nothing}}"*) echo "pip: no such thing"; exit 1 ;; esac ;;
+    "launch/ending.py "*) echo "${{ENDING:-unknown yes 0}}" ;;
+    "-m ringattn preflight"*) echo "preflight ${{*:4}}" >>"$CALLS"; exit "${{PREFLIGHT_EXIT:-0}}" ;;
+    "-m ringattn train --cfg"*) echo "output: /shared/run" ;;
     "-m ringattn train"*)
         echo "train ${{*:4}}" >>"$CALLS"
         echo "NNODES=${{NNODES:-}} NODE_RANK=${{NODE_RANK:-}} ENDPOINT=${{ENDPOINT:-}} JOB_ID=${{JOB_ID:-}}" \\

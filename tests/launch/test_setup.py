@@ -12,6 +12,8 @@ SCRIPTS = [
     "launch/local.sh",
     "launch/test.sh",
     "launch/torchrun.sh",
+    "launch/preflight.sh",
+    "launch/kubernetes/start.sh",
     "launch/slurm.sbatch",
     ".ci/run",
 ]

@@ -24,13 +24,15 @@ def fork_rank(
     out: Path,
     err: Path,
     fault: Callable[[], object] | None = None,
+    script: str = "recipes/train.py",
 ) -> BaseProcess:
     """Starts one rank; what it writes is added to `out` and `err`, which may be one file.
 
     Arguments:
         fault: called in the rank before the recipe, to break something in it; a function of a module, or a `partial`.
+        script: what runs as `__main__`.
     """
-    process = forks().Process(target=_main, args=(list(arguments), variables, out, err, fault), daemon=True)
+    process = forks().Process(target=_main, args=(script, list(arguments), variables, out, err, fault), daemon=True)
     process.start()
     return process
 
@@ -48,7 +50,12 @@ def all_end(ranks: Sequence[BaseProcess], seconds: float) -> bool:
 
 
 def _main(
-    arguments: list[str], variables: dict[str, str], out: Path, err: Path, fault: Callable[[], object] | None
+    script: str,
+    arguments: list[str],
+    variables: dict[str, str],
+    out: Path,
+    err: Path,
+    fault: Callable[[], object] | None,
 ) -> None:
     for number, path in ((1, out), (2, err)):
         file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
@@ -57,7 +64,7 @@ def _main(
     os.chdir(ROOT)
     os.environ.clear()
     os.environ.update(variables)
-    sys.argv = ["recipes/train.py", *arguments]
+    sys.argv = [script, *arguments]
     if fault is not None:
         fault()
     runpy.run_path(sys.argv[0], run_name="__main__")

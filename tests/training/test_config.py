@@ -5,10 +5,12 @@ from pathlib import Path
 import pytest
 import torch.distributed as dist
 from hydra import compose, initialize_config_dir
-from omegaconf import OmegaConf, open_dict
+from omegaconf import open_dict
 from torch import nn
 
 from ringattn.training import config, fitness
+from ringattn.training.checkpoint import TrainState
+from ringattn.training.checkpoint.marker import Marker, write_marker
 from ringattn.training.config import check_positions, check_vocabulary, resolve, validate
 from ringattn.training.curve import curve_differences
 from ringattn.training.job import prepare
@@ -77,6 +79,10 @@ def test_left_open_is_filled_in():
         (["run.steps=many"], ["run.steps", "many"]),
         (["run.keep=0"], ["run.keep", "0"]),
         (["run.tensorboard=5"], ["run.tensorboard", "5"]),
+        (["run.async_save=maybe"], ["run.async_save", "auto, true, false", "maybe"]),
+        (["run.max_failed_saves=0"], ["run.max_failed_saves", "0"]),
+        (["run.memory_every=-1"], ["run.memory_every", "-1"]),
+        (["run.memory_folder=7"], ["run.memory_folder", "7"]),
         (["data.seq_len=0"], ["data.seq_len", "0"]),
         (["data.seq_len=4096.5"], ["data.seq_len", "4096.5"]),
         (["parallel.data=2", "data.packs_per_step=3"], ["data.packs_per_step=3", "2"]),
@@ -164,9 +170,8 @@ def test_the_default_model_fits_its_data():
 def checkpoint_in(output: Path, job, step: int = 5) -> None:
     folder = output / "checkpoints" / f"step-{step:08d}"
     folder.mkdir(parents=True)
-    state = {"step": step, "tokens": 1, "position": {"epoch": 0, "index": 0, "offset": 0}}
-    state |= {"corpus": job.corpus.fingerprint, "engine": "fsdp2", "world_size": 2}
-    (folder / "complete.json").write_text(OmegaConf.create(state).__str__().replace("'", '"'))
+    state = TrainState(step, 1, {"epoch": 0, "index": 0, "offset": 0}, job.corpus.fingerprint, "fsdp2", 2)
+    write_marker(folder, Marker(state, {}))
     write_config(job.cfg, output)
 
 

@@ -13,6 +13,7 @@ import pytest
 
 from ringattn.training import corpus as corpus_module
 from ringattn.training.corpus import stdlib_corpus, stdlib_files, text_corpus
+from ringattn.training.data import store
 from ringattn.training.data import tokenizer as data_tokenizer
 from ringattn.training.data.files import matching_files
 
@@ -96,6 +97,59 @@ def test_a_store_that_is_not_whole_is_written_again(name, length, tmp_path):
     damaged = cache / open_text([path], cache).fingerprint / name
     damaged.write_bytes(damaged.read_bytes()[:length])
     assert read_all(open_text([path], cache)) == [b"some text"]
+
+
+@pytest.mark.parametrize("name", ["tokens.bin", "offsets.npy", "store.json"])
+@pytest.mark.parametrize("place", ["first", "middle", "last"])
+def test_a_store_with_a_turned_bit_is_named_and_made_again(name, place, tmp_path, capsys):
+    path, cache = tmp_path / "a.txt", tmp_path / "cache"
+    path.write_text("some text")
+    first = open_text([path], cache)
+    damaged = cache / first.fingerprint / name
+    data = bytearray(damaged.read_bytes())
+    data[{"first": 0, "middle": len(data) // 2, "last": -1}[place]] ^= 2
+    damaged.write_bytes(data)
+    capsys.readouterr()
+    again = open_text([path], cache)
+    assert read_all(again) == [b"some text"]
+    assert again.vocab_size == first.vocab_size
+    told = capsys.readouterr().err
+    assert told.startswith(f"warning: the token cache is not taken: {cache / first.fingerprint}"), told
+    assert "; it is made again" in told
+    open_text([path], cache)
+    assert capsys.readouterr().err == ""
+
+
+def test_a_store_is_read_through_once_for_the_ranks_of_a_start(tmp_path, monkeypatch):
+    path, cache = tmp_path / "a.txt", tmp_path / "cache"
+    path.write_text("some text")
+    folder = cache / open_text([path], cache).fingerprint
+    reads = []
+    monkeypatch.setattr(store, "check_sum", lambda path, expected: reads.append(path.name))
+    monkeypatch.setattr(store, "_SETTLED_NS", -(10**12))
+    for _ in range(3):
+        open_text([path], cache)
+    assert sorted(reads) == ["offsets.npy", "tokens.bin"]
+    os.utime(folder / "tokens.bin")
+    open_text([path], cache)
+    assert len(reads) == 4
+    monkeypatch.setattr(store, "_BELIEVED", 0)  # a later start
+    open_text([path], cache)
+    assert len(reads) == 6
+
+
+def test_a_damaged_store_that_cannot_be_made_again_is_refused(tmp_path, monkeypatch):
+    path, cache = tmp_path / "a.txt", tmp_path / "cache"
+    path.write_text("text")
+    tokens = cache / open_text([path], cache).fingerprint / "tokens.bin"
+    tokens.write_bytes(b"tixt")
+
+    def sealed(path: Path):
+        raise OSError(30, "Read-only file system")
+
+    monkeypatch.setattr(corpus_module, "_locked", sealed)
+    with pytest.raises(ValueError, match=r"data\.cache=.* cannot be used: Read-only file system"):
+        open_text([path], cache)
 
 
 def test_a_cache_of_another_format_is_left_alone(tmp_path):

@@ -9,9 +9,12 @@ import torch
 pytest.importorskip("transformers")
 
 from ringattn.memory.settings import StateSettings
+from ringattn.training.checkpoint.host_copy import HostCopy
+from ringattn.training.checkpoint.snapshot import snapshot_of
 from ringattn.training.engines import build_engine
 from tests.parallel.ranks import mesh_of
 from tests.pool import Pools
+from tests.training.parts import load_parts, save_parts
 from tests.training.test_states import SMALL, distance, options_of, train
 
 
@@ -23,9 +26,9 @@ def curve_on_gpus(ranks: int, states: StateSettings, folder: Path | None = None)
     engine = build_engine("fsdp2", mesh, options_of(mesh, states, **given))
     found = train(engine, mesh, 0, 6)
     if folder is not None:
-        engine.save(folder)
+        save_parts(engine, folder)
         engine = build_engine("fsdp2", mesh, options_of(mesh, states, **given))
-        engine.load(folder)
+        load_parts(engine, folder)
     return found + train(engine, mesh, 6, 12)
 
 
@@ -53,3 +56,21 @@ def test_states_on_gpus(pool: Pools, tmp_path: Path, ranks: int) -> None:
         folder.mkdir()
         found = workers.run(curve_on_gpus, ranks, settings, folder, timeout=300)[0]
         assert distance(found, expected) < limit, settings
+
+
+@pytest.mark.gpu
+def test_a_copy_for_the_thread_is_of_its_moment() -> None:
+    """Page-locked, so that the device fills it at the speed of its link, and filled when the call returns."""
+    device = torch.device("cuda")
+    tensors = {"a": torch.rand(1 << 20, device=device), "b": torch.ones(3, 5, device=device, dtype=torch.bfloat16).T}
+    expected = {name: tensor.cpu() for name, tensor in tensors.items()}
+    copy = HostCopy(device)
+    copy.take_memory(snapshot_of(tensors))
+    found = copy.of(snapshot_of(tensors)).tensors
+    for tensor in tensors.values():
+        tensor.zero_()
+    torch.cuda.synchronize()
+    for name, tensor in expected.items():
+        assert torch.equal(found[name], tensor)
+    assert copy._locked
+    copy.close()

@@ -8,7 +8,6 @@ from typing import Any
 
 import pytest
 import torch
-import torch.distributed.checkpoint as dcp
 
 pytest.importorskip("transformers")
 pytest.importorskip("peft")
@@ -19,6 +18,7 @@ from ringattn.hf.elementwise import Elementwise
 from ringattn.hf.layers import decoder_layers, mlps_of
 from ringattn.hf.shape import model_shape
 from ringattn.memory.settings import MemorySettings, StateSettings
+from ringattn.training.checkpoint import SavedState
 from ringattn.training.curve import curve_differences
 from ringattn.training.engines import Engine, EngineOptions, build_engine
 from ringattn.training.engines.deepspeed import available as deepspeed_available
@@ -28,6 +28,7 @@ from ringattn.training.loss import brought
 from ringattn.training.models import build_model, empty_model, model_config
 from tests.parallel.ranks import mesh_of
 from tests.pool import Pools
+from tests.training.parts import load_parts, save_parts
 from tests.training.recipe import prepared, save_model, started
 from tests.training.token_loss import model_loss, token_loss_sum
 
@@ -44,6 +45,7 @@ DOCS = Documents([40, 7, 100])
 STEPS, RATE, SEED = 5, 3e-2, 3
 GIVEN: dict[str, Any] = {"weight_decay": 0.1, "betas": (0.9, 0.95), "eps": 1e-8}
 SMALL = Lora(4, 8.0)
+ZERO_3 = "zero_pp_rank_0_mp_rank_00_model_states.pt"
 needs_deepspeed = [
     pytest.mark.skipif(not deepspeed_available(), reason="deepspeed is not installed"),
     pytest.mark.slow,
@@ -236,9 +238,9 @@ def resumed(folder: Path, stage: int, write: bool) -> Curve:
     engine = engine_of(mesh, SMALL, stage)
     if write:
         train(engine, mesh, 0, 2)
-        engine.save(folder)
+        save_parts(engine, folder)
     else:
-        engine.load(folder)
+        load_parts(engine, folder)
     return train(engine, mesh, 2)
 
 
@@ -246,17 +248,17 @@ def resumed(folder: Path, stage: int, write: bool) -> Curve:
 def test_a_checkpoint_goes_on_exactly_and_holds_no_base(pool: Pools, stage: int, tmp_path: Path) -> None:
     written = pool(2).run(resumed, tmp_path, stage, True)
     assert pool(2).run(resumed, tmp_path, stage, False) == written
+    saved = SavedState.of(tmp_path, 0)
     if stage:
-        (file,) = (
-            tmp_path.rglob("*mp_rank_00_model_states.pt") if stage < 3 else [*tmp_path.rglob("*model_states.pt")][:1]
-        )
-        held = torch.load(file, weights_only=False)
+        held = saved.subtree("engine", "mp_rank_00_model_states.pt" if stage < 3 else ZERO_3)
+        assert held["module"]
         assert all("lora_" in name for name in held["module"])
         assert not held.get("frozen_param_fragments")
         return
-    held = dcp.FileSystemReader(tmp_path).read_metadata().state_dict_metadata
-    assert any(name.startswith("model.") for name in held)
-    assert all("lora_" in name for name in held if not name.startswith("optim.param_groups"))
+    for kind in ("model", "optim"):
+        names = saved.subtree("engine", kind)
+        assert names
+        assert all("lora_" in name for name in names)
     assert_close(pool(1).run(resumed, tmp_path, stage, False), written[0])
 
 

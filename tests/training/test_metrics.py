@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import replace
+from typing import Any
 
 import pytest
 
@@ -33,6 +34,33 @@ def test_going_on_drops_what_will_come_again(tmp_path):
         "loss", "grad_norm", "lr", "tokens_per_second", "tokens_per_second_per_gpu", "mfu", "peak_memory_gib",
         "seconds", "tokens",
     }  # fmt: skip
+
+
+class FullDisk:
+    """Takes a few bytes of the first line, and no more until it has room."""
+
+    def __init__(self, file: Any) -> None:
+        self.file, self.left = file, 10
+
+    def write(self, data: bytes) -> int:
+        if not self.left:
+            raise OSError(28, "No space left on device")
+        count = self.file.write(data[: self.left])
+        self.left -= count
+        return count
+
+
+def test_lines_wait_while_a_disk_is_full(tmp_path, capsys):
+    path = tmp_path / "metrics.jsonl"
+    file = MetricsFile(path, 0)
+    disk = file._file = FullDisk(file._file)
+    for step in (1, 2):
+        file.write(metrics(step))
+    assert read_metrics(path) == []
+    assert capsys.readouterr().err == f"warning: {path} cannot be written now: No space left on device\n"
+    disk.left = 10**6
+    file.write(metrics(3))
+    assert [record["step"] for record in read_metrics(path)] == [1, 2, 3]
 
 
 def test_a_new_run_starts_an_empty_file(tmp_path):

@@ -3,6 +3,7 @@
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ import torch
 pytest.importorskip("transformers")
 
 from ringattn.training.checkpoint import TrainState
+from ringattn.training.checkpoint.marker import Marker, write_marker
 from ringattn.training.metrics import read_metrics
 from ringattn.training.models import build_model
 from ringattn.training.output import write_config
@@ -145,14 +147,14 @@ def test_changes_that_would_not_be_what_they_say(typed, words, saved):
 # --- going on
 
 
-def with_checkpoint(output: Path, *overrides: str) -> None:
+def with_checkpoint(output: Path, *overrides: str, **changes: Any) -> None:
     """What a run leaves behind after its fifth step, as far as the next start looks at it."""
     job = prepared(*overrides, f"run.output={output}")
     folder = output / "checkpoints" / "step-00000005"
     folder.mkdir(parents=True)
-    position = {"epoch": 0, "index": 3, "offset": 7}
+    position = {"epoch": 0, "index": 3, "offset": 7} | changes
     state = TrainState(5, 1, position, job.corpus.fingerprint, "fsdp2", 1)
-    (folder / "complete.json").write_text(json.dumps(vars(state)))
+    write_marker(folder, Marker(state, {}))
     write_config(job.cfg, output, job.model_config)
 
 

@@ -22,6 +22,7 @@ from ringattn.training.loss import brought
 from ringattn.training.models import build_model, empty_model, model_config
 from tests.parallel.ranks import mesh_of
 from tests.pool import Pools
+from tests.training.parts import load_parts, save_parts
 from tests.training.token_loss import model_loss
 
 SIZES = {
@@ -159,10 +160,10 @@ def resumed(folder: Path, states: StateSettings, write: bool, **changes: Any) ->
         engine = build_engine(changes.pop("engine", "fsdp2"), mesh, options_of(mesh, states, **changes))
         if write:
             train(engine, mesh, 0, 3)
-            engine.save(folder)
+            save_parts(engine, folder)
             torch.save(torch.get_rng_state(), random)
         else:
-            engine.load(folder)
+            load_parts(engine, folder)
             if random.exists():
                 torch.set_rng_state(torch.load(random))
         return train(engine, mesh, 3, 6)

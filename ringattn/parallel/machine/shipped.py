@@ -135,16 +135,7 @@ def local_machine(device_type: str) -> Machine:
     """
     chosen = MACHINE.read()
     if chosen is not None:
-        if chosen in SHIPPED:
-            return SHIPPED[chosen]
-        if not os.path.isfile(chosen):
-            raise ValueError(
-                f"{MACHINE.name} must be {', '.join(SHIPPED)} or the path of a calibration file, got {chosen!r}"
-            )
-        try:
-            return Machine.from_json(Path(chosen).read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
-            raise ValueError(f"{MACHINE.name}={chosen} cannot be read: {error}") from error
+        return named_machine(MACHINE.name, chosen)
     path = calibration_path(device_type)
     try:
         return Machine.from_json(path.read_text(encoding="utf-8"))
@@ -154,6 +145,18 @@ def local_machine(device_type: str) -> Machine:
         warnings.warn(f"ignoring {path}, which cannot be read: {error}", stacklevel=2)
     has_name = device_type == "cuda" and torch.cuda.is_available()
     return shipped(torch.cuda.get_device_name() if has_name else device_type)
+
+
+def named_machine(source: str, chosen: str) -> Machine:
+    """A shipped machine or that of a calibration file. Raises ValueError that names the `source` of what is neither."""
+    if chosen in SHIPPED:
+        return SHIPPED[chosen]
+    if not os.path.isfile(chosen):
+        raise ValueError(f"{source} must be {', '.join(SHIPPED)} or the path of a calibration file, got {chosen!r}")
+    try:
+        return Machine.from_json(Path(chosen).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{source}={chosen} cannot be read: {error}") from error
 
 
 def keep(machine: Machine, device_type: str, folder: Path | None = None) -> Path:

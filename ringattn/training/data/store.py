@@ -4,14 +4,18 @@ import json
 import os
 import shutil
 import time
+import zlib
 from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
+from ringattn.training.checkpoint.marker import BadCheckpoint, FileSum
+from ringattn.training.checkpoint.tensors import check_sum, sum_of
 from ringattn.training.data.contents import Content
 from ringattn.training.data.meter import Meter, clock
 from ringattn.training.data.texts import texts_of
@@ -19,6 +23,10 @@ from ringattn.training.data.tokenizer import Ids, Tokenizer
 
 FORMAT = 2
 """Part of every corpus' fingerprint: a store of another format is not found, and made anew."""
+
+TOKENS, OFFSETS, DESCRIPTION, CHECKED = "tokens.bin", "offsets.npy", "store.json", "checked.json"
+_BELIEVED = 3600  # seconds that a store which was read through is believed for: the ranks of a start read it once
+_SETTLED_NS = 2_000_000_000  # a file may change twice within the resolution of its time stamps
 
 
 @dataclass(frozen=True)
@@ -46,50 +54,110 @@ def write_store(folder: Path, contents: Sequence[Content], text_field: str, toke
     folder.mkdir(parents=True)
     began = time.monotonic()
     try:
-        offsets = _write_tokens(folder / "tokens.bin", contents, text_field, tokenizer)
-        np.save(folder / "offsets.npy", offsets)
-        partial = folder / "store.json.partial"
-        partial.write_text(json.dumps({"vocab_size": tokenizer.vocab_size, "dtype": np.dtype(tokenizer.dtype).name}))
-        os.replace(partial, folder / "store.json")
+        offsets, sums = _write_tokens(folder / TOKENS, contents, text_field, tokenizer)
+        np.save(folder / OFFSETS, offsets)
+        files = {TOKENS: sums, OFFSETS: sum_of(folder / OFFSETS)}
+        body: dict[str, Any] = {"vocab_size": tokenizer.vocab_size, "dtype": np.dtype(tokenizer.dtype).name}
+        body["files"] = {name: [one.size, one.crc32] for name, one in files.items()}
+        partial = folder / f"{DESCRIPTION}.partial"
+        partial.write_text(json.dumps(body | {"checksum": _checksum(body)}))
+        os.replace(partial, folder / DESCRIPTION)
     except BaseException:
         shutil.rmtree(folder, ignore_errors=True)
         raise
     documents, tokens = len(offsets) - 1, int(offsets[-1])
     took = clock(time.monotonic() - began)
     print(f"tokenized {documents:,} documents, {tokens:,} tokens in {took} into {folder}", flush=True)
-    store = open_store(folder)
-    assert store is not None
+    return _opened(folder)[0]
+
+
+class BadStore(ValueError):
+    """A store that was complete once and does not hold what was written; the message names the file and the reason."""
+
+
+def open_store(folder: Path, remember: bool = True) -> Store | None:
+    """The store in a folder, or None if there is none that was ever complete.
+
+    Its files are read through, about 2 GB/s, unless that was done within the hour and they were not touched since.
+
+    Arguments:
+        remember: that they were read; nothing is written otherwise.
+
+    Raises BadStore.
+    """
+    if not (folder / DESCRIPTION).exists():
+        return None
+    store, files = _opened(folder)
+    stamps = {name: _stamp(folder / name) for name in files}
+    if not _was_checked(folder, stamps):
+        try:
+            for name, expected in files.items():
+                check_sum(folder / name, expected)
+        except BadCheckpoint as error:
+            raise BadStore(str(error)) from None
+        now = time.time_ns()
+        if remember and all(max(stamp[1:3]) + _SETTLED_NS < now for stamp in stamps.values()):
+            partial = folder / f"{CHECKED}.partial"
+            partial.write_text(json.dumps({"time": now / 1e9, "stamps": stamps}))
+            os.replace(partial, folder / CHECKED)
     return store
 
 
-def open_store(folder: Path) -> Store | None:
-    """The store in a folder, or None if there is none that is whole."""
+def _opened(folder: Path) -> tuple[Store, dict[str, FileSum]]:
+    """A store by its description and sizes, and what its files should hold. Raises BadStore."""
+    path = folder / DESCRIPTION
     try:
-        description = json.loads((folder / "store.json").read_text())
-        offsets = np.load(folder / "offsets.npy")
-        dtype = np.dtype(description["dtype"])
-        if (folder / "tokens.bin").stat().st_size != int(offsets[-1]) * dtype.itemsize:
-            return None
+        body = json.loads(path.read_text())
+        stated = body.pop("checksum", None)
+        if stated != _checksum(body):
+            raise BadStore(f"{path} is damaged: it does not have the checksum that it states")
+        files = {name: FileSum(*body["files"][name]) for name in (TOKENS, OFFSETS)}
+        offsets, dtype = np.load(folder / OFFSETS), np.dtype(body["dtype"])
+        size = (folder / TOKENS).stat().st_size
+        if size != files[TOKENS].size or size != int(offsets[-1]) * dtype.itemsize:
+            raise BadStore(f"{folder / TOKENS} has {size:,} bytes, {files[TOKENS].size:,} were written")
         # A memory map cannot be empty.
-        tokens = np.memmap(folder / "tokens.bin", dtype, mode="r") if offsets[-1] else np.zeros(0, dtype)
-        return Store(tokens, offsets, int(description["vocab_size"]))
-    except (OSError, ValueError, KeyError, TypeError, IndexError, EOFError):
-        return None
+        tokens = np.memmap(folder / TOKENS, dtype, mode="r") if offsets[-1] else np.zeros(0, dtype)
+        return Store(tokens, offsets, int(body["vocab_size"])), files
+    except BadStore:
+        raise
+    except (OSError, ValueError, KeyError, TypeError, IndexError, EOFError, AttributeError) as error:
+        raise BadStore(f"{folder} is damaged: {str(error).partition(chr(10))[0]}") from None
+
+
+def _was_checked(folder: Path, stamps: dict[str, list[int]]) -> bool:
+    try:
+        known = json.loads((folder / CHECKED).read_text())
+        return known["stamps"] == stamps and 0 <= time.time() - known["time"] < _BELIEVED
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
+
+
+def _stamp(path: Path) -> list[int]:
+    status = path.stat()
+    return [status.st_size, status.st_mtime_ns, status.st_ctime_ns, status.st_ino]
+
+
+def _checksum(body: dict[str, Any]) -> int:
+    return zlib.crc32(json.dumps(body, sort_keys=True).encode())
 
 
 def _write_tokens(
     path: Path, contents: Sequence[Content], text_field: str, tokenizer: Tokenizer
-) -> npt.NDArray[np.int64]:
-    """Writes the tokens of all documents; their offsets."""
+) -> tuple[npt.NDArray[np.int64], FileSum]:
+    """Writes the tokens of all documents; their offsets, and what the file holds then."""
     offsets = array("q", [0])
+    bytes_done = crc32 = 0
     with open(path, "wb") as out, Meter("tokenizing", sum(content.size for content in contents)) as meter:
         for content in contents:
             for text, size in texts_of(content.path, text_field):
                 written = 0
                 for ids, characters in tokenizer.pieces(text):
-                    out.write(ids.astype(tokenizer.dtype).tobytes())
+                    data = ids.astype(tokenizer.dtype).tobytes()
+                    out.write(data)
+                    bytes_done, crc32 = bytes_done + len(data), zlib.crc32(data, crc32)
                     written += len(ids)
                     meter.add(size * characters / max(len(text), 1))
                 offsets.append(offsets[-1] + written)
             content.check_unchanged()
-    return np.frombuffer(offsets, np.int64)
+    return np.frombuffer(offsets, np.int64), FileSum(bytes_done, crc32)

@@ -3,7 +3,6 @@
 import importlib.util
 import logging
 import os
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -12,11 +11,13 @@ from torch import nn
 from ringattn.hf.layers import decoder_layers
 from ringattn.memory.settings import StateSettings
 from ringattn.parallel.mesh.mesh import SequenceMesh
+from ringattn.training.checkpoint.marker import BadCheckpoint
+from ringattn.training.checkpoint.saved_state import SavedState
 from ringattn.training.engines.alike import bits_of, numbers_of
-from ringattn.training.engines.interface import EngineOptions
+from ringattn.training.engines.deepspeed_states import give_back, taken
+from ringattn.training.engines.interface import STATE, EngineOptions
 from ringattn.training.models import parameter_groups
 
-TAG = "zero"
 LIVE = 10**9  # DeepSpeed's own bound of gathered parameters
 ALL = 10**15  # more than there are
 
@@ -94,15 +95,18 @@ class DeepSpeedEngine:
         numbers = numbers_of(self._engine.optimizer.optimizer)
         return {"parameters": parameters, "buffers": bits_of(self._engine.module.buffers())} | numbers
 
-    def save(self, folder: Path) -> None:
-        """Writes DeepSpeed's own checkpoint files: torch.distributed.checkpoint does not know ZeRO's partitions."""
-        self._engine.save_checkpoint(str(folder), tag=TAG, save_latest=False, exclude_frozen_parameters=True)
+    def state(self) -> dict[str, Any]:
+        """What the files of DeepSpeed's own checkpoint would hold of this rank."""
+        return taken(self._engine)
 
-    def load(self, folder: Path) -> None:
-        """Reads what `save` wrote. Raises ValueError if the files are not those of this number of ranks and stage."""
-        path, _ = self._engine.load_checkpoint(str(folder), tag=TAG, load_module_strict=not self._frozen)
-        if path is None:
-            raise ValueError(f"{folder} holds no DeepSpeed checkpoint of this number of ranks and ZeRO stage")
+    def load(self, saved: SavedState) -> None:
+        """Reads what `state` was. Raises BadCheckpoint if it is not that of this number of ranks and stage."""
+        try:
+            loaded = give_back(self._engine, saved, STATE, strict=not self._frozen)
+        except KeyError as error:
+            raise BadCheckpoint(f"the checkpoint holds no {error} of this number of ranks and ZeRO stage") from None
+        if not loaded:
+            raise BadCheckpoint("the checkpoint is not one of DeepSpeed, this number of ranks and this ZeRO stage")
 
 
 def _adamw(model: nn.Module, options: EngineOptions) -> torch.optim.Optimizer:

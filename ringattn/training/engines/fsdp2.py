@@ -1,11 +1,9 @@
 """PyTorch's FSDP2: parameters, gradients and optimiser state sharded over all ranks of data × sequence."""
 
-from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
-import torch.distributed.checkpoint as dcp
 from torch import nn
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
@@ -18,14 +16,15 @@ from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, Offlo
 
 from ringattn.memory.settings import StateSettings
 from ringattn.parallel.mesh.mesh import SequenceMesh
+from ringattn.training.checkpoint.saved_state import SavedState
 from ringattn.training.engines.alike import bits_of, numbers_of
 from ringattn.training.engines.clipping import clip_sharded
 from ringattn.training.engines.groups import shard_groups
-from ringattn.training.engines.interface import EngineOptions
+from ringattn.training.engines.interface import STATE, EngineOptions
 from ringattn.training.engines.muon import muon
 from ringattn.training.engines.optimizers import adamw, set_learning_rate, step_if_finite
 
-# What a checkpoint holds. Reading is strict all the same: DCP raises for whatever is asked for and is not there.
+# What a checkpoint holds. Reading is strict all the same: `SavedState` raises for what is not there.
 _TRAINED = StateDictOptions(ignore_frozen_params=True, strict=False)
 
 
@@ -76,23 +75,16 @@ class FSDP2Engine:
         """Parameters are shards, another one on every rank; buffers and the optimizer's numbers are not."""
         return {"buffers": bits_of(self.model.buffers())} | numbers_of(self._optimizer)
 
-    def save(self, folder: Path) -> None:
-        """Writes what is trained with torch.distributed.checkpoint; any number of ranks can read it again."""
+    def state(self) -> dict[str, Any]:
+        """Shards of what is trained, and the optimizer's of each. Settings of its groups are the configuration's."""
         model, optim = get_state_dict(self.model, self._optimizer, options=_TRAINED)
-        dcp.save({"model": model, "optim": optim}, checkpoint_id=folder)
+        return {"model": model, "optim": optim["state"]}
 
-    def load(self, folder: Path) -> None:
-        """Reads what `save` wrote, sharded for this run's ranks."""
+    def load(self, saved: SavedState) -> None:
+        """Reads what `state` was on any number of ranks, sharded for this run's."""
         model, optim = get_state_dict(self.model, self._optimizer, options=_TRAINED)
-        state: dict[str, Any] = {"model": model, "optim": optim}
-        dcp.load(state, checkpoint_id=folder)
-        set_state_dict(
-            self.model,
-            self._optimizer,
-            model_state_dict=state["model"],
-            optim_state_dict=state["optim"],
-            options=_TRAINED,
-        )
+        saved.fill(STATE, {"model": model, "optim": optim["state"]})
+        set_state_dict(self.model, self._optimizer, model_state_dict=model, optim_state_dict=optim, options=_TRAINED)
 
 
 def _all_ranks(mesh: SequenceMesh) -> DeviceMesh:

@@ -2,13 +2,16 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, Protocol
 
 import torch
 from torch import nn
 
 from ringattn.memory.settings import StateSettings
+from ringattn.training.checkpoint.saved_state import SavedState
+
+STATE = "engine"
+"""Where in a checkpoint the state of an engine stands."""
 
 
 @dataclass(frozen=True)
@@ -79,8 +82,9 @@ class Engine(Protocol):
         A norm that is on the device stays there, a tensor of one element: reading it would wait for the step.
         """
 
-    def save(self, folder: Path) -> None:
-        """Writes what is trained, and the optimiser, into `folder`, which exists. Frozen weights come from `load`."""
+    def state(self) -> dict[str, Any]:
+        """This rank's part of what is trained and of the optimiser, nested; tensors are those of the training, not
+        copies. Frozen weights come from `load` of the options. A checkpoint holds it at `STATE`."""
 
-    def load(self, folder: Path) -> None:
-        """Reads what `save` wrote."""
+    def load(self, saved: SavedState) -> None:
+        """Reads what `state` was. Raises ValueError for what another engine or model wrote."""

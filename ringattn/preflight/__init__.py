@@ -1,0 +1,1 @@
+"""Looking at machines before a run: each node examines itself, its devices and its links; node 0 judges them."""

@@ -1,0 +1,191 @@
+"""Saves now and in a thread: what they hold, whom they wait for, and what becomes of those that fail."""
+
+import subprocess
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from ringattn.memory.host import HostMemory
+from ringattn.training.checkpoint import Place, SavedState, SaveFailed, Saves, TrainState, folders, host_copy, writing
+from ringattn.training.checkpoint.folders import complete_checkpoints
+from ringattn.training.incidents import read_incidents
+from tests.pool import Pools
+
+
+@pytest.fixture
+def saves(tmp_path: Path, request: pytest.FixtureRequest) -> Iterator[Saves]:
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path / 'store'}", rank=0, world_size=1)
+    made = Saves(tmp_path, getattr(request, "param", False), limit=2, device=torch.device("cpu"))
+    yield made
+    made.close()
+    dist.destroy_process_group()
+
+
+in_a_thread = pytest.mark.parametrize("saves", [True], indirect=True)
+both_ways = pytest.mark.parametrize("saves", [False, True], indirect=True, ids=["now", "in a thread"])
+
+
+def state(step: int) -> TrainState:
+    return TrainState(step, 0, {}, "abc", "fsdp2", dist.get_world_size())
+
+
+def failing(monkeypatch: pytest.MonkeyPatch, *steps: int) -> None:
+    def write_part(folder: Path, rank: int, snapshot: Any, before: Any = writing.write_part) -> Any:
+        if any(f"step-{step:08d}" in str(folder) for step in steps):
+            raise OSError(5, "Input/output error", "rank-00000.safetensors")
+        return before(folder, rank, snapshot)
+
+    monkeypatch.setattr(writing, "write_part", write_part)
+
+
+def save_all(saves: Saves, steps: int, place: Place) -> None:
+    for step in range(1, steps + 1):
+        saves.save(state(step), {"a": torch.ones(3)}, [place])
+    saves.wait()
+
+
+@in_a_thread
+def test_a_thread_writes_what_there_was_and_the_next_save_waits(saves, tmp_path, monkeypatch):
+    """Tensors of every kind are copied: of columns, without numbers, without dimensions."""
+    go, writes = threading.Event(), []
+
+    def write_part(*given: Any, before: Any = writing.write_part) -> Any:
+        writes.append(given[0].name)
+        assert go.wait(30)
+        return before(*given)
+
+    monkeypatch.setattr(writing, "write_part", write_part)
+    tensors = {"a": torch.arange(6.0).reshape(2, 3).T, "none": torch.zeros(0, 4), "one": torch.tensor(5)}
+    expected = {name: tensor.clone() for name, tensor in tensors.items()}
+    saves.save(state(1), tensors, [Place(tmp_path / "x", 3)])
+    for tensor in tensors.values():
+        tensor.add_(100)
+    assert complete_checkpoints(tmp_path / "x") == []
+    threading.Timer(0.3, go.set).start()
+    saves.save(state(2), tensors, [Place(tmp_path / "x", 3)])
+    assert [path.name for path in complete_checkpoints(tmp_path / "x")] == ["step-00000001"]
+    saves.finish()
+    for step, there in ((1, expected), (2, tensors)):
+        found = SavedState.of(tmp_path / "x" / f"step-{step:08d}", 0)
+        for name, tensor in there.items():
+            assert torch.equal(found.own(name), tensor)
+    assert writes == ["step-00000001.partial", "step-00000002.partial"]
+
+
+@both_ways
+def test_one_failure_is_a_warning_and_the_next_success_forgets_it(saves, tmp_path, monkeypatch, capsys):
+    failing(monkeypatch, 2, 4)
+    place = Place(tmp_path / "x", 1)
+    for step in range(1, 6):
+        saves.save(state(step), {"a": torch.ones(3)}, [place])
+    saves.finish()
+    assert [path.name for path in complete_checkpoints(place.root)] == ["step-00000005"]
+    told = capsys.readouterr().err
+    assert "warning: the checkpoint of step 2 could not be saved: rank 0: Input/output error: rank-0" in told
+    assert told.count("warning") == 2
+    assert [one["step"] for one in read_incidents(tmp_path)] == [2, 4]
+    assert {one["kind"] for one in read_incidents(tmp_path)} == {"failed-save"}
+
+
+@both_ways
+def test_as_many_in_a_row_as_are_allowed_stop_the_run(saves, tmp_path, monkeypatch):
+    failing(monkeypatch, 2, 3)
+    place = Place(tmp_path / "x", 1)
+    with pytest.raises(SaveFailed, match=r"2 saves of a checkpoint failed in a row.*run\.max_failed_saves.*Input"):
+        save_all(saves, 4, place)
+    assert [path.name for path in place.root.iterdir()] == ["step-00000001"]
+
+
+@both_ways
+def test_the_last_one_must_succeed(saves, tmp_path, monkeypatch):
+    failing(monkeypatch, 2)
+    for step in (1, 2):
+        saves.save(state(step), {"a": torch.ones(3)}, [Place(tmp_path / "x", 1)])
+    with pytest.raises(SaveFailed, match=r"the last checkpoint was not saved: rank 0: Input/output error"):
+        saves.finish()
+
+
+@both_ways
+def test_a_mistake_is_raised_and_is_no_failed_save(saves, tmp_path, monkeypatch):
+    monkeypatch.setattr(writing, "write_part", lambda *given: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        save_all(saves, 1, Place(tmp_path / "x", 1))
+    assert read_incidents(tmp_path) == []
+
+
+@in_a_thread
+def test_without_memory_for_a_copy_the_training_waits(saves, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(host_copy, "host_memory", lambda: HostMemory(2**30, 10, None))
+    saves.save(state(1), {"a": torch.ones(30)}, [Place(tmp_path / "x", 1)])
+    assert [path.name for path in complete_checkpoints(tmp_path / "x")] == ["step-00000001"]
+    assert "of host memory are needed for a copy" in capsys.readouterr().err
+
+
+def rank_1_fails(output: Path, asynchronous: bool) -> tuple[str, list[str], list[str]]:
+    """What each rank hears of a disk that failed for rank 1."""
+    made = Saves(output, asynchronous, 1, torch.device("cpu"))
+    before = writing.write_part
+
+    def write_part(folder: Path, rank: int, snapshot: Any) -> Any:
+        if rank == 1 and "step-00000002" in str(folder):
+            raise OSError(28, "No space left on device")
+        return before(folder, rank, snapshot)
+
+    writing.write_part = write_part
+    try:
+        for step in (1, 2):
+            made.save(state(step), {"a": torch.ones(3)}, [Place(output / "x", 1)])
+        made.wait()
+    except SaveFailed as error:
+        said = str(error)
+    finally:
+        writing.write_part = before
+        made.close()
+    dist.barrier()  # rank 0 takes away what was written in part
+    return said, [path.name for path in (output / "x").iterdir()], [one["kind"] for one in read_incidents(output)]
+
+
+@pytest.mark.parametrize("asynchronous", [False, True])
+def test_all_ranks_agree_that_a_save_failed(pool: Pools, tmp_path: Path, asynchronous: bool) -> None:
+    for said, names, kinds in pool(2).run(rank_1_fails, tmp_path, asynchronous):
+        assert said.endswith("the last one: rank 1: No space left on device")
+        assert names == ["step-00000001"]
+        assert kinds == ["failed-save"]
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A file system of 1 MiB."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(disk)]
+    if subprocess.run(mount, capture_output=True, check=False).returncode:
+        pytest.skip("file systems cannot be mounted here")
+    yield disk
+    subprocess.run(["umount", str(disk)], check=True)
+
+
+def test_a_disk_that_is_full_keeps_the_good_one(saves, small_disk, monkeypatch, capsys):
+    """Also where it said before that there was room: others write on it, too."""
+    usage = folders.shutil.disk_usage(small_disk)
+    monkeypatch.setattr(folders, "_ASIDE", 1000)
+    place = Place(small_disk / "x", 1)
+    saves.save(state(1), {"a": torch.ones(100_000)}, [place])
+    saves.save(state(2), {"a": torch.ones(200_000)}, [place])
+    assert "step-00000002 needs 0.8 MiB and 0.6 MiB are free in " in capsys.readouterr().err
+    monkeypatch.setattr(folders.shutil, "disk_usage", lambda path: usage)
+    with pytest.raises(SaveFailed, match="No space left on device"):
+        saves.save(state(3), {"a": torch.ones(200_000)}, [place])
+    assert [path.name for path in place.root.iterdir()] == ["step-00000001"]
+
+
+def test_a_disk_that_became_read_only(saves, small_disk, capsys):
+    place = Place(small_disk / "x", 1)
+    subprocess.run(["mount", "-o", "remount,ro", str(small_disk)], check=True)
+    saves.save(state(1), {"a": torch.ones(10)}, [place])
+    assert f"rank 0: Read-only file system: {small_disk / 'x'}" in capsys.readouterr().err

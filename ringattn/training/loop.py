@@ -42,6 +42,7 @@ from ringattn.training.report import Report
 from ringattn.training.spikes import Spikes, losses_before, record_spike
 from ringattn.training.step_checks import StepChecks
 from ringattn.training.stragglers import Stragglers
+from ringattn.training.streamed import streamed_weights
 
 
 class Trainer:
@@ -95,6 +96,7 @@ class Trainer:
             clip=cfg.optim.clip,
             micro_steps=cfg.data.packs_per_step // self.mesh.data,
             zero_stage=cfg.engine.get("zero_stage", 0),
+            stream=lambda: streamed_weights(config, cfg.run.seed, cfg.model.path, lora),
             momentum=cfg.optim.momentum if cfg.optim.name == "muon" else None,
             states=job.plan.states,
         )

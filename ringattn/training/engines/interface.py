@@ -9,6 +9,7 @@ from torch import nn
 
 from ringattn.memory.settings import StateSettings
 from ringattn.training.checkpoint.saved_state import SavedState
+from ringattn.training.streamed import StreamedWeights
 
 STATE = "engine"
 """Where in a checkpoint the state of an engine stands."""
@@ -21,6 +22,7 @@ class EngineOptions:
     Arguments:
         empty: builds the model without weights, on the meta device.
         load: builds the same whole, with its first weights, on the CPU; equal on every rank that calls it.
+        stream: the same weights piece by piece, or None where that is impossible; left out, `load` makes them.
         attach: installs attention and memory settings in a model, before it is sharded.
         device: where this rank computes.
         dtype: of the computation: torch.float32, or torch.bfloat16 with float32 master weights and reductions.
@@ -44,6 +46,7 @@ class EngineOptions:
     micro_steps: int
     zero_stage: int
     momentum: float | None = None
+    stream: Callable[[], StreamedWeights | None] | None = None
     states: StateSettings = field(default_factory=StateSettings)
 
 

@@ -114,22 +114,19 @@ class SavedState:
 
     def whole(self, name: str) -> Tensor:
         """A tensor, put together from the rows of all parts. Raises BadCheckpoint if they are not all there."""
-        first = self._part(self._ranks()[0])
-        if first.has(name) and not first.is_shard(name):
-            return first.rows(name, 0, None)
-        pieces = []
+        made, done = None, 0
         for rank in self._ranks():
             part = self._part(rank)
-            if part.has(name) and part.count(name):
-                pieces.append((part.place(name)[1], part))
-        shape = self.shape(name)
-        made, done = None, 0
-        for start, part in sorted(pieces, key=lambda one: one[0]):
+            if not part.has(name):
+                continue
+            if not part.is_shard(name):
+                return part.rows(name, 0, None)
+            shape, first = part.place(name)
             rows = part.rows(name, 0, None)
             made = torch.empty(shape, dtype=rows.dtype) if made is None else made
-            made[start : start + len(rows)] = rows
+            made[first : first + len(rows)] = rows
             done += len(rows)
-        if made is None or done != shape[0]:
+        if made is None or done != len(made):
             raise self._missing(name)
         return made
 

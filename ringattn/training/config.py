@@ -52,6 +52,7 @@ INTEGERS: dict[str, int] = {
     "run.seed": 0,
     "run.save_every": 0,
     "run.keep": 1,
+    "run.keep_best": 0,
     "run.memory_every": 0,
     "run.max_failed_saves": 1,
     "run.log_every": 1,

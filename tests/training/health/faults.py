@@ -77,7 +77,7 @@ def start_forked(output: Path, *overrides: str, fault: str = "", ranks: int = 2)
     log, port = output / "ranks.log", free_port()
     arguments = [*([fault] if fault else []), *SMALL, f"run.output={output}", *overrides]
     script = FAULTY if fault else "recipes/train.py"
-    return [fork_rank(arguments, variables_of(rank, ranks, port), log, log, script) for rank in range(ranks)]
+    return [fork_rank(arguments, variables_of(rank, ranks, port), log, log, script=script) for rank in range(ranks)]
 
 
 def run_forked(output: Path, *overrides: str, fault: str = "", ranks: int = 2) -> str:

@@ -141,7 +141,7 @@ def start(args: argparse.Namespace, arguments: list[str]) -> int:
     output = Path(cfg.run.output).expanduser().resolve()
     nodes = (int(args.node_rank or os.environ["NODE_RANK"]), args.nodes[1]) if args.nodes else None
     with one_machine(command):
-        return Launcher(command, output, grace, nodes).run()
+        return Launcher(command, output, grace, nodes, args.max_restarts or 0).run()
 
 
 def check_run(args: argparse.Namespace, cfg: Any) -> float:

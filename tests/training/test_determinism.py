@@ -2,7 +2,6 @@
 
 import os
 import signal
-import warnings
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -54,17 +53,12 @@ def bits_of(output: Path) -> list[tuple[Any, ...]]:
 
 
 def weights_of(output: Path) -> dict[str, torch.Tensor]:
-    """Weights and moments of the last checkpoint."""
-    from torch.distributed.checkpoint import FileSystemReader, load
+    """What the files of the last checkpoint hold: weights, moments, random states."""
+    from safetensors.torch import load_file
 
     folder = complete_checkpoints(output / "checkpoints")[-1]
-    metadata = FileSystemReader(folder).read_metadata().state_dict_metadata
-    sized = {name: one for name, one in metadata.items() if hasattr(one, "size")}
-    tensors = {name: torch.empty(one.size, dtype=one.properties.dtype) for name, one in sized.items()}
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # that there is no process group
-        load(tensors, checkpoint_id=folder, no_dist=True)
-    return tensors
+    files = sorted(folder.glob("*.safetensors"))
+    return {f"{path.name} {name}": tensor for path in files for name, tensor in load_file(path).items()}
 
 
 def die(step: int) -> None:

@@ -30,6 +30,7 @@ POLL = 0.2  # seconds
 WAITING_AFTER, BETWEEN = 10.0, 5.0  # seconds until machines that are missed are named, and between looks for them
 LOOK_EVERY = 3.0  # seconds between looks at exit.json
 LAST_WORDS = 10.0  # seconds that torchrun has to end once its ranks had theirs
+FORSAKEN = 20.0  # seconds after its last rank that torchrun may take to end, if it starts none again
 _PR_SET_PDEATHSIG = 1
 
 
@@ -41,12 +42,19 @@ class Launcher:
         output: the run's folder.
         grace: seconds that ranks have to save once they are told to stop.
         nodes: that take part, and the number of this one; None for one machine alone.
+        restarts: how often torchrun may start the ranks again.
     """
 
     def __init__(
-        self, command: Sequence[str], output: Path, grace: float, nodes: tuple[int, int] | None = None
+        self,
+        command: Sequence[str],
+        output: Path,
+        grace: float,
+        nodes: tuple[int, int] | None = None,
+        restarts: int = 0,
     ) -> None:
         self.command, self.output, self.grace, self.nodes = command, output, grace, nodes
+        self._restarts, self._left = restarts, math.inf  # when the last rank was seen
         self._began = datetime.now(UTC)
         self._signals: list[int] = []
         self._process: subprocess.Popen[bytes]
@@ -94,10 +102,17 @@ class Launcher:
             return False
 
     def _hopeless(self) -> bool:
-        """Whether the run has failed in a way that would happen again. Looked at every few seconds."""
-        if time.monotonic() - self._looked < LOOK_EVERY:
+        """Whether the run has failed in a way that would happen again, or torchrun outlives its ranks, since it waits
+        for a machine that cannot be reached any more. Looked at every few seconds."""
+        now = time.monotonic()
+        if now - self._looked < LOOK_EVERY:
             return False
-        self._looked = time.monotonic()
+        self._looked = now
+        if not self._restarts:
+            self._left = now if self._ranks() else self._left
+            if now - self._left > FORSAKEN:
+                tell(f"torchrun has no ranks any more and does not end: it is ended after {FORSAKEN:.0f} s")
+                return True
         ending = self._ending()
         return ending is not None and ending.state == "failed" and not ending.restart
 

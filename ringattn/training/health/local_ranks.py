@@ -112,11 +112,12 @@ class LocalRanks:
         return None
 
     def patience(self, one: Seen) -> float:
-        """Seconds that a rank's record may stay as it is."""
+        """Seconds that a rank's record may stay as it is. What the user gives counts for saving too, but not for
+        starting and the first step."""
         given = self.watch.hang_after
         patience = max([LEAST, *(TIMES * took for seen in self.seen.values() for took in seen.steps)])
         patience = patience if given is None else given
-        long = one.standing.phase in ("starting", "joining", "saving")
+        long = one.standing.phase in ("starting", "joining") or (given is None and one.standing.phase == "saving")
         long |= one.standing.step_seconds == 0  # the first step compiles
         return max(patience, SLOW) if long else patience
 

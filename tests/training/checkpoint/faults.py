@@ -61,7 +61,7 @@ def started(output: Path, *overrides: str, fault: str = "") -> tuple[tuple[int |
     log.unlink(missing_ok=True)
     arguments = [*SMALL, f"run.steps={STEPS}", f"run.save_every={EVERY}", f"run.output={output}", *overrides]
     script, arguments = (SCRIPT, [str(output), fault, *arguments]) if fault else ("recipes/train.py", arguments)
-    ranks = [fork_rank(arguments, variables_of(rank, 2, port), log, log, script) for rank in range(2)]
+    ranks = [fork_rank(arguments, variables_of(rank, 2, port), log, log, script=script) for rank in range(2)]
     assert all_end(ranks, LIMIT), log.read_text()
     return tuple(rank.exitcode for rank in ranks), log.read_text(), time.time()
 

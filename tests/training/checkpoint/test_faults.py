@@ -42,7 +42,7 @@ def test_a_full_disk_costs_a_warning_and_the_run_goes_on(whole, tmp_path):
 def test_a_disk_that_stays_read_only_stops_the_run_in_one_line(whole, tmp_path):
     facts = faults.failing_disk(tmp_path, whole, "EROFS", 99, "run.max_failed_saves=2")
     assert facts.codes == (1, 1), facts.told
-    assert facts.kinds == ("failed-save", "failed-save")
+    assert facts.kinds == ("failed-save", "failed-save", "rank-failed")
     assert "error: 2 saves of a checkpoint failed in a row, as many as run.max_failed_saves allows" in facts.told
     assert "Traceback" not in facts.told
     assert "from step 4" in facts.told

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 
 from ringattn.training import loop
+from ringattn.training.loss import Brought
 
 ROOT = Path(__file__).parents[3]
 kind, rank, step = sys.argv[1].split(":")
@@ -74,8 +75,8 @@ def faulty_step(self: loop.Trainer, *arguments: Any) -> Any:
             del self.engine.step
 
 
-def faulty_brought(loss: torch.Tensor, norm: Any, stop: bool) -> tuple[float, float, bool]:
-    return (float(loss), float(norm), stop) if skips else brought(loss, norm, stop)
+def faulty_brought(loss: torch.Tensor, norm: Any, stop: bool, digest: int) -> Brought:
+    return Brought(float(loss), float(norm), stop) if skips else brought(loss, norm, stop, digest)
 
 
 loop.Trainer._forward, loop.Trainer._train_step, loop.brought = faulty_forward, faulty_step, faulty_brought  # type: ignore

@@ -1,11 +1,13 @@
 """The configuration of a model: a new one's, or a saved one's with the user's changes."""
 
 import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from ringattn.training.rope import Rope, rope_overrides
 
 # The configuration class of each `model.family`.
 FAMILIES = {
@@ -79,13 +81,17 @@ def changed_config(config: Any, overrides: Mapping[str, Any]) -> tuple[Any, tupl
         return type(config).from_dict(values), changes
 
 
-def configured(family: str | None, path: str | None, overrides: Mapping[str, Any]) -> tuple[Any, tuple[Change, ...]]:
+def configured(
+    family: str | None, path: str | None, overrides: Mapping[str, Any], rope: Rope | None = None, tokens: int = 0
+) -> tuple[Any, tuple[Change, ...]]:
     """A transformers configuration, and what the overrides changed in a saved one.
 
     Arguments:
         family: `llama` or `qwen3`, of a new model.
         path: the folder of a saved model, whose configuration counts but for the overrides. None for a new model, whose
             keys are the overrides, the rest being those of the family.
+        rope: rotary positions in the place of its own. Positions that the overrides name count all the same.
+        tokens: of a pack, for `rope`.
 
     Raises ValueError for a family, a folder or a key of the configuration that does not exist, and for values that it
     does not take.
@@ -95,10 +101,35 @@ def configured(family: str | None, path: str | None, overrides: Mapping[str, Any
     changes: tuple[Change, ...] = ()
     if path is None:
         config = _new_config(family, overrides)
+        if rope is not None:
+            longer = rope_overrides(config, rope, tokens)
+            longer["max_position_embeddings"] = max(longer["max_position_embeddings"], config.max_position_embeddings)
+            config, _ = changed_config(config, longer)
     else:
-        config, changes = changed_config(saved_config(path), overrides)
+        config = saved_config(path)
+        if rope is not None:
+            overrides = _beside_rope(overrides, rope_overrides(config, rope, tokens))
+        config, changes = changed_config(config, overrides)
     config.use_cache = False  # a cache makes stock packing leak across documents
     return config, changes
+
+
+def _beside_rope(overrides: Mapping[str, Any], longer: Mapping[str, Any]) -> dict[str, Any]:
+    if twice := sorted({"rope_parameters", "rope_scaling", "rope_theta"} & overrides.keys()):
+        raise ValueError(f"model.config.{twice[0]} and model.rope both say what rotary positions are; give one of them")
+    return {**longer, **overrides}
+
+
+def longer_without_rope(changes: Iterable[Change]) -> str:
+    """A warning if a saved model gets more positions and its rotary ones stay as they are; else ""."""
+    changed = {change.key: change for change in changes}
+    more = changed.get("model.config.max_position_embeddings")
+    if more is None or more.value <= more.saved or any(".rope_parameters" in key for key in changed):
+        return ""
+    return (
+        f"warning: the model was made for {more.saved:,} positions and is given {more.value:,} without a change of its "
+        "rotary ones: beyond, it knows none of them. model.rope={type: yarn} or {type: theta, theta: ...} scales them"
+    )
 
 
 def check_family(family: str, path: str, config: Any) -> None:

@@ -14,7 +14,7 @@ from ringattn.kernels.registry import backends
 from ringattn.parallel.mesh.shape import MeshShape, resolve_mesh
 from ringattn.parallel.planning.options import check_scheme, scheme_names
 from ringattn.settings import AttentionOptions
-from ringattn.training import memory
+from ringattn.training import memory, optim
 from ringattn.training.ahead import PLACES
 from ringattn.training.corpus import Corpus
 from ringattn.training.data.files import matching_files
@@ -22,6 +22,7 @@ from ringattn.training.data.tokenizer import AUTO, BYTES, has_tokenizer
 from ringattn.training.determinism import check_backend
 from ringattn.training.engines.deepspeed import available as deepspeed_available
 from ringattn.training.lora import check_lora, lora_of, lora_values
+from ringattn.training.rope import rope_of, rope_values
 
 CHOICES: dict[str, tuple[str | bool, ...]] = {
     "data.name": ("stdlib", "text"),
@@ -31,6 +32,7 @@ CHOICES: dict[str, tuple[str | bool, ...]] = {
     "parallel.backend": ("auto", *backends()),
     "engine.name": ("fsdp2", "deepspeed"),
     "engine.compile": ("auto", "none", "elementwise"),
+    **optim.CHOICES,
     "run.dtype": ("auto", "float32", "bfloat16"),
     "run.resume": ("auto", "force"),
     "run.on_spike": ("record", "skip"),
@@ -50,6 +52,7 @@ INTEGERS: dict[str, int] = {
     "run.seed": 0,
     "run.save_every": 0,
     "run.keep": 1,
+    "run.keep_best": 0,
     "run.memory_every": 0,
     "run.max_failed_saves": 1,
     "run.log_every": 1,
@@ -66,6 +69,7 @@ NUMBERS: dict[str, tuple[float, float]] = {
     "optim.lr": (0.0, math.inf),
     "optim.warmup_ratio": (0.0, 1.0),
     "optim.min_ratio": (0.0, 1.0),
+    "optim.decay_ratio": (0.0, 1.0),
     "optim.weight_decay": (0.0, math.inf),
     "optim.eps": (0.0, math.inf),
     "optim.clip": (0.0, math.inf),
@@ -85,11 +89,12 @@ OF_DEEPSPEED = ("engine.zero_stage",)
 OPTIONAL = {"data.packs_per_step", "data.delay", "parallel.data", "parallel.ring", "parallel.ulysses"}
 OPTIONAL |= {"parallel.head_chunks", "optim.lr"}
 OPTIONAL |= {"model.family", "model.path", "model.config", "model.lr", "model.lr_from_path", "model.allow_mismatch"}
-OPTIONAL |= memory.OPTIONAL | {"model.lora"}
-# Below model.config every key of the transformers configuration is allowed; model.lora has keys of its own.
+OPTIONAL |= memory.OPTIONAL | {"model.lora", "model.rope", "model.freeze"}
+# Below model.config every key of the transformers configuration is allowed; these have keys of their own.
+NESTED = ("model.config.", "model.lora.", "model.rope.")
 KEYS = {*CHOICES, *INTEGERS, *NUMBERS, *SWITCHES, *TEXTS, "model.config", "model.allow_mismatch", "optim.betas"}
 KEYS |= {"run.hang_after"}
-KEYS |= memory.KEYS | {"model.lora"}
+KEYS |= memory.KEYS | {"model.lora", "model.rope", "model.freeze"}
 
 
 def completed(cfg: DictConfig) -> DictConfig:
@@ -99,13 +104,14 @@ def completed(cfg: DictConfig) -> DictConfig:
     """
     plain: dict[str, Any] = OmegaConf.to_container(cfg)  # type: ignore[assignment]
     given = {name for key in flat(plain) for name in _and_above(key)}
-    known = KEYS | {*OF_TEXT, *OF_DEEPSPEED}
-    unknown = [key for key in flat(plain) if key not in known and not key.startswith(("model.config.", "model.lora."))]
+    known = KEYS | {*OF_TEXT, *OF_DEEPSPEED, *optim.OF_MUON}
+    unknown = [key for key in flat(plain) if key not in known and not key.startswith(NESTED)]
     if unknown:
         raise ValueError(f"unknown key {', '.join(sorted(unknown))}; the keys are in configs/, each with a comment")
     needed = KEYS - OPTIONAL
     needed |= set(OF_TEXT) if OmegaConf.select(cfg, "data.name") == "text" else set()
     needed |= set(OF_DEEPSPEED) if OmegaConf.select(cfg, "engine.name") == "deepspeed" else set()
+    needed |= set(optim.OF_MUON) if OmegaConf.select(cfg, "optim.name") == "muon" else set()
     if missing := sorted(needed - given):
         raise ValueError(f"the configuration has no {', '.join(missing)}; each is in a file of configs/")
     cfg = cfg.copy()
@@ -127,6 +133,7 @@ def validate(cfg: DictConfig, world_size: int, ranks_per_node: int, device_type:
     _check_device(cfg, device_type)
     _check_engine(cfg)
     memory.check_memory(cfg, device_type)
+    optim.check_optim(cfg)
     _check_data(cfg, shape)
     if cfg.run.tensorboard and importlib.util.find_spec("tensorboard") is None:
         raise ValueError("run.tensorboard=true needs the package: pip install tensorboard")
@@ -148,6 +155,8 @@ def resolve(cfg: DictConfig, shape: MeshShape, device_type: str) -> dict[str, An
     resolved["model"]["config"] = resolved["model"]["config"] or {}
     resolved["model"]["allow_mismatch"] = resolved["model"]["allow_mismatch"] or []
     resolved["model"]["lora"] = lora_values(lora_of(cfg.model))
+    resolved["model"]["rope"] = rope_values(rope_of(cfg.model))
+    resolved["model"]["freeze"] = resolved["model"]["freeze"] or []
     if cfg.optim.lr is None:
         resolved["optim"]["lr"] = cfg.model.lr if cfg.model.path is None else cfg.model.lr_from_path
     if cfg.data.get("tokenizer") == AUTO:
@@ -225,10 +234,6 @@ def _check_values(cfg: DictConfig) -> None:
         raise ValueError(f"model.name must not lead out of the folder of outputs, got {cfg.model.name!r}")
     if (value := cfg.run.hang_after) != "auto" and not (_is_number(value) and value >= 1):
         raise ValueError(f"run.hang_after must be auto or a number of seconds of at least 1, got {value!r}")
-    betas = OmegaConf.to_container(cfg.optim.betas) if OmegaConf.is_list(cfg.optim.betas) else cfg.optim.betas
-    good = isinstance(betas, list) and len(betas) == 2 and all(_is_number(b) and 0 <= b < 1 for b in betas)
-    if not good:
-        raise ValueError(f"optim.betas must be two numbers in [0, 1), got {betas!r}")
 
 
 def _written(value: str | bool) -> str:
@@ -271,6 +276,8 @@ def _check_model_keys(cfg: DictConfig) -> None:
     if model.allow_mismatch and model.path is None:
         raise ValueError("model.allow_mismatch is about the weights at model.path, which is null")
     check_lora(cfg)
+    rope_of(cfg.model)
+    _check_texts(cfg, "model.freeze", "'*.embed_tokens.*'")
     rate = "model.lr" if model.path is None else "model.lr_from_path"
     if cfg.optim.lr is None and OmegaConf.select(cfg, rate) is None:
         raise ValueError(f"optim.lr is null, and so is {rate}, which it would be; give one of them")

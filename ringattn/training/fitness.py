@@ -3,6 +3,7 @@
 import importlib.util
 import os
 import shutil
+from collections.abc import Sequence
 from typing import Any
 
 from omegaconf import DictConfig
@@ -12,6 +13,7 @@ from ringattn import hf
 from ringattn.hf.elementwise import Elementwise
 from ringattn.parallel.mesh.shape import MeshShape
 from ringattn.training.architecture import reason_of
+from ringattn.training.freezing import freeze
 from ringattn.training.lora import Lora, put_lora
 from ringattn.training.models import empty_model
 
@@ -19,9 +21,9 @@ from ringattn.training.models import empty_model
 DROPOUTS = ("attention_dropout", "attn_pdrop", "attention_probs_dropout_prob")
 
 
-def check_attention(config: Any, lora: Lora | None = None) -> nn.Module:
+def check_attention(config: Any, lora: Lora | None = None, frozen: Sequence[str] = ()) -> nn.Module:
     """The model without weights. Raises ValueError if it cannot be built, or split over a sequence axis, or given the
-    factors of `lora`."""
+    factors of `lora`, or frozen as `frozen` says."""
     text = config.get_text_config()
     queries, keys = text.num_attention_heads, getattr(text, "num_key_value_heads", None)
     if text.num_hidden_layers < 1:
@@ -46,6 +48,7 @@ def check_attention(config: Any, lora: Lora | None = None) -> nn.Module:
         raise ValueError(f"model: {error}") from None
     if lora is not None:
         put_lora(model, lora)
+    freeze(model, frozen)
     return model
 
 

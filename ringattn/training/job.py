@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from omegaconf import DictConfig, OmegaConf
 
-from ringattn.training.architecture import check_family, configured
+from ringattn.training.architecture import check_family, configured, longer_without_rope
 from ringattn.training.checkpoint import TrainState, newest_checkpoint
 from ringattn.training.choices import with_saved_model
 from ringattn.training.config import check_positions, check_vocabulary, completed, resolve, validate
@@ -17,12 +17,14 @@ from ringattn.training.data.files import matching_files
 from ringattn.training.data.tokenizer import BYTE_VOCABULARY, BYTES, has_tokenizer, load_tokenizer
 from ringattn.training.elastic import fitted
 from ringattn.training.fitness import check_attention, check_head_chunks, compile_mode
+from ringattn.training.freezing import freeze_notes
 from ringattn.training.launched import Launch, pick_device
 from ringattn.training.lora import lora_notes, lora_of
 from ringattn.training.memory_plan import MemoryPlan, plan_memory, values_of
 from ringattn.training.output import check_output
 from ringattn.training.pretrained import load_weights
 from ringattn.training.resume import check_resume
+from ringattn.training.rope import rope_of
 from ringattn.training.save_plan import settle_saving
 
 
@@ -76,9 +78,9 @@ def prepare(cfg: DictConfig, launch: Launch, chosen: Collection[str] | None = No
     found = newest_checkpoint(output / "checkpoints")
     check_output(output, str(cfg.run.output), write=found is None or found[1].step < cfg.run.steps)
     config, notes = _model(resolved)
-    empty = check_attention(config, lora_of(resolved.model))
+    empty = check_attention(config, lora_of(resolved.model), list(resolved.model.freeze))
     notes += sizes
-    notes += lora_notes(resolved, lora_of(resolved.model), cfg.optim.lr, empty)
+    notes += lora_notes(resolved, lora_of(resolved.model), cfg.optim.lr, empty) + freeze_notes(resolved, empty)
     check_head_chunks(cfg, shape, config)
     resolved.engine.compile = compile_mode(cfg, device.type, empty)
     plan = plan_memory(resolved, config, empty, shape, launch, device)
@@ -96,7 +98,7 @@ def _model(cfg: DictConfig) -> tuple[Any, list[str]]:
     """The configuration of the model, and what is to be said about it."""
     path = cfg.model.path
     overrides: Any = OmegaConf.to_container(cfg.model.config)
-    config, changes = configured(cfg.model.family, path, overrides)
+    config, changes = configured(cfg.model.family, path, overrides, rope_of(cfg.model), cfg.data.seq_len)
     if path is None:
         return config, []
     if cfg.model.family is not None:
@@ -104,6 +106,8 @@ def _model(cfg: DictConfig) -> tuple[Any, list[str]]:
     _, differing = load_weights(config, path, list(cfg.model.allow_mismatch), shapes_only=True)
     changed = "with " + ", ".join(map(str, changes)) if changes else "as it was saved"
     notes = [f"model.path={path}: {changed}"]
+    if warning := longer_without_rope(changes):
+        notes.append(warning)
     if differing:
         notes.append(f"weights that differ, as model.allow_mismatch permits: {differing}")
     if cfg.data.get("tokenizer", BYTES) == BYTES and has_tokenizer(path):

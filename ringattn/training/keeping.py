@@ -2,8 +2,10 @@
 
 from collections.abc import Sequence
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 
+from ringattn.training.best import best_steps
 from ringattn.training.checkpoint import BadCheckpoint, Place, Saves, TrainState
 from ringattn.training.checkpoint.memory_copies import (
     copies_folder,
@@ -32,7 +34,8 @@ class Keeping:
         self._rank = self._saves.together.rank
         # On all ranks or none, since an engine's state is collective; machines may differ in their memories.
         self._ahead = any(self._saves.together.gather(run.async_save and job.device.type == "cuda"))
-        self._disk = Place(job.output / "checkpoints", run.keep)
+        best = partial(best_steps, job.output, count=run.keep_best)
+        self._disk = Place(job.output / "checkpoints", run.keep, spared=best)
         self._copies = copies_folder(Path(run.memory_folder), job.output)
         self._memory = self._place_in_memory() if run.memory_every else None
 

@@ -34,14 +34,15 @@ from ringattn.training.lora import lora_of
 from ringattn.training.loss import Brought, brought, spoiling
 from ringattn.training.metrics import StepMetrics, StepSeconds, peak_memory_gib
 from ringattn.training.models import build_model, empty_model
+from ringattn.training.optim import schedule_of
 from ringattn.training.output import write_config
 from ringattn.training.packing import Packer, Position
 from ringattn.training.placing import BatchMaker, LocalPack
 from ringattn.training.report import Report
-from ringattn.training.schedule import Schedule
 from ringattn.training.spikes import Spikes, losses_before, record_spike
 from ringattn.training.step_checks import StepChecks
 from ringattn.training.stragglers import Stragglers
+from ringattn.training.streamed import streamed_weights
 
 
 class Trainer:
@@ -65,10 +66,10 @@ class Trainer:
             ulysses_across_nodes=parallel.ulysses_across_nodes,
         )
         self.world_size = dist.get_world_size()
-        self.schedule = Schedule(
-            cfg.optim.lr, round(cfg.optim.warmup_ratio * cfg.run.steps), cfg.run.steps, cfg.optim.min_ratio
+        self.schedule = schedule_of(cfg)
+        self.flops = StepFlops.of(
+            empty_model(job.model_config, lora_of(cfg.model), list(cfg.model.freeze)), job.model_config
         )
-        self.flops = StepFlops.of(empty_model(job.model_config, lora_of(cfg.model)), job.model_config)
         _seed(cfg.run.seed, dist.get_rank())
         self.engine: Engine = build_engine(cfg.engine.name, self.mesh, self._engine_options())
         memory = CudaMemory(job.device) if job.device.type == "cuda" else None
@@ -80,10 +81,12 @@ class Trainer:
 
     def _engine_options(self) -> EngineOptions:
         cfg, job = self.cfg, self.job
-        config, lora = job.model_config, lora_of(cfg.model)
+        config, lora, frozen = job.model_config, lora_of(cfg.model), list(cfg.model.freeze)
         return EngineOptions(
-            empty=lambda: empty_model(config, lora),
-            load=lambda: build_model(config, cfg.run.seed, cfg.model.path, list(cfg.model.allow_mismatch), lora),
+            empty=lambda: empty_model(config, lora, frozen),
+            load=lambda: build_model(
+                config, cfg.run.seed, cfg.model.path, list(cfg.model.allow_mismatch), lora, frozen
+            ),
             attach=self._attach,
             device=job.device,
             dtype=compute_dtype(cfg),
@@ -93,6 +96,8 @@ class Trainer:
             clip=cfg.optim.clip,
             micro_steps=cfg.data.packs_per_step // self.mesh.data,
             zero_stage=cfg.engine.get("zero_stage", 0),
+            stream=lambda: streamed_weights(config, cfg.run.seed, cfg.model.path, lora),
+            momentum=cfg.optim.momentum if cfg.optim.name == "muon" else None,
             states=job.plan.states,
         )
 

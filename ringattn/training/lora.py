@@ -133,24 +133,26 @@ def lora_notes(cfg: DictConfig, lora: Lora | None, rate: float | None, model: nn
 
 
 def check_same_base(saved: Mapping[str, Any], now: Mapping[str, Any]) -> None:
-    """Raises ValueError if factors of a checkpoint would go on beside another frozen model, which it does not hold.
+    """Raises ValueError if what a checkpoint holds would go on beside other frozen weights, which it does not hold.
 
     Arguments:
         saved, now: resolved configurations, of the run that wrote the checkpoint and of this one.
     """
-    if now["model"].get("lora") is None:
+    if not any(cfg["model"].get(key) for cfg in (saved, now) for key in ("lora", "freeze")):
         return
     before, after = _base(saved), _base(now)
     if differing := [key for key in sorted(before.keys() | after.keys()) if before.get(key) != after.get(key)]:
         shown = "; ".join(f"{key} was {before.get(key)!r} and is now {after.get(key)!r}" for key in differing)
         raise ValueError(
-            f"the checkpoint holds factors of model.lora alone, made for another frozen model, and cannot go on beside "
-            f"this one, not even with run.resume=force: {shown}"
+            f"the checkpoint does not hold frozen weights (model.lora, model.freeze); it was made for another frozen "
+            f"model, and cannot go on beside this one, not even with run.resume=force: {shown}"
         )
 
 
 def _base(cfg: Mapping[str, Any]) -> dict[str, Any]:
-    """Where frozen weights come from: files, and the seed where some are drawn."""
+    """Where frozen weights come from: files, and the seed where some are drawn; and which are frozen beside those of
+    LoRA."""
     model = cfg["model"]
     drawn = model.get("path") is None or model.get("allow_mismatch")
-    return {"model.path": model.get("path")} | ({"run.seed": cfg["run"]["seed"]} if drawn else {})
+    base = {"model.path": model.get("path"), "model.freeze": list(model.get("freeze") or ())}
+    return base | ({"run.seed": cfg["run"]["seed"]} if drawn else {})

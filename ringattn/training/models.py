@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from ringattn.training.architecture import configured
+from ringattn.training.freezing import freeze
 from ringattn.training.lora import Lora, put_lora
 from ringattn.training.pretrained import load_weights
 
@@ -17,13 +18,19 @@ def model_config(family: str | None, path: str | None, overrides: Mapping[str, A
 
 
 def build_model(
-    config: Any, seed: int, path: str | None = None, allow: Sequence[str] = (), lora: Lora | None = None
+    config: Any,
+    seed: int,
+    path: str | None = None,
+    allow: Sequence[str] = (),
+    lora: Lora | None = None,
+    frozen: Sequence[str] = (),
 ) -> nn.Module:
     """The whole model in float32 on the CPU: with weights drawn from `seed`, or those of the checkpoint at `path`.
 
     Same seed, same weights, whatever the number of ranks or the engine, those that a checkpoint lacks (by patterns of
     `allow`, see `load_weights`) included, and the factors of `lora`: those that PEFT draws right after
-    `torch.manual_seed(seed)`. The caller's random state is not touched.
+    `torch.manual_seed(seed)`. The caller's random state is not touched. What matches a pattern of `frozen` is not
+    trained.
     """
     from transformers import AutoModelForCausalLM
 
@@ -36,10 +43,11 @@ def build_model(
         if lora is not None:
             torch.manual_seed(seed)
             put_lora(model, lora)
-        return model
+    freeze(model, frozen)
+    return model
 
 
-def empty_model(config: Any, lora: Lora | None = None) -> nn.Module:
+def empty_model(config: Any, lora: Lora | None = None, frozen: Sequence[str] = ()) -> nn.Module:
     """The model on the meta device: its shape without its weights."""
     from transformers import AutoModelForCausalLM
 
@@ -47,6 +55,7 @@ def empty_model(config: Any, lora: Lora | None = None) -> nn.Module:
         model: nn.Module = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     if lora is not None:
         put_lora(model, lora)
+    freeze(model, frozen)
     return model
 
 

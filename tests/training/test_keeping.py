@@ -1,12 +1,17 @@
 """A run goes back to a step before, on disk or in memory, and from there along the same curve."""
 
+import json
+from functools import partial
 from pathlib import Path
 
 import pytest
 
 pytest.importorskip("transformers")
 
-from ringattn.training.checkpoint import BadCheckpoint
+from ringattn.training.best import best_steps
+from ringattn.training.checkpoint import BadCheckpoint, TrainState
+from ringattn.training.checkpoint.folders import discard_older, found_in
+from ringattn.training.checkpoint.marker import Marker, write_marker
 from ringattn.training.checkpoint.memory_copies import copies_folder, rank_folder
 from ringattn.training.loop import Trainer
 from ringattn.training.output import write_config
@@ -79,3 +84,17 @@ def another_curve(output: Path) -> None:
 def test_a_copy_of_another_curve_is_refused_in_one_line(pool: Pools, tmp_path: Path) -> None:
     with pytest.raises(BadCheckpoint, match=r"holds a run with another configuration: optim\.lr was 0\.003"):
         pool(1).run(another_curve, tmp_path)
+
+
+def test_the_best_stay_beside_the_newest(tmp_path: Path) -> None:
+    """What has no validation loss is never among the best."""
+    root, losses = tmp_path / "checkpoints", {1: 3.0, 2: 1.0, 3: None, 4: 2.0, 5: 5.0, 6: None}
+    for step in losses:
+        (root / f"step-{step:08d}").mkdir(parents=True)
+        write_marker(root / f"step-{step:08d}", Marker(TrainState(step, 0, {}, "", "fsdp2", 1), {}))
+    lines = [{"step": step, "validation": loss and {"a": loss - 0.5, "b": loss + 0.5}} for step, loss in losses.items()]
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    discard_older(root, 1, 6, partial(best_steps, tmp_path, count=2))
+    assert [found.step for found in found_in(root)] == [6, 4, 2]
+    discard_older(root, 1, 6, partial(best_steps, tmp_path, count=0))
+    assert [found.step for found in found_in(root)] == [6]

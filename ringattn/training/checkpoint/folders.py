@@ -7,7 +7,7 @@
 import os
 import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -158,13 +158,19 @@ def complete(folder: Path, written: Marker) -> None:
     _reach_disk(folder.parent)
 
 
-def discard_older(root: Path, keep: int, newest: int) -> None:
-    """Deletes all but so many of the newest checkpoints that are whole; those later than `newest` do not count.
+Spared = Callable[[Sequence[int]], Collection[int]]
+"""Of the steps of checkpoints, those that stay although newer ones are there."""
+
+
+def discard_older(root: Path, keep: int, newest: int, spared: Spared | None = None) -> None:
+    """Deletes all but so many of the newest checkpoints that are whole, and those that are spared; those later than
+    `newest` do not count.
 
     A checkpoint is renamed before it is deleted, so that half of one is never taken for a whole one.
     """
     whole = [found for found in found_in(root) if found.marker is not None and found.step <= newest]
-    for found in whole[keep:]:
+    stay = spared([found.step for found in whole]) if spared is not None else ()
+    for found in (one for one in whole[keep:] if one.step not in stay):
         doomed = partial_of(found.folder)
         found.folder.rename(doomed)
         shutil.rmtree(doomed)

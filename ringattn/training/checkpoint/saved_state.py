@@ -93,6 +93,43 @@ class SavedState:
             elif isinstance(target, Tensor):
                 self._fill_whole(name, target)
 
+    def names(self, *keys: str) -> list[str]:
+        """What stands below some keys, in the first part that has it. Nothing is read.
+
+        Raises KeyError where none has.
+        """
+        for rank in self._ranks():
+            shape = self._part(rank).below(keys)
+            if isinstance(shape, dict) and "dict" in shape:
+                return [str(key) for key, _ in shape["dict"]]
+        raise KeyError("/".join(keys))
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Of the whole of a tensor. Raises BadCheckpoint for one that is not there."""
+        for rank in self._ranks():
+            part = self._part(rank)
+            if part.has(name):
+                return tuple(part.place(name)[0]) if part.is_shard(name) else tuple(part.shape(name))
+        raise self._missing(name)
+
+    def whole(self, name: str) -> Tensor:
+        """A tensor, put together from the rows of all parts. Raises BadCheckpoint if they are not all there."""
+        made, done = None, 0
+        for rank in self._ranks():
+            part = self._part(rank)
+            if not part.has(name):
+                continue
+            if not part.is_shard(name):
+                return part.rows(name, 0, None)
+            shape, first = part.place(name)
+            rows = part.rows(name, 0, None)
+            made = torch.empty(shape, dtype=rows.dtype) if made is None else made
+            made[first : first + len(rows)] = rows
+            done += len(rows)
+        if made is None or done != len(made):
+            raise self._missing(name)
+        return made
+
     def _fill_whole(self, name: str, target: Tensor) -> None:
         for rank in self._ranks():
             part = self._part(rank)
@@ -168,10 +205,18 @@ class _Part:
         shape, start = self._rows[name]
         return shape, start
 
+    def is_shard(self, name: str) -> bool:
+        """Whether what is here are rows of something."""
+        return name in self._rows
+
+    def shape(self, name: str) -> list[int]:
+        """Of what is here."""
+        stored = name if name in self._names else name + CODES
+        return list(self._file.get_slice(stored).get_shape())
+
     def count(self, name: str) -> int:
         """Rows that are here."""
-        stored = name if name in self._names else name + CODES
-        return int(self._file.get_slice(stored).get_shape()[0])
+        return self.shape(name)[0]
 
     def rows(self, name: str, low: int, high: int | None) -> Tensor:
         """Rows `[low, high)` of what is here, as they were saved: of moments of 8 bits in their blocks, where these

@@ -19,7 +19,7 @@ from ringattn.training.checkpoint.marker import BadCheckpoint, FileSum
 PIECE = 1 << 20  # bytes that are summed and written, or read, at a time: they stay in the processor's cache in between
 INDEX = "ringattn"  # the header's text about what the tensors are
 
-_NAMES = {
+NAMES = {
     torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16",
     torch.float8_e4m3fn: "F8_E4M3", torch.float8_e5m2: "F8_E5M2",
     torch.int64: "I64", torch.int32: "I32", torch.int16: "I16", torch.int8: "I8", torch.uint8: "U8",
@@ -101,7 +101,7 @@ def _header(tensors: Mapping[str, Tensor], index: str) -> bytes:
     for name in _order(tensors):
         tensor = tensors[name]
         begin, end = end, end + tensor.nbytes
-        entries[name] = {"dtype": _NAMES[tensor.dtype], "shape": [*tensor.shape], "data_offsets": [begin, end]}
+        entries[name] = {"dtype": NAMES[tensor.dtype], "shape": [*tensor.shape], "data_offsets": [begin, end]}
     text = json.dumps(entries, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
     return len(text).to_bytes(8, "little") + text

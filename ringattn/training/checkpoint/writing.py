@@ -5,7 +5,7 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-from ringattn.training.checkpoint.folders import begin, complete, discard_older, is_whole, partial_of
+from ringattn.training.checkpoint.folders import Spared, begin, complete, discard_older, is_whole, partial_of
 from ringattn.training.checkpoint.marker import FileSum, Marker, TrainState, write_marker
 from ringattn.training.checkpoint.saved_state import part_name, write_part
 from ringattn.training.checkpoint.snapshot import Snapshot
@@ -19,6 +19,7 @@ class Place:
     Arguments:
         root: holds their folders.
         keep: so many of the newest stay.
+        spared: of the others, these stay too; None for none.
         shared: all ranks write into one folder, which rank 0 completes; otherwise `root` is this rank's alone, and each
             completes a folder of its own.
         kind: what one of them is called.
@@ -30,6 +31,7 @@ class Place:
     shared: bool = True
     kind: str = "checkpoint"
     run: str = ""
+    spared: Spared | None = None
 
     def folder(self, step: int) -> Path:
         """Of a step's checkpoint."""
@@ -62,7 +64,7 @@ def write_checkpoint(place: Place, state: TrainState, snapshot: Snapshot, togeth
         raise
     if owner:
         try:
-            discard_older(place.root, place.keep, state.step)
+            discard_older(place.root, place.keep, state.step, place.spared)
         except OSError as error:  # the new one is there all the same
             print(f"warning: an older {place.kind} could not be deleted: {error}", file=sys.stderr, flush=True)
     return folder

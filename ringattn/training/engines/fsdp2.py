@@ -3,24 +3,22 @@
 from typing import Any
 
 import torch
-import torch.distributed as dist
-from torch import nn
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
     get_state_dict,
-    set_model_state_dict,
     set_state_dict,
 )
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, OffloadPolicy
 
-from ringattn.memory.settings import StateSettings
 from ringattn.parallel.mesh.mesh import SequenceMesh
 from ringattn.training.checkpoint.saved_state import SavedState
 from ringattn.training.engines.alike import bits_of, numbers_of
 from ringattn.training.engines.clipping import clip_sharded
+from ringattn.training.engines.first_weights import first_weights, hold_weights_in
 from ringattn.training.engines.groups import shard_groups
 from ringattn.training.engines.interface import STATE, EngineOptions
+from ringattn.training.engines.muon import muon
 from ringattn.training.engines.optimizers import adamw, set_learning_rate, step_if_finite
 
 # What a checkpoint holds. Reading is strict all the same: `SavedState` raises for what is not there.
@@ -28,10 +26,10 @@ _TRAINED = StateDictOptions(ignore_frozen_params=True, strict=False)
 
 
 class FSDP2Engine:
-    """`fully_shard` on the groups of `groups.py`, AdamW on the shards.
+    """`fully_shard` on the groups of `groups.py`, AdamW (or Muon) on the shards.
 
-    Every rank builds the model without weights; rank 0 alone makes them and they are broadcast as they are sharded, so
-    host memory holds one copy of the model per machine at most (beside the shards, where those are on the host).
+    Every rank builds the model without weights, and reads from the files at `model.path` what its shards need. Weights
+    that are drawn, or converted as they are loaded, rank 0 alone makes, and they are broadcast as they are sharded.
     Gradients are reduced in every micro-step: this keeps only shards of them between micro-steps.
     """
 
@@ -43,12 +41,12 @@ class FSDP2Engine:
         self.num_parameters = sum(p.numel() for p in self.model.parameters())
         self._clip, self._device, self._mesh = options.clip, options.device, _all_ranks(mesh)
         options.attach(self.model)
-        _hold_weights_in(self.model, states)
+        hold_weights_in(self.model, states)
         shard_groups(self.model, states, mesh=self._mesh, mp_policy=_precision(options), offload_policy=_place(options))
         self.model.to_empty(device=options.device if states.states_on == "device" else "cpu")
-        _broadcast_weights(self.model, options)
+        first_weights(self.model, options)
         self.model.train()
-        self._optimizer = adamw(self.model, options)
+        self._optimizer = adamw(self.model, options) if options.momentum is None else muon(self.model, options)
 
     def backward(self, loss: torch.Tensor) -> None:
         """Adds the gradient of one micro-step, reduced to shards."""
@@ -100,30 +98,3 @@ def _place(options: EngineOptions) -> OffloadPolicy:
     if options.states.states_on == "device":
         return OffloadPolicy()
     return CPUOffloadPolicy(pin_memory=options.device.type == "cuda")
-
-
-def _hold_weights_in(model: nn.Module, states: StateSettings) -> None:
-    """Casts parameters one by one, and no buffers: rotary frequencies of 8 bits would turn long positions."""
-    for parameter in model.parameters():
-        parameter.data = parameter.data.to(getattr(torch, states.weights))
-
-
-def _broadcast_weights(model: nn.Module, options: EngineOptions) -> None:
-    """Rank 0 makes the weights; every rank gets its shards of them, and the buffers."""
-    full = options.load() if dist.get_rank() == 0 else None
-    if full is not None:
-        _hold_weights_in(full, options.states)
-    weights = full.state_dict() if full is not None else {}
-    set_model_state_dict(
-        model, weights, options=StateDictOptions(full_state_dict=True, broadcast_from_rank0=True, strict=True)
-    )
-    # Buffers compute, so that they are on the device wherever weights wait. Those that are not saved (rotary
-    # frequencies) are in no state dict.
-    sources = dict(full.named_buffers()) if full is not None else {}
-    for name, buffer in [*model.named_buffers()]:
-        if full is not None:
-            buffer.copy_(sources[name])
-        moved = buffer.to(options.device)
-        dist.broadcast(moved, 0)
-        owner, _, own = name.rpartition(".")
-        setattr(model.get_submodule(owner), own, moved)

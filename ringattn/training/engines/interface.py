@@ -9,6 +9,7 @@ from torch import nn
 
 from ringattn.memory.settings import StateSettings
 from ringattn.training.checkpoint.saved_state import SavedState
+from ringattn.training.streamed import StreamedWeights
 
 STATE = "engine"
 """Where in a checkpoint the state of an engine stands."""
@@ -21,6 +22,7 @@ class EngineOptions:
     Arguments:
         empty: builds the model without weights, on the meta device.
         load: builds the same whole, with its first weights, on the CPU; equal on every rank that calls it.
+        stream: the same weights piece by piece, or None where that is impossible; left out, `load` makes them.
         attach: installs attention and memory settings in a model, before it is sharded.
         device: where this rank computes.
         dtype: of the computation: torch.float32, or torch.bfloat16 with float32 master weights and reductions.
@@ -28,6 +30,7 @@ class EngineOptions:
         clip: largest global gradient norm; 0 does not clip.
         micro_steps: backward calls per step.
         zero_stage: DeepSpeed's stage, 1 to 3.
+        momentum: of Muon for matrices; None for AdamW alone.
         states: what lives between steps. An engine raises ValueError for what it cannot do.
     """
 
@@ -42,6 +45,8 @@ class EngineOptions:
     clip: float
     micro_steps: int
     zero_stage: int
+    momentum: float | None = None
+    stream: Callable[[], StreamedWeights | None] | None = None
     states: StateSettings = field(default_factory=StateSettings)
 
 

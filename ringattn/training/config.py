@@ -1,6 +1,5 @@
 """Refuses a configuration that cannot run, before any process group starts, naming the key and the numbers."""
 
-import importlib.util
 import math
 import os
 from collections.abc import Mapping
@@ -22,6 +21,8 @@ from ringattn.training.data.tokenizer import AUTO, BYTES, has_tokenizer
 from ringattn.training.determinism import check_backend
 from ringattn.training.engines.deepspeed import available as deepspeed_available
 from ringattn.training.lora import check_lora, lora_of, lora_values
+from ringattn.training.profile import check_window
+from ringattn.training.trackers import check_trackers
 
 CHOICES: dict[str, tuple[str | bool, ...]] = {
     "data.name": ("stdlib", "text"),
@@ -73,7 +74,9 @@ NUMBERS: dict[str, tuple[float, float]] = {
     "run.spike": (0.0, math.inf),
     "run.straggler_percent": (0.0, math.inf),
 }
-SWITCHES = ("data.pad", "parallel.ulysses_across_nodes", "run.plan_only", "run.tensorboard", "run.deterministic")
+SWITCHES = (
+    "data.pad", "parallel.ulysses_across_nodes", "run.plan_only", "run.tensorboard", "run.report", "run.deterministic",
+)  # fmt: skip
 TEXTS = ("model.name", "model.family", "model.path", "run.output", "run.memory_folder")
 # Keys that only one option of their group has.
 OF_TEXT = ("data.files", "data.text_field", "data.tokenizer", "data.add_eos", "data.cache")
@@ -82,10 +85,10 @@ OF_DEEPSPEED = ("engine.zero_stage",)
 OPTIONAL = {"data.packs_per_step", "data.delay", "parallel.data", "parallel.ring", "parallel.ulysses"}
 OPTIONAL |= {"parallel.head_chunks", "optim.lr"}
 OPTIONAL |= {"model.family", "model.path", "model.config", "model.lr", "model.lr_from_path", "model.allow_mismatch"}
-OPTIONAL |= memory.OPTIONAL | {"model.lora"}
+OPTIONAL |= memory.OPTIONAL | {"model.lora", "run.trackers", "run.profile"}
 # Below model.config every key of the transformers configuration is allowed; model.lora has keys of its own.
 KEYS = {*CHOICES, *INTEGERS, *NUMBERS, *SWITCHES, *TEXTS, "model.config", "model.allow_mismatch", "optim.betas"}
-KEYS |= memory.KEYS | {"model.lora"}
+KEYS |= memory.KEYS | {"model.lora", "run.trackers", "run.profile"}
 
 
 def completed(cfg: DictConfig) -> DictConfig:
@@ -124,8 +127,9 @@ def validate(cfg: DictConfig, world_size: int, ranks_per_node: int, device_type:
     _check_engine(cfg)
     memory.check_memory(cfg, device_type)
     _check_data(cfg, shape)
-    if cfg.run.tensorboard and importlib.util.find_spec("tensorboard") is None:
-        raise ValueError("run.tensorboard=true needs the package: pip install tensorboard")
+    run: Any = OmegaConf.to_container(cfg.run)
+    check_trackers(run["trackers"], run["tensorboard"])
+    check_window(run["profile"])
     if cfg.run.deterministic:
         check_backend(cfg.parallel.backend)
     if 0 < cfg.run.spike <= 1:

@@ -37,7 +37,9 @@ from ringattn.training.metrics import StepMetrics, StepSeconds, peak_memory_gib
 from ringattn.training.models import build_model, empty_model
 from ringattn.training.output import write_config
 from ringattn.training.packing import Packer, Position
+from ringattn.training.page.record import write_record
 from ringattn.training.placing import BatchMaker, LocalPack
+from ringattn.training.profile import Profile
 from ringattn.training.report import Report
 from ringattn.training.schedule import Schedule
 from ringattn.training.spikes import Spikes, losses_before, record_spike
@@ -146,16 +148,19 @@ class Trainer:
         """Trains until all steps are done or a signal asks to stop, and saves in both cases. True if all are done."""
         cfg = self.cfg
         self.spikes = Spikes(cfg.run.spike, losses_before(self.job.output, self.step) if cfg.run.spike else ())
-        with StopRequest() as stop, self._batches() as stream, self._stragglers() as stragglers:
+        profile = Profile(self.job.output, cfg.run.profile, dist.get_rank())
+        with StopRequest() as stop, self._batches() as stream, self._stragglers() as stragglers, profile:
             first = True
             owed: list[Place] = []
             while self.step < cfg.run.steps:
+                profile.before(self.step + 1)
                 started = time.perf_counter()
                 with stragglers.step():
                     batch = next(stream)
                     waited = time.perf_counter() - started
                     done = self._train_step(batch, stop.requested)
                 seconds = StepSeconds(time.perf_counter() - started, waited, warmup=first)
+                profile.after(self.step)
                 report.step(self._metrics(batch, done, seconds))
                 stragglers.done(self.step, waited, warmup=first)
                 if first:
@@ -231,6 +236,10 @@ class Trainer:
         cost = DocumentCost(self.flops.attention, self.flops.per_token)
         return GroupedPacker(corpus, data.seq_len, seed, cost, data.delay, GroupedPosition.from_state(self.position))
 
+    def next_lengths(self) -> list[int]:
+        """Tokens of the documents in the next pack."""
+        return list(self._packer().step(self.cfg.data.packs_per_step)[0].docs.lengths)
+
     def _train_step(self, batch: Batch[LocalPack], stop: bool) -> Brought:
         """One optimiser step. The host waits for the device once, at its end, and again where something is wrong."""
         before = self.checks.before(self.step, self.schedule(self.step), batch)
@@ -303,6 +312,7 @@ def train(job: Job) -> None:
     trainer = Trainer(job)
     if rank0:
         write_config(job.cfg, job.output, job.model_config)
+        write_record(job, trainer.step, trainer.engine.num_parameters, trainer.next_lengths())
     with Report(job, trainer.step, trainer.engine.num_parameters, enabled=rank0) as report:
         done = trainer.run(report)
     if rank0:

@@ -11,8 +11,8 @@ MOST_RANKS = 32  # of a sequence: more take a while to plan
 MOST_DOCUMENTS = 20_000
 
 
-def plan_picture(known: Mapping[str, Any]) -> tuple[str, str]:
-    """The picture as a data URL, or nothing, and what is to be said about it.
+def plan_picture(known: Mapping[str, Any]) -> tuple[str, str, str]:
+    """The picture as a data URL, or nothing; what is to be said about it; why it is planned so.
 
     Arguments:
         known: `attention` of run.json.
@@ -23,21 +23,24 @@ def plan_picture(known: Mapping[str, Any]) -> tuple[str, str]:
         heads = [int(known[name]) for name in ("query_heads", "key_heads", "head_dim")]
         policy, scheme = str(known["policy"]), str(known["scheme"])
     except (KeyError, TypeError, ValueError):
-        return "", "the run did not record its first pack"
+        return "", "the run did not record its first pack", ""
     ranks = mesh[0] * mesh[1]
     if not lengths:
-        return "", "the first pack holds no document"
+        return "", "the first pack holds no document", ""
     if ranks > MOST_RANKS or len(lengths) > MOST_DOCUMENTS:
-        return "", f"{len(lengths):,} documents on {ranks} ranks are too many for this page: `ringattn plan` draws them"
+        many = f"{len(lengths):,} documents on {ranks} ranks are too many for this page: `ringattn plan` draws them"
+        return "", many, ""
     if find_spec("matplotlib") is None:
-        return "", "matplotlib, which draws it, is not installed"
+        return "", "matplotlib, which draws it, is not installed", ""
     try:
         return _drawn(lengths, mesh, heads, policy, scheme)
     except Exception as error:  # the page has more to say, whatever is wrong with the plan of an old run
-        return "", f"it cannot be drawn: {type(error).__name__}: {error}"
+        return "", f"it cannot be drawn: {type(error).__name__}: {error}", ""
 
 
-def _drawn(lengths: list[int], mesh: tuple[int, int], heads: list[int], policy: str, scheme: str) -> tuple[str, str]:
+def _drawn(
+    lengths: list[int], mesh: tuple[int, int], heads: list[int], policy: str, scheme: str
+) -> tuple[str, str, str]:
     from ringattn import Documents, Layout, MeshShape
     from ringattn.drawing import draw_plan
     from ringattn.parallel.machine.shipped import SHIPPED
@@ -64,7 +67,5 @@ def _drawn(lengths: list[int], mesh: tuple[int, int], heads: list[int], policy: 
         picture = f"data:image/png;base64,{base64.b64encode(path.read_bytes()).decode()}"
     many = "" if len(lengths) == 1 else "s"
     parts = f", part 1 of {len(layout.parts)}" if len(layout.parts) > 1 else ""
-    return picture, (
-        f"{len(lengths):,} document{many} of together {sum(lengths):,} tokens{parts}, causal, as planned for "
-        f"{machine.name}; times are predictions. {plans[0].reason}"
-    )
+    told = f"{len(lengths):,} document{many} of together {sum(lengths):,} tokens{parts}, causal"
+    return picture, f"{told}, as planned for {machine.name}; times are predictions.", plans[0].reason

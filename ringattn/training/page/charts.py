@@ -7,7 +7,7 @@ from html import escape
 
 Point = tuple[float, float]
 WIDTH, HEIGHT = 440, 250
-LEFT, RIGHT, TOP, BOTTOM = 56, 12, 12, 36
+LEFT, RIGHT, TOP, BOTTOM = 64, 12, 12, 36
 MOST = 700  # points of a curve
 SERIES = 6  # colours
 
@@ -23,22 +23,29 @@ class Curve:
 
 
 def chart(
-    curves: Sequence[Curve], x_name: str, form: Callable[[float], str], marks: Sequence[float] = (), marked: str = ""
+    curves: Sequence[Curve],
+    x_name: str,
+    form: Callable[[float], str],
+    marks: Sequence[float] = (),
+    marked: str = "",
+    from_zero: bool = False,
 ) -> str:
     """One picture of curves over the same axes, or nothing where no curve has a point.
 
     Arguments:
         form: writes a value of the vertical axis.
         marks: places on the horizontal axis that are marked at its foot; `marked` says what they are.
+        from_zero: the vertical axis is linear and begins at 0. Otherwise it is logarithmic where values differ much.
     """
     curves = [curve for curve in curves if curve.points]
     if not curves:
         return ""
     xs = [x for curve in curves for x, _ in curve.points]
     ys = [y for curve in curves for _, y in curve.points]
-    log = min(ys) > 0 and max(ys) / min(ys) > 100
+    log = not from_zero and min(ys) > 0 and max(ys) / min(ys) > 100
+    low = min(0.0, *ys) if from_zero else min(ys)
     across = Axis(min(xs), max(xs), LEFT, WIDTH - RIGHT)
-    up = Axis(min(ys), max(ys), HEIGHT - BOTTOM, TOP, log, margin=0.04)
+    up = Axis(low, max(ys), HEIGHT - BOTTOM, TOP, log, margin=0.04)
     parts = [_grid(across, up, x_name, form)]
     for curve in curves:
         places = [(across(x), up(y)) for x, y in thinned(curve.points)]
@@ -158,6 +165,9 @@ def short(value: float) -> str:
     for unit, name in ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "K")):
         if size >= unit:
             return f"{value / unit:.3g}{name}"
+    if 0 < size < 1e-3:
+        digits, _, power = f"{value:.3e}".partition("e")
+        return f"{float(digits):g}e{int(power)}"
     return f"{value:.3g}"
 
 

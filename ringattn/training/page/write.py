@@ -39,7 +39,7 @@ def page_text(run: RunFolder) -> str:
     loader = PackageLoader("ringattn.training.page", ".")
     environment = Environment(loader=loader, autoescape=True, undefined=StrictUndefined, trim_blocks=True)
     environment.filters |= {"gib": gib, "short": short, "count": count}
-    picture, told = plan_picture(run.part("attention"))
+    picture, told, why = plan_picture(run.part("attention"))
     return environment.get_template("page.html.jinja").render(
         run=run,
         title=str(run.record.get("title") or run.path.resolve().name),
@@ -47,7 +47,7 @@ def page_text(run: RunFolder) -> str:
         facts=facts(run),
         charts=curves(run),
         memory=memory(run),
-        plan={"picture": picture, "told": told},
+        plan={"picture": picture, "told": told, "why": why},
         data=data(run),
         skipped=[line["step"] for line in run.steps if line.get("skipped") is True],
         stragglers=straggler_rows(run),
@@ -103,7 +103,7 @@ def curves(run: RunFolder) -> list[tuple[str, Markup]]:
         ("Tokens a second", chart(raw("smoothed", run.series("tokens_per_second"), 2), "step", short)),
         ("MFU", chart(raw("smoothed", run.series("mfu"), 2), "step", lambda value: f"{value:.0%}")),
         ("Seconds a step", chart(raw("smoothed", run.series("seconds", usual), 4), "step", short)),
-        ("Waiting for data, % of the step", chart([Curve("waited", waited, "line", 4)], "step", short)),
+        ("Waiting for data, % of the step", chart([Curve("waited", waited, "line", 4)], "step", short, from_zero=True)),
         ("Peak memory of rank 0, GiB", chart([Curve("peak", run.series("peak_memory_gib"))], "step", short)),
     ]
     return [(title, Markup(svg)) for title, svg in found if svg]
@@ -191,7 +191,7 @@ def profiles(run: Path) -> list[dict[str, str]]:
     return [
         {
             "file": str(one.get("trace")),
-            "steps": str(one.get("steps")),
+            "steps": ", ".join(map(str, one["steps"])) if isinstance(one.get("steps"), list) else "",
             "seconds": f"{one['seconds']:.4f}" if is_number(one.get("seconds")) else "",
             "exposed": f"{one['exposed']:.1%}" if is_number(one.get("exposed")) else "not known without a GPU",
         }

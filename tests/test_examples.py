@@ -87,7 +87,7 @@ def test_loops_of_libraries_learn_the_same_on_one_rank_and_on_two(pool: Pools, n
         assert not any("loss" in printed for printed in others)
     assert len(curves[0]) >= 4
     assert curves[0][0] > 3.5
-    assert curves[0][-1] < 1.0
+    assert curves[0][-1] < 0.5 * curves[0][0]
     assert curves[1] == pytest.approx(curves[0], abs=2e-3)
 
 

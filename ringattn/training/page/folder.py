@@ -2,7 +2,6 @@
 
 import base64
 import json
-import math
 import os
 from collections.abc import Iterable
 from dataclasses import dataclass, field
@@ -22,6 +21,7 @@ MIMES = {".png": "image/png", ".svg": "image/svg+xml", ".jpg": "image/jpeg"}
 LARGEST_PICTURE = 8 << 20  # bytes
 LONGEST_TEXT = 20_000  # signs of an evaluation's numbers
 MOST_PICTURES = 40
+LARGEST = 1e200
 
 
 @dataclass(frozen=True)
@@ -168,12 +168,12 @@ def _evaluation(folder: Path, name: Path) -> Evaluation:
 
 
 def is_number(value: Any) -> bool:
-    """Whether it is a finite number, and no switch."""
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    """Whether it is a number that can be drawn, and no switch: neither endless nor of hundreds of digits."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and -LARGEST < value < LARGEST
 
 
 def _is_count(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
+    return isinstance(value, int) and is_number(value)
 
 
 def _parsed(text: str) -> Any:

@@ -51,8 +51,6 @@ def write_record(job: Job, step: int, parameters: int, lengths: Sequence[int]) -
 
 def _record(job: Job, step: int, parameters: int, lengths: Sequence[int]) -> dict[str, Any]:
     cfg, launch = job.cfg, job.launch
-    text = job.model_config.get_text_config()
-    heads = int(text.num_attention_heads)
     return {
         "title": f"{cfg.model.name} on {cfg.data.name}",
         "command": " ".join(sys.argv)[:LONGEST_COMMAND],
@@ -72,11 +70,22 @@ def _record(job: Job, step: int, parameters: int, lengths: Sequence[int]) -> dic
             "ulysses": cfg.parallel.ulysses,
             "policy": cfg.parallel.policy,
             "scheme": cfg.parallel.scheme,
+            **_heads(job.model_config.get_text_config()),
+        },
+    }
+
+
+def _heads(text: Any) -> dict[str, int]:
+    """Of a model's configuration; nothing for one that has none, or another number in each layer."""
+    try:
+        heads = int(text.num_attention_heads)
+        return {
             "query_heads": heads,
             "key_heads": int(getattr(text, "num_key_value_heads", None) or heads),
             "head_dim": int(getattr(text, "head_dim", None) or text.hidden_size // heads),
-        },
-    }
+        }
+    except (AttributeError, TypeError, ValueError, ZeroDivisionError):
+        return {}
 
 
 def _starts(output: Path) -> list[Any]:

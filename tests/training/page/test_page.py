@@ -5,6 +5,7 @@ import re
 import shutil
 import subprocess
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -15,7 +16,7 @@ from ringattn.training.corpus import corpus_of
 from ringattn.training.incidents import Ending, record_incident, write_ending
 from ringattn.training.page.charts import Axis, Curve, bars, chart, thinned
 from ringattn.training.page.folder import RunFolder
-from ringattn.training.page.record import data_numbers, versions, write_record
+from ringattn.training.page.record import _heads, data_numbers, versions, write_record
 from ringattn.training.page.write import page_text, write_page
 from tests.training.recipe import prepared
 
@@ -123,6 +124,18 @@ def test_lines_that_are_none_are_counted_and_the_others_shown(tmp_path):
     assert "3 lines of metrics.jsonl" in page_text(folder)
 
 
+def test_models_without_heads_of_one_kind_are_recorded_without():
+    assert _heads(SimpleNamespace(num_attention_heads=8, num_key_value_heads=None, hidden_size=64)) == {
+        "query_heads": 8, "key_heads": 8, "head_dim": 8,
+    }  # fmt: skip
+    for text in (
+        SimpleNamespace(),
+        SimpleNamespace(num_attention_heads=[4, 8]),
+        SimpleNamespace(num_attention_heads=0),
+    ):
+        assert _heads(text) == {}
+
+
 @pytest.mark.parametrize(
     ("name", "contents"),
     [
@@ -131,6 +144,8 @@ def test_lines_that_are_none_are_counted_and_the_others_shown(tmp_path):
         ("run.json", '{"starts": [7], "attention": {"lengths": [5], "ring": 0}, "memory": {"items": {"a": "b"}}}'),
         ("config.yaml", "run: [\n"),
         ("exit.json", '{"state": "burnt"}'),
+        ("metrics.jsonl", '{"step": 1, "loss": 1' + "0" * 400 + ', "lr": 1e308}\n{"step": 1' + "0" * 400 + "}\n"),
+        ("metrics.jsonl", '{"step": 1, "loss": -1e199, "seconds": 0}\n{"step": 2, "loss": 1e199, "seconds": -1}\n'),
         ("stragglers.jsonl", '{"behind": [5, {}], "step": null}\n'),
         ("profile/summary-rank0.json", '{"steps": 5}'),
         ("evaluation/needle.png", "no picture"),

@@ -1,6 +1,5 @@
 """Refuses a configuration that cannot run, before any process group starts, naming the key and the numbers."""
 
-import importlib.util
 import math
 import os
 from collections.abc import Mapping
@@ -22,7 +21,9 @@ from ringattn.training.data.tokenizer import AUTO, BYTES, has_tokenizer
 from ringattn.training.determinism import check_backend
 from ringattn.training.engines.deepspeed import available as deepspeed_available
 from ringattn.training.lora import check_lora, lora_of, lora_values
+from ringattn.training.profile import check_window
 from ringattn.training.rope import rope_of, rope_values
+from ringattn.training.trackers import check_trackers
 
 CHOICES: dict[str, tuple[str | bool, ...]] = {
     "data.name": ("stdlib", "text"),
@@ -79,7 +80,8 @@ NUMBERS: dict[str, tuple[float, float]] = {
     "run.grace": (1.0, math.inf),
 }
 SWITCHES = (
-    "data.pad", "parallel.ulysses_across_nodes", "run.deterministic", "run.elastic", "run.plan_only", "run.tensorboard",
+    "data.pad", "parallel.ulysses_across_nodes", "run.deterministic", "run.elastic", "run.plan_only", "run.report",
+    "run.tensorboard",
 )  # fmt: skip
 TEXTS = ("model.name", "model.family", "model.path", "run.output", "run.memory_folder")
 # Keys that only one option of their group has.
@@ -89,11 +91,11 @@ OF_DEEPSPEED = ("engine.zero_stage",)
 OPTIONAL = {"data.packs_per_step", "data.delay", "parallel.data", "parallel.ring", "parallel.ulysses"}
 OPTIONAL |= {"parallel.head_chunks", "optim.lr"}
 OPTIONAL |= {"model.family", "model.path", "model.config", "model.lr", "model.lr_from_path", "model.allow_mismatch"}
-OPTIONAL |= memory.OPTIONAL | {"model.lora", "model.rope", "model.freeze"}
+OPTIONAL |= memory.OPTIONAL | {"model.lora", "model.rope", "model.freeze", "run.trackers", "run.profile"}
 # Below model.config every key of the transformers configuration is allowed; these have keys of their own.
 NESTED = ("model.config.", "model.lora.", "model.rope.")
 KEYS = {*CHOICES, *INTEGERS, *NUMBERS, *SWITCHES, *TEXTS, "model.config", "model.allow_mismatch", "optim.betas"}
-KEYS |= {"run.hang_after"}
+KEYS |= {"run.hang_after", "run.trackers", "run.profile"}
 KEYS |= memory.KEYS | {"model.lora", "model.rope", "model.freeze"}
 
 
@@ -135,8 +137,9 @@ def validate(cfg: DictConfig, world_size: int, ranks_per_node: int, device_type:
     memory.check_memory(cfg, device_type)
     optim.check_optim(cfg)
     _check_data(cfg, shape)
-    if cfg.run.tensorboard and importlib.util.find_spec("tensorboard") is None:
-        raise ValueError("run.tensorboard=true needs the package: pip install tensorboard")
+    run: Any = OmegaConf.to_container(cfg.run)
+    check_trackers(run["trackers"], run["tensorboard"])
+    check_window(run["profile"])
     if cfg.run.deterministic:
         check_backend(cfg.parallel.backend)
     if 0 < cfg.run.spike <= 1:

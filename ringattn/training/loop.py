@@ -37,7 +37,9 @@ from ringattn.training.models import build_model, empty_model
 from ringattn.training.optim import schedule_of
 from ringattn.training.output import write_config
 from ringattn.training.packing import Packer, Position
+from ringattn.training.page.record import write_record
 from ringattn.training.placing import BatchMaker, LocalPack
+from ringattn.training.profile import Profile
 from ringattn.training.report import Report
 from ringattn.training.spikes import Spikes, losses_before, record_spike
 from ringattn.training.step_checks import StepChecks
@@ -133,10 +135,12 @@ class Trainer:
         cfg = self.cfg
         self.spikes = Spikes(cfg.run.spike, losses_before(self.job.output, self.step) if cfg.run.spike else ())
         record = self.health.record
-        with self.stop, self._batches() as stream, self._stragglers() as stragglers:
+        profile = Profile(self.job.output, cfg.run.profile, dist.get_rank())
+        with self.stop, self._batches() as stream, self._stragglers() as stragglers, profile:
             first = True
             owed: list[Place] = []
             while self.step < cfg.run.steps:
+                profile.before(self.step + 1)
                 started = time.perf_counter()
                 record.begin(self.step + 1)
                 record.at("data")
@@ -147,6 +151,7 @@ class Trainer:
                     done = self._train_step(batch)
                 seconds = StepSeconds(time.perf_counter() - started, waited, warmup=first)
                 record.took(seconds.seconds)
+                profile.after(self.step)
                 report.step(self._metrics(batch, done, seconds))
                 stragglers.done(self.step, waited, warmup=first)
                 if first:
@@ -222,6 +227,10 @@ class Trainer:
             return Packer(corpus, data.seq_len, seed, data.pad, Position.from_state(self.position))
         cost = DocumentCost(self.flops.attention, self.flops.per_token)
         return GroupedPacker(corpus, data.seq_len, seed, cost, data.delay, GroupedPosition.from_state(self.position))
+
+    def next_lengths(self) -> list[int]:
+        """Tokens of the documents in the next pack."""
+        return list(self._packer().step(self.cfg.data.packs_per_step)[0].docs.lengths)
 
     def _train_step(self, batch: Batch[LocalPack], stop: bool = False) -> Brought:
         """One optimiser step. The host waits for the device once, at its end, and again where something is wrong.
@@ -305,6 +314,7 @@ def train(job: Job, health: Health | None = None) -> None:
     trainer = Trainer(job, health)
     if rank0:
         write_config(job.cfg, job.output, job.model_config)
+        write_record(job, trainer.step, trainer.engine.num_parameters, trainer.next_lengths())
     with Report(job, trainer.step, trainer.engine.num_parameters, enabled=rank0) as report:
         done = trainer.run(report)
     health.finished(trainer.step, done)

@@ -7,15 +7,19 @@ from ringattn.training import memory
 from ringattn.training.config import flat
 
 # What may differ between two starts in the same folder without changing the curve, beside `parallel` and most of `run`.
-# Files and tokenizer count by their contents, which the corpus' fingerprint holds, and learning rates as optim.lr.
+# Files, sources and tokenizer count by their contents, which the corpus' fingerprint holds, and learning rates as
+# optim.lr.
 SAME_CURVE = {"data.prefetch", "data.ahead", "data.cache", "data.files", "data.tokenizer"}
+SAME_CURVE |= {"data.sources", "data.on_error", "data.chat_template", "data.processes", "data.validation"}
 SAME_CURVE |= {"engine.compile", "model.name", "model.lr", "model.lr_from_path", "model.allow_mismatch"}
+# What keys were before they were there.
+BEFORE = memory.BEFORE | {"data.packing": "order"}
 CURVE_OF_RUN = ("run.seed", "run.steps", "run.dtype")
 
 
 def curve_differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[tuple[str, Any, Any]]:
     """Keys whose values would change the loss curve: (key, old value, new value). Absent and null are the same."""
-    before, after = memory.BEFORE | flat(old), memory.BEFORE | flat(new)
+    before, after = BEFORE | flat(old), BEFORE | flat(new)
     missing = "(absent)"
     keys = sorted(key for key in before.keys() | after.keys() if before.get(key) != after.get(key))
     return [(key, before.get(key, missing), after.get(key, missing)) for key in keys if _shapes_curve(key)]

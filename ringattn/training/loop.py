@@ -24,14 +24,15 @@ from ringattn.training.checkpoint import TrainState, load_random_states, save_ch
 from ringattn.training.config import compute_dtype
 from ringattn.training.engines import Engine, EngineOptions, build_engine
 from ringattn.training.flops import StepFlops, peak_flops
-from ringattn.training.grouping import DocumentCost, GroupedPacker, GroupedPosition
+from ringattn.training.grouping import DocumentCost
 from ringattn.training.job import Job
 from ringattn.training.lora import lora_of
 from ringattn.training.loss import brought
 from ringattn.training.metrics import StepMetrics, StepSeconds, peak_memory_gib
 from ringattn.training.models import build_model, empty_model
+from ringattn.training.ordering import Position
 from ringattn.training.output import write_config
-from ringattn.training.packing import Packer, Position
+from ringattn.training.packers import AnyPacker, make_packer
 from ringattn.training.placing import BatchMaker, LocalPack
 from ringattn.training.report import Report
 from ringattn.training.schedule import Schedule
@@ -178,12 +179,9 @@ class Trainer:
         )
         return BatchesAhead(maker, mesh, self.job.device, data.prefetch, data.ahead)
 
-    def _packer(self) -> Packer | GroupedPacker:
-        data, corpus, seed = self.cfg.data, self.job.corpus, self.cfg.run.seed
-        if data.delay is None:
-            return Packer(corpus, data.seq_len, seed, data.pad, Position.from_state(self.position))
+    def _packer(self) -> AnyPacker:
         cost = DocumentCost(self.flops.attention, self.flops.per_token)
-        return GroupedPacker(corpus, data.seq_len, seed, cost, data.delay, GroupedPosition.from_state(self.position))
+        return make_packer(self.cfg.data, self.job.corpus, self.cfg.run.seed, self.position, lambda: cost)
 
     def _train_step(self, batch: Batch[LocalPack], stop: bool) -> StepDone:
         """One optimiser step. The host waits for the device once, at its end."""

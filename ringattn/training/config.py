@@ -119,6 +119,20 @@ def validate(cfg: DictConfig, world_size: int, ranks_per_node: int, device_type:
     return shape
 
 
+def check_data(cfg: DictConfig) -> MeshShape:
+    """The mesh that a configuration asks for, if its data can be read and packed; nothing else is looked at.
+
+    Raises ValueError as `validate` does.
+    """
+    cfg = completed(cfg)
+    _check_values(cfg)
+    _check_model_keys(cfg)
+    data, ring, ulysses = (cfg.parallel[name] or 1 for name in ("data", "ring", "ulysses"))
+    shape = resolve_mesh(data * ring * ulysses, data=data, ring=ring, ulysses=ulysses, ulysses_across_nodes=True)
+    _check_data(cfg, shape)
+    return shape
+
+
 def resolve(cfg: DictConfig, shape: MeshShape, device_type: str) -> dict[str, Any]:
     """The configuration as plain values, with what was left open filled in; this is what the output folder keeps."""
     cfg = completed(cfg)

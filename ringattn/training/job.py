@@ -79,7 +79,7 @@ def prepare(cfg: DictConfig, launch: Launch, chosen: Collection[str] | None = No
     output = Path(cfg.run.output).expanduser().resolve()
     found = newest_checkpoint(output / "checkpoints")
     check_output(output, str(cfg.run.output), write=found is None or found[1].step < cfg.run.steps)
-    config, notes = _model(resolved)
+    config, notes = model_of(resolved)
     empty = check_attention(config, lora_of(resolved.model))
     notes += lora_notes(resolved, lora_of(resolved.model), cfg.optim.lr, empty)
     check_head_chunks(cfg, shape, config)
@@ -89,15 +89,15 @@ def prepare(cfg: DictConfig, launch: Launch, chosen: Collection[str] | None = No
     corpus = load_corpus(resolved, config, output)
     check_positions(resolved, config, corpus)
     check_enough(resolved, corpus)
-    held_out = load_validation(_loader(resolved, config, output))
-    notes += notes_of(resolved.data, corpus) + _leaks(corpus, held_out)
+    held_out = load_validation(loader_of(resolved, config, output))
+    notes += notes_of(resolved.data, corpus) + leaks(corpus, held_out)
     if found is not None:
         state, said = check_resume(resolved, output, found[1], launch, corpus, config, empty)
         found, notes = (found[0], state), notes + said
     return Job(resolved, launch, device, output, corpus, config, plan, found, (*notes, plan.note), held_out)
 
 
-def _model(cfg: DictConfig) -> tuple[Any, list[str]]:
+def model_of(cfg: DictConfig) -> tuple[Any, list[str]]:
     """The configuration of the model, and what is to be said about it."""
     path = cfg.model.path
     overrides: Any = OmegaConf.to_container(cfg.model.config)
@@ -129,7 +129,7 @@ def load_corpus(cfg: DictConfig, model_config: Any, output: Path) -> AnyCorpus:
         check_vocabulary(cfg, model_config, BYTE_VOCABULARY)
         return stdlib_corpus()
     if data.name == "sources":
-        loader, sources = _loader(cfg, model_config, output), sources_of(OmegaConf.to_container(data.sources))
+        loader, sources = loader_of(cfg, model_config, output), sources_of(OmegaConf.to_container(data.sources))
         return loader.stream(sources) if data.streaming else loader.mixture(sources)
     tokenizer = load_tokenizer(data.tokenizer, data.add_eos)
     check_vocabulary(cfg, model_config, tokenizer.vocab_size)
@@ -138,11 +138,12 @@ def load_corpus(cfg: DictConfig, model_config: Any, output: Path) -> AnyCorpus:
     return text_corpus(files, tokenizer, data.text_field, data.add_eos, cache)
 
 
-def _loader(cfg: DictConfig, model_config: Any, output: Path) -> Loader:
-    return Loader(cfg.data, (output,), lambda tokens: check_vocabulary(cfg, model_config, tokens))
+def loader_of(cfg: DictConfig, model_config: Any, output: Path) -> Loader:
+    known = model_config.get_text_config().vocab_size
+    return Loader(cfg.data, (output,), lambda tokens: check_vocabulary(cfg, model_config, tokens), known)
 
 
-def _leaks(corpus: AnyCorpus, held_out: Mapping[str, Corpus]) -> list[str]:
+def leaks(corpus: AnyCorpus, held_out: Mapping[str, Corpus]) -> list[str]:
     """What is to be said about held-out documents that are also trained on."""
     if held_out and not isinstance(corpus, Corpus | MixedCorpus):
         return ["data.validation: whether it shares documents with a stream is not known before that is read"]

@@ -64,7 +64,7 @@ def contents_of(files: Sequence[Path], memory: Path, remember: bool = True, text
             _check_head(path)
         with Meter("reading", sum(stamps[path][0] for path in fresh)) as meter:
             for path in fresh:
-                found[path] = _read_through(path, meter, text)
+                found[path] = _read_through(path, meter) if text else _summed(path, meter)
         now = time.time_ns()
         settled = [path for path in fresh if max(stamps[path][1:3]) + _SETTLED_NS < now]
         if remember:
@@ -91,14 +91,27 @@ def _check_head(path: Path) -> None:
         raise ValueError(f"data.files: {str(path)!r} cannot be read: {error.strerror}") from None
 
 
-def _read_through(path: Path, meter: Meter, text: bool) -> str:
-    """The digest of a file, if it is text or need not be."""
+def _summed(path: Path, meter: Meter) -> str:
+    """The digest of a file, whatever it holds."""
+    digest = hashlib.sha256()
+    try:
+        with open(path, "rb") as file:
+            while part := file.read(_PART):
+                digest.update(part)
+                meter.add(len(part))
+    except OSError as error:
+        raise ValueError(f"data.files: {str(path)!r} cannot be read: {error.strerror}") from None
+    return digest.hexdigest()
+
+
+def _read_through(path: Path, meter: Meter) -> str:
+    """The digest of a file, if it is text."""
     digest, done, rest = hashlib.sha256(), 0, b""
     try:
         with open(path, "rb") as file:
             while part := file.read(_PART):
                 digest.update(part)
-                rest = _unfinished(path, rest + part, done - len(rest)) if text else b""
+                rest = _unfinished(path, rest + part, done - len(rest))
                 done += len(part)
                 meter.add(len(part))
     except OSError as error:

@@ -33,10 +33,13 @@ class Loader:
         data: the group of keys; those that its option does not have are at their defaults.
         own: folders that the run writes, which are not its data.
         check_vocabulary: raises ValueError for more tokens than the model knows, before anything is tokenized.
+        vocab_size: of the model: what a stream of ids is checked by.
     """
 
-    def __init__(self, data: DictConfig, own: Sequence[Path], check_vocabulary: CheckVocabulary) -> None:
-        self.data, self.check = data, check_vocabulary
+    def __init__(
+        self, data: DictConfig, own: Sequence[Path], check_vocabulary: CheckVocabulary, vocab_size: int = 1 << 32
+    ) -> None:
+        self.data, self.check, self.vocab_size = data, check_vocabulary, vocab_size
         self.cache = Path(data.get("cache") or CACHE).expanduser()
         self.own = (*own, self.cache.resolve())
         self.tokenizer: str = data.get("tokenizer") or BYTES
@@ -85,11 +88,10 @@ class Loader:
 
     def stream(self, sources: Sequence[Source]) -> StreamedCorpus:
         """All sources, read while training goes on. Raises ValueError for what cannot be used."""
-        parts, facts, sizes = [], list[Any](), [1]
+        parts, facts = [], list[Any]()
         for number, source in enumerate(sources):
             where = f"data.sources[{number}]"
-            encoding, vocab_size = self.encoding(source, where)
-            sizes.append(vocab_size)
+            encoding, _ = self.encoding(source, where)
             shards = tuple(shards_of(source, where, self.own, streaming=True))
             weight = source.weight or 1.0
             parts.append(StreamedPart(source.name, shards, encoding, weight, source.epochs, source.max_tokens))
@@ -99,8 +101,7 @@ class Loader:
                 raise ValueError(f"{where}: cannot be read: {error.strerror}") from None
             facts.append([likeness, source.content, encoding.fingerprint(self._known()[0]), weight])
             facts[-1] += [source.epochs, source.max_tokens, self.on_error]
-        known = max(sizes) if all(source.kind != "ids" for source in sources) else 1 << 32
-        return StreamedCorpus(tuple(parts), known, _hash(["stream", FORMAT, facts]), self.on_error)
+        return StreamedCorpus(tuple(parts), self.vocab_size, _hash(["stream", FORMAT, facts]), self.on_error)
 
     def encoding(self, source: Source, where: str) -> tuple[Encoding, int]:
         """How a source's records become tokens, and of how many the tokenizer has; 0 for ids."""

@@ -52,7 +52,7 @@ class StreamedCorpus:
 
     Arguments:
         parts: the sources.
-        vocab_size: of the tokenizer.
+        vocab_size: of the model: every id must be smaller.
         fingerprint: changes with the parts, as far as this is known without reading them through.
         on_error: `stop`, or `skip` what cannot be used.
     """

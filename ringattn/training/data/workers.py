@@ -129,7 +129,7 @@ class _Worker:
     def _talk(self, call: Any) -> Any:
         try:
             return call()
-        except (EOFError, ConnectionError):
+        except (EOFError, OSError):
             raise RuntimeError(f"a process that tokenizes ended with exit code {self._process.wait()}") from None
 
 
@@ -146,5 +146,5 @@ def serve(number: int) -> None:
             return
         while True:
             pipe.send([outcome(record, encode) for record in pipe.recv()])
-    except (EOFError, ConnectionError, KeyboardInterrupt):
+    except (EOFError, OSError, KeyboardInterrupt):  # its parent has ended, in the middle of a message perhaps
         return

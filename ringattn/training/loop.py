@@ -26,7 +26,7 @@ from ringattn.training.config import compute_dtype
 from ringattn.training.determinism import be_deterministic
 from ringattn.training.engines import Engine, EngineOptions, build_engine
 from ringattn.training.flops import StepFlops, peak_flops
-from ringattn.training.grouping import DocumentCost, GroupedPacker, GroupedPosition
+from ringattn.training.grouping import DocumentCost
 from ringattn.training.health.rank import Health, StopRequest
 from ringattn.training.job import Job
 from ringattn.training.keeping import Keeping
@@ -35,8 +35,9 @@ from ringattn.training.loss import Brought, brought, spoiling
 from ringattn.training.metrics import StepMetrics, StepSeconds, peak_memory_gib
 from ringattn.training.models import build_model, empty_model
 from ringattn.training.optim import schedule_of
+from ringattn.training.ordering import Position
 from ringattn.training.output import write_config
-from ringattn.training.packing import Packer, Position
+from ringattn.training.packers import AnyPacker, make_packer
 from ringattn.training.page.record import write_record
 from ringattn.training.placing import BatchMaker, LocalPack
 from ringattn.training.profile import Profile
@@ -221,12 +222,9 @@ class Trainer:
         )
         return BatchesAhead(maker, mesh, self.job.device, data.prefetch, data.ahead)
 
-    def _packer(self) -> Packer | GroupedPacker:
-        data, corpus, seed = self.cfg.data, self.job.corpus, self.cfg.run.seed
-        if data.delay is None:
-            return Packer(corpus, data.seq_len, seed, data.pad, Position.from_state(self.position))
+    def _packer(self) -> AnyPacker:
         cost = DocumentCost(self.flops.attention, self.flops.per_token)
-        return GroupedPacker(corpus, data.seq_len, seed, cost, data.delay, GroupedPosition.from_state(self.position))
+        return make_packer(self.cfg.data, self.job.corpus, self.cfg.run.seed, self.position, lambda: cost)
 
     def next_lengths(self) -> list[int]:
         """Tokens of the documents in the next pack."""

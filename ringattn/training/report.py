@@ -9,6 +9,7 @@ from typing import Any
 from omegaconf import OmegaConf
 
 from ringattn.training.checkpoint import Place
+from ringattn.training.data_keys import described
 from ringattn.training.job import Job
 from ringattn.training.metrics import MetricsFile, Progress, StepMetrics, read_metrics
 from ringattn.training.plot import plot_loss
@@ -89,7 +90,7 @@ def _opening(job: Job, step: int, parameters: int) -> str:
     return (
         f"{notes}{cfg.model.name}: {parameters:,} parameters, {cfg.run.dtype}, {cfg.engine.name}, "
         f"lr {cfg.optim.lr:g}\n"
-        f"{cfg.data.name}: {len(corpus):,} documents, {corpus.total:,} tokens; packs of "
+        f"{cfg.data.name}: {described(corpus)}; packs of "
         f"{cfg.data.seq_len:,} tokens, {cfg.data.packs_per_step} a step\n"
         f"{job.launch.world_size} ranks on {job.device.type}: data {p.data} × ring {p.ring} × ulysses {p.ulysses}, "
         f"scheme {p.scheme}, policy {p.policy}, backend {p.backend}\n"

@@ -18,7 +18,8 @@ import numpy as np
 import torch
 
 from ringattn.memory.host import host_memory
-from ringattn.training.corpus import Corpus
+from ringattn.training.data.mixture import CachedCorpus
+from ringattn.training.data.streaming import StreamedCorpus
 from ringattn.training.job import Job
 from ringattn.training.page.folder import FILE
 from ringattn.training.secrets import redacted
@@ -62,7 +63,7 @@ def _record(job: Job, step: int, parameters: int, lengths: Sequence[int]) -> dic
         "hardware": hardware(job.device),
         "versions": versions(),
         "memory": _memory(job),
-        "data": data_numbers(job.corpus),
+        "data": {} if isinstance(job.corpus, StreamedCorpus) else data_numbers(job.corpus),
         "attention": {
             "lengths": list(lengths),
             "data": cfg.parallel.data,
@@ -140,11 +141,10 @@ def versions() -> dict[str, str]:
     return found
 
 
-def data_numbers(corpus: Corpus) -> dict[str, Any]:
+def data_numbers(corpus: CachedCorpus) -> dict[str, Any]:
     """Documents and tokens of a corpus, and both by length: `[shortest, longest, documents, tokens]` for each power of
     two."""
-    lengths = np.diff(corpus.offsets)
-    lengths = lengths[lengths > 0]
+    lengths = corpus.lengths[corpus.lengths > 0]
     powers = np.floor(np.log2(lengths)).astype(np.int64)
     counts = np.bincount(powers)
     tokens = np.bincount(powers, weights=lengths)

@@ -48,6 +48,7 @@ INTEGERS: dict[str, int] = {
     "run.save_every": 0,
     "run.keep": 1,
     "run.log_every": 1,
+    "run.evaluate_every": 0,
 }
 LARGEST = {"run.seed": 2**32 - 1}  # what every library's generator takes
 # Allowed interval, both ends included, of finite numbers.
@@ -70,10 +71,12 @@ OF_DEEPSPEED = ("engine.zero_stage",)
 OPTIONAL = {"data.packs_per_step", "data.delay", "parallel.data", "parallel.ring", "parallel.ulysses"}
 OPTIONAL |= {"parallel.head_chunks", "optim.lr"}
 OPTIONAL |= {"model.family", "model.path", "model.config", "model.lr", "model.lr_from_path", "model.allow_mismatch"}
-OPTIONAL |= memory.OPTIONAL | {"model.lora"}
-# Below model.config every key of the transformers configuration is allowed; model.lora has keys of its own.
+OPTIONAL |= memory.OPTIONAL | {"model.lora", "data.validation"}
+# Below model.config every key of the transformers configuration is allowed; model.lora has keys of its own, and sets of
+# data.validation have names.
 KEYS = {*CHOICES, *INTEGERS, *NUMBERS, *SWITCHES, *TEXTS, "model.config", "model.allow_mismatch", "optim.betas"}
-KEYS |= memory.KEYS | {"model.lora"}
+KEYS |= memory.KEYS | {"model.lora", "data.validation"}
+NESTED = ("model.config.", "model.lora.", "data.validation.")
 
 
 def completed(cfg: DictConfig) -> DictConfig:
@@ -84,7 +87,7 @@ def completed(cfg: DictConfig) -> DictConfig:
     plain: dict[str, Any] = OmegaConf.to_container(cfg)  # type: ignore[assignment]
     given = {name for key in flat(plain) for name in _and_above(key)}
     known = KEYS | {*OF_TEXT, *OF_DEEPSPEED}
-    unknown = [key for key in flat(plain) if key not in known and not key.startswith(("model.config.", "model.lora."))]
+    unknown = [key for key in flat(plain) if key not in known and not key.startswith(NESTED)]
     if unknown:
         raise ValueError(f"unknown key {', '.join(sorted(unknown))}; the keys are in configs/, each with a comment")
     needed = KEYS - OPTIONAL

@@ -9,6 +9,7 @@ from ringattn.training.config import flat
 # What may differ between two starts in the same folder without changing the curve, beside `parallel` and most of `run`.
 # Files and tokenizer count by their contents, which the corpus' fingerprint holds, and learning rates as optim.lr.
 SAME_CURVE = {"data.prefetch", "data.ahead", "data.cache", "data.files", "data.tokenizer"}
+SAME_CURVE |= {"data.validation"}
 SAME_CURVE |= {"engine.compile", "model.name", "model.lr", "model.lr_from_path", "model.allow_mismatch"}
 CURVE_OF_RUN = ("run.seed", "run.steps", "run.dtype")
 
@@ -27,4 +28,4 @@ def _shapes_curve(key: str) -> bool:
         return key in CURVE_OF_RUN
     if group == "memory":
         return key in memory.SHAPE_CURVE
-    return group != "parallel" and key not in SAME_CURVE
+    return group != "parallel" and key not in SAME_CURVE and not key.startswith("data.validation.")

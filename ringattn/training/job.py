@@ -1,7 +1,7 @@
 """Everything about a run that is decided before a process group exists: one place to refuse, and nothing to hang."""
 
-from collections.abc import Collection
-from dataclasses import dataclass
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ from ringattn.training.config import check_positions, check_vocabulary, complete
 from ringattn.training.corpus import Corpus, stdlib_corpus, text_corpus
 from ringattn.training.data.files import matching_files
 from ringattn.training.data.tokenizer import BYTE_VOCABULARY, BYTES, has_tokenizer, load_tokenizer
+from ringattn.training.evaluation.validation import shared_notes, validation_sets
 from ringattn.training.fitness import check_attention, check_head_chunks, compile_mode
 from ringattn.training.launched import Launch, pick_device
 from ringattn.training.lora import lora_notes, lora_of
@@ -38,6 +39,7 @@ class Job:
         plan: what is done about memory, and what it takes.
         resume: newest complete checkpoint and the state to go on from, or None for a first start.
         notes: what the user should know about what was decided for them.
+        validation: documents that are only looked at, by the names of their sets.
     """
 
     cfg: DictConfig
@@ -49,6 +51,7 @@ class Job:
     plan: MemoryPlan
     resume: tuple[Path, TrainState] | None
     notes: tuple[str, ...] = ()
+    validation: Mapping[str, Corpus] = field(default_factory=dict)
 
     @property
     def done(self) -> bool:
@@ -80,11 +83,15 @@ def prepare(cfg: DictConfig, launch: Launch, chosen: Collection[str] | None = No
     plan = plan_memory(resolved, config, empty, shape, launch, device)
     resolved.memory.update(values_of(plan))
     corpus = load_corpus(resolved, config, output)
-    check_positions(resolved, config, corpus)
+    validation = validation_sets(resolved, output)
+    for documents in (corpus, *validation.values()):
+        check_positions(resolved, config, documents)
+    if launch.rank == 0:  # which alone tells notes
+        notes += shared_notes(corpus, validation)
     if found is not None:
         state, said = check_resume(resolved, output, found[1], launch, corpus, config, empty)
         found, notes = (found[0], state), notes + said
-    return Job(resolved, launch, device, output, corpus, config, plan, found, (*notes, plan.note))
+    return Job(resolved, launch, device, output, corpus, config, plan, found, (*notes, plan.note), validation)
 
 
 def _model(cfg: DictConfig) -> tuple[Any, list[str]]:

@@ -23,6 +23,7 @@ from ringattn.training.batches import Batch
 from ringattn.training.checkpoint import TrainState, load_random_states, save_checkpoint
 from ringattn.training.config import compute_dtype
 from ringattn.training.engines import Engine, EngineOptions, build_engine
+from ringattn.training.evaluation.validation import Validation
 from ringattn.training.flops import StepFlops, peak_flops
 from ringattn.training.grouping import DocumentCost, GroupedPacker, GroupedPosition
 from ringattn.training.job import Job
@@ -95,6 +96,15 @@ class Trainer:
         self.engine: Engine = build_engine(cfg.engine.name, self.mesh, self._engine_options())
         memory = CudaMemory(job.device) if job.device.type == "cuda" else None
         self.memory = MemoryWatch(memory, job.output, dist.get_rank(), job.plan.items, job.plan.advice)
+        self.validation = Validation(
+            job.validation,
+            self.engine.model,
+            self.mesh,
+            cfg.data.seq_len,
+            cfg.run.evaluate_every,
+            cfg.run.steps,
+            parallel.policy,
+        )
         self.step, self.tokens, self.position = 0, 0, Position().state_dict()
         if job.resume is not None:
             self._resume()
@@ -149,7 +159,8 @@ class Trainer:
                 waited = time.perf_counter() - started
                 done = self._train_step(batch, stop.requested)
                 seconds = StepSeconds(time.perf_counter() - started, waited, warmup=first)
-                report.step(self._metrics(batch, done, seconds))
+                validation = None if done.stopping else self.validation.losses(self.step)
+                report.step(self._metrics(batch, done, seconds, validation))
                 first, stopping = False, done.stopping
                 due = cfg.run.save_every > 0 and self.step % cfg.run.save_every == 0
                 if due or stopping or self.step == cfg.run.steps:
@@ -222,7 +233,9 @@ class Trainer:
         ).loss
         return loss
 
-    def _metrics(self, batch: Batch[LocalPack], done: StepDone, seconds: StepSeconds) -> StepMetrics:
+    def _metrics(
+        self, batch: Batch[LocalPack], done: StepDone, seconds: StepSeconds, validation: dict[str, float] | None
+    ) -> StepMetrics:
         device = self.job.device
         peak = peak_flops(torch.cuda.get_device_name(device)) if device.type == "cuda" else None
         at_peak = self.flops(batch.tokens, batch.lengths) / (peak * self.world_size) if peak else None
@@ -235,6 +248,7 @@ class Trainer:
             tokens=self.tokens,
             targets=batch.targets,
             epoch=batch.epoch,
+            validation=validation,
             **seconds.rates(batch.tokens, self.world_size, at_peak),
         )
 

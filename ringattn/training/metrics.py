@@ -34,6 +34,8 @@ class StepMetrics:
         waited: seconds of the step that it waited for its batch.
         warmup: whether it is the first step of a process, which compiles kernels and makes room: its seconds say
             nothing about the others, so it has no rates.
+        validation: mean loss over all targets of each validation set after the step, in nats; None where it was not
+            their turn. Its time is not of `seconds`.
     """
 
     step: int
@@ -50,16 +52,18 @@ class StepMetrics:
     epoch: float = 0.0
     waited: float = 0.0
     warmup: bool = False
+    validation: dict[str, float] | None = None
 
     def line(self, steps: int, left: float | None = None) -> str:
         """For people; `left` seconds are expected to the last step."""
         rest = "" if left is None else f"  {clock(left)} left"
         mfu = "" if self.mfu is None else f"  mfu {self.mfu:.1%}"
+        held_out = "".join(f"  {name} {loss:.4f}" for name, loss in (self.validation or {}).items())
         return (
             f"step {self.step:>{len(str(steps))}}/{steps}  epoch {self.epoch:.2f}  loss {self.loss:.4f}  "
             f"grad {self.grad_norm:.3f}  "
             f"lr {self.lr:.2e}  {self.rate}{mfu}  {self.peak_memory_gib:.2f} GiB  "
-            f"{self.seconds:.2f} s{rest}"
+            f"{self.seconds:.2f} s{rest}{held_out}"
         )
 
     @property
@@ -156,7 +160,7 @@ class Progress:
                 f"epoch {metrics.epoch:.2f}, loss {metrics.loss:.3f}, {metrics.rate}", refresh=False
             )
             self._bar.update()
-        elif metrics.step % self._every == 0 or metrics.step in (1, self._steps):
+        elif metrics.step % self._every == 0 or metrics.step in (1, self._steps) or metrics.validation:
             left = None if metrics.warmup else self._seconds * (self._steps - metrics.step)
             print(metrics.line(self._steps, left), flush=True)
 
@@ -176,7 +180,9 @@ class TensorBoard:
 
     def write(self, metrics: StepMetrics) -> None:
         """Adds every number of a step."""
-        for name, value in asdict(metrics).items():
+        values = asdict(metrics)
+        held_out = values.pop("validation") or {}
+        for name, value in (values | {f"validation/{name}": loss for name, loss in held_out.items()}).items():
             if name not in ("step", "warmup") and value is not None:
                 self._writer.add_scalar(name, value, metrics.step)
 

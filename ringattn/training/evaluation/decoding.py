@@ -51,7 +51,7 @@ def decode(
     steps = _Steps(scorer, prompts, new_tokens)
     logits = steps.first()
     kept, tokens = [logits], [steps.best(logits)]
-    done = tokens[0] == stop
+    done = torch.eq(tokens[0], -1 if stop is None else stop)
     for number in range(new_tokens - 1):
         if stop is not None and _all_done(done):
             break
@@ -59,7 +59,7 @@ def decode(
         if keep_logits:
             kept.append(logits)
         tokens.append(steps.best(logits))
-        done = done | (tokens[-1] == stop)
+        done |= torch.eq(tokens[-1], -1 if stop is None else stop)
     return Decoded(torch.stack(tokens, 1).cpu(), torch.stack(kept).cpu() if keep_logits else None)
 
 
@@ -77,17 +77,17 @@ class _Steps:
 
     def first(self) -> Tensor:
         """Logits (documents, V) after the prompts, whose keys are kept."""
-        ends = torch.tensor(
-            [start + size - 1 for start, size in zip(self.layout.docs.starts, self.lengths, strict=True)]
-        )
-        here = torch.isin(ends, self.layout.indices())
-        order = torch.argsort(self.layout.indices())
-        rows = order[torch.searchsorted(self.layout.indices()[order], ends[here])]
+        starts = torch.tensor(self.layout.docs.starts, device="cpu")
+        ends = starts + torch.tensor(self.lengths, device="cpu") - 1
+        place = torch.full((self.layout.docs.total,), -1, device="cpu")  # where a token of the stream is on this rank
+        place[self.layout.indices()] = torch.arange(self.layout.tokens(), device="cpu")
+        rows = place[ends]
+        here = rows >= 0
         found: list[Tensor] = []
 
         def look(hidden: Tensor, logits_of: Callable[[Tensor], Tensor]) -> None:
             # A rank without any end has logits of no rows, whose width it needs.
-            found.append(logits_of(hidden[rows.to(hidden.device)]))
+            found.append(logits_of(hidden[rows[here].to(hidden.device)]))
 
         self.handle.cache = self.cache
         try:

@@ -5,7 +5,7 @@ Legend: T tokens of a pack, t of this rank.
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any
 
 import numpy as np
@@ -23,6 +23,9 @@ from ringattn.training.packing import NO_TARGET
 Ids = npt.NDArray[np.int64]
 
 
+NO_BIN = -1
+
+
 @dataclass(frozen=True)
 class ScoredPack:
     """A pack of documents as it is given to the model.
@@ -30,12 +33,14 @@ class ScoredPack:
     Arguments:
         documents: numbers of its documents, in order.
         ids, targets: (T,) int64, targets shifted already, -100 for none.
+        bins: (T,) int64, where the score of each target is added; -1 where there is no target.
         docs: where the documents are.
     """
 
     documents: tuple[int, ...]
     ids: Tensor
     targets: Tensor
+    bins: Tensor
     docs: Documents
 
 
@@ -46,28 +51,19 @@ class LocalScores:
     Arguments:
         pack: None for a replica that had none left, whose t tokens are padding.
         scores: of the targets.
-        targets: (t,) int64.
+        targets, bins: (t,) int64.
     """
 
     pack: ScoredPack | None
     layout: Layout
     scores: TokenScores
     targets: Tensor
+    bins: Tensor
 
     @cached_property
     def positions(self) -> Tensor:
         """Of each token in its document, (t,) int64."""
         return self.layout.position_ids(self.targets.device)
-
-    @cached_property
-    def documents(self) -> Tensor:
-        """Number of the document of each token, (t,) int64; of padding any."""
-        if self.pack is None:
-            return torch.zeros_like(self.targets)
-        starts = torch.tensor(self.pack.docs.starts, device="cpu")
-        place = torch.searchsorted(starts, self.layout.indices(), right=True) - 1
-        numbers = torch.tensor(self.pack.documents, device="cpu")
-        return numbers[place].to(self.targets.device)
 
 
 def packs_of(lengths: Sequence[int], room: int) -> list[tuple[int, ...]]:
@@ -85,35 +81,36 @@ def packs_of(lengths: Sequence[int], room: int) -> list[tuple[int, ...]]:
 
 
 def pack_documents(
-    lengths: Sequence[int], read: Callable[[int], Ids], wanted: Callable[[int], slice], room: int
+    lengths: Sequence[int], read: Callable[[int], Ids], bins: Callable[[int], Ids], room: int
 ) -> Iterator[Callable[[], ScoredPack]]:
     """Packs of documents, each made when it is called for: a rank reads only those of its replica.
 
     Arguments:
         lengths: tokens of each document.
-        read: the tokens of a document.
-        wanted: which tokens of a document are targets: `slice(None)` is all but the first, which nothing precedes.
+        read: the tokens of a document, (n,).
+        bins: for each token of a document the bin of its score, (n,); -1 for one that is no target. The first token,
+            which nothing precedes, never is.
         room: tokens of a pack.
     """
-    for numbers in packs_of(lengths, room):
 
-        def make(numbers: tuple[int, ...] = numbers) -> ScoredPack:
-            ids = [read(number) for number in numbers]
-            targets = [_targets(tokens, wanted(number)) for number, tokens in zip(numbers, ids, strict=True)]
-            return ScoredPack(
-                numbers,
-                torch.from_numpy(np.concatenate(ids)),
-                torch.from_numpy(np.concatenate(targets)),
-                Documents([len(tokens) for tokens in ids]),
-            )
+    def make(numbers: tuple[int, ...]) -> ScoredPack:
+        parts = [(read(number), bins(number)) for number in numbers]
+        shifted = [_shifted(ids, of) for ids, of in parts]
+        ids, targets, marks = (
+            torch.from_numpy(np.concatenate(one))
+            for one in ([ids for ids, _ in parts], [one for one, _ in shifted], [one for _, one in shifted])
+        )
+        return ScoredPack(numbers, ids, targets, marks, Documents([len(ids) for ids, _ in parts]))
 
-        yield make
+    return (partial(make, numbers) for numbers in packs_of(lengths, room))
 
 
-def _targets(ids: Ids, wanted: slice) -> Ids:
-    labels = np.full_like(ids, NO_TARGET)
-    labels[wanted] = ids[wanted]
-    return np.append(labels[1:], NO_TARGET) if len(ids) else labels
+def _shifted(ids: Ids, bins: Ids) -> tuple[Ids, Ids]:
+    """Targets and bins of a document, each at the token before."""
+    if not len(ids):
+        return ids, bins
+    wanted = bins[1:] != NO_BIN
+    return np.append(np.where(wanted, ids[1:], NO_TARGET), NO_TARGET), np.append(bins[1:], NO_BIN)
 
 
 def scored(scorer: Scorer, packs: Iterator[Callable[[], ScoredPack]]) -> Iterator[LocalScores]:
@@ -133,12 +130,12 @@ def _score(scorer: Scorer, pack: ScoredPack | None) -> LocalScores:
     device = scorer.mesh.device
     if pack is None:
         layout = scorer.layout(Documents([], total=scorer.mesh.sequence_size))
-        ids = torch.zeros(layout.tokens(), dtype=torch.int64)
-        targets = torch.full_like(ids, NO_TARGET)
+        ids = torch.zeros(layout.tokens(), dtype=torch.int64, device="cpu")
+        targets, bins = torch.full_like(ids, NO_TARGET), torch.full_like(ids, NO_BIN)
     else:
         layout = scorer.layout(pack.docs)
-        ids, targets = layout.shard(pack.ids), layout.shard(pack.targets)
-    return LocalScores(pack, layout, scorer(layout, ids, targets), targets.to(device))
+        ids, targets, bins = (layout.shard(x) for x in (pack.ids, pack.targets, pack.bins))
+    return LocalScores(pack, layout, scorer(layout, ids, targets), targets.to(device), bins.to(device))
 
 
 @dataclass
@@ -157,11 +154,13 @@ class Totals:
     def __post_init__(self) -> None:
         self.sums = torch.zeros(3, self.bins, dtype=torch.float64, device=self.mesh.device)
 
-    def add(self, local: LocalScores, bins: Tensor) -> None:
-        """Adds a pack's tokens, each to its bin (t,)."""
-        there = (local.targets != NO_TARGET).double()
-        for row, values in enumerate((local.scores.logprob.double(), local.scores.chosen.double(), there)):
-            self.sums[row].index_add_(0, bins, values * there)
+    def add(self, local: LocalScores, bins: Tensor | None = None) -> None:
+        """Adds a pack's targets, each to its bin, or to those of `bins` (t,)."""
+        there = local.targets != NO_TARGET
+        at = (local.bins if bins is None else bins)[there]
+        ones = torch.ones_like(at, dtype=torch.float64)
+        for row, values in enumerate((local.scores.logprob[there].double(), local.scores.chosen[there].double(), ones)):
+            self.sums[row].index_add_(0, at, values)
 
     def over_ranks(self) -> tuple[Any, Any, Any]:
         """(logprob, chosen, count) of all ranks, (bins,) float64 arrays. Collective; call it once."""

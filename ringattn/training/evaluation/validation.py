@@ -17,9 +17,9 @@ from ringattn.training.corpus import Corpus, corpus_of, text_corpus
 from ringattn.training.data.files import matching_files
 from ringattn.training.data.texts import texts_of
 from ringattn.training.data.tokenizer import BYTE_VOCABULARY, load_tokenizer
-from ringattn.training.evaluation.passes import ScoredPack, Totals, scored
+from ringattn.training.evaluation.passes import NO_BIN, ScoredPack, Totals, scored
 from ringattn.training.evaluation.scoring import Scorer
-from ringattn.training.packing import PackPlan, Segment, read_pack
+from ringattn.training.packing import NO_TARGET, PackPlan, Segment, read_pack
 
 ONLY = "validation"
 """The name of the one set that a plain list of files makes."""
@@ -72,7 +72,7 @@ def mean_loss(scorer: Scorer, corpus: Corpus, seq_len: int) -> float:
     """
     totals = Totals(1, scorer.mesh)
     for local in scored(scorer, _packs(corpus, seq_len)):
-        totals.add(local, torch.zeros_like(local.targets))
+        totals.add(local)
     logprob, _, count = totals.over_ranks()
     return -float(logprob[0]) / float(count[0]) if count[0] else math.nan
 
@@ -98,7 +98,8 @@ def plans(corpus: Corpus, seq_len: int) -> Iterator[PackPlan]:
 def _packs(corpus: Corpus, seq_len: int) -> Iterator[Callable[[], ScoredPack]]:
     def make(plan: PackPlan) -> ScoredPack:
         pack = read_pack(plan, corpus)
-        return ScoredPack(tuple(segment.document for segment in plan.segments), pack.tokens, pack.labels, pack.docs)
+        bins = torch.where(pack.labels == NO_TARGET, NO_BIN, 0)
+        return ScoredPack(tuple(one.document for one in plan.segments), pack.tokens, pack.labels, bins, pack.docs)
 
     return (partial(make, plan) for plan in plans(corpus, seq_len))
 

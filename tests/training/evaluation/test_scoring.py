@@ -45,9 +45,9 @@ def together(family: str, ring: int, data: int, room: int, memory: MemorySetting
     model.train()
     ids = documents()
     scorer, totals = Scorer(model, mesh, tile=16), Totals(len(ids), mesh)
-    packs = pack_documents(LENGTHS, lambda number: ids[number], lambda number: slice(None), room)
+    packs = pack_documents(LENGTHS, lambda number: ids[number], lambda number: np.full(LENGTHS[number], number), room)
     for local in scored(scorer, packs):
-        totals.add(local, local.documents)
+        totals.add(local)
     assert model.training
     return totals.over_ranks()
 

@@ -39,7 +39,7 @@ def made_up_sentences(count: int = 16, words: int = 6, seed: int = 0) -> list[st
 
 
 def sentences_of(texts: Iterable[str]) -> list[str]:
-    """The sentences of texts, each after a space; line ends become spaces, and long sentences are cut at 200 letters."""
+    """The sentences of texts, each after a space; line ends become spaces, long sentences are cut at 200 letters."""
     found = []
     for text in texts:
         for sentence in re.split(r"(?<=[.!?])\s+", " ".join(text.split())):

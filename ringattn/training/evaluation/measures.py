@@ -1,5 +1,6 @@
-"""What is measured with scores: right answers, loss by position, log-probabilities of texts. All of it is collective."""
+"""What is measured with scores: right answers, loss by position, log-probabilities of texts. All are collective."""
 
+import itertools
 import json
 import math
 from collections.abc import Iterator, Sequence
@@ -25,7 +26,6 @@ from ringattn.training.evaluation.passes import (
 )
 from ringattn.training.evaluation.scoring import Scorer
 from ringattn.training.evaluation.tasks import Example
-import itertools
 
 
 @dataclass(frozen=True)

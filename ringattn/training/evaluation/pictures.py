@@ -1,12 +1,12 @@
 """The pictures of an evaluation. matplotlib is imported here only, and only where something is drawn."""
 
+import itertools
 import math
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
-import itertools
 
 COLOURS = ("#1f4e8c", "#d1702f", "#3f8f5b", "#8257a5", "#a23b3b")
 
@@ -38,7 +38,7 @@ def tokens_of(count: float) -> str:
 def draw_heat_map(
     path: Path, lengths: Sequence[int], depths: Sequence[float], shares: Sequence[Sequence[float]], title: str
 ) -> None:
-    """Shares of right answers by length (columns) and depth (rows), `shares[depth][length]`; NaN where none was asked."""
+    """Shares of right answers, `shares[depth][length]`: lengths are columns, depths rows; NaN where none was asked."""
     with _figure(path, max(6.0, 2.6 + 0.75 * len(lengths)), max(3.2, 1.8 + 0.42 * len(depths))) as axes:
         image = axes.imshow(shares, cmap="RdYlGn", vmin=0, vmax=1, aspect="auto")
         axes.set_xticks(range(len(lengths)), [tokens_of(length) for length in lengths])

@@ -6,6 +6,7 @@ each of its tokens is the most probable one after those before it: what greedy d
 answer has several parts, they stand in the order of the question, and each is right or wrong by itself.
 """
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -14,7 +15,6 @@ import numpy as np
 
 from ringattn.training.evaluation.haystack import Encode, Haystack, Ids, made_up_words
 from ringattn.training.evaluation.passes import NO_BIN
-import itertools
 
 
 @dataclass(frozen=True)
@@ -144,8 +144,8 @@ class TaskMaker:
             depths += sorted(rng.random(len(lines)).tolist())
         question = (
             f" Question: Find all variables that are assigned the value {values[0]} in the text above. Answer: "
-            f"According to the chain(s) of variable assignment in the text above, {hops + 1} variables are assigned the value "
-            f"{values[0]}, they are:"
+            "According to the chain(s) of variable assignment in the text above, "
+            f"{hops + 1} variables are assigned the value {values[0]}, they are:"
         )
         intro = self.encode("Memorize and track the chain(s) of variable assignment hidden in the following text.")
         answers = tuple(self.encode(f" {name}") for name in names[: hops + 1])

@@ -1,4 +1,4 @@
-"""Ranks of `recipes/train.py` as forks of a process that has already imported what they need.
+"""Ranks of a recipe, `recipes/train.py` by default, as forks of a process that has already imported what they need.
 
 Imports are most of the life of a rank that trains a few steps. What a fork runs is the same: the recipe as `__main__`,
 with its command line, environment and output. Only the interpreter's tear-down is left out, so some tests start ranks
@@ -18,9 +18,11 @@ from tests.forks import forks
 ROOT = Path(__file__).parents[2]
 
 
-def fork_rank(arguments: Sequence[str], variables: dict[str, str], out: Path, err: Path) -> BaseProcess:
+def fork_rank(
+    arguments: Sequence[str], variables: dict[str, str], out: Path, err: Path, recipe: str = "recipes/train.py"
+) -> BaseProcess:
     """Starts one rank; what it writes is added to `out` and `err`, which may be one file."""
-    process = forks().Process(target=_main, args=(list(arguments), variables, out, err), daemon=True)
+    process = forks().Process(target=_main, args=(list(arguments), variables, out, err, recipe), daemon=True)
     process.start()
     return process
 
@@ -37,7 +39,7 @@ def all_end(ranks: Sequence[BaseProcess], seconds: float) -> bool:
     return not late
 
 
-def _main(arguments: list[str], variables: dict[str, str], out: Path, err: Path) -> None:
+def _main(arguments: list[str], variables: dict[str, str], out: Path, err: Path, recipe: str) -> None:
     for number, path in ((1, out), (2, err)):
         file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
         os.dup2(file, number)
@@ -45,5 +47,5 @@ def _main(arguments: list[str], variables: dict[str, str], out: Path, err: Path)
     os.chdir(ROOT)
     os.environ.clear()
     os.environ.update(variables)
-    sys.argv = ["recipes/train.py", *arguments]
+    sys.argv = [recipe, *arguments]
     runpy.run_path(sys.argv[0], run_name="__main__")

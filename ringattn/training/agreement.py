@@ -71,7 +71,8 @@ def record_of(job: Job) -> dict[str, Any]:
     """What ranks must have alike when they start, by name."""
     values: dict[str, Any] = flat(OmegaConf.to_container(job.cfg))  # type: ignore[arg-type]
     plan = {key: value for key, value in values.items() if key.startswith("memory.")}  # follows from the rest
-    record = {key: value for key, value in values.items() if key not in OWN and key not in plan}
+    own = {key for key in values if key in OWN or key.startswith("data.validation.")}
+    record = {key: value for key, value in values.items() if key not in own and key not in plan}
     record |= {f"model.config.{key}": value for key, value in model_values(job.model_config).items()}
     record["the documents"] = f"{described(job.corpus)} ({job.corpus.fingerprint})"
     record["the checkpoint"] = "none" if job.resume is None else f"that of step {job.resume[1].step}"

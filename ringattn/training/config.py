@@ -62,6 +62,7 @@ INTEGERS: dict[str, int] = {
     "run.recompute_every": 0,
     "run.max_bad_steps": 0,
     "run.straggler_every": 0,
+    "run.evaluate_every": 0,
 }
 LARGEST = {"run.seed": 2**32 - 1}  # what every library's generator takes
 # Allowed interval, both ends included, of finite numbers.
@@ -93,8 +94,9 @@ OPTIONAL = {"data.packs_per_step", "data.delay", "parallel.data", "parallel.ring
 OPTIONAL |= {"parallel.head_chunks", "optim.lr"}
 OPTIONAL |= {"model.family", "model.path", "model.config", "model.lr", "model.lr_from_path", "model.allow_mismatch"}
 OPTIONAL |= memory.OPTIONAL | {"model.lora", "model.rope", "model.freeze", "run.trackers", "run.profile"} | OF_PACKS
-# Below model.config every key of the transformers configuration is allowed; these have keys of their own.
-NESTED = ("model.config.", "model.lora.", "model.rope.")
+# Below model.config every key of the transformers configuration is allowed; these have keys of their own, and sets of
+# data.validation have names.
+NESTED = ("model.config.", "model.lora.", "model.rope.", "data.validation.")
 KEYS = {*CHOICES, *INTEGERS, *NUMBERS, *SWITCHES, *TEXTS, "model.config", "model.allow_mismatch", "optim.betas"}
 KEYS |= {"run.hang_after", "run.trackers", "run.profile"}
 KEYS |= memory.KEYS | {"model.lora", "model.rope", "model.freeze"} | OF_PACKS

@@ -31,4 +31,4 @@ def _shapes_curve(key: str) -> bool:
         return key in CURVE_OF_RUN
     if group == "memory":
         return key in memory.SHAPE_CURVE
-    return group != "parallel" and key not in SAME_CURVE
+    return group != "parallel" and key not in SAME_CURVE and not key.startswith("data.validation.")

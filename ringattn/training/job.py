@@ -94,9 +94,10 @@ def prepare(cfg: DictConfig, launch: Launch, chosen: Collection[str] | None = No
     resolved.memory.update(values_of(plan))
     resolved.run.async_save = settle_saving(resolved, empty, plan.states, launch, device, output)
     corpus = load_corpus(resolved, config, output)
-    check_positions(resolved, config, corpus)
     check_enough(resolved, corpus)
     held_out = load_validation(loader_of(resolved, config, output))
+    for documents in (corpus, *held_out.values()):
+        check_positions(resolved, config, documents)
     notes += notes_of(resolved.data, corpus) + leaks(corpus, held_out)
     if found is not None:
         state, said = check_resume(resolved, output, found[1], launch, corpus, config, empty)

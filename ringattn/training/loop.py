@@ -25,6 +25,7 @@ from ringattn.training.checkpoint import Place, TrainState
 from ringattn.training.config import compute_dtype
 from ringattn.training.determinism import be_deterministic
 from ringattn.training.engines import Engine, EngineOptions, build_engine
+from ringattn.training.evaluation.validation import Validation
 from ringattn.training.flops import StepFlops, peak_flops
 from ringattn.training.grouping import DocumentCost
 from ringattn.training.health.rank import Health, StopRequest
@@ -78,6 +79,15 @@ class Trainer:
         memory = CudaMemory(job.device) if job.device.type == "cuda" else None
         self.memory = MemoryWatch(memory, job.output, dist.get_rank(), job.plan.items, job.plan.advice)
         self.checks = StepChecks(job, self.mesh, self.engine, self._forward)
+        self.validation = Validation(
+            job.validation,
+            self.engine.model,
+            self.mesh,
+            cfg.data.seq_len,
+            cfg.run.evaluate_every,
+            cfg.run.steps,
+            parallel.policy,
+        )
         self.step, self.tokens, self.position = 0, 0, Position().state_dict()
         self.keeping = Keeping(job)
         self.restore()
@@ -153,7 +163,8 @@ class Trainer:
                 seconds = StepSeconds(time.perf_counter() - started, waited, warmup=first)
                 record.took(seconds.seconds)
                 profile.after(self.step)
-                report.step(self._metrics(batch, done, seconds))
+                validation = None if done.stopping else self.validation.losses(self.step)
+                report.step(self._metrics(batch, done, seconds, validation))
                 stragglers.done(self.step, waited, warmup=first)
                 if first:
                     self.keeping.take_memory(self.engine)
@@ -274,7 +285,9 @@ class Trainer:
         ).loss
         return loss
 
-    def _metrics(self, batch: Batch[LocalPack], done: Brought, seconds: StepSeconds) -> StepMetrics:
+    def _metrics(
+        self, batch: Batch[LocalPack], done: Brought, seconds: StepSeconds, validation: dict[str, float] | None
+    ) -> StepMetrics:
         device = self.job.device
         peak = peak_flops(torch.cuda.get_device_name(device)) if device.type == "cuda" else None
         at_peak = self.flops(batch.tokens, batch.lengths) / (peak * self.world_size) if peak else None
@@ -288,6 +301,7 @@ class Trainer:
             targets=batch.targets,
             epoch=batch.epoch,
             skipped=not finite(done),
+            validation=validation,
             **seconds.rates(batch.tokens, self.world_size, at_peak),
         )
 

@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -161,7 +161,7 @@ class Loader:
 
 
 def validation_of(data: DictConfig) -> tuple[Source, ...]:
-    """The held-out sources of `data.validation`, each with its name.
+    """The held-out sources of `data.validation`, a list of sources or one source by each name; a path is one, too.
 
     Raises ValueError for what they cannot have: each is read once, whole.
     """
@@ -169,6 +169,9 @@ def validation_of(data: DictConfig) -> tuple[Source, ...]:
     if values is None:
         return ()
     plain = OmegaConf.to_container(values) if OmegaConf.is_config(values) else values
+    if isinstance(plain, Mapping):
+        named = plain.items()
+        plain = [{"name": str(name), **(one if isinstance(one, Mapping) else {"path": one})} for name, one in named]
     sources = sources_of(plain, "data.validation")
     for number, source in enumerate(sources):
         if source.weight is not None or source.epochs is not None:
@@ -180,7 +183,11 @@ def load_validation(loader: Loader) -> dict[str, Corpus]:
     """The held-out corpora of `data.validation` by name; empty without any. Raises ValueError."""
     sources = validation_of(loader.data)
     where = "data.validation[{}]"
-    return {one.name: loader.opened(one, where.format(number))[1] for number, one in enumerate(sources)}
+    found = {one.name: loader.opened(one, where.format(number))[1] for number, one in enumerate(sources)}
+    for name, corpus in found.items():
+        if corpus.longest < 2:
+            raise ValueError(f"data.validation: {name} has no document of two tokens or more, so nothing to predict")
+    return found
 
 
 def shared_documents(training: Corpus | MixedCorpus, held_out: Corpus) -> int:

@@ -9,6 +9,6 @@ from setuptools import find_packages, setup
 setup(
     packages=[*find_packages(include=["ringattn", "ringattn.*"]), "ringattn.recipes", "ringattn.configs"],
     package_dir={"ringattn.recipes": "recipes", "ringattn.configs": "configs"},
-    package_data={"ringattn": ["py.typed"], "ringattn.configs": ["**/*.yaml"]},
+    package_data={"ringattn": ["py.typed"], "ringattn.training.page": ["*.jinja"], "ringattn.configs": ["**/*.yaml"]},
     include_package_data=False,
 )

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ringattn.attention import parallel_attention
+from ringattn.hf.cached import DecodeStep
 from ringattn.hf.empty import Placeholder, attend_to_none, layout_of
 from ringattn.hf.features import without_feature
 from ringattn.hf.handle import Handle
@@ -68,7 +69,7 @@ def attend(
             'configuration, or the name attn_implementation="ringattn" in it, with one that was. Give each model a '
             "configuration of its own (copy.deepcopy(config))"
         )
-    if not isinstance(layout, Layout):
+    if not isinstance(layout, Layout | DecodeStep):
         raise ValueError(
             "ringattn's attention needs a batch from shard_batch (or the keywords of attention_kwargs(layout)); got "
             f"cu_seq_lens_q={type(layout).__name__}"
@@ -89,7 +90,14 @@ def attend(
         handle.note(module, options)
     for feature in handle.without.get(getattr(module, "layer_idx", -1), ()):
         options = without_feature(options, feature)
+    if handle.reach is not None:
+        options["mask"] = narrowed(options["mask"], handle.reach)
     q, k, v = (x[0].transpose(0, 1) for x in _one_dtype(module, query, key, value))
+    if isinstance(layout, DecodeStep):
+        return layout.attend(module, q, k, v, options)[None], None
+    if handle.cache is not None:
+        tokens = layout.tokens()
+        handle.cache.take(module, k[:tokens], v[:tokens])
     if isinstance(given, Placeholder):
         out = parallel_attention(q[:0], k[:0], v[:0], layout, **options, **handle.options)
         return attend_to_none(out)[None], None
@@ -140,6 +148,12 @@ def _mask_of(module: nn.Module, kwargs: dict[str, Any], note: MaskNote | None) -
             f"the mask that it asked for {mask}"
         )
     return mask
+
+
+def narrowed(mask: Mask, reach: int) -> Mask:
+    """The mask with queries that see at most `reach` tokens back, themselves counted."""
+    left, right = mask.window
+    return Mask(mask.causal, (reach - 1 if left < 0 else min(left, reach - 1), right), mask.chunk)
 
 
 def layer_type(module: nn.Module) -> str | None:

@@ -8,6 +8,7 @@ from typing import Any
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 
+from ringattn.hf.cached import KeyCache
 from ringattn.hf.features import features_of
 from ringattn.hf.images import EmbeddingNeeds
 from ringattn.hf.local_draws import LocalDraws
@@ -36,6 +37,8 @@ class Handle:
         asked: for each layer index the features (window, chunk, softcap, sinks) of its calls so far.
         without: features to leave out, by layer index: to see that they count. For checks only.
         verified: a forward pass ran in which every attention layer called exactly once.
+        reach: for evaluation only: no query sees more than so many tokens back, itself counted, in any layer.
+        cache: for evaluation only: keeps the keys of the next forward pass.
     """
 
     model: Any = field(repr=False)
@@ -51,6 +54,8 @@ class Handle:
     asked: dict[int, frozenset[str]] = field(default_factory=dict)
     without: dict[int, tuple[str, ...]] = field(default_factory=dict)
     verified: bool = False
+    reach: int | None = None
+    cache: KeyCache | None = field(default=None, repr=False)
     _implementation: str = ""
     _loss: Callable[..., Any] | None = field(default=None, repr=False)
     _called: list[nn.Module] = field(default_factory=list, repr=False)

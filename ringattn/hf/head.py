@@ -282,6 +282,21 @@ class _Stub(nn.Module):
         return _Outputs(self.__dict__["_stands_for"][0])
 
 
+class _NotingHead(nn.Module):
+    """Stands for a head, whose attributes it has: the head's own call may have hooks of an engine."""
+
+    def __init__(self, head: nn.Linear, note: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.__dict__["_stands_for"] = head, note
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.__dict__["_stands_for"][0], name)
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        noted: Tensor = self.__dict__["_stands_for"][1](hidden)
+        return noted
+
+
 class _Outputs:
     """A decoder's outputs, of which only the last hidden state is there."""
 
@@ -313,13 +328,16 @@ def _instead(model: Any, head: nn.Linear, note: Callable[..., Any], stop: Callab
         raise NotImplementedError("its decoder does not stand beside its head")
     hidden = torch.zeros(1, 2, head.in_features, dtype=head.weight.dtype, device=head.weight.device)
     before = model.__dict__.get("_loss_function", _NONE)
+    places = [(part, name) for part in model.modules() for name, child in part._modules.items() if child is head]
     model._modules[prefix], model._loss_function = _Stub(hidden, decoder, layers), stop
-    head.forward = note  # type: ignore[method-assign]
+    for part, name in places:
+        part._modules[name] = _NotingHead(head, note)
     try:
         yield
     finally:
         model._modules[prefix] = decoder
-        del head.forward
+        for part, name in places:
+            part._modules[name] = head
         if before is _NONE:
             del model._loss_function
         else:

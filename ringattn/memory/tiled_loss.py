@@ -124,7 +124,7 @@ class _Head:
 
     def loss_of(self, hidden: Tensor, targets: Tensor, grads: "_TileGradients | None") -> Tensor:
         """The loss of a tile of rows (n, E), all of which have targets (n,) if gradients are wanted of them."""
-        logits = _product(hidden, self.weight.T, self.wide)
+        logits = wide_product(hidden, self.weight.T, self.wide)
         if self.bias is not None:
             logits += self.bias
         scores = logits
@@ -207,7 +207,7 @@ def _checked(count: int | None, targets: Tensor) -> int | None:
     return count
 
 
-def _product(a: Tensor, b: Tensor, wide: torch.dtype) -> Tensor:
+def wide_product(a: Tensor, b: Tensor, wide: torch.dtype) -> Tensor:
     """a @ b as it was added up, not rounded to the dtype of `a`."""
     if a.dtype == wide:
         return a @ b

@@ -20,6 +20,7 @@ from omegaconf import OmegaConf
 
 import ringattn
 from ringattn.training.config import flat
+from ringattn.training.data_keys import described
 from ringattn.training.incidents import record_incident
 from ringattn.training.job import Job
 from ringattn.training.meeting import CannotStart, Meeting
@@ -28,6 +29,7 @@ from ringattn.training.ranks import differences, joined
 
 # What machines may have apart: places of files (their contents are compared), and what does not change a step.
 OWN = {"data.files", "data.cache", "data.tokenizer", "data.prefetch", "data.ahead", "model.path", "engine.compile"}
+OWN |= {"data.sources", "data.validation", "data.chat_template", "data.processes"}
 VERSIONS = ("torch", "transformers", "deepspeed", "torchao", "peft", "numpy")
 ADVICE = {
     "memory.": "give memory.gpu_memory and memory.host_memory, those of the smallest machine",
@@ -69,10 +71,10 @@ def record_of(job: Job) -> dict[str, Any]:
     """What ranks must have alike when they start, by name."""
     values: dict[str, Any] = flat(OmegaConf.to_container(job.cfg))  # type: ignore[arg-type]
     plan = {key: value for key, value in values.items() if key.startswith("memory.")}  # follows from the rest
-    record = {key: value for key, value in values.items() if key not in OWN and key not in plan}
+    own = {key for key in values if key in OWN or key.startswith("data.validation.")}
+    record = {key: value for key, value in values.items() if key not in own and key not in plan}
     record |= {f"model.config.{key}": value for key, value in model_values(job.model_config).items()}
-    corpus = job.corpus
-    record["the documents"] = f"{len(corpus):,} of {corpus.total:,} tokens ({corpus.fingerprint})"
+    record["the documents"] = f"{described(job.corpus)} ({job.corpus.fingerprint})"
     record["the checkpoint"] = "none" if job.resume is None else f"that of step {job.resume[1].step}"
     return record | plan | code_version()
 

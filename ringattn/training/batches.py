@@ -6,8 +6,8 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Generic, TypeVar
 
-from ringattn.training.grouping import GroupedPacker, GroupedPosition
-from ringattn.training.packing import Pack, Packer, PackPlan, Position, read_pack
+from ringattn.training.packers import AnyPacker, Saved
+from ringattn.training.packing import Pack, PackPlan, counted, read_pack
 
 T = TypeVar("T")
 
@@ -25,7 +25,7 @@ class Batch(Generic[T]):
 
     micro: tuple[T, ...]
     plans: tuple[PackPlan, ...]
-    position: Position | GroupedPosition
+    position: Saved
     epoch: float
 
     @property
@@ -49,7 +49,7 @@ class Batch(Generic[T]):
 
 
 def batches(
-    packer: Packer | GroupedPacker,
+    packer: AnyPacker,
     packs_per_step: int,
     replica: int,
     replicas: int,
@@ -63,7 +63,7 @@ def batches(
     if packs_per_step % replicas:
         raise ValueError(f"packs_per_step {packs_per_step} is no multiple of the {replicas} data-parallel replicas")
     while True:
-        plans = packer.step(packs_per_step)
+        plans = tuple(counted(plan, packer.corpus) for plan in packer.step(packs_per_step))
         mine = tuple(prepare(read_pack(plan, packer.corpus)) for plan in plans[replica::replicas])
         yield Batch(mine, plans, packer.position, packer.epoch)
 

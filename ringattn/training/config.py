@@ -1,6 +1,5 @@
 """Refuses a configuration that cannot run, before any process group starts, naming the key and the numbers."""
 
-import importlib.util
 import math
 import os
 from collections.abc import Mapping
@@ -16,16 +15,19 @@ from ringattn.parallel.planning.options import check_scheme, scheme_names
 from ringattn.settings import AttentionOptions
 from ringattn.training import memory, optim
 from ringattn.training.ahead import PLACES
-from ringattn.training.corpus import Corpus
 from ringattn.training.data.files import matching_files
 from ringattn.training.data.tokenizer import AUTO, BYTES, has_tokenizer
+from ringattn.training.data_keys import OF_PACKS, OF_SOURCES, check_data_keys, settled
 from ringattn.training.determinism import check_backend
 from ringattn.training.engines.deepspeed import available as deepspeed_available
 from ringattn.training.lora import check_lora, lora_of, lora_values
+from ringattn.training.ordering import AnyCorpus
+from ringattn.training.profile import check_window
 from ringattn.training.rope import rope_of, rope_values
+from ringattn.training.trackers import check_trackers
 
 CHOICES: dict[str, tuple[str | bool, ...]] = {
-    "data.name": ("stdlib", "text"),
+    "data.name": ("stdlib", "text", "sources"),
     "data.ahead": PLACES,
     "parallel.scheme": scheme_names(),
     "parallel.policy": ("auto", "contiguous", "zigzag", "balanced"),
@@ -60,6 +62,7 @@ INTEGERS: dict[str, int] = {
     "run.recompute_every": 0,
     "run.max_bad_steps": 0,
     "run.straggler_every": 0,
+    "run.evaluate_every": 0,
 }
 LARGEST = {"run.seed": 2**32 - 1}  # what every library's generator takes
 # Allowed interval, both ends included, of finite numbers.
@@ -79,7 +82,8 @@ NUMBERS: dict[str, tuple[float, float]] = {
     "run.grace": (1.0, math.inf),
 }
 SWITCHES = (
-    "data.pad", "parallel.ulysses_across_nodes", "run.deterministic", "run.elastic", "run.plan_only", "run.tensorboard",
+    "data.pad", "parallel.ulysses_across_nodes", "run.deterministic", "run.elastic", "run.plan_only", "run.report",
+    "run.tensorboard",
 )  # fmt: skip
 TEXTS = ("model.name", "model.family", "model.path", "run.output", "run.memory_folder")
 # Keys that only one option of their group has.
@@ -89,12 +93,13 @@ OF_DEEPSPEED = ("engine.zero_stage",)
 OPTIONAL = {"data.packs_per_step", "data.delay", "parallel.data", "parallel.ring", "parallel.ulysses"}
 OPTIONAL |= {"parallel.head_chunks", "optim.lr"}
 OPTIONAL |= {"model.family", "model.path", "model.config", "model.lr", "model.lr_from_path", "model.allow_mismatch"}
-OPTIONAL |= memory.OPTIONAL | {"model.lora", "model.rope", "model.freeze"}
-# Below model.config every key of the transformers configuration is allowed; these have keys of their own.
-NESTED = ("model.config.", "model.lora.", "model.rope.")
+OPTIONAL |= memory.OPTIONAL | {"model.lora", "model.rope", "model.freeze", "run.trackers", "run.profile"} | OF_PACKS
+# Below model.config every key of the transformers configuration is allowed; these have keys of their own, and sets of
+# data.validation have names.
+NESTED = ("model.config.", "model.lora.", "model.rope.", "data.validation.")
 KEYS = {*CHOICES, *INTEGERS, *NUMBERS, *SWITCHES, *TEXTS, "model.config", "model.allow_mismatch", "optim.betas"}
-KEYS |= {"run.hang_after"}
-KEYS |= memory.KEYS | {"model.lora", "model.rope", "model.freeze"}
+KEYS |= {"run.hang_after", "run.trackers", "run.profile"}
+KEYS |= memory.KEYS | {"model.lora", "model.rope", "model.freeze"} | OF_PACKS
 
 
 def completed(cfg: DictConfig) -> DictConfig:
@@ -104,12 +109,13 @@ def completed(cfg: DictConfig) -> DictConfig:
     """
     plain: dict[str, Any] = OmegaConf.to_container(cfg)  # type: ignore[assignment]
     given = {name for key in flat(plain) for name in _and_above(key)}
-    known = KEYS | {*OF_TEXT, *OF_DEEPSPEED, *optim.OF_MUON}
+    known = KEYS | {*OF_TEXT, *OF_DEEPSPEED, *optim.OF_MUON} | OF_SOURCES
     unknown = [key for key in flat(plain) if key not in known and not key.startswith(NESTED)]
     if unknown:
         raise ValueError(f"unknown key {', '.join(sorted(unknown))}; the keys are in configs/, each with a comment")
     needed = KEYS - OPTIONAL
     needed |= set(OF_TEXT) if OmegaConf.select(cfg, "data.name") == "text" else set()
+    needed |= OF_SOURCES if OmegaConf.select(cfg, "data.name") == "sources" else set()
     needed |= set(OF_DEEPSPEED) if OmegaConf.select(cfg, "engine.name") == "deepspeed" else set()
     needed |= set(optim.OF_MUON) if OmegaConf.select(cfg, "optim.name") == "muon" else set()
     if missing := sorted(needed - given):
@@ -135,12 +141,27 @@ def validate(cfg: DictConfig, world_size: int, ranks_per_node: int, device_type:
     memory.check_memory(cfg, device_type)
     optim.check_optim(cfg)
     _check_data(cfg, shape)
-    if cfg.run.tensorboard and importlib.util.find_spec("tensorboard") is None:
-        raise ValueError("run.tensorboard=true needs the package: pip install tensorboard")
+    run: Any = OmegaConf.to_container(cfg.run)
+    check_trackers(run["trackers"], run["tensorboard"])
+    check_window(run["profile"])
     if cfg.run.deterministic:
         check_backend(cfg.parallel.backend)
     if 0 < cfg.run.spike <= 1:
         raise ValueError(f"run.spike must be 0 or a factor above 1, got {cfg.run.spike}: every loss would be one")
+    return shape
+
+
+def check_data(cfg: DictConfig) -> MeshShape:
+    """The mesh that a configuration asks for, if its data can be read and packed; nothing else is looked at.
+
+    Raises ValueError as `validate` does.
+    """
+    cfg = completed(cfg)
+    _check_values(cfg)
+    _check_model_keys(cfg)
+    data, ring, ulysses = (cfg.parallel[name] or 1 for name in ("data", "ring", "ulysses"))
+    shape = resolve_mesh(data * ring * ulysses, data=data, ring=ring, ulysses=ulysses, ulysses_across_nodes=True)
+    _check_data(cfg, shape)
     return shape
 
 
@@ -150,6 +171,7 @@ def resolve(cfg: DictConfig, shape: MeshShape, device_type: str) -> dict[str, An
     resolved: dict[str, Any] = OmegaConf.to_container(cfg, resolve=True)  # type: ignore[assignment]
     resolved["parallel"].update(data=shape.data, ring=shape.ring, ulysses=shape.ulysses)
     resolved["data"]["packs_per_step"] = cfg.data.packs_per_step or shape.data
+    resolved["data"].update(settled(resolved["data"], cfg.data))
     if cfg.model.path is not None:
         resolved["model"]["path"] = os.path.abspath(os.path.expanduser(cfg.model.path))
     resolved["model"]["config"] = resolved["model"]["config"] or {}
@@ -179,7 +201,7 @@ def _tokens_of(cfg: DictConfig) -> str:
     return f"data.name={cfg.data.name}" if tokenizer is None else f"data.tokenizer={tokenizer}"
 
 
-def check_positions(cfg: DictConfig, model_config: Any, corpus: Corpus) -> None:
+def check_positions(cfg: DictConfig, model_config: Any, corpus: AnyCorpus) -> None:
     """Raises ValueError if the model has fewer positions than the longest document of a pack."""
     text = model_config.get_text_config()
     positions = getattr(text, "max_position_embeddings", None)
@@ -348,6 +370,7 @@ def _check_data(cfg: DictConfig, shape: MeshShape) -> None:
                 f"data.delay={cfg.data.delay} evens out the packs of a step, and this one has a single pack; use "
                 "data.delay=null, or raise data.packs_per_step or parallel.data"
             )
+    check_data_keys(cfg.data)
     if cfg.data.name != "text":
         return
     if not isinstance(cfg.data.add_eos, bool):

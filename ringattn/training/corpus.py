@@ -34,19 +34,19 @@ class Corpus:
         offsets: (documents + 1,) int64, where each document begins; the last entry is N.
         vocab_size: every id is smaller than this.
         fingerprint: changes when the documents change, so that a resumed run can tell.
+        mask: (N,) uint8, 1 where a token is learned, that is, may be a target; None: everywhere. May be a memory map.
     """
 
     tokens: npt.NDArray[Any]
     offsets: npt.NDArray[np.int64]
     vocab_size: int
     fingerprint: str
+    mask: npt.NDArray[np.uint8] | None = None
 
     def __reduce__(self) -> tuple[Any, ...]:
-        """Another process opens the memory map instead of getting a copy of it."""
-        rest = self.offsets, self.vocab_size, self.fingerprint
-        if isinstance(self.tokens, np.memmap) and isinstance(self.tokens.base, mmap):  # and no part of one
-            return _mapped, (self.tokens.filename, self.tokens.dtype, self.tokens.offset, len(self.tokens), *rest)
-        return Corpus, (self.tokens, *rest)
+        """Another process opens the memory maps instead of getting copies of them."""
+        mask = None if self.mask is None else _portable(self.mask)
+        return _opened, (_portable(self.tokens), self.offsets, self.vocab_size, self.fingerprint, mask)
 
     def __len__(self) -> int:
         return len(self.offsets) - 1
@@ -59,7 +59,12 @@ class Corpus:
     @property
     def longest(self) -> int:
         """Tokens of the longest document."""
-        return int(np.diff(self.offsets).max(initial=0))
+        return int(self.lengths.max(initial=0))
+
+    @property
+    def lengths(self) -> npt.NDArray[np.int64]:
+        """(documents,) tokens of each."""
+        return np.diff(self.offsets)
 
     def length(self, document: int) -> int:
         """Tokens of one document."""
@@ -70,9 +75,29 @@ class Corpus:
         base = int(self.offsets[document])
         return self.tokens[base + start : base + stop].astype(np.int64)
 
+    def learned(self, document: int, start: int, stop: int) -> npt.NDArray[np.bool_] | None:
+        """Which of the tokens `[start, stop)` of one document may be targets, (stop - start,); None: all."""
+        base = int(self.offsets[document])
+        return None if self.mask is None else self.mask[base + start : base + stop].astype(bool)
 
-def _mapped(path: Path, dtype: np.dtype[Any], offset: int, count: int, *rest: Any) -> Corpus:
-    return Corpus(np.memmap(path, dtype, mode="r", offset=offset, shape=(count,)), *rest)
+
+def _portable(array: npt.NDArray[Any]) -> Any:
+    """An array as another process gets it: a memory map, and no part of one, by its place."""
+    if isinstance(array, np.memmap) and isinstance(array.base, mmap):
+        return array.filename, array.dtype, array.offset, len(array)
+    return array
+
+
+def _opened(tokens: Any, offsets: npt.NDArray[np.int64], vocab_size: int, fingerprint: str, mask: Any) -> Corpus:
+    return Corpus(_array(tokens), offsets, vocab_size, fingerprint, None if mask is None else _array(mask))
+
+
+def _array(portable: Any) -> npt.NDArray[Any]:
+    if not isinstance(portable, tuple):
+        array: npt.NDArray[Any] = portable
+        return array
+    path, dtype, offset, count = portable
+    return np.memmap(path, dtype, mode="r", offset=offset, shape=(count,))
 
 
 def corpus_of(documents: Sequence[npt.NDArray[Any]], vocab_size: int) -> Corpus:

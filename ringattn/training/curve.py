@@ -7,11 +7,13 @@ from ringattn.training import memory, optim
 from ringattn.training.config import flat
 
 # What may differ between two starts in the same folder without changing the curve, beside `parallel` and most of `run`.
-# Files and tokenizer count by their contents, which the corpus' fingerprint holds, and learning rates as optim.lr.
+# Files, sources and tokenizer count by their contents, which the corpus' fingerprint holds, and learning rates as
+# optim.lr.
 SAME_CURVE = {"data.prefetch", "data.ahead", "data.cache", "data.files", "data.tokenizer"}
+SAME_CURVE |= {"data.sources", "data.on_error", "data.chat_template", "data.processes", "data.validation"}
 SAME_CURVE |= {"engine.compile", "model.name", "model.lr", "model.lr_from_path", "model.allow_mismatch"}
-# What runs did before there were these keys.
-BEFORE: dict[str, Any] = memory.BEFORE | optim.BEFORE | {"model.freeze": []}
+# What keys were before they were there.
+BEFORE: dict[str, Any] = memory.BEFORE | optim.BEFORE | {"model.freeze": [], "data.packing": "order"}
 CURVE_OF_RUN = ("run.seed", "run.steps", "run.dtype")
 
 
@@ -29,4 +31,4 @@ def _shapes_curve(key: str) -> bool:
         return key in CURVE_OF_RUN
     if group == "memory":
         return key in memory.SHAPE_CURVE
-    return group != "parallel" and key not in SAME_CURVE
+    return group != "parallel" and key not in SAME_CURVE and not key.startswith("data.validation.")

@@ -12,8 +12,9 @@ from typing import Any
 
 import numpy as np
 
-from ringattn.training.corpus import Corpus
-from ringattn.training.packing import Packer, PackPlan, Position, Segment
+from ringattn.training.data.mixture import CachedCorpus
+from ringattn.training.ordering import Place, Position, place_of
+from ringattn.training.packing import Packer, PackPlan, Segment
 
 UNUSUAL = 0.1  # share of the average pack's attention from which on a document waits for others like it
 LIKE = 1.15  # documents are alike up to this ratio of their lengths
@@ -56,7 +57,7 @@ class GroupedPosition:
         unusual: waits for others of its cost.
     """
 
-    stream: Position = field(default_factory=Position)
+    stream: Place = field(default_factory=Position)
     step: int = 0
     rest: tuple[Waiting, ...] = ()
     unusual: tuple[Waiting, ...] = ()
@@ -76,8 +77,7 @@ class GroupedPosition:
             tuple(Waiting(Segment(a, b, c, bool(ends)), read) for a, b, c, ends, read in state.get(name, ()))
             for name in ("rest", "unusual")
         )
-        stream = Position(*(int(state[key]) for key in ("epoch", "index", "offset")))
-        return cls(stream, int(state.get("step", 0)), rest, unusual)
+        return cls(place_of(state), int(state.get("step", 0)), rest, unusual)
 
 
 class GroupedPacker:
@@ -95,7 +95,7 @@ class GroupedPacker:
 
     def __init__(
         self,
-        corpus: Corpus,
+        corpus: CachedCorpus,
         seq_len: int,
         seed: int,
         cost: DocumentCost,
@@ -173,9 +173,9 @@ def _with_alike(due: list[Waiting], pool: list[Waiting], packs: int) -> tuple[li
     return due + others[:room], others[room:]
 
 
-def usual_attention(corpus: Corpus, seq_len: int, cost: DocumentCost) -> float:
+def usual_attention(corpus: CachedCorpus, seq_len: int, cost: DocumentCost) -> float:
     """Attention cost above which one document alone makes its pack dearer than the average pack of the corpus."""
-    lengths = np.diff(corpus.offsets)
+    lengths = corpus.lengths
     sizes, counts = np.unique(lengths % seq_len, return_counts=True)
     attention = int((lengths // seq_len).sum()) * cost.attention(seq_len)
     attention += sum(int(count) * cost.attention(int(size)) for size, count in zip(sizes, counts, strict=True))

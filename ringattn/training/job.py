@@ -1,7 +1,7 @@
 """Everything about a run that is decided before a process group exists: one place to refuse, and nothing to hang."""
 
-from collections.abc import Collection
-from dataclasses import dataclass
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -14,13 +14,18 @@ from ringattn.training.choices import with_saved_model
 from ringattn.training.config import check_positions, check_vocabulary, completed, resolve, validate
 from ringattn.training.corpus import Corpus, stdlib_corpus, text_corpus
 from ringattn.training.data.files import matching_files
+from ringattn.training.data.loading import Loader, load_validation, shared_documents
+from ringattn.training.data.mixture import MixedCorpus
+from ringattn.training.data.sources import sources_of
 from ringattn.training.data.tokenizer import BYTE_VOCABULARY, BYTES, has_tokenizer, load_tokenizer
+from ringattn.training.data_keys import check_enough, notes_of
 from ringattn.training.elastic import fitted
 from ringattn.training.fitness import check_attention, check_head_chunks, compile_mode
 from ringattn.training.freezing import freeze_notes
 from ringattn.training.launched import Launch, pick_device
 from ringattn.training.lora import lora_notes, lora_of
 from ringattn.training.memory_plan import MemoryPlan, plan_memory, values_of
+from ringattn.training.ordering import AnyCorpus
 from ringattn.training.output import check_output
 from ringattn.training.pretrained import load_weights
 from ringattn.training.resume import check_resume
@@ -42,17 +47,19 @@ class Job:
         plan: what is done about memory, and what it takes.
         resume: newest complete checkpoint and the state to go on from, or None for a first start.
         notes: what the user should know about what was decided for them.
+        validation: held-out corpora by name.
     """
 
     cfg: DictConfig
     launch: Launch
     device: torch.device
     output: Path
-    corpus: Corpus
+    corpus: AnyCorpus
     model_config: Any
     plan: MemoryPlan
     resume: tuple[Path, TrainState] | None
     notes: tuple[str, ...] = ()
+    validation: Mapping[str, Corpus] = field(default_factory=dict)
 
     @property
     def done(self) -> bool:
@@ -77,7 +84,7 @@ def prepare(cfg: DictConfig, launch: Launch, chosen: Collection[str] | None = No
     resolved = OmegaConf.create(resolve(cfg, shape, device.type))
     found = newest_checkpoint(output / "checkpoints")
     check_output(output, str(cfg.run.output), write=found is None or found[1].step < cfg.run.steps)
-    config, notes = _model(resolved)
+    config, notes = model_of(resolved)
     empty = check_attention(config, lora_of(resolved.model), list(resolved.model.freeze))
     notes += sizes
     notes += lora_notes(resolved, lora_of(resolved.model), cfg.optim.lr, empty) + freeze_notes(resolved, empty)
@@ -87,14 +94,18 @@ def prepare(cfg: DictConfig, launch: Launch, chosen: Collection[str] | None = No
     resolved.memory.update(values_of(plan))
     resolved.run.async_save = settle_saving(resolved, empty, plan.states, launch, device, output)
     corpus = load_corpus(resolved, config, output)
-    check_positions(resolved, config, corpus)
+    check_enough(resolved, corpus)
+    held_out = load_validation(loader_of(resolved, config, output))
+    for documents in (corpus, *held_out.values()):
+        check_positions(resolved, config, documents)
+    notes += notes_of(resolved.data, corpus) + leaks(corpus, held_out)
     if found is not None:
         state, said = check_resume(resolved, output, found[1], launch, corpus, config, empty)
         found, notes = (found[0], state), notes + said
-    return Job(resolved, launch, device, output, corpus, config, plan, found, (*notes, plan.note))
+    return Job(resolved, launch, device, output, corpus, config, plan, found, (*notes, plan.note), held_out)
 
 
-def _model(cfg: DictConfig) -> tuple[Any, list[str]]:
+def model_of(cfg: DictConfig) -> tuple[Any, list[str]]:
     """The configuration of the model, and what is to be said about it."""
     path = cfg.model.path
     overrides: Any = OmegaConf.to_container(cfg.model.config)
@@ -118,7 +129,7 @@ def _model(cfg: DictConfig) -> tuple[Any, list[str]]:
     return config, notes
 
 
-def load_corpus(cfg: DictConfig, model_config: Any, output: Path) -> Corpus:
+def load_corpus(cfg: DictConfig, model_config: Any, output: Path) -> AnyCorpus:
     """The corpus of `data`; the first process to ask for a text corpus tokenizes it, the others wait.
 
     Raises ValueError, before anything is tokenized, for more tokens than the model knows.
@@ -127,8 +138,30 @@ def load_corpus(cfg: DictConfig, model_config: Any, output: Path) -> Corpus:
     if data.name == "stdlib":
         check_vocabulary(cfg, model_config, BYTE_VOCABULARY)
         return stdlib_corpus()
+    if data.name == "sources":
+        loader, sources = loader_of(cfg, model_config, output), sources_of(OmegaConf.to_container(data.sources))
+        return loader.stream(sources) if data.streaming else loader.mixture(sources)
     tokenizer = load_tokenizer(data.tokenizer, data.add_eos)
     check_vocabulary(cfg, model_config, tokenizer.vocab_size)
     cache = Path(data.cache).expanduser()
     files = matching_files(list(data.files), own=(output, cache.resolve()))
     return text_corpus(files, tokenizer, data.text_field, data.add_eos, cache)
+
+
+def loader_of(cfg: DictConfig, model_config: Any, output: Path) -> Loader:
+    known = model_config.get_text_config().vocab_size
+    return Loader(cfg.data, (output,), lambda tokens: check_vocabulary(cfg, model_config, tokens), known)
+
+
+def leaks(corpus: AnyCorpus, held_out: Mapping[str, Corpus]) -> list[str]:
+    """What is to be said about held-out documents that are also trained on."""
+    if held_out and not isinstance(corpus, Corpus | MixedCorpus):
+        return ["data.validation: whether it shares documents with a stream is not known before that is read"]
+    notes = []
+    for name, one in held_out.items():
+        if isinstance(corpus, Corpus | MixedCorpus) and (count := shared_documents(corpus, one)):
+            notes.append(
+                f"warning: data.validation: {count:,} of the {len(one):,} documents of {name!r} are also in the "
+                "training data, token for token: their loss says nothing about unseen text"
+            )
+    return notes

@@ -25,8 +25,9 @@ from ringattn.training.checkpoint import Place, TrainState
 from ringattn.training.config import compute_dtype
 from ringattn.training.determinism import be_deterministic
 from ringattn.training.engines import Engine, EngineOptions, build_engine
+from ringattn.training.evaluation.validation import Validation
 from ringattn.training.flops import StepFlops, peak_flops
-from ringattn.training.grouping import DocumentCost, GroupedPacker, GroupedPosition
+from ringattn.training.grouping import DocumentCost
 from ringattn.training.health.rank import Health, StopRequest
 from ringattn.training.job import Job
 from ringattn.training.keeping import Keeping
@@ -35,9 +36,12 @@ from ringattn.training.loss import Brought, brought, spoiling
 from ringattn.training.metrics import StepMetrics, StepSeconds, peak_memory_gib
 from ringattn.training.models import build_model, empty_model
 from ringattn.training.optim import schedule_of
+from ringattn.training.ordering import Position
 from ringattn.training.output import write_config
-from ringattn.training.packing import Packer, Position
+from ringattn.training.packers import AnyPacker, make_packer
+from ringattn.training.page.record import write_record
 from ringattn.training.placing import BatchMaker, LocalPack
+from ringattn.training.profile import Profile
 from ringattn.training.report import Report
 from ringattn.training.spikes import Spikes, losses_before, record_spike
 from ringattn.training.step_checks import StepChecks
@@ -75,6 +79,15 @@ class Trainer:
         memory = CudaMemory(job.device) if job.device.type == "cuda" else None
         self.memory = MemoryWatch(memory, job.output, dist.get_rank(), job.plan.items, job.plan.advice)
         self.checks = StepChecks(job, self.mesh, self.engine, self._forward)
+        self.validation = Validation(
+            job.validation,
+            self.engine.model,
+            self.mesh,
+            cfg.data.seq_len,
+            cfg.run.evaluate_every,
+            cfg.run.steps,
+            parallel.policy,
+        )
         self.step, self.tokens, self.position = 0, 0, Position().state_dict()
         self.keeping = Keeping(job)
         self.restore()
@@ -133,10 +146,12 @@ class Trainer:
         cfg = self.cfg
         self.spikes = Spikes(cfg.run.spike, losses_before(self.job.output, self.step) if cfg.run.spike else ())
         record = self.health.record
-        with self.stop, self._batches() as stream, self._stragglers() as stragglers:
+        profile = Profile(self.job.output, cfg.run.profile, dist.get_rank())
+        with self.stop, self._batches() as stream, self._stragglers() as stragglers, profile:
             first = True
             owed: list[Place] = []
             while self.step < cfg.run.steps:
+                profile.before(self.step + 1)
                 started = time.perf_counter()
                 record.begin(self.step + 1)
                 record.at("data")
@@ -147,7 +162,9 @@ class Trainer:
                     done = self._train_step(batch)
                 seconds = StepSeconds(time.perf_counter() - started, waited, warmup=first)
                 record.took(seconds.seconds)
-                report.step(self._metrics(batch, done, seconds))
+                profile.after(self.step)
+                validation = None if done.stopping else self.validation.losses(self.step)
+                report.step(self._metrics(batch, done, seconds, validation))
                 stragglers.done(self.step, waited, warmup=first)
                 if first:
                     self.keeping.take_memory(self.engine)
@@ -216,12 +233,13 @@ class Trainer:
         )
         return BatchesAhead(maker, mesh, self.job.device, data.prefetch, data.ahead)
 
-    def _packer(self) -> Packer | GroupedPacker:
-        data, corpus, seed = self.cfg.data, self.job.corpus, self.cfg.run.seed
-        if data.delay is None:
-            return Packer(corpus, data.seq_len, seed, data.pad, Position.from_state(self.position))
+    def _packer(self) -> AnyPacker:
         cost = DocumentCost(self.flops.attention, self.flops.per_token)
-        return GroupedPacker(corpus, data.seq_len, seed, cost, data.delay, GroupedPosition.from_state(self.position))
+        return make_packer(self.cfg.data, self.job.corpus, self.cfg.run.seed, self.position, lambda: cost)
+
+    def next_lengths(self) -> list[int]:
+        """Tokens of the documents in the next pack."""
+        return list(self._packer().step(self.cfg.data.packs_per_step)[0].docs.lengths)
 
     def _train_step(self, batch: Batch[LocalPack], stop: bool = False) -> Brought:
         """One optimiser step. The host waits for the device once, at its end, and again where something is wrong.
@@ -267,7 +285,9 @@ class Trainer:
         ).loss
         return loss
 
-    def _metrics(self, batch: Batch[LocalPack], done: Brought, seconds: StepSeconds) -> StepMetrics:
+    def _metrics(
+        self, batch: Batch[LocalPack], done: Brought, seconds: StepSeconds, validation: dict[str, float] | None
+    ) -> StepMetrics:
         device = self.job.device
         peak = peak_flops(torch.cuda.get_device_name(device)) if device.type == "cuda" else None
         at_peak = self.flops(batch.tokens, batch.lengths) / (peak * self.world_size) if peak else None
@@ -281,6 +301,7 @@ class Trainer:
             targets=batch.targets,
             epoch=batch.epoch,
             skipped=not finite(done),
+            validation=validation,
             **seconds.rates(batch.tokens, self.world_size, at_peak),
         )
 
@@ -305,6 +326,7 @@ def train(job: Job, health: Health | None = None) -> None:
     trainer = Trainer(job, health)
     if rank0:
         write_config(job.cfg, job.output, job.model_config)
+        write_record(job, trainer.step, trainer.engine.num_parameters, trainer.next_lengths())
     with Report(job, trainer.step, trainer.engine.num_parameters, enabled=rank0) as report:
         done = trainer.run(report)
     health.finished(trainer.step, done)

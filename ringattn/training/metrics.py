@@ -1,4 +1,4 @@
-"""What a run writes about itself, by rank 0: metrics.jsonl, progress, TensorBoard."""
+"""What a run writes about itself, by rank 0: metrics.jsonl and progress."""
 
 import json
 import math
@@ -37,6 +37,8 @@ class StepMetrics:
         warmup: whether it is the first step of a process, which compiles kernels and makes room: its seconds say
             nothing about the others, so it has no rates.
         skipped: the step left weights and moments as they were, for its loss or gradient was not finite.
+        validation: mean loss over all targets of each validation set after the step, in nats; None where it was not
+            their turn. Its time is not of `seconds`.
     """
 
     step: int
@@ -54,6 +56,7 @@ class StepMetrics:
     waited: float = 0.0
     warmup: bool = False
     skipped: bool = False
+    validation: dict[str, float] | None = None
 
     def line(self, steps: int, left: float | None = None) -> str:
         """For people; `left` seconds are expected to the last step."""
@@ -61,16 +64,23 @@ class StepMetrics:
         mfu = "" if self.mfu is None else f"  mfu {self.mfu:.1%}"
         loss = "not finite" if self.loss is None else f"{self.loss:.4f}"
         norm = "not finite" if self.grad_norm is None else f"{self.grad_norm:.3f}"
+        held_out = "".join(f"  {name} {loss:.4f}" for name, loss in (self.validation or {}).items())
         return (
             f"step {self.step:>{len(str(steps))}}/{steps}  epoch {self.epoch:.2f}  loss {loss}  grad {norm}  "
             f"lr {self.lr:.2e}  {self.rate}{mfu}  {self.peak_memory_gib:.2f} GiB  "
-            f"{self.seconds:.2f} s{rest}{'  left out' if self.skipped else ''}"
+            f"{self.seconds:.2f} s{self.waits}{rest}{'  left out' if self.skipped else ''}{held_out}"
         )
 
     @property
     def rate(self) -> str:
         """Tokens a second, for people."""
         return "warm-up" if self.tokens_per_second is None else f"{self.tokens_per_second:,.0f} tokens/s"
+
+    @property
+    def waits(self) -> str:
+        """How much of the step it waited for its batch, for people; nothing below a hundredth."""
+        share = self.waited / self.seconds if self.seconds > 0 else 0.0
+        return f" ({share:.0%} waiting for data)" if share >= 0.01 and not self.warmup else ""
 
 
 @dataclass(frozen=True)
@@ -156,6 +166,7 @@ class Progress:
         self._steps, self._every = steps, every
         self._seconds = 0.0  # of a step, smoothed; warm-up steps are left out
         self._bar: Any = None
+        self._held_out = ""  # the newest losses of validation sets
         if sys.stderr.isatty():
             from tqdm import tqdm
 
@@ -166,12 +177,17 @@ class Progress:
         """Shows a step."""
         if not metrics.warmup:
             self._seconds = 0.9 * self._seconds + 0.1 * metrics.seconds if self._seconds else metrics.seconds
+        if metrics.validation:
+            self._held_out = "".join(f", {name} {loss:.3f}" for name, loss in metrics.validation.items())
         if self._bar is not None:
+            mfu = "" if metrics.mfu is None else f", mfu {metrics.mfu:.1%}"
+            loss = math.nan if metrics.loss is None else metrics.loss
             self._bar.set_postfix_str(
-                f"epoch {metrics.epoch:.2f}, loss {metrics.loss or math.nan:.3f}, {metrics.rate}", refresh=False
+                f"epoch {metrics.epoch:.2f}, loss {loss:.3f}{self._held_out}, {metrics.rate}{mfu}{metrics.waits}",
+                refresh=False,
             )
             self._bar.update()
-        elif metrics.step % self._every == 0 or metrics.step in (1, self._steps):
+        elif metrics.step % self._every == 0 or metrics.step in (1, self._steps) or metrics.validation:
             left = None if metrics.warmup else self._seconds * (self._steps - metrics.step)
             print(metrics.line(self._steps, left), flush=True)
 
@@ -179,22 +195,3 @@ class Progress:
         """Ends the bar's line."""
         if self._bar is not None:
             self._bar.close()
-
-
-class TensorBoard:
-    """The same numbers for TensorBoard, under `folder`."""
-
-    def __init__(self, folder: Path, step: int) -> None:
-        from torch.utils.tensorboard import SummaryWriter
-
-        self._writer: Any = SummaryWriter(str(folder), purge_step=step + 1)
-
-    def write(self, metrics: StepMetrics) -> None:
-        """Adds every number of a step."""
-        for name, value in asdict(metrics).items():
-            if name not in ("step", "warmup", "skipped") and value is not None:
-                self._writer.add_scalar(name, value, metrics.step)
-
-    def close(self) -> None:
-        """Flushes and closes."""
-        self._writer.close()

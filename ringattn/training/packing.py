@@ -4,51 +4,16 @@ Nothing is lost, and nothing padded unless asked. A pack is planned from documen
 packs of all replicas and reads only its own.
 """
 
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import torch
 
 from ringattn.documents import Documents
-from ringattn.training.corpus import Corpus
+from ringattn.training.ordering import AnyCorpus, Next, Place, Position, order_of
 
 NO_TARGET = -100
-
-
-@dataclass(frozen=True)
-class Position:
-    """Where the stream stands, before its next token.
-
-    Arguments:
-        epoch: passes over the corpus that are complete.
-        index: documents of this epoch's order that are used up.
-        offset: tokens of the next document that are used up.
-    """
-
-    epoch: int = 0
-    index: int = 0
-    offset: int = 0
-
-    def state_dict(self) -> dict[str, int]:
-        """Three small integers."""
-        return asdict(self)
-
-    @classmethod
-    def from_state(cls, state: Mapping[str, Any]) -> "Position":
-        """The inverse of `state_dict`.
-
-        Raises ValueError for the state of a grouped stream with documents that wait: they would be dropped.
-        """
-        if waiting := [*state.get("rest", ()), *state.get("unusual", ())]:
-            raise ValueError(
-                f"the checkpoint has {len(waiting)} documents that wait for their pack, and without data.delay they "
-                "would be dropped: set it as it was"
-            )
-        return cls(**{key: int(state[key]) for key in ("epoch", "index", "offset")})
 
 
 @dataclass(frozen=True)
@@ -63,10 +28,15 @@ class Segment:
 
 @dataclass(frozen=True)
 class PackPlan:
-    """What one pack holds: its segments in order, then padding up to `seq_len` tokens. Integers only."""
+    """What one pack holds: its segments in order, then padding up to `seq_len` tokens. Integers only.
+
+    Arguments:
+        learned: how many targets there are, where not every token is learned; see `counted`.
+    """
 
     segments: tuple[Segment, ...]
     seq_len: int
+    learned: int | None = None
 
     @cached_property
     def docs(self) -> Documents:
@@ -80,7 +50,10 @@ class PackPlan:
 
     @property
     def targets(self) -> int:
-        """Tokens that have a next token to predict: all but the true last one of each document."""
+        """Tokens that have a next token to predict: all but the true last one of each document, as far as it is
+        learned."""
+        if self.learned is not None:
+            return self.learned
         return self.tokens - sum(segment.ends for segment in self.segments)
 
 
@@ -101,12 +74,33 @@ class Pack:
     targets: int
 
 
-def read_pack(plan: PackPlan, corpus: Corpus) -> Pack:
+def counted(plan: PackPlan, corpus: AnyCorpus) -> PackPlan:
+    """The plan with the number of its targets, which depends on what is learned of its documents."""
+    if plan.learned is not None:
+        return plan
+    learned = [_learned_targets(segment, corpus) for segment in plan.segments]
+    if all(one is None for one in learned):
+        return plan
+    pairs = zip(plan.segments, learned, strict=True)
+    return replace(plan, learned=sum(_targets(segment) if one is None else int(one.sum()) for segment, one in pairs))
+
+
+def _targets(segment: Segment) -> int:
+    return segment.stop - segment.start - segment.ends
+
+
+def _learned_targets(segment: Segment, corpus: AnyCorpus) -> "np.ndarray[tuple[int], np.dtype[np.bool_]] | None":
+    """Which of the next tokens of a segment's tokens are learned; None: all."""
+    return corpus.learned(segment.document, segment.start + 1, segment.stop + (not segment.ends))
+
+
+def read_pack(plan: PackPlan, corpus: AnyCorpus) -> Pack:
     """Reads the tokens and labels of a planned pack.
 
     Where a document is cut by the end of the pack, the label of its last token here is the true next token, which opens
-    the next pack: no target is lost.
+    the next pack: no target is lost. What is not learned is no target.
     """
+    plan = counted(plan, corpus)
     tokens = np.zeros(plan.seq_len, np.int64)
     labels = np.full(plan.seq_len, NO_TARGET, np.int64)
     begin = 0
@@ -114,7 +108,10 @@ def read_pack(plan: PackPlan, corpus: Corpus) -> Pack:
         size = segment.stop - segment.start
         known = corpus.read(segment.document, segment.start, segment.stop + (not segment.ends))
         tokens[begin : begin + size] = known[:size]
-        labels[begin : begin + len(known) - 1] = known[1:]
+        learned = _learned_targets(segment, corpus)
+        labels[begin : begin + len(known) - 1] = (
+            known[1:] if learned is None else np.where(learned, known[1:], NO_TARGET)
+        )
         begin += size
     return Pack(torch.from_numpy(tokens), torch.from_numpy(labels), plan.docs, plan.targets)
 
@@ -124,7 +121,7 @@ class Packer:
 
     Arguments:
         corpus: documents; empty ones are passed over.
-        seq_len: tokens of a pack.
+        seq_len: tokens of a pack; it may be changed between steps.
         seed: of the order of documents, which is drawn anew for every epoch.
         pad: keep a document whole, if a pack can hold it, and pad the rest of the pack before it. By default nothing is
             padded and the document is split, its rest opening the next pack.
@@ -134,35 +131,24 @@ class Packer:
     """
 
     def __init__(
-        self, corpus: Corpus, seq_len: int, seed: int, pad: bool = False, position: Position | None = None
+        self, corpus: AnyCorpus, seq_len: int, seed: int, pad: bool = False, position: Place | None = None
     ) -> None:
-        if corpus.total == 0:
+        if getattr(corpus, "total", 1) == 0:
             raise ValueError("the corpus has no token: every document is empty")
         if seq_len < 1:
             raise ValueError(f"seq_len must be >= 1, got {seq_len}")
         self.corpus, self.seq_len, self.seed, self.pad = corpus, seq_len, seed, pad
-        self.position = position or Position()
-        self._order_of: tuple[int, npt.NDArray[np.int64]] | None = None
-        self._before: tuple[int, npt.NDArray[np.int64]] | None = None
-        if not 0 <= self.position.index <= len(corpus) or not 0 <= self.position.offset <= self._open_length():
-            raise ValueError(f"{self.position} is no place in this corpus of {len(corpus)} documents")
+        self.order = order_of(corpus, seed, position)
 
-    def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__ | {"_order_of": None, "_before": None}  # as large as the corpus has documents
+    @property
+    def position(self) -> Place:
+        """Where the stream stands."""
+        return self.order.position
 
     @property
     def epoch(self) -> float:
         """Passes over the corpus so far, by tokens, as in 1.25."""
-        at = self.position
-        if self._before is None or self._before[0] != at.epoch:
-            ordered = np.diff(self.corpus.offsets)[self._order(at.epoch)]
-            self._before = (at.epoch, np.concatenate([[0], np.cumsum(ordered)]))
-        return at.epoch + (int(self._before[1][at.index]) + at.offset) / self.corpus.total
-
-    def _open_length(self) -> int:
-        """Tokens of the document that comes next, 0 at the end of an epoch."""
-        order = self._order(self.position.epoch)
-        return self.corpus.length(int(order[self.position.index])) if self.position.index < len(order) else 0
+        return self.order.passes
 
     def next(self) -> PackPlan:
         """Plans the next pack and moves on."""
@@ -181,22 +167,29 @@ class Packer:
         return tuple(self.next() for _ in range(packs))
 
     def draw(self, room: int) -> Segment | None:
-        """The next segment of at most `room` tokens, or None if its document should open the next pack."""
-        epoch, index, offset = self.position.epoch, self.position.index, self.position.offset
-        order = self._order(epoch)
-        while index == len(order) or self.corpus.length(int(order[index])) == 0:
-            epoch, index = (epoch + 1, 0) if index == len(order) else (epoch, index + 1)
-            order = self._order(epoch)
-        document = int(order[index])
-        length = self.corpus.length(document)
-        if self.pad and offset == 0 and room < length <= self.seq_len:
-            return None
-        stop = min(length, offset + room)
-        ends = stop == length
-        self.position = Position(epoch, index + 1, 0) if ends else Position(epoch, index, stop)
-        return Segment(document, offset, stop, ends)
+        """The next segment of at most `room` tokens, or None if its document should open the next pack.
 
-    def _order(self, epoch: int) -> npt.NDArray[np.int64]:
-        if self._order_of is None or self._order_of[0] != epoch:
-            self._order_of = (epoch, np.random.default_rng([self.seed, epoch]).permutation(len(self.corpus)))
-        return self._order_of[1]
+        Raises ValueError where all sources are used up.
+        """
+        found = self.order.peek()
+        if found is None:
+            raise used_up()
+        if self.pad and found.offset == 0 and room < found.length <= self.seq_len:
+            return None
+        return self.taken(found, room)
+
+    def taken(self, found: Next, room: int) -> Segment:
+        """The next at most `room` tokens of the document that comes next."""
+        stop = min(found.length, found.offset + room)
+        self.order.take(stop - found.offset)
+        return Segment(found.document, found.offset, stop, stop == found.length)
+
+
+def used_up() -> ValueError:
+    """What is said where every source has had its epochs."""
+    return ValueError(
+        "data.sources: all sources are used up; raise or leave out `epochs` of one, or use fewer run.steps"
+    )
+
+
+__all__ = ["NO_TARGET", "Pack", "PackPlan", "Packer", "Position", "Segment", "counted", "read_pack", "used_up"]

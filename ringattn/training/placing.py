@@ -10,8 +10,8 @@ from ringattn.parallel.layout import Layout
 from ringattn.parallel.mesh.shape import MeshShape
 from ringattn.parallel.planning.ahead import Attention, Plans, install, plan_ahead
 from ringattn.training.batches import Batch, batches
-from ringattn.training.grouping import GroupedPacker
-from ringattn.training.packing import NO_TARGET, Pack, Packer
+from ringattn.training.packers import AnyPacker
+from ringattn.training.packing import NO_TARGET, Pack
 
 
 @dataclass(frozen=True)
@@ -53,7 +53,7 @@ class BatchMaker:
         attentions: for which plans are made, from the next pack on; they are known once a model ran.
     """
 
-    packer: Packer | GroupedPacker
+    packer: AnyPacker
     packs_per_step: int
     replica: int
     replicas: int

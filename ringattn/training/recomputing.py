@@ -18,10 +18,10 @@ from torch.nn.modules.dropout import _DropoutNd
 
 from ringattn.parallel.mesh.mesh import SequenceMesh
 from ringattn.training.batches import Batch
-from ringattn.training.corpus import Corpus
 from ringattn.training.engines import Engine
 from ringattn.training.incidents import record_incident
 from ringattn.training.loss import Brought
+from ringattn.training.ordering import AnyCorpus
 from ringattn.training.packing import read_pack
 from ringattn.training.placing import LocalPack, placed
 
@@ -49,7 +49,7 @@ def compute_first(
     forward: Callable[[LocalPack, int], Tensor],
     batch: Batch[LocalPack],
     mesh: SequenceMesh,
-    corpus: Corpus,
+    corpus: AnyCorpus,
     policy: str,
     device: torch.device,
 ) -> FirstTime:

@@ -1,15 +1,20 @@
-"""What a run tells: progress, metrics.jsonl, loss.png, TensorBoard. On other ranks than 0 every call does nothing."""
+"""What a run tells: progress, metrics.jsonl, loss.png, trackers, page. Other ranks than 0 do nothing in any call."""
 
 import importlib.util
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
+
+from omegaconf import OmegaConf
 
 from ringattn.training.checkpoint import Place
+from ringattn.training.data_keys import described
 from ringattn.training.job import Job
-from ringattn.training.metrics import MetricsFile, Progress, StepMetrics, TensorBoard, read_metrics
+from ringattn.training.metrics import MetricsFile, Progress, StepMetrics, read_metrics
 from ringattn.training.plot import plot_loss
 from ringattn.training.secrets import redacted
+from ringattn.training.trackers import Trackers, wanted
 
 
 class Report:
@@ -25,7 +30,9 @@ class Report:
         self._output.mkdir(parents=True, exist_ok=True)
         print(redacted(_opening(job, step, parameters)), flush=True)
         self._file = MetricsFile(self._output / "metrics.jsonl", step)
-        self._board = TensorBoard(self._output / "tensorboard", step) if run.tensorboard else None
+        config: Any = redacted(OmegaConf.to_container(job.cfg))
+        self._trackers = Trackers(wanted(run.trackers, run.tensorboard), self._output, config, step)
+        self._page = run.report
         self._progress = Progress(step, run.steps, run.log_every)
 
     def step(self, metrics: StepMetrics) -> None:
@@ -33,8 +40,7 @@ class Report:
         if not self._enabled:
             return
         self._file.write(metrics)
-        if self._board is not None:
-            self._board.write(metrics)
+        self._trackers.write(metrics)
         self._progress.update(metrics)
 
     def back_to(self, step: int) -> None:
@@ -43,9 +49,7 @@ class Report:
             return
         self._file.close()
         self._file = MetricsFile(self._output / "metrics.jsonl", step)
-        if self._board is not None:
-            self._board.close()
-            self._board = TensorBoard(self._output / "tensorboard", step)
+        self._trackers.back_to(step)
 
     def saved(self, places: Sequence[Place]) -> None:
         """Draws the curve; called after each save, and does so after one on disk."""
@@ -60,13 +64,22 @@ class Report:
     def __enter__(self) -> "Report":
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, kind: object, *_: object) -> None:
         if not self._enabled:
             return
         self._progress.close()
         self._file.close()
-        if self._board is not None:
-            self._board.close()
+        self._trackers.close()
+        if self._page and kind is None:  # what was raised must be heard of first
+            self._write_page()
+
+    def _write_page(self) -> None:
+        from ringattn.training.page.write import write_page
+
+        try:
+            print(f"report: {write_page(self._output)}", flush=True)
+        except Exception as error:  # a run does not fail for a picture
+            print(f"warning: report.html could not be written: {error}", file=sys.stderr, flush=True)
 
 
 def _opening(job: Job, step: int, parameters: int) -> str:
@@ -77,7 +90,7 @@ def _opening(job: Job, step: int, parameters: int) -> str:
     return (
         f"{notes}{cfg.model.name}: {parameters:,} parameters, {cfg.run.dtype}, {cfg.engine.name}, "
         f"lr {cfg.optim.lr:g}\n"
-        f"{cfg.data.name}: {len(corpus):,} documents, {corpus.total:,} tokens; packs of "
+        f"{cfg.data.name}: {described(corpus)}; packs of "
         f"{cfg.data.seq_len:,} tokens, {cfg.data.packs_per_step} a step\n"
         f"{job.launch.world_size} ranks on {job.device.type}: data {p.data} × ring {p.ring} × ulysses {p.ulysses}, "
         f"scheme {p.scheme}, policy {p.policy}, backend {p.backend}\n"

@@ -9,15 +9,14 @@ from omegaconf import DictConfig, OmegaConf
 from torch import nn
 
 from ringattn.training.checkpoint import TrainState
-from ringattn.training.corpus import Corpus
 from ringattn.training.curve import curve_differences
 from ringattn.training.fitness import check_same_shapes
-from ringattn.training.grouping import GroupedPosition
 from ringattn.training.launched import Launch
 from ringattn.training.lora import Lora, check_same_base, lora_of
 from ringattn.training.models import empty_model
+from ringattn.training.ordering import AnyCorpus, Position
 from ringattn.training.output import model_values, read_config
-from ringattn.training.packing import Position
+from ringattn.training.packers import check_state
 from ringattn.training.secrets import redacted
 
 
@@ -26,7 +25,7 @@ def check_resume(
     output: Path,
     state: TrainState,
     launch: Launch,
-    corpus: Corpus,
+    corpus: AnyCorpus,
     model_config: Any,
     model: nn.Module,
 ) -> tuple[TrainState, list[str]]:
@@ -51,7 +50,7 @@ def check_resume(
         why = "documents" if state.corpus != corpus.fingerprint else "run.seed"
         note = f"other {why} than in the checkpoint: the data goes on at the beginning of epoch {epoch + 1}"
         return replace(state, position=Position(epoch).state_dict()), [note]
-    (Position if cfg.data.delay is None else GroupedPosition).from_state(state.position)
+    check_state(cfg.data, state.position)
     return state, []
 
 
@@ -73,7 +72,7 @@ def _check_same(
     cfg: DictConfig,
     output: Path,
     state: TrainState,
-    corpus: Corpus,
+    corpus: AnyCorpus,
     saved: dict[str, Any],
     now: dict[str, Any],
     of_model: list[tuple[str, Any, Any]],

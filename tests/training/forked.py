@@ -1,4 +1,4 @@
-"""Ranks of `recipes/train.py` as forks of a process that has already imported what they need.
+"""Ranks of a recipe, `recipes/train.py` by default, as forks of a process that has already imported what they need.
 
 Imports are most of the life of a rank that trains a few steps. What a fork runs is the same: the recipe as `__main__`,
 with its command line, environment and output. Only the interpreter's tear-down is left out, so some tests start ranks

@@ -1,6 +1,8 @@
 """metrics.jsonl over a killed run, FLOPs by hand, a picture."""
 
 import json
+import re
+import sys
 from dataclasses import replace
 from typing import Any
 
@@ -112,6 +114,20 @@ def test_a_warm_up_step_has_seconds_and_no_rates(tmp_path, capsys):
         file.write(one)
     file.close()
     assert [record["warmup"] for record in read_metrics(tmp_path / "metrics.jsonl")] == [True, False]
+
+
+def test_the_bar_shows_rates_and_the_newest_validation_losses(monkeypatch, capsys):
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
+    monkeypatch.setenv("COLUMNS", "300")
+    progress = Progress(0, 4, every=1)
+    progress.update(replace(metrics(1), validation={"books": 2.25}))
+    progress.update(replace(metrics(2), loss=0.0, mfu=0.4125, waited=0.03))
+    progress.close()  # which draws what came last
+    shown = capsys.readouterr().err
+    assert "loss 0.000, books 2.250, 100 tokens/s, mfu 41.2% (30% waiting for data)]" in shown
+    assert re.search(r"2/4 \[\d\d:\d\d<\d\d:\d\d", shown)  # what it took, and what is left
+    assert "(30% waiting for data)" in replace(metrics(2), waited=0.03).line(4)
+    assert replace(metrics(2), validation={"books": 2.25}).line(4).endswith("books 2.2500")
 
 
 def test_the_operations_of_a_step_are_those_counted_by_hand():

@@ -43,11 +43,14 @@ class Content:
             raise ValueError(f"data.files: {str(self.path)!r} was changed while it was read; start again")
 
 
-def contents_of(files: Sequence[Path], memory: Path, remember: bool = True) -> list[Content]:
+def contents_of(files: Sequence[Path], memory: Path, remember: bool = True, text: bool = True) -> list[Content]:
     """Checks and hashes files; those that `memory`, a JSON file, knows by their stamps are not read again.
 
     The memory only spares time: without it, or with one that cannot be read, the result is the same. With `remember`
     the files are written into it.
+
+    Arguments:
+        text: whether the files must be text; a memory is of one kind only.
 
     Raises ValueError for a file that is no UTF-8 text, naming the file and the byte, and OSError for a memory that
     cannot be written.
@@ -57,11 +60,11 @@ def contents_of(files: Sequence[Path], memory: Path, remember: bool = True) -> l
     found = {path: known[str(path)][-1] for path in files if known.get(str(path), [])[:-1] == list(stamps[path])}
     fresh = [path for path in files if path not in found]
     if fresh:
-        for path in fresh:  # all of them before any is read through
+        for path in fresh if text else ():  # all of them before any is read through
             _check_head(path)
         with Meter("reading", sum(stamps[path][0] for path in fresh)) as meter:
             for path in fresh:
-                found[path] = _read_through(path, meter)
+                found[path] = _read_through(path, meter) if text else _summed(path, meter)
         now = time.time_ns()
         settled = [path for path in fresh if max(stamps[path][1:3]) + _SETTLED_NS < now]
         if remember:
@@ -86,6 +89,19 @@ def _check_head(path: Path) -> None:
             check_kind(path, file.read(HEAD))
     except OSError as error:
         raise ValueError(f"data.files: {str(path)!r} cannot be read: {error.strerror}") from None
+
+
+def _summed(path: Path, meter: Meter) -> str:
+    """The digest of a file, whatever it holds."""
+    digest = hashlib.sha256()
+    try:
+        with open(path, "rb") as file:
+            while part := file.read(_PART):
+                digest.update(part)
+                meter.add(len(part))
+    except OSError as error:
+        raise ValueError(f"data.files: {str(path)!r} cannot be read: {error.strerror}") from None
+    return digest.hexdigest()
 
 
 def _read_through(path: Path, meter: Meter) -> str:

@@ -55,7 +55,7 @@ def load_tokenizer(source: str, add_eos: bool) -> Tokenizer:
     """
     if source == BYTES:
         return Tokenizer(_bytes, BYTE_VOCABULARY, BYTES)
-    model = _saved(source)
+    model = saved_tokenizer(source)
     eos = model.eos_token_id if add_eos else None
     vocab_size = 1 + max(model.get_vocab().values(), default=-1)  # len(model) is less where ids have gaps
     if vocab_size == 0:
@@ -110,7 +110,11 @@ def _bytes(text: str) -> Iterator[tuple[Ids, int]]:
     yield np.frombuffer(text.encode("utf-8"), np.uint8), len(text)
 
 
-def _saved(folder: str) -> Any:
+def saved_tokenizer(folder: str) -> Any:
+    """The tokenizer of transformers in a folder; documents may be longer than its model was made for.
+
+    Raises ValueError.
+    """
     from transformers import AutoTokenizer
 
     try:

@@ -1,0 +1,79 @@
+"""Evaluate a language model on long documents: a training run, or a saved Hugging Face model.
+
+    ringattn evaluate model.run=outputs/tiny-stdlib 'texts.files=[/data/held-out]'
+    ringattn evaluate model.path=/models/Llama-3.1-8B 'lengths=[4096,32768,131072]' 'tasks=[needle]'
+    ringattn evaluate --nproc 4 model.run=outputs/long 'tasks=[needle,multi_needle,variable_tracking]'
+    ringattn evaluate model.run=outputs/long 'tasks=[logprobs]' 'texts.files=[/data/held-out]'
+    ringattn evaluate --cfg                          print the configuration, evaluate nothing
+
+Starts torchrun with one rank for each GPU, or with two ranks on the CPU where there is none; all
+of them share every document. Answers are scored by forward passes: an answer is right if each of
+its tokens is the most probable one. What has no dashes goes to the configuration, as Hydra writes
+it: key=value.
+
+Results are JSON files and pictures in output, by default the folder evaluation/ of the run. Exit
+code 0 if all tasks are done, 2 for wrong arguments, 1 if one failed.
+"""
+
+import argparse
+import io
+import os
+import runpy
+import sys
+from contextlib import redirect_stdout
+from importlib.util import find_spec
+from typing import NoReturn
+
+from ringattn.commands._call import RANKS, integer
+from ringattn.commands.train import HOME, INSTALLED, cores, default_ranks
+
+RECIPE, CONFIG = HOME / "recipes" / "evaluate.py", HOME / "configs" / "evaluate.yaml"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.usage = "ringattn evaluate [options] [overrides]"
+    parser.epilog = f"The configuration, with a comment on every key: {CONFIG}"
+    parser.allow_abbrev = False
+    parser.set_defaults(overrides=[])
+    parser.add_argument(
+        "--nproc",
+        "--nproc-per-node",
+        type=integer(RANKS),
+        default=os.environ.get("NPROC") or None,
+        metavar="N",
+        help="ranks, default NPROC, else one for each GPU, else 2",
+    )
+    parser.add_argument("--cfg", "-c", action="store_true", help="print the configuration and evaluate nothing")
+
+
+def run(args: argparse.Namespace) -> int:
+    overrides = [word for word in args.overrides if word != "--"]
+    if options := [word for word in overrides if word.startswith("-")]:
+        args.parser.error(f"unrecognized arguments: {' '.join(options)}")
+    if not args.cfg:
+        if find_spec("transformers") is None:
+            args.parser.error("evaluation needs transformers, which is not installed: pip install 'ringattn[train]'")
+        start(args, overrides)
+    run_recipe(["--cfg", "job", *overrides])
+    return 0
+
+
+def run_recipe(arguments: list[str]) -> None:
+    """The recipe in this process. It refuses by itself, with exit code 2."""
+    sys.argv = [str(RECIPE), *arguments]
+    runpy.run_path(str(RECIPE), run_name="__main__")
+
+
+def start(args: argparse.Namespace, overrides: list[str]) -> NoReturn:
+    """Puts torchrun in the place of this process, so that signals reach it and the exit code is its own."""
+    with redirect_stdout(io.StringIO()):  # a key that does not exist is said here, once, and not by ranks
+        run_recipe(["--cfg", "job", *overrides])
+    ranks = args.nproc or default_ranks()
+    os.environ["OMP_NUM_THREADS"] = os.environ.get("OMP_NUM_THREADS") or str(max(1, cores() // ranks))
+    if not INSTALLED:  # a recipe finds what stands in its own folder, and not the package of its checkout
+        paths = [str(HOME), os.environ.get("PYTHONPATH", "")]
+        os.environ["PYTHONPATH"] = os.pathsep.join(path for path in paths if path)
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os.execv(sys.executable, [sys.executable, *launcher, str(RECIPE), *overrides])

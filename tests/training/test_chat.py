@@ -1,0 +1,155 @@
+"""Loss masks of conversations: those of TRL, token by token, and a refusal where turns cannot be found."""
+
+import numpy as np
+import pytest
+
+pytest.importorskip("transformers")
+pytest.importorskip("trl")
+
+from ringattn.training.data.chat import ChatEncoder, template_of, turns_of
+from tests.training.chat_tokenizers import PREFIX_OF_THINKING, SPECIAL, TALK, chat_tokenizer, trl_template
+
+NAMES = sorted(SPECIAL)
+CALL = {"role": "assistant", "content": "", "tool_calls": [{"function": {"name": "add", "arguments": {"a": 2}}}]}
+
+
+def by_trl(tokenizer, turns) -> tuple[list[int], list[int]]:
+    """Ids and labels that TRL's SFTTrainer makes of a conversation with `assistant_only_loss`."""
+    from trl.chat_template_utils import get_training_chat_template
+
+    template = get_training_chat_template(tokenizer)
+    out = tokenizer.apply_chat_template(
+        turns, chat_template=template, return_dict=True, return_assistant_tokens_mask=True
+    )
+    return out["input_ids"], out["assistant_masks"]
+
+
+def learned(tokenizer, ids, mask) -> list[str]:
+    """The texts of the runs of learned tokens."""
+    runs, before = [], False
+    for token, on in zip(ids, mask, strict=True):
+        if on:
+            runs = [*runs, []] if not before else runs
+            runs[-1].append(int(token))
+        before = bool(on)
+    return [tokenizer.decode(run) for run in runs]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_marks_of_a_template_are_those_that_trl_takes(name):
+    tokenizer = chat_tokenizer(name)
+    ids, mask = ChatEncoder(tokenizer, template_of(tokenizer, "trl"), "assistant")(TALK)
+    expected_ids, expected_mask = by_trl(tokenizer, TALK)
+    assert ids.tolist() == expected_ids
+    assert mask.astype(int).tolist() == expected_mask
+    assert 0 < mask.sum() < len(ids)
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("turns", [TALK[:2], TALK, [*TALK, TALK[0]]], ids=("one answer", "two", "a question last"))
+def test_without_marks_the_same_turns_are_found(name, turns):
+    """The original templates have no marks. Qwen's own leaves the empty thoughts of earlier answers out, and TRL's
+    variant keeps them: there the texts differ, and what is learned is the same but for these."""
+    tokenizer = chat_tokenizer(name)
+    ids, mask = ChatEncoder(tokenizer, None, "assistant")(turns)
+    assert ids.tolist() == tokenizer.apply_chat_template(turns, return_dict=False)
+    expected_ids, expected_mask = by_trl(tokenizer, turns)
+    found, expected = learned(tokenizer, ids, mask), learned(tokenizer, expected_ids, expected_mask)
+    if name == "qwen3":
+        found, expected = ([one.removeprefix(PREFIX_OF_THINKING) for one in runs] for runs in (found, expected))
+    else:
+        assert mask.astype(int).tolist() == expected_mask
+    assert found == expected
+    assert len(found) == sum(turn["role"] == "assistant" for turn in turns)
+
+
+def test_words_that_close_a_turn_may_stand_in_it():
+    tokenizer = chat_tokenizer("qwen3")
+    talk = [TALK[0], {"role": "assistant", "content": "so <|im_end|>\n it ends"}, *TALK[2:]]
+    ids, mask = ChatEncoder(tokenizer, None, "assistant")(talk)
+    assert learned(tokenizer, ids, mask)[0] == "so <|im_end|>\n it ends<|im_end|>\n"
+
+
+def test_calls_of_tools_are_learned_and_their_results_are_not():
+    tokenizer = chat_tokenizer("qwen3")
+    talk = [TALK[0], CALL, {"role": "tool", "content": "5"}, TALK[1], TALK[2]]
+    ids, mask = ChatEncoder(tokenizer, template_of(tokenizer, "trl"), "assistant")(talk)
+    assert mask.astype(int).tolist() == by_trl(tokenizer, talk)[1]
+    found = learned(tokenizer, ids, mask)
+    assert '"name": "add"' in found[0]
+    assert not any("tool_response" in one for one in found)
+
+
+def test_everything_is_learned_if_asked():
+    tokenizer = chat_tokenizer("gemma")
+    ids, mask = ChatEncoder(tokenizer, None, "all")(TALK)
+    assert mask is None
+    assert ids.tolist() == tokenizer.apply_chat_template(TALK, return_dict=False)
+
+
+def test_the_assistant_may_speak_first():
+    tokenizer = chat_tokenizer("llama3")
+    ids, mask = ChatEncoder(tokenizer, None, "assistant")(TALK[1:])
+    expected_ids, expected_mask = by_trl(tokenizer, TALK[1:])
+    assert (ids.tolist(), mask.astype(int).tolist()) == (expected_ids, expected_mask)
+
+
+def test_turns_of_other_names_are_understood():
+    talk = [{"from": "human", "value": "a"}, {"from": "gpt", "value": "b"}]
+    assert turns_of(talk) == [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+
+
+@pytest.mark.parametrize(
+    ("value", "words"),
+    [
+        ("text", "list of turns"),
+        ([], "list of turns"),
+        (["a"], "turn 1 .* must be an object"),
+        ([{"role": "user"}], r"turn 1 .* needs a role and a content, it has \['role'\]"),
+        ([TALK[0]], "no turn of the assistant"),
+        ([{"role": "system", "content": "s"}, *TALK], "the chat template refuses .*System role not supported"),
+    ],
+)
+def test_what_is_no_conversation_is_refused(value, words):
+    with pytest.raises(ValueError, match=words):
+        ChatEncoder(chat_tokenizer("gemma"), None, "assistant")(value)
+
+
+@pytest.mark.parametrize(
+    "template",
+    [
+        "{% for m in messages %}{{ m.content }}{% endfor %}",  # no prompt to answer
+        "{{ messages|length }}{% for m in messages %}[{{ m.content }}]{% endfor %}"
+        "{% if add_generation_prompt %}>{% endif %}",  # every rendering begins otherwise
+    ],
+)
+def test_a_template_that_hides_its_turns_is_refused(template):
+    with pytest.raises(ValueError, match=r"turn 2, .* cannot be found .*data\.chat_template"):
+        ChatEncoder(chat_tokenizer("gemma", template), None, "assistant")(TALK)
+
+
+def test_a_tokenizer_without_a_template_is_refused(tmp_path):
+    tokenizer = chat_tokenizer("gemma")
+    tokenizer.chat_template = None
+    with pytest.raises(ValueError, match=r"no chat template; .*data\.chat_template"):
+        ChatEncoder(tokenizer, None, "assistant")
+    (tmp_path / "own.jinja").write_text(trl_template("gemma_training"))
+    template = template_of(tokenizer, str(tmp_path / "own.jinja"))
+    assert ChatEncoder(tokenizer, template, "assistant").marked
+    with pytest.raises(ValueError, match=r"data\.chat_template=.*no\.jinja"):
+        template_of(tokenizer, str(tmp_path / "no.jinja"))
+    with pytest.raises(ValueError, match=r"data\.chat_template=trl: "):
+        template_of(chat_tokenizer("gemma", "{{ messages }}"), "trl")
+
+
+def test_a_template_that_marks_nothing_is_told():
+    marked = "{% for m in messages %}{{ m.content }}{% generation %}{% endgeneration %}{% endfor %}"
+    with pytest.raises(ValueError, match="the chat template marks none"):
+        ChatEncoder(chat_tokenizer("gemma", marked), None, "assistant")(TALK)
+
+
+def test_a_mask_covers_tokens_that_touch_a_span():
+    from ringattn.training.data.chat import overlapping
+
+    offsets = [(0, 2), (2, 4), (4, 4), (4, 6), (6, 9)]
+    assert np.array_equal(overlapping(offsets, [(1, 2), (5, 7)]), [True, False, False, True, True])

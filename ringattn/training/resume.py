@@ -58,7 +58,8 @@ def _check_readable(cfg: DictConfig, output: Path, state: TrainState, launch: La
     if state.engine != cfg.engine.name:
         raise ValueError(
             f"engine.name={cfg.engine.name}, but the checkpoint in {output} was written by {state.engine} and only it "
-            "can read it; choose another run.output"
+            f"can read it; choose another run.output. Its weights alone can go on: ringattn export {output} OUT, "
+            "then model.path=OUT"
         )
     if state.engine == "deepspeed" and state.world_size != launch.world_size:
         raise ValueError(

@@ -181,3 +181,11 @@ def test_numbers_too_large_for_a_dtype(run: Path, tmp_path: Path, monkeypatch: A
     monkeypatch.setattr(TrainedWeights, "merged", lambda self, name: merged(self, name) * 1e8)
     assert "too large for float16" in refused(capsys, run, tmp_path / "out", "--dtype", "float16")
     assert [*tmp_path.iterdir()] == []
+
+
+def test_an_empty_folder_that_one_stands_in(run: Path, tmp_path: Path, monkeypatch: Any) -> None:
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    assert main(["export", str(run), "."]) == 0
+    assert (tmp_path / "here" / "config.json").is_file()
+    assert "# here" in (tmp_path / "here" / "README.md").read_text()

@@ -91,9 +91,14 @@ def curve(ring: int, frozen: tuple[str, ...], memory: Any = None, tied: bool = F
     return found, {names[parameter] for parameter in engine._optimizer.state}
 
 
-@pytest.mark.parametrize("frozen", [EMBEDDING, MIDDLE, ALL_BUT_HEAD, MLPS], ids=str)
 @pytest.mark.parametrize(
-    "memory", [None, MemorySettings(loss_tile=16, mlp_tile=16, keep="layer")], ids=["off", "least"]
+    ("frozen", "memory"),
+    [
+        (EMBEDDING, LEAST),
+        (MLPS, None),
+        *(pytest.param(one, LEAST, marks=pytest.mark.slow) for one in (MIDDLE, ALL_BUT_HEAD, MLPS)),
+        *(pytest.param(one, None, marks=pytest.mark.slow) for one in (EMBEDDING, MIDDLE, ALL_BUT_HEAD)),
+    ],
 )
 def test_it_trains_as_a_plain_loop(pool: Pools, frozen: tuple[str, ...], memory: Any) -> None:
     expected = alone(frozen)
@@ -106,6 +111,7 @@ def test_it_trains_as_a_plain_loop(pool: Pools, frozen: tuple[str, ...], memory:
     assert len(states) < len([*empty.parameters()])
 
 
+@pytest.mark.slow
 def test_a_tied_embedding_is_frozen_by_either_name(pool: Pools) -> None:
     for frozen in (("lm_head.*",), EMBEDDING):
         found, states = pool(2).run(curve, 2, frozen, tied=True)[0]

@@ -123,8 +123,14 @@ def curve(ring: int, tied: bool, **changes: Any) -> tuple[list[float], dict[str,
     return train(engine, mesh), weights_of(engine)
 
 
-@pytest.mark.parametrize("ranks", [1, 2, 3])
-@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize(
+    ("ranks", "tied"),
+    [
+        (3, False),
+        (1, True),
+        *(pytest.param(*one, marks=pytest.mark.slow) for one in ((1, False), (2, False), (2, True))),
+    ],
+)
 def test_it_is_torchs_on_whole_matrices(pool: Pools, ranks: int, tied: bool) -> None:
     expected, weights = alone(tied)
     for found, own in pool(ranks).run(curve, ranks, tied):

@@ -24,6 +24,8 @@ from tests.training.recipe import save_model
 
 LORA = Lora(4, 8.0, ("embed_tokens", "q_proj", "down_proj"))
 
+REST = (("saved", 1, None), ("saved", 3, LORA), ("tied", 1, LORA), ("tied", 3, None))
+
 
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory) -> Path:
@@ -81,9 +83,15 @@ def state_of(path: Path, lora: Lora | None, states: StateSettings, whole: bool) 
     return found | dict(engine.model.named_buffers()), read
 
 
-@pytest.mark.parametrize("lora", [None, LORA], ids=["whole", "lora"])
-@pytest.mark.parametrize("ranks", [1, 3])
-@pytest.mark.parametrize("which", ["saved", "tied"])
+@pytest.mark.parametrize(
+    ("which", "ranks", "lora"),
+    [
+        ("saved", 3, None),
+        ("tied", 3, LORA),
+        *(pytest.param(*one, marks=pytest.mark.slow) for one in REST),
+    ],
+    ids=str,
+)
 def test_it_is_the_model_that_one_rank_loads(pool: Pools, ranks: int, lora: Any, which: str, request: Any) -> None:
     path = request.getfixturevalue(which)
     expected = pool(ranks).run(state_of, path, lora, StateSettings(), True)[0][0]
@@ -100,6 +108,7 @@ def test_it_is_the_model_that_one_rank_loads(pool: Pools, ranks: int, lora: Any,
     assert max(max(read) for _, read in found) <= -(-largest // ranks) + 128  # a row
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "states", [StateSettings(states_on="host"), StateSettings(weights="bfloat16", moments="bfloat16")]
 )

@@ -70,7 +70,7 @@ def export(run_path: Path, out: Path, options: ExportOptions | None = None) -> E
 
     Raises ValueError, naming what is wrong, before anything is written; OSError for a disk that cannot take it.
     """
-    options = options or ExportOptions()
+    options, out = options or ExportOptions(), out.resolve()
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ValueError(f"{out} is not empty; nothing was written: choose another folder, or remove it")
     run = open_run(run_path, options.step, options.best)
@@ -92,7 +92,7 @@ def export(run_path: Path, out: Path, options: ExportOptions | None = None) -> E
             write_weights(partial, sources, parts, options.shard_bytes)
         if tokenizer is not None:
             write_tokenizer(tokenizer, run, partial)
-        card = model_card(run, out.resolve().name, options.adapter, tokenizer is not None)
+        card = model_card(run, out.name, options.adapter, tokenizer is not None)
         (partial / "README.md").write_text(card)
         if out.exists():
             out.rmdir()  # it is empty

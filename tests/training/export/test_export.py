@@ -22,6 +22,7 @@ from tests.training.recipe import save_model
 
 FLOAT = ExportOptions(dtype="float32")
 LORA = "model.lora={rank: 4, alpha: 12, targets: [q_proj, down_proj, lm_head]}"
+REST = ((1, "false"), (3, "false"), (1, "true"), (2, "true"))
 needs_deepspeed = [
     pytest.mark.skipif(not deepspeed_available(), reason="deepspeed is not installed"),
     pytest.mark.slow,
@@ -48,8 +49,10 @@ def base(tmp_path: Path) -> Path:
     return tmp_path / "base"
 
 
-@pytest.mark.parametrize("ranks", [1, 2, 3])
-@pytest.mark.parametrize("tied", ["false", "true"])
+@pytest.mark.parametrize(
+    ("ranks", "tied"),
+    [(2, "false"), (3, "true"), *(pytest.param(*one, marks=pytest.mark.slow) for one in REST)],
+)
 def test_logits_are_those_of_training(pool: Pools, ranks: int, tied: str, tmp_path: Path) -> None:
     (expected,) = written(pool, ranks, tmp_path / "run", f"model.config.tie_word_embeddings={tied}")
     done = export(tmp_path / "run", tmp_path / "out", FLOAT)
@@ -60,7 +63,7 @@ def test_logits_are_those_of_training(pool: Pools, ranks: int, tied: str, tmp_pa
     assert not [*tmp_path.glob("*.partial")]
 
 
-@pytest.mark.parametrize("drawn", [False, True], ids=["saved", "drawn"])
+@pytest.mark.parametrize("drawn", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["saved", "drawn"])
 def test_factors_are_merged(pool: Pools, drawn: bool, base: Path, tmp_path: Path) -> None:
     pytest.importorskip("peft")
     (expected,) = written(pool, 2, tmp_path / "run", LORA, *([] if drawn else [f"model.path={base}"]))
@@ -70,6 +73,7 @@ def test_factors_are_merged(pool: Pools, drawn: bool, base: Path, tmp_path: Path
     assert config["rope_parameters"]["rope_type"] == ("default" if drawn else "llama3")
 
 
+@pytest.mark.slow
 def test_factors_of_an_embedding_are_merged(pool: Pools, base: Path, tmp_path: Path) -> None:
     pytest.importorskip("peft")
     lora = "model.lora={rank: 2, targets: [embed_tokens, v_proj]}"
@@ -78,7 +82,14 @@ def test_factors_of_an_embedding_are_merged(pool: Pools, base: Path, tmp_path: P
     assert_close(loaded(tmp_path / "out"), expected)
 
 
-@pytest.mark.parametrize("targets", ["all-linear", "[q_proj, lm_head]", r"'.*layers\.1\..*(k_proj|up_proj)'"])
+@pytest.mark.parametrize(
+    "targets",
+    [
+        "all-linear",
+        pytest.param("[q_proj, lm_head]", marks=pytest.mark.slow),
+        pytest.param(r"'.*layers\.1\..*(k_proj|up_proj)'", marks=pytest.mark.slow),
+    ],
+)
 def test_an_adapter_is_loaded_by_peft_and_by_transformers(
     pool: Pools, targets: str, base: Path, tmp_path: Path
 ) -> None:
@@ -97,6 +108,7 @@ def test_an_adapter_is_loaded_by_peft_and_by_transformers(
     assert_close(AutoModelForCausalLM.from_pretrained(tmp_path / "out").eval()(IDS).logits.detach(), expected)
 
 
+@pytest.mark.slow
 def test_an_adapter_needs_its_base(pool: Pools, base: Path, tmp_path: Path) -> None:
     pytest.importorskip("peft")
     adapter = ExportOptions(adapter=True)
@@ -115,6 +127,7 @@ def test_an_adapter_needs_its_base(pool: Pools, base: Path, tmp_path: Path) -> N
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.slow
 def test_factors_of_tied_weights_cannot_be_merged(pool: Pools, tmp_path: Path) -> None:
     pytest.importorskip("peft")
     for target in ("embed_tokens", "lm_head"):
@@ -124,7 +137,7 @@ def test_factors_of_tied_weights_cannot_be_merged(pool: Pools, tmp_path: Path) -
             export(tmp_path / target, tmp_path / "out")
 
 
-@pytest.mark.parametrize("saved", [True, False], ids=["saved", "drawn"])
+@pytest.mark.parametrize("saved", [True, pytest.param(False, marks=pytest.mark.slow)], ids=["saved", "drawn"])
 def test_frozen_weights_come_from_where_they_came(pool: Pools, saved: bool, base: Path, tmp_path: Path) -> None:
     given = ["model.freeze=['*.embed_tokens.*','*.layers.0.*']", *([f"model.path={base}"] if saved else [])]
     (expected,) = written(pool, 2, tmp_path / "run", *given)
@@ -182,6 +195,7 @@ def test_one_tensor_is_held_at_a_time(pool: Pools, tmp_path: Path, monkeypatch: 
     assert len(alive) == 21
 
 
+@pytest.mark.slow
 def test_experts_are_saved_as_transformers_saves_them(pool: Pools, tmp_path: Path) -> None:
     from safetensors import safe_open
     from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
@@ -199,6 +213,7 @@ def test_experts_are_saved_as_transformers_saves_them(pool: Pools, tmp_path: Pat
     assert names[0] == names[1]
 
 
+@pytest.mark.slow
 def test_bfloat16_weights(pool: Pools, tmp_path: Path) -> None:
     pytest.importorskip("torchao")
     (expected,) = written(pool, 2, tmp_path / "run", "memory.weights=bfloat16", "memory.moments=bfloat16")

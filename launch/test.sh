@@ -5,4 +5,7 @@ set -euo pipefail
 # shellcheck source=launch/setup.sh
 source "$(dirname "${BASH_SOURCE[0]}")/setup.sh"
 set_up "train dev hf memory" deepspeed
-exec "$python" -m pytest "$@"
+# Two files at a time: most tests take one core. Those of GPUs would share one.
+workers=2
+[[ " $* " != *gpu* ]] || workers=0
+exec "$python" -m pytest -n "$workers" --dist loadfile "$@"

@@ -150,7 +150,7 @@ def check_torchrun(rest: Sequence[str]) -> None:
 
 
 def check_ringattn(rest: Sequence[str]) -> None:
-    if rest[0] == "train":
+    if rest[0] in ("train", "data"):
         composes("train", rest[1:])
         return
     with contextlib.redirect_stderr(None):

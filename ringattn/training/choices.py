@@ -24,7 +24,8 @@ def chosen_by_user(cfg: DictConfig) -> frozenset[str]:
         return _leaves({"model": cfg.get("model")})
     groups = [str(one.input_line) for one in typed if _is_option(one) and one.key_or_group != "model"]
     # The same configuration without the option: what is left of `model` stands in the user's own files.
-    others = hydra.compose(app.job.config_name, ["~model", *groups])
+    paths = [one for one in app.overrides.hydra if one.startswith("hydra.searchpath=")]
+    others = hydra.compose(app.job.config_name, ["~model", *groups, *paths])
     return chosen(cfg, typed, others)
 
 

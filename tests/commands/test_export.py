@@ -14,10 +14,8 @@ from ringattn.cli import main
 from ringattn.training.best import best_steps, validation_losses
 from ringattn.training.export import folder
 from tests.pool import Pools
-from tests.training.export.small_runs import written
+from tests.training.export.small_runs import TEMPLATE, save_tokenizer, written
 from tests.training.recipe import save_model
-
-TEMPLATE = "{% for message in messages %}{{ message['content'] }}{% endfor %}"
 
 
 @pytest.fixture(scope="module")
@@ -46,20 +44,6 @@ def copied(run: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(run, tmp_path / "run"))
 
 
-def save_tokenizer(path: Path, words: int = 30) -> None:
-    from tokenizers import Tokenizer, models, pre_tokenizers
-    from transformers import PreTrainedTokenizerFast
-
-    vocabulary = {
-        word: number for number, word in enumerate(["<unk>", "</s>", *(f"word{n}" for n in range(words - 2))])
-    }
-    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
-    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
-    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="<unk>", eos_token="</s>", model_max_length=64)
-    fast.chat_template = TEMPLATE
-    fast.save_pretrained(path)
-
-
 def refused(capsys: Any, *argv: object) -> str:
     with pytest.raises(SystemExit) as error:
         main(["export", *map(str, argv)])
@@ -71,6 +55,13 @@ def test_the_folder_and_its_card(run: Path, tmp_path: Path, capsys: Any) -> None
     from transformers import AutoTokenizer, GenerationConfig
 
     out = tmp_path / "my-model"
+    tasks = {
+        "needle": {"step": 3, "mean": 0.95},
+        "position": {"step": 3, "mean": {"full": 2.5}},
+        "old": {"step": 1, "mean": 1},
+    }
+    (run / "evaluation").mkdir()
+    (run / "evaluation" / "evaluation.json").write_text(json.dumps({"tasks": tasks}))
     assert main(["export", str(run), str(out)]) == 0
     assert capsys.readouterr().out.startswith(f"{out}: step 3, 21 tensors, ")
     tokenizer = AutoTokenizer.from_pretrained(out)
@@ -83,9 +74,11 @@ def test_the_folder_and_its_card(run: Path, tmp_path: Path, capsys: Any) -> None
     for words in (
         "# my-model", "library_name: transformers", "continued from `my-base`", "packs of 147 tokens", "step 3 of 160",
         "| files | `books` |", "llama3", "| training loss, mean of the last 3 steps | 4.0000 nats a token |",
-        "| validation loss of books (step 3) | 9.5000 nats a token |", "| torch | ",
+        "| validation loss of books (step 3) | 9.5000 nats a token |", "| torch | ", "| needle | 95.0% right |",
+        "| position | 2.5000 nats a token (full) |",
     ):  # fmt: skip
         assert words in card, f"{words!r} is not in\n{card}"
+    assert "| old |" not in card
     assert "secret-place" not in card, "paths tell of the machine"
 
 
@@ -189,3 +182,25 @@ def test_an_empty_folder_that_one_stands_in(run: Path, tmp_path: Path, monkeypat
     assert main(["export", str(run), "."]) == 0
     assert (tmp_path / "here" / "config.json").is_file()
     assert "# here" in (tmp_path / "here" / "README.md").read_text()
+
+
+def test_a_mixture_with_chats(copied: Path, tmp_path: Path) -> None:
+    """The template that the chats were written in goes along."""
+    from omegaconf import OmegaConf
+    from transformers import AutoTokenizer
+
+    cfg = OmegaConf.load(copied / "config.yaml")
+    (tmp_path / "template.jinja").write_text("mine")
+    sources = [{"path": "/secret/chats.jsonl", "kind": "chat", "weight": 3}, {"hub": "who/what", "weight": 1.5}]
+    more = {
+        "name": "sources",
+        "sources": sources,
+        "loss_on": "assistant",
+        "chat_template": str(tmp_path / "template.jinja"),
+    }
+    OmegaConf.save(OmegaConf.merge(cfg, {"data": more}), copied / "config.yaml")
+    assert main(["export", str(copied), str(tmp_path / "out")]) == 0
+    assert AutoTokenizer.from_pretrained(tmp_path / "out").chat_template == "mine"
+    card = (tmp_path / "out" / "README.md").read_text()
+    for words in ("| `chats.jsonl` | chat, weight 3 |", "| `what` | text, weight 1.5 |", "| loss on | assistant |"):
+        assert words in card, card

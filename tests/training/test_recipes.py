@@ -1,5 +1,6 @@
 """`recipe=...`: what it sets, what a user may still set, and that each runs as it stands."""
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,7 @@ from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 
 from ringattn.training.config import validate
+from tests.training.export.small_runs import save_tokenizer
 from tests.training.recipe import CONFIGS, prepared, save_model, started
 
 RECIPES = sorted(path.stem for path in (CONFIGS / "recipe").glob("*.yaml"))
@@ -21,11 +23,17 @@ def composed(*overrides: str) -> dict[str, Any]:
 
 
 @pytest.fixture
-def files(tmp_path: Path) -> list[str]:
+def files(tmp_path: Path) -> dict[str, list[str]]:
+    """Data for each recipe."""
     (tmp_path / "texts").mkdir()
     for number in range(3):
         (tmp_path / "texts" / f"{number}.txt").write_text("a few words " * 40)
-    return [f"data.files=[{tmp_path / 'texts'}]", f"data.cache={tmp_path / 'cache'}"]
+    chat = [{"role": "user", "content": "who?"}, {"role": "assistant", "content": "nobody " * 9}]
+    (tmp_path / "chats.jsonl").write_text((json.dumps({"messages": chat}) + "\n") * 30)
+    cache = f"data.cache={tmp_path / 'cache'}"
+    chats = [f"data.sources=[{{path: {tmp_path / 'chats.jsonl'}, kind: chat}}]", cache, "data.processes=1"]
+    texts = [f"data.files=[{tmp_path / 'texts'}]", cache]
+    return {"tiny": [], "sft": chats} | dict.fromkeys(("extend", "extend_64k", "extend_1m"), texts)
 
 
 def test_tiny_is_the_default():
@@ -53,8 +61,8 @@ def test_extend_is_as_prolong_published_it():
 @pytest.mark.parametrize("name", RECIPES)
 def test_it_is_valid_on_eight_gpus(name, files):
     with initialize_config_dir(str(CONFIGS), version_base=None):
-        more = [] if name == "tiny" else files
-        cfg = compose("train", [f"recipe={name}", "model=llama_8b", *more])
+        tokens = ["data.tokenizer=bytes"] if name != "tiny" and name != "sft" else []
+        cfg = compose("train", [f"recipe={name}", "model=llama_8b", *files[name], *tokens])
     assert validate(cfg, 8, 8, "cuda").ring == 8
 
 
@@ -74,8 +82,9 @@ def test_what_a_user_sets_counts(files, tmp_path):
 def test_with_a_saved_model(name, files, tmp_path):
     """Only what the recipe says of the model changes the saved one, whatever option of `model` is the default."""
     save_model(tmp_path / "saved", max_position_embeddings=1 << 17)
-    given = [f"recipe={name}", f"model.path={tmp_path / 'saved'}", *files, f"run.output={tmp_path / 'out'}"]
-    job = prepared(*given, "data.packs_per_step=1", "memory=off", "data.tokenizer=bytes", "data.seq_len=4096")
+    save_tokenizer(tmp_path / "saved")
+    given = [f"recipe={name}", f"model.path={tmp_path / 'saved'}", *files[name], f"run.output={tmp_path / 'out'}"]
+    job = prepared(*given, "data.packs_per_step=1", "memory=off", "data.seq_len=4096")
     assert job.cfg.model.config == {}
     assert job.model_config.vocab_size == 300
     said = yaml.safe_load((CONFIGS / "recipe" / f"{name}.yaml").read_text())
@@ -92,8 +101,9 @@ def test_with_a_saved_model(name, files, tmp_path):
 @pytest.mark.parametrize("name", ["extend", "sft"])
 def test_it_trains_scaled_down_and_goes_on(name, files, tmp_path):
     save_model(tmp_path / "saved", max_position_embeddings=1 << 12)
-    given = [f"recipe={name}", f"model.path={tmp_path / 'saved'}", *files, f"run.output={tmp_path / 'out'}"]
-    given += ["data.seq_len=512", "data.packs_per_step=1", "data.tokenizer=bytes", "run.steps=2"]
+    save_tokenizer(tmp_path / "saved")
+    given = [f"recipe={name}", f"model.path={tmp_path / 'saved'}", *files[name], f"run.output={tmp_path / 'out'}"]
+    given += ["data.seq_len=512", "data.packs_per_step=1", "run.steps=2"]
     for expected in ("done", "already holds all 2 steps"):
         code, out, err = started(tmp_path, *given)
         assert code == 0, out + err

@@ -6,6 +6,7 @@ from typing import Any
 import torch
 
 from ringattn.training.architecture import reason_of, saved_config
+from ringattn.training.data.chat import OF_TRL, template_of
 from ringattn.training.data.tokenizer import BYTES
 from ringattn.training.export.run_folder import RunFolder
 from ringattn.training.export.trained import TrainedWeights
@@ -42,6 +43,9 @@ def tokenizer_of(run: RunFolder, given: str | None) -> Any | None:
         tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     except Exception as error:  # of transformers, tokenizers (in Rust), sentencepiece: of any type
         raise ValueError(f"{said}: {source} cannot be read: {reason_of(error)}") from None
+    template = run.cfg["data"].get("chat_template")
+    if not given and template not in (None, OF_TRL):  # TRL's variant is for training: it marks what is learned
+        tokenizer.chat_template = template_of(tokenizer, template)
     words, known = 1 + max(tokenizer.get_vocab().values(), default=-1), run.model_config.get_text_config().vocab_size
     if words > known:
         raise ValueError(f"{said}: {source} has {words} tokens, the model knows {known}")

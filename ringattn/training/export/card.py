@@ -1,5 +1,6 @@
 """The model card: what a model was made of, how, how good it is, and by which versions; README.md of its folder."""
 
+import json
 from collections.abc import Mapping
 from importlib import metadata
 from pathlib import Path
@@ -11,6 +12,7 @@ from ringattn.training.metrics import read_metrics
 from ringattn.training.secrets import redacted
 
 PACKAGES = ("ringattn", "torch", "transformers", "peft", "tokenizers", "safetensors")
+EVALUATION = Path("evaluation", "evaluation.json")
 _LAST = 10  # steps whose losses are averaged
 _HEAD = """---
 library_name: {library}
@@ -78,6 +80,12 @@ def _data(run: RunFolder) -> dict[str, str]:
     if files := data.get("files"):
         names = [Path(str(one)).name for one in files] if isinstance(files, list) else [str(files)]
         rows["files"] = ", ".join(f"`{name}`" for name in names)
+    for one in data.get("sources") or ():
+        name = one.get("name") or Path(str(one.get("path") or one.get("hub"))).name
+        weight = f", weight {one['weight']:g}" if one.get("weight") is not None else ""
+        rows[f"`{name}`"] = f"{one.get('kind') or 'text'}{weight}"
+    if any(one.get("kind") == "chat" for one in data.get("sources") or ()):
+        rows["loss on"] = str(data.get("loss_on"))
     return rows | {"fingerprint": f"`{run.state.corpus[:16]}`"}
 
 
@@ -91,6 +99,22 @@ def _evaluation(run: RunFolder) -> dict[str, str]:
     validated = [one for one in records if one.get("validation")]
     for name, loss in (validated[-1]["validation"] if validated else {}).items():
         rows[f"validation loss of {name} (step {validated[-1]['step']:,})"] = f"{loss:.4f} nats a token"
+    return rows | _tasks(run)
+
+
+def _tasks(run: RunFolder) -> dict[str, str]:
+    """Results of `ringattn evaluate` for this step, from the run's folder."""
+    try:
+        tasks = json.loads((run.path / EVALUATION).read_text())["tasks"]
+        done = {task: one["mean"] for task, one in tasks.items() if one.get("step") == run.state.step and "mean" in one}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return {}
+    rows = {}
+    for task, mean in done.items():
+        if isinstance(mean, dict):
+            rows[task] = ", ".join(f"{loss:.4f} nats a token ({name})" for name, loss in mean.items())
+        elif isinstance(mean, int | float):
+            rows[task] = f"{mean:.1%} right"
     return rows
 
 

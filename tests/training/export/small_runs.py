@@ -35,6 +35,10 @@ SIZES = {
     "initializer_range": 0.2,
     "max_position_embeddings": 4096,
 }
+TEMPLATE = (
+    "{% for message in messages %}{{ message['role'] }} {% if message['role'] == 'assistant' %}{% generation %}"
+    "{{ message['content'] }}{% endgeneration %}{% else %}{{ message['content'] }}{% endif %} {% endfor %}"
+)
 IDS = torch.randint(0, 300, (2, 40), generator=torch.Generator().manual_seed(9))
 DOCS = Documents([40, 7, 100])
 
@@ -103,3 +107,17 @@ def _logits(engine: Any, whole: Any) -> torch.Tensor:
 def _full(p: Any) -> torch.Tensor:
     tensor: torch.Tensor = p.full_tensor() if hasattr(p, "full_tensor") else p
     return tensor.detach().float()
+
+
+def save_tokenizer(path: Path, words: int = 30) -> None:
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    vocabulary = {
+        word: number for number, word in enumerate(["<unk>", "</s>", *(f"word{n}" for n in range(words - 2))])
+    }
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="<unk>", eos_token="</s>", model_max_length=64)
+    fast.chat_template = TEMPLATE
+    fast.save_pretrained(path)

@@ -150,8 +150,8 @@ def check_torchrun(rest: Sequence[str]) -> None:
 
 
 def check_ringattn(rest: Sequence[str]) -> None:
-    if rest[0] in ("train", "data"):
-        composes("train", rest[1:])
+    if rest[0] in ("train", "data", "evaluate"):
+        composes("evaluate" if rest[0] == "evaluate" else "train", rest[1:])
         return
     with contextlib.redirect_stderr(None):
         make_parser().parse_args(join_negative(list(rest)))

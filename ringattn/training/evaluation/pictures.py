@@ -48,7 +48,8 @@ def draw_heat_map(
             for row, values in enumerate(shares):
                 for column, value in enumerate(values):
                     if not math.isnan(value):
-                        axes.text(column, row, f"{value:.0%}", ha="center", va="center", fontsize=9)
+                        colour = "black" if 0.15 < value < 0.85 else "white"  # the ends of the scale are dark
+                        axes.text(column, row, f"{value:.0%}", ha="center", va="center", fontsize=9, color=colour)
         axes.figure.colorbar(image, ax=axes, label="right answers", format=lambda value, _: f"{value:.0%}")
 
 

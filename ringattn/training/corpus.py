@@ -34,6 +34,7 @@ class Corpus:
         offsets: (documents + 1,) int64, where each document begins; the last entry is N.
         vocab_size: every id is smaller than this.
         fingerprint: changes when the documents change, so that a resumed run can tell.
+        digests: (documents,) uint64, a number for each by its tokens; None where they were not made.
         mask: (N,) uint8, 1 where a token is learned, that is, may be a target; None: everywhere. May be a memory map.
     """
 
@@ -42,6 +43,7 @@ class Corpus:
     vocab_size: int
     fingerprint: str
     mask: npt.NDArray[np.uint8] | None = None
+    digests: npt.NDArray[np.uint64] | None = None
 
     def __reduce__(self) -> tuple[Any, ...]:
         """Another process opens the memory maps instead of getting copies of them."""

@@ -72,7 +72,11 @@ class GroupedPosition:
 
     @classmethod
     def from_state(cls, state: Mapping[str, Any]) -> "GroupedPosition":
-        """The inverse of `state_dict`; the state of a stream that is not grouped has nothing waiting."""
+        """The inverse of `state_dict`; the state of a stream that is not grouped has nothing waiting.
+
+        Raises ValueError for documents that wait by another rule: they would be dropped.
+        """
+        Position.from_state({"epoch": 0, "index": 0, "offset": 0, "waiting": state.get("waiting", ())})
         rest, unusual = (
             tuple(Waiting(Segment(a, b, c, bool(ends)), read) for a, b, c, ends, read in state.get(name, ()))
             for name in ("rest", "unusual")

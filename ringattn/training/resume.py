@@ -49,7 +49,8 @@ def check_resume(
         epoch = int(state.position["epoch"]) + 1
         why = "documents" if state.corpus != corpus.fingerprint else "run.seed"
         note = f"other {why} than in the checkpoint: the data goes on at the beginning of epoch {epoch + 1}"
-        return replace(state, position=Position(epoch).state_dict()), [note]
+        drawn = {key: state.position[key] for key in ("step",) if key in state.position}  # lengths by step go on
+        return replace(state, position=Position(epoch).state_dict() | drawn), [note]
     check_state(cfg.data, state.position)
     return state, []
 

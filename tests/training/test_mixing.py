@@ -19,7 +19,8 @@ from ringattn.training.data.encoding import Encoding
 from ringattn.training.data.mixture import MixedCorpus, Part, capped
 from ringattn.training.data.shards import Shard
 from ringattn.training.data.streaming import StreamedCorpus, StreamedPart
-from ringattn.training.ordering import place_of
+from ringattn.training.grouping import GroupedPosition
+from ringattn.training.ordering import Position, place_of
 from ringattn.training.packing import Packer, PackPlan, Segment, read_pack
 
 LENGTHS = st.lists(st.integers(0, 30), min_size=1, max_size=8).filter(any)
@@ -245,6 +246,18 @@ def test_targets_are_what_is_learned_and_counted_without_reading_labels(masks, s
                 assert label == (place + 1 if following else -100)
                 begin += 1
         assert batch.targets == int((batch.micro[0].labels != -100).sum()) == batch.micro[0].targets
+
+
+def test_who_waits_by_one_rule_is_not_dropped_by_another():
+    corpus = mixture([([5, 9, 3, 7, 2], 1.0)])
+    taken = BestFitPacker(corpus, 4, 0, 5)
+    taken.next()
+    state = taken.position.state_dict()
+    for rule in (Position, GroupedPosition):
+        with pytest.raises(ValueError, match="documents that wait"):
+            rule.from_state(state)
+    with pytest.raises(ValueError, match="1 documents that wait"):
+        BestFitPosition.from_state(Position().state_dict() | {"unusual": [[0, 0, 4, True, 3]]})
 
 
 def test_a_cap_takes_whole_documents():

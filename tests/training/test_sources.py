@@ -27,7 +27,7 @@ from ringattn.training.data import loading as loading_module
 from ringattn.training.data.encoding import Encoding
 from ringattn.training.data.loading import Loader, document_digests
 from ringattn.training.data.records import records_of
-from ringattn.training.data.source_store import open_source
+from ringattn.training.data.source_store import digest_of, open_source
 from ringattn.training.data.sources import sources_of
 from ringattn.training.data.workers import outcomes
 from ringattn.training.packing import read_pack
@@ -413,6 +413,9 @@ def test_held_out_documents_that_are_trained_on_are_told(tmp_path):
     held_out.write_text('{"text": "unseen"}\n')
     job = prepared(*listed(tmp_path, f"[{path}]", f"data.validation=[{held_out}]"))
     assert not any("validation" in note for note in job.notes)
+    assert document_digests(job.corpus).tolist() == [
+        digest_of(job.corpus.read(one, 0, job.corpus.length(one))) for one in range(len(job.corpus))
+    ]
     assert document_digests(job.corpus).tolist() != document_digests(job.validation["held.jsonl"]).tolist()
 
 

@@ -81,7 +81,7 @@ class Loader:
             raise ValueError(f"{where}: {source.path or source.hub!r} holds no document at all")
         self.check(store.vocab_size)
         try:
-            whole = Corpus(store.tokens, store.offsets, store.vocab_size, fingerprint, store.mask)
+            whole = Corpus(store.tokens, store.offsets, store.vocab_size, fingerprint, store.mask, store.digests)
             return store, capped(whole, source.max_tokens)
         except ValueError as error:
             raise ValueError(f"{where}: {error}") from None
@@ -191,16 +191,18 @@ def load_validation(loader: Loader) -> dict[str, Corpus]:
 
 
 def shared_documents(training: Corpus | MixedCorpus, held_out: Corpus) -> int:
-    """How many documents of a held-out corpus are also in the training data, token for token; empty ones do not count.
-
-    All documents of both are read.
-    """
+    """How many documents of a held-out corpus are also in the training data, token for token; empty ones do not
+    count."""
     ours, theirs = document_digests(training), document_digests(held_out)
     return int(np.isin(theirs[held_out.lengths > 0], ours).sum())
 
 
 def document_digests(corpus: Corpus | MixedCorpus) -> npt.NDArray[np.uint64]:
-    """(documents,) a number for each by its tokens."""
+    """(documents,) a number for each by its tokens: read, where it was not made with the cache."""
+    if isinstance(corpus, MixedCorpus):
+        return np.concatenate([document_digests(part.corpus) for part in corpus.parts])
+    if corpus.digests is not None:
+        return corpus.digests
     count = range(len(corpus))
     return np.asarray([digest_of(corpus.read(one, 0, corpus.length(one))) for one in count], np.uint64)
 

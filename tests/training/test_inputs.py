@@ -199,11 +199,7 @@ def test_forced_on_to_another_order_the_stream_begins_an_epoch(tmp_path):
 def test_forced_on_to_other_documents_a_curriculum_goes_on_at_its_step(tmp_path):
     own = (f"run.output={tmp_path / 'out'}", f"data.cache={tmp_path / 'cache'}", "data=text")
     own += ("data.curriculum=[[0, 8], [3, 16]]",)
-    with_checkpoint(tmp_path / "out", *own, texts(tmp_path / "data", 30, 20, 10, 9))
-    marker = tmp_path / "out" / "checkpoints" / "step-00000005" / "complete.json"
-    state = json.loads(marker.read_text())
-    state["position"] |= {"step": 5}
-    marker.write_text(json.dumps(state))
+    with_checkpoint(tmp_path / "out", *own, texts(tmp_path / "data", 30, 20, 10, 9), step=5)
     job = prepared(*own, texts(tmp_path / "data", 9), "run.resume=force")
     assert job.resume[1].position == {"epoch": 1, "index": 0, "offset": 0, "step": 5}
 

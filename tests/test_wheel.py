@@ -120,7 +120,7 @@ def test_a_wheel_holds_package_recipes_and_configurations_and_nothing_else(wheel
     recipes = {f"ringattn/recipes/{path.name}" for path in (ROOT / "recipes").glob("*.py")}
     configs = {f"ringattn/{path.relative_to(ROOT)}" for path in (ROOT / "configs").rglob("*.yaml")}
     assert {"ringattn/recipes/train.py", "ringattn/configs/model/tiny.yaml"} <= recipes | configs
-    assert names == {"ringattn/py.typed"} | code | recipes | configs
+    assert names == {"ringattn/py.typed", "ringattn/training/page/page.html.jinja"} | code | recipes | configs
     assert "Requires-Dist: transformers" in metadata
     assert "License-File: LICENSE" in metadata
 

@@ -49,7 +49,7 @@ def evaluated(folder: Path, ranks: int, *arguments: str) -> str:
             environment() | own | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
             log,
             log,
-            recipe="recipes/evaluate.py",
+            script="recipes/evaluate.py",
         )
         for rank in range(ranks)
     ]
@@ -129,7 +129,7 @@ def test_a_training_run_by_its_newest_checkpoint(tmp_path: Path) -> None:
         "data.seq_len=600",
         "run.steps=3",
     )
-    code, out, err = started(tmp_path, *tiny, f"run.output={run}", f"data.validation=[{texts}]")
+    code, out, err = started(tmp_path, *tiny, f"run.output={run}", f"data.validation={{validation: {texts}}}")
     assert code == 0, out + err
     validation = json.loads((run / "metrics.jsonl").read_text().splitlines()[-1])["validation"]["validation"]
     of_texts = (f"texts.files=[{texts}]", f"texts.cache={tmp_path}/cache", "tasks=[position]", "max_length=600")

@@ -34,7 +34,9 @@ def test_deepspeed_validates_alike_and_is_refused_by_evaluation(tmp_path: Path) 
         ("fsdp2", ()),
         ("deepspeed", ("engine=deepspeed", "engine.zero_stage=3", "memory.loss_tile=32")),
     ):
-        code, out, err = started(tmp_path, *TINY, f"run.output={tmp_path}/{name}", f"data.validation=[{texts}]", *more)
+        code, out, err = started(
+            tmp_path, *TINY, f"run.output={tmp_path}/{name}", f"data.validation={{validation: {texts}}}", *more
+        )
         assert code == 0, out + err
     assert validation(tmp_path / "deepspeed") == pytest.approx(validation(tmp_path / "fsdp2"), rel=1e-5)
     with pytest.raises(ValueError, match="trained with engine=deepspeed"):
@@ -48,7 +50,9 @@ def test_a_frozen_model_with_factors(tmp_path: Path) -> None:
     save_model(tmp_path / "model", vocab_size=256)
     run = tmp_path / "run"
     lora = (f"model.path={tmp_path}/model", "model.lora={rank: 4}", "optim.lr=0.05", "data.seq_len=512", "run.steps=2")
-    code, out, err = started(tmp_path, *lora, f"run.output={run}", f"data.validation=[{texts}]", "run.evaluate_every=1")
+    code, out, err = started(
+        tmp_path, *lora, f"run.output={run}", f"data.validation={{validation: {texts}}}", "run.evaluate_every=1"
+    )
     assert code == 0, out + err
     found = validation(run)
     assert abs(found[1] - found[0]) > 1e-3

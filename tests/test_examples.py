@@ -73,7 +73,7 @@ def test_a_model_of_ones_own_learns_the_same_on_any_number_of_ranks(pool: Pools,
     assert losses == pytest.approx(OWN_MODEL, abs=2e-3)
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 @pytest.mark.parametrize(
     ("name", "needs"), [("with_accelerate.py", "accelerate"), ("trainer.py", "accelerate"), ("trl_sft.py", "trl")]
 )

@@ -124,7 +124,7 @@ def started(tmp_path: Path, *arguments: str) -> "subprocess.Popen[str]":
     )
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_a_machine_alone_passes_and_leaves_nothing(tmp_path):
     done = started(tmp_path, "--json")
     out, err = done.communicate(timeout=LIMIT)
@@ -135,7 +135,7 @@ def test_a_machine_alone_passes_and_leaves_nothing(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_nodes_meet_and_the_one_that_does_not_come_is_named(tmp_path):
     """Two of three come, on one machine; both say that something is wrong, and the first what."""
     where = ("--nodes", "3", "--endpoint", f"127.0.0.1:{free_port()}", "--hosts", "red,green,blue", "--timeout", "15")
@@ -148,7 +148,7 @@ def test_nodes_meet_and_the_one_that_does_not_come_is_named(tmp_path):
     assert list((tmp_path / "out").iterdir()) == []
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_without_node_0_a_node_gives_up_and_says_so(tmp_path):
     port = free_port()
     node = started(tmp_path, "--nodes", "2", "--node-rank", "1", "--endpoint", f"127.0.0.1:{port}", "--timeout", "2")

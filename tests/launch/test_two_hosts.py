@@ -26,7 +26,7 @@ LIMIT = 240  # seconds after which a run hangs, on a busy machine
 GONE_WITHIN = 60  # seconds in which the other host must end when one is gone: its connections close
 HANG_AFTER = 15  # seconds that nothing may move
 CUT_WITHIN = HANG_AFTER + 60  # and in which a run over a cut link must end on both hosts
-RATES = [pytest.param("100mbit", marks=pytest.mark.slow), pytest.param("", marks=pytest.mark.nightly)]
+RATES = [pytest.param("100mbit", marks=pytest.mark.nightly), pytest.param("", marks=pytest.mark.nightly)]
 NOTICES_HANGS = "hang_after:" in (ROOT / "configs" / "run" / "default.yaml").read_text(encoding="utf-8")
 
 
@@ -85,7 +85,7 @@ def test_two_hosts_train_the_curve_of_one(hosts, rate, reference, tmp_path):
     assert_same_curve(curve(both.output), reference)
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_a_host_that_is_lost_and_a_link_that_is_cut_end_the_run_and_cost_nothing(hosts, reference, tmp_path):
     """A host loses its power, comes back, and then the link is gone: the same command goes on each time."""
     output = tmp_path / "run"
@@ -117,7 +117,7 @@ def test_a_host_that_is_lost_and_a_link_that_is_cut_end_the_run_and_cost_nothing
     assert_same_curve(curve(output), reference)
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 @pytest.mark.xfail(not NOTICES_HANGS, reason="torchrun --standalone listens on all interfaces", strict=True)
 def test_a_run_of_one_node_listens_on_the_loopback_alone(hosts, tmp_path):
     """Looked at while it trains, when everything that listens does so. The namespace has nobody else's sockets."""
@@ -130,7 +130,7 @@ def test_a_run_of_one_node_listens_on_the_loopback_alone(hosts, tmp_path):
     assert not elsewhere, f"{listening} in\n{log.read_text()}"
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_preflight_finds_the_slow_link(hosts, tmp_path):
     """40 Mbit/s is 0.1 % of what a CPU's links are taken to be; the other checks are as on one host."""
     hosts.disturb("40mbit")

@@ -54,7 +54,7 @@ RULES = {
 }
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 @pytest.mark.parametrize("rule", RULES)
 def test_killed_and_on_other_ranks_the_losses_are_the_same(rule, data, tmp_path):
     arguments = overrides(data, *RULES[rule])

@@ -19,13 +19,14 @@ import argparse
 import io
 import os
 import runpy
+import signal
+import subprocess
 import sys
 from contextlib import redirect_stdout
 from importlib.util import find_spec
-from typing import NoReturn
 
 from ringattn.commands._call import RANKS, integer
-from ringattn.commands.train import HOME, INSTALLED, cores, default_ranks
+from ringattn.commands.train import HOME, INSTALLED, ONE_MACHINE, cores, default_ranks, one_machine
 
 RECIPE, CONFIG = HOME / "recipes" / "evaluate.py", HOME / "configs" / "evaluate.yaml"
 
@@ -53,7 +54,7 @@ def run(args: argparse.Namespace) -> int:
     if not args.cfg:
         if find_spec("transformers") is None:
             args.parser.error("evaluation needs transformers, which is not installed: pip install 'ringattn[train]'")
-        start(args, overrides)
+        return start(args, overrides)
     run_recipe(["--cfg", "job", *overrides])
     return 0
 
@@ -64,8 +65,8 @@ def run_recipe(arguments: list[str]) -> None:
     runpy.run_path(str(RECIPE), run_name="__main__")
 
 
-def start(args: argparse.Namespace, overrides: list[str]) -> NoReturn:
-    """Puts torchrun in the place of this process, so that signals reach it and the exit code is its own."""
+def start(args: argparse.Namespace, overrides: list[str]) -> int:
+    """torchrun beside this process, with the ranks on the loopback alone; its exit code."""
     with redirect_stdout(io.StringIO()):  # a key that does not exist is said here, once, and not by ranks
         run_recipe(["--cfg", "job", *overrides])
     ranks = args.nproc or default_ranks()
@@ -73,7 +74,13 @@ def start(args: argparse.Namespace, overrides: list[str]) -> NoReturn:
     if not INSTALLED:  # a recipe finds what stands in its own folder, and not the package of its checkout
         paths = [str(HOME), os.environ.get("PYTHONPATH", "")]
         os.environ["PYTHONPATH"] = os.pathsep.join(path for path in paths if path)
-    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
+    launcher = ["-m", "torch.distributed.run", *ONE_MACHINE, "--nproc-per-node", str(ranks)]
+    command = [sys.executable, *launcher, str(RECIPE), *overrides]
     sys.stdout.flush()
     sys.stderr.flush()
-    os.execv(sys.executable, [sys.executable, *launcher, str(RECIPE), *overrides])
+    with one_machine(command):
+        process = subprocess.Popen(command)
+        # Ctrl-C reaches torchrun by itself; another signal is handed on, so that no rank is left behind.
+        signal.signal(signal.SIGINT, lambda *_: None)
+        signal.signal(signal.SIGTERM, lambda *_: process.terminate())
+        return process.wait()

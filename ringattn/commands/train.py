@@ -45,6 +45,10 @@ from ringattn.commands._call import RANKS, integer
 PACKAGE = Path(__file__).parents[1]
 # An installed package holds recipes and configurations; in a checkout they stand beside it.
 MEETING = "RENDEZVOUS-FILE"  # in the command of torchrun: a name that is filled in as it starts
+ONE_MACHINE = (
+    "--nnodes", "1", "--rdzv-backend", "c10d", "--rdzv-endpoint", MEETING, "--rdzv-conf", "store_type=file",
+    "--local-addr", "127.0.0.1", "--rdzv-id", "ringattn",
+)  # fmt: skip
 INSTALLED = (PACKAGE / "recipes").is_dir()
 HOME = PACKAGE if INSTALLED else PACKAGE.parent
 RECIPE, CONFIGS = HOME / "recipes" / "train.py", HOME / "configs"
@@ -225,8 +229,7 @@ def rendezvous(args: argparse.Namespace) -> list[str]:
         # Only options count here: an environment may well have NODE_RANK for somebody else.
         if args.node_rank or args.endpoint or args.id:
             args.parser.error("missing: --nodes (or NNODES)")
-        local = ["--rdzv-conf", "store_type=file", "--local-addr", "127.0.0.1", "--rdzv-id", "ringattn"]
-        return ["--nnodes", "1", "--rdzv-backend", "c10d", "--rdzv-endpoint", MEETING, *local]
+        return [*ONE_MACHINE]
     absent = "" if node_rank else " --node-rank (or NODE_RANK)"
     absent += "" if endpoint else " --endpoint (or ENDPOINT)"
     if absent:

@@ -19,14 +19,13 @@ import argparse
 import io
 import os
 import runpy
-import signal
-import subprocess
 import sys
 from contextlib import redirect_stdout
 from importlib.util import find_spec
+from typing import NoReturn
 
 from ringattn.commands._call import RANKS, integer
-from ringattn.commands.train import HOME, INSTALLED, ONE_MACHINE, cores, default_ranks, one_machine
+from ringattn.commands.train import HOME, INSTALLED, cores, default_ranks
 
 RECIPE, CONFIG = HOME / "recipes" / "evaluate.py", HOME / "configs" / "evaluate.yaml"
 
@@ -54,7 +53,7 @@ def run(args: argparse.Namespace) -> int:
     if not args.cfg:
         if find_spec("transformers") is None:
             args.parser.error("evaluation needs transformers, which is not installed: pip install 'ringattn[train]'")
-        return start(args, overrides)
+        start(args, overrides)
     run_recipe(["--cfg", "job", *overrides])
     return 0
 
@@ -65,8 +64,8 @@ def run_recipe(arguments: list[str]) -> None:
     runpy.run_path(str(RECIPE), run_name="__main__")
 
 
-def start(args: argparse.Namespace, overrides: list[str]) -> int:
-    """torchrun beside this process, with the ranks on the loopback alone; its exit code."""
+def start(args: argparse.Namespace, overrides: list[str]) -> NoReturn:
+    """Puts torchrun in the place of this process, so that signals reach it and the exit code is its own."""
     with redirect_stdout(io.StringIO()):  # a key that does not exist is said here, once, and not by ranks
         run_recipe(["--cfg", "job", *overrides])
     ranks = args.nproc or default_ranks()
@@ -74,13 +73,7 @@ def start(args: argparse.Namespace, overrides: list[str]) -> int:
     if not INSTALLED:  # a recipe finds what stands in its own folder, and not the package of its checkout
         paths = [str(HOME), os.environ.get("PYTHONPATH", "")]
         os.environ["PYTHONPATH"] = os.pathsep.join(path for path in paths if path)
-    launcher = ["-m", "torch.distributed.run", *ONE_MACHINE, "--nproc-per-node", str(ranks)]
-    command = [sys.executable, *launcher, str(RECIPE), *overrides]
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
     sys.stdout.flush()
     sys.stderr.flush()
-    with one_machine(command):
-        process = subprocess.Popen(command)
-        # Ctrl-C reaches torchrun by itself; another signal is handed on, so that no rank is left behind.
-        signal.signal(signal.SIGINT, lambda *_: None)
-        signal.signal(signal.SIGTERM, lambda *_: process.terminate())
-        return process.wait()
+    os.execv(sys.executable, [sys.executable, *launcher, str(RECIPE), *overrides])

@@ -21,6 +21,7 @@ from omegaconf import OmegaConf
 import ringattn
 from ringattn.training.config import flat
 from ringattn.training.data_keys import described
+from ringattn.training.failures import FailedTogether
 from ringattn.training.incidents import record_incident
 from ringattn.training.job import Job
 from ringattn.training.meeting import CannotStart, Meeting
@@ -39,7 +40,7 @@ ADVICE = {
 }
 
 
-class Disagreement(RuntimeError):
+class Disagreement(FailedTogether):
     """Ranks of a run that goes on are not one run any more; all of them raise it, with the same message."""
 
     restart = True  # from a checkpoint all ranks begin alike

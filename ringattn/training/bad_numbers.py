@@ -15,6 +15,7 @@ from torch import nn
 
 from ringattn.training.batches import Batch
 from ringattn.training.culprit import Finding, documents_of
+from ringattn.training.failures import FailedTogether
 from ringattn.training.incidents import record_incident
 from ringattn.training.loss import Brought
 from ringattn.training.placing import LocalPack
@@ -22,7 +23,7 @@ from ringattn.training.placing import LocalPack
 KIND = "bad-numbers"
 
 
-class BadNumbers(RuntimeError):
+class BadNumbers(FailedTogether):
     """Too many steps in a row had no finite loss and gradient. To start again alone would not help."""
 
     restart = False

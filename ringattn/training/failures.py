@@ -1,4 +1,5 @@
-"""What torchrun repeats at its end of a rank that failed: the message alone, last on the user's screen."""
+"""What all ranks fail of together, and what torchrun repeats at its end of a rank that failed: the message alone, last
+on the user's screen."""
 
 import json
 import os
@@ -9,6 +10,10 @@ from torch.distributed.elastic.multiprocessing.errors import ErrorHandler, recor
 
 from ringattn.first_failure import said
 from ringattn.training.secrets import redacted
+
+
+class FailedTogether(RuntimeError):
+    """A failure that ranks have agreed on: all of them raise it, with the same message, and rank 0 says it."""
 
 
 def reported(main: Callable[[], None]) -> Callable[[], object]:

@@ -19,6 +19,7 @@ from torch.nn.modules.dropout import _DropoutNd
 from ringattn.parallel.mesh.mesh import SequenceMesh
 from ringattn.training.batches import Batch
 from ringattn.training.engines import Engine
+from ringattn.training.failures import FailedTogether
 from ringattn.training.incidents import record_incident
 from ringattn.training.loss import Brought
 from ringattn.training.ordering import AnyCorpus
@@ -30,7 +31,7 @@ LOSS, NORM = 1e-5, 1e-3
 KIND = "silent-fault"
 
 
-class SilentFault(RuntimeError):
+class SilentFault(FailedTogether):
     """Two computations of one step differ; raised by all ranks alike."""
 
     restart = True

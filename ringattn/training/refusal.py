@@ -10,7 +10,7 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
-from ringattn.training.failures import report
+from ringattn.training.failures import FailedTogether, report
 from ringattn.training.launched import is_first, speaks_for_machine
 from ringattn.training.secrets import redacted
 
@@ -22,9 +22,12 @@ def refuse(error: Exception, code: int = 2) -> NoReturn:
 
     Rank 0 says it, once, also for another rank, which tells it in the store that all meet in. Where nobody listens
     there it is left to torchrun's report at the end, or without torchrun to the first rank of each machine: a file may
-    be missing on one machine only.
+    be missing on one machine only. Once all have met there is no store to speak in: rank 0, who may hold it, may have
+    ended.
     """
     # Imported late: not every refusal comes when torch.distributed has been imported.
+    from torch.distributed import is_initialized
+
     from ringattn.training.meeting import CannotStart, cannot
 
     message = redacted(_message(error))
@@ -32,7 +35,8 @@ def refuse(error: Exception, code: int = 2) -> NoReturn:
     first = is_first(os.environ)
     if first:
         print(f"error: {message}", file=sys.stderr, flush=True)
-    heard = isinstance(error, CannotStart) or cannot(message)
+    everywhere = isinstance(error, CannotStart | FailedTogether)
+    heard = everywhere or (not is_initialized() and cannot(message))
     if not first and not heard and not reported and speaks_for_machine(os.environ):
         print(f"error on this machine: {message}", file=sys.stderr, flush=True)
     sys.exit(code)

@@ -35,7 +35,9 @@ def test_two_agents_on_one_machine_meet(checkout: Checkout) -> None:
     """Two nodes of two ranks: every rank knows its place, node by node."""
     (checkout.root / "recipes").mkdir()
     (checkout.root / "recipes/train.py").write_text(
-        "import os, sys\nprinted = '--cfg' in sys.argv\n"
+        "import os, runpy, sys\n"
+        "printed = '--cfg' in sys.argv\n"
+        f"printed and runpy.run_path('{ROOT}/recipes/train.py', run_name='__main__')\n"
         "names = ['RANK', 'WORLD_SIZE', 'LOCAL_RANK', 'LOCAL_WORLD_SIZE', 'GROUP_RANK']\n"
         "line = ' '.join(['place', *(os.environ.get(n, '') for n in names), *sys.argv[1:]])\n"
         "printed or os.write(1, f'{line}\\n'.encode())  # in one piece: the ranks share a pipe\n"

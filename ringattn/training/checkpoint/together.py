@@ -6,12 +6,13 @@ from typing import Any, TypeVar
 import torch.distributed as dist
 
 from ringattn.training.checkpoint.marker import BadCheckpoint
+from ringattn.training.failures import FailedTogether
 
 T = TypeVar("T")
 _SHOWN = 3  # ranks whose reasons are said
 
 
-class SaveFailed(RuntimeError):
+class SaveFailed(FailedTogether):
     """A save failed on some rank, and so on all of them; the message names the ranks and their reasons."""
 
     restart = False  # whoever fills a disk has to make room first

@@ -23,6 +23,7 @@ from torch import nn
 
 from ringattn.first_failure import PeerFailed, said
 from ringattn.hf.layers import decoder_layers
+from ringattn.training.failures import FailedTogether
 from ringattn.training.health import places, processes
 from ringattn.training.health.endings import RECURS, ending_of, kind_of
 from ringattn.training.health.local_ranks import Watch
@@ -147,7 +148,8 @@ def running(job: Job, lock: Lock) -> Iterator[Health]:
     try:
         yield health
     except BaseException as error:
-        if not isinstance(error, PeerFailed):  # the rank that failed first says it, or its monitor
+        # Of a peer that failed, it or its monitor says so.
+        if not isinstance(error, PeerFailed) and (job.launch.rank == 0 or not isinstance(error, FailedTogether)):
             _write_failure(job, error)
         health.record.failed(said(error))
         raise

@@ -26,7 +26,15 @@ RANKS = 4
 KINDS = "kill-forward", "kill-backward", "kill-optimizer", "stop", "skip", "memory"
 DEGREES = (1, 4, 1), (1, 2, 2), (2, 2, 1), (1, 1, 4), (2, 1, 2), (4, 1, 1)  # data, ring, ulysses
 LIMIT = 300.0  # seconds after which a part of the run hangs
-HEADS = "model.config.num_attention_heads=4", "model.config.num_key_value_heads=4"
+# One layer sees its whole document, the other a window, which is drawn.
+MODEL = [
+    "model.family=qwen3",
+    "model.config.num_attention_heads=4",
+    "model.config.num_key_value_heads=4",
+    "model.config.head_dim=8",
+    "model.config.use_sliding_window=true",
+    "model.config.max_window_layers=1",
+]
 
 
 @dataclass(frozen=True)
@@ -44,11 +52,12 @@ def held_by(pid: int) -> Held:
     return Held(int(fields["RssAnon"].split()[0]), files, int(fields["Threads"]))
 
 
-def start(output: Path, degrees: tuple[int, int, int], steps: int, fault: str = "") -> list[BaseProcess]:
+def start(output: Path, degrees: tuple[int, int, int], steps: int, window: int, fault: str = "") -> list[BaseProcess]:
     """Four ranks of the run, perhaps with a fault in one of them."""
     output.mkdir(parents=True, exist_ok=True)
     data, ring, ulysses = degrees
-    overrides = [*SMALL, *HEADS, f"run.output={output}", f"run.steps={steps}", "run.save_every=10", "run.keep=2"]
+    overrides = [*SMALL, *MODEL, f"model.config.sliding_window={window}"]
+    overrides += [f"run.output={output}", f"run.steps={steps}", "run.save_every=10", "run.keep=2"]
     overrides += [f"parallel.data={data}", f"parallel.ring={ring}", f"parallel.ulysses={ulysses}"]
     overrides += ["data.packs_per_step=4", "data.seq_len=192", "run.resume=force"]
     script, port, log = FAULTY if fault else "recipes/train.py", free_port(), output / "ranks.log"
@@ -56,9 +65,9 @@ def start(output: Path, degrees: tuple[int, int, int], steps: int, fault: str = 
     return [fork_rank(arguments, variables_of(rank, RANKS, port), log, log, script=script) for rank in range(RANKS)]
 
 
-def undisturbed(output: Path, steps: int) -> tuple[Curve, list[Held]]:
+def undisturbed(output: Path, steps: int, window: int) -> tuple[Curve, list[Held]]:
     """The curve, and what rank 1 holds twenty times on the way, the first after a tenth of it."""
-    ranks = start(output, DEGREES[0], steps)
+    ranks = start(output, DEGREES[0], steps, window)
     samples: list[Held] = []
     deadline = time.monotonic() + LIMIT + steps
     while ranks[1].exitcode is None:
@@ -72,13 +81,13 @@ def undisturbed(output: Path, steps: int) -> tuple[Curve, list[Held]]:
     return curve(output), samples
 
 
-def disturbed(output: Path, steps: int, every: int, draw: random.Random) -> Iterator[str]:
+def disturbed(output: Path, steps: int, every: int, window: int, draw: random.Random) -> Iterator[str]:
     """The run through its faults; a line of a table for each."""
     for number, at in enumerate(range(every, steps, every)):
         kind, rank, degrees = KINDS[number % len(KINDS)], draw.randrange(RANKS), draw.choice(DEGREES)
         step = at + draw.randrange(min(every - 1, 8))
         (output / "fault-time").unlink(missing_ok=True)
-        ranks = start(output, degrees, steps, f"{kind}:{rank}:{step}")
+        ranks = start(output, degrees, steps, window, f"{kind}:{rank}:{step}")
         assert all_end(ranks, LIMIT), f"{kind} of rank {rank} in step {step} hangs"
         wait_for(lambda: not monitors_of(output), "the monitor outlives its ranks")
         ending = read_ending(output)
@@ -88,7 +97,7 @@ def disturbed(output: Path, steps: int, every: int, draw: random.Random) -> Iter
         names = " × ".join(map(str, degrees))
         kinds = read_incidents(output)[-1]["kind"]
         yield f"| {kind} | {rank} | {step} | {names} | {seconds:.1f} | {kinds} | {step - 1 - ending.step} |"
-    ranks = start(output, draw.choice(DEGREES), steps)
+    ranks = start(output, draw.choice(DEGREES), steps, window)
     assert all_end(ranks, LIMIT + steps)
     assert [rank.exitcode for rank in ranks] == [0] * RANKS, (output / "ranks.log").read_text()[-3000:]
 
@@ -103,9 +112,11 @@ def largest_difference(found: Curve, right: Curve) -> float:
 
 def soak(folder: Path, steps: int, every: int, seed: int = 0) -> tuple[list[str], list[Held], float]:
     """Lines of the table of faults, what an undisturbed rank holds, and how far the curves are apart."""
-    right, samples = undisturbed(folder / "undisturbed", steps)
+    draw = random.Random(seed)
+    window = draw.randrange(2, 192)  # tokens, of packs of 192
+    right, samples = undisturbed(folder / "undisturbed", steps, window)
     lines = []
-    for line in disturbed(folder / "disturbed", steps, every, random.Random(seed)):
+    for line in disturbed(folder / "disturbed", steps, every, window, draw):
         print(line, file=sys.stderr, flush=True)
         lines.append(line)
     return lines, samples, largest_difference(curve(folder / "disturbed"), right)

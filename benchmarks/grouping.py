@@ -8,9 +8,9 @@ from random import Random
 
 import numpy as np
 
-from ringattn.training.corpus import Corpus
-from ringattn.training.grouping import DocumentCost, GroupedPacker
-from ringattn.training.packing import Packer
+from ringattn.training.data.corpus import Corpus
+from ringattn.training.packs.grouping import DocumentCost, GroupedPacker
+from ringattn.training.packs.packing import Packer
 from ringattn.workloads import HISTOGRAMS
 
 DELAYS = (None, 2, 8, 32)

@@ -13,8 +13,8 @@ from torch.distributed.fsdp import fully_shard
 
 from ringattn import Layout, ParallelAttention, init_mesh
 from ringattn.memory.tiled_loss import tiled_loss
-from ringattn.training.corpus import corpus_of
-from ringattn.training.packing import Packer, read_pack
+from ringattn.training.data.corpus import corpus_of
+from ringattn.training.packs.packing import Packer, read_pack
 
 WORDS, SIZE, HEADS, LAYERS = 64, 64, 4, 2
 SEQ_LEN, STEPS = 512, 30

@@ -9,7 +9,7 @@ import sys
 from datetime import datetime
 from pathlib import Path
 
-from ringattn.training.incidents import Ending, read_ending
+from ringattn.training.health.incidents import Ending, read_ending
 
 
 def ending(folder: Path, since: float) -> Ending:

@@ -34,8 +34,8 @@ from ringattn.first_failure import FirstFailure
 from ringattn.kernels.registry import choose
 from ringattn.parallel.mesh.mesh import TRANSPORTS
 from ringattn.training.failures import reported
-from ringattn.training.launched import Launch, current, export, pick_device
-from ringattn.training.refusal import refuse
+from ringattn.training.start.launched import Launch, current, export, pick_device
+from ringattn.training.start.refusal import refuse
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 

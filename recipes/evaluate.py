@@ -15,8 +15,8 @@ from yaml import YAMLError
 
 from ringattn.training.evaluation.prepared import prepare
 from ringattn.training.failures import reported
-from ringattn.training.launched import current
-from ringattn.training.refusal import refuse
+from ringattn.training.start.launched import current
+from ringattn.training.start.refusal import refuse
 
 
 @hydra.main(config_path="../configs", config_name="evaluate", version_base=None)

@@ -15,12 +15,12 @@ from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
-from ringattn.training.choices import chosen_by_user
+from ringattn.training.config.choices import chosen_by_user
 from ringattn.training.failures import reported
 from ringattn.training.health.start import hold, refused
-from ringattn.training.job import prepare
-from ringattn.training.launched import current
-from ringattn.training.refusal import refuse
+from ringattn.training.start.job import prepare
+from ringattn.training.start.launched import current
+from ringattn.training.start.refusal import refuse
 
 
 @hydra.main(config_path="../configs", config_name="train", version_base=None)
@@ -40,7 +40,7 @@ def main(cfg: DictConfig) -> None:
     from ringattn.training.checkpoint import BadCheckpoint, SaveFailed
     from ringattn.training.health.rank import running
     from ringattn.training.loop import train
-    from ringattn.training.meeting import CannotStart
+    from ringattn.training.start.meeting import CannotStart
 
     try:
         with running(job, lock) as health:

@@ -23,7 +23,7 @@ from benchmarks.training.profiling import profile_step, profile_table
 from benchmarks.training.report import facts_of, longest_table, markdown, table_of, write_json
 from benchmarks.training.rows import Row, Tools
 from ringattn import init_mesh
-from ringattn.training.launched import current, pick_device
+from ringattn.training.start.launched import current, pick_device
 
 
 class Bench:

@@ -16,7 +16,7 @@ from ringattn.benchmarking.workloads import workload
 from ringattn.hf.loss import shifted_labels
 from ringattn.kernels.spec import CallSpec
 from ringattn.memory.settings import MemorySettings, StateSettings
-from ringattn.training.architecture import configured
+from ringattn.training.model.architecture import configured
 
 CONFIGS = Path(__file__).parents[2] / "configs" / "model"
 # A model for seconds on a CPU, under the same keys.

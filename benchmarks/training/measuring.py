@@ -19,8 +19,8 @@ from benchmarks.training.case import Case, Place
 from benchmarks.training.kernel import Counts
 from benchmarks.training.planned import plan_of
 from benchmarks.training.rows import Ours, Plain, Row, Tools
-from ringattn.training.flops import StepFlops, peak_flops
-from ringattn.training.models import empty_model
+from ringattn.training.model.flops import StepFlops, peak_flops
+from ringattn.training.model.models import empty_model
 
 ROWS: dict[str, Callable[[Case, Place, Tools], Row]] = {
     "ours": Ours,

@@ -11,7 +11,7 @@ from ringattn.memory.planning.settled import Settled
 from ringattn.memory.planning.shapes import ModelShape, RunShape
 from ringattn.memory.settings import MemorySettings, StateSettings
 from ringattn.parallel.machine.shipped import local_machine
-from ringattn.training.models import empty_model
+from ringattn.training.model.models import empty_model
 
 
 def plan(config: Any, run: RunShape, memory: dict[str, Any], states: StateSettings, device_type: str) -> Settled:

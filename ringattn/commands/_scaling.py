@@ -15,8 +15,8 @@ from ringattn.parallel.pricing.setting import PriceInputs
 from ringattn.parallel.simulation.simulate import Scenario, simulate
 from ringattn.parallel.simulation.spans import PASSES
 from ringattn.settings import AttentionOptions
-from ringattn.training.grouping import fill
-from ringattn.training.packing import Segment
+from ringattn.training.packs.grouping import fill
+from ringattn.training.packs.packing import Segment
 
 
 @dataclass(frozen=True)

@@ -71,7 +71,7 @@ def _composed(args: argparse.Namespace, overrides: list[str]) -> "tuple[DictConf
     from hydra.core.hydra_config import HydraConfig
     from omegaconf import open_dict
 
-    from ringattn.training.choices import chosen_by_user
+    from ringattn.training.config.choices import chosen_by_user
 
     folder, more = CONFIGS, list[str]()
     if args.config_dir is not None:
@@ -85,8 +85,8 @@ def _composed(args: argparse.Namespace, overrides: list[str]) -> "tuple[DictConf
 
 
 def _show(args: argparse.Namespace, cfg: "DictConfig", chosen: frozenset[str]) -> None:
-    from ringattn.training.data_picture import draw_data
-    from ringattn.training.data_report import look_at, samples, text_of
+    from ringattn.training.data.picture import draw_data
+    from ringattn.training.data.report import look_at, samples, text_of
 
     data = look_at(cfg, chosen)
     print(text_of(data.facts))

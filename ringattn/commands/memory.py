@@ -185,7 +185,7 @@ def shape_of_model(args: argparse.Namespace) -> "ModelShape":
         import yaml
 
         from ringattn.hf.shape import model_shape
-        from ringattn.training.models import empty_model, model_config
+        from ringattn.training.model.models import empty_model, model_config
     except ImportError as error:
         raise ValueError(f"--model needs transformers: pip install 'ringattn[train]' ({error})") from None
     shipped = {path.stem: path for path in sorted((CONFIGS / "model").glob("*.yaml"))}

@@ -144,7 +144,7 @@ def place(args: argparse.Namespace, environ: Mapping[str, str]) -> tuple[int, in
 
 def _of_slurm(args: argparse.Namespace, environ: Mapping[str, str], name: str) -> tuple[int, int, str | None, str]:
     """From the variables of a task of srun, one for each node."""
-    from ringattn.training.launched import first_host
+    from ringattn.training.start.launched import first_host
 
     nodes, tasks = int(environ["SLURM_STEP_NUM_NODES"]), int(environ["SLURM_STEP_NUM_TASKS"])
     if tasks != nodes:

@@ -17,36 +17,36 @@ from ringattn.hf import attention_kwargs, parallelize
 from ringattn.hf.elementwise import Elementwise
 from ringattn.hf.memory import note_targets
 from ringattn.memory.out_of_memory import CudaMemory, MemoryWatch
-from ringattn.training.agreement import meet
-from ringattn.training.ahead import BatchesAhead
-from ringattn.training.bad_numbers import check_weights, finite
-from ringattn.training.batches import Batch
 from ringattn.training.checkpoint import Place, TrainState
-from ringattn.training.config import compute_dtype
-from ringattn.training.determinism import be_deterministic
+from ringattn.training.checks.bad_numbers import check_weights, finite
+from ringattn.training.checks.determinism import be_deterministic
+from ringattn.training.checks.spikes import Spikes, losses_before, record_spike
+from ringattn.training.checks.step_checks import StepChecks
+from ringattn.training.checks.stragglers import Stragglers
+from ringattn.training.config.checks import compute_dtype
+from ringattn.training.config.optim import schedule_of
 from ringattn.training.engines import Engine, EngineOptions, build_engine
 from ringattn.training.evaluation.validation import Validation
-from ringattn.training.flops import StepFlops, peak_flops
-from ringattn.training.grouping import DocumentCost
 from ringattn.training.health.rank import Health, StopRequest
-from ringattn.training.job import Job
-from ringattn.training.keeping import Keeping
-from ringattn.training.lora import lora_of
 from ringattn.training.loss import Brought, brought, spoiling
-from ringattn.training.metrics import StepMetrics, StepSeconds, peak_memory_gib
-from ringattn.training.models import build_model, empty_model
-from ringattn.training.optim import schedule_of
-from ringattn.training.ordering import Position
-from ringattn.training.output import write_config
-from ringattn.training.packers import AnyPacker, make_packer
+from ringattn.training.model.flops import StepFlops, peak_flops
+from ringattn.training.model.lora import lora_of
+from ringattn.training.model.models import build_model, empty_model
+from ringattn.training.model.streamed import streamed_weights
+from ringattn.training.packs.ahead import BatchesAhead
+from ringattn.training.packs.batches import Batch
+from ringattn.training.packs.grouping import DocumentCost
+from ringattn.training.packs.ordering import Position
+from ringattn.training.packs.packers import AnyPacker, make_packer
+from ringattn.training.packs.placing import BatchMaker, LocalPack
 from ringattn.training.page.record import write_record
-from ringattn.training.placing import BatchMaker, LocalPack
-from ringattn.training.profile import Profile
-from ringattn.training.report import Report
-from ringattn.training.spikes import Spikes, losses_before, record_spike
-from ringattn.training.step_checks import StepChecks
-from ringattn.training.stragglers import Stragglers
-from ringattn.training.streamed import streamed_weights
+from ringattn.training.report.metrics import StepMetrics, StepSeconds, peak_memory_gib
+from ringattn.training.report.profile import Profile
+from ringattn.training.report.telling import Report
+from ringattn.training.resuming.keeping import Keeping
+from ringattn.training.start.agreement import meet
+from ringattn.training.start.job import Job
+from ringattn.training.start.output import write_config
 
 
 class Trainer:

@@ -23,10 +23,10 @@ from ringattn.memory.settings import MemorySettings, StateSettings
 from ringattn.parallel.machine.machine import Machine
 from ringattn.parallel.machine.shipped import local_machine
 from ringattn.parallel.mesh.shape import MeshShape
+from ringattn.training.config.memory_keys import AUTO, OF_STATES, OF_STEP, state_settings, step_settings
 from ringattn.training.engines.deepspeed import why_no_cpu_adam
-from ringattn.training.launched import Launch
-from ringattn.training.memory import AUTO, OF_STATES, OF_STEP, state_settings, step_settings
-from ringattn.training.save_plan import reserved_host
+from ringattn.training.resuming.save_plan import reserved_host
+from ringattn.training.start.launched import Launch
 
 
 @dataclass(frozen=True)

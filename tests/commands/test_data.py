@@ -9,7 +9,7 @@ pytest.importorskip("transformers")
 pytest.importorskip("matplotlib")
 
 from ringattn.cli import main
-from ringattn.training.data_report import look_at, samples
+from ringattn.training.data.report import look_at, samples
 from tests.training.chat_tokenizers import TALK, chat_tokenizer
 
 COMMON = ["data.seq_len=64", "run.steps=4", "data.packs_per_step=2"]

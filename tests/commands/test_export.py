@@ -11,8 +11,8 @@ pytest.importorskip("transformers")
 pytest.importorskip("accelerate")
 
 from ringattn.cli import main
-from ringattn.training.best import best_steps, validation_losses
 from ringattn.training.export import folder
+from ringattn.training.resuming.best import best_steps, validation_losses
 from tests.pool import Pools
 from tests.training.export.small_runs import TEMPLATE, save_tokenizer, written
 from tests.training.recipe import save_model

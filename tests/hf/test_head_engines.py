@@ -15,7 +15,7 @@ from ringattn.hf.layers import decoder_layers
 from ringattn.memory.tiled_rows import TiledModule
 from ringattn.training.engines import EngineOptions, build_engine
 from ringattn.training.engines.deepspeed import available
-from ringattn.training.models import build_model, empty_model, model_config
+from ringattn.training.model.models import build_model, empty_model, model_config
 from tests.parallel.ranks import mesh_of
 from tests.pool import Pools
 from tests.training.token_loss import backward_loss, token_loss_sum

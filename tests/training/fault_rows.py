@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from ringattn.training.checkpoint import complete_checkpoints
-from ringattn.training.incidents import read_incidents
+from ringattn.training.health.incidents import read_incidents
 from tests.training.forked import all_end, fork_rank
 from tests.training.test_runs import SMALL, free_port, variables_of
 
@@ -96,7 +96,7 @@ def other_code(tmp_path: Path) -> Fault:
 
 
 def _change_code() -> None:
-    from ringattn.training import agreement
+    from ringattn.training.start import agreement
 
     right = agreement.code_version()
     name = "the code ringattn/training/loop.py"
@@ -126,7 +126,7 @@ def other_batch(tmp_path: Path, step: int = 4) -> Fault:
 
 
 def _read_other_packs(output: Path, step: int) -> None:
-    from ringattn.training.packing import Packer
+    from ringattn.training.packs.packing import Packer
 
     right, count = Packer.step, 0
 

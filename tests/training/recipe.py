@@ -11,10 +11,10 @@ from hydra import compose, initialize_config_dir
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import open_dict
 
-from ringattn.training import job, meeting
-from ringattn.training.choices import chosen_by_user
-from ringattn.training.job import Job, prepare
-from ringattn.training.launched import Launch
+from ringattn.training.config.choices import chosen_by_user
+from ringattn.training.start import job, meeting
+from ringattn.training.start.job import Job, prepare
+from ringattn.training.start.launched import Launch
 from tests.training.forked import ROOT, all_end, fork_rank
 
 CONFIGS = ROOT / "configs"

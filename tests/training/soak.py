@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 
-from ringattn.training.incidents import read_ending, read_incidents
+from ringattn.training.health.incidents import read_ending, read_incidents
 from tests.training.forked import all_end, fork_rank
 from tests.training.health.faults import FAULTY, SMALL, Curve, curve, monitors_of, wait_for
 from tests.training.test_runs import free_port, variables_of

@@ -15,7 +15,7 @@ from ringattn.hf.elementwise import Elementwise
 from ringattn.memory.settings import MemorySettings
 from ringattn.training.engines import EngineOptions, build_engine
 from ringattn.training.loss import brought
-from ringattn.training.models import build_model, empty_model, model_config
+from ringattn.training.model.models import build_model, empty_model, model_config
 from tests.parallel.ranks import mesh_of
 from tests.pool import Pools
 from tests.training.token_loss import model_loss

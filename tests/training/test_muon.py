@@ -20,7 +20,7 @@ from ringattn.training.engines import EngineOptions, build_engine
 from ringattn.training.engines.muon import muon, orthogonal_matrix, rows_of
 from ringattn.training.engines.optimizers import set_learning_rate
 from ringattn.training.loss import brought
-from ringattn.training.models import build_model, empty_model, model_config
+from ringattn.training.model.models import build_model, empty_model, model_config
 from tests.parallel.ranks import mesh_of
 from tests.pool import Pools
 from tests.training.recipe import prepared, started
@@ -226,7 +226,7 @@ def test_matrices_become_nearly_orthogonal(shape):
     ],
 )
 def test_refusals_name_the_key(typed, words, monkeypatch):
-    monkeypatch.setattr("ringattn.training.config.deepspeed_available", lambda: True)
+    monkeypatch.setattr("ringattn.training.config.checks.deepspeed_available", lambda: True)
     with pytest.raises(ValueError, match=r".") as error:
         prepared("optim=muon", *typed)
     assert all(word in str(error.value) for word in words), error.value

@@ -9,7 +9,7 @@ import yaml
 from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 
-from ringattn.training.config import validate
+from ringattn.training.config.checks import validate
 from tests.training.export.small_runs import save_tokenizer
 from tests.training.recipe import CONFIGS, prepared, save_model, started
 

@@ -5,12 +5,12 @@ import pytest
 pytest.importorskip("transformers")
 
 from ringattn.training.checkpoint import TrainState
-from ringattn.training.incidents import record_incident
-from ringattn.training.models import empty_model
-from ringattn.training.output import check_output, read_config, write_config
-from ringattn.training.packing import Position
-from ringattn.training.resume import check_resume
+from ringattn.training.health.incidents import record_incident
+from ringattn.training.model.models import empty_model
+from ringattn.training.packs.packing import Position
+from ringattn.training.resuming.resume import check_resume
 from ringattn.training.secrets import HIDDEN, is_secret, redacted
+from ringattn.training.start.output import check_output, read_config, write_config
 from tests.training.recipe import prepared
 
 HF = "hf_" + "aB3" * 10

@@ -19,7 +19,7 @@ from ringattn.training.engines.deepspeed import available as deepspeed_available
 from ringattn.training.engines.deepspeed import why_no_cpu_adam
 from ringattn.training.engines.optimizers import PAIRS, adamw, set_learning_rate, why_no_optimizer
 from ringattn.training.loss import brought
-from ringattn.training.models import build_model, empty_model, model_config
+from ringattn.training.model.models import build_model, empty_model, model_config
 from tests.parallel.ranks import mesh_of
 from tests.pool import Pools
 from tests.training.parts import load_parts, save_parts

@@ -14,7 +14,7 @@ from ringattn.training.checkpoint.marker import TrainState
 from ringattn.training.checkpoint.snapshot import Snapshot, snapshot_of
 from ringattn.training.checkpoint.together import SaveFailed, Together
 from ringattn.training.checkpoint.writing import Place, write_checkpoint
-from ringattn.training.incidents import record_incident
+from ringattn.training.health.incidents import record_incident
 
 T = TypeVar("T")
 

@@ -10,9 +10,9 @@ import numpy as np
 import numpy.typing as npt
 from omegaconf import DictConfig, OmegaConf
 
-from ringattn.training.corpus import Corpus, _locked
 from ringattn.training.data.chat import template_of
 from ringattn.training.data.contents import Content, contents_of
+from ringattn.training.data.corpus import Corpus, _locked
 from ringattn.training.data.encoding import Encoding
 from ringattn.training.data.mixture import MixedCorpus, Part, capped, weights_of
 from ringattn.training.data.shards import Shard, shards_of

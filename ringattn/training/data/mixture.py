@@ -9,7 +9,7 @@ from functools import cached_property
 import numpy as np
 import numpy.typing as npt
 
-from ringattn.training.corpus import Corpus
+from ringattn.training.data.corpus import Corpus
 
 
 @dataclass(frozen=True)

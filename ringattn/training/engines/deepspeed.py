@@ -16,7 +16,7 @@ from ringattn.training.checkpoint.saved_state import SavedState
 from ringattn.training.engines.alike import bits_of, numbers_of
 from ringattn.training.engines.deepspeed_states import give_back, taken
 from ringattn.training.engines.interface import STATE, EngineOptions
-from ringattn.training.models import parameter_groups
+from ringattn.training.model.models import parameter_groups
 
 LIVE = 10**9  # DeepSpeed's own bound of gathered parameters
 ALL = 10**15  # more than there are

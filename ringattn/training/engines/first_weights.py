@@ -11,7 +11,7 @@ from torch.distributed.tensor import DTensor
 from ringattn.memory.settings import StateSettings
 from ringattn.training.checkpoint.snapshot import first_row
 from ringattn.training.engines.interface import EngineOptions
-from ringattn.training.streamed import StreamedWeights
+from ringattn.training.model.streamed import StreamedWeights
 
 
 def first_weights(model: nn.Module, options: EngineOptions) -> None:

@@ -9,7 +9,7 @@ from torch import nn
 
 from ringattn.memory.settings import StateSettings
 from ringattn.training.checkpoint.saved_state import SavedState
-from ringattn.training.streamed import StreamedWeights
+from ringattn.training.model.streamed import StreamedWeights
 
 STATE = "engine"
 """Where in a checkpoint the state of an engine stands."""

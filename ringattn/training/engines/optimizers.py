@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from ringattn.memory.settings import StateSettings
 from ringattn.training.engines.interface import EngineOptions
-from ringattn.training.models import parameter_groups
+from ringattn.training.model.models import parameter_groups
 
 INSTALL = "pip install 'ringattn[memory]'"
 # Pairs of (weights, moments) that torch (the first) and torchao have an AdamW for.

@@ -15,7 +15,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from ringattn.hf.model import unwrapped
-from ringattn.training.corpus import Corpus
+from ringattn.training.data.corpus import Corpus
 from ringattn.training.evaluation.decoding import decode
 from ringattn.training.evaluation.passes import (
     LocalScores,

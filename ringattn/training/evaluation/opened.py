@@ -11,15 +11,15 @@ from torch import nn
 
 from ringattn.hf import parallelize
 from ringattn.parallel.mesh.mesh import SequenceMesh
-from ringattn.training.architecture import changed_config, configured
 from ringattn.training.checkpoint import newest_checkpoint
 from ringattn.training.data.tokenizer import AUTO, BYTES, has_tokenizer
 from ringattn.training.engines import EngineOptions, build_engine
 from ringattn.training.evaluation.settings import Settings
 from ringattn.training.evaluation.weights import load_trained
-from ringattn.training.lora import Lora, lora_of
-from ringattn.training.models import build_model, empty_model
-from ringattn.training.output import read_config
+from ringattn.training.model.architecture import changed_config, configured
+from ringattn.training.model.lora import Lora, lora_of
+from ringattn.training.model.models import build_model, empty_model
+from ringattn.training.start.output import read_config
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,7 @@ from ringattn.documents import Documents
 from ringattn.parallel.layout import Layout
 from ringattn.parallel.mesh.mesh import SequenceMesh
 from ringattn.training.evaluation.scoring import Scorer, TokenScores
-from ringattn.training.packing import NO_TARGET
+from ringattn.training.packs.packing import NO_TARGET
 
 Ids = npt.NDArray[np.int64]
 

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from omegaconf import DictConfig
 
-from ringattn.training.corpus import Corpus, text_corpus
+from ringattn.training.data.corpus import Corpus, text_corpus
 from ringattn.training.data.files import matching_files
 from ringattn.training.data.texts import texts_of
 from ringattn.training.data.tokenizer import Tokenizer, load_tokenizer
@@ -17,7 +17,7 @@ from ringattn.training.evaluation.haystack import Haystack, encoder, made_up_sen
 from ringattn.training.evaluation.opened import Source, source_of
 from ringattn.training.evaluation.settings import OF_LENGTHS, OF_TEXTS, Settings, settings_of
 from ringattn.training.evaluation.tasks import RULER, Example, TaskMaker
-from ringattn.training.launched import Launch, pick_device
+from ringattn.training.start.launched import Launch, pick_device
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,7 @@ from ringattn.hf import attention_kwargs
 from ringattn.parallel.layout import Layout
 from ringattn.parallel.mesh.mesh import SequenceMesh
 from ringattn.training.evaluation.head import Head
-from ringattn.training.packing import NO_TARGET
+from ringattn.training.packs.packing import NO_TARGET
 
 TILE = 1024
 """Tokens whose logits are alive at a time: half a GiB at 128,256 words."""

@@ -15,9 +15,9 @@ from ringattn.kernels.registry import backends
 from ringattn.parallel.mesh.shape import MeshShape, resolve_mesh
 from ringattn.parallel.planning.options import check_scheme, scheme_names
 from ringattn.settings import AttentionOptions
-from ringattn.training.config import flat
+from ringattn.training.config.checks import flat
 from ringattn.training.data.tokenizer import AUTO, BYTES
-from ringattn.training.launched import Launch
+from ringattn.training.start.launched import Launch
 
 OF_TEXTS = ("position", "window", "logprobs")
 OF_LENGTHS = ("needle", "multi_needle", "variable_tracking")

@@ -9,10 +9,10 @@ from torch import nn
 from torch.distributed.fsdp import FSDPModule
 
 from ringattn.parallel.mesh.mesh import SequenceMesh
-from ringattn.training.corpus import Corpus
+from ringattn.training.data.corpus import Corpus
 from ringattn.training.evaluation.passes import NO_BIN, ScoredPack, Totals, scored
 from ringattn.training.evaluation.scoring import Scorer
-from ringattn.training.packing import NO_TARGET, PackPlan, Segment, read_pack
+from ringattn.training.packs.packing import NO_TARGET, PackPlan, Segment, read_pack
 
 
 class Validation:

@@ -5,12 +5,12 @@ from typing import Any
 
 import torch
 
-from ringattn.training.architecture import reason_of, saved_config
 from ringattn.training.data.chat import OF_TRL, template_of
 from ringattn.training.data.tokenizer import BYTES
 from ringattn.training.export.run_folder import RunFolder
 from ringattn.training.export.trained import TrainedWeights
-from ringattn.training.output import model_values
+from ringattn.training.model.architecture import reason_of, saved_config
+from ringattn.training.start.output import model_values
 
 # Of a configuration, what changes no number that a model computes.
 _OF_LENGTH = {"max_position_embeddings", "use_cache"}

@@ -6,9 +6,9 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from ringattn.training.best import METRICS
 from ringattn.training.export.run_folder import RunFolder
-from ringattn.training.metrics import read_metrics
+from ringattn.training.report.metrics import read_metrics
+from ringattn.training.resuming.best import METRICS
 from ringattn.training.secrets import redacted
 
 PACKAGES = ("ringattn", "torch", "transformers", "peft", "tokenizers", "safetensors")

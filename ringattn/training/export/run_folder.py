@@ -5,14 +5,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ringattn.training.architecture import reason_of
-from ringattn.training.best import best_steps
 from ringattn.training.checkpoint.folders import Found, found_in
 from ringattn.training.checkpoint.marker import BadCheckpoint, TrainState
 from ringattn.training.checkpoint.saved_state import SavedState
 from ringattn.training.checkpoint.tensors import check_sum
-from ringattn.training.lora import Lora, lora_of
-from ringattn.training.output import CONFIG, MODEL, read_config
+from ringattn.training.model.architecture import reason_of
+from ringattn.training.model.lora import Lora, lora_of
+from ringattn.training.resuming.best import best_steps
+from ringattn.training.start.output import CONFIG, MODEL, read_config
 
 
 @dataclass(frozen=True)

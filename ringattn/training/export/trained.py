@@ -8,8 +8,8 @@ from torch import Tensor
 from ringattn.training.checkpoint.snapshot import below
 from ringattn.training.engines.interface import STATE
 from ringattn.training.export.run_folder import RunFolder
-from ringattn.training.models import build_model, empty_model
-from ringattn.training.streamed import streamed_weights
+from ringattn.training.model.models import build_model, empty_model
+from ringattn.training.model.streamed import streamed_weights
 
 # DeepSpeed's own name for what holds the weights, of a run without tensor parallelism.
 _OF_DEEPSPEED = "mp_rank_00_model_states.pt"

@@ -2,7 +2,7 @@
 
 import torch
 
-from ringattn.training.incidents import Ending
+from ringattn.training.health.incidents import Ending
 
 DONE, FAILED, CHANGE_FIRST, STOPPED = 0, 1, 2, 75
 """Exit codes of `ringattn train`: all steps are done; it failed, and the same command may come further; something has

@@ -22,8 +22,8 @@ from pathlib import Path
 
 from ringattn.training.health import places, processes
 from ringattn.training.health.endings import CHANGE_FIRST, DONE, FAILED, STOPPED, exit_code
+from ringattn.training.health.incidents import Ending, read_ending
 from ringattn.training.health.record import Standing, read_record
-from ringattn.training.incidents import Ending, read_ending
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
 POLL = 0.2  # seconds

@@ -15,10 +15,10 @@ from typing import Any
 
 from ringattn.training.health import causes, places, processes
 from ringattn.training.health.causes import Verdict
+from ringattn.training.health.incidents import Ending, read_ending, record_incident, write_ending
 from ringattn.training.health.local_ranks import POLL, LocalRanks, Seen, Watch, tell
 from ringattn.training.health.record import Standing
 from ringattn.training.health.stacks import Stack
-from ringattn.training.incidents import Ending, read_ending, record_incident, write_ending
 
 TOLD_EVERY = 5.0  # seconds between files for other nodes
 STOPPED_AFTER = 5.0  # seconds after which a stopped rank is named

@@ -26,12 +26,12 @@ from ringattn.hf.layers import decoder_layers
 from ringattn.training.failures import FailedTogether
 from ringattn.training.health import places, processes
 from ringattn.training.health.endings import RECURS, ending_of, kind_of
+from ringattn.training.health.incidents import Ending, read_ending, record_incident, write_ending
 from ringattn.training.health.local_ranks import Watch
 from ringattn.training.health.lock import Lock
 from ringattn.training.health.record import Record
 from ringattn.training.health.stacks import SIGNAL
-from ringattn.training.incidents import Ending, read_ending, record_incident, write_ending
-from ringattn.training.job import Job
+from ringattn.training.start.job import Job
 
 PACKAGE = Path(__file__).parents[2]
 # The package's own __init__ imports torch: a package of that name without it, so that the monitor starts at once.

@@ -7,10 +7,10 @@ from pathlib import Path
 from omegaconf import DictConfig
 
 from ringattn.training.health import places
+from ringattn.training.health.incidents import EXIT, Ending, read_ending, write_ending
 from ringattn.training.health.lock import Lock, is_free, take
-from ringattn.training.incidents import EXIT, Ending, read_ending, write_ending
-from ringattn.training.job import Job
-from ringattn.training.launched import is_first, speaks_for_machine
+from ringattn.training.start.job import Job
+from ringattn.training.start.launched import is_first, speaks_for_machine
 
 
 def refused(cfg: DictConfig, error: Exception) -> None:

@@ -12,7 +12,7 @@ from typing import Any
 
 import yaml
 
-from ringattn.training.incidents import EXIT, read_ending, read_incidents
+from ringattn.training.health.incidents import EXIT, read_ending, read_incidents
 from ringattn.training.secrets import redacted
 
 FILE = "run.json"

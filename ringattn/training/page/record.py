@@ -20,9 +20,9 @@ import torch
 from ringattn.memory.host import host_memory
 from ringattn.training.data.mixture import CachedCorpus
 from ringattn.training.data.streaming import StreamedCorpus
-from ringattn.training.job import Job
 from ringattn.training.page.folder import FILE
 from ringattn.training.secrets import redacted
+from ringattn.training.start.job import Job
 
 PACKAGES = (
     "ringattn", "torch", "triton", "transformers", "flash-attn", "flash-attn-4", "flash_attn_3", "deepspeed", "torchao",

@@ -13,7 +13,7 @@ from markupsafe import Markup
 from ringattn.training.page.attention import plan_picture
 from ringattn.training.page.charts import Curve, bars, binary, chart, short
 from ringattn.training.page.folder import LONGEST_TEXT, RunFolder, is_number
-from ringattn.training.plot import smoothed
+from ringattn.training.report.plot import smoothed
 from ringattn.training.secrets import redacted
 
 NAME = "report.html"
@@ -186,7 +186,7 @@ def incident(record: dict[str, Any]) -> dict[str, str]:
 
 def profiles(run: Path) -> list[dict[str, str]]:
     """What the windows of the profiler said, one for each rank that wrote a trace."""
-    from ringattn.training.profile import read_summaries
+    from ringattn.training.report.profile import read_summaries
 
     return [
         {

@@ -12,7 +12,7 @@ from ringattn.hf.tiny import read_config, tiny_config
 from ringattn.mask import Mask
 from ringattn.memory.planning.shapes import ModelShape, RunShape
 from ringattn.parallel.placement.placement import Placement
-from ringattn.training.models import empty_model
+from ringattn.training.model.models import empty_model
 from tests.memory.planning.shapes_of import llama_8b
 
 

@@ -13,8 +13,8 @@ from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
 
-from ringattn.training.corpus import text_corpus
-from ringattn.training.incidents import read_incidents
+from ringattn.training.data.corpus import text_corpus
+from ringattn.training.health.incidents import read_incidents
 from tests.training.forked import all_end, fork_rank
 from tests.training.test_runs import LIMIT, SMALL, curve, free_port, variables_of
 

@@ -15,8 +15,8 @@ from ringattn.training.checkpoint.memory_copies import make_rank_folder
 from ringattn.training.checkpoint.snapshot import snapshot_of
 from ringattn.training.checkpoint.together import Together
 from ringattn.training.checkpoint.writing import write_checkpoint
-from ringattn.training.incidents import read_incidents
-from ringattn.training.restoring import choose
+from ringattn.training.health.incidents import read_incidents
+from ringattn.training.resuming.restoring import choose
 from tests.pool import Pools
 from tests.training.checkpoint.test_saved_state import Bomb
 

@@ -13,7 +13,7 @@ import torch.distributed as dist
 from ringattn.memory.host import HostMemory
 from ringattn.training.checkpoint import Place, SavedState, SaveFailed, Saves, TrainState, folders, host_copy, writing
 from ringattn.training.checkpoint.folders import complete_checkpoints
-from ringattn.training.incidents import read_incidents
+from ringattn.training.health.incidents import read_incidents
 from tests.pool import Pools
 
 

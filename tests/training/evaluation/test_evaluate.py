@@ -16,7 +16,7 @@ from ringattn.training.evaluation.measures import position_edges
 from ringattn.training.evaluation.pictures import draw_by_length, draw_heat_map, draw_positions, tokens_of
 from ringattn.training.evaluation.prepared import Evaluation, cells, prepare
 from ringattn.training.evaluation.tasks import Example
-from ringattn.training.launched import Launch
+from ringattn.training.start.launched import Launch
 from tests.training.forked import all_end, fork_rank
 from tests.training.recipe import CONFIGS, save_model, started
 from tests.training.test_runs import environment

@@ -10,10 +10,10 @@ from torch.nn.functional import cross_entropy
 
 pytest.importorskip("transformers")
 
-from ringattn.training.corpus import Corpus, corpus_of
+from ringattn.training.data.corpus import Corpus, corpus_of
 from ringattn.training.evaluation.validation import plans
 from ringattn.training.loop import Trainer
-from ringattn.training.metrics import read_metrics
+from ringattn.training.report.metrics import read_metrics
 from tests.pool import Pools
 from tests.training.recipe import prepared, started
 

@@ -17,10 +17,10 @@ from ringattn.training.checkpoint.together import Together
 from ringattn.training.checkpoint.writing import write_checkpoint
 from ringattn.training.engines import EngineOptions, build_engine
 from ringattn.training.engines.interface import STATE
-from ringattn.training.lora import lora_of
-from ringattn.training.models import build_model, empty_model
-from ringattn.training.output import write_config
-from ringattn.training.streamed import streamed_weights
+from ringattn.training.model.lora import lora_of
+from ringattn.training.model.models import build_model, empty_model
+from ringattn.training.model.streamed import streamed_weights
+from ringattn.training.start.output import write_config
 from tests.parallel.ranks import mesh_of
 from tests.training.recipe import prepared
 from tests.training.token_loss import model_loss

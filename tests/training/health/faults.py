@@ -15,8 +15,8 @@ from functools import partial
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 
-from ringattn.training.incidents import Ending, read_ending, read_incidents
-from ringattn.training.metrics import read_metrics
+from ringattn.training.health.incidents import Ending, read_ending, read_incidents
+from ringattn.training.report.metrics import read_metrics
 from tests.training.forked import ROOT, all_end, fork_rank
 from tests.training.test_runs import environment, free_port, variables_of
 

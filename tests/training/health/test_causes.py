@@ -104,7 +104,7 @@ def test_a_table_is_short_and_has_suspects_first() -> None:
 
 DUMP = """Thread 0x00007f01 (most recent call first):
   File "/lib/python3.11/threading.py", line 324 in wait
-  File "/x/ringattn/training/batches.py", line 90 in _fill
+  File "/x/ringattn/training/packs/batches.py", line 90 in _fill
 
 Current thread 0x00007f00 (most recent call first):
   File "/v/site-packages/torch/distributed/distributed_c10d.py", line 3252 in all_reduce

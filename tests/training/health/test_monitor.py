@@ -11,10 +11,10 @@ from pathlib import Path
 import pytest
 
 from ringattn.training.health import local_ranks, monitor, places, processes
+from ringattn.training.health.incidents import read_ending, read_incidents
 from ringattn.training.health.local_ranks import Watch
 from ringattn.training.health.monitor import Monitor
 from ringattn.training.health.record import Record
-from ringattn.training.incidents import read_ending, read_incidents
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="the state of other processes is in /proc")
 

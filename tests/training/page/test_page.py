@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 
 from ringattn.cli import main
-from ringattn.training.corpus import corpus_of
-from ringattn.training.incidents import Ending, record_incident, write_ending
+from ringattn.training.data.corpus import corpus_of
+from ringattn.training.health.incidents import Ending, record_incident, write_ending
 from ringattn.training.page.charts import Axis, Curve, bars, chart, thinned
 from ringattn.training.page.folder import RunFolder
 from ringattn.training.page.record import _heads, data_numbers, versions, write_record

@@ -1,0 +1,1 @@
+"""From documents to steps: the order of documents, packs of equal cost, batches ahead of their steps."""

@@ -1,0 +1,83 @@
+"""A pack on this rank: which of its tokens it holds, and the plans of the attention over them. Made ahead of the step,
+from integers and tokens alone, so that any process can do it."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+
+from ringattn.parallel.layout import Layout
+from ringattn.parallel.mesh.shape import MeshShape
+from ringattn.parallel.planning.ahead import Attention, Plans, install, plan_ahead
+from ringattn.training.packs.batches import Batch, batches
+from ringattn.training.packs.packers import AnyPacker
+from ringattn.training.packs.packing import NO_TARGET, Pack
+
+
+@dataclass(frozen=True)
+class LocalPack:
+    """This rank's part of a pack: t of its T tokens.
+
+    Arguments:
+        ids, targets, positions: (t,) int64; targets are already shifted, positions count in the document.
+        layout: who holds which token.
+        plans: of the model's attentions on it, as far as these were known.
+        count: how many of the t targets there are.
+        there: once this CUDA event has happened, the tensors and the plans' tables are on the device; None: they are.
+    """
+
+    ids: torch.Tensor
+    targets: torch.Tensor
+    positions: torch.Tensor
+    layout: Layout
+    plans: Plans = ()
+    count: int = 0
+    there: torch.cuda.Event | None = None
+
+    def arrive(self) -> None:
+        """Before the pack is used: its plans are found by the attention, and the current stream waits for it."""
+        install(self.layout, self.plans)
+        if self.there is not None:
+            torch.cuda.current_stream(self.ids.device).wait_event(self.there)
+
+
+@dataclass
+class BatchMaker:
+    """All that this rank's batches are made from; it can be sent to another process with `to_bytes`.
+
+    Arguments:
+        packer: where the stream of packs goes on.
+        packs_per_step, replica, replicas: see `batches`.
+        mesh: the ranks of the sequence, of which this one is `mesh.sequence_rank`.
+        policy: of layouts.
+        attentions: for which plans are made, from the next pack on; they are known once a model ran.
+    """
+
+    packer: AnyPacker
+    packs_per_step: int
+    replica: int
+    replicas: int
+    mesh: MeshShape
+    policy: str
+    attentions: tuple[Attention, ...] = ()
+
+    def batches(self) -> Iterator[Batch[LocalPack]]:
+        """Endless batches."""
+        return batches(self.packer, self.packs_per_step, self.replica, self.replicas, self._place)
+
+    def _place(self, pack: Pack) -> LocalPack:
+        return placed(pack, self.mesh, self.policy, self.attentions)
+
+
+def placed(pack: Pack, mesh: MeshShape, policy: str, attentions: tuple[Attention, ...] = ()) -> LocalPack:
+    """This rank's part of a pack."""
+    layout = Layout(pack.docs, mesh, policy=policy)
+    targets = layout.shard(pack.labels)
+    return LocalPack(
+        ids=layout.shard(pack.tokens),
+        targets=targets,
+        positions=layout.position_ids(torch.device("cpu")),
+        layout=layout,
+        plans=plan_ahead(layout, attentions),
+        count=int((targets != NO_TARGET).sum()),
+    )

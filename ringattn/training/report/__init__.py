@@ -1,0 +1,1 @@
+"""What a run tells people as it goes: progress, metrics, curves, trackers, traces."""

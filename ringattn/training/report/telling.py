@@ -1,0 +1,98 @@
+"""What a run tells: progress, metrics.jsonl, loss.png, trackers, page. Other ranks than 0 do nothing in any call."""
+
+import importlib.util
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from omegaconf import OmegaConf
+
+from ringattn.training.checkpoint import Place
+from ringattn.training.config.data_keys import described
+from ringattn.training.report.metrics import MetricsFile, Progress, StepMetrics, read_metrics
+from ringattn.training.report.plot import plot_loss
+from ringattn.training.report.trackers import Trackers, wanted
+from ringattn.training.secrets import redacted
+from ringattn.training.start.job import Job
+
+
+class Report:
+    """Opened at the first step of a run, or to go on after `step`. Use it as a context manager."""
+
+    def __init__(self, job: Job, step: int, parameters: int, enabled: bool) -> None:
+        self._enabled = enabled
+        if not enabled:
+            return
+        run = job.cfg.run
+        self._output: Path = job.output
+        self._title = f"{job.cfg.model.name} on {job.cfg.data.name}, {job.cfg.data.seq_len:,} tokens a pack"
+        self._output.mkdir(parents=True, exist_ok=True)
+        print(redacted(_opening(job, step, parameters)), flush=True)
+        self._file = MetricsFile(self._output / "metrics.jsonl", step)
+        config: Any = redacted(OmegaConf.to_container(job.cfg))
+        self._trackers = Trackers(wanted(run.trackers, run.tensorboard), self._output, config, step)
+        self._page = run.report
+        self._progress = Progress(step, run.steps, run.log_every)
+
+    def step(self, metrics: StepMetrics) -> None:
+        """Records one step."""
+        if not self._enabled:
+            return
+        self._file.write(metrics)
+        self._trackers.write(metrics)
+        self._progress.update(metrics)
+
+    def back_to(self, step: int) -> None:
+        """The run went back: what was recorded of later steps is dropped."""
+        if not self._enabled:
+            return
+        self._file.close()
+        self._file = MetricsFile(self._output / "metrics.jsonl", step)
+        self._trackers.back_to(step)
+
+    def saved(self, places: Sequence[Place]) -> None:
+        """Draws the curve; called after each save, and does so after one on disk."""
+        on_disk = any(place.shared for place in places)
+        if not self._enabled or not on_disk or importlib.util.find_spec("matplotlib") is None:
+            return
+        try:
+            plot_loss(read_metrics(self._output / "metrics.jsonl"), self._output / "loss.png", self._title)
+        except OSError as error:  # a run does not end for a picture
+            print(f"warning: loss.png could not be written: {error.strerror}", file=sys.stderr, flush=True)
+
+    def __enter__(self) -> "Report":
+        return self
+
+    def __exit__(self, kind: object, *_: object) -> None:
+        if not self._enabled:
+            return
+        self._progress.close()
+        self._file.close()
+        self._trackers.close()
+        if self._page and kind is None:  # what was raised must be heard of first
+            self._write_page()
+
+    def _write_page(self) -> None:
+        from ringattn.training.page.write import write_page
+
+        try:
+            print(f"report: {write_page(self._output)}", flush=True)
+        except Exception as error:  # a run does not fail for a picture
+            print(f"warning: report.html could not be written: {error}", file=sys.stderr, flush=True)
+
+
+def _opening(job: Job, step: int, parameters: int) -> str:
+    cfg, corpus = job.cfg, job.corpus
+    p = cfg.parallel
+    plot = "" if importlib.util.find_spec("matplotlib") else "\nno loss.png: matplotlib is not installed"
+    notes = "".join(f"{note}\n" for note in job.notes)
+    return (
+        f"{notes}{cfg.model.name}: {parameters:,} parameters, {cfg.run.dtype}, {cfg.engine.name}, "
+        f"lr {cfg.optim.lr:g}\n"
+        f"{cfg.data.name}: {described(corpus)}; packs of "
+        f"{cfg.data.seq_len:,} tokens, {cfg.data.packs_per_step} a step\n"
+        f"{job.launch.world_size} ranks on {job.device.type}: data {p.data} × ring {p.ring} × ulysses {p.ulysses}, "
+        f"scheme {p.scheme}, policy {p.policy}, backend {p.backend}\n"
+        f"{'from step ' + str(step) if step else 'from the start'} to {cfg.run.steps}, into {job.output}{plot}"
+    )

@@ -1,0 +1,118 @@
+"""A run's checkpoints and copies in memory: what is due when, what a start goes on from, and what stays at the end."""
+
+from collections.abc import Sequence
+from contextlib import suppress
+from functools import partial
+from pathlib import Path
+
+from ringattn.training.checkpoint import BadCheckpoint, Place, Saves, TrainState
+from ringattn.training.checkpoint.memory_copies import (
+    copies_folder,
+    make_rank_folder,
+    remove_copies,
+    remove_other_copies,
+    run_of,
+)
+from ringattn.training.checkpoint.random_states import random_states, set_random_states
+from ringattn.training.engines.interface import STATE, Engine
+from ringattn.training.model.lora import lora_of
+from ringattn.training.model.models import empty_model
+from ringattn.training.resuming.best import best_steps
+from ringattn.training.resuming.restoring import Chosen, choose
+from ringattn.training.resuming.resume import check_resume
+from ringattn.training.start.job import Job
+
+RANDOM = "random"
+
+
+class Keeping:
+    """Saves and restores the state of a run. Making it is collective, and so are all calls but `due`."""
+
+    def __init__(self, job: Job) -> None:
+        self._job, run = job, job.cfg.run
+        self._saves = Saves(job.output, run.async_save, run.max_failed_saves, job.device)
+        self._rank = self._saves.together.rank
+        # On all ranks or none, since an engine's state is collective; machines may differ in their memories.
+        self._ahead = any(self._saves.together.gather(run.async_save and job.device.type == "cuda"))
+        best = partial(best_steps, job.output, count=run.keep_best)
+        self._disk = Place(job.output / "checkpoints", run.keep, spared=best)
+        self._copies = copies_folder(Path(run.memory_folder), job.output)
+        self._memory = self._place_in_memory() if run.memory_every else None
+
+    def _place_in_memory(self) -> Place:
+        checkpoints = self._disk.root
+
+        def made() -> tuple[Path, str]:
+            return make_rank_folder(self._copies, self._rank), run_of(checkpoints) if self._rank == 0 else ""
+
+        places = self._saves.together(made)
+        return Place(places[self._rank][0], 1, shared=False, kind="copy in memory", run=places[0][1])
+
+    def due(self, step: int, last: bool) -> list[Place]:
+        """Where a step that was done is to be saved."""
+        run = self._job.cfg.run
+        if last:
+            return [self._disk]
+        places = []
+        # In memory first: writing to a disk takes longer.
+        if self._memory is not None and step % run.memory_every == 0:
+            places.append(self._memory)
+        if run.save_every > 0 and step % run.save_every == 0:
+            places.append(self._disk)
+        return places
+
+    def save(self, state: TrainState, engine: Engine, places: Sequence[Place] | None = None) -> None:
+        """Saves in places, on disk by itself; see `Saves.save` for what happens if it fails."""
+        tree = {STATE: engine.state(), RANDOM: random_states()}
+        self._saves.save(state, tree, [self._disk] if places is None else places)
+
+    def take_memory(self, engine: Engine) -> None:
+        """Takes what the first save would wait for, once there is something to save: after the first step."""
+        if self._ahead:
+            self._saves.take_memory({STATE: engine.state(), RANDOM: random_states()})
+
+    def finish(self) -> None:
+        """After the last save: waits for it, and removes copies in memory. Raises SaveFailed if it failed."""
+        self._saves.finish()
+        if self._memory is not None:
+            remove_copies(self._copies, self._rank)
+
+    def restored(self, engine: Engine, before: int | None = None) -> TrainState | None:
+        """Loads the newest good checkpoint into an engine and the random generators, and returns its state. None if
+        there is none, and then nothing is changed.
+
+        Arguments:
+            before: the latest step that may be taken.
+
+        Raises BadCheckpoint if it cannot be read by this run, or none is good.
+        """
+        self._saves.wait()
+        together = self._saves.together
+        chosen = choose(self._job.output, self._disk, self._memory, together, before)
+        if self._memory is not None:
+            kept = None if chosen is None or chosen.place.shared else chosen.folder
+            remove_other_copies(self._copies, self._rank, together.count, kept)
+        if chosen is None:
+            return None
+        state = self._checked(chosen)
+        saved = chosen.opened(self._rank)
+        engine.load(saved)
+        with suppress(KeyError):  # fewer ranks wrote it
+            set_random_states(saved.own(RANDOM))
+        return state
+
+    def _checked(self, chosen: Chosen) -> TrainState:
+        """The state to go on from. One that was found only now that ranks can talk is checked as others were before."""
+        job = self._job
+        if job.resume is not None and chosen.folder == job.resume[0]:
+            return job.resume[1]
+        model = empty_model(job.model_config, lora_of(job.cfg.model))
+        try:
+            state, said = check_resume(
+                job.cfg, job.output, chosen.state, job.launch, job.corpus, job.model_config, model
+            )
+        except ValueError as error:
+            raise BadCheckpoint(str(error)) from None
+        if self._rank == 0:
+            print("\n".join([f"going on from the {chosen.place.kind} {chosen.folder}", *said]), flush=True)
+        return state

@@ -1,0 +1,114 @@
+"""Whether a run may go on from a checkpoint, and where in its data."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from omegaconf import DictConfig, OmegaConf
+from torch import nn
+
+from ringattn.training.checkpoint import TrainState
+from ringattn.training.config.curve import curve_differences
+from ringattn.training.model.fitness import check_same_shapes
+from ringattn.training.model.lora import Lora, check_same_base, lora_of
+from ringattn.training.model.models import empty_model
+from ringattn.training.packs.ordering import AnyCorpus, Position
+from ringattn.training.packs.packers import check_state
+from ringattn.training.secrets import redacted
+from ringattn.training.start.launched import Launch
+from ringattn.training.start.output import model_values, read_config
+
+
+def check_resume(
+    cfg: DictConfig,
+    output: Path,
+    state: TrainState,
+    launch: Launch,
+    corpus: AnyCorpus,
+    model_config: Any,
+    model: nn.Module,
+) -> tuple[TrainState, list[str]]:
+    """The state to go on from, and what is to be said about it.
+
+    With run.resume=force the documents may be others, or in another order: then a place in them means nothing any
+    more, and the stream goes on at the beginning of a new epoch.
+
+    Raises ValueError if the checkpoint in `output` cannot be read by this run, or is of another one.
+    """
+    _check_readable(cfg, output, state, launch)
+    saved, saved_model = read_config(output)
+    now: dict[str, Any] = redacted(OmegaConf.to_container(cfg))  # as it is saved
+    if cfg.run.resume != "force":
+        _check_same(cfg, output, state, corpus, saved or now, now, _model_differences(saved_model, model_config))
+    elif saved_model is not None:
+        _check_shapes(saved_model, lora_of((saved or now)["model"]), model)
+    check_same_base(saved or now, now)
+    seed = (saved or now).get("run", {}).get("seed")
+    if state.corpus != corpus.fingerprint or seed != cfg.run.seed:
+        epoch = int(state.position["epoch"]) + 1
+        why = "documents" if state.corpus != corpus.fingerprint else "run.seed"
+        note = f"other {why} than in the checkpoint: the data goes on at the beginning of epoch {epoch + 1}"
+        drawn = {key: state.position[key] for key in ("step",) if key in state.position}  # lengths by step go on
+        return replace(state, position=Position(epoch).state_dict() | drawn), [note]
+    check_state(cfg.data, state.position)
+    return state, []
+
+
+def _check_readable(cfg: DictConfig, output: Path, state: TrainState, launch: Launch) -> None:
+    if state.engine != cfg.engine.name:
+        raise ValueError(
+            f"engine.name={cfg.engine.name}, but the checkpoint in {output} was written by {state.engine} and only it "
+            f"can read it; choose another run.output. Its weights alone can go on: ringattn export {output} OUT, "
+            "then model.path=OUT"
+        )
+    if state.engine == "deepspeed" and state.world_size != launch.world_size:
+        raise ValueError(
+            f"the DeepSpeed checkpoint in {output} was written by {state.world_size} ranks and {launch.world_size} "
+            "were started; start as many, or choose another run.output"
+        )
+
+
+def _check_same(
+    cfg: DictConfig,
+    output: Path,
+    state: TrainState,
+    corpus: AnyCorpus,
+    saved: dict[str, Any],
+    now: dict[str, Any],
+    of_model: list[tuple[str, Any, Any]],
+) -> None:
+    if state.corpus != corpus.fingerprint:
+        raise ValueError(
+            f"the documents of data.name={cfg.data.name}, or their tokens, changed since the checkpoint in {output}; "
+            "choose another run.output, or go on all the same with run.resume=force"
+        )
+    differences = curve_differences(saved, now)
+    known = {key for key, _, _ in differences}
+    differences += [one for one in of_model if one[0] not in known]
+    if differences:
+        shown = "; ".join(f"{key} was {json.dumps(a)} and is now {json.dumps(b)}" for key, a, b in differences)
+        raise ValueError(
+            f"{output} holds a run with another configuration: {shown}. Choose another run.output, or go on from its "
+            "checkpoint all the same with run.resume=force"
+        )
+
+
+def _model_differences(saved: dict[str, Any] | None, model_config: Any) -> list[tuple[str, Any, Any]]:
+    """Keys of the model's configuration that have other values than when the run began: the file at model.path may
+    have been written to. Keys of another version of transformers are in one of both only, and do not count."""
+    if saved is None:
+        return []
+    now = redacted(model_values(model_config))
+    both = sorted(saved.keys() & now.keys())
+    return [(f"model.config.{key}", saved[key], now[key]) for key in both if saved[key] != now[key]]
+
+
+def _check_shapes(saved: dict[str, Any], lora: Lora | None, model: nn.Module) -> None:
+    from transformers import AutoConfig
+
+    try:
+        before = empty_model(AutoConfig.for_model(**saved), lora)
+    except Exception:  # by another version of transformers: the engine will say whether its files fit
+        return
+    check_same_shapes(before, model)

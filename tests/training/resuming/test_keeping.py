@@ -1,0 +1,100 @@
+"""A run goes back to a step before, on disk or in memory, and from there along the same curve."""
+
+import json
+from functools import partial
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("transformers")
+
+from ringattn.training.checkpoint import BadCheckpoint, TrainState
+from ringattn.training.checkpoint.folders import discard_older, found_in
+from ringattn.training.checkpoint.marker import Marker, write_marker
+from ringattn.training.checkpoint.memory_copies import copies_folder, rank_folder
+from ringattn.training.loop import Trainer
+from ringattn.training.resuming.best import best_steps
+from ringattn.training.start.output import write_config
+from tests.pool import Pools
+from tests.training.recipe import prepared
+
+SHORT = ("run.steps=9", "data.seq_len=64", "model.config.hidden_size=32", "model.config.num_hidden_layers=1")
+SHORT += ("model.config.num_attention_heads=4", "model.config.num_key_value_heads=2", "run.keep=5")
+
+
+def train(trainer: Trainer, last: int) -> list[tuple[float, float]]:
+    """Losses and gradient norms up to a step."""
+    found = []
+    with trainer._batches() as stream:
+        while trainer.step < last:
+            done = trainer._train_step(next(stream), False)
+            found.append((done.loss, done.norm))
+            trainer.save(trainer.keeping.due(trainer.step, False))
+    return found
+
+
+def back(output: Path, *overrides: str) -> bool:
+    trainer = Trainer(prepared(*SHORT, f"run.output={output}", "run.save_every=2", *overrides))
+    assert not trainer.restore()
+    first = train(trainer, 7)
+    assert trainer.restore(before=5)
+    assert trainer.step == 4
+    again = train(trainer, 7)
+    assert trainer.restore()
+    assert trainer.step == 6
+    trainer.keeping.finish()
+    return first[4:] == again
+
+
+@pytest.mark.parametrize("overrides", [(), ("run.async_save=true",)], ids=["now", "in a thread"])
+def test_back_to_a_checkpoint_before(pool: Pools, tmp_path: Path, overrides: tuple[str, ...]) -> None:
+    assert pool(1).run(back, tmp_path, *overrides) == [True]
+    names = sorted(path.name for path in (tmp_path / "checkpoints").iterdir())
+    assert names == ["step-00000002", "step-00000004", "step-00000006", "step-00000006.bad"]
+
+
+def in_memory(output: Path) -> None:
+    given = (*SHORT, f"run.output={output}", "run.save_every=0", "run.memory_every=2", f"run.memory_folder={output}")
+    trainer = Trainer(prepared(*given))
+    own = rank_folder(copies_folder(output, output), 0)
+    assert train(trainer, 5)
+    assert [path.name for path in own.iterdir()] == ["step-00000004"]
+    again = Trainer(prepared(*given))
+    assert again.step == 4
+    # A run that is begun anew does not go on from the one before, nor does it keep its copies.
+    (output / "checkpoints" / "run.json").unlink()
+    assert Trainer(prepared(*given)).step == 0
+    assert list(own.iterdir()) == []
+    trainer.keeping.finish()
+    assert not own.parent.exists()
+
+
+def test_copies_in_memory_are_of_their_run_alone(pool: Pools, tmp_path: Path) -> None:
+    pool(1).run(in_memory, tmp_path)
+
+
+def another_curve(output: Path) -> None:
+    given = (*SHORT, f"run.output={output}", "run.save_every=0", "run.memory_every=2", f"run.memory_folder={output}")
+    job = prepared(*given)
+    write_config(job.cfg, output, job.model_config)
+    train(Trainer(job), 2)
+    Trainer(prepared(*given, "optim.lr=0.01"))
+
+
+def test_a_copy_of_another_curve_is_refused_in_one_line(pool: Pools, tmp_path: Path) -> None:
+    with pytest.raises(BadCheckpoint, match=r"holds a run with another configuration: optim\.lr was 0\.003"):
+        pool(1).run(another_curve, tmp_path)
+
+
+def test_the_best_stay_beside_the_newest(tmp_path: Path) -> None:
+    """What has no validation loss is never among the best."""
+    root, losses = tmp_path / "checkpoints", {1: 3.0, 2: 1.0, 3: None, 4: 2.0, 5: 5.0, 6: None}
+    for step in losses:
+        (root / f"step-{step:08d}").mkdir(parents=True)
+        write_marker(root / f"step-{step:08d}", Marker(TrainState(step, 0, {}, "", "fsdp2", 1), {}))
+    lines = [{"step": step, "validation": loss and {"a": loss - 0.5, "b": loss + 0.5}} for step, loss in losses.items()]
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    discard_older(root, 1, 6, partial(best_steps, tmp_path, count=2))
+    assert [found.step for found in found_in(root)] == [6, 4, 2]
+    discard_older(root, 1, 6, partial(best_steps, tmp_path, count=0))
+    assert [found.step for found in found_in(root)] == [6]

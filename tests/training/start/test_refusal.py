@@ -1,0 +1,33 @@
+"""How recipes refuse: one message, which says what may have been meant."""
+
+from pathlib import Path
+
+import pytest
+from hydra import compose, initialize_config_dir
+from hydra.errors import ConfigCompositionException
+
+from ringattn.training.start.refusal import _message
+
+CONFIGS = Path(__file__).parents[3] / "configs"
+
+
+@pytest.mark.parametrize(
+    ("override", "meant"),
+    [
+        ("run.stepz=3", "did you mean run.steps? "),
+        ("data.seqlen=3", "did you mean data.seq_len? "),
+        ("parallel.ring_size=2", "did you mean parallel.ring? "),
+        ("train.steps=3", "did you mean run.steps? "),
+        ("zzz=3", ""),
+    ],
+)
+def test_an_unknown_key_is_named_with_what_may_be_meant(override, meant):
+    with (
+        initialize_config_dir(str(CONFIGS), version_base=None),
+        pytest.raises(ConfigCompositionException) as caught,
+    ):
+        compose("train", overrides=[override])
+    message = _message(caught.value)
+    assert f"Could not override '{override.partition('=')[0]}'" in message
+    assert (meant in message) if meant else ("did you mean" not in message)
+    assert message.endswith("keys are in configs/, each with a comment")

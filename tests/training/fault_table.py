@@ -85,6 +85,7 @@ def disk_rows(folder: Path) -> Iterator[Row]:
             "error:",
         ),
         ("a killed rank, copies in memory", lambda f: of_disks.killed_between_saves(f, whole), "going on from"),
+        ("a lost machine, copies on its neighbour", lambda f: of_disks.machine_lost(f, whole), "going on from"),
         ("a corrupt token cache", of_disks.corrupt_token_cache, "warning:"),
     ]
     for fault, (damage, _) in of_disks.DAMAGES.items():

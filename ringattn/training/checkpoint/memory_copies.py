@@ -104,20 +104,27 @@ def is_memory(folder: Path) -> bool:
     return kind in ("tmpfs", "ramfs")
 
 
-def lacking_room(folder: Path, copies: Path, size: int) -> str:
+def copies_of(neighbours: bool) -> int:
+    """How many copies of the states of so many ranks a machine holds: of its own, and with neighbours of others."""
+    return 2 * COPIES if neighbours else COPIES
+
+
+def lacking_room(folder: Path, copies: Path, size: int, neighbours: bool = False) -> str:
     """What a folder lacks for the copies of a machine, in words; "" if they fit.
 
     Arguments:
         copies: the run's own folder in it, whose files will be replaced.
         size: bytes of the state of all ranks of the machine.
+        neighbours: whether as much is kept for another machine.
     """
     if not folder.is_dir():
         return f"{folder} is not a folder of this machine"
     held = sum(path.stat().st_size for path in copies.rglob("*") if path.is_file()) if copies.is_dir() else 0
-    free, needed = shutil.disk_usage(folder).free + held, COPIES * size
+    free, needed = shutil.disk_usage(folder).free + held, copies_of(neighbours) * size
     if free >= needed:
         return ""
+    of_others = ", and as many of another machine" if neighbours else ""
     return (
         f"{in_units(needed)} are needed in {folder} on each machine ({COPIES} copies of {in_units(size)}: one stays "
-        f"while the next is written) and {in_units(free)} are free"
+        f"while the next is written{of_others}) and {in_units(free)} are free"
     )

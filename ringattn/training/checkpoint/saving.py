@@ -11,6 +11,7 @@ import torch
 
 from ringattn.training.checkpoint.host_copy import HostCopy
 from ringattn.training.checkpoint.marker import TrainState
+from ringattn.training.checkpoint.neighbours import share_with_neighbour
 from ringattn.training.checkpoint.snapshot import Snapshot, snapshot_of
 from ringattn.training.checkpoint.together import SaveFailed, Together
 from ringattn.training.checkpoint.writing import Place, write_checkpoint
@@ -109,6 +110,8 @@ class Saves:
             for place in places:
                 try:
                     write_checkpoint(place, state, snapshot, self.together)
+                    if place.neighbour:
+                        share_with_neighbour(place, state.step, self.together)
                     self._failed.pop(place.kind, None)
                 except SaveFailed as error:
                     self._note(place, state.step, str(error))

@@ -4,6 +4,7 @@ from collections.abc import Callable
 from typing import Any, TypeVar
 
 import torch.distributed as dist
+from torch import Tensor
 
 from ringattn.training.checkpoint.marker import BadCheckpoint
 from ringattn.training.failures import FailedTogether
@@ -57,6 +58,18 @@ class Together:
         values: list[Any] = [None] * self.count
         dist.all_gather_object(values, value, group=self._group)
         return values
+
+    def send(self, tensor: Tensor, rank: int) -> dist.Work:
+        """Begins to send a tensor of the host, which stays as it is until the work is done, to a rank that takes it."""
+        work = dist.isend(tensor, rank, group=self._group)
+        assert work is not None
+        return work
+
+    def take(self, tensor: Tensor, rank: int) -> dist.Work:
+        """Begins to take what a rank sends."""
+        work = dist.irecv(tensor, rank, group=self._group)
+        assert work is not None
+        return work
 
     def close(self) -> None:
         """Ends the group."""

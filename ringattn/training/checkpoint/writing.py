@@ -24,6 +24,7 @@ class Place:
             completes a folder of its own.
         kind: what one of them is called.
         run: the run that they are of, where that matters.
+        neighbour: the rank of this number on the next machine keeps them too, so many ranks further; 0 for nobody.
     """
 
     root: Path
@@ -32,6 +33,7 @@ class Place:
     kind: str = "checkpoint"
     run: str = ""
     spared: Spared | None = None
+    neighbour: int = 0
 
     def folder(self, step: int) -> Path:
         """Of a step's checkpoint."""

@@ -1,4 +1,4 @@
-"""Every key of a configuration, and what its value may be: tables that `config.py` checks by."""
+"""Every key of a configuration, and what its value may be: tables that `checks.py` checks by."""
 
 import math
 
@@ -65,8 +65,8 @@ NUMBERS: dict[str, tuple[float, float]] = {
     "run.grace": (1.0, math.inf),
 }
 SWITCHES = (
-    "data.pad", "parallel.ulysses_across_nodes", "run.deterministic", "run.elastic", "run.plan_only", "run.report",
-    "run.tensorboard",
+    "data.pad", "parallel.ulysses_across_nodes", "run.deterministic", "run.elastic", "run.memory_neighbours",
+    "run.plan_only", "run.report", "run.tensorboard",
 )  # fmt: skip
 TEXTS = ("model.name", "model.family", "model.path", "run.output", "run.memory_folder")
 # Keys that only one option of their group has.

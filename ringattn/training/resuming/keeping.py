@@ -5,7 +5,7 @@ from contextlib import suppress
 from functools import partial
 from pathlib import Path
 
-from ringattn.training.checkpoint import BadCheckpoint, Place, Saves, TrainState
+from ringattn.training.checkpoint import BadCheckpoint, Place, SaveFailed, Saves, TrainState
 from ringattn.training.checkpoint.memory_copies import (
     copies_folder,
     make_rank_folder,
@@ -13,6 +13,7 @@ from ringattn.training.checkpoint.memory_copies import (
     remove_other_copies,
     run_of,
 )
+from ringattn.training.checkpoint.neighbours import bring_home, remove_guests
 from ringattn.training.checkpoint.random_states import random_states, set_random_states
 from ringattn.training.engines.interface import STATE, Engine
 from ringattn.training.model.lora import lora_of
@@ -46,7 +47,11 @@ class Keeping:
             return make_rank_folder(self._copies, self._rank), run_of(checkpoints) if self._rank == 0 else ""
 
         places = self._saves.together(made)
-        return Place(places[self._rank][0], 1, shared=False, kind="copy in memory", run=places[0][1])
+        launch, told = self._job.launch, self._job.cfg.run.memory_neighbours
+        distance = launch.ranks_per_node if told and launch.world_size > launch.ranks_per_node else 0
+        return Place(
+            places[self._rank][0], 1, shared=False, kind="copy in memory", run=places[0][1], neighbour=distance
+        )
 
     def due(self, step: int, last: bool) -> list[Place]:
         """Where a step that was done is to be saved."""
@@ -75,6 +80,7 @@ class Keeping:
         """After the last save: waits for it, and removes copies in memory. Raises SaveFailed if it failed."""
         self._saves.finish()
         if self._memory is not None:
+            remove_guests(self._copies)
             remove_copies(self._copies, self._rank)
 
     def restored(self, engine: Engine, before: int | None = None) -> TrainState | None:
@@ -88,10 +94,13 @@ class Keeping:
         """
         self._saves.wait()
         together = self._saves.together
+        if self._memory is not None:
+            self._bring_home(self._memory)
         chosen = choose(self._job.output, self._disk, self._memory, together, before)
         if self._memory is not None:
             kept = None if chosen is None or chosen.place.shared else chosen.folder
             remove_other_copies(self._copies, self._rank, together.count, kept)
+            remove_guests(self._copies, chosen.state.step if kept and chosen else -1)
         if chosen is None:
             return None
         state = self._checked(chosen)
@@ -100,6 +109,13 @@ class Keeping:
         with suppress(KeyError):  # fewer ranks wrote it
             set_random_states(saved.own(RANDOM))
         return state
+
+    def _bring_home(self, memory: Place) -> None:
+        try:
+            bring_home(memory, self._saves.together)
+        except SaveFailed as error:  # what every rank has of its own is there all the same
+            if self._rank == 0:
+                print(f"warning: copies in memory of other machines were not brought here: {error}", flush=True)
 
     def _checked(self, chosen: Chosen) -> TrainState:
         """The state to go on from. One that was found only now that ranks can talk is checked as others were before."""

@@ -11,7 +11,7 @@ from ringattn.memory.host import host_memory
 from ringattn.memory.planning.shapes import ITEMSIZE
 from ringattn.memory.planning.states import MOMENT_BYTES
 from ringattn.memory.settings import StateSettings
-from ringattn.training.checkpoint.memory_copies import COPIES, copies_folder, is_memory, lacking_room
+from ringattn.training.checkpoint.memory_copies import copies_folder, copies_of, is_memory, lacking_room
 from ringattn.training.config.checks import compute_dtype
 from ringattn.training.engines.optimizers import kept_whole
 from ringattn.training.start.launched import Launch
@@ -42,7 +42,8 @@ def reserved_host(cfg: DictConfig, empty: nn.Module, launch: Launch) -> int:
     What `run.async_save=auto` may take is not among them: it takes what the plan leaves.
     """
     size = machine_bytes(cfg, empty, WIDEST, launch)
-    copies = COPIES if cfg.run.memory_every and is_memory(Path(cfg.run.memory_folder)) else 0
+    in_memory = cfg.run.memory_every and is_memory(Path(cfg.run.memory_folder))
+    copies = copies_of(cfg.run.memory_neighbours) if in_memory else 0
     return size * (copies + (cfg.run.async_save is True))
 
 
@@ -55,6 +56,8 @@ def settle_saving(
     Raises ValueError if `run.memory_folder` has no room, or what is saved cannot be read from one machine alone.
     """
     size = machine_bytes(cfg, empty, states, launch)
+    if cfg.run.memory_neighbours and not cfg.run.memory_every:
+        raise ValueError("run.memory_neighbours=true keeps copies in memory: set run.memory_every to the steps between")
     if cfg.run.memory_every:
         several = launch.world_size > launch.ranks_per_node
         if several and cfg.engine.name == "deepspeed" and cfg.engine.zero_stage < 3:
@@ -64,7 +67,13 @@ def settle_saving(
                 "use engine.zero_stage=3, engine=fsdp2 or run.memory_every=0"
             )
         folder = Path(cfg.run.memory_folder)
-        if lacking := lacking_room(folder, copies_folder(folder, output), size):
+        if cfg.run.memory_neighbours and not several and not cfg.run.elastic:
+            raise ValueError(
+                "run.memory_neighbours=true: there is one machine, and nobody to keep copies; use false, or "
+                "run.elastic=true for a run that may go on with one"
+            )
+        neighbours = cfg.run.memory_neighbours and several
+        if lacking := lacking_room(folder, copies_folder(folder, output), size, neighbours):
             raise ValueError(f"run.memory_every={cfg.run.memory_every}: {lacking}; use another run.memory_folder or 0")
     if cfg.run.async_save != AUTO:
         return bool(cfg.run.async_save)

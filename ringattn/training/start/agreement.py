@@ -30,7 +30,7 @@ from ringattn.training.start.output import model_values
 
 # What machines may have apart: places of files (their contents are compared), and what does not change a step.
 OWN = {"data.files", "data.cache", "data.tokenizer", "data.prefetch", "data.ahead", "model.path", "engine.compile"}
-OWN |= {"data.sources", "data.validation", "data.chat_template", "data.processes"}
+OWN |= {"data.sources", "data.validation", "data.chat_template", "data.processes", "run.memory_folder"}
 VERSIONS = ("torch", "transformers", "deepspeed", "torchao", "peft", "numpy")
 ADVICE = {
     "memory.": "give memory.gpu_memory and memory.host_memory, those of the smallest machine",

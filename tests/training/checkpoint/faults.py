@@ -8,7 +8,7 @@ import io
 import os
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
@@ -54,14 +54,26 @@ class Undisturbed:
     curve: Curve
 
 
-def started(output: Path, *overrides: str, fault: str = "") -> tuple[tuple[int | None, ...], str, float]:
-    """A run of two ranks: exit codes, what was printed, and when it ended."""
+def started(
+    output: Path, *overrides: str, fault: str = "", memories: Sequence[Path] = ()
+) -> tuple[tuple[int | None, ...], str, float]:
+    """A run of two ranks: exit codes, what was printed, and when it ended.
+
+    Arguments:
+        memories: folders for copies in memory, of each rank one; then each believes to be alone on a machine.
+    """
     log, port = output / "ranks.log", free_port()
     output.mkdir(exist_ok=True)
     log.unlink(missing_ok=True)
     arguments = [*SMALL, f"run.steps={STEPS}", f"run.save_every={EVERY}", f"run.output={output}", *overrides]
     script, arguments = (SCRIPT, [str(output), fault, *arguments]) if fault else ("recipes/train.py", arguments)
-    ranks = [fork_rank(arguments, variables_of(rank, 2, port), log, log, script=script) for rank in range(2)]
+    ranks = []
+    for rank in range(2):
+        variables, own = variables_of(rank, 2, port), list(arguments)
+        if memories:
+            variables |= {"LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1"}
+            own.append(f"run.memory_folder={memories[rank]}")
+        ranks.append(fork_rank(own, variables, log, log, script=script))
     assert all_end(ranks, LIMIT), log.read_text()
     return tuple(rank.exitcode for rank in ranks), log.read_text(), time.time()
 
@@ -112,6 +124,24 @@ def killed_between_saves(folder: Path, whole: Undisturbed) -> Facts:
     return facts
 
 
+def machine_lost(folder: Path, whole: Undisturbed) -> Facts:
+    """One of two machines is lost in step 15, with its memory; another comes in its place. Each kept the other's
+    copies, and nothing was saved on disk."""
+    memories = [folder / f"memory{rank}" for rank in range(2)]
+    for memory in memories:
+        memory.mkdir()
+    same = ("run.save_every=0", "run.memory_every=3", "run.memory_neighbours=true")
+    codes, told, ended = started(folder, *same, fault="1:step@15", memories=memories)
+    seconds = ended - (folder / "happened").stat().st_mtime
+    shutil.rmtree(memories[1])
+    memories[1].mkdir()
+    facts = _continued(
+        folder, whole, "a machine is lost, copies in memory", codes, told, seconds, *same, memories=memories
+    )
+    assert not [path for memory in memories for path in memory.iterdir()], "copies of a run that is done"
+    return facts
+
+
 def corrupt_token_cache(folder: Path) -> Facts:
     """A flipped bit in the tokens of a text corpus between two starts."""
     (folder / "a.txt").write_text("some text " * 100)
@@ -140,10 +170,11 @@ def _continued(
     seconds: float,
     *overrides: str,
     since: float = 0.0,
+    memories: Sequence[Path] = (),
 ) -> Facts:
     """Starts again, undisturbed."""
     done = curve(folder)[-1][0]
-    again, text, _ = started(folder, *overrides)
+    again, text, _ = started(folder, *overrides, memories=memories)
     assert again == (0, 0), text
     resumed = int(text.split("from step ")[1].split()[0])
     if since:

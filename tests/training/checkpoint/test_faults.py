@@ -88,3 +88,12 @@ def test_copies_in_memory_lose_fewer_steps(whole, tmp_path):
     assert "from step 12" in facts.told
     assert facts.steps_lost <= 3
     assert facts.same_curve
+
+
+def test_a_lost_machine_takes_no_steps_along(whole, tmp_path):
+    facts = faults.machine_lost(tmp_path, whole)
+    assert facts.codes[1] == -9
+    assert f"going on from the copy in memory {tmp_path / 'memory0'}" in facts.told
+    assert "from step 12" in facts.told
+    assert facts.steps_lost <= 3
+    assert facts.same_curve

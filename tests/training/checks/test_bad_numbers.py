@@ -1,5 +1,6 @@
 """A step without a finite loss and gradient changes nothing, says where its numbers came from, and does not last."""
 
+import importlib.util
 import json
 import math
 from pathlib import Path
@@ -56,7 +57,8 @@ def state_of(trainer: Trainer) -> list[torch.Tensor]:
     optimizer = getattr(trainer.engine, "_optimizer", None) or trainer.engine._engine.optimizer.optimizer
     tensors += [value for state in optimizer.state.values() for value in state.values() if torch.is_tensor(value)]
     held = [getattr(tensor, "ds_tensor", tensor) for tensor in tensors]
-    return [getattr(tensor, "_local_tensor", tensor).detach().clone() for tensor in held]
+    local = [getattr(tensor, "_local_tensor", tensor).detach() for tensor in held]
+    return [one.dequantize() if hasattr(one, "codes") else one.clone() for one in local]
 
 
 def left_out(output: Path, *overrides: str) -> tuple[bool, bool, list[bool], str]:
@@ -86,6 +88,8 @@ def left_out(output: Path, *overrides: str) -> tuple[bool, bool, list[bool], str
     return same, moved, [math.isfinite(done.norm), torch.equal(random, after)], incident["message"]
 
 
+needs_torchao = pytest.mark.skipif(importlib.util.find_spec("torchao") is None, reason="no torchao")
+WIDE = ["model.config.hidden_size=64", "model.config.intermediate_size=128"]  # shards large enough for 8 bits
 needs_deepspeed = [pytest.mark.skipif(not deepspeed_available(), reason="no deepspeed"), pytest.mark.slow]
 
 
@@ -95,6 +99,10 @@ needs_deepspeed = [pytest.mark.skipif(not deepspeed_available(), reason="no deep
         (),
         pytest.param(("memory.states_on=host",), marks=pytest.mark.slow),
         pytest.param(("memory.keep=layer",), marks=pytest.mark.slow),
+        pytest.param(("memory.moments=int8", *WIDE), marks=[needs_torchao, pytest.mark.nightly]),
+        pytest.param(
+            ("memory.moments=int8", "memory.states_on=host", *WIDE), marks=[needs_torchao, pytest.mark.nightly]
+        ),
         pytest.param(("engine=deepspeed", "engine.zero_stage=1"), marks=needs_deepspeed),
         pytest.param(("engine=deepspeed", "engine.zero_stage=3"), marks=needs_deepspeed),
     ],

@@ -3,6 +3,8 @@
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
+from ringattn.parallel.mesh.tournament import opponents
+
 
 @dataclass(frozen=True)
 class Place:
@@ -34,26 +36,6 @@ class Place:
         for other in opponents(self.node, len(self.counts)):
             if self.local < self.counts[other]:
                 yield Place(other, self.local, self.counts)
-
-
-def opponents(player: int, players: int) -> list[int]:
-    """The others in the order of a round-robin tournament: in each round everybody meets at most one.
-
-    The circle method: with an odd number of players one rests in every round.
-    """
-    seats = players + players % 2
-    if seats < 2:
-        return []
-    found = []
-    for turn in range(seats - 1):
-        if player == seats - 1:
-            other = turn * (seats // 2) % (seats - 1)
-        else:
-            other = (turn - player) % (seats - 1)
-            other = seats - 1 if other == player else other
-        if other < players:
-            found.append(other)
-    return found
 
 
 def rounds(counts: Sequence[int]) -> int:

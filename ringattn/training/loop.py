@@ -190,7 +190,12 @@ class Trainer:
     def _stragglers(self) -> Stragglers:
         run = self.cfg.run
         return Stragglers(
-            self.job.output, self.engine.model, self.job.device, run.straggler_every, run.straggler_percent
+            self.job.output,
+            self.engine.model,
+            self.job.device,
+            run.straggler_every,
+            run.straggler_percent,
+            self.mesh.sequence_group if self.mesh.sequence_size > 1 else None,
         )
 
     def _went_back(self, batch: Batch[LocalPack], done: Brought) -> bool:

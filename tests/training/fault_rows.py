@@ -267,6 +267,28 @@ def _sleep(seconds: float) -> None:
     Trainer._forward = forward  # type: ignore[method-assign]
 
 
+def slow_link(tmp_path: Path, seconds: float = 0.05) -> Fault:
+    """Messages between two of four ranks take long. Each rank waits as long as the others."""
+    output = tmp_path / "run"
+    overrides = ["run.straggler_every=4", "run.steps=5", "run.save_every=0", "parallel.ring=4"]
+    delay = partial(_delay_link, seconds)
+    codes, _, said = run_with(output, overrides, faults={1: delay, 3: delay}, ranks=4)
+    return Fault("a slow link", codes, 0.0, said, None, {"after_steps": 4})
+
+
+def _delay_link(seconds: float) -> None:
+    from ringattn.training.checks import links
+
+    right = links._exchange
+
+    def exchange(out: Any, into: Any, peer: int, group: Any) -> float:
+        late = (peer in (1, 3) and seconds) or 0.0
+        time.sleep(late)
+        return right(out, into, peer, group) + late
+
+    links._exchange = exchange
+
+
 def _mark(output: Path) -> None:
     """Notes when a fault happens first."""
     path = output.with_name(f"{output.name}.fault")

@@ -114,6 +114,7 @@ def number_rows(folder: Path) -> Iterator[Row]:
         (partial(fault_rows.bad_activation, steps=[5]), "warning:", "the step is left out, the run goes on"),
         (fault_rows.silent_fault, "step", "stops; `run.recompute_every` was set"),
         (fault_rows.slow_rank, "rank 1", "goes on; a table names it"),
+        (fault_rows.slow_link, "slow link", "goes on; a line names it"),
     ]
     for number, (row, words, after) in enumerate(rows):
         own = folder / f"number{number}"

@@ -1,4 +1,5 @@
-"""Ranks that are slower than the others: found by what they themselves take, told on the screen and in a file."""
+"""Ranks that are slower than the others, and links: found by what they themselves take, told on the screen and in a
+file."""
 
 import json
 import math
@@ -13,6 +14,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
+from ringattn.training.checks.links import links_of, measure_links, slowest_link
 from ringattn.training.checks.own_time import PERIOD, OwnTime, OwnTimes
 
 FILE = "stragglers.jsonl"
@@ -30,9 +32,20 @@ class Stragglers:
         device: where this rank computes.
         every: steps between comparisons; 0: none, and nothing is measured.
         percent: a rank is told of when it takes so much more than the median.
+        group: of ranks whose links are measured; None for no links.
     """
 
-    def __init__(self, output: Path, model: nn.Module, device: torch.device, every: int, percent: float) -> None:
+    def __init__(
+        self,
+        output: Path,
+        model: nn.Module,
+        device: torch.device,
+        every: int,
+        percent: float,
+        group: dist.ProcessGroup | None = None,
+    ) -> None:
+        self._group = group
+        self._groups: list[Any] = []
         self._path, self._device, self._every, self._percent = output / FILE, device, every, percent
         self._hosts: list[Any] | None = None
         self._steps = 0
@@ -76,19 +89,33 @@ class Stragglers:
         """
         world = dist.get_world_size()
         if self._hosts is None:
-            self._hosts = [None] * world
+            self._hosts, self._groups = [None] * world, [None] * world
+            peers = [] if self._group is None else dist.get_process_group_ranks(self._group)
             dist.all_gather_object(self._hosts, socket.gethostname())
-        row = torch.tensor(mine, dtype=torch.float32, device=self._device)
+            dist.all_gather_object(self._groups, peers)
+        links = [] if self._group is None else measure_links(self._group, self._device)
+        row = torch.tensor([*mine, *links], dtype=torch.float32, device=self._device)
         rows = [torch.empty_like(row) for _ in range(world)]
         dist.all_gather(rows, row)
-        times = [OwnTime(*one) for one in torch.stack(rows).tolist()]
+        told = torch.stack(rows).tolist()
+        times = [OwnTime(*one[: len(mine)]) for one in told]
         behind = late(times, self._percent, steps)
-        if behind and dist.get_rank() == 0:
-            self._tell(step, steps, times, behind)
+        link = slowest_link(links_of([one[len(mine) :] for one in told], self._groups, self._hosts), self._device.type)
+        if (behind or (link and link["slow"])) and dist.get_rank() == 0:
+            self._tell(step, steps, times, behind, link)
         return behind
 
-    def _tell(self, step: int, steps: int, times: Sequence[OwnTime], behind: list[dict[str, Any]]) -> None:
+    def _tell(
+        self,
+        step: int,
+        steps: int,
+        times: Sequence[OwnTime],
+        behind: list[dict[str, Any]],
+        link: dict[str, Any] | None,
+    ) -> None:
         assert self._hosts is not None
+        if link is not None:
+            link["hosts"] = [self._hosts[rank] for rank in link["ranks"]]
         for one in behind:
             one["host"] = self._hosts[one["rank"]]
         slowest = max(range(len(times)), key=lambda rank: times[rank].data)
@@ -99,6 +126,7 @@ class Stragglers:
             "seconds": round(times[0].whole, 6),
             "behind": behind,
             "slowest_data": {"rank": slowest, "host": self._hosts[slowest], "seconds": round(times[slowest].data, 6)},
+            "slowest_link": link,
         }
         print(table(record), flush=True)
         try:
@@ -129,6 +157,20 @@ def late(times: Sequence[OwnTime], percent: float, steps: int) -> list[dict[str,
 
 def table(record: dict[str, Any]) -> str:
     """For people."""
+    lines = []
+    if record["behind"]:
+        lines += _table_of_ranks(record)
+    if link := record["slowest_link"]:
+        (a, b), (one, other) = link["ranks"], link["hosts"]
+        word = "slow link" if link["slow"] else "slowest link"
+        lines.append(
+            f"{word} at step {record['step']}: ranks {a} ({one}) and {b} ({other}), {1e3 * link['seconds']:.2f} ms for "
+            f"1 MiB both ways, usual {1e3 * link['usual']:.2f} ms"
+        )
+    return "\n".join(lines)
+
+
+def _table_of_ranks(record: dict[str, Any]) -> list[str]:
     lines = [
         f"slow ranks over {record['steps']} steps to step {record['step']}, of {record['seconds']:.3f} s each "
         f"(more than {record['percent']:g} % behind the median):",
@@ -140,4 +182,4 @@ def table(record: dict[str, Any]) -> str:
             f"  {one['rank']:>5}  {one['host']:<20}  {one['what']:<20}  {one['seconds']:>9.4f}  {one['median']:>9.4f}  "
             f"{behind}"
         )
-    return "\n".join(lines)
+    return lines

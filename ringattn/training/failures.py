@@ -3,8 +3,12 @@ on the user's screen."""
 
 import json
 import os
+import sys
+import threading
 import time
+import traceback
 from collections.abc import Callable
+from types import TracebackType
 
 from torch.distributed.elastic.multiprocessing.errors import ErrorHandler, record
 
@@ -17,8 +21,22 @@ class FailedTogether(RuntimeError):
 
 
 def reported(main: Callable[[], None]) -> Callable[[], object]:
-    """Wraps the main function of a recipe: torchrun repeats at its end what an exception of a rank says."""
-    return record(main, _Brief())
+    """Wraps the main function of a recipe: torchrun repeats at its end what an exception of a rank says, and no
+    traceback shows what looks like a secret."""
+    recorded = record(main, _Brief())
+
+    def run() -> object:
+        sys.excepthook = _show
+        threading.excepthook = lambda given: _show(given.exc_type, given.exc_value, given.exc_traceback)
+        return recorded()
+
+    return run
+
+
+def _show(kind: type[BaseException], error: BaseException | None, trace: TracebackType | None) -> None:
+    """What the interpreter prints of an exception that nobody catches."""
+    text = "".join(traceback.format_exception(kind, error, trace))
+    print(redacted(text), end="", file=sys.stderr, flush=True)
 
 
 def report(message: str) -> bool:

@@ -24,6 +24,31 @@ def test_torchrun_is_told_the_message_alone(tmp_path, monkeypatch):
     assert told["message"]["message"] == "ArithmeticError: the fault"
 
 
+def test_a_traceback_shows_no_secret():
+    key = "hf_" + "aB3" * 10
+    lines = [
+        "import threading",
+        "from ringattn.training.failures import reported",
+        "def fails(where):",
+        f"    raise RuntimeError(f'{{where}}: https://me:geheim@host and {key}')",
+        "def main():",
+        "    thread = threading.Thread(target=fails, args=('thread',))",
+        "    thread.start()",
+        "    thread.join()",
+        "    fails('main')",
+        "reported(main)()",
+    ]
+    done = subprocess.run(
+        [sys.executable, "-c", "\n".join(lines)], cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 1
+    for where in ("thread", "main"):
+        assert f"RuntimeError: {where}: https://<redacted>@host and <redacted>\n" in done.stderr
+    assert key not in done.stderr
+    assert "geheim" not in done.stderr
+    assert "in fails" in done.stderr, "the rest of it is there"
+
+
 def test_the_end_of_torchruns_screen(tmp_path):
     """Rank 1 raises and rank 0 loses its connection in the same second: torchrun alone would name rank 0."""
     done = faulty("1", tmp_path)

@@ -115,6 +115,25 @@ def absent_rank(tmp_path: Path) -> Fault:
     return Fault("a rank that never comes", codes, seconds, said)
 
 
+def second_run(tmp_path: Path) -> Fault:
+    """Somebody starts the same command again while it trains."""
+    output, log, port = tmp_path / "run", tmp_path / "first.log", free_port()
+    overrides = [*SMALL, f"run.output={output}", "run.steps=100000", "run.save_every=0"]
+    first = [fork_rank(overrides, variables_of(rank, 2, port), log, log) for rank in range(2)]
+    try:
+        deadline = time.monotonic() + LIMIT
+        while not (output / "metrics.jsonl").exists():
+            assert time.monotonic() < deadline, log.read_text()
+            time.sleep(0.1)
+        codes, seconds, said = run_with(output, ["run.steps=100000", "run.save_every=0"])
+        assert all(rank.exitcode is None for rank in first), "the first run goes on"
+    finally:
+        for rank in first:
+            rank.kill()
+            rank.join()
+    return Fault("a second run in the same folder", codes, seconds, said)
+
+
 def other_batch(tmp_path: Path, step: int = 4) -> Fault:
     """From a step on one rank reads other packs than it should."""
     output = tmp_path / "run"

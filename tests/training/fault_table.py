@@ -29,7 +29,8 @@ Every row is a fault that was made on purpose in a tiny run of two or three rank
 Seconds are from the fault, or from the start of the ranks where the fault is there from the start, to what names it. A
 step lost is one that was trained and had to be trained again, with a checkpoint every few steps. Tests hold each row
 (`python -m pytest -m slow tests/training`). What to do about each is in
-[Training](training.md#when-something-fails).
+[Training](training.md#when-something-fails). A link between two hosts that is slow, loses packets or is cut, and a host
+that is lost and comes back, are in `tests/launch/test_two_hosts.py`: hosts are network namespaces there.
 
 {when}
 
@@ -77,7 +78,7 @@ def disk_rows(folder: Path) -> Iterator[Row]:
     """Disks, files, and ranks that save."""
     whole = of_disks.undisturbed(folder / "whole")
     rows: list[tuple[str, Callable[[Path], of_disks.Facts], str]] = [
-        ("SIGKILL of a rank in a write", partial(of_disks.killed_in_write, whole=whole, asynchronous=False), "lost"),
+        ("SIGKILL of a rank in a write", partial(of_disks.killed_in_write, whole=whole, asynchronous=False), "is gone"),
         ("a full disk", lambda f: of_disks.failing_disk(f, whole, "ENOSPC", 12), "warning:"),
         (
             "a read-only disk",
@@ -108,12 +109,13 @@ def number_rows(folder: Path) -> Iterator[Row]:
         (fault_rows.other_code, "error:", "refused on all ranks, exit 2"),
         (fault_rows.refused_rank, "error:", "refused on all ranks, exit 2"),
         (fault_rows.absent_rank, "error:", "refused; `run.start_timeout` was 2 s"),
+        (fault_rows.second_run, "error:", "the first run goes on; the second is refused, exit 2"),
         (fault_rows.other_batch, "not one run", "stops in that step"),
         (fault_rows.other_learning_rate_later, "not one run", "stops in that step"),
         (partial(fault_rows.bad_gradient, steps=[5, 6]), "warning:", "steps are left out, the run goes on"),
         (partial(fault_rows.bad_activation, steps=[5]), "warning:", "the step is left out, the run goes on"),
-        (fault_rows.silent_fault, "step", "stops; `run.recompute_every` was set"),
-        (fault_rows.slow_rank, "rank 1", "goes on; a table names it"),
+        (fault_rows.silent_fault, "computed twice", "stops; `run.recompute_every` was set"),
+        (fault_rows.slow_rank, "own time", "goes on; a table names it"),
         (fault_rows.slow_link, "slow link", "goes on; a line names it"),
     ]
     for number, (row, words, after) in enumerate(rows):

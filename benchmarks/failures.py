@@ -1,0 +1,198 @@
+"""Failures on GPUs: how soon they are named, what restarts lose, and what saving costs.
+
+    python -m benchmarks.failures faults                two ranks, NCCL over NVLink
+    python -m benchmarks.failures faults --hosts        the same, as if each rank were on a machine of its own (sockets)
+    python -m benchmarks.failures saving --folder /data             one rank, a model of 1.2 billion parameters
+
+Without GPUs `faults` runs on gloo and the CPU. Each part prints a table in Markdown.
+"""
+
+import argparse
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import torch
+
+from ringattn.training.health.incidents import read_ending, read_incidents
+from ringattn.training.report.metrics import read_metrics
+from tests.training.forked import ROOT
+from tests.training.health.faults import FAULTY
+from tests.training.test_runs import free_port
+
+FAULTS = {
+    "none": "no fault",
+    "kill-forward": "SIGKILL in the forward pass",
+    "kill-backward": "SIGKILL in the backward pass",
+    "stop": "SIGSTOP",
+    "skip": "a collective is skipped",
+    "memory": "out of memory",
+}
+STEPS, AT_STEP, HANG_AFTER, LIMIT = 12, 9, 10, 150
+SMALL = [
+    "model.config.num_hidden_layers=4",
+    "data.seq_len=4096",
+    "data.packs_per_step=2",
+    f"run.steps={STEPS}",
+    "run.save_every=0",
+    "run.memory_every=3",
+    "run.report=false",
+    f"run.hang_after={HANG_AFTER}",
+]
+
+
+def variables(rank: int, ranks: int, port: int, hosts: bool) -> dict[str, str]:
+    """A rank's environment; with `hosts` NCCL takes each rank for another machine's."""
+    own = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": ranks, "LOCAL_WORLD_SIZE": ranks, "MASTER_PORT": port}
+    given = os.environ | {"MASTER_ADDR": "127.0.0.1"} | {name: str(value) for name, value in own.items()}
+    given["PYTHONPATH"] = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
+    if hosts:
+        given |= {"NCCL_HOSTID": f"host{rank}", "NCCL_IB_DISABLE": "1", "NCCL_SOCKET_IFNAME": "lo"}
+    return given
+
+
+def run(output: Path, fault: str, hosts: bool, ranks: int, overrides: Sequence[str]) -> list[int]:
+    """A run of the recipe, with a fault in rank 1; exit codes. What ranks write is in OUTPUT/ranks.log."""
+    output.mkdir(parents=True, exist_ok=True)
+    port = free_port()
+    words = [sys.executable, FAULTY, f"{fault}:1:{AT_STEP}", *SMALL, f"run.output={output}", *overrides]
+    with open(output / "ranks.log", "a") as log:
+        started = [
+            subprocess.Popen(words, cwd=ROOT, env=variables(rank, ranks, port, hosts), stdout=log, stderr=log)
+            for rank in range(ranks)
+        ]
+        deadline = time.monotonic() + LIMIT
+        for process in started:
+            try:
+                process.wait(max(0.1, deadline - time.monotonic()))
+            except subprocess.TimeoutExpired:
+                process.kill()
+                process.wait()
+    return [process.returncode for process in started]
+
+
+def faults(folder: Path, hosts: bool, overrides: Sequence[str]) -> Iterator[str]:
+    """Rows: the fault, seconds until it was written down, what was said, and how the same command went on."""
+    right: list[tuple[float, float]] = []
+    for kind, name in FAULTS.items():
+        output = folder / kind
+        memory = folder / f"{kind}-memory"
+        memory.mkdir(parents=True)
+        own = [f"run.memory_folder={memory}", *overrides]
+        codes = run(output, kind, hosts, 2, own)
+        ending = read_ending(output)
+        if kind == "none":
+            right = curve(output)
+            yield f"| {name} | | {ending.why if ending else (output / 'ranks.log').read_text()[-400:]} | | {codes} |"
+            continue
+        at = float((output / "fault-time").read_text()) if (output / "fault-time").exists() else float("nan")
+        seconds = (output / "exit.json").stat().st_mtime - at if ending else float("nan")
+        said = ending.why if ending else "nothing"
+        extra = sorted({one["kind"] for one in read_incidents(output)}) if output.exists() else []
+        again = run(output, kind, hosts, 2, own)
+        text = (output / "ranks.log").read_text()
+        start = int(text.rsplit("from step ", 1)[1].split()[0]) if "from step " in text else 0
+        found = curve(output)
+        pairs = [pair for one, other in zip(found, right, strict=False) for pair in zip(one, other, strict=True)]
+        apart = max((abs(a / b - 1) for a, b in pairs), default=0.0)
+        after = (
+            f"from step {start}, {len(found)} of {STEPS} steps, {apart:.0e} apart" if again == [0, 0] else f"{again}"
+        )
+        told = f"{said[:220]} ({', '.join(extra)})"
+        yield f"| {name} | {seconds:.1f} | {told} | {AT_STEP - 1 - start} | {codes}, then {after} |"
+
+
+def curve(output: Path) -> list[tuple[float, float]]:
+    path = output / "metrics.jsonl"
+    return [(one["loss"], one["grad_norm"]) for one in read_metrics(path)] if path.exists() else []
+
+
+BILLION = [
+    "model=llama_8b",
+    "model.config.num_hidden_layers=16",
+    "model.config.hidden_size=2048",
+    "model.config.intermediate_size=8192",
+    "model.config.num_attention_heads=32",
+    "model.config.num_key_value_heads=8",
+    "model.config.head_dim=64",
+    "data.seq_len=32768",
+    "data.packs_per_step=1",
+    "run.steps=12",
+    "run.save_every=4",
+    "run.keep=1",
+]
+# The recipe, with a clock around what the training waits for at a save.
+TIMED = """
+import json, runpy, sys, time
+import torch
+from ringattn.training import loop
+times, save = [], loop.Trainer.save
+def timed(self, places=None):
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    began = time.perf_counter()
+    save(self, places)
+    times.append(time.perf_counter() - began)
+loop.Trainer.save = timed
+out, sys.argv = sys.argv[1], ["recipes/train.py", *sys.argv[2:]]
+try:
+    runpy.run_path("recipes/train.py", run_name="__main__")
+finally:
+    open(out, "w").write(json.dumps(times))
+"""
+
+
+def saving(folder: Path, overrides: Sequence[str]) -> Iterator[str]:
+    """Rows: how it is saved, seconds that the training waits for a save, of a step, and bytes on disk. The last save of
+    a run is waited for in every case and is left out."""
+    ways = {
+        "the training waits for the disk": ["run.async_save=false"],
+        "a thread writes it": ["run.async_save=true"],
+        "copies in memory, a thread writes them": ["run.async_save=true", "run.memory_every=4", "run.save_every=0"],
+    }
+    for number, (name, own) in enumerate(ways.items()):
+        output, times = folder / str(number), folder / f"{number}.json"
+        words = [sys.executable, "-c", TIMED, str(times), *BILLION, f"run.output={output}", *own, *overrides]
+        done = subprocess.run(
+            words, cwd=ROOT, env=variables(0, 1, free_port(), False), capture_output=True, text=True, check=False
+        )
+        if done.returncode:
+            yield f"| {name} | {done.stderr[-600:]!r} | | |"
+            continue
+        waits = json.loads(times.read_text())[:-1]
+        steps = sorted(one["seconds"] for one in read_metrics(output / "metrics.jsonl"))
+        size = sum(path.stat().st_size for path in (output / "checkpoints").rglob("*") if path.is_file())
+        shown = ", ".join(f"{one:.3f}" for one in waits)
+        yield f"| {name} | {shown} | {steps[len(steps) // 2]:.3f} | {size / 1e9:.2f} |"
+        shutil.rmtree(output)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("what", choices=("faults", "saving"))
+    parser.add_argument("--hosts", action="store_true", help="as if each rank were on a machine of its own")
+    parser.add_argument("--folder", type=Path, help="on the disk that is to be written to; default a temporary one")
+    parser.add_argument("overrides", nargs="*")
+    args = parser.parse_args()
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
+    print(f"{device}, torch {torch.__version__}, run.hang_after={HANG_AFTER}\n")
+    with tempfile.TemporaryDirectory(dir=args.folder) as folder:
+        if args.what == "faults":
+            print("| fault | named after, s | what was said | steps lost | exit codes, and the same command again |")
+            print("|---|---|---|---|---|")
+            rows = faults(Path(folder), args.hosts, args.overrides)
+        else:
+            print("| a save | seconds the training waits | median step, s | GB on disk |\n|---|---|---|---|")
+            rows = saving(Path(folder), args.overrides)
+        for row in rows:
+            print(row, flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -61,7 +61,8 @@ def run(output: Path, fault: str, hosts: bool, ranks: int, overrides: Sequence[s
     """A run of the recipe, with a fault in rank 1; exit codes. What ranks write is in OUTPUT/ranks.log."""
     output.mkdir(parents=True, exist_ok=True)
     port = free_port()
-    words = [sys.executable, FAULTY, f"{fault}:1:{AT_STEP}", *SMALL, f"run.output={output}", *overrides]
+    where = f"kill-forward:{ranks}:0" if fault == "none" else f"{fault}:1:{AT_STEP}"  # a rank that is not there
+    words = [sys.executable, FAULTY, where, *SMALL, f"run.output={output}", *overrides]
     with open(output / "ranks.log", "a") as log:
         started = [
             subprocess.Popen(words, cwd=ROOT, env=variables(rank, ranks, port, hosts), stdout=log, stderr=log)
@@ -102,7 +103,7 @@ def faults(folder: Path, hosts: bool, overrides: Sequence[str]) -> Iterator[str]
         pairs = [pair for one, other in zip(found, right, strict=False) for pair in zip(one, other, strict=True)]
         apart = max((abs(a / b - 1) for a, b in pairs), default=0.0)
         after = (
-            f"from step {start}, {len(found)} of {STEPS} steps, {apart:.0e} apart" if again == [0, 0] else f"{again}"
+            f"from step {start}, {len(found)} of {STEPS} steps, {apart:.0e} apart" if again == [0, 0] else str(again)
         )
         told = f"{said[:220]} ({', '.join(extra)})"
         yield f"| {name} | {seconds:.1f} | {told} | {AT_STEP - 1 - start} | {codes}, then {after} |"

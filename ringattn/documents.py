@@ -282,13 +282,15 @@ class Documents:
     @cached_property
     def branches(self) -> tuple[Branch, ...]:
         """What kernels can take as causal documents, in the order of the stream: a plain document is one branch."""
-        out: list[Branch] = []
-        for number, (start, size) in enumerate(zip(self.starts, self.lengths, strict=True)):
-            if size:
-                base, segments = self._segments_of(number)
-                one = segments or (Segment(start, start + size, -1),)
-                out += branches_of(one, base if segments else 0, self._blocks_of(number))
-        return tuple(out)
+        return tuple(branch for number in range(len(self)) for branch in self.branches_of(number))
+
+    def branches_of(self, number: int) -> list[Branch]:
+        """Those of one document; none of an empty one."""
+        start, size = self.starts[number], self.lengths[number]
+        base, segments = self._segments_of(number)
+        if not segments:
+            base, segments = 0, (Segment(start, start + size, -1),) if size else ()
+        return branches_of(segments, base, self._blocks_of(number))
 
     def _segments_of(self, number: int) -> tuple[int, tuple[Segment, ...]]:
         """The segments of a document, none of a plain one, and the number of the first."""

@@ -1,16 +1,25 @@
 """Document boundaries of a packed token stream: host-side integers, the only truth about who may attend to whom."""
 
-from collections.abc import Sequence
+from bisect import bisect_left
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import accumulate, pairwise
-from typing import Any
 
 import torch
 
+from ringattn.integers import IntegerLike, integers, one_row, rows_of, runs_of, shown
 from ringattn.mask import Mask
-
-IntegerLike = Sequence[int] | torch.Tensor
+from ringattn.segments import (
+    Branch,
+    Range,
+    Segment,
+    branches_of,
+    checked_blocks,
+    checked_segments,
+    dense_segments,
+    tree_segments,
+)
 
 
 @dataclass(frozen=True, init=False)
@@ -21,23 +30,36 @@ class Documents:
         lengths: tokens of each document, >= 0, in stream order.
         starts: global index of each document's first token; default: end to end from 0.
         total: tokens of the stream, padding included; default: the end of the last document.
+        blocks: ranges `(start, stop)` of the stream, ascending, each in one document: the tokens of a block (an image,
+            a prefix) see each other, and what a causal mask leaves of the rest.
+        segments: `(start, stop, parent)` of the segments of documents that are trees, see `from_tree`.
 
-    Raises ValueError naming the argument for negative lengths, overlapping documents, or a total that is too small.
+    Raises ValueError naming the argument for negative lengths, overlapping documents, a total that is too small, or
+    blocks and segments that do not fit the documents.
     """
 
     lengths: tuple[int, ...]
     starts: tuple[int, ...]
     total: int
+    blocks: tuple[Range, ...]
+    segments: tuple[Segment, ...]
 
-    def __init__(self, lengths: IntegerLike, starts: IntegerLike | None = None, total: int | None = None) -> None:
-        sizes = _integers(lengths, "lengths")
+    def __init__(
+        self,
+        lengths: IntegerLike,
+        starts: IntegerLike | None = None,
+        total: int | None = None,
+        blocks: Iterable[Sequence[int]] = (),
+        segments: Iterable[Sequence[int]] = (),
+    ) -> None:
+        sizes = integers(lengths, "lengths")
         for index, size in enumerate(sizes):
             if size < 0:
                 raise ValueError(f"lengths must be >= 0, got lengths[{index}] = {size}")
         ends = list(accumulate(sizes))
         begins = tuple(end - size for end, size in zip(ends, sizes, strict=True))
         if starts is not None:
-            begins = _integers(starts, "starts")
+            begins = integers(starts, "starts")
             if len(begins) != len(sizes):
                 raise ValueError(f"starts must have one entry per document: {len(sizes)} lengths, {len(begins)} starts")
         last = 0
@@ -50,13 +72,91 @@ class Documents:
         object.__setattr__(self, "lengths", sizes)
         object.__setattr__(self, "starts", begins)
         object.__setattr__(self, "total", last if total is None else total)
+        blocks, segments = list(blocks), list(segments)
+        spans = [(begin, begin + size) for begin, size in zip(begins, sizes, strict=True)] if blocks or segments else []
+        object.__setattr__(self, "segments", checked_segments(segments, spans))
+        object.__setattr__(self, "blocks", checked_blocks(blocks, spans, self.segments))
+
+    @classmethod
+    def from_tree(
+        cls,
+        lengths: IntegerLike,
+        parents: IntegerLike,
+        blocks: Iterable[Sequence[int]] = (),
+        total: int | None = None,
+    ) -> "Documents":
+        """From segments that share what is before them: several completions of one prompt, or a tree of turns.
+
+        Arguments:
+            lengths: tokens of each segment, in the order of the stream.
+            parents: for each the number of the segment that it follows on, which stands before it, or -1 for a root.
+                A root and all that follow on it are one document, and stand together in the stream; a plain document
+                is a root that nothing follows on.
+            blocks, total: as for `Documents`. A block lies in one segment.
+
+        A token sees the segments before it on the way from its root, and of its own what is before it. Its position is
+        counted on that way: every child of a segment begins with the same one. Raises ValueError naming the argument.
+        """
+        sizes, above = integers(lengths, "lengths"), integers(parents, "parents")
+        documents, segments = tree_segments(sizes, above)
+        return cls(documents, total=total, blocks=blocks, segments=segments)
+
+    @classmethod
+    def from_block_ids(cls, block_ids: IntegerLike, docs: "Documents | None" = None) -> "Documents":
+        """From an id per token, negative outside of blocks: each run of equal ids in a document is a block.
+
+        Arguments:
+            block_ids: (T,), or (B, T) whose rows are laid end to end.
+            docs: the documents of the stream; default: each row is one.
+
+        An id that comes back in its document after another one raises ValueError: such tokens would see each other,
+        and are no block of consecutive tokens.
+        """
+        rows = rows_of(block_ids, "block_ids")
+        if docs is None:
+            docs = cls([len(row) for row in rows])
+        ids = [number for row in rows for number in row]
+        if len(ids) != docs.total:
+            raise ValueError(f"block_ids must hold one id for each of the {docs.total} tokens, got {len(ids)}")
+        blocks: list[Range] = []
+        for begin, size in zip(docs.starts, docs.lengths, strict=True):
+            seen: set[int] = set()
+            for start, stop in runs_of(ids[begin : begin + size]):
+                number = ids[begin + start]
+                if number in seen:
+                    raise ValueError(
+                        f"block_ids must hold each block in one run: id {number} comes back at token {begin + start}"
+                    )
+                if number >= 0:
+                    seen.add(number)
+                    blocks.append((begin + start, begin + stop))
+        return cls(docs.lengths, docs.starts, docs.total, blocks, docs.segments)
+
+    @classmethod
+    def from_token_type_ids(
+        cls, token_type_ids: IntegerLike, docs: "Documents | None" = None, types: Sequence[int] = (1,)
+    ) -> "Documents":
+        """From a type per token, as processors of transformers give: each run of tokens of `types` is a block.
+
+        Arguments:
+            token_type_ids: (T,), or (B, T) whose rows are laid end to end.
+            docs: the documents of the stream; default: each row is one.
+            types: of the tokens that see each other; runs of them are one block, whatever the types in it.
+        """
+        rows = rows_of(token_type_ids, "token_type_ids")
+        ids: list[int] = []
+        for row in rows:
+            marked = [number in types for number in row]
+            for index, (start, stop) in enumerate(runs_of([int(mark) for mark in marked])):
+                ids += [len(ids) + index if marked[start] else -1] * (stop - start)
+        return cls.from_block_ids(ids, cls([len(row) for row in rows]) if docs is None else docs)
 
     @classmethod
     def from_cu_seqlens(cls, cu_seqlens: IntegerLike, total: int | None = None) -> "Documents":
         """From cumulative lengths `[0, l0, l0 + l1, ...]`; tokens between the last entry and `total` are padding."""
-        cu = _integers(cu_seqlens, "cu_seqlens")
+        cu = integers(cu_seqlens, "cu_seqlens")
         if not cu or cu[0] != 0:
-            raise ValueError(f"cu_seqlens must start with 0, got {_head(cu)}")
+            raise ValueError(f"cu_seqlens must start with 0, got {shown(cu)}")
         for index in range(1, len(cu)):
             if cu[index] < cu[index - 1]:
                 raise ValueError(f"cu_seqlens must not decrease, got {cu[index - 1]} then {cu[index]} at entry {index}")
@@ -70,10 +170,10 @@ class Documents:
         for anything else, since a guess here would let documents mix: a stream that starts inside a document (a shard),
         a jump inside one, a restart at another value, several axes (M-RoPE) or rows.
         """
-        positions = _stream(position_ids, "position_ids")
+        positions = one_row(position_ids, "position_ids")
         if positions and positions[0] != first:
             raise ValueError(
-                f"position_ids must start with first = {first}, got {_head(positions)}; give first={positions[0]} if "
+                f"position_ids must start with first = {first}, got {shown(positions)}; give first={positions[0]} if "
                 "every document counts from there, and lengths or cu_seqlens for sharded or padded positions"
             )
         bounds = [index for index, position in enumerate(positions) if position == first]
@@ -93,12 +193,12 @@ class Documents:
         Accepts (T,), or (B, T) whose rows are laid end to end and never join. An id that comes back in the same row
         after another one raises ValueError: such tokens could not be one document of consecutive tokens.
         """
-        rows = _rows(segment_ids, "segment_ids")
+        rows = rows_of(segment_ids, "segment_ids")
         spans: list[tuple[int, int]] = []
         base = 0
         for row_index, row in enumerate(rows):
             seen: set[int] = set()
-            for start, stop in _runs(row):
+            for start, stop in runs_of(row):
                 if row[start] < 0:
                     continue
                 if row[start] in seen:
@@ -118,12 +218,12 @@ class Documents:
         Rows are laid end to end, one document each. A hole inside a row raises ValueError: packed rows need
         `from_segment_ids`.
         """
-        rows = _rows(attention_mask, "attention_mask")
+        rows = rows_of(attention_mask, "attention_mask")
         starts, lengths, base = [], [], 0
         for index, row in enumerate(rows):
             if any(value not in (0, 1) for value in row):
                 raise ValueError(f"attention_mask must hold 0 and 1 only, got {sorted(set(row))[:5]} in row {index}")
-            spans = [(a, b) for a, b in _runs(row) if row[a] == 1]
+            spans = [(a, b) for a, b in runs_of(row) if row[a] == 1]
             if len(spans) > 1:
                 raise ValueError(
                     f"attention_mask row {index} has {len(spans)} runs of tokens with padding between them; "
@@ -159,6 +259,7 @@ class Documents:
             return self
         if chunk < 1:
             raise ValueError(f"chunk must be None or an integer >= 1, got {chunk}")
+        self.check_mask(Mask(chunk=chunk))
         spans = [
             (start + offset, min(chunk, size - offset))
             for start, size in zip(self.starts, self.lengths, strict=True)
@@ -166,14 +267,100 @@ class Documents:
         ]
         return Documents([size for _, size in spans], [start for start, _ in spans], self.total)
 
+    @property
+    def segmented(self) -> bool:
+        """Whether some documents are trees, or have blocks of tokens that see each other."""
+        return bool(self.segments or self.blocks)
+
+    def check_mask(self, mask: Mask) -> None:
+        """Raises ValueError for a mask that is not defined on documents with segments or blocks."""
+        if self.segmented and (mask.chunk is not None or not mask.causal):
+            raise ValueError(
+                f"mask must be causal and without a chunk for documents with segments or blocks, got {mask} for {self}"
+            )
+
+    @cached_property
+    def branches(self) -> tuple[Branch, ...]:
+        """What kernels can take as causal documents, in the order of the stream: a plain document is one branch."""
+        return tuple(branch for number in range(len(self)) for branch in self.branches_of(number))
+
+    def branches_of(self, number: int) -> list[Branch]:
+        """Those of one document; none of an empty one."""
+        start, size = self.starts[number], self.lengths[number]
+        base, segments = self._segments_of(number)
+        if not segments:
+            base, segments = 0, (Segment(start, start + size, -1),) if size else ()
+        return branches_of(segments, base, self._blocks_of(number))
+
+    def _segments_of(self, number: int) -> tuple[int, tuple[Segment, ...]]:
+        """The segments of a document, none of a plain one, and the number of the first."""
+        first, last = (
+            bisect_left(self.segments, bound, key=lambda segment: segment.start)
+            for bound in (self.starts[number], self.starts[number] + self.lengths[number])
+        )
+        return first, self.segments[first:last]
+
+    def _blocks_of(self, number: int) -> tuple[Range, ...]:
+        first, last = (
+            bisect_left(self.blocks, bound, key=lambda block: block[0])
+            for bound in (self.starts[number], self.starts[number] + self.lengths[number])
+        )
+        return self.blocks[first:last]
+
+    def is_plain(self, number: int) -> bool:
+        """Whether a document has neither segments nor blocks."""
+        return not self._segments_of(number)[1] and not self._blocks_of(number)
+
+    def select(self, numbers: Sequence[int], starts: Sequence[int], total: int) -> "Documents":
+        """Some of the documents, moved to new places: with these `starts` in a stream of `total` tokens."""
+        lengths = [self.lengths[number] for number in numbers]
+        if not self.segmented:
+            return Documents(lengths, starts, total)
+        blocks: list[Range] = []
+        segments: list[Segment] = []
+        for number, start in zip(numbers, starts, strict=True):
+            shift = start - self.starts[number]
+            base, own = self._segments_of(number)
+            base -= len(segments)
+            for segment in own:
+                parent = segment.parent - base if segment.parent >= 0 else -1
+                moved = segment.start + shift, segment.stop + shift
+                segments.append(Segment(*moved, parent))
+            blocks += [(first + shift, last + shift) for first, last in self._blocks_of(number)]
+        return Documents(lengths, starts, total, blocks, segments)
+
+    @cached_property
+    def position_runs(self) -> tuple[tuple[int, int, int], ...]:
+        """`(start, stop, first)`: ranges that make up the stream, in which positions count by ones from `first`.
+
+        Padding counts from 0 in every run.
+        """
+        if self.segments:
+            runs = [(branch.start, branch.stop, branch.first) for branch in self.branches]
+        else:
+            spans = zip(self.starts, self.lengths, strict=True)
+            runs = [(start, start + size, 0) for start, size in spans if size]
+        return tuple(sorted([*runs, *((start, stop, 0) for start, stop in self.padding)]))
+
+    def position_ids(self) -> torch.Tensor:
+        """Position of each token in its document, of a tree on its path: (total,) int64 on the host."""
+        parts = [torch.arange(first, first + stop - start, device="cpu") for start, stop, first in self.position_runs]
+        return torch.cat(parts) if parts else torch.empty(0, dtype=torch.int64, device="cpu")
+
     def dense(self, mask: Mask | None = None) -> torch.Tensor:
         """Brute force: the (total, total) boolean matrix [query, key] under `mask` (None: all pairs of a document)."""
         allowed = torch.zeros(self.total, self.total, dtype=torch.bool, device="cpu")
-        for start, size in zip(self.starts, self.lengths, strict=True):
+        for number, (start, size) in enumerate(zip(self.starts, self.lengths, strict=True)):
             inside = slice(start, start + size)
-            allowed[inside, inside] = (
-                torch.ones(size, size, dtype=torch.bool, device="cpu") if mask is None else mask.dense(size)
-            )
+            if mask is None:
+                allowed[inside, inside] = True
+            elif self.is_plain(number):
+                allowed[inside, inside] = mask.dense(size)
+            else:
+                self.check_mask(mask)
+                base, segments = self._segments_of(number)
+                seen, positions, block = dense_segments(start, size, segments, base, self._blocks_of(number))
+                allowed[inside, inside] = seen & mask.dense(size, positions, block)
         return allowed
 
     def __len__(self) -> int:
@@ -182,52 +369,6 @@ class Documents:
     def __str__(self) -> str:
         padded = self.total - sum(self.lengths)
         note = f", {padded} padding" if padded else ""
+        note += f", {len(self.segments)} segments of trees" if self.segments else ""
+        note += f", {len(self.blocks)} blocks" if self.blocks else ""
         return f"{len(self)} documents, {self.total} tokens (longest {max(self.lengths, default=0)}{note})"
-
-
-def _integers(values: Any, name: str) -> tuple[int, ...]:
-    if isinstance(values, torch.Tensor):
-        if values.dim() != 1 or values.is_floating_point() or values.is_complex() or values.dtype == torch.bool:
-            raise ValueError(f"{name} must be one-dimensional integers, got {tuple(values.shape)} of {values.dtype}")
-        return tuple(values.tolist())
-    try:
-        out = tuple(int(value) for value in values)
-        exact = all(a == b for a, b in zip(out, values, strict=True))
-    except (TypeError, ValueError, OverflowError):
-        raise ValueError(f"{name} must be a sequence of integers, got {values!r}") from None
-    if not exact or any(isinstance(value, bool) for value in values):
-        raise ValueError(f"{name} must be integers, got {_head(values)}")
-    return out
-
-
-def _rows(values: Any, name: str) -> list[list[int]]:
-    """Nested rows of a (T,) or (B, T) tensor or list; bool counts as 0 and 1."""
-    try:
-        tensor = torch.as_tensor(values, device="cpu")
-    except (TypeError, ValueError, RuntimeError) as error:
-        raise ValueError(f"{name} must be integers of shape (T,) or (B, T): {error}") from None
-    if tensor.numel() == 0:  # an empty list becomes a float tensor
-        tensor = tensor.to(torch.int64)
-    if tensor.is_floating_point() or tensor.is_complex() or tensor.dim() not in (1, 2):
-        raise ValueError(
-            f"{name} must be integers of shape (T,) or (B, T), got {tuple(tensor.shape)} of {tensor.dtype}"
-        )
-    return torch.atleast_2d(tensor.to(torch.int64)).tolist()
-
-
-def _stream(values: Any, name: str) -> list[int]:
-    rows = _rows(values, name)
-    if len(rows) != 1:
-        raise ValueError(f"{name} must describe one packed stream, shape (T,) or (1, T), got {len(rows)} rows")
-    return rows[0]
-
-
-def _runs(row: list[int]) -> list[tuple[int, int]]:
-    """Ranges of equal neighbours."""
-    bounds = [0] + [i for i in range(1, len(row)) if row[i] != row[i - 1]] + [len(row)]
-    return [(a, b) for a, b in pairwise(bounds) if b > a]
-
-
-def _head(values: Sequence[int]) -> str:
-    shown = ", ".join(str(value) for value in list(values)[:6])
-    return f"[{shown}{', ...' if len(values) > 6 else ''}]"

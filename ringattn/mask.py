@@ -57,13 +57,17 @@ class Mask:
             `(W - 1, 0)`, and `(W - 1, W - 1)` where it is not causal; `sliding_window=w` of ejkernel is `(w, 0)`, or
             `(w, w)` where it is not causal. `(0, 0)` is the query alone, never "no window".
         chunk: cut each document in sub-documents of this many tokens for attention only (Llama 4); None: whole.
+        blocks: of documents with blocks of tokens that see each other (`Documents(blocks=...)`), what a window does to
+            them: "whole" (a block sees itself whole, and of the rest what the window leaves) or "clipped" (the window's
+            left edge cuts blocks too, as in Gemma 3 and 4). Without a window they are the same.
 
-    Raises ValueError for a window that is not a pair of integers >= -1, or a chunk below 1.
+    Raises ValueError for a window that is not a pair of integers >= -1, a chunk below 1, or other `blocks`.
     """
 
     causal: bool = True
     window: tuple[int, int] = (-1, -1)
     chunk: int | None = None
+    blocks: str = "whole"
 
     def __post_init__(self) -> None:
         window = self.window
@@ -81,6 +85,8 @@ class Mask:
             raise ValueError(f"chunk must be None or an integer >= 1, got {chunk!r}")
         if not isinstance(self.causal, bool):
             raise ValueError(f"causal must be True or False, got {self.causal!r}")
+        if self.blocks not in ("whole", "clipped"):
+            raise ValueError(f'blocks must be "whole" or "clipped", got {self.blocks!r}')
 
     @property
     def band(self) -> Band:
@@ -91,21 +97,31 @@ class Mask:
             hi = 0
         return Band(lo, hi)
 
-    def dense(self, length: int) -> torch.Tensor:
-        """Brute force: the (length, length) boolean matrix [query, key] of one document. For tests and pictures."""
-        q = torch.arange(length, device="cpu")[:, None]
-        k = torch.arange(length, device="cpu")[None, :]
+    def dense(
+        self, length: int, positions: torch.Tensor | None = None, block: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """Brute force: the (length, length) boolean matrix [query, key] of one document. For tests and pictures.
+
+        Arguments:
+            positions: (length,) of the tokens, which a tree does not count by ones; who is on whose path is not asked.
+            block: (length,) a number for each block of tokens that see each other, negative outside of them.
+        """
+        place = torch.arange(length, device="cpu") if positions is None else positions
+        q, k = place[:, None], place[None, :]
         allowed = torch.ones(length, length, dtype=torch.bool, device="cpu")
         left, right = self.window
         if self.causal:
             allowed &= k <= q
+        together = torch.zeros_like(allowed) if block is None else (block[:, None] == block) & (block >= 0)
+        if self.blocks == "clipped":
+            allowed |= together
         if left >= 0:
             allowed &= k >= q - left
-        if right >= 0:
+        if right >= 0 and not self.causal:
             allowed &= k <= q + right
         if self.chunk is not None:
             allowed &= q // self.chunk == k // self.chunk
-        return allowed
+        return allowed | together if self.blocks == "whole" else allowed
 
     def __str__(self) -> str:
         words = ["causal" if self.causal else "bidirectional"]
@@ -113,4 +129,6 @@ class Mask:
             words.append(f"window {self.window[0]},{self.window[1]}")
         if self.chunk is not None:
             words.append(f"chunk {self.chunk}")
+        if self.blocks != "whole":
+            words.append(f"blocks {self.blocks}")
         return " ".join(words)

@@ -35,3 +35,30 @@ masks = st.builds(
     window=st.tuples(st.sampled_from([-1, 0, 1, 4, 30]), st.sampled_from([-1, 0, 3])),
     chunk=st.sampled_from([None, None, 1, 8, 33]),
 )
+
+
+@st.composite
+def segmented_documents(draw: st.DrawFn, longest: int = 12, most: int = 10) -> Documents:
+    """Trees of depth up to 5 in any order of their segments, plain documents, blocks in both, padding at the end."""
+    lengths, parents, depths, root = [], [], [], 0
+    for number in range(draw(st.integers(0, most))):
+        above = [earlier for earlier in range(root, number) if depths[earlier] < 5]
+        parent = draw(st.sampled_from([-1, *above, *above]))
+        root = number if parent < 0 else root
+        lengths.append(draw(st.integers(1, longest)))
+        parents.append(parent)
+        depths.append(1 if parent < 0 else depths[parent] + 1)
+    blocks, start = [], 0
+    for length in lengths:
+        cuts = sorted(draw(st.lists(st.integers(0, length), max_size=4)))
+        blocks += [(start + a, start + b) for a, b in zip(cuts[::2], cuts[1::2], strict=False)]
+        start += length
+    blocks = blocks if draw(st.booleans()) else []
+    return Documents.from_tree(lengths, parents, blocks, start + draw(st.sampled_from([0, 0, 3])))
+
+
+segment_masks = st.builds(
+    Mask,
+    window=st.tuples(st.sampled_from([-1, -1, 0, 1, 3, 9]), st.sampled_from([-1, 0])),
+    blocks=st.sampled_from(["whole", "clipped"]),
+)

@@ -11,8 +11,8 @@ PACKAGE = Path(__file__).parents[1] / "ringattn"
 # Each room imports only itself and rooms before it. A room is a file or a folder; a folder stands for all that is in it
 # but for what has a line of its own. docs/architecture.md says what each is for.
 ROOMS = (
-    "first_failure", "numbered", "graph_break", "tracing", "kept", "environment", "mask", "documents", "names",
-    "workloads", "settings",
+    "first_failure", "numbered", "graph_break", "tracing", "kept", "environment", "integers", "segments", "mask",
+    "documents", "names", "workloads", "settings",
     "kernels.call", "kernels.spec", "kernels.probing", "kernels.movement", "kernels.merge_triton", "kernels.merge",
     "kernels.backends", "kernels.selftest", "kernels.registry", "kernels.tuning", "kernels.support", "kernels",
     "parallel.geometry", "parallel.plan", "parallel.transport", "parallel.execution", "parallel.machine",
@@ -23,8 +23,8 @@ ROOMS = (
 )  # fmt: skip
 # Integers only: they are computed alike on every rank, and tested without a device.
 PURE = (
-    "mask", "documents", "parallel.geometry", "parallel.plan", "parallel.placement", "parallel.schedules",
-    "parallel.pricing", "parallel.choice", "parallel.simulation", "memory.planning",
+    "integers", "segments", "mask", "documents", "parallel.geometry", "parallel.plan", "parallel.placement",
+    "parallel.schedules", "parallel.pricing", "parallel.choice", "parallel.simulation", "memory.planning",
 )  # fmt: skip
 
 

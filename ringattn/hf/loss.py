@@ -20,7 +20,15 @@ IGNORE_INDEX = -100
 
 
 def shifted_labels(labels: Tensor, docs: Documents) -> Tensor:
-    """Each token's target: the label of the next token of its document, -100 at ends and in padding. (T,) -> (T,)"""
+    """Each token's target: the label of the next token of its document, -100 at ends and in padding. (T,) -> (T,)
+
+    Raises ValueError for trees, where a token may have several next ones.
+    """
+    if docs.segments:
+        raise ValueError(
+            f"labels cannot be shifted along trees, where a token may be followed by several ({docs}): give "
+            "shift_labels, each token's own target"
+        )
     targets = torch.full_like(labels, IGNORE_INDEX)
     if docs.total:
         targets[:-1] = labels[1:]

@@ -26,7 +26,7 @@ def note_batch(layout: Layout, ids: Tensor) -> None:
 def check_same_batch(layout: Layout, mesh: SequenceMesh) -> None:
     """Raises ValueError on every sequence rank if these hold different documents or ids. Collective over them."""
     docs = layout.docs
-    digest = hashlib.blake2b(repr((docs.lengths, docs.starts, docs.total, layout.policy)).encode(), digest_size=7)
+    digest = hashlib.blake2b(repr((docs, layout.policy)).encode(), digest_size=7)  # with its blocks and segments
     ids = kept_already(layout, _KEY)
     checksum = 0 if ids is None else _checksum(ids)
     mine = torch.tensor([int.from_bytes(digest.digest(), "big"), checksum, docs.total], device="cpu")

@@ -79,6 +79,8 @@ class Layout:
             raise ValueError(f"policy must be one of {', '.join(POLICIES)}, got {policy!r}")
         self.docs, self.mesh, self.policy, self.reason = docs, mesh, policy, ""
         self.masks = _masks(mask)
+        for one, _ in self.masks:
+            docs.check_mask(one)
         self.mask = self.masks[0][0]
 
         def placed_on(one: MeshShape, some: Documents = docs, tokens: Sequence[Range] | None = None) -> Placement:
@@ -94,8 +96,8 @@ class Layout:
         if parts is not None:
             self.parts = parted(parts)
         elif mesh.alternatives:
-            # The other policies say themselves where each token is.
-            mixed = parted if policy in ("auto", "balanced") else None
+            # The other policies say themselves where each token is; and what parts trees best is not priced.
+            mixed = parted if policy in ("auto", "balanced") and not docs.segmented else None
             shape = Shape(*heads, head_dim, head_dim, 2)
             chosen = choose_degrees(mesh.alternatives, placed_on, self.masks, shape, machine, mixed)
             self.parts, self.reason = chosen.parts, chosen.reason
@@ -156,17 +158,19 @@ class Layout:
         return _concatenated([torch.arange(start, stop, device="cpu") for start, stop in self.ranges(rank)])
 
     def position_ids(self, device: torch.device | str | None = None) -> torch.Tensor:
-        """Position inside its document of each local token: (t,) int64. Padding counts from 0 in every run."""
-        documents = zip(self.docs.starts, self.docs.lengths, strict=True)
-        runs = [*((start, start + size) for start, size in documents if size), *self.docs.padding]
-        runs.sort()
-        starts = [start for start, _ in runs]
+        """Position inside its document of each local token, of a tree on its path: (t,) int64.
+
+        Padding counts from 0 in every run.
+        """
+        runs = self.docs.position_runs
+        starts = [start for start, _, _ in runs]
         parts = []
         for begin, end in self.ranges():
             index = max(0, bisect_right(starts, begin) - 1)
             while index < len(runs) and runs[index][0] < end:
-                first, last = overlap(runs[index], (begin, end))
-                parts.append(torch.arange(first - runs[index][0], last - runs[index][0], device="cpu"))
+                start, stop, position = runs[index]
+                first, last = overlap((start, stop), (begin, end))
+                parts.append(torch.arange(first - start + position, last - start + position, device="cpu"))
                 index += 1
         return to_device(_concatenated(parts), torch.device(device or "cpu"))
 

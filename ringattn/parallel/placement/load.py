@@ -47,10 +47,20 @@ class Load:
         """Cost of whole documents under the band of one mask."""
         left, right = (-1 if side is None else abs(side) for side in (mask.band.lo, mask.band.hi))
         open_side = np.zeros_like(sizes)
-        table = BlockTable(sizes, sizes, open_side + left, open_side + right, open_side, 1)
+        return self.table_costs(BlockTable(sizes, sizes, open_side + left, open_side + right, open_side, 1))
+
+    def table_costs(self, table: BlockTable) -> Floats:
+        """Cost of each block of a table, in one layer."""
         if not self.rates:
             return table.areas.astype(np.float64)
-        return sum((rate.share_seconds(table, self.dims) for rate in self.rates), np.zeros(len(sizes)))
+        return sum((rate.share_seconds(table, self.dims) for rate in self.rates), np.zeros(len(table.n)))
+
+    @cached_property
+    def bent(self) -> bool:
+        """Whether some layers of causal ones have chunks and others have not, or other ones: a document that is cut
+        costs neither what its tokens do on the mean, as whole chunks would, nor what nested heads and tails would."""
+        chunks = {mask.chunk for mask, _ in self.masks}
+        return len(chunks) > 1 and all(mask.band.hi == 0 for mask, _ in self.masks)
 
     def nested(self, size: int) -> bool:
         """Whether a document is best cut in nested heads and tails.

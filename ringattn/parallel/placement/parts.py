@@ -62,20 +62,20 @@ def resolve_parts(docs: Documents, mesh: MeshShape, parts: Parts) -> list[Part]:
 
 
 def _part(docs: Documents, mesh: MeshShape, numbers: Sequence[int], padded: bool) -> Part:
-    lengths, starts = [docs.lengths[number] for number in numbers], [docs.starts[number] for number in numbers]
-    spans = [(start, start + size) for start, size in zip(starts, lengths, strict=True)]
+    own = docs.select(numbers, [docs.starts[number] for number in numbers], docs.total)
+    spans = [(start, start + size) for start, size in zip(own.starts, own.lengths, strict=True)]
     tokens = union([*spans, *(docs.padding if padded else ())])
-    return Part(mesh, Documents(lengths, starts, docs.total), tuple(tokens))
+    return Part(mesh, own, tuple(tokens))
 
 
 def compact(docs: Documents, tokens: Sequence[Range]) -> Documents:
     """The documents, all inside the ranges `tokens`, in a stream of these tokens alone; none that is empty."""
     begins = [start for start, _ in tokens]
     before = [0, *accumulate(stop - start for start, stop in tokens)]
-    held = [(start, size) for start, size in zip(docs.starts, docs.lengths, strict=True) if size]
-    at = [(bisect_right(begins, start) - 1, start) for start, _ in held]
+    held = [number for number, size in enumerate(docs.lengths) if size]
+    at = [(bisect_right(begins, docs.starts[number]) - 1, docs.starts[number]) for number in held]
     starts = [before[index] + start - begins[index] for index, start in at]
-    return Documents([size for _, size in held], starts, length(tokens))
+    return docs.select(held, starts, length(tokens))
 
 
 def spread(placement: Positions, tokens: Sequence[Range]) -> Positions:

@@ -6,7 +6,8 @@ key), then tail pieces, then padding: so every kernel call reads and writes one 
 """
 
 from bisect import bisect_right
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from itertools import accumulate, chain, pairwise
 from operator import attrgetter
 from typing import NamedTuple
@@ -17,6 +18,7 @@ from ringattn.documents import Documents
 from ringattn.kept import kept
 from ringattn.kernels.spec import Range
 from ringattn.parallel.geometry.ranges import touching
+from ringattn.parallel.placement.linear_parts import document_costs, linear_parts
 from ringattn.parallel.placement.load import Load
 
 Positions = tuple[tuple[Range, ...], ...]
@@ -33,6 +35,8 @@ class Span(NamedTuple):
     cost: float
     density: float  # cost per token
     nested: bool  # cut in nested heads and tails; else in consecutive runs
+    document: int | None = None  # that is cut in parts of even cost first, each of which is cut by itself
+    plain: bool = True  # without segments and blocks
 
 
 Shares = list[tuple[Span, int, int]]  # pieces of one position: tokens `[first, last)` of a span
@@ -84,17 +88,44 @@ def balanced(docs: Documents, load: Load, ring: int, speeds: Sequence[float] | N
         speeds: of every position; tokens and cost are then in proportion to them.
     """
     spans = sorted(_spans(docs, load), key=lambda span: (span.density, span.start))
-    tiles = _tiles(spans, docs.total, ring)
+    mean = sum(span.cost for span in spans) / max(docs.total, 1)
+    rounding = partial(_tiles, mean=mean, coarsest=min(TILE, max(1, docs.total // (ring * MIN_TILES))))
+    tiles = rounding(spans)
     shares = _window_search(spans, list(accumulate(speeds or [1.0] * ring)), tiles)
     held: list[Shares] = [[] for _ in range(ring)]
     for span, owners, tile in zip(spans, shares, tiles, strict=True):
         if len(owners) == 1:
-            held[owners[0][0]].append((span, 0, span.size))
-            continue
-        pieces = _nest(span.size, owners, tile) if span.nested else _queue(owners)
+            pieces = [(owners[0][0], 0, span.size)]
+        elif span.document is not None:
+            pieces = _dealt(docs, span, load, owners, rounding)
+        else:
+            pieces = _cut(span, owners, tile)
         for position, first, last in pieces:
             held[position].append((span, first, last))
     return _ordered(held)
+
+
+def _cut(span: Span, owners: list[tuple[int, int]], tile: int) -> list[tuple[int, int, int]]:
+    """A span of even cost among those who own `(position, tokens)` of it: `(position, first, last)` pieces."""
+    return _nest(span.size, owners, tile) if span.nested else _queue(owners)
+
+
+def _dealt(
+    docs: Documents, span: Span, load: Load, owners: list[tuple[int, int]], rounding: Callable[[list[Span]], list[int]]
+) -> list[tuple[int, int, int]]:
+    """`_cut` of a document whose cost is uneven: the window search once more, over its parts."""
+    assert span.document is not None
+    found = linear_parts(docs, span.document, load)
+    parts = [Span(x.start, x.stop - x.start, x.cost, x.cost / (x.stop - x.start), x.sloped) for x in found]
+    parts.sort(key=lambda part: (part.density, part.start))
+    tiles = rounding(parts)
+    shares = _window_search(parts, list(accumulate(float(tokens) for _, tokens in owners)), tiles)
+    pieces = []
+    for part, own, tile in zip(parts, shares, tiles, strict=True):
+        shift = part.start - span.start
+        for index, first, last in _cut(part, own, tile):
+            pieces.append((owners[index][0], shift + first, shift + last))
+    return pieces
 
 
 def _spans(docs: Documents, load: Load) -> tuple[Span, ...]:
@@ -109,16 +140,32 @@ def _spans_of(docs: Documents, load: Load) -> list[Span]:
     parts = docs.chunked(load.chunk)
     spans = [Span(start, stop - start, 0.0, 0.0, False) for start, stop in docs.padding]
     costs = load.costs(np.array(parts.lengths, dtype=np.int64)).tolist()
-    for start, size, cost in zip(parts.starts, parts.lengths, costs, strict=True):
+    for number, (start, size, cost) in enumerate(zip(parts.starts, parts.lengths, costs, strict=True)):
         if size:
-            spans.append(Span(start, size, cost, cost / size, load.nested(size)))
-    return spans
+            document = number if load.bent else None
+            spans.append(Span(start, size, cost, cost / size, load.nested(size), document))
+    return _with_segments(docs, load, spans) if docs.segmented else spans
 
 
-def _tiles(spans: list[Span], total: int, ring: int) -> list[int]:
-    """Rows that cuts of each span are rounded to, a power of two."""
-    coarsest = min(TILE, max(1, total // (ring * MIN_TILES)))
-    mean = sum(span.cost for span in spans) / max(total, 1)
+def _with_segments(docs: Documents, load: Load, spans: list[Span]) -> list[Span]:
+    """The spans with the true cost of documents that have segments or blocks."""
+    numbers = [number for number, size in enumerate(docs.lengths) if size and not docs.is_plain(number)]
+    costs = document_costs(docs, numbers, load).tolist()
+    own = {
+        docs.starts[number]: Span(docs.starts[number], size, cost, cost / size, True, number, False)
+        for number, cost in zip(numbers, costs, strict=True)
+        for size in (docs.lengths[number],)
+    }
+    return [own.get(span.start, span) for span in spans]
+
+
+def _tiles(spans: list[Span], mean: float, coarsest: int) -> list[int]:
+    """Rows that cuts of each span are rounded to, a power of two.
+
+    Arguments:
+        mean: cost of a token of the stream.
+        coarsest: of spans that cost no more.
+    """
     density = np.array([span.density or mean or 1.0 for span in spans])
     rows = np.maximum(1.0, coarsest * np.minimum(1.0, mean / density))
     return (1 << (np.frexp(rows)[1] - 1)).tolist()
@@ -225,6 +272,7 @@ def _ordered(held: list[Shares]) -> Positions:
         heads = {a[0].start + a[1] for a, b in pairwise(pieces) if a[0].start == b[0].start}
         # Pieces of one kind stand together, so that a kernel call over them is one run of rows.
         whole: list[Range] = []
+        segmented: list[Range] = []  # side by side, since several calls see them
         opening_heads: list[Range] = []  # they need no remote key
         later_heads: list[Range] = []
         tails: list[Range] = []
@@ -233,6 +281,8 @@ def _ordered(held: list[Shares]) -> Positions:
             begin = span.start + first
             if not span.cost:
                 kind = padding
+            elif not span.plain:
+                kind = segmented
             elif last - first == span.size:
                 kind = whole
             elif first == 0:
@@ -240,7 +290,7 @@ def _ordered(held: list[Shares]) -> Positions:
             else:
                 kind = later_heads if begin in heads else tails
             kind.append((begin, span.start + last))
-        placement.append(touching(chain(whole, opening_heads, later_heads, tails, padding)))
+        placement.append(touching(chain(whole, segmented, opening_heads, later_heads, tails, padding)))
     return tuple(placement)
 
 

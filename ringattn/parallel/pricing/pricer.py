@@ -117,4 +117,6 @@ class Pricer:
 
 
 def _demand(placement: Placement, mask: Mask) -> KeyDemand:
+    if placement.docs.segmented:
+        raise NotImplementedError(f"documents with segments or blocks are not planned yet, got {placement.docs}")
     return kept(placement, ("demand", mask), lambda: KeyDemand.of(PieceTable.of(placement, mask), mask.band))

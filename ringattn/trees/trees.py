@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ringattn.documents import Documents
 from ringattn.parallel.layout import Layout
 from ringattn.trees.targets import Targets, numbers
 from ringattn.trees.trie import Trie, grow, tokens_of
@@ -66,6 +67,11 @@ class Trees:
         total, kept = sum(self._sizes), len(self.tokens)
         trees = self.parents.count(-1)
         return f"{len(self)} sequences of {total} tokens in {trees} trees of {kept}, {len(self.lengths)} segments"
+
+    @cached_property
+    def docs(self) -> Documents:
+        """The trees as documents of the stream."""
+        return Documents.from_tree(self.lengths, self.parents)
 
     @cached_property
     def firsts(self) -> tuple[int, ...]:

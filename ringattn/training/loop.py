@@ -47,6 +47,7 @@ from ringattn.training.spikes import Spikes, losses_before, record_spike
 from ringattn.training.step_checks import StepChecks
 from ringattn.training.stragglers import Stragglers
 from ringattn.training.streamed import streamed_weights
+from ringattn.trees import Targets
 
 
 class Trainer:
@@ -229,7 +230,13 @@ class Trainer:
     def _batches(self) -> BatchesAhead:
         data, mesh = self.cfg.data, self.mesh
         maker = BatchMaker(
-            self._packer(), data.packs_per_step, mesh.data_rank, mesh.data, mesh, self.cfg.parallel.policy
+            self._packer(),
+            data.packs_per_step,
+            mesh.data_rank,
+            mesh.data,
+            mesh,
+            self.cfg.parallel.policy,
+            share=bool(data.share_prefixes),
         )
         return BatchesAhead(maker, mesh, self.job.device, data.prefetch, data.ahead)
 
@@ -272,8 +279,11 @@ class Trainer:
         Arguments:
             targets: of this replica's micro-steps together.
         """
-        note_targets(local.layout, local.count)
-        ids, positions, labels = (x[None].to(self.job.device) for x in (local.ids, local.positions, local.targets))
+        triples = local.targets if isinstance(local.targets, Targets) else None
+        note_targets(local.layout, local.count if triples is None else triples)
+        # Labels of any values ask for the loss of triples, which go with the layout.
+        targets = local.ids if isinstance(local.targets, Targets) else local.targets
+        ids, positions, labels = (x[None].to(self.job.device) for x in (local.ids, local.positions, targets))
         loss: torch.Tensor = self.engine.model(
             input_ids=ids,
             position_ids=positions,
@@ -289,7 +299,9 @@ class Trainer:
         self, batch: Batch[LocalPack], done: Brought, seconds: StepSeconds, validation: dict[str, float] | None
     ) -> StepMetrics:
         device = self.job.device
-        peak = peak_flops(torch.cuda.get_device_name(device)) if device.type == "cuda" else None
+        # What shared prefixes save of the work is not known to ranks that do not read the pack.
+        known = device.type == "cuda" and not self.cfg.data.share_prefixes
+        peak = peak_flops(torch.cuda.get_device_name(device)) if known else None
         at_peak = self.flops(batch.tokens, batch.lengths) / (peak * self.world_size) if peak else None
         return StepMetrics(
             step=self.step,

@@ -163,7 +163,7 @@ def _check(
         value_dim=v.shape[2],
         query_heads=q.shape[1],
         key_heads=k.shape[1],
-        window=options.mask.window != (-1, -1),
+        window=options.mask.window != (-1, -1) or bool(layout.docs.blocks),  # of a block its upper triangle
         softcap=options.softcap or 0.0,
         dropout_p=options.dropout_p,
         deterministic=options.deterministic or DETERMINISTIC.read() == "on",

@@ -88,7 +88,7 @@ def _described(parts: tuple[Placement, ...]) -> str:
 
 
 def _seconds(placement: Placement, masks: Sequence[tuple[Mask, float]], shape: Shape, machine: Machine) -> float:
-    options = candidates(placement.mesh.ring, "auto", None)
+    options = candidates(placement.mesh.ring, "auto", None, placement.docs.segmented)
     total = 0.0
     for mask, layers in masks:
         pricer = Pricer.of(placement, mask, PriceInputs(machine, shape))

@@ -45,7 +45,7 @@ def document_costs(docs: Documents, numbers: list[int], load: Load) -> Floats:
     rows = [(number, branch) for number in numbers for branch in docs.branches_of(number)]
     costs = rows_costs([(branch, branch.first, branch.last) for _, branch in rows], load)
     owner = np.searchsorted(np.array(numbers), np.array([number for number, _ in rows], dtype=np.int64))
-    return np.bincount(owner, costs, len(numbers))
+    return np.bincount(owner, costs, len(numbers)).astype(np.float64)
 
 
 def linear_parts(docs: Documents, number: int, load: Load) -> list[LinearPart]:

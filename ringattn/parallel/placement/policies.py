@@ -142,7 +142,7 @@ def _spans_of(docs: Documents, load: Load) -> list[Span]:
     costs = load.costs(np.array(parts.lengths, dtype=np.int64)).tolist()
     for number, (start, size, cost) in enumerate(zip(parts.starts, parts.lengths, costs, strict=True)):
         if size:
-            document = number if load.bent else None
+            document = number if load.bent or docs.segmented else None
             spans.append(Span(start, size, cost, cost / size, load.nested(size), document))
     return _with_segments(docs, load, spans) if docs.segmented else spans
 

@@ -110,7 +110,7 @@ def chosen(
     Heads are in the fewest chunks that are predicted to be nearly as fast as any.
     """
     mesh, limit = placement.mesh, options.memory_limit
-    schedules = candidates(mesh.ring, options.scheme, options.stages)
+    schedules = candidates(mesh.ring, options.scheme, options.stages, placement.docs.segmented)
     setting = PriceInputs(
         mesh.planned_for(machine), shape, keep_keys=options.keep_keys, wide_reduce=options.wide_reduce
     )

@@ -17,6 +17,7 @@ from ringattn.parallel.pricing.price import Price
 from ringattn.parallel.pricing.setting import PriceInputs
 from ringattn.parallel.schedules.demand import KeyDemand
 from ringattn.parallel.schedules.schedule import Schedule
+from ringattn.parallel.schedules.segment_demand import SegmentDemand
 from ringattn.parallel.schedules.stage_work import AllPositions, StageWork
 from ringattn.parallel.transport.buffers import message_buffers
 
@@ -25,7 +26,7 @@ from ringattn.parallel.transport.buffers import message_buffers
 class Pricer:
     """Prices of schedules; what they share is computed once."""
 
-    demand: KeyDemand
+    demand: KeyDemand | SegmentDemand
     setting: PriceInputs
 
     @classmethod
@@ -116,7 +117,7 @@ class Pricer:
         return message_buffers(heads) + message_buffers(keys * rows.engines)
 
 
-def _demand(placement: Placement, mask: Mask) -> KeyDemand:
+def _demand(placement: Placement, mask: Mask) -> KeyDemand | SegmentDemand:
     if placement.docs.segmented:
-        raise NotImplementedError(f"documents with segments or blocks are not planned yet, got {placement.docs}")
+        return kept(placement, ("demand", mask), lambda: SegmentDemand.of(placement, mask))
     return kept(placement, ("demand", mask), lambda: KeyDemand.of(PieceTable.of(placement, mask), mask.band))

@@ -12,9 +12,18 @@ def schedule_names() -> list[str]:
     return [schedule.kind for schedule in SCHEDULES]
 
 
-def candidates(ring: int, scheme: str, stages: int | None) -> list[Schedule]:
-    """What `scheme` leaves to choose from, the most accurate first."""
+def candidates(ring: int, scheme: str, stages: int | None, segmented: bool = False) -> list[Schedule]:
+    """What `scheme` leaves to choose from, the most accurate first.
+
+    Arguments:
+        segmented: of the schedules that plan documents with segments or blocks.
+
+    Raises NotImplementedError for a scheme that does not plan them.
+    """
     if ring == 1:
         return [Local()]
     named = [schedule.named(stages) for schedule in SCHEDULES if schedule.kind == scheme]
-    return named or [one for schedule in SCHEDULES for one in schedule.considered(ring)]
+    if segmented and named and not named[0].segments:
+        raise NotImplementedError(f'scheme="{scheme}" does not plan documents with segments or blocks')
+    able = [schedule for schedule in SCHEDULES if schedule.segments or not segmented]
+    return named or [one for schedule in able for one in schedule.considered(ring)]

@@ -1,5 +1,6 @@
 """What all ring positions need of one another, counted at once: columns of numbers instead of a plan per position."""
 
+from abc import ABC, abstractmethod
 from dataclasses import dataclass, replace
 from functools import cached_property
 
@@ -16,8 +17,41 @@ from ringattn.parallel.plan.route import Route
 REPEATED = 8192
 
 
+class RowTraffic(ABC):
+    """The key rows that positions need of one another, however their queries see them.
+
+    Arguments:
+        positions: how many there are.
+        rows: of each position.
+    """
+
+    positions: int
+    rows: Ints
+    band: Band
+
+    @property
+    @abstractmethod
+    def traffic(self) -> tuple[Ints, Ints, Ints]:
+        """Reader, holder, and key rows that the reader needs of the holder (of itself, those to copy)."""
+
+    def routes(self, position: int, distances: range) -> tuple[Route, Route]:
+        """The cast of the rows that come from so far away on the ring, as a position sees it, and the way back."""
+        reader, holder, rows = self.traffic
+        far = (holder - reader) % self.positions
+        some = (far > 0) & (far >= distances.start) & (far < distances.stop)
+        some &= (far - distances.start) % distances.step == 0
+        reader, holder, rows = reader[some], holder[some], rows[some]
+        cast = _route(holder, reader, rows, position, self.positions)
+        return cast, _route(reader, holder, rows, position, self.positions)
+
+    @cached_property
+    def received_rows(self) -> Ints:
+        reader, holder, rows = self.traffic
+        return sum_by(reader, rows * (reader != holder), self.positions)
+
+
 @dataclass(frozen=True)
-class KeyDemand:
+class KeyDemand(RowTraffic):
     """Every position's pieces as columns, and the key rows that positions need of one another.
 
     The columns are sorted by document, position and place in the document; `pieces` is what they were made of.
@@ -157,21 +191,6 @@ class KeyDemand:
         total = sum_by(pair, rows[some], self.positions**2)
         pairs = np.flatnonzero(total)
         return pairs // self.positions, pairs % self.positions, total[pairs]
-
-    def routes(self, position: int, distances: range) -> tuple[Route, Route]:
-        """The cast of the rows that come from so far away on the ring, as a position sees it, and the way back."""
-        reader, holder, rows = self.traffic
-        far = (holder - reader) % self.positions
-        some = (far > 0) & (far >= distances.start) & (far < distances.stop)
-        some &= (far - distances.start) % distances.step == 0
-        reader, holder, rows = reader[some], holder[some], rows[some]
-        cast = _route(holder, reader, rows, position, self.positions)
-        return cast, _route(reader, holder, rows, position, self.positions)
-
-    @cached_property
-    def received_rows(self) -> Ints:
-        reader, holder, rows = self.traffic
-        return sum_by(reader, rows * (reader != holder), self.positions)
 
     @cached_property
     def copied_rows(self) -> Ints:

@@ -25,6 +25,8 @@ from ringattn.parallel.placement.pieces import PieceTable
 from ringattn.parallel.plan.plan import AttentionPlan, Stage
 from ringattn.parallel.schedules.demand import KeyDemand
 from ringattn.parallel.schedules.schedule import Schedule
+from ringattn.parallel.schedules.segment_demand import SegmentDemand
+from ringattn.parallel.schedules.segments import plan_gathered
 from ringattn.parallel.schedules.stage_builder import StageBuilder
 from ringattn.parallel.schedules.stage_work import AllPositions, Passes
 
@@ -36,8 +38,11 @@ class Gather(Schedule):
     """Pieces that see only keys of their position, and then the others over all their keys at once."""
 
     kind: ClassVar[str] = "gather"
+    segments: ClassVar[bool] = True
 
-    def plan(self, demand: KeyDemand, position: int) -> AttentionPlan:
+    def plan(self, demand: KeyDemand | SegmentDemand, position: int) -> AttentionPlan:
+        if isinstance(demand, SegmentDemand):
+            return plan_gathered(self.kind, demand, position, joined=False)
         held, band = demand.pieces, demand.band
 
         def waiting(reader: int, document: int) -> list[Piece]:
@@ -48,7 +53,9 @@ class Gather(Schedule):
         return _plan(self.kind, demand.parted, position, local, held.cut_documents(position), waiting)
 
     def passes(self, every: AllPositions) -> Passes:
-        demand = every.demand.parted
+        if isinstance(every.demand, SegmentDemand):
+            return Schedule.passes(self, every)
+        demand = every.counted.parted
         by_call = every.call_seconds(demand.gathered_blocks, demand.gathered_ordinal, demand.position)
         forward, backward = (np.stack([calls[0], calls[1:].sum(0)]) for calls in by_call)
         return every.passes(
@@ -70,13 +77,15 @@ class Joint(Gather):
         """With a window to the right it is not one call, but one for every place where a document is cut."""
         return band.hi in (0, None)
 
-    def plan(self, demand: KeyDemand, position: int) -> AttentionPlan:
+    def plan(self, demand: KeyDemand | SegmentDemand, position: int) -> AttentionPlan:
+        if isinstance(demand, SegmentDemand):
+            return plan_gathered(self.kind, demand, position, joined=True)
         held = demand.pieces
         documents = list(dict.fromkeys(piece.document for piece in held.pieces(position)))
         return _plan(self.kind, demand.joint, position, [], documents, held.own)
 
     def passes(self, every: AllPositions) -> Passes:
-        return super().passes(every.joint)
+        return Schedule.passes(self, every) if isinstance(every.demand, SegmentDemand) else super().passes(every.joint)
 
 
 def _local_blocks(held: PieceTable, position: int, band: Band) -> list[Block]:

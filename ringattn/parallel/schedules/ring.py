@@ -18,6 +18,8 @@ from ringattn.parallel.placement.pieces import PieceTable
 from ringattn.parallel.plan.plan import AttentionPlan, Stage
 from ringattn.parallel.schedules.demand import KeyDemand, sum_by
 from ringattn.parallel.schedules.schedule import Schedule
+from ringattn.parallel.schedules.segment_demand import SegmentDemand
+from ringattn.parallel.schedules.segments import plan_staged
 from ringattn.parallel.schedules.stage_builder import StageBuilder
 from ringattn.parallel.schedules.stage_work import AllPositions, Passes
 
@@ -30,6 +32,7 @@ class Ring(Schedule):
 
     stages: int = RING_STAGES
     kind: ClassVar[str] = "ring"
+    segments: ClassVar[bool] = True
 
     @property
     def name(self) -> str:
@@ -52,10 +55,14 @@ class Ring(Schedule):
         bounds = [1 + index * (ring - 1) // casts for index in range(casts + 1)]
         return [range(a, b) for a, b in itertools.pairwise(bounds)]
 
-    def plan(self, demand: KeyDemand, position: int) -> AttentionPlan:
+    def plan(self, demand: KeyDemand | SegmentDemand, position: int) -> AttentionPlan:
+        if isinstance(demand, SegmentDemand):
+            return plan_staged(self.kind, demand, position, self.distances(demand.positions))
         return plan_ring(self.kind, demand, position, self.distances(demand.positions))
 
     def passes(self, every: AllPositions) -> Passes:
+        if isinstance(every.demand, SegmentDemand):
+            return Schedule.passes(self, every)
         return ring_passes(every, self.distances(every.demand.positions))
 
 
@@ -176,7 +183,7 @@ def ring_passes(every: AllPositions, distances: list[range]) -> Passes:
     each piece over an equal share of the pairs that it has left, in a call for each kind of piece; but pieces that see
     all keys of one sender alike are in one call, as far as they lie side by side.
     """
-    demand = every.demand
+    demand = every.counted
     moved = every.moved(distances)
     arriving = moved.received_rows
     local, left = kept(every, "local stage", lambda: _local_stage(every))
@@ -204,7 +211,7 @@ class _Stage(NamedTuple):
 
 def _local_stage(every: AllPositions) -> tuple[_Stage, Floats]:
     """All pieces over the keys of their position; and the pairs of query and key that each piece has left."""
-    demand = every.demand
+    demand = every.counted
     blocks, query, key = demand.own_blocks
     ordinal, position = (query != key).astype(np.int64), demand.position[query]
     forward, backward = (seconds.sum(0) for seconds in every.call_seconds(blocks, ordinal, position))
@@ -218,7 +225,7 @@ def _local_stage(every: AllPositions) -> tuple[_Stage, Floats]:
 
 def _mean_stage(every: AllPositions, left: Floats, stages: Ints) -> _Stage:
     """The mean of so many later stages of each position."""
-    demand = every.demand
+    demand = every.counted
     some = left > 0
     rows, position, ordinal = demand.outer_rows[some], demand.position[some], demand.ordinal[some]
     keys = np.ceil(left[some] / stages[position] / rows).astype(np.int64)

@@ -8,6 +8,7 @@ from typing import ClassVar
 from ringattn.mask import Band
 from ringattn.parallel.plan.plan import AttentionPlan
 from ringattn.parallel.schedules.demand import KeyDemand
+from ringattn.parallel.schedules.segment_demand import SegmentDemand
 from ringattn.parallel.schedules.stage_work import AllPositions, Passes, StageWork
 
 
@@ -16,10 +17,12 @@ class Schedule(ABC):
     """A way to move keys on the ring axis. It plans the stages of a position, and says what they are for all positions;
     who prices, chooses or executes knows no more of it.
 
-    `kind` is its name in `scheme=`, in plans and in reasons.
+    `kind` is its name in `scheme=`, in plans and in reasons; `segments` says whether it also plans documents that have
+    some, for which it is given a `SegmentDemand`.
     """
 
     kind: ClassVar[str]
+    segments: ClassVar[bool] = False
 
     @property
     def name(self) -> str:
@@ -41,7 +44,7 @@ class Schedule(ABC):
         return True
 
     @abstractmethod
-    def plan(self, demand: KeyDemand, position: int) -> AttentionPlan:
+    def plan(self, demand: KeyDemand | SegmentDemand, position: int) -> AttentionPlan:
         """The stages of a ring position, without an exchange. Pure integers: every rank plans its own, and what one
         expects to receive is what the others plan to send."""
 

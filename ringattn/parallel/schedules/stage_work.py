@@ -27,6 +27,7 @@ from ringattn.parallel.plan.plan import AttentionPlan
 from ringattn.parallel.plan.route import Message
 from ringattn.parallel.plan.shape import Shape
 from ringattn.parallel.schedules.demand import KeyDemand, sum_by
+from ringattn.parallel.schedules.segment_demand import SegmentDemand
 
 Passes = tuple["StageWork", "StageWork"]  # forward and backward
 
@@ -174,15 +175,21 @@ class AllPositions:
         exchange: of one rank, where heads are exchanged.
     """
 
-    demand: KeyDemand
+    demand: KeyDemand | SegmentDemand
     machine: Machine
     own: Shape
     exchange: Exchange | None = None
 
+    @property
+    def counted(self) -> KeyDemand:
+        """What schedules count on for plain documents; where documents have segments they are planned instead."""
+        assert isinstance(self.demand, KeyDemand)
+        return self.demand
+
     @cached_property
     def joint(self) -> "AllPositions":
         """The same where every piece waits for the keys from elsewhere."""
-        return replace(self, demand=self.demand.joint)
+        return replace(self, demand=self.counted.joint)
 
     def call_seconds(self, table: BlockTable, ordinal: Ints, position: Ints) -> tuple[Floats, Floats]:
         """Seconds of kernels forward and backward, (ordinals, positions): each block of the table is in the call that

@@ -1,0 +1,132 @@
+"""Plans of trees and blocks against brute force: every allowed pair once, no key in vain, none twice."""
+
+from unittest import mock
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from ringattn import Documents, Layout, Mask, MeshShape
+from ringattn.kernels.backends.reference import allowed_pairs
+from ringattn.parallel.planning.planner import plan_attention
+from ringattn.parallel.schedules import demand
+from ringattn.parallel.schedules.gather import Gather
+from ringattn.settings import AttentionOptions
+from tests.parallel.planning.test_planner import SHAPE, buffers, plans_of
+from tests.strategies import segment_masks, segmented_documents
+
+POLICIES = st.sampled_from(["contiguous", "zigzag", "balanced"])
+
+
+@settings(max_examples=100, deadline=None)
+@given(
+    docs=segmented_documents(),
+    mask=segment_masks,
+    ring=st.integers(1, 5),
+    policy=POLICIES,
+    scheme=st.sampled_from(["gather", "joint", "ring", "auto"]),
+    stages=st.sampled_from([None, 2, 3, 9]),
+    backward=st.booleans(),
+    repeated=st.sampled_from([0, 20, 10_000]),
+)
+def test_every_allowed_pair_is_computed_once(
+    docs: Documents, mask: Mask, ring: int, policy: str, scheme: str, stages: int | None, backward: bool, repeated: int
+) -> None:
+    scheme = scheme if ring > 1 else "auto"
+    with mock.patch.object(demand, "REPEATED", repeated):
+        plans = plans_of(docs, mask, ring, policy, scheme, stages if scheme == "ring" else None, backward)
+    count = torch.zeros(docs.total, docs.total, dtype=torch.int64)
+    for stage in range(len(plans[0][1].stages)):
+        keys = buffers(plans, stage)
+        for rank, (layout, plan) in enumerate(plans):
+            queries = layout.indices()
+            seen_rows: set[int] = set()
+            for call in plan.stages[stage].calls:
+                assert all(
+                    a.q[1] == b.q[0] and a.k[1] <= b.k[0] for a, b in zip(call.blocks, call.blocks[1:], strict=False)
+                )
+                for block in call.blocks:
+                    rows = 0, block.q[1] - block.q[0]
+                    pairs = allowed_pairs(block, call.left, call.right, rows, torch.device("cpu"))
+                    for row, key in pairs.nonzero().tolist():
+                        count[queries[block.q[0] + row], keys[rank][block.k[0] + key]] += 1
+                    seen_rows |= set(range(*block.k)) if pairs.any() else set()
+            if stage:
+                assert seen_rows == set(range(plan.stages[stage].rows))  # nothing is received in vain
+    assert torch.equal(count, docs.dense(mask).long())
+
+
+@settings(max_examples=50, deadline=None)
+@given(
+    docs=segmented_documents(),
+    mask=segment_masks,
+    ring=st.integers(2, 5),
+    policy=POLICIES,
+    scheme=st.sampled_from(["gather", "joint", "ring"]),
+)
+def test_only_needed_keys_travel_each_once(docs: Documents, mask: Mask, ring: int, policy: str, scheme: str) -> None:
+    dense = docs.dense(mask)
+    for layout, plan in plans_of(docs, mask, ring, policy, scheme, None):
+        own = layout.indices()
+        needed = set(dense[own].any(0).nonzero().flatten().tolist()) - set(own.tolist())
+        received = []
+        for stage in plan.stages[1:]:
+            tokens = [token for start, stop in stage.index for token in range(start, stop)]
+            received += [tokens[row] for message in stage.receives for span in message.ranges for row in range(*span)]
+        assert sorted(received) == sorted(needed)
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    docs=segmented_documents(),
+    mask=segment_masks,
+    ring=st.integers(2, 5),
+    policy=POLICIES,
+    scheme=st.sampled_from(["gather", "joint", "ring"]),
+    stages=st.sampled_from([None, 2, 3]),
+)
+def test_routes_of_all_ranks_fit_together(
+    docs: Documents, mask: Mask, ring: int, policy: str, scheme: str, stages: int | None
+) -> None:
+    plans = plans_of(docs, mask, ring, policy, scheme, stages if scheme == "ring" else None)
+    for number in range(1, len(plans[0][1].stages)):
+        here = [plan.stages[number] for _, plan in plans]
+        for routes in ([stage.cast for stage in here], [stage.back for stage in here]):
+            assert {route.most for route in routes} == {max(route.sent for route in routes)}
+            for rank, route in enumerate(routes):
+                for peer, other in enumerate(routes):
+                    assert route.receives[peer] == other.sends[rank]
+                    assert route.there[peer] == sum(other.sends[:rank])
+
+
+def test_completions_of_one_prompt_are_two_calls_and_share_its_keys() -> None:
+    docs = Documents.from_tree([4096, *[1024] * 8], [-1, *[0] * 8])
+    ((_, plan),) = plans_of(docs, Mask(), 1, "contiguous", "auto", None)
+    causal, full = plan.stages[0].calls
+    assert (causal.left, causal.right, causal.q) == (-1, 0, (0, docs.total))
+    assert (full.left, full.right) == (-1, -1)
+    assert [(block.q, block.k) for block in full.blocks] == [((5120, docs.total), (0, 4096))]
+    for layout, plan in plans_of(docs, Mask(), 4, "balanced", "gather", None):
+        assert plan.received_rows <= docs.total - layout.tokens()
+        assert sum(len(stage.calls) for stage in plan.stages) <= 6
+
+
+@pytest.mark.parametrize("images", [1, 20])
+def test_blocks_of_many_images_are_one_call_beside_the_causal_one(images: int) -> None:
+    docs = Documents([images * 400], blocks=[(at * 400 + 50, at * 400 + 306) for at in range(images)])
+    for mask in (Mask(), Mask(window=(500, 0), blocks="clipped")):
+        ((_, plan),) = plans_of(docs, mask, 1, "contiguous", "auto", None)
+        assert len(plan.stages[0].calls) == 2
+
+
+def test_a_schedule_that_does_not_know_segments_is_refused() -> None:
+    layout = Layout(Documents([50], blocks=[(3, 9)]), MeshShape(1, 2))
+    with mock.patch.object(Gather, "segments", False), pytest.raises(NotImplementedError, match='scheme="gather" does'):
+        plan_attention(layout, SHAPE, AttentionOptions(scheme="gather"))
+
+
+def test_a_mask_that_segments_do_not_go_with_is_refused_as_it_is_planned() -> None:
+    layout = Layout(Documents([50], blocks=[(3, 9)]), MeshShape(1, 2))
+    with pytest.raises(ValueError, match="mask must be causal and without a chunk"):
+        plan_attention(layout, SHAPE, AttentionOptions(mask=Mask(chunk=8)))

@@ -60,7 +60,10 @@ def batches(
     """Endless batches of `packs_per_step` packs; replica d computes pack m * replicas + d in micro-step m.
 
     So the packs of a step, and with them the loss curve, depend neither on the number of replicas nor on the sequence
-    size. With `share` common prefixes of a pack's documents are computed once. Raises ValueError if `packs_per_step` is no multiple of `replicas`.
+    size. Raises ValueError if `packs_per_step` is no multiple of `replicas`.
+
+    Arguments:
+        share: common prefixes of a pack's documents are computed once.
     """
     if packs_per_step % replicas:
         raise ValueError(f"packs_per_step {packs_per_step} is no multiple of the {replicas} data-parallel replicas")

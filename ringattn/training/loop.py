@@ -47,7 +47,6 @@ from ringattn.training.spikes import Spikes, losses_before, record_spike
 from ringattn.training.step_checks import StepChecks
 from ringattn.training.stragglers import Stragglers
 from ringattn.training.streamed import streamed_weights
-from ringattn.trees import Targets
 
 
 class Trainer:
@@ -279,11 +278,8 @@ class Trainer:
         Arguments:
             targets: of this replica's micro-steps together.
         """
-        triples = local.targets if isinstance(local.targets, Targets) else None
-        note_targets(local.layout, local.count if triples is None else triples)
-        # Labels of any values ask for the loss of triples, which go with the layout.
-        targets = local.ids if isinstance(local.targets, Targets) else local.targets
-        ids, positions, labels = (x[None].to(self.job.device) for x in (local.ids, local.positions, targets))
+        note_targets(local.layout, local.known)
+        ids, positions, labels = (x[None].to(self.job.device) for x in (local.ids, local.positions, local.labels))
         loss: torch.Tensor = self.engine.model(
             input_ids=ids,
             position_ids=positions,

@@ -37,6 +37,16 @@ class LocalPack:
     count: int = 0
     there: torch.cuda.Event | None = None
 
+    @property
+    def labels(self) -> torch.Tensor:
+        """(t,) what the model is given as labels. Triples go with the layout: any labels ask for their loss."""
+        return self.ids if isinstance(self.targets, Targets) else self.targets
+
+    @property
+    def known(self) -> int | Targets:
+        """What the host knows of the targets."""
+        return self.targets if isinstance(self.targets, Targets) else self.count
+
     def arrive(self) -> None:
         """Before the pack is used: its plans are found by the attention, and the current stream waits for it."""
         install(self.layout, self.plans)
@@ -70,7 +80,7 @@ class BatchMaker:
         """Endless batches."""
         return batches(self.packer, self.packs_per_step, self.replica, self.replicas, self._place, self.share)
 
-    def _place(self, pack: Pack) -> LocalPack:
+    def _place(self, pack: AnyPack) -> LocalPack:
         return placed(pack, self.mesh, self.policy, self.attentions)
 
 

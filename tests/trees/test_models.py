@@ -184,5 +184,7 @@ MESHES = {1: (1, 1), 2: (2, 1), 4: (2, 2)}
 @pytest.mark.parametrize("min_shared", [1, APART], ids=["shared", "apart"])
 @pytest.mark.parametrize("model", [own_model, hugging_face])
 def test_trees_are_separate_sequences(pool, size, min_shared, model):
-    exact, usual = (torch.float64, 1e-11, {"backend": "reference"}), (torch.float32, 1e-5, {})
+    # Llama's norms compute in float32 whatever the model's dtype.
+    exact = (torch.float64, 1e-11 if model is own_model else 1e-6, {"backend": "reference"})
+    usual = (torch.float32, 1e-5, {})
     pool(size).run_many(model, [(*MESHES[size], (120, min_shared), *numbers) for numbers in (exact, usual)])

@@ -59,7 +59,8 @@ class Mask:
         chunk: cut each document in sub-documents of this many tokens for attention only (Llama 4); None: whole.
         blocks: of documents with blocks of tokens that see each other (`Documents(blocks=...)`), what a window does to
             them: "whole" (a block sees itself whole, and of the rest what the window leaves) or "clipped" (the window's
-            left edge cuts blocks too, as in Gemma 3 and 4). Without a window they are the same.
+            left edge cuts blocks too, as in Gemma 3 and 4). Without a window they are the same. "ignored": these layers
+            know of no blocks (full attention of Gemma 4).
 
     Raises ValueError for a window that is not a pair of integers >= -1, a chunk below 1, or other `blocks`.
     """
@@ -85,8 +86,8 @@ class Mask:
             raise ValueError(f"chunk must be None or an integer >= 1, got {chunk!r}")
         if not isinstance(self.causal, bool):
             raise ValueError(f"causal must be True or False, got {self.causal!r}")
-        if self.blocks not in ("whole", "clipped"):
-            raise ValueError(f'blocks must be "whole" or "clipped", got {self.blocks!r}')
+        if self.blocks not in ("whole", "clipped", "ignored"):
+            raise ValueError(f'blocks must be "whole", "clipped" or "ignored", got {self.blocks!r}')
 
     @property
     def band(self) -> Band:

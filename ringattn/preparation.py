@@ -163,11 +163,16 @@ def _check(
         value_dim=v.shape[2],
         query_heads=q.shape[1],
         key_heads=k.shape[1],
-        window=options.mask.window != (-1, -1) or bool(layout.docs.blocks),  # of a block its upper triangle
+        window=options.mask.window != (-1, -1) or _has_blocks(layout, options),
         softcap=options.softcap or 0.0,
         dropout_p=options.dropout_p,
         deterministic=options.deterministic or DETERMINISTIC.read() == "on",
     )
+
+
+def _has_blocks(layout: Layout, options: AttentionOptions) -> bool:
+    """Whether some call is of a block's upper triangle, which is a window too."""
+    return bool(layout.docs.blocks) and options.mask.blocks != "ignored"
 
 
 def check_kinds(layout: Layout, options: AttentionOptions) -> None:

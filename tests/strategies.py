@@ -60,5 +60,5 @@ def segmented_documents(draw: st.DrawFn, longest: int = 12, most: int = 10) -> D
 segment_masks = st.builds(
     Mask,
     window=st.tuples(st.sampled_from([-1, -1, 0, 1, 3, 9]), st.sampled_from([-1, 0])),
-    blocks=st.sampled_from(["whole", "clipped"]),
+    blocks=st.sampled_from(["whole", "whole", "clipped", "clipped", "ignored"]),
 )

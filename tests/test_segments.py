@@ -29,6 +29,8 @@ def seen_by(docs: Documents, mask: Mask, query: int) -> set[int]:
     block = next((set(range(*block)) for block in docs.blocks if block[0] <= query < block[1]), set())
     left = len(path) if mask.window[0] < 0 else mask.window[0]
     seen = set(path[max(0, len(path) - 1 - left) :])
+    if mask.blocks == "ignored":
+        return seen
     if mask.blocks == "whole":
         return seen | block
     return seen | {key for key in block if key >= query - left}
@@ -166,5 +168,5 @@ def test_masks_that_segments_do_not_go_with_are_refused(mask: Mask) -> None:
             docs.dense(mask)
         with pytest.raises(ValueError, match="mask must be causal and without a chunk"):
             Layout(docs, MeshShape(1, 2), mask=[(Mask(), 1), (mask, 2)])
-    with pytest.raises(ValueError, match='blocks must be "whole" or "clipped", got \'cut\''):
+    with pytest.raises(ValueError, match='blocks must be "whole", "clipped" or "ignored", got \'cut\''):
         Mask(blocks="cut")

@@ -53,6 +53,8 @@ def views_of(branch: Branch, query: Piece, mask: Mask) -> Iterator[View]:
     """All that some queries of a branch see, each pair once: first what the mask's band allows, then more in blocks."""
     band = mask.band
     yield View(query, (0, branch.last), band)
+    if mask.blocks == "ignored":
+        return
     for block in branch.blocks_in(query.first, query.last):
         first, last = max(query.first, block[0]), min(query.last, block[1])
         rows = Piece(query.document, first, last, query.row + first - query.first)
@@ -68,7 +70,7 @@ def bends_of(branch: Branch, mask: Mask) -> set[int]:
     reach = None if mask.band.lo is None else -mask.band.lo
     if reach is not None:
         found.add(reach)
-    for first, last in branch.blocks:
+    for first, last in branch.blocks if mask.blocks != "ignored" else ():
         found |= {first, last}
         if reach is not None and mask.blocks == "whole":
             found.add(min(first + reach, last))
@@ -79,7 +81,7 @@ def slope_of(branch: Branch, first: int, last: int, mask: Mask) -> int:
     """By how many keys more a query sees than the one before it, between two bends."""
     reach = None if mask.band.lo is None else -mask.band.lo
     slope = int(reach is None or last <= reach + 1)
-    for block in branch.blocks_in(first, last):
+    for block in branch.blocks_in(first, last) if mask.blocks != "ignored" else ():
         slope -= 1
         if reach is not None and mask.blocks == "whole" and first >= block[0] + reach:
             slope += 1

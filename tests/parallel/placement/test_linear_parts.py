@@ -25,6 +25,7 @@ def pairs_of(docs: Documents, mask: Mask) -> np.ndarray:
     """Keys that each token sees, from its position and its block."""
     position = docs.position_ids().numpy()
     first, last = position.copy(), position + 1  # of the block on the path
+    assert mask.blocks != "ignored"
     for start, stop in docs.blocks:
         first[start:stop], last[start:stop] = position[start], position[stop - 1] + 1
     left = position if mask.window[0] < 0 else np.minimum(position, mask.window[0])

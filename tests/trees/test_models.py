@@ -188,3 +188,10 @@ def test_trees_are_separate_sequences(pool, size, min_shared, model):
     exact = (torch.float64, 1e-11 if model is own_model else 1e-6, {"backend": "reference"})
     usual = (torch.float32, 1e-5, {})
     pool(size).run_many(model, [(*MESHES[size], (120, min_shared), *numbers) for numbers in (exact, usual)])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("size", "degrees"), [(1, (1, 1)), (2, (1, 2)), (4, (4, 1))])
+def test_completions_of_a_long_prompt(pool, size, degrees):
+    for model in (own_model, hugging_face):
+        pool(size).run(model, *degrees, (4096, 1), torch.float32, 1e-5, {}, timeout=250)

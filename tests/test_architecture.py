@@ -18,7 +18,7 @@ ROOMS = (
     "parallel.geometry", "parallel.plan", "parallel.transport", "parallel.execution", "parallel.machine",
     "parallel.mesh", "parallel.placement", "parallel.schedules", "parallel.pricing", "parallel.choice",
     "parallel.simulation", "parallel.layout", "parallel.planning", "parallel",
-    "preparation", "compiled", "attention", "drawing", "",
+    "trees", "preparation", "compiled", "attention", "drawing", "",
     "memory", "memory.planning", "hf", "training", "benchmarking", "preflight", "commands", "cli", "__main__",
 )  # fmt: skip
 # Integers only: they are computed alike on every rank, and tested without a device.

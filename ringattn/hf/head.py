@@ -10,46 +10,20 @@ The loss is made inside of the head's forward pass, since that is where FSDP and
 gathered once, and its gradient is reduced once.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from ringattn.hf.disguised import LossAsLogits, NotedLogits, Step
 from ringattn.hf.layers import decoder_layers
+from ringattn.memory.tiled_logprobs import tiled_logprobs
 from ringattn.memory.tiled_loss import TILE, tiled_loss
+from ringattn.trees import Targets
 
-# What may be done to logits: these, with numbers as other arguments, ...
-_ELEMENTWISE = {"div", "mul", "add", "sub", "tanh", "neg"}
-# ... and what leaves values as they are, since tiles of logits are in float32 anyway.
-_CASTS = {"to", "float", "contiguous", "clone", "type", "half", "bfloat16"}
-# What engines and output classes ask of a tensor without looking at its values.
-_METHODS = {"register_hook", "requires_grad_", "is_floating_point", "is_complex", "is_contiguous", "element_size",
-            "get_device", "retain_grad"}  # fmt: skip
-_PROPERTIES = {"dtype", "device", "layout", "requires_grad", "grad_fn", "is_leaf", "is_cuda", "is_cpu", "is_sparse",
-               "is_nested", "is_quantized", "is_meta", "output_nr", "retains_grad", "_base"}  # fmt: skip
-# What engines do to what a module returns, to put a node of their own into autograd's graph.
-_SAME = {"detach", "view_as"}
-
-T = TypeVar("T", bound="_Disguised")
-
-
-@dataclass(frozen=True)
-class Step:
-    """One thing that a model does to its logits: a function of torch by name, and its other arguments."""
-
-    name: str
-    numbers: tuple[float, ...] = ()
-
-    def on(self, x: Tensor) -> Tensor:
-        """It done to a tile of logits."""
-        function: Callable[..., Tensor] = getattr(torch, self.name)
-        return function(x, *self.numbers)
-
-    def __str__(self) -> str:
-        return f"{self.name}({', '.join(map(str, ('logits', *self.numbers)))})"
+__all__ = ["LossAsLogits", "NotedLogits", "Step", "TiledHead", "steps_after_head"]
 
 
 class TiledHead:
@@ -67,18 +41,33 @@ class TiledHead:
             raise ValueError(f"tile must be a number of tokens >= 1, got {tile!r}")
         self.head, self.tile = _linear_head(model), tile
         self.steps = steps_after_head(model, self.head)
-        self._announced: tuple[Tensor, float | Tensor, int | None] | None = None
+        self._announced: Callable[[Tensor], Tensor] | None = None
         self._plain = self.head.forward
         self.head.forward = self  # type: ignore[method-assign]
 
-    def announce(self, targets: Tensor, scale: float | Tensor, count: int | None = None) -> None:
-        """The next forward pass is of these targets: any shape, one for each token, -100 for none.
+    def announce(self, targets: Tensor | Targets, scale: float | Tensor, count: int | None = None) -> None:
+        """The next forward pass is of these targets: any shape, one for each token, -100 for none; or triples.
 
         Arguments:
             scale: what the sum of their losses is multiplied with.
             count: how many they are, if the host knows: then it need not wait for the device.
         """
-        self._announced = targets, scale, count
+        given = targets if isinstance(targets, Targets) else targets.flatten()
+
+        def loss(hidden: Tensor) -> Tensor:
+            return tiled_loss(
+                hidden, self.head.weight, given, **self._options, scale=scale, tile=self.tile, count=count
+            )
+
+        self._announced = self._of(len(given) if isinstance(given, Tensor) else given.tokens, loss)
+
+    def announce_logprobs(self, targets: Targets) -> None:
+        """The next forward pass is of the log-probabilities of these triples; they come in the disguise of logits."""
+
+        def log_probs(hidden: Tensor) -> Tensor:
+            return tiled_logprobs(hidden, self.head.weight, targets, **self._options, tile=self.tile)
+
+        self._announced = self._of(targets.tokens, log_probs)
 
     def forget(self) -> None:
         """The next forward pass is of no targets, unless some are announced: one that failed may have left its own."""
@@ -88,24 +77,26 @@ class TiledHead:
     def __call__(self, hidden: Tensor) -> Tensor:
         if self._announced is None:
             return self._plain(hidden)
-        (targets, scale, count), self._announced = self._announced, None
-        if targets.numel() != hidden.shape[:-1].numel():
-            raise ValueError(
-                f"the head was given {hidden.shape[:-1].numel()} tokens and {targets.numel()} targets: with a tiled "
-                "loss logits_to_keep must be left out"
-            )
-        head = self.head
-        loss = tiled_loss(
-            hidden.flatten(0, -2),
-            head.weight,
-            targets.flatten(),
-            bias=head.bias,
-            transform=self._transform if self.steps else None,
-            scale=scale,
-            tile=self.tile,
-            count=count,
-        )
-        return LossAsLogits.of(loss, torch.Size((*hidden.shape[:-1], head.out_features)), self.steps)
+        announced, self._announced = self._announced, None
+        return announced(hidden)
+
+    def _of(self, tokens: int, function: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+        """From a function of hidden states (t, E) to the head's of (1, t, E), whose result stands for logits."""
+
+        def disguised(hidden: Tensor) -> Tensor:
+            if tokens != hidden.shape[:-1].numel():
+                raise ValueError(
+                    f"the head was given {hidden.shape[:-1].numel()} tokens and {tokens} targets: with a tiled "
+                    "loss logits_to_keep must be left out"
+                )
+            shape = torch.Size((*hidden.shape[:-1], self.head.out_features))
+            return LossAsLogits.of(function(hidden.flatten(0, -2)), shape, self.steps)
+
+        return disguised
+
+    @property
+    def _options(self) -> dict[str, Any]:
+        return {"bias": self.head.bias, "transform": self._transform if self.steps else None}
 
     def undo(self) -> None:
         """The head as it was."""
@@ -116,113 +107,6 @@ class TiledHead:
         for step in self.steps:
             logits = step.on(logits)
         return logits
-
-
-class _Disguised(Tensor):
-    """A tensor that only lets certain things be done to it."""
-
-    def at_step(self: T, step: Step) -> T:
-        """It after one thing that changes values."""
-        raise NotImplementedError
-
-    def again(self: T, data: Tensor) -> T:
-        """The same disguise for other data."""
-        raise NotImplementedError
-
-    @classmethod
-    def __torch_function__(
-        cls, func: Callable[..., Any], types: Sequence[type], args: Sequence[Any] = (), kwargs: Any = None
-    ) -> Any:
-        name, kwargs = getattr(func, "__name__", str(func)), kwargs or {}
-        own = args[0] if args and isinstance(args[0], _Disguised) else None
-        if own is not None and name.rstrip("_") in _ELEMENTWISE | _CASTS:
-            if name.rstrip("_") in _CASTS:
-                return own
-            numbers = (*args[1:], *kwargs.values())
-            if all(isinstance(one, int | float) for one in numbers):
-                return own.at_step(Step(name.rstrip("_"), tuple(numbers)))
-        if own is not None and name in _SAME:
-            with torch._C.DisableTorchFunctionSubclass():
-                return own.again(func(*args, **kwargs))
-        if own is not None and name == "__get__":
-            name = func.__self__.__name__  # type: ignore[attr-defined]
-            if name in ("shape", "ndim"):
-                return own.pretended if name == "shape" else len(own.pretended)
-            if name == "_base":  # FSDP warns of views, for what would be done to them in place: nothing can be, here
-                return None
-            if name in _PROPERTIES:
-                with torch._C.DisableTorchFunctionSubclass():
-                    return func(*args)
-        if own is not None and name in ("size", "dim"):
-            return len(own.pretended) if name == "dim" else own.pretended[args[1]] if args[1:] else own.pretended
-        if own is not None and name in _METHODS:
-            with torch._C.DisableTorchFunctionSubclass():
-                return func(*args, **kwargs)
-        told = ", ".join("logits" if one is own else type(one).__name__ for one in args)
-        raise NotImplementedError(
-            f"{name}({told}): with a tiled loss there are no logits, only a tile of them at a time. Turn it off "
-            "(loss_tile=None) for what needs them, or leave the labels out"
-        )
-
-    pretended: torch.Size
-
-
-class NotedLogits(_Disguised):
-    """Notes what is done to it."""
-
-    steps: list[Step]
-
-    @classmethod
-    def of(cls, shape: torch.Size) -> "NotedLogits":
-        """One of logits of this shape."""
-        made = torch.zeros(()).as_subclass(cls)
-        made.pretended, made.steps = shape, []
-        return made
-
-    def at_step(self, step: Step) -> "NotedLogits":
-        self.steps.append(step)
-        return self
-
-    def again(self, data: Tensor) -> "NotedLogits":
-        return self
-
-
-class LossAsLogits(_Disguised):
-    """A loss that a model takes for its logits; its data and its place in autograd's graph are the loss's."""
-
-    steps: tuple[Step, ...]
-    done: int
-
-    @classmethod
-    def of(cls, loss: Tensor, shape: torch.Size, steps: tuple[Step, ...], done: int = 0) -> "LossAsLogits":
-        """A loss (a scalar) for logits of this shape, to which `done` of `steps` were done."""
-        made = loss.as_subclass(cls)
-        made.pretended, made.steps, made.done = shape, steps, done
-        return made
-
-    def at_step(self, step: Step) -> "LossAsLogits":
-        if self.steps[self.done : self.done + 1] != (step,):
-            raise NotImplementedError(
-                f"the model does {step} where it did {_told(self.steps[self.done :])} when its head was looked at: "
-                "its loss cannot be tiled"
-            )
-        return LossAsLogits.of(self._plain(), self.pretended, self.steps, self.done + 1)
-
-    def again(self, data: Tensor) -> "LossAsLogits":
-        return LossAsLogits.of(data, self.pretended, self.steps, self.done)
-
-    def loss(self) -> Tensor:
-        """The loss, a plain tensor. Raises NotImplementedError if the model left out what it did before."""
-        if self.done != len(self.steps):
-            raise NotImplementedError(
-                f"the model left out {_told(self.steps[self.done :])}, which it did when its head was looked at: its "
-                "loss cannot be tiled"
-            )
-        return self._plain()
-
-    def _plain(self) -> Tensor:
-        with torch._C.DisableTorchFunctionSubclass():
-            return self.as_subclass(Tensor)
 
 
 def steps_after_head(model: nn.Module, head: nn.Linear) -> tuple[Step, ...]:
@@ -359,7 +243,3 @@ def _linear_head(model: Any) -> nn.Linear:
             f"the head of {type(model).__name__} has hooks or a forward pass of its own, which a tiled loss passes by"
         )
     return head
-
-
-def _told(steps: Sequence[Step]) -> str:
-    return ", ".join(map(str, steps)) or "nothing"

@@ -123,17 +123,20 @@ class GlobalLoss:
         return self.__dict__ | {"mesh": None, "result": None}  # neither process groups nor graphs can be pickled
 
     def count(self, kwargs: dict[str, Any]) -> Tensor:
-        """Targets of all replicas, at least 1, as a scalar of the batch's device. Collective over replicas."""
+        """Targets of all replicas, or the sum of their weights, as a scalar of the batch's device; 1 in the place of 0.
+        Collective over replicas."""
         if kwargs.get("num_items_in_batch") is None or kwargs.get("shift_labels") is None:
             raise ValueError("the loss of a sharded batch needs shift_labels and num_items_in_batch from shard_batch")
         number, device = kwargs["num_items_in_batch"], kwargs["shift_labels"].device
-        if isinstance(number, Tensor):
-            targets = number.to(device, torch.int64, copy=True)
+        if isinstance(number, Tensor):  # weights of targets have a sum that is no integer
+            kind = torch.float64 if number.is_floating_point() else torch.int64
+            targets = number.to(device, kind, copy=True)
         else:  # a copy from the host would wait for the device
-            targets = torch.full((), number, dtype=torch.int64, device=device)
+            kind = torch.float64 if isinstance(number, float) else torch.int64
+            targets = torch.full((), number, dtype=kind, device=device)
         if self.mesh.data > 1:
             dist.all_reduce(targets, group=self.mesh.device_mesh.get_group("data"))
-        return targets.clamp_min(1)
+        return torch.where(targets == 0, torch.ones_like(targets), targets)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Tensor:
         logits = args[0] if args else kwargs.get("logits")

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ringattn.hf.empty import layout_of
+from ringattn.hf.empty import Placeholder, layout_of
 from ringattn.hf.head import LossAsLogits, TiledHead
 from ringattn.hf.layers import decoder_layers, mlps_of
 from ringattn.hf.loss import GlobalLoss
@@ -16,17 +16,25 @@ from ringattn.memory.offload import Offload
 from ringattn.memory.settings import MemorySettings
 from ringattn.memory.tiled_rows import TiledModule
 from ringattn.parallel.layout import Layout
+from ringattn.trees import Targets
 
 _KEY = "targets of this rank"
 
 
-def note_targets(layout: Layout, count: int) -> None:
-    """Keep with its layout how many targets this rank has, where the host knows: a tiled loss need not ask the device.
+def note_targets(layout: Layout, targets: int | Targets) -> None:
+    """Keep with its layout what the host knows of this rank's targets, which a tiled loss then need not ask the device.
 
     Arguments:
-        count: of the `shift_labels` that will go into the model; -100 is none.
+        targets: how many there are among the `shift_labels` that will go into the model; -100 is none. Or triples,
+            which are then taken in the place of `shift_labels`.
     """
-    keep(layout, _KEY, count)
+    keep(layout, _KEY, targets)
+
+
+def noted_triples(layout: Layout) -> Targets | None:
+    """This rank's triples, if that is what its targets are."""
+    noted = kept_already(layout, _KEY)
+    return noted if isinstance(noted, Targets) else None
 
 
 class ModelMemory:
@@ -44,6 +52,7 @@ class ModelMemory:
     def __init__(self, model: nn.Module, settings: MemorySettings, device: torch.device) -> None:
         self.settings = settings
         self.head: TiledHead | None = None
+        self.wants_logprobs = False  # of the next forward pass, in the place of logits
         self.mlps: list[TiledModule] = []
         self.offload: Offload | None = None
         self._undo: list[Callable[[], None]] = []
@@ -81,10 +90,19 @@ class ModelMemory:
         if self.head is None:
             return
         self.head.forget()
-        if kwargs.get("labels") is not None:
-            count = loss.count(kwargs)
-            local = kept_already(layout_of(kwargs["cu_seq_lens_q"]), _KEY)
-            self.head.announce(kwargs["shift_labels"], count.double().reciprocal(), local)
+        told = kwargs["cu_seq_lens_q"]
+        triples = noted_triples(layout_of(told))
+        if triples is not None and isinstance(told, Placeholder):
+            triples = triples.of_tokens(1)  # none of which is of the row that an empty rank was given
+        if self.wants_logprobs:
+            assert triples is not None
+            self.head.announce_logprobs(triples)
+        elif kwargs.get("labels") is not None:
+            scale = loss.count(kwargs).double().reciprocal()
+            if triples is not None:
+                self.head.announce(triples, scale)
+            else:
+                self.head.announce(kwargs["shift_labels"], scale, kept_already(layout_of(told), _KEY))
 
     def undo(self) -> None:
         """The model as it was. Without effect the second time."""
@@ -93,9 +111,11 @@ class ModelMemory:
 
 
 def without_logits(output: Any) -> Any:
-    """A model's output without the loss that stood for its logits: there are no logits to look at."""
+    """A model's output without the loss that stood for its logits: there are no logits to look at. Log-probabilities
+    that were asked for stay there, as they are."""
     if isinstance(output, tuple):
-        return tuple(one for one in output if not isinstance(one, LossAsLogits))
-    if isinstance(getattr(output, "logits", None), LossAsLogits):
-        output["logits"] = None
+        plain = (one.loss() if isinstance(one, LossAsLogits) and not one.is_loss else one for one in output)
+        return tuple(one for one in plain if not isinstance(one, LossAsLogits))
+    if isinstance(logits := getattr(output, "logits", None), LossAsLogits):
+        output["logits"] = None if logits.is_loss else logits.loss()
     return output

@@ -21,6 +21,7 @@ from ringattn.hf.masks import note_mask
 from ringattn.hf.memory import ModelMemory, without_logits
 from ringattn.hf.same_batch import check_same_batch
 from ringattn.hf.support import check_model, length_limits, text_model
+from ringattn.hf.tree_checks import check_trees
 from ringattn.memory.settings import MemorySettings
 from ringattn.parallel.mesh.mesh import SequenceMesh
 
@@ -166,6 +167,7 @@ def _before_forward(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -
     changed = check_changes(handle)
     _check_attention(handle)
     layout = check_keywords(handle, args, kwargs)
+    check_trees(handle, layout, kwargs)
     if changed:
         same_parameters(model, handle.mesh)
         handle.draws.parts = [*model.modules()]

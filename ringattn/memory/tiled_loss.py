@@ -9,25 +9,29 @@ as they add up the head's gradient in its own dtype; here it is added up in floa
 Legend: t tokens, n rows of a tile, E hidden size, V words.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-IGNORE_INDEX = -100
+from ringattn.kernels.call import to_device
+from ringattn.memory.head_tiles import Gradients, Head, Transform, wide_product
+from ringattn.memory.picks import IGNORE_INDEX, Picks, Triples, one_each
+from ringattn.trees.targets import Targets
+
 # Tokens: 1 GiB of logits at 128,256 words. On an H200 it takes 3.7 % longer than all logits at once with Llama-8B's
 # head, 4096 tokens 0.9 % and 1024 tokens 12 %, as each tile reads and writes the whole gradient of the head.
 TILE = 2048
 
-Transform = Callable[[Tensor], Tensor]
+__all__ = ["IGNORE_INDEX", "TILE", "check_head", "tiled_loss", "under_autocast", "wide_product"]
 
 
 def tiled_loss(
     hidden: Tensor,
     weight: Tensor,
-    targets: Tensor,
+    targets: Tensor | Targets,
     *,
     bias: Tensor | None = None,
     transform: Transform | None = None,
@@ -47,25 +51,26 @@ def tiled_loss(
         hidden: (t, E).
         weight: (V, E), of the dtype of `hidden` (under autocast both are cast). Products are made in that dtype, and
             logits, losses and sums of gradients in float32 at least.
-        targets: (t,) integers below V, or -100: no target.
+        targets: (t,) integers below V, or -100: no target. Or `Targets`, triples of the t rows: each loss counts with
+            its weight, a row's logits are made once, and triples of weight 0 are left out. Then nothing waits.
         bias: (V,).
         transform: what the model does with its logits, element by element and without parameters, as softcapping
             `lambda x: 30 * torch.tanh(x / 30)`.
         z_loss: weight of the square of each target's log-sum-exp, which is added to its loss (PaLM, arXiv 2204.02311).
         scale: number, or tensor without dimensions: as one over the targets of all ranks. It has no gradient.
         tile: tokens of a tile.
-        count: how many of the t targets are none of -100, if the host knows. Another number than there are is a
+        count: how many of t integers are none of -100, if the host knows. Another number than there are is a
             ValueError on the CPU, and on a GPU a failed assertion of the device.
 
     Returns: scalar, float32 (float64 of float64); 0 without any target.
     Raises ValueError for shapes, dtypes or a tile that do not fit.
     """
-    hidden, weight = _autocast(hidden), _autocast(weight)
-    _check(hidden, weight, targets, bias, tile)
+    hidden, weight = under_autocast(hidden), under_autocast(weight)
+    check_head(hidden, weight, targets, bias, tile)
     if not torch.is_grad_enabled():  # autograd tells a function what requires gradients, but not this
         hidden, weight, bias = hidden.detach(), weight.detach(), None if bias is None else bias.detach()
-    tiles = _tiles(targets, tile, _checked(count, targets))
-    return _TiledLoss.apply(hidden, weight, bias, targets, transform, z_loss, scale, tiles)
+    tiles = _tiles(targets, tile, count, hidden)
+    return _TiledLoss.apply(hidden, weight, bias, transform, z_loss, scale, tiles)
 
 
 class _TiledLoss(torch.autograd.Function):
@@ -75,21 +80,20 @@ class _TiledLoss(torch.autograd.Function):
         hidden: Tensor,
         weight: Tensor,
         bias: Tensor | None,
-        targets: Tensor,
         transform: Transform | None,
         z_loss: float,
         scale: float | Tensor,
-        tiles: Sequence[Tensor | slice],
+        tiles: Iterator[Picks],
     ) -> Tensor:
         wide = torch.promote_types(hidden.dtype, torch.float32)
         # In float16 a gradient that is divided by a million targets is zero: it is scaled at the end, with the scale of
         # the loss that such training has.
         late = hidden.dtype == torch.float16
-        grads = _Gradients(hidden, weight, bias, ctx.needs_input_grad[:3], wide)
-        head = _Head(weight, bias, transform, z_loss, 1.0 if late else scale, wide)
+        grads = Gradients(hidden, weight, bias, ctx.needs_input_grad[:3], wide)
+        head = Head(weight, bias, transform, z_loss, 1.0 if late else scale, wide)
         with torch.autocast(hidden.device.type, enabled=False):  # logits are float32 matrix products too
             losses = [
-                head.loss_of(hidden[rows], targets[rows], grads.at(rows) if grads.wanted else None) for rows in tiles
+                head.loss_of(hidden[one.rows], one, grads.at(one.rows) if grads.wanted else None) for one in tiles
             ]
         # Added up at the end, in a tree: one after another, a thousand tiles would round a thousand times.
         total = torch.stack(losses).sum() if losses else hidden.new_zeros((), dtype=wide)
@@ -104,93 +108,17 @@ class _TiledLoss(torch.autograd.Function):
             raise RuntimeError("the gradients of tiled_loss are given out once: retain_graph is of no use here")
         kept, ctx.kept = ctx.kept, None
         factor = upstream[0] * ctx.late
-        return *(None if grad is None else grad.mul_(factor) for grad in kept), *[None] * 5
+        return *(None if grad is None else grad.mul_(factor) for grad in kept), *[None] * 4
 
 
-class _Head:
-    """What makes losses of hidden states."""
-
-    def __init__(
-        self,
-        weight: Tensor,
-        bias: Tensor | None,
-        transform: Transform | None,
-        z_loss: float,
-        scale: float | Tensor,
-        wide: torch.dtype,
-    ) -> None:
-        self.weight, self.bias, self.transform = weight, bias, transform
-        self.z_loss, self.scale, self.wide = z_loss, scale, wide
-
-    def loss_of(self, hidden: Tensor, targets: Tensor, grads: "_TileGradients | None") -> Tensor:
-        """The loss of a tile of rows (n, E), all of which have targets (n,) if gradients are wanted of them."""
-        logits = wide_product(hidden, self.weight.T, self.wide)
-        if self.bias is not None:
-            logits += self.bias
-        scores = logits
-        if self.transform is not None:
-            with torch.enable_grad():
-                scores = self.transform(logits.requires_grad_(grads is not None))
-        known = targets.clamp_min(0)[:, None]
-        counted = (targets != IGNORE_INDEX).to(self.wide)[:, None] * self.scale
-        log_probs = torch.log_softmax(scores.detach(), 1)
-        picked = log_probs.gather(1, known)
-        log_sums = scores.detach().gather(1, known) - picked
-        losses = self.z_loss * log_sums.square() - picked if self.z_loss else -picked
-        if grads is not None:
-            slope = log_probs.exp_().mul_(counted * (1 + 2 * self.z_loss * log_sums))
-            slope.scatter_add_(1, known, -counted)
-            if self.transform is not None:
-                (slope,) = torch.autograd.grad(scores, logits, slope)
-            grads.add(slope, hidden, self.weight)
-        return (losses * counted).sum()
-
-
-class _Gradients:
-    """Gradients of hidden states, weight and bias, those that are wanted."""
-
-    def __init__(
-        self, hidden: Tensor, weight: Tensor, bias: Tensor | None, wanted: tuple[bool, ...], wide: torch.dtype
-    ) -> None:
-        self.wanted = any(wanted)
-        self.hidden = torch.zeros_like(hidden, memory_format=torch.contiguous_format) if wanted[0] else None
-        self.weight = weight.new_zeros(weight.shape, dtype=wide) if wanted[1] else None
-        self.bias = bias.new_zeros(bias.shape, dtype=wide) if bias is not None and wanted[2] else None
-
-    def at(self, rows: Tensor | slice) -> "_TileGradients":
-        return _TileGradients(self, rows)
-
-    def made(self) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-        return self.hidden, self.weight, self.bias
-
-
-class _TileGradients:
-    """Where the gradients of a tile go."""
-
-    def __init__(self, of: _Gradients, rows: Tensor | slice) -> None:
-        self.of, self.rows = of, rows
-
-    def add(self, slope: Tensor, hidden: Tensor, weight: Tensor) -> None:
-        """Of logits with the gradient `slope` (n, V), float32 or wider."""
-        if self.of.bias is not None:
-            self.of.bias += slope.sum(0)
-        narrow = slope.to(hidden.dtype)
-        if self.of.hidden is not None:
-            self.of.hidden[self.rows] = narrow @ weight
-        if self.of.weight is not None:
-            _add_product(self.of.weight, narrow.T, hidden)
-
-
-def _tiles(targets: Tensor, tile: int, count: int | None) -> Sequence[Tensor | slice]:
-    """Rows of each tile: those that have a target, or while a CUDA graph is captured, which must not wait, all."""
-    views = [slice(first, first + tile) for first in range(0, len(targets), tile)]
-    if targets.is_cuda and torch.cuda.is_current_stream_capturing():
-        return views
-    known = targets != IGNORE_INDEX
-    rows = known.nonzero() if count is None else torch.nonzero_static(known, size=count)
-    if len(rows) == len(targets):  # then they are views, not copies
-        return views
-    return rows[:, 0].split(tile) if len(rows) else []
+def _tiles(targets: Tensor | Targets, tile: int, count: int | None, hidden: Tensor) -> Iterator[Picks]:
+    wide = torch.promote_types(hidden.dtype, torch.float32)
+    if not isinstance(targets, Targets):
+        return one_each(targets, tile, _checked(count, targets), wide)
+    if count is not None:
+        raise ValueError(f"count is of targets that are one integer a row, got {count} with triples, which know it")
+    triples = Triples(targets, tile, targets.weights != 0)
+    return triples.tiles(to_device(targets.weights[triples.order].to(wide), hidden.device), hidden.device)
 
 
 def _checked(count: int | None, targets: Tensor) -> int | None:
@@ -207,26 +135,7 @@ def _checked(count: int | None, targets: Tensor) -> int | None:
     return count
 
 
-def wide_product(a: Tensor, b: Tensor, wide: torch.dtype) -> Tensor:
-    """a @ b as it was added up, not rounded to the dtype of `a`."""
-    if a.dtype == wide:
-        return a @ b
-    if a.is_cuda:
-        return torch.mm(a, b, out_dtype=wide)
-    return a.to(wide) @ b.to(wide)
-
-
-def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
-    """total += a @ b, in the precision of `total`."""
-    if a.dtype == total.dtype:
-        total.addmm_(a, b)
-    elif a.is_cuda:
-        torch.addmm(total, a, b, out_dtype=total.dtype, out=total)
-    else:
-        total.addmm_(a.to(total.dtype), b.to(total.dtype))
-
-
-def _autocast(x: Tensor) -> Tensor:
+def under_autocast(x: Tensor) -> Tensor:
     """Under autocast what a linear layer would make of it."""
     device = x.device.type
     if not torch.amp.is_autocast_available(device) or not torch.is_autocast_enabled(device):
@@ -234,7 +143,8 @@ def _autocast(x: Tensor) -> Tensor:
     return x.to(torch.get_autocast_dtype(device)) if x.is_floating_point() and x.dtype != torch.float64 else x
 
 
-def _check(hidden: Tensor, weight: Tensor, targets: Tensor, bias: Tensor | None, tile: int) -> None:
+def check_head(hidden: Tensor, weight: Tensor, targets: Tensor | Targets, bias: Tensor | None, tile: int) -> None:
+    """Raises ValueError for shapes, dtypes or a tile that do not fit."""
     if not isinstance(tile, int) or isinstance(tile, bool) or tile < 1:
         raise ValueError(f"tile must be a number of tokens >= 1, got {tile!r}")
     if hidden.dim() != 2 or weight.dim() != 2 or hidden.shape[1] != weight.shape[1]:
@@ -243,10 +153,24 @@ def _check(hidden: Tensor, weight: Tensor, targets: Tensor, bias: Tensor | None,
         )
     if hidden.dtype != weight.dtype:
         raise ValueError(f"hidden and weight must have one dtype, got {hidden.dtype} and {weight.dtype}")
-    if targets.shape != hidden.shape[:1] or targets.is_floating_point():
+    if isinstance(targets, Targets):
+        _check_triples(hidden, weight, targets)
+    elif targets.shape != hidden.shape[:1] or targets.is_floating_point():
         raise ValueError(
             f"targets must be {len(hidden)} integers, one for each row of hidden, got {tuple(targets.shape)} "
             f"of {targets.dtype}"
         )
     if bias is not None and bias.shape != weight.shape[:1]:
         raise ValueError(f"bias must be ({len(weight)},), one for each row of weight, got {tuple(bias.shape)}")
+
+
+def _check_triples(hidden: Tensor, weight: Tensor, targets: Targets) -> None:
+    if targets.tokens != len(hidden):
+        raise ValueError(
+            f"targets must be of the {len(hidden)} rows of hidden, got triples of {targets.tokens} tokens: take this "
+            "rank's with targets.shard(layout)"
+        )
+    if len(targets) and targets.labels.max() >= len(weight):
+        raise ValueError(f"targets must have labels below {len(weight)}, got {int(targets.labels.max())}")
+    if hidden.is_cuda and torch.cuda.is_current_stream_capturing():
+        raise NotImplementedError("targets that are triples come from the host in each step: no CUDA graph holds them")

@@ -234,7 +234,13 @@ class Trainer:
     def _batches(self) -> BatchesAhead:
         data, mesh = self.cfg.data, self.mesh
         maker = BatchMaker(
-            self._packer(), data.packs_per_step, mesh.data_rank, mesh.data, mesh, self.cfg.parallel.policy
+            self._packer(),
+            data.packs_per_step,
+            mesh.data_rank,
+            mesh.data,
+            mesh,
+            self.cfg.parallel.policy,
+            share=bool(data.share_prefixes),
         )
         return BatchesAhead(maker, mesh, self.job.device, data.prefetch, data.ahead)
 
@@ -277,8 +283,8 @@ class Trainer:
         Arguments:
             targets: of this replica's micro-steps together.
         """
-        note_targets(local.layout, local.count)
-        ids, positions, labels = (x[None].to(self.job.device) for x in (local.ids, local.positions, local.targets))
+        note_targets(local.layout, local.known)
+        ids, positions, labels = (x[None].to(self.job.device) for x in (local.ids, local.positions, local.labels))
         loss: torch.Tensor = self.engine.model(
             input_ids=ids,
             position_ids=positions,
@@ -294,7 +300,9 @@ class Trainer:
         self, batch: Batch[LocalPack], done: Brought, seconds: StepSeconds, validation: dict[str, float] | None
     ) -> StepMetrics:
         device = self.job.device
-        peak = peak_flops(torch.cuda.get_device_name(device)) if device.type == "cuda" else None
+        # What shared prefixes save of the work is not known to ranks that do not read the pack.
+        known = device.type == "cuda" and not self.cfg.data.share_prefixes
+        peak = peak_flops(torch.cuda.get_device_name(device)) if known else None
         at_peak = self.flops(batch.tokens, batch.lengths) / (peak * self.world_size) if peak else None
         return StepMetrics(
             step=self.step,

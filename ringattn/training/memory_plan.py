@@ -4,7 +4,7 @@ Every rank decides for itself, from integers that are the same on machines of on
 """
 
 from collections.abc import Callable, Collection
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import torch
@@ -20,6 +20,7 @@ from ringattn.memory.planning.limits import GIB, OUTSIDE, Limits
 from ringattn.memory.planning.shapes import ModelShape, RunShape
 from ringattn.memory.planning.text import written
 from ringattn.memory.settings import MemorySettings, StateSettings
+from ringattn.memory.tiled_loss import TILE
 from ringattn.parallel.machine.machine import Machine
 from ringattn.parallel.machine.shipped import local_machine
 from ringattn.parallel.mesh.shape import MeshShape
@@ -85,10 +86,13 @@ def plan_memory(
     free = [name for name, value in given.items() if value == AUTO]
     fixed = {name: value for name, value in given.items() if value != AUTO}
     fixed |= _only_values(cfg, config, empty, free)
+    if cfg.data.get("share_prefixes"):
+        fixed["loss_tile"] = _tile_of_shared(fixed.get("loss_tile", TILE), empty)
     try:
         model = model_shape(empty, config, str(cfg.model.name))
     except NotImplementedError as error:
-        return _unplanned(cfg, free, str(error))
+        plan = _unplanned(cfg, free, str(error))
+        return replace(plan, memory=replace(plan.memory, loss_tile=fixed.get("loss_tile", plan.memory.loss_tile)))
     run, machine = run_shape(cfg, shape, device), local_machine(device.type)
     limits = limits_of(cfg, launch, device, reserved_host(cfg, empty, launch))
     if free:
@@ -199,6 +203,21 @@ def _unplanned(cfg: DictConfig, free: Collection[str], reason: str) -> MemoryPla
     said = f"; {', '.join(f'memory.{name}' for name in free)} are as with memory=off" if free else ""
     note = f"warning: memory cannot be planned for this model ({reason}){said}"
     return MemoryPlan(step_settings(cfg), state_settings(cfg), None, note)
+
+
+def _tile_of_shared(tile: int | None, empty: nn.Module) -> int:
+    """The tile of a loss whose rows have several targets. Raises ValueError if there is none."""
+    if tile is not None:
+        return tile
+    try:
+        TiledHead(empty).undo()
+        reason = "memory.loss_tile is null"
+    except NotImplementedError as error:
+        reason = str(error)
+    raise ValueError(
+        "data.share_prefixes=true gives tokens several targets, which only a loss in tiles takes, and "
+        f"{reason}; use memory.loss_tile=auto, or data.share_prefixes=false"
+    )
 
 
 def values_of(plan: MemoryPlan) -> dict[str, Any]:

@@ -23,8 +23,8 @@ from ringattn.training.health.incidents import record_incident
 from ringattn.training.loss import Brought
 from ringattn.training.packs.batches import Batch
 from ringattn.training.packs.ordering import AnyCorpus
-from ringattn.training.packs.packing import read_pack
 from ringattn.training.packs.placing import LocalPack, placed
+from ringattn.training.packs.sharing import read
 
 # Relative. Kernels whose gradients depend on the order in which they finish are off by less.
 LOSS, NORM = 1e-5, 1e-3
@@ -65,7 +65,7 @@ def compute_first(
     micro = batch.micro
     if other:
         plans = batch.plans[replica :: mesh.data]
-        micro = tuple(placed(read_pack(plan, corpus), mesh, policy) for plan in plans)
+        micro = tuple(placed(read(plan, corpus), mesh, policy) for plan in plans)
     targets = batch.targets_of(replica, mesh.data)
     loss = torch.zeros((), device=device)
     devices = [] if device.type == "cpu" else [device]

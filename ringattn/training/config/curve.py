@@ -11,7 +11,14 @@ from ringattn.training.config.checks import flat
 # Files, sources and tokenizer count by their contents, which the corpus' fingerprint holds, and learning rates as
 # optim.lr.
 SAME_CURVE = {"data.prefetch", "data.ahead", "data.cache", "data.files", "data.tokenizer"}
-SAME_CURVE |= {"data.sources", "data.on_error", "data.chat_template", "data.processes", "data.validation"}
+SAME_CURVE |= {
+    "data.share_prefixes",
+    "data.sources",
+    "data.on_error",
+    "data.chat_template",
+    "data.processes",
+    "data.validation",
+}
 SAME_CURVE |= {"engine.compile", "model.name", "model.lr", "model.lr_from_path", "model.allow_mismatch"}
 # What keys were before they were there.
 BEFORE: dict[str, Any] = memory.BEFORE | optim.BEFORE | {"model.freeze": [], "data.packing": "order"}

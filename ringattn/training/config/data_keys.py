@@ -18,7 +18,7 @@ from ringattn.training.packs.ordering import AnyCorpus
 from ringattn.training.packs.packers import BEST_FIT, LOOKAHEAD, ORDER, PACKING, lengths_of
 
 # Of every corpus; they may be left out.
-OF_PACKS = {"data.packing", "data.lookahead", "data.curriculum", "data.validation"}
+OF_PACKS = {"data.packing", "data.lookahead", "data.curriculum", "data.validation", "data.share_prefixes"}
 OF_SOURCES = {
     f"data.{key}"
     for key in ("sources", "tokenizer", "add_eos", "loss_on", "chat_template", "on_error", "cache", "processes")
@@ -37,6 +37,12 @@ def check_data_keys(data: DictConfig) -> None:
             raise ValueError("data.delay and data.packing=best_fit are two rules to fill packs; use one of them")
         if data.get("curriculum") is not None:
             raise ValueError("data.curriculum changes the length of packs, and data.delay needs one; use one of them")
+    if (share := data.get("share_prefixes")) not in (None, True, False):
+        raise ValueError(f"data.share_prefixes must be true, false or null, got {share!r}")
+    if share and data.get("delay") is not None:
+        raise ValueError(
+            f"data.delay={data.delay} evens out what packs of separate documents cost; use it or data.share_prefixes"
+        )
     lengths_of(data)
     held_out = validation_of(data)
     for number, source in enumerate(held_out):
@@ -48,7 +54,7 @@ def check_data_keys(data: DictConfig) -> None:
 
 def settled(data: dict[str, Any], values: DictConfig) -> dict[str, Any]:
     """What was left open, filled in: the longest packs are those of the curriculum."""
-    out: dict[str, Any] = {"packing": data.get("packing") or ORDER}
+    out: dict[str, Any] = {"packing": data.get("packing") or ORDER, "share_prefixes": bool(data.get("share_prefixes"))}
     if out["packing"] == BEST_FIT:
         out["lookahead"] = data.get("lookahead") or LOOKAHEAD
     if (lengths := lengths_of(values)) is not None:

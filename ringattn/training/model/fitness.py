@@ -11,6 +11,7 @@ from torch import nn
 
 from ringattn import hf
 from ringattn.hf.elementwise import Elementwise
+from ringattn.hf.tree_checks import carrying_layer
 from ringattn.parallel.mesh.shape import MeshShape
 from ringattn.training.model.architecture import reason_of
 from ringattn.training.model.freezing import freeze
@@ -50,6 +51,20 @@ def check_attention(config: Any, lora: Lora | None = None, frozen: Sequence[str]
         put_lora(model, lora)
     freeze(model, frozen)
     return model
+
+
+def check_sharing(cfg: DictConfig, config: Any, empty: nn.Module) -> None:
+    """Raises ValueError for a model that cannot compute common prefixes of documents once."""
+    if not cfg.data.share_prefixes:
+        return
+    told = carrying_layer(empty)
+    if told is None and "chunked_attention" in (getattr(config.get_text_config(), "layer_types", None) or ()):
+        told = "chunked attention, whose chunks are counted in the whole stream of a document"
+    if told is not None:
+        raise ValueError(
+            f"data.share_prefixes=true: {type(empty).__name__} has {told}, which cannot be given trees of sequences; "
+            "use data.share_prefixes=false"
+        )
 
 
 def check_head_chunks(cfg: DictConfig, shape: MeshShape, config: Any) -> None:

@@ -12,6 +12,7 @@ from ringattn.parallel.planning.ahead import attentions_of
 from ringattn.training.packs.batches import Batch, Prefetcher
 from ringattn.training.packs.making_process import MakingProcess
 from ringattn.training.packs.placing import BatchMaker, LocalPack
+from ringattn.trees import Targets
 
 PLACES = ("auto", "process", "thread")
 
@@ -73,7 +74,8 @@ class _Carrier:
             return replace(batch, micro=tuple(self._carried(local, self._stream) for local in batch.micro))
 
     def _carried(self, local: LocalPack, stream: torch.cuda.Stream) -> LocalPack:
-        ids, targets, positions = (to_device(x, self._device) for x in (local.ids, local.targets, local.positions))
+        ids, positions = (to_device(x, self._device) for x in (local.ids, local.positions))
+        targets = local.targets if isinstance(local.targets, Targets) else to_device(local.targets, self._device)
         for _, plans in local.plans:
             make_tables(plans, self._device)
         return replace(local, ids=ids, targets=targets, positions=positions, there=stream.record_event())

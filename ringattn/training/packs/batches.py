@@ -3,11 +3,12 @@
 import queue
 import threading
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Generic, TypeVar
 
 from ringattn.training.packs.packers import AnyPacker, Saved
-from ringattn.training.packs.packing import Pack, PackPlan, counted, read_pack
+from ringattn.training.packs.packing import PackPlan, counted
+from ringattn.training.packs.sharing import AnyPack, read
 
 T = TypeVar("T")
 
@@ -53,18 +54,23 @@ def batches(
     packs_per_step: int,
     replica: int,
     replicas: int,
-    prepare: Callable[[Pack], T],
+    prepare: Callable[[AnyPack], T],
+    share: bool = False,
 ) -> Iterator[Batch[T]]:
     """Endless batches of `packs_per_step` packs; replica d computes pack m * replicas + d in micro-step m.
 
     So the packs of a step, and with them the loss curve, depend neither on the number of replicas nor on the sequence
     size. Raises ValueError if `packs_per_step` is no multiple of `replicas`.
+
+    Arguments:
+        share: common prefixes of a pack's documents are computed once.
     """
     if packs_per_step % replicas:
         raise ValueError(f"packs_per_step {packs_per_step} is no multiple of the {replicas} data-parallel replicas")
     while True:
-        plans = tuple(counted(plan, packer.corpus) for plan in packer.step(packs_per_step))
-        mine = tuple(prepare(read_pack(plan, packer.corpus)) for plan in plans[replica::replicas])
+        planned = (replace(plan, shared=share) for plan in packer.step(packs_per_step))
+        plans = tuple(counted(plan, packer.corpus) for plan in planned)
+        mine = tuple(prepare(read(plan, packer.corpus)) for plan in plans[replica::replicas])
         yield Batch(mine, plans, packer.position, packer.epoch)
 
 

@@ -32,11 +32,13 @@ class PackPlan:
 
     Arguments:
         learned: how many targets there are, where not every token is learned; see `counted`.
+        shared: common prefixes of its documents are computed once; then there is no padding either.
     """
 
     segments: tuple[Segment, ...]
     seq_len: int
     learned: int | None = None
+    shared: bool = False
 
     @cached_property
     def docs(self) -> Documents:
@@ -78,7 +80,7 @@ def counted(plan: PackPlan, corpus: AnyCorpus) -> PackPlan:
     """The plan with the number of its targets, which depends on what is learned of its documents."""
     if plan.learned is not None:
         return plan
-    learned = [_learned_targets(segment, corpus) for segment in plan.segments]
+    learned = [learned_targets(segment, corpus) for segment in plan.segments]
     if all(one is None for one in learned):
         return plan
     pairs = zip(plan.segments, learned, strict=True)
@@ -89,8 +91,8 @@ def _targets(segment: Segment) -> int:
     return segment.stop - segment.start - segment.ends
 
 
-def _learned_targets(segment: Segment, corpus: AnyCorpus) -> "np.ndarray[tuple[int], np.dtype[np.bool_]] | None":
-    """Which of the next tokens of a segment's tokens are learned; None: all."""
+def learned_targets(segment: Segment, corpus: AnyCorpus) -> "np.ndarray[tuple[int], np.dtype[np.bool_]] | None":
+    """Which of the tokens that come after a segment's tokens are learned; None: all."""
     return corpus.learned(segment.document, segment.start + 1, segment.stop + (not segment.ends))
 
 
@@ -108,7 +110,7 @@ def read_pack(plan: PackPlan, corpus: AnyCorpus) -> Pack:
         size = segment.stop - segment.start
         known = corpus.read(segment.document, segment.start, segment.stop + (not segment.ends))
         tokens[begin : begin + size] = known[:size]
-        learned = _learned_targets(segment, corpus)
+        learned = learned_targets(segment, corpus)
         labels[begin : begin + len(known) - 1] = (
             known[1:] if learned is None else np.where(learned, known[1:], NO_TARGET)
         )

@@ -11,7 +11,9 @@ from ringattn.parallel.mesh.shape import MeshShape
 from ringattn.parallel.planning.ahead import Attention, Plans, install, plan_ahead
 from ringattn.training.packs.batches import Batch, batches
 from ringattn.training.packs.packers import AnyPacker
-from ringattn.training.packs.packing import NO_TARGET, Pack
+from ringattn.training.packs.packing import NO_TARGET
+from ringattn.training.packs.sharing import AnyPack
+from ringattn.trees import Targets
 
 
 @dataclass(frozen=True)
@@ -19,7 +21,8 @@ class LocalPack:
     """This rank's part of a pack: t of its T tokens.
 
     Arguments:
-        ids, targets, positions: (t,) int64; targets are already shifted, positions count in the document.
+        ids, positions: (t,) int64; positions count in the document.
+        targets: (t,) int64, already shifted; of a pack with common prefixes triples of the t tokens, on the host.
         layout: who holds which token.
         plans: of the model's attentions on it, as far as these were known.
         count: how many of the t targets there are.
@@ -27,12 +30,22 @@ class LocalPack:
     """
 
     ids: torch.Tensor
-    targets: torch.Tensor
+    targets: torch.Tensor | Targets
     positions: torch.Tensor
     layout: Layout
     plans: Plans = ()
     count: int = 0
     there: torch.cuda.Event | None = None
+
+    @property
+    def labels(self) -> torch.Tensor:
+        """(t,) what the model is given as labels. Triples go with the layout: any labels ask for their loss."""
+        return self.ids if isinstance(self.targets, Targets) else self.targets
+
+    @property
+    def known(self) -> int | Targets:
+        """What the host knows of the targets."""
+        return self.targets if isinstance(self.targets, Targets) else self.count
 
     def arrive(self) -> None:
         """Before the pack is used: its plans are found by the attention, and the current stream waits for it."""
@@ -50,6 +63,7 @@ class BatchMaker:
         packs_per_step, replica, replicas: see `batches`.
         mesh: the ranks of the sequence, of which this one is `mesh.sequence_rank`.
         policy: of layouts.
+        share: common prefixes of a pack's documents are computed once.
         attentions: for which plans are made, from the next pack on; they are known once a model ran.
     """
 
@@ -59,25 +73,27 @@ class BatchMaker:
     replicas: int
     mesh: MeshShape
     policy: str
+    share: bool = False
     attentions: tuple[Attention, ...] = ()
 
     def batches(self) -> Iterator[Batch[LocalPack]]:
         """Endless batches."""
-        return batches(self.packer, self.packs_per_step, self.replica, self.replicas, self._place)
+        return batches(self.packer, self.packs_per_step, self.replica, self.replicas, self._place, self.share)
 
-    def _place(self, pack: Pack) -> LocalPack:
+    def _place(self, pack: AnyPack) -> LocalPack:
         return placed(pack, self.mesh, self.policy, self.attentions)
 
 
-def placed(pack: Pack, mesh: MeshShape, policy: str, attentions: tuple[Attention, ...] = ()) -> LocalPack:
+def placed(pack: AnyPack, mesh: MeshShape, policy: str, attentions: tuple[Attention, ...] = ()) -> LocalPack:
     """This rank's part of a pack."""
     layout = Layout(pack.docs, mesh, policy=policy)
-    targets = layout.shard(pack.labels)
+    labels = pack.labels
+    targets = labels.shard(layout) if isinstance(labels, Targets) else layout.shard(labels)
     return LocalPack(
         ids=layout.shard(pack.tokens),
         targets=targets,
         positions=layout.position_ids(torch.device("cpu")),
         layout=layout,
         plans=plan_ahead(layout, attentions),
-        count=int((targets != NO_TARGET).sum()),
+        count=len(targets) if isinstance(targets, Targets) else int((targets != NO_TARGET).sum()),
     )

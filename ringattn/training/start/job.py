@@ -20,7 +20,7 @@ from ringattn.training.data.sources import sources_of
 from ringattn.training.data.tokenizer import BYTE_VOCABULARY, BYTES, has_tokenizer, load_tokenizer
 from ringattn.training.memory_plan import MemoryPlan, plan_memory, values_of
 from ringattn.training.model.architecture import check_family, configured, longer_without_rope
-from ringattn.training.model.fitness import check_attention, check_head_chunks, compile_mode
+from ringattn.training.model.fitness import check_attention, check_head_chunks, check_sharing, compile_mode
 from ringattn.training.model.freezing import freeze_notes
 from ringattn.training.model.lora import lora_notes, lora_of
 from ringattn.training.model.pretrained import load_weights
@@ -86,6 +86,7 @@ def prepare(cfg: DictConfig, launch: Launch, chosen: Collection[str] | None = No
     check_output(output, str(cfg.run.output), write=found is None or found[1].step < cfg.run.steps)
     config, notes = model_of(resolved)
     empty = check_attention(config, lora_of(resolved.model), list(resolved.model.freeze))
+    check_sharing(resolved, config, empty)
     notes += sizes
     notes += lora_notes(resolved, lora_of(resolved.model), cfg.optim.lr, empty) + freeze_notes(resolved, empty)
     check_head_chunks(cfg, shape, config)

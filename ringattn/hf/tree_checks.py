@@ -1,0 +1,42 @@
+"""What a model must have, or not have, to be trained on trees of sequences."""
+
+from typing import Any
+
+from torch import nn
+
+from ringattn.hf.handle import Handle
+from ringattn.hf.memory import noted_triples
+from ringattn.hf.support import RECURRENT, text_model
+from ringattn.kept import kept
+from ringattn.parallel.layout import Layout
+
+
+def check_trees(handle: Handle, layout: Layout, kwargs: dict[str, Any]) -> None:
+    """Raises NotImplementedError for a batch of trees that the model cannot take. No communication."""
+    tiled = handle.memory is not None and handle.memory.head is not None
+    if kwargs.get("labels") is not None and noted_triples(layout) is not None and not tiled:
+        raise needs_tiles(handle.model)
+    if layout.docs.segments:
+        told = kept(handle, "carrying layer", lambda: carrying_layer(handle.model))
+        if told is not None:
+            raise NotImplementedError(
+                f"{type(handle.model).__name__} has {told}, which carries something from token to token: on trees each "
+                "branch would have to begin with what its parent ends with. Train it on separate sequences"
+            )
+
+
+def carrying_layer(model: Any) -> str | None:
+    """A layer of a model that carries a state or neighbours along a sequence, with its place; None: it has none."""
+    for path, layer in text_model(model).named_modules():
+        kind = type(layer).__name__
+        if isinstance(layer, nn.Conv1d | nn.RNNBase) or RECURRENT.search(kind):
+            return f"{kind} at {path}"
+    return None
+
+
+def needs_tiles(model: Any) -> NotImplementedError:
+    """What is said of a model whose loss takes one target for each token."""
+    return NotImplementedError(
+        f"{type(model).__name__} has a loss of one target for each token, and rows of trees have several, with "
+        "weights: parallelize(model, mesh, memory=MemorySettings(loss_tile=2048)) takes them"
+    )

@@ -1,0 +1,107 @@
+"""Trees of sequences in transformers models: what is refused, and ranks without tokens or targets."""
+
+from functools import cache
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from ringattn import Documents, SequenceMesh, init_mesh
+from ringattn.hf import parallelize, sequence_logprobs, shard_batch, shard_trees
+from ringattn.memory.settings import MemorySettings
+from ringattn.trees import Trees
+
+
+@cache
+def mesh_of(ring: int) -> SequenceMesh:
+    return init_mesh(ring=ring, device_type="cpu")
+
+
+def small() -> LlamaForCausalLM:
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=17, hidden_size=16, intermediate_size=24, num_hidden_layers=1, num_attention_heads=2
+    )
+    return LlamaForCausalLM(config).double()
+
+
+def loss_of(model: nn.Module, batch: dict) -> Tensor:
+    return model(**batch).loss.detach()
+
+
+def few_tokens(ring: int) -> None:
+    """Fewer tokens than ranks, no target that counts, and none at all."""
+    mesh, plain, model = mesh_of(ring), small(), small()
+    handle = parallelize(model, mesh, MemorySettings(loss_tile=4))
+    ids = torch.tensor([[3, 5]])
+    wanted = torch.nn.functional.cross_entropy(plain(ids).logits[0, :1], ids[0, 1:])
+    trees = Trees([[3, 5]])
+    batch = shard_trees(trees, mesh)
+    loss = model(**batch).loss
+    torch.testing.assert_close(loss, wanted)
+    (grad,) = torch.autograd.grad(loss / dist.get_world_size(), [model.lm_head.weight])
+    dist.all_reduce(grad)
+    torch.testing.assert_close(grad, torch.autograd.grad(wanted, [plain.lm_head.weight])[0])
+    (parts,) = sequence_logprobs(model, batch, trees)
+    torch.testing.assert_close(parts, -wanted[None])
+    parts.sum().backward()  # on ranks without a target too
+    for nothing in (Trees([[3]]), Trees([[3, 5, 6]], [0]), Trees([[], [4]])):
+        batch = shard_trees(nothing, mesh)
+        assert float(batch["num_items_in_batch"]) == 0
+        assert loss_of(model, batch) == 0
+    assert [len(one) for one in sequence_logprobs(model, shard_trees(nothing, mesh), nothing)] == [0, 0]
+    halved = shard_trees(trees, mesh, items=2)
+    torch.testing.assert_close(2 * loss_of(model, halved), wanted.detach())
+    negative = shard_trees(Trees([[3, 5]], [-1.5]), mesh, items=1)
+    torch.testing.assert_close(loss_of(model, negative), -1.5 * wanted.detach())
+    handle.undo()
+
+
+@pytest.mark.parametrize("ring", [1, 4])
+def test_ranks_without_tokens_and_trees_without_targets(pool, ring):
+    pool(ring).run(few_tokens, ring)
+
+
+def refusals() -> None:
+    mesh, trees = mesh_of(1), Trees([[1, 2, 3], [1, 2, 4]])
+    batch = shard_trees(trees, mesh)
+    for memory in (None, MemorySettings(mlp_tile=8)):
+        handle = parallelize(model := small(), mesh, memory)
+        told = r"LlamaForCausalLM has a loss of one target for each token.*MemorySettings\(loss_tile=2048\)"
+        with pytest.raises(NotImplementedError, match=told):
+            model(**batch)
+        with pytest.raises(NotImplementedError, match=told):
+            sequence_logprobs(model, batch, trees)
+        handle.undo()
+    with pytest.raises(NotImplementedError, match=told):
+        sequence_logprobs(model, batch, trees)  # not parallelized
+    handle = parallelize(model, mesh, MemorySettings(loss_tile=8))
+    other = shard_batch({"input_ids": torch.tensor([[1, 2]])}, Documents([2]), mesh)
+    with pytest.raises(ValueError, match="batch must come from shard_trees"):
+        sequence_logprobs(model, other, trees)
+    model.model.layers[0].mixer = nn.Conv1d(16, 16, 3)
+    handle._kept = {}
+    with pytest.raises(
+        NotImplementedError, match=r"LlamaForCausalLM has Conv1d at model\.layers\.0\.mixer, which carries"
+    ):
+        model(**batch)
+    handle.undo()
+    with pytest.raises(ValueError, match="trees must be Trees, got list"):
+        shard_trees([[1, 2]], mesh)
+    with pytest.raises(ValueError, match="trees must hold a token, got 1 sequences of 0 tokens"):
+        shard_trees(Trees([[]]), mesh)
+    for weight in (-1.0, [0, 1.0, -1.0]):
+        with pytest.raises(ValueError, match="must have a sum greater than 0, which the loss is divided by, got"):
+            shard_trees(Trees([[1, 2, 3]], [weight]), mesh)
+    for items in (0, -1, True, float("inf"), float("nan"), "1"):
+        with pytest.raises(ValueError, match="items must be a number greater than 0, got"):
+            shard_trees(trees, mesh, items=items)
+    ids = {"input_ids": trees.tokens[None], "labels": trees.tokens[None]}
+    with pytest.raises(ValueError, match="labels cannot be shifted on documents that are trees"):
+        shard_batch(ids, trees.docs, mesh)
+
+
+def test_what_trees_cannot_be_given_to_is_refused(pool):
+    pool(1).run(refusals)

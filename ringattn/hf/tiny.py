@@ -36,6 +36,7 @@ SIZES: dict[str, Any] = {
     "num_local_experts": 4,
     "n_routed_experts": 4,
     "num_experts_per_tok": 2,
+    "num_experts_per_token": 2,
     "moe_topk": 2,
     "n_group": 1,
     "topk_group": 1,
@@ -48,6 +49,23 @@ SIZES: dict[str, Any] = {
     "max_window_layers": 2,
     "first_k_dense_replace": 1,
     "num_nextn_predict_layers": 0,
+    "linear_num_key_heads": 2,
+    "linear_num_value_heads": 4,
+    "linear_key_head_dim": 16,
+    "linear_value_head_dim": 12,
+    "linear_head_dim": 16,
+    "linear_num_heads": 4,
+    "mamba_n_heads": 8,
+    "mamba_num_heads": 8,
+    "mamba_d_head": 16,
+    "mamba_head_dim": 16,
+    "mamba_d_ssm": 128,
+    "mamba_d_state": 8,
+    "mamba_dt_rank": 4,
+    "mamba_n_groups": 2,
+    "ssm_state_size": 8,
+    "mamba_chunk_size": 8,
+    "chunk_size": 8,
 }
 # Random parts, and what would make a rank's tokens depend on others' for other reasons than attention.
 OFF: dict[str, Any] = {
@@ -68,6 +86,10 @@ OFF: dict[str, Any] = {
     "bos_token_id": 1,
     "eos_token_id": 2,
 }
+
+# What is drawn wider still, by the end of its name. A convolution has a few taps a channel: drawn like a matrix, what
+# leaves it would be so small that norms after it magnify roundings.
+WIDER = {"sinks": 1.0, "conv1d.weight": 0.5, "conv.weight": 0.5}
 
 
 def read_config(source: str) -> Any:
@@ -123,7 +145,7 @@ def tiny_config(config: Any, **changes: Any) -> Any:
 
 
 def tiny_model(config: Any, seed: int = 0) -> nn.Module:
-    """A float32 model with weights of N(0, 0.12) and sinks of N(0, 1), in evaluation mode."""
+    """A float32 model with weights of N(0, 0.12), but for those in `WIDER`, in evaluation mode."""
     from transformers import AutoModelForCausalLM
 
     config._attn_implementation = "eager"
@@ -131,7 +153,7 @@ def tiny_model(config: Any, seed: int = 0) -> nn.Module:
         torch.manual_seed(seed)
         model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
         for name, parameter in model.named_parameters():
-            nn.init.normal_(parameter, std=1.0 if name.endswith("sinks") else 0.12)
+            nn.init.normal_(parameter, std=next((std for end, std in WIDER.items() if name.endswith(end)), 0.12))
     return model.eval()
 
 

@@ -87,10 +87,6 @@ OFF: dict[str, Any] = {
     "eos_token_id": 2,
 }
 
-# What is drawn wider still, by the end of its name. A convolution has a few taps a channel: drawn like a matrix, what
-# leaves it would be so small that norms after it magnify roundings.
-WIDER = {"sinks": 1.0, "conv1d.weight": 0.5, "conv.weight": 0.5}
-
 
 def read_config(source: str) -> Any:
     """The configuration at a folder or config.json file, or the default one of a model type ("gpt_oss").
@@ -145,7 +141,7 @@ def tiny_config(config: Any, **changes: Any) -> Any:
 
 
 def tiny_model(config: Any, seed: int = 0) -> nn.Module:
-    """A float32 model with weights of N(0, 0.12), but for those in `WIDER`, in evaluation mode."""
+    """A float32 model with weights of N(0, 0.12) and sinks of N(0, 1), in evaluation mode."""
     from transformers import AutoModelForCausalLM
 
     config._attn_implementation = "eager"
@@ -153,7 +149,7 @@ def tiny_model(config: Any, seed: int = 0) -> nn.Module:
         torch.manual_seed(seed)
         model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
         for name, parameter in model.named_parameters():
-            nn.init.normal_(parameter, std=next((std for end, std in WIDER.items() if name.endswith(end)), 0.12))
+            nn.init.normal_(parameter, std=1.0 if name.endswith("sinks") else 0.12)
     return model.eval()
 
 

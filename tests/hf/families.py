@@ -11,6 +11,9 @@ from ringattn.parallel.placement import policies
 
 WINDOW = {"sliding_window": 5}
 GQA = {"num_key_value_heads": 2}  # where the default has as many key heads as query heads
+# What the delta rule gives of a document's first token is the product of its query and key, which may be near 0; the
+# norm that follows would magnify roundings of float32 without limit.
+EPS = {"rms_norm_eps": 1e-3}
 FAMILIES: dict[str, dict[str, Any]] = {
     "llama": GQA,
     "qwen3": GQA,
@@ -44,9 +47,9 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "gpt_neox": {},
     "opt": {},
     # Layers that carry a state, most of them beside attention.
-    "qwen3_next": {},
-    "qwen3_5_text": {},
-    "qwen3_5_moe_text": {},
+    "qwen3_next": EPS,
+    "qwen3_5_text": EPS,
+    "qwen3_5_moe_text": EPS,
     "olmo_hybrid": {"linear_num_key_heads": 4},
     "kimi_linear": {},
     "lfm2": {"layer_types": ["conv", "full_attention", "conv", "conv"]},

@@ -16,6 +16,7 @@ from ringattn.hf.batch import shard_batch
 from ringattn.hf.features import FEATURES
 from ringattn.hf.handle import Handle
 from ringattn.hf.loss import IGNORE_INDEX, shifted_labels
+from ringattn.hf.recurrent import KNOWN
 from ringattn.parallel.mesh.mesh import SequenceMesh
 
 
@@ -228,7 +229,8 @@ def expected_features(model: Any) -> dict[int, frozenset[str]]:
     sinks = {}
     for module in model.modules():
         index = getattr(module, "layer_idx", None)
-        if isinstance(index, int) and "Attention" in type(module).__name__:
+        kind = type(module).__name__
+        if isinstance(index, int) and "Attention" in kind and kind not in KNOWN and "Layer" not in kind:
             sinks[index] = getattr(module, "sinks", None) is not None, module
     everywhere = getattr(config, "sliding_window", None) and getattr(config, "use_sliding_window", True)
     expected = {}

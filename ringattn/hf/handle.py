@@ -13,6 +13,7 @@ from ringattn.hf.features import features_of
 from ringattn.hf.images import EmbeddingNeeds
 from ringattn.hf.local_draws import LocalDraws
 from ringattn.hf.memory import ModelMemory
+from ringattn.hf.recurrent import RecurrentLayers, take_back
 from ringattn.hf.support import LengthLimit
 from ringattn.parallel.mesh.mesh import SequenceMesh
 
@@ -34,6 +35,7 @@ class Handle:
         adapters: those of PEFT that were looked at.
         limits, needs: what batches must keep to, see `LengthLimit` and `EmbeddingNeeds`.
         calls: attention calls of each layer module in the newest forward pass.
+        states: layers that carry a state; state_calls are those of their functions in the newest forward pass.
         asked: for each layer index the features (window, chunk, softcap, sinks) of its calls so far.
         without: features to leave out, by layer index: to see that they count. For checks only.
         verified: a forward pass ran in which every attention layer called exactly once.
@@ -51,6 +53,8 @@ class Handle:
     memory: ModelMemory | None = None
     adapters: tuple[tuple[str, int], ...] = ()
     calls: dict[str, int] = field(default_factory=dict)
+    states: RecurrentLayers = field(default_factory=lambda: RecurrentLayers({}), repr=False)
+    state_calls: dict[str, int] = field(default_factory=dict)
     asked: dict[int, frozenset[str]] = field(default_factory=dict)
     without: dict[int, tuple[str, ...]] = field(default_factory=dict)
     verified: bool = False
@@ -77,6 +81,11 @@ class Handle:
         if isinstance(index, int):
             self.asked[index] = self.asked.get(index, frozenset()) | features_of(options)
 
+    def note_state(self, module: nn.Module, name: str) -> None:
+        """Count a call of a function by which a layer with a state mixes tokens."""
+        key = f"{name} of {type(module).__name__} {getattr(module, 'layer_idx', id(module))}"
+        self.state_calls[key] = self.state_calls.get(key, 0) + 1
+
     def verify(self, compiled: int = 0) -> None:
         """Raises NotImplementedError if attention did not run here once per layer: some models ignore its name, and
         others are changed after their first forward pass.
@@ -94,6 +103,13 @@ class Handle:
             )
         if several := {key: count for key, count in self.calls.items() if count != 1}:
             raise NotImplementedError(f"{name} called attention more than once in a forward pass: {several}")
+        if several := {key: count for key, count in self.state_calls.items() if count != 1}:
+            raise NotImplementedError(f"{name} called these more than once in a forward pass: {several}")
+        if len(self.state_calls) != self.states.calls:
+            raise NotImplementedError(
+                f"{name} ran {len(self.state_calls)} of the {self.states.calls} functions of its layers with a state "
+                "through ringattn: something replaced the others"
+            )
         self.verified = True
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "Handle":
@@ -122,6 +138,7 @@ class Handle:
             model.__dict__.pop("_loss_function", None)
         for module in model.modules():
             module.__dict__.pop("_ringattn", None)
+        take_back(model)
         set_attention(model, self._implementation)
 
 

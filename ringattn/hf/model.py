@@ -19,6 +19,7 @@ from ringattn.hf.local_draws import LocalDraws, fork_before, join_after
 from ringattn.hf.loss import GlobalLoss, check_is_share, check_is_usual
 from ringattn.hf.masks import note_mask
 from ringattn.hf.memory import ModelMemory, without_logits
+from ringattn.hf.recurrent import put_in_place, recurrent_layers
 from ringattn.hf.same_batch import check_same_batch
 from ringattn.hf.support import check_model, length_limits, text_model
 from ringattn.hf.tree_checks import check_trees
@@ -86,6 +87,7 @@ def _put_in_place(handle: Handle, memory: MemorySettings | None) -> None:
     if model.config.get_text_config()._attn_implementation != NAME:
         raise NotImplementedError(f"{type(model).__name__} does not let its attention be replaced")
     _check_reached(model)
+    handle.states = recurrent_layers(text_model(model))
     if memory is not None:
         handle.memory = ModelMemory(model, memory, handle.mesh.device)
     _take_loss(handle)
@@ -96,6 +98,7 @@ def _put_in_place(handle: Handle, memory: MemorySettings | None) -> None:
         hooks.append(inner.register_forward_hook(join_after, always_call=True))
         hooks.append(inner.register_forward_pre_hook(put_in, with_kwargs=True))
         hooks.append(inner.register_forward_hook(take_out, with_kwargs=True))
+    hooks.extend(put_in_place(model, text_model(model), handle.states))
     hooks.append(model.register_forward_pre_hook(_tell_head, with_kwargs=True))
 
 
@@ -163,6 +166,7 @@ def _before_forward(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -
     handle: Handle = model._ringattn
     if isinstance(kwargs.get("cu_seq_lens_q"), DecodeStep):  # made by the ranks themselves, after a checked batch
         handle.calls.clear()
+        handle.state_calls.clear()
         return
     changed = check_changes(handle)
     _check_attention(handle)
@@ -174,6 +178,7 @@ def _before_forward(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -
     _take_loss(handle)
     model.loss_function.expect()
     handle.calls.clear()
+    handle.state_calls.clear()
     if not handle.verified:
         handle._called.clear()
         check_same_batch(layout, handle.mesh)

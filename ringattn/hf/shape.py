@@ -11,6 +11,7 @@ from torch import nn
 
 from ringattn.hf.head import steps_after_head
 from ringattn.hf.layers import decoder_layers
+from ringattn.hf.recurrent import BOTH, LAYER_TYPES, NEITHER
 from ringattn.mask import Mask
 from ringattn.memory.planning.shapes import ModelShape, Weights
 
@@ -21,6 +22,8 @@ def model_shape(model: nn.Module, config: Any, name: str = "") -> ModelShape:
     Raises NotImplementedError for layers that are not attention and an MLP, ValueError if there are none.
     """
     text = config.get_text_config()
+    if others := sorted(set(getattr(text, "layer_types", None) or ()) & (LAYER_TYPES | BOTH | NEITHER)):
+        raise NotImplementedError(f"{text.model_type} has layers of {', '.join(others)}: the planner knows attention")
     layers = decoder_layers(model)
     embedding, head = (getattr(model, f"get_{one}_embeddings")() for one in ("input", "output"))
     tied = head is not None and head.weight is embedding.weight
@@ -103,8 +106,9 @@ def _active(layer: nn.Module, text: Any) -> int:
 
 
 def layer_masks(text: Any) -> tuple[tuple[Mask, int], ...]:
-    """Masks of the attention layers, with the number of each."""
+    """Masks of the attention layers, with the number of each; of layers that carry a state there are none."""
     kinds = getattr(text, "layer_types", None) or ["full_attention"] * text.num_hidden_layers
+    kinds = ["full_attention" if kind in BOTH else kind for kind in kinds if kind not in LAYER_TYPES | NEITHER]
     window, chunk = getattr(text, "sliding_window", None), getattr(text, "attention_chunk_size", None)
     known = {
         "full_attention": Mask(),

@@ -12,12 +12,16 @@ from torch import nn
 
 from ringattn.hf.configuration import check_configuration
 from ringattn.hf.local_draws import check_draws
+from ringattn.hf.recurrent import BOTH, NEITHER, RecurrentLayers, recurrent_layers
+from ringattn.hf.recurrent import LAYER_TYPES as STATE_TYPES
 
 LAYER_TYPES = frozenset({"full_attention", "sliding_attention", "chunked_attention"})
 # Heads that treat each token alone. Others pool over a sequence, of which a rank sees a part.
 HEADS = ("Model", "ForCausalLM", "LMHeadModel", "ForConditionalGeneration", "ForImageTextToText")
 # Layers that carry something from token to token, by a part of their class's name.
 RECURRENT = re.compile("Mamba|Recurrent|Rwkv|SSM|DeltaNet|LinearAttention|LightningAttention|ShortConv|NGram")
+# Classes that are called so after their family: norms, and Kimi Linear's layers of full attention.
+NAMESAKES = re.compile("Norm$|^KimiLinearAttention$")
 # Attention layers that count positions themselves, and what is done about it.
 COUNTING = {"Llama4TextAttention": "see length_limits"}
 
@@ -54,28 +58,33 @@ def check_decoder(config: Any, whole: bool) -> None:
 def check_model(model: Any) -> int:
     """The number of attention layers of a transformers model, which may be on the meta device.
 
-    Raises NotImplementedError naming what is not supported.
+    Layers that carry a state are none of them. Raises NotImplementedError naming what is not supported.
     """
     name = type(model).__name__
     config = model.config.get_text_config()
     if model.config.is_encoder_decoder:
         raise NotImplementedError(f"{name} is an encoder-decoder; only decoders are supported")
     layer_types = getattr(config, "layer_types", None) or ["full_attention"] * config.num_hidden_layers
-    if other := sorted(set(layer_types) - LAYER_TYPES):
+    if other := sorted(set(layer_types) - LAYER_TYPES - STATE_TYPES - BOTH - NEITHER):
         raise NotImplementedError(
             f"{name} has layers of type {', '.join(other)}, which cannot be split over a sequence"
         )
     text = text_model(model)
+    states = recurrent_layers(text)
     for path, layer in text.named_modules():
         kind = type(layer).__name__
+        if states.holds(path) or (not path and states.layers):
+            continue
         if isinstance(layer, nn.modules.batchnorm._BatchNorm):
             raise NotImplementedError(f"{name} has {kind} at {path}: its statistics are of a rank's tokens alone")
-        if isinstance(layer, nn.Conv1d | nn.RNNBase) or RECURRENT.search(kind):
+        if isinstance(layer, nn.Conv1d | nn.RNNBase) or (RECURRENT.search(kind) and not NAMESAKES.search(kind)):
             raise NotImplementedError(
                 f"{name} has {kind} at {path}, which carries something from token to token and cannot be split over a "
                 "sequence"
             )
-    if not text._supports_attention_backend or not model._supports_attention_backend:
+    _check_states(name, layer_types, states)
+    # Hybrids leave that flag out; their attention is counted as that of all models.
+    if not states.layers and not (text._supports_attention_backend and model._supports_attention_backend):
         raise NotImplementedError(f"{name} computes its attention itself, outside transformers' AttentionInterface")
     if not name.endswith(HEADS) or "DoubleHeads" in name:
         raise NotImplementedError(
@@ -86,7 +95,17 @@ def check_model(model: Any) -> int:
     check_configuration(model)
     check_draws(model)
     _check_positions(name, text)
-    return len(layer_types)
+    return sum(kind in LAYER_TYPES | BOTH for kind in layer_types)
+
+
+def _check_states(name: str, layer_types: list[str], states: RecurrentLayers) -> None:
+    """Every layer that the configuration says has a state must be one that is known."""
+    stated = [kind for kind in layer_types if kind in STATE_TYPES | BOTH]
+    if len(stated) > len(states.layers):
+        raise NotImplementedError(
+            f"{name} has {len(stated)} layers of type {', '.join(sorted(set(stated)))}, of which ringattn knows "
+            f"{len(states.layers)}: the others cannot be split over a sequence"
+        )
 
 
 def text_model(model: Any) -> Any:
@@ -142,7 +161,8 @@ def _check_placement(name: str, model: Any) -> None:
 def _check_positions(name: str, text: Any) -> None:
     """Positions must come from outside: a rank's tokens are anywhere in their documents."""
     inner = text.base_model if hasattr(text, "base_model") else text
-    if "position_ids" not in inspect.signature(inner.forward).parameters:
+    placed = any(re.search("Rotary|Position", type(layer).__name__) for layer in text.modules())
+    if "position_ids" not in inspect.signature(inner.forward).parameters and (placed or _attends(text)):
         raise NotImplementedError(f"{name} takes no position_ids: it counts the positions of a rank's tokens from 0")
     for path, layer in text.named_modules():
         kind = type(layer).__name__
@@ -155,6 +175,11 @@ def _check_positions(name: str, text: Any) -> None:
             raise NotImplementedError(
                 f"{name} counts positions in {kind} at {path}, from 0 on every rank; they must come from position_ids"
             )
+
+
+def _attends(text: Any) -> bool:
+    """Whether a model has attention layers, which need positions as a rule; Mamba-2 has neither."""
+    return any("Attention" in type(layer).__name__ for layer in text.modules())
 
 
 def _source(function: Any) -> str:

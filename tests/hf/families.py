@@ -11,6 +11,9 @@ from ringattn.parallel.placement import policies
 
 WINDOW = {"sliding_window": 5}
 GQA = {"num_key_value_heads": 2}  # where the default has as many key heads as query heads
+# What the delta rule gives of a document's first token is the product of its query and key, which may be near 0; the
+# norm that follows would magnify roundings of float32 without limit.
+EPS = {"rms_norm_eps": 1e-3}
 FAMILIES: dict[str, dict[str, Any]] = {
     "llama": GQA,
     "qwen3": GQA,
@@ -43,6 +46,20 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "gpt2": {},
     "gpt_neox": {},
     "opt": {},
+    # Layers that carry a state, most of them beside attention.
+    "qwen3_next": EPS,
+    "qwen3_5_text": EPS,
+    "qwen3_5_moe_text": EPS,
+    "olmo_hybrid": {"linear_num_key_heads": 4},
+    "kimi_linear": {},
+    "lfm2": {"layer_types": ["conv", "full_attention", "conv", "conv"]},
+    "mamba2": {"num_heads": 8, "head_dim": 16, "n_groups": 2, "state_size": 8},
+    "bamba": {"attn_layer_indices": [1, 3]},
+    "granitemoehybrid": {"layer_types": ["linear_attention", "full_attention", "linear_attention", "linear_attention"]},
+    "falcon_h1": {},
+    "nemotron_h": {"n_groups": 2},
+    "jamba": {},
+    "minimax": {"block_size": 4},
 }
 # Refused where transformers does not call their attention through its AttentionInterface: GPT-J before 5.24.
 LATER: dict[str, dict[str, Any]] = {"gptj": {"rotary_dim": 8}}

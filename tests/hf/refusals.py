@@ -1,11 +1,7 @@
 """Families that cannot be exact, and words of the refusal; model types of transformers."""
 
 REFUSALS = {
-    "qwen3_next": "linear_attention",
-    "qwen3_5_text": "linear_attention",
-    "jamba": "linear_attention",
     "lfm3": "layers of type conv",
-    "falcon_h1": "layers of type hybrid",
     "deepseek_v4": "compressed_sparse_attention",
     "deepseek_v32": "indexed_attention",
     "bloom": "outside transformers' AttentionInterface",

@@ -1,0 +1,145 @@
+"""The exchange: every sequence rank computes whole documents of some heads, as Ulysses does for attention.
+
+One all-to-all gives a rank all tokens of its heads, another one brings its outputs back. Key heads that value heads of
+several ranks share go to all of these, and their gradients are added.
+
+Legend: T tokens of the stream, t of this rank, H value heads, K key heads, P ranks.
+"""
+
+from dataclasses import dataclass
+from itertools import accumulate
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from ringattn.kept import kept
+from ringattn.kernels.spec import Range
+from ringattn.parallel.layout import Layout
+from ringattn.recurrent.kernels.contract import Inputs, Kernel
+from ringattn.recurrent.wire import Wire
+
+
+@dataclass(frozen=True)
+class HeadShares:
+    """Which heads each rank computes.
+
+    Arguments:
+        values: value heads of every rank, in equal runs as far as they divide.
+        keys: the key heads that these need; a head may be on several ranks.
+        tokens: of every rank.
+        rank: whose plan it is.
+    """
+
+    values: tuple[Range, ...]
+    keys: tuple[Range, ...]
+    tokens: tuple[int, ...]
+    rank: int
+
+
+def head_shares(heads: tuple[int, int], layout: Layout, rank: int | None = None) -> HeadShares:
+    """The shares of (key heads, value heads) of a layout's ranks. Kept with the layout."""
+    K, H = heads
+    rank = layout.mesh.sequence_rank if rank is None else rank
+    ranks = layout.mesh.sequence_size
+
+    def make() -> HeadShares:
+        values = tuple((one * H // ranks, (one + 1) * H // ranks) for one in range(ranks))
+        each = H // K
+        keys = tuple((a // each, -(-b // each)) if a < b else (0, 0) for a, b in values)
+        return HeadShares(values, keys, tuple(layout.tokens(one) for one in range(ranks)), rank)
+
+    return kept(layout, ("heads", heads, rank), make)
+
+
+def exchange(x: Inputs, layout: Layout, kernel: Kernel, wire: Wire, rank: int | None = None) -> Tensor:
+    """The outputs of a rank's rows, (t, H, V); rows of padding have 0. Collective, and so is its backward pass."""
+    shares = head_shares((x.k.shape[1], x.v.shape[1]), layout, rank)
+    order = _stream_order(layout, x.v.device)
+    D = x.k.shape[2]
+    q, k = _Deal.apply(torch.cat([x.q, x.k], 2), shares, shares.keys, wire)[order].split([D, D], 2)
+    v = _Deal.apply(x.v, shares, shares.values, wire)[order]
+    rest = [x.decay if x.decay.dim() == 3 else x.decay[..., None], *([] if x.beta is None else [x.beta[..., None]])]
+    dtype = torch.promote_types(rest[0].dtype, rest[-1].dtype)
+    dealt = _Deal.apply(torch.cat([one.to(dtype) for one in rest], 2), shares, shares.values, wire)[order]
+    decay = dealt[..., : rest[0].shape[2]]
+    beta = None if x.beta is None else dealt[..., -1]
+    first, last = shares.values[shares.rank]
+    each = x.v.shape[1] // x.k.shape[1]
+    # A rank's value heads need not begin with the first that its key head serves: each gets its own copy.
+    served = [head // each - shares.keys[shares.rank][0] for head in range(first, last)]
+    heads = Inputs(q[:, served], k[:, served], v, decay if x.decay.dim() == 3 else decay[..., 0], beta)
+    lengths = tuple(length for length in layout.docs.lengths if length)
+    if lengths and served:
+        out = kernel.run(heads, lengths, None)[0]
+    else:  # nothing to compute, but all ranks take part in the backward pass
+        out = v + 0 * (q.sum() + k.sum() + dealt.sum()).to(v.dtype)
+    rows = v.new_zeros(layout.docs.total, *out.shape[1:])
+    return _Return.apply(rows.index_put((order,), out), shares, wire)
+
+
+class _Deal(torch.autograd.Function):
+    """(t, heads, ...) of this rank's tokens -> (T, its heads, ...), the tokens rank by rank."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, shares: HeadShares, columns: tuple[Range, ...], wire: Wire) -> Tensor:
+        ctx.shares, ctx.columns, ctx.wire, ctx.heads = shares, columns, wire, x.shape[1]
+        return _deal(x, shares, columns, wire)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        return _give_back(grads[0], ctx.heads, ctx.shares, ctx.columns, ctx.wire), None, None, None
+
+
+class _Return(torch.autograd.Function):
+    """(T, its value heads, ...) -> (t, all value heads, ...) of this rank's tokens."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, shares: HeadShares, wire: Wire) -> Tensor:
+        ctx.shares, ctx.wire = shares, wire
+        return _give_back(x, shares.values[-1][1], shares, shares.values, wire)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        return _deal(grads[0], ctx.shares, ctx.shares.values, ctx.wire), None, None
+
+
+def _deal(x: Tensor, shares: HeadShares, columns: tuple[Range, ...], wire: Wire) -> Tensor:
+    mine = columns[shares.rank]
+    size = x.shape[2:].numel()
+    send = torch.cat([x[:, a:b].reshape(-1) for a, b in columns])
+    sends = [len(x) * (b - a) * size for a, b in columns]
+    receives = [tokens * (mine[1] - mine[0]) * size for tokens in shares.tokens]
+    return wire.exchange(send, sends, receives).view(sum(shares.tokens), mine[1] - mine[0], *x.shape[2:])
+
+
+def _give_back(x: Tensor, heads: int, shares: HeadShares, columns: tuple[Range, ...], wire: Wire) -> Tensor:
+    """The transposed of `_deal`: what ranks have of the same head is added, in float32 or wider."""
+    tokens, size = shares.tokens[shares.rank], x.shape[2:].numel()
+    sends = [rows * x.shape[1] * size for rows in shares.tokens]
+    receives = [tokens * (b - a) * size for a, b in columns]
+    parts = wire.exchange(x.reshape(-1), sends, receives).split(receives)
+    wide = torch.promote_types(x.dtype, torch.float32)
+    out = x.new_zeros(tokens, heads, *x.shape[2:], dtype=wide)
+    for (a, b), part in zip(columns, parts, strict=True):
+        out[:, a:b] += part.view(tokens, b - a, *x.shape[2:])
+    return out.to(x.dtype)
+
+
+def _stream_order(layout: Layout, device: torch.device) -> Tensor:
+    """Rows, among the tokens rank by rank, of the documents' tokens end to end."""
+
+    def make() -> Tensor:
+        ranks = range(layout.mesh.sequence_size)
+        starts = accumulate((layout.tokens(rank) for rank in ranks), initial=0)
+        row = torch.empty(layout.docs.total, dtype=torch.int64)
+        for rank, start in zip(ranks, starts, strict=False):
+            row[layout.indices(rank)] = torch.arange(start, start + layout.tokens(rank))
+        docs = layout.docs
+        parts = [row[start : start + size] for start, size in zip(docs.starts, docs.lengths, strict=True)]
+        return (torch.cat(parts) if parts else row[:0]).to(device)
+
+    return kept(layout, ("stream order", device), make)

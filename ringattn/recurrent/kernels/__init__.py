@@ -1,0 +1,1 @@
+"""Kernels of recurrences behind one contract."""

@@ -1,0 +1,102 @@
+"""The contract of a recurrence's kernel, and the affine map of a piece.
+
+Legend: t tokens, K key heads, H value heads (a multiple of K: key head i serves H / K consecutive value heads), D key
+dim, V value dim, n pieces.
+
+One recurrence covers the gated delta rule, Kimi's delta attention, Mamba-2, gated linear attention, lightning attention
+and, with one value head a channel, Mamba-1. With the state S (D × V) of a value head, for every token
+
+    S ← diag(exp(decay)) · S
+    S ← S + k · uᵀ,  u = beta · (v - Sᵀ k) with `beta`, the delta rule, and u = v without
+    out = Sᵀ q
+"""
+
+from typing import NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+
+class Inputs(NamedTuple):
+    """The rows of pieces, end to end.
+
+    Arguments:
+        q, k: (t, K, D).
+        v: (t, H, V).
+        decay: logarithms of what is left of the state, <= 0 as a rule: (t, H), or (t, H, D) with one a key dim.
+        beta: (t, H) for the delta rule; None without.
+    """
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    decay: Tensor
+    beta: Tensor | None
+
+    @property
+    def wide(self) -> torch.dtype:
+        """The dtype of states: float32, or float64 where inputs are."""
+        dtypes = {x.dtype for x in self if x is not None}
+        return torch.float64 if torch.float64 in dtypes else torch.float32
+
+    @property
+    def state_shape(self) -> tuple[int, int, int]:
+        return self.v.shape[1], self.k.shape[2], self.v.shape[2]
+
+    def rows(self, index: Tensor | slice) -> "Inputs":
+        """Some of the rows."""
+        return Inputs(*(None if x is None else x[index] for x in self))
+
+
+class Kernel(Protocol):
+    """What computes pieces on one device. Differentiable in all inputs and in the states."""
+
+    name: str
+
+    def why_not(self, x: Inputs) -> str:
+        """Why it cannot do this call exactly; "" if it can."""
+
+    def run(self, x: Inputs, lengths: tuple[int, ...], state: Tensor | None) -> tuple[Tensor, Tensor]:
+        """The outputs and last states of pieces of `lengths`, each >= 1, from their own first states.
+
+        Arguments:
+            state: (n, H, D, V) in the wide dtype; None: all empty.
+
+        Returns: out (t, H, V) in the dtype of v, last states (n, H, D, V) in the wide dtype.
+        """
+
+
+def maps(kernel: Kernel, x: Inputs, lengths: tuple[int, ...]) -> tuple[Tensor, Tensor]:
+    """M and U of pieces: the state at a piece's end is M · S + U of the state S at its head.
+
+    Returns: M (n, H), (n, H, D) where decays are by key dim, (n, H, D, D) for the delta rule; U (n, H, D, V).
+    """
+    if x.beta is None:
+        decay = x.decay.to(x.wide)
+        whole = torch.stack([part.sum(0) for part in decay.split(lengths)]) if lengths else decay[:0]
+        return whole.exp(), kernel.run(x, lengths, None)[1]
+    # Columns of the state know nothing of each other: those of U, from an empty state, stand beside those of M, the
+    # piece's map of the identity when there are no values.
+    heads, D, V = x.state_shape
+    v = torch.cat([x.v, x.v.new_zeros(len(x.v), heads, D)], 2)
+    state = torch.zeros(len(lengths), heads, D, V + D, dtype=x.wide, device=v.device)
+    state[..., V:] = torch.eye(D, dtype=x.wide, device=v.device)
+    last = kernel.run(x._replace(v=v), lengths, state)[1]
+    return last[..., V:], last[..., :V]
+
+
+def apply_map(M: Tensor, S: Tensor) -> Tensor:
+    """M · S: a number, a diagonal or a matrix a head, by the dims of M (n, H), (n, H, D), (n, H, D, D)."""
+    if M.dim() == 4:
+        return M @ S
+    return M.reshape(*M.shape, *[1] * (4 - M.dim())) * S
+
+
+def apply_transposed(M: Tensor, S: Tensor) -> Tensor:
+    """Mᵀ · S."""
+    return apply_map(M.mT if M.dim() == 4 else M, S)
+
+
+def of_value_heads(x: Tensor, heads: int) -> Tensor:
+    """(t, K, D) -> (t, H, D): every key head for the value heads that it serves."""
+    return x if x.shape[1] == heads else x.repeat_interleave(heads // x.shape[1], dim=1)

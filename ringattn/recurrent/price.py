@@ -1,0 +1,94 @@
+"""What the two routes of a recurrence take, and which is cheaper. Pure numbers, the same on every rank.
+
+The scan moves (M, U) of the pieces of cut documents, whose size does not depend on their length, and computes the cut
+pieces' states twice more. The exchange moves every token's rows and computes nothing twice.
+"""
+
+from dataclasses import dataclass
+
+from ringattn.parallel.layout import Layout
+from ringattn.parallel.machine.machine import Machine, transfer_seconds
+from ringattn.recurrent.plan import by_document, pieces_of
+
+ROUTES = ("scan", "exchange")
+# Tokens of a chunk, and what part of an attention kernel's rate the products of a recurrence reach: its matrices are
+# smaller. Not calibrated.
+CHUNK, RATE = 64, 0.3
+
+
+@dataclass(frozen=True)
+class RecurrenceShape:
+    """Heads and dims of a recurrence; `itemsize` is bytes per element of q, k and v.
+
+    Arguments:
+        delta: the delta rule, whose map is a matrix a head.
+        diagonal: decays by key dim.
+    """
+
+    key_heads: int
+    heads: int
+    key_dim: int
+    value_dim: int
+    delta: bool
+    diagonal: bool
+    itemsize: int = 2
+
+    @property
+    def map_numbers(self) -> int:
+        """Numbers of a piece's M."""
+        size = self.key_dim * self.key_dim if self.delta else self.key_dim if self.diagonal else 1
+        return self.heads * size
+
+    @property
+    def state_numbers(self) -> int:
+        """Numbers of a state, and so of U and R."""
+        return self.heads * self.key_dim * self.value_dim
+
+    @property
+    def flops(self) -> float:
+        """Of a token, forward, in chunks."""
+        within = CHUNK * (2 * self.key_dim + (2 if self.delta else 1) * self.value_dim)
+        return 2.0 * self.heads * (within + (3 if self.delta else 2) * self.key_dim * self.value_dim)
+
+    def row_numbers(self, ranks: int) -> int:
+        """Numbers of a token that the exchange moves: key heads that several ranks need are sent to each."""
+        decays = self.heads * (self.key_dim if self.diagonal else 1)
+        keys = max(self.key_heads, ranks) if self.heads >= ranks else self.key_heads
+        return 2 * keys * self.key_dim + 2 * self.heads * self.value_dim + decays + self.heads * self.delta
+
+
+@dataclass(frozen=True)
+class RoutePrice:
+    """Seconds of a layer's forward and backward pass beside the kernel on an even share, and bytes sent by a rank."""
+
+    route: str
+    seconds: float
+    sent: float
+
+
+def prices(layout: Layout, shape: RecurrenceShape, machine: Machine | None = None) -> tuple[RoutePrice, RoutePrice]:
+    """Of the scan and of the exchange."""
+    machine = layout.mesh.planned_for(machine)
+    ranks = layout.mesh.sequence_size
+    link = machine.link_class(0, ranks - 1)
+    wide = max(4, shape.itemsize)
+    documents = by_document(pieces_of(layout)).values()
+    cut = [piece for parts in documents if len(parts) > 1 for piece in parts]
+    held = [[piece.size for piece in cut if piece.rank == rank] for rank in range(ranks)]
+    slots, rows = max(map(len, held)), max(map(sum, held))
+    flops = machine.rate(shape.key_dim, False).flops * RATE
+    sent = float(wide * slots * (ranks - 1) * (shape.map_numbers + 2 * shape.state_numbers))
+    # Forward (M, U), backward R; the states of M and U once, and the outputs again in the backward pass.
+    share = shape.key_dim / shape.value_dim if shape.delta else 0.0
+    scan = 2 * transfer_seconds(machine, sent / 2, link, "all_to_all") + rows * shape.flops * (2 + share) / flops
+    tokens = max(layout.tokens(rank) for rank in range(ranks))
+    moved = 2.0 * tokens * shape.row_numbers(ranks) * shape.itemsize * (ranks - 1) / ranks
+    # Where heads do not divide by the ranks, the rank with most of them computes longer.
+    uneven = -(-shape.heads // ranks) * ranks / shape.heads - 1
+    swapped = 8 * transfer_seconds(machine, moved / 8, link, "all_to_all") + uneven * tokens * 3 * shape.flops / flops
+    return RoutePrice("scan", float(scan), sent), RoutePrice("exchange", float(swapped), moved)
+
+
+def cheaper_route(layout: Layout, shape: RecurrenceShape, machine: Machine | None = None) -> str:
+    """The route that takes less; the scan where no document is cut, since it then moves nothing."""
+    return min(prices(layout, shape, machine), key=lambda price: price.seconds).route

@@ -1,0 +1,144 @@
+"""Recurrences over ranks against every document alone, in float64: outputs and gradients of all inputs."""
+
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from ringattn import Documents, Layout, MeshShape
+from ringattn.recurrent.exchange import exchange
+from ringattn.recurrent.kernels.chunked import Chunked
+from ringattn.recurrent.kernels.contract import Inputs
+from ringattn.recurrent.kernels.tokens import Tokens
+from ringattn.recurrent.plan import plan_recurrence
+from ringattn.recurrent.recurrence import parallel_recurrence
+from ringattn.recurrent.scan import scan
+from tests.parallel.ranks import mesh_of
+from tests.pool import Pools
+from tests.recurrent.problems import RULES, Truth, alone, inputs
+from tests.recurrent.threads import on_ranks
+from tests.strategies import documents
+
+POLICIES = ("contiguous", "zigzag", "balanced")
+HEADS = ((2, 4), (1, 3), (4, 4))
+
+
+def layouts_of(docs: Documents, ring: int, ulysses: int, policy: str) -> list[Layout]:
+    return [Layout(docs, MeshShape(1, ring, ulysses, rank), policy) for rank in range(ring * ulysses)]
+
+
+def spread(x: Inputs, layouts: list[Layout], dout: torch.Tensor, route: str, kernel: Any) -> Truth:
+    """Over threads, put together again."""
+
+    def work(rank: int, wire: Any) -> list[torch.Tensor]:
+        layout = layouts[rank]
+        leaves = Inputs(*(None if one is None else layout.shard(one).clone().requires_grad_() for one in x))
+        if route == "exchange":
+            out = exchange(leaves, layout, kernel, wire)
+        else:
+            out = scan(leaves, plan_recurrence(layout), kernel, wire)
+        out.backward(layout.shard(dout))
+        calls.append(wire.calls)
+        return [out.detach(), *(one.grad for one in leaves if one is not None)]
+
+    calls: list[int] = []
+    parts = on_ranks(len(layouts), work)
+    assert len(set(calls)) == 1, "ranks called different numbers of collectives"
+    whole = []
+    for index in range(len(parts[0])):
+        joined = torch.full((layouts[0].docs.total, *parts[0][index].shape[1:]), torch.nan, dtype=torch.float64)
+        for layout, part in zip(layouts, parts, strict=True):
+            joined[layout.indices()] = part[index]
+        whole.append(joined)
+    return Truth(whole[0], whole[1:])
+
+
+def assert_same(found: Truth, truth: Truth) -> None:
+    names = ["q", "k", "v", "decay", "beta"]
+    torch.testing.assert_close(found.out, truth.out, rtol=1e-12, atol=1e-12)
+    for name, got, expected in zip(names, found.grads, truth.grads, strict=False):
+        scale = max(1.0, float(expected.abs().max())) if expected.numel() else 1.0
+        torch.testing.assert_close(got / scale, expected / scale, rtol=1e-12, atol=1e-12, msg=lambda m, n=name: n + m)
+
+
+@pytest.mark.parametrize("route", ["scan", "exchange"])
+@pytest.mark.parametrize("rule", RULES)
+@settings(max_examples=12, suppress_health_check=[HealthCheck.too_slow])
+@given(data=st.data())
+def test_any_layout_is_every_document_alone(rule: str, route: str, data: st.DataObject) -> None:
+    docs = data.draw(documents(longest=40, most=4))
+    ring, ulysses = data.draw(st.sampled_from([(1, 1), (2, 1), (4, 1), (1, 2), (2, 2), (1, 4), (3, 1)]))
+    layouts = layouts_of(docs, ring, ulysses, data.draw(st.sampled_from(POLICIES)))
+    x = inputs(rule, docs.total, data.draw(st.sampled_from(HEADS)), seed=data.draw(st.integers(0, 99)))
+    dout = torch.randn(x.v.shape, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
+    kernel = data.draw(st.sampled_from([Chunked(), Chunked(), Tokens()]))
+    assert_same(spread(x, layouts, dout, route, kernel), alone(x, docs, dout))
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_more_ranks_than_chunks(rule: str) -> None:
+    """A document over eight ranks in sixteen pieces, beside short ones and padding."""
+    docs = Documents([3, 300, 1], [2, 7, 310], 313)
+    x = inputs(rule, docs.total)
+    dout = torch.randn(x.v.shape, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
+    truth = alone(x, docs, dout)
+    for policy in POLICIES:
+        assert_same(spread(x, layouts_of(docs, 8, 1, policy), dout, "scan", Chunked()), truth)
+
+
+@pytest.mark.parametrize("route", ["scan", "exchange"])
+def test_nothing_leaks_into_another_document(route: str) -> None:
+    docs = Documents([9, 30, 1, 17])
+    for rule in RULES:
+        x = inputs(rule, docs.total)
+        dout = torch.zeros(x.v.shape, dtype=torch.float64)
+        dout[9:39] = 1.0
+        for grad in spread(x, layouts_of(docs, 4, 1, "zigzag"), dout, route, Chunked()).grads:
+            assert bool((grad[:9] == 0).all())
+            assert bool((grad[39:] == 0).all())
+            assert bool((grad[9:39] != 0).any())
+
+
+def test_a_rank_without_pieces_takes_part() -> None:
+    """It holds padding, or nothing at all, and still takes part in every collective."""
+    docs = Documents([30, 8], [0, 30], 50)
+    for rule in RULES:
+        x = inputs(rule, docs.total)
+        dout = torch.randn(x.v.shape, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
+        for places in ([(0, 20), (20, 50), ()], [(0, 20), (20, 38), (38, 50)]):
+            layouts = layouts_of(docs, 3, 1, "contiguous")
+            for layout in layouts:
+                held = tuple((place,) if place else () for place in places)
+                layout.parts[0].__dict__["positions"] = held
+                layout.parts[0].__dict__["position_sizes"] = tuple(sum(b - a for a, b in one) for one in held)
+            for route in ("scan", "exchange"):
+                assert_same(spread(x, layouts, dout, route, Chunked()), alone(x, docs, dout))
+
+
+def on_rank(docs: Documents, rule: str, ring: int, ulysses: int, policy: str, route: str) -> list[torch.Tensor]:
+    layout = Layout(docs, mesh_of(ring, ulysses), policy)
+    x = inputs(rule, docs.total)
+    leaves = Inputs(*(None if one is None else layout.shard(one).clone().requires_grad_() for one in x))
+    q, k, v, decay, beta = leaves
+    out = parallel_recurrence(q, k, v, layout, decay=decay, beta=beta, route=route)
+    dout = torch.randn(x.v.shape, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
+    out.backward(layout.shard(dout))
+    return [layout.unshard(one.detach()) for one in (out, *(one.grad for one in leaves if one is not None))]
+
+
+@pytest.mark.parametrize(("ring", "ulysses"), [(2, 1), (2, 2), (4, 1)])
+def test_over_gloo(pool: Pools, ring: int, ulysses: int) -> None:
+    docs = Documents([2, 90, 0, 1, 33], [0, 2, 92, 95, 96], 140)
+    cases = [
+        (docs, rule, ring, ulysses, policy, route)
+        for rule in RULES
+        for policy, route in (("balanced", "scan"), ("contiguous", "scan"), ("zigzag", "exchange"))
+    ]
+    for case, ranks in zip(cases, pool(ring * ulysses).run_many(on_rank, cases), strict=True):
+        x = inputs(case[1], docs.total)
+        dout = torch.randn(x.v.shape, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
+        truth = alone(x, docs, dout)
+        for found in ranks:
+            assert_same(Truth(found[0], found[1:]), truth)

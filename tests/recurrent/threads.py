@@ -1,0 +1,65 @@
+"""All ranks in one process, a thread each, with a network that meets at a barrier: quick enough for hypothesis."""
+
+import threading
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+class Meeting:
+    """Where the threads of all ranks leave what they send. A rank that fails breaks it for all."""
+
+    def __init__(self, ranks: int) -> None:
+        self.ranks = ranks
+        self.barrier = threading.Barrier(ranks, timeout=60)
+        self.left: list[Any] = [None] * ranks
+
+    def swap(self, rank: int, value: Any) -> list[Any]:
+        """What every rank left, in the order of ranks."""
+        self.left[rank] = value
+        self.barrier.wait()
+        found = list(self.left)
+        self.barrier.wait()
+        return found
+
+
+class ThreadWire:
+    """The `Wire` of one rank; `calls` counts its collectives."""
+
+    def __init__(self, meeting: Meeting, rank: int) -> None:
+        self.meeting, self.rank, self.calls = meeting, rank, 0
+
+    def gather(self, x: Tensor) -> Tensor:
+        self.calls += 1
+        return torch.stack(self.meeting.swap(self.rank, x.clone()))
+
+    def exchange(self, send: Tensor, sends: Sequence[int], receives: Sequence[int]) -> Tensor:
+        self.calls += 1
+        assert sum(sends) == len(send)
+        found = self.meeting.swap(self.rank, send.clone().split(list(sends)))
+        parts = [parts[self.rank] for parts in found]
+        assert [len(part) for part in parts] == list(receives)
+        return torch.cat(parts)
+
+
+def on_ranks(ranks: int, function: Callable[[int, ThreadWire], Any]) -> list[Any]:
+    """`function(rank, wire)` on every rank at once; its results in the order of ranks."""
+    meeting = Meeting(ranks)
+
+    def work(rank: int) -> Any:
+        try:
+            return function(rank, ThreadWire(meeting, rank))
+        except BaseException:
+            meeting.barrier.abort()
+            raise
+
+    with ThreadPoolExecutor(ranks) as pool:
+        futures = [pool.submit(work, rank) for rank in range(ranks)]
+        errors = [error for future in futures if (error := future.exception()) is not None]
+        broken = threading.BrokenBarrierError
+        if errors:  # that of the rank that failed first, not of those that waited for it
+            raise next((error for error in errors if not isinstance(error, broken)), errors[0])
+        return [future.result() for future in futures]

@@ -99,11 +99,10 @@ def by_trl(folder: Path, steps: list[list[tuple[int, ...]]]) -> list[float]:
         assistant_only_loss=True, max_length=None, bf16=False, gradient_checkpointing=False, use_cpu=True,
         save_strategy="no", report_to="none", disable_tqdm=True, logging_steps=STEPS,
     )  # fmt: skip
-    trainer = Noted(
-        AutoModelForCausalLM.from_pretrained(folder / "model", dtype=torch.float32), config,
-        train_dataset=load_dataset("json", data_files=str(folder / "chats.jsonl"), cache_dir=str(folder), split="train"),
-        processing_class=AutoTokenizer.from_pretrained(folder / "model"),
-    )  # fmt: skip
+    model = AutoModelForCausalLM.from_pretrained(folder / "model", dtype=torch.float32)
+    chats = load_dataset("json", data_files=f"{folder}/chats.jsonl", cache_dir=str(folder), split="train")
+    tokenizer = AutoTokenizer.from_pretrained(folder / "model")
+    trainer = Noted(model, config, train_dataset=chats, processing_class=tokenizer)
     trainer.train()
     return losses
 
@@ -129,8 +128,8 @@ def main(path: Path) -> None:
     path.write_text(
         "# The curve of `recipe=sft` and of TRL's SFTTrainer\n\n"
         f"`python -m tests.training.sft_curve {path}`, {date.today()}, {packages}, CPU, float32. {STEPS} steps of "
-        f"{PACKS} packs of 384 tokens, 30 made-up chats, a Llama of two layers, AdamW with a cosine. TRL's step gets the "
-        "chats that the recipe's packs hold; chat template, mask, loss, optimizer and schedule are its own. Largest "
+        f"{PACKS} packs of 384 tokens, 30 made-up chats, a Llama of two layers, AdamW with a cosine. TRL's step gets "
+        "the chats that the recipe's packs hold; chat template, mask, loss, optimizer and schedule are its own. Largest "
         "relative difference of a step's loss:\n\n"
         "| template | first loss | last loss | one rank, beside TRL | 2 ranks, beside one | 4 ranks, beside one |\n"
         "| --- | --- | --- | --- | --- | --- |\n" + "\n".join(rows) + "\n"

@@ -129,8 +129,8 @@ def main(path: Path) -> None:
         "# The curve of `recipe=sft` and of TRL's SFTTrainer\n\n"
         f"`python -m tests.training.sft_curve {path}`, {date.today()}, {packages}, CPU, float32. {STEPS} steps of "
         f"{PACKS} packs of 384 tokens, 30 made-up chats, a Llama of two layers, AdamW with a cosine. TRL's step gets "
-        "the chats that the recipe's packs hold; chat template, mask, loss, optimizer and schedule are its own. Largest "
-        "relative difference of a step's loss:\n\n"
+        "the chats that the recipe's packs hold; chat template, mask, loss, optimizer and schedule are its own. "
+        "Largest relative difference of a step's loss:\n\n"
         "| template | first loss | last loss | one rank, beside TRL | 2 ranks, beside one | 4 ranks, beside one |\n"
         "| --- | --- | --- | --- | --- | --- |\n" + "\n".join(rows) + "\n"
     )

@@ -7,7 +7,8 @@
 A small model is trained on short documents, evaluated on needles in longer ones, extended with `recipe=extend`,
 evaluated again, exported, loaded by transformers, and told of on a page. Every step is a command of `ringattn` in a
 process of its own; those of `cpu` with seed 0 are the tutorial's, word by word. What is kept in `--out` is small: a
-table, and for each seed the page and both heat maps. All else is in `--work`, or gone at the end.
+table, which has seeds of earlier calls too, and for each seed the page and both heat maps. All else is in `--work`, or
+gone at the end.
 """
 
 import argparse
@@ -20,8 +21,8 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
 from datetime import date
 from importlib import metadata
 from pathlib import Path
@@ -169,27 +170,27 @@ class Told:
         return before, after
 
 
-def tell(scale: Scale, seed: int, folder: Path) -> Told:
+def shell(command: str, folder: Path) -> None:
+    """A command of `ringattn` in a folder, in a process of its own; what it writes goes on to the screen."""
+    paths = os.pathsep.join(path for path in (str(ROOT), os.environ.get("PYTHONPATH", "")) if path)
+    words = [sys.executable, "-m", *shlex.split(command)]
+    subprocess.run(words, cwd=folder, env=os.environ | {"PYTHONPATH": paths}, check=True)
+
+
+def tell(scale: Scale, seed: int, folder: Path, run: Callable[[str, Path], None] = shell) -> Told:
     """Runs a story in a folder, which must be empty or new. Raises CalledProcessError if a command fails."""
     folder.mkdir(parents=True, exist_ok=True)
     seconds = []
     for command in commands(scale, seed):
         print(f"$ {command}", flush=True)
         started = time.perf_counter()
-        _shell(command, folder)
+        run(command, folder)
         seconds.append(time.perf_counter() - started)
         print(f"  {seconds[-1]:.1f} s", flush=True)
     before, after = (_right(folder / "long" / "evaluation" / name / "needle.json") for name in ("before", "after"))
     return Told(
         seed, scale.lengths, _means(before), _means(after), min(map(min, after)), reloaded(folder), tuple(seconds)
     )
-
-
-def _shell(command: str, folder: Path) -> None:
-    """A command of `ringattn` in a folder; what it writes goes on to the screen."""
-    words = [sys.executable, "-m", *shlex.split(command)]
-    paths = os.pathsep.join(path for path in (str(ROOT), os.environ.get("PYTHONPATH", "")) if path)
-    subprocess.run(words, cwd=folder, env=os.environ | {"PYTHONPATH": paths}, check=True)
 
 
 def _right(path: Path) -> list[list[float]]:
@@ -286,18 +287,22 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, required=True, help="folder for what is kept")
     parser.add_argument("--work", type=Path, help="folder for everything else; default: one that is removed")
     args = parser.parse_args(arguments)
-    scale, told = SCALES[args.scale], list[Told]()
+    scale = SCALES[args.scale]
     args.out.mkdir(parents=True, exist_ok=True)
+    results = args.out / f"story-{args.scale}.json"
+    told = {one["seed"]: Told(**one) for one in (json.loads(results.read_text()) if results.exists() else [])}
     with tempfile.TemporaryDirectory(prefix="story-") as temporary:
         for seed in args.seeds:
-            name = f"story-{args.scale}" + (f"-{seed}" if len(args.seeds) > 1 else "")
+            name = f"story-{args.scale}-{seed}"
             folder = (args.work or Path(temporary)) / name
-            told.append(tell(scale, seed, folder))
+            told[seed] = tell(scale, seed, folder)
             keep(folder, args.out, name)
-            (args.out / f"story-{args.scale}.md").write_text(table(args.scale, told))  # what is known is kept at once
-            print(f"seed {seed}: {told[-1].beyond(scale)[0]:.2f} before, {told[-1].beyond(scale)[1]:.2f} after")
-    print(table(args.scale, told))
-    return int(not all(shown(scale, one) for one in told))
+            every = [told[one] for one in sorted(told)]  # what is known is kept at once
+            results.write_text(json.dumps([asdict(one) for one in every], indent=1) + "\n")
+            (args.out / f"story-{args.scale}.md").write_text(table(args.scale, every))
+            print(f"seed {seed}: {told[seed].beyond(scale)[0]:.2f} before, {told[seed].beyond(scale)[1]:.2f} after")
+    print(table(args.scale, every))
+    return int(not all(shown(scale, told[seed]) for seed in args.seeds))
 
 
 def shown(scale: Scale, one: Told) -> bool:

@@ -111,7 +111,7 @@ def commands(scale: Scale, seed: int) -> list[str]:
     """The shell commands of a story, in a folder of its own."""
     short, long = scale.short, scale.long
     needles = (
-        f"tasks=[needle] wording=plain distractors=7 'lengths={_listed(scale.lengths)}' "
+        f"'tasks=[needle]' wording=plain distractors=7 'lengths={_listed(scale.lengths)}' "
         f"'depths={_listed(scale.depths)}' samples={scale.samples}"
     )
     config = " ".join(f"model.config.{one}" for one in scale.model.split())
@@ -133,7 +133,7 @@ def commands(scale: Scale, seed: int) -> list[str]:
         f"data.seq_len={long.length} data.packs_per_step={long.packs} model.rope.theta={long.theta:g} "
         f"optim.lr={long.lr:g} run.steps={long.steps} run.save_every=0 run.seed={seed} run.output=long{more}",
         f"ringattn evaluate model.run=long {needles} output=long/evaluation/after",
-        "ringattn evaluate model.run=long tasks=[logprobs] 'texts.files=[long.jsonl]' texts.documents=4",
+        "ringattn evaluate model.run=long 'tasks=[logprobs]' 'texts.files=[long.jsonl]' texts.documents=4",
         "ringattn export long extended",
         "ringattn report long",
     ]

@@ -35,7 +35,7 @@ def blocks(language: str) -> list[str]:
 
 def test_the_tutorial_has_the_commands_that_are_measured() -> None:
     lines = "\n".join(blocks("bash")).replace("\\\n", " ").splitlines()
-    typed = [shlex.split(line) for line in lines]
+    typed = [shlex.split(line) for line in lines if line]
     assert [words for words in typed if words[1] != "data"] == [shlex.split(one) for one in commands(CPU, 0)]
 
 
@@ -69,6 +69,7 @@ def logits_of(run: Path, ids: torch.Tensor) -> torch.Tensor:
     return logits
 
 
+@pytest.mark.slow
 def test_the_story_in_small(tmp_path: Path, pool: Pools, monkeypatch: pytest.MonkeyPatch) -> None:
     """Nothing is learned in so few steps; every command does what the next one needs."""
     monkeypatch.setenv("HOME", str(tmp_path))  # of the cache of tokens
@@ -76,7 +77,7 @@ def test_the_story_in_small(tmp_path: Path, pool: Pools, monkeypatch: pytest.Mon
     assert told.logprob_error <= 1e-5
     assert len(told.before) == len(told.after) == len(TINY.lengths)
     page = (tmp_path / "long" / "report.html").read_text()
-    for part in ("before/needle", "after/needle", 'class="state done"', "rope_theta: 80000", "2 ranks"):
+    for part in ("before/needle", "after/needle", 'class="state done"', "theta: 80000", "2 ranks"):
         assert part in page, part
     assert page.count("data:image/png;base64,") == 2
     from transformers import AutoModelForCausalLM

@@ -15,6 +15,7 @@ from yaml import YAMLError
 
 from ringattn.training.evaluation.prepared import prepare
 from ringattn.training.failures import reported
+from ringattn.training.health.start import tell_launcher
 from ringattn.training.start.launched import current
 from ringattn.training.start.refusal import refuse
 
@@ -25,6 +26,7 @@ def main(cfg: DictConfig) -> None:
     try:
         job = prepare(cfg, current())
     except (ValueError, OmegaConfBaseException) as error:
+        tell_launcher(error)
         refuse(error)
     from ringattn.training.evaluation.evaluate import evaluate
 

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ringattn.commands._call import integer
-from ringattn.commands.train import CONFIGS
+from ringattn.commands._torchrun import CONFIGS
 
 if TYPE_CHECKING:
     from omegaconf import DictConfig

@@ -17,17 +17,14 @@ code 0 if all tasks are done, 2 for wrong arguments, 1 if one failed.
 
 import argparse
 import io
-import os
 import runpy
 import sys
 from contextlib import redirect_stdout
 from importlib.util import find_spec
-from typing import NoReturn
 
-from ringattn.commands._call import RANKS, integer
-from ringattn.commands.train import HOME, INSTALLED, cores, default_ranks
+from ringattn.commands._torchrun import CONFIGS, HOME, add_ranks, beside, torchrun
 
-RECIPE, CONFIG = HOME / "recipes" / "evaluate.py", HOME / "configs" / "evaluate.yaml"
+RECIPE, CONFIG = HOME / "recipes" / "evaluate.py", CONFIGS / "evaluate.yaml"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -35,14 +32,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.epilog = f"The configuration, with a comment on every key: {CONFIG}"
     parser.allow_abbrev = False
     parser.set_defaults(overrides=[])
-    parser.add_argument(
-        "--nproc",
-        "--nproc-per-node",
-        type=integer(RANKS),
-        default=os.environ.get("NPROC") or None,
-        metavar="N",
-        help="ranks, default NPROC, else one for each GPU, else 2",
-    )
+    add_ranks(parser)
     parser.add_argument("--cfg", "-c", action="store_true", help="print the configuration and evaluate nothing")
 
 
@@ -53,7 +43,7 @@ def run(args: argparse.Namespace) -> int:
     if not args.cfg:
         if find_spec("transformers") is None:
             args.parser.error("evaluation needs transformers, which is not installed: pip install 'ringattn[train]'")
-        start(args, overrides)
+        return start(args, overrides)
     run_recipe(["--cfg", "job", *overrides])
     return 0
 
@@ -64,16 +54,8 @@ def run_recipe(arguments: list[str]) -> None:
     runpy.run_path(str(RECIPE), run_name="__main__")
 
 
-def start(args: argparse.Namespace, overrides: list[str]) -> NoReturn:
-    """Puts torchrun in the place of this process, so that signals reach it and the exit code is its own."""
+def start(args: argparse.Namespace, overrides: list[str]) -> int:
+    """Starts the ranks and waits for them; the exit code."""
     with redirect_stdout(io.StringIO()):  # a key that does not exist is said here, once, and not by ranks
         run_recipe(["--cfg", "job", *overrides])
-    ranks = args.nproc or default_ranks()
-    os.environ["OMP_NUM_THREADS"] = os.environ.get("OMP_NUM_THREADS") or str(max(1, cores() // ranks))
-    if not INSTALLED:  # a recipe finds what stands in its own folder, and not the package of its checkout
-        paths = [str(HOME), os.environ.get("PYTHONPATH", "")]
-        os.environ["PYTHONPATH"] = os.pathsep.join(path for path in paths if path)
-    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os.execv(sys.executable, [sys.executable, *launcher, str(RECIPE), *overrides])
+    return beside([*torchrun(args), str(RECIPE), *overrides])

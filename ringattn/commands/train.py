@@ -32,26 +32,15 @@ import re
 import runpy
 import socket
 import sys
-import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager, redirect_stdout
-from importlib import metadata
+from contextlib import redirect_stdout
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 from ringattn.commands._call import RANKS, integer
+from ringattn.commands._torchrun import CONFIGS, HOME, ONE_MACHINE, add_ranks, one_machine, torchrun
 
-PACKAGE = Path(__file__).parents[1]
-# An installed package holds recipes and configurations; in a checkout they stand beside it.
-MEETING = "RENDEZVOUS-FILE"  # in the command of torchrun: a name that is filled in as it starts
-ONE_MACHINE = (
-    "--nnodes", "1", "--rdzv-backend", "c10d", "--rdzv-endpoint", MEETING, "--rdzv-conf", "store_type=file",
-    "--local-addr", "127.0.0.1", "--rdzv-id", "ringattn",
-)  # fmt: skip
-INSTALLED = (PACKAGE / "recipes").is_dir()
-HOME = PACKAGE if INSTALLED else PACKAGE.parent
-RECIPE, CONFIGS = HOME / "recipes" / "train.py", HOME / "configs"
+RECIPE = HOME / "recipes" / "train.py"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -59,14 +48,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.epilog = f"The shipped configuration, with a comment on every key: {CONFIGS}"
     parser.allow_abbrev = False  # what is added to Hydra's options later must not change the meaning of a command
     parser.set_defaults(overrides=[])
-    parser.add_argument(
-        "--nproc",
-        "--nproc-per-node",
-        type=integer(RANKS),
-        default=os.environ.get("NPROC") or None,
-        metavar="N",
-        help="ranks of this machine, default NPROC, else one for each GPU, else 2",
-    )
+    add_ranks(parser)
     parser.add_argument(
         "--max-restarts",
         type=restarts,
@@ -130,18 +112,12 @@ def start(args: argparse.Namespace, arguments: list[str]) -> int:
         run_recipe(["--cfg", "job", *arguments])
     cfg = OmegaConf.create(printed.getvalue())
     grace = check_run(args, cfg)
-    ranks = args.nproc or default_ranks()
-    # torchrun would set 1; more threads than cores make CPU ranks wait for each other.
-    os.environ["OMP_NUM_THREADS"] = os.environ.get("OMP_NUM_THREADS") or str(max(1, cores() // ranks))
-    if not INSTALLED:  # a recipe finds what stands in its own folder, and not the package of its checkout
-        paths = [str(HOME), os.environ.get("PYTHONPATH", "")]
-        os.environ["PYTHONPATH"] = os.pathsep.join(path for path in paths if path)
-    launcher = ["-m", "torch.distributed.run", *where, "--nproc-per-node", str(ranks), *patience(grace)]
+    command = [*torchrun(args, where), *patience(grace)]
     if args.max_restarts:
-        launcher += ["--max-restarts", str(args.max_restarts)]
+        command += ["--max-restarts", str(args.max_restarts)]
+    command += [str(RECIPE), *arguments]
     sys.stdout.flush()
     sys.stderr.flush()
-    command = [sys.executable, *launcher, str(RECIPE), *arguments]
     output = Path(cfg.run.output).expanduser().resolve()
     nodes = (int(args.node_rank or os.environ["NODE_RANK"]), args.nodes[1]) if args.nodes else None
     with one_machine(command):
@@ -166,21 +142,6 @@ def patience(grace: float) -> list[str]:
 
     options = [option for action in get_args_parser()._actions for option in action.option_strings]
     return ["--shutdown-timeout", str(math.ceil(grace))] if "--shutdown-timeout" in options else []
-
-
-@contextmanager
-def one_machine(command: list[str]) -> Iterator[None]:
-    """Ranks of one machine meet in a file, whose name is filled in here, and nothing listens to the network for them.
-
-    torchrun's own way for one machine (--standalone) listens on all its addresses.
-    """
-    if MEETING not in command:
-        yield
-        return
-    with tempfile.TemporaryDirectory(prefix="ringattn-") as folder:
-        command[command.index(MEETING)] = str(Path(folder) / "rendezvous")
-        os.environ["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "1"  # the ranks open their own, on the loopback
-        yield
 
 
 def check(args: argparse.Namespace) -> None:
@@ -283,31 +244,3 @@ def local_address(endpoint: str) -> list[str]:
     except OSError:
         return []
     return [] if found.startswith("127.") or found == "::1" else ["--local-addr", found]
-
-
-def default_ranks() -> int:
-    """One for each GPU that torch can use, else 2."""
-    import torch
-
-    gpus = torch.cuda.device_count()
-    tell(f"{gpus} GPUs: {gpus or 2} ranks")
-    if gpus and not installed("flash-attn-4"):
-        tell("FlashAttention 4 is not installed: pip install 'ringattn[fa4]', or EXTRAS=fa4 for the launch scripts")
-    return gpus or 2
-
-
-def cores() -> int:
-    """That this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
-def installed(distribution: str) -> bool:
-    try:
-        metadata.version(distribution)
-    except metadata.PackageNotFoundError:
-        return False
-    return True
-
-
-def tell(message: str) -> None:
-    print(f"ringattn: {message}", file=sys.stderr)

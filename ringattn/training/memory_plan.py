@@ -3,6 +3,7 @@
 Every rank decides for itself, from integers that are the same on machines of one kind; `Trainer` compares.
 """
 
+import math
 from collections.abc import Callable, Collection
 from dataclasses import dataclass, fields, replace
 from typing import Any
@@ -26,6 +27,7 @@ from ringattn.parallel.machine.shipped import local_machine
 from ringattn.parallel.mesh.shape import MeshShape
 from ringattn.training.config.memory_keys import AUTO, OF_STATES, OF_STEP, state_settings, step_settings
 from ringattn.training.engines.deepspeed import why_no_cpu_adam
+from ringattn.training.engines.muon import matrices
 from ringattn.training.resuming.save_plan import reserved_host
 from ringattn.training.start.launched import Launch
 
@@ -93,7 +95,7 @@ def plan_memory(
     except NotImplementedError as error:
         plan = _unplanned(cfg, free, str(error))
         return replace(plan, memory=replace(plan.memory, loss_tile=fixed.get("loss_tile", plan.memory.loss_tile)))
-    run, machine = run_shape(cfg, shape, device), local_machine(device.type)
+    run, machine = run_shape(cfg, shape, device, empty), local_machine(device.type)
     limits = limits_of(cfg, launch, device, reserved_host(cfg, empty, launch))
     if free:
         choice = _choice(model, run, fixed, limits, machine)
@@ -134,8 +136,10 @@ def limits_of(cfg: DictConfig, launch: Launch, device: torch.device, reserved: i
     return Limits(gpu, host, ranks, cfg.memory.margin, outside)
 
 
-def run_shape(cfg: DictConfig, shape: MeshShape, device: torch.device) -> RunShape:
+def run_shape(cfg: DictConfig, shape: MeshShape, device: torch.device, empty: nn.Module) -> RunShape:
     """A run's numbers: its longest pack is one document, the dearest that there is."""
+    of_muon = matrices(empty) if cfg.optim.name == "muon" else []
+    rows, columns = max((tuple(p.shape) for p in of_muon), key=math.prod, default=(0, 0))
     return RunShape(
         tokens=cfg.data.seq_len,
         ring=shape.ring,
@@ -149,6 +153,8 @@ def run_shape(cfg: DictConfig, shape: MeshShape, device: torch.device) -> RunSha
         head_chunks=cfg.parallel.head_chunks or 1,
         kernel_sums=device.type == "cuda",
         fused=cfg.engine.compile == "elementwise",
+        matrices=sum(p.numel() for p in of_muon),
+        largest_matrix=(rows, columns),
     )
 
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from ringattn.cli import main
-from ringattn.commands import train
+from ringattn.commands import _torchrun, train
 from ringattn.training.health.launcher import Launcher
 from tests.test_import import ROOT
 
@@ -67,7 +67,7 @@ def refused(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
 def test_two_ranks_on_the_cpu_share_its_cores(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(train.os, "sched_getaffinity", lambda _: set(range(7)), raising=False)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(7)), raising=False)
     assert became() == f"-m torch.distributed.run ALONE --nproc-per-node 2 {RECIPE}"
     assert os.environ[SHARED] == "1"
     assert os.environ["OMP_NUM_THREADS"] == "3"
@@ -77,7 +77,7 @@ def test_two_ranks_on_the_cpu_share_its_cores(
 
 
 def test_more_ranks_than_cores_have_a_thread_each(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(train.os, "sched_getaffinity", lambda _: {0, 1}, raising=False)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0, 1}, raising=False)
     became("--nproc", "3")
     assert os.environ["OMP_NUM_THREADS"] == "1"
 
@@ -85,7 +85,7 @@ def test_more_ranks_than_cores_have_a_thread_each(monkeypatch: pytest.MonkeyPatc
 def test_one_rank_for_each_gpu(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
     for there in (False, True):
-        monkeypatch.setattr(train, "installed", lambda name, there=there: there and name == "flash-attn-4")
+        monkeypatch.setattr(_torchrun, "installed", lambda name, there=there: there and name == "flash-attn-4")
         assert "--nproc-per-node 4 " in became()
         told = capsys.readouterr().err
         assert told.startswith("ringattn: 4 GPUs: 4 ranks\n")

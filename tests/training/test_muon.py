@@ -1,5 +1,6 @@
 """Muon on sharded parameters: torch's own on whole ones, whatever the number of ranks, and what it is not for."""
 
+import math
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
@@ -15,12 +16,17 @@ from torch.distributed.tensor import Shard, distribute_tensor
 
 from ringattn import Documents, Layout
 from ringattn.hf import parallelize
+from ringattn.hf.shape import model_shape
+from ringattn.memory.planning.items import MOMENTS, STEP
+from ringattn.memory.planning.shapes import RunShape
+from ringattn.memory.planning.states import States
 from ringattn.memory.settings import MemorySettings, StateSettings
 from ringattn.training.engines import EngineOptions, build_engine
-from ringattn.training.engines.muon import muon, orthogonal_matrix, rows_of
+from ringattn.training.engines.muon import _OF_MUON, matrices, muon, orthogonal_matrix, rows_of
 from ringattn.training.engines.optimizers import set_learning_rate
 from ringattn.training.loss import brought
 from ringattn.training.model.models import build_model, empty_model, model_config
+from tests.memory.planning.tracker import Tracker
 from tests.parallel.ranks import mesh_of
 from tests.pool import Pools
 from tests.training.recipe import prepared, started
@@ -200,6 +206,45 @@ def test_a_step_without_finite_gradients_changes_nothing(pool: Pools) -> None:
     (before, counts), (after, same) = (pool(2).run(spoiled, step)[0] for step in (None, 2))
     assert all(torch.equal(before[name], after[name]) for name in before)
     assert counts["the optimizer's count of steps"] == same["the optimizer's count of steps"] == 2
+
+
+def planned_and_held(ranks: int) -> dict[str, tuple[int, int]]:
+    """Bytes by plan, and those of the optimizer's state and of what the matrices' step makes on the way."""
+    mesh = mesh_of(ranks, 1)
+    engine = engine_of(mesh)
+    train(engine, mesh, 0, 1)
+    optimizer = engine._optimizer
+    states = [one for state in optimizer.state.values() for one in state.values() if one.dim()]
+    for p in engine.model.parameters():
+        p.grad = torch.ones_like(p)
+    with torch.no_grad(), Tracker() as tracker:
+        for group in optimizer.param_groups:
+            if group[_OF_MUON]:
+                optimizer._step_matrices(group)
+    empty = empty_model(config_of(False))
+    wide = matrices(empty)
+    largest = max((tuple(p.shape) for p in wide), key=math.prod)
+    run = RunShape(DOCS.total, ring=ranks, matrices=sum(p.numel() for p in wide), largest_matrix=largest)
+    states_of = States(model_shape(empty, config_of(False)), run, StateSettings())
+    held = sum(one.to_local().nbytes for one in states)
+    return {"held": (states_of.between_steps[MOMENTS], held), "step": (states_of.update[STEP], tracker.peak)}
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_memory_is_planned_for_one_momentum_a_matrix(pool: Pools, ranks: int) -> None:
+    """Rows of odd matrices are shared unevenly, so that a rank holds a little more or less than its share."""
+    found = pool(ranks).run(planned_and_held, ranks)
+    planned, held = (sum(one["held"][at] for one in found) for at in (0, 1))
+    assert planned == pytest.approx(held, rel=1e-3)
+    assert found[0]["step"][0] == pytest.approx(max(one["step"][1] for one in found), rel=0.1)
+
+
+def test_the_recipe_plans_for_muon() -> None:
+    sizes = {name: f"optim={name}" for name in ("adamw", "muon")}
+    items = {name: prepared(one, "memory=off").plan.choice.plan.peak("step").items for name, one in sizes.items()}
+    assert 0.5 < items["muon"][MOMENTS] / items["adamw"][MOMENTS] < 0.6  # most weights stand in matrices
+    assert items["muon"][STEP] > 0
+    assert STEP not in items["adamw"]
 
 
 def test_rows_are_those_of_fsdp2():

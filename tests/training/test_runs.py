@@ -216,11 +216,12 @@ def kill_session(process: "subprocess.Popen[str]") -> None:
 
 @pytest.mark.slow
 def test_sigterm_saves_and_another_number_of_ranks_goes_on(reference, tmp_path):
-    process = start(tmp_path, 2, "run.save_every=0")
+    process = start(tmp_path, 2, "run.save_every=0", "run.report=true")
     wait_for_step(tmp_path, 5)
     process.send_signal(signal.SIGTERM)
     text = finish(process, code=None)
     assert "start again with the same command" in text
+    assert '<span class="state stopped">stopped</span>' in (tmp_path / "report.html").read_text()
     stopped = curve(tmp_path)[-1][0]
     assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == [f"step-{stopped:08d}"]
     text = run(tmp_path, 1, "run.save_every=0")

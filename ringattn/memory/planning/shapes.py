@@ -121,6 +121,8 @@ class RunShape:
         head_chunks: see `parallel_attention`.
         kernel_sums: attention's backward kernel adds up in float32 memory of its own, as all on GPUs do.
         fused: norms, rotary embeddings and the MLP's product are one kernel each (`ringattn.hf.elementwise`).
+        matrices: parameters that have Muon's one momentum in the place of AdamW's two moments.
+        largest_matrix: rows and columns of the largest matrix among them.
     """
 
     tokens: int
@@ -136,6 +138,8 @@ class RunShape:
     head_chunks: int = 1
     kernel_sums: bool = True
     fused: bool = False
+    matrices: int = 0
+    largest_matrix: tuple[int, int] = (0, 0)
 
     def __post_init__(self) -> None:
         for name in ("tokens", "ring", "ulysses", "data", "micro_steps", "head_chunks"):

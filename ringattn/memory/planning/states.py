@@ -108,6 +108,8 @@ class States:
             return {}
         if self.run.engine == "deepspeed":
             return {STEP: math.ceil(self.model.total.trained * WIDE / self.run.ranks)}
+        if self.run.matrices:
+            return {STEP: self._orthogonal}
         if (self.settings.weights, self.settings.moments) == ("float32", "float32"):
             return {}  # one fused kernel
         largest = max(self.model.embedding.trained, self.model.head.trained, self.model.largest_layer.trained)
@@ -120,8 +122,24 @@ class States:
         return (3 * total * self.held + 2 * self._moments) / ranks
 
     @property
+    def _orthogonal(self) -> int:
+        """What Muon's step has beside states (`ringattn.training.engines.muon`), in bfloat16 but for updates.
+
+        Alone a rank has a matrix's momentum, what it becomes, and that twice in float32 as it is applied. Of several
+        ranks each has its rows of as many matrices, these end to end, one matrix whole, two copies of that as it is
+        multiplied, and two products of its shorter side.
+        """
+        rows, columns = self.run.largest_matrix
+        size, half = rows * columns, ITEMSIZE["bfloat16"]
+        if self.run.ranks == 1:
+            return 2 * (half + WIDE) * size
+        return half * (5 * size + 2 * min(rows, columns) ** 2)
+
+    @property
     def _moments(self) -> float:
         """Bytes of both moments, of all ranks. Those of embeddings are not of 8 bits."""
+        if self.run.matrices:  # float32 alone
+            return WIDE * (2 * self.model.total.trained - self.run.matrices)
         own = MOMENT_BYTES[self.settings.moments]
         embedding = max(own, self.held) if self.settings.moments == "int8" else own
         return 2 * (

@@ -33,7 +33,8 @@ class ChatEncoder:
         template: text of a chat template in the place of the tokenizer's own.
         loss_on: `assistant`, or `all`.
 
-    Raises ValueError for a tokenizer without a template, or one that cannot say where its tokens stand in the text.
+    Raises ValueError for a tokenizer without a template or with one that is no Jinja, or one that cannot say where its
+    tokens stand in the text.
     """
 
     def __init__(self, tokenizer: Any, template: str | None, loss_on: str) -> None:
@@ -41,6 +42,7 @@ class ChatEncoder:
         self.template: str | None = own.get("default") if isinstance(own, dict) else own
         if not self.template:
             raise ValueError("the tokenizer has no chat template; name a file with one by data.chat_template")
+        _check_syntax(tokenizer, self.template)
         self.tokenizer, self.loss_on = tokenizer, loss_on
         self.marked = _MARKED.search(self.template) is not None
         if loss_on == "assistant" and not tokenizer.is_fast:
@@ -181,6 +183,20 @@ def template_of(tokenizer: Any, given: str | None) -> str | None:
         return Path(given).expanduser().read_text(encoding="utf-8")
     except (OSError, ValueError) as error:
         raise ValueError(f"data.chat_template={given!r} must be a file with a template, or trl: {error}") from None
+
+
+def _check_syntax(tokenizer: Any, template: str) -> None:
+    """A template that is broken would refuse every conversation, as if each were at fault. Raises ValueError."""
+    from jinja2 import TemplateSyntaxError
+
+    try:
+        tokenizer.apply_chat_template([{"role": "user", "content": _PROBE}], chat_template=template, tokenize=False)
+    except TemplateSyntaxError as error:
+        raise ValueError(
+            f"the chat template is broken, line {error.lineno}: {error.message}; data.chat_template names another"
+        ) from None
+    except Exception:  # what it says of a conversation is heard when there is one
+        return
 
 
 def _tools(tools: Any) -> Any:

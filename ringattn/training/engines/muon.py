@@ -25,13 +25,19 @@ _EPS = 1e-7
 _OF_MUON = "matrices"  # the key of groups that says whose they are
 
 
-def muon(model: nn.Module, options: EngineOptions) -> torch.optim.Optimizer:
-    """Muon with `options.momentum` for matrices that are trained, AdamW for embedding, head, norms and biases."""
+def matrices(model: nn.Module) -> list[nn.Parameter]:
+    """The parameters that Muon is for: those that are trained and have two axes, but embedding and head."""
     ends = (model.get_input_embeddings(), model.get_output_embeddings())  # type: ignore[operator]
     apart = {id(p) for one in ends if one is not None for p in one.parameters()}
+    return [p for p in model.parameters() if p.requires_grad and p.dim() == 2 and id(p) not in apart]
+
+
+def muon(model: nn.Module, options: EngineOptions) -> torch.optim.Optimizer:
+    """Muon with `options.momentum` for `matrices`, AdamW for embedding, head, norms and biases."""
+    wide = matrices(model)
+    taken = {id(p) for p in wide}
     trained = [p for p in model.parameters() if p.requires_grad]
-    wide = [p for p in trained if p.dim() == 2 and id(p) not in apart]
-    rest = [p for p in trained if p.dim() >= 2 and (p.dim() > 2 or id(p) in apart)]
+    rest = [p for p in trained if p.dim() >= 2 and id(p) not in taken]
     small = [p for p in trained if p.dim() < 2]
     decay = options.weight_decay
     groups: list[dict[str, Any]] = [
@@ -68,10 +74,12 @@ class Muon(torch.optim.AdamW):
         parameters.sort(key=lambda p: -p.numel())
         count = _shares(parameters[0]) if parameters else 1
         for first in range(0, len(parameters), count):
-            some = parameters[first : first + count]
-            pieces = [self._momentum_of(p).to(self._device) for p in some]
-            for p, update in zip(some, orthogonal(pieces, some), strict=True):
-                self._apply(p, update, group)
+            self._step_some(parameters[first : first + count], group)  # what is made on the way goes with each call
+
+    def _step_some(self, some: Sequence[nn.Parameter], group: dict[str, Any]) -> None:
+        pieces = [self._momentum_of(p).to(self._device) for p in some]
+        for p, update in zip(some, orthogonal(pieces, some), strict=True):
+            self._apply(p, update, group)
 
     def _momentum_of(self, p: nn.Parameter) -> Tensor:
         """Nesterov's momentum of this rank's rows, in bfloat16, as the iteration takes it."""

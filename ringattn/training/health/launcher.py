@@ -69,7 +69,7 @@ class Launcher:
             if before[number] != signal.SIG_IGN:  # nohup
                 signal.signal(number, lambda number, _: self._signals.append(number))
         try:
-            self._process = subprocess.Popen(self.command, start_new_session=True, preexec_fn=_ends_with_this())
+            self._process = subprocess.Popen(self.command, start_new_session=True, preexec_fn=ends_with_this())
             self._refusal = places.refusal_file(self._process.pid)
             self._refusal.touch(mode=0o600)
             self._wait()
@@ -207,7 +207,7 @@ def tell(message: str) -> None:
     print(f"ringattn: {message}", file=sys.stderr, flush=True)
 
 
-def _ends_with_this() -> Callable[[], None]:
+def ends_with_this() -> Callable[[], None]:
     """Run in torchrun before it is torchrun: as this process ends it gets SIGTERM."""
     parent = os.getpid()
     try:

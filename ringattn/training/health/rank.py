@@ -156,6 +156,10 @@ def running(job: Job, lock: Lock) -> Iterator[Health]:
     else:
         if job.launch.rank == 0:
             write_ending(job.output, ending_of(health.steps, health.done))
+            if job.cfg.run.report:  # its page says how it ended
+                from ringattn.training.page.write import write_at_end
+
+                write_at_end(job.output)
         health.record.at("done")
     finally:
         lock.release()

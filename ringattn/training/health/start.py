@@ -17,15 +17,20 @@ def refused(cfg: DictConfig, error: Exception) -> None:
     """Says to the launcher, and in the run's folder if there is one and no run is in it, that a start was refused."""
     if not speaks_for_machine(os.environ):
         return
-    refusal = places.refusal_file(os.getppid())
-    if refusal.exists():
-        refusal.write_text(str(error))
+    tell_launcher(error)
     try:
         output = Path(cfg.run.output).expanduser().resolve()
     except Exception:  # the refusal may be about it
         return
     if is_first(os.environ) and output.is_dir() and is_free(output) and not _last_said(output):
         write_ending(output, Ending("failed", False, f"refused: {error}", places.newest_step(output)))
+
+
+def tell_launcher(error: Exception) -> None:
+    """Says to the command that started torchrun, if one did, that a rank refuses to run."""
+    refusal = places.refusal_file(os.getppid())
+    if speaks_for_machine(os.environ) and refusal.exists():
+        refusal.write_text(str(error))
 
 
 def hold(job: Job) -> Lock:

@@ -1,6 +1,7 @@
 """The page itself: what stands in which section, and the file it is written to."""
 
 import json
+import sys
 from collections.abc import Iterable, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
@@ -32,6 +33,14 @@ def write_page(run: Path, out: Path | None = None) -> Path:
     partial.write_text(text, encoding="utf-8")
     partial.replace(path)
     return path
+
+
+def write_at_end(run: Path) -> None:
+    """The page of a run that has said in `exit.json` how it ended: `run.report=true`. A warning where that fails."""
+    try:
+        print(f"report: {write_page(run)}", flush=True)
+    except Exception as error:  # a run does not fail for a picture
+        print(f"warning: {NAME} could not be written: {error}", file=sys.stderr, flush=True)
 
 
 def page_text(run: RunFolder) -> str:

@@ -1,4 +1,4 @@
-"""What a run tells: progress, metrics.jsonl, loss.png, trackers, page. Other ranks than 0 do nothing in any call."""
+"""What a run tells: progress, metrics.jsonl, loss.png, trackers. Other ranks than 0 do nothing in any call."""
 
 import importlib.util
 import sys
@@ -32,7 +32,6 @@ class Report:
         self._file = MetricsFile(self._output / "metrics.jsonl", step)
         config: Any = redacted(OmegaConf.to_container(job.cfg))
         self._trackers = Trackers(wanted(run.trackers, run.tensorboard), self._output, config, step)
-        self._page = run.report
         self._progress = Progress(step, run.steps, run.log_every)
 
     def step(self, metrics: StepMetrics) -> None:
@@ -64,22 +63,12 @@ class Report:
     def __enter__(self) -> "Report":
         return self
 
-    def __exit__(self, kind: object, *_: object) -> None:
+    def __exit__(self, *_: object) -> None:
         if not self._enabled:
             return
         self._progress.close()
         self._file.close()
         self._trackers.close()
-        if self._page and kind is None:  # what was raised must be heard of first
-            self._write_page()
-
-    def _write_page(self) -> None:
-        from ringattn.training.page.write import write_page
-
-        try:
-            print(f"report: {write_page(self._output)}", flush=True)
-        except Exception as error:  # a run does not fail for a picture
-            print(f"warning: report.html could not be written: {error}", file=sys.stderr, flush=True)
 
 
 def _opening(job: Job, step: int, parameters: int) -> str:

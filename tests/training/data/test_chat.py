@@ -142,6 +142,13 @@ def test_a_tokenizer_without_a_template_is_refused(tmp_path):
         template_of(chat_tokenizer("gemma", "{{ messages }}"), "trl")
 
 
+@pytest.mark.parametrize("loss_on", ["assistant", "all"])
+def test_a_broken_template_is_no_fault_of_a_conversation(loss_on):
+    broken = "{% for m in messages %}\n{{ m.content }"
+    with pytest.raises(ValueError, match=r"the chat template is broken, line 2: .*data\.chat_template"):
+        ChatEncoder(chat_tokenizer("gemma"), broken, loss_on)
+
+
 def test_a_template_that_marks_nothing_is_told():
     marked = "{% for m in messages %}{{ m.content }}{% generation %}{% endgeneration %}{% endfor %}"
     with pytest.raises(ValueError, match="the chat template marks none"):

@@ -23,6 +23,7 @@ def test_a_run_writes_its_page_and_the_trace_it_was_asked_for(tmp_path):
     code, out, err = started(tmp_path, *asked, "run.profile=[2,3]")
     assert code == 0, out + err
     assert f"report: {output / 'report.html'}" in out
+    assert '<span class="state done">done</span>' in (output / "report.html").read_text()
     names = {event.get("name") for event in read_trace(output / "profile" / "trace-rank0.json.gz")}
     assert {"step 2", "step 3"} <= names
     assert not {"step 1", "step 4"} & names

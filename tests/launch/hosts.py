@@ -17,7 +17,7 @@ INTERFACE = "link0"
 OVER_THE_LINK = {
     "GLOO_SOCKET_IFNAME": INTERFACE
 }  # for ranks of both hosts: the name of this machine means the loopback
-SHORT_QUEUE = ("burst", "32kb", "limit", "64kb")
+SHORT_QUEUE = "burst", "16kb", "limit", "24kb"
 ADDRESSES = ("10.213.77.1", "10.213.77.2")
 
 

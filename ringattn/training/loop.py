@@ -1,20 +1,14 @@
 """The training loop: data, layout, forward, loss, backward, clip, step, metrics, checkpoint."""
 
 import math
-import random
 import time
-import warnings
 from collections.abc import Sequence
 
-import numpy as np
 import torch
 import torch.distributed as dist
-from torch import nn
 
-from ringattn import init_mesh
 from ringattn.first_failure import FirstFailure
-from ringattn.hf import attention_kwargs, parallelize
-from ringattn.hf.elementwise import Elementwise
+from ringattn.hf import attention_kwargs
 from ringattn.hf.memory import note_targets
 from ringattn.memory.out_of_memory import CudaMemory, MemoryWatch
 from ringattn.training.checkpoint import Place, TrainState
@@ -23,16 +17,15 @@ from ringattn.training.checks.determinism import be_deterministic
 from ringattn.training.checks.spikes import Spikes, losses_before, record_spike
 from ringattn.training.checks.step_checks import StepChecks
 from ringattn.training.checks.stragglers import Stragglers
-from ringattn.training.config.checks import compute_dtype
 from ringattn.training.config.optim import schedule_of
-from ringattn.training.engines import Engine, EngineOptions, build_engine
+from ringattn.training.engines import Engine
 from ringattn.training.evaluation.validation import Validation
 from ringattn.training.health.rank import Health, StopRequest
 from ringattn.training.loss import Brought, brought, spoiling
+from ringattn.training.making import engine_of, mesh_of, quiet_libraries, seed_libraries
 from ringattn.training.model.flops import StepFlops, peak_flops
 from ringattn.training.model.lora import lora_of
-from ringattn.training.model.models import build_model, empty_model
-from ringattn.training.model.streamed import streamed_weights
+from ringattn.training.model.models import empty_model
 from ringattn.training.packs.ahead import BatchesAhead
 from ringattn.training.packs.batches import Batch
 from ringattn.training.packs.grouping import DocumentCost
@@ -61,21 +54,14 @@ class Trainer:
         self.job, self.cfg = job, cfg
         self.health = health = Health() if health is None else health
         self.stop = StopRequest(health.record)
-        parallel = cfg.parallel
-        self.mesh = init_mesh(
-            data=parallel.data,
-            ring=parallel.ring,
-            ulysses=parallel.ulysses,
-            device_type=job.device.type,
-            ulysses_across_nodes=parallel.ulysses_across_nodes,
-        )
+        self.mesh = mesh_of(job)
         self.world_size = dist.get_world_size()
         self.schedule = schedule_of(cfg)
         self.flops = StepFlops.of(
             empty_model(job.model_config, lora_of(cfg.model), list(cfg.model.freeze)), job.model_config
         )
-        _seed(cfg.run.seed, dist.get_rank())
-        self.engine: Engine = build_engine(cfg.engine.name, self.mesh, self._engine_options())
+        seed_libraries(cfg.run.seed, dist.get_rank())
+        self.engine: Engine = engine_of(job, self.mesh, health)
         memory = CudaMemory(job.device) if job.device.type == "cuda" else None
         self.memory = MemoryWatch(memory, job.output, dist.get_rank(), job.plan.items, job.plan.advice)
         self.checks = StepChecks(job, self.mesh, self.engine, self._forward)
@@ -86,49 +72,11 @@ class Trainer:
             cfg.data.seq_len,
             cfg.run.evaluate_every,
             cfg.run.steps,
-            parallel.policy,
+            cfg.parallel.policy,
         )
         self.step, self.tokens, self.position = 0, 0, Position().state_dict()
         self.keeping = Keeping(job)
         self.restore()
-
-    def _engine_options(self) -> EngineOptions:
-        cfg, job = self.cfg, self.job
-        config, lora, frozen = job.model_config, lora_of(cfg.model), list(cfg.model.freeze)
-        return EngineOptions(
-            empty=lambda: empty_model(config, lora, frozen),
-            load=lambda: build_model(
-                config, cfg.run.seed, cfg.model.path, list(cfg.model.allow_mismatch), lora, frozen
-            ),
-            attach=self._attach,
-            device=job.device,
-            dtype=compute_dtype(cfg),
-            weight_decay=cfg.optim.weight_decay,
-            betas=(cfg.optim.betas[0], cfg.optim.betas[1]),
-            eps=cfg.optim.eps,
-            clip=cfg.optim.clip,
-            micro_steps=cfg.data.packs_per_step // self.mesh.data,
-            zero_stage=cfg.engine.get("zero_stage", 0),
-            stream=lambda: streamed_weights(config, cfg.run.seed, cfg.model.path, lora),
-            momentum=cfg.optim.momentum if cfg.optim.name == "muon" else None,
-            states=job.plan.states,
-        )
-
-    def _attach(self, model: nn.Module) -> None:
-        """What is done to a model before it is sharded."""
-        parallel = self.cfg.parallel
-        self.health.watch_layers(model)
-        if self.cfg.engine.compile == "elementwise":
-            Elementwise(model)
-        parallelize(
-            model,
-            self.mesh,
-            self.job.plan.memory,
-            scheme=parallel.scheme,
-            backend=parallel.backend,
-            head_chunks=parallel.head_chunks,
-            deterministic=self.cfg.run.deterministic,
-        )
 
     def restore(self, before: int | None = None) -> bool:
         """Goes on from the newest good checkpoint, not later than step `before`; False if there is none. Collective.
@@ -330,7 +278,7 @@ def train(job: Job, health: Health | None = None) -> None:
         if rank0:
             print(_finished(job))
         return
-    _quiet_libraries()
+    quiet_libraries()
     if job.launch.world_size > 1 and dist.is_initialized():
         health.joined()
     health.record.at("starting")
@@ -356,18 +304,3 @@ def _finished(job: Job) -> str:
         f"{job.output} already holds all {job.cfg.run.steps} steps: see metrics.jsonl and loss.png there. For another "
         f"run choose run.output=...; to train this one further use run.steps=<more> run.resume=force"
     )
-
-
-def _seed(seed: int, rank: int) -> None:
-    """Random states for dropout and the like, another one for each rank; the weights have their own seed."""
-    random.seed(seed * 1_000_003 + rank)
-    np.random.seed((seed * 1_000_003 + rank) % 2**32)  # noqa: NPY002  libraries use the global generator
-    torch.manual_seed(seed * 1_000_003 + rank)
-
-
-def _quiet_libraries() -> None:
-    """Libraries speak of errors only: a run of many ranks would repeat their advice on every one."""
-    import transformers
-
-    transformers.logging.set_verbosity_error()
-    warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.")

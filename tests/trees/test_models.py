@@ -196,8 +196,8 @@ def test_trees_are_separate_sequences(pool, size, min_shared, model):
     pool(size).run_many(model, [(*MESHES[size], (120, min_shared), *numbers) for numbers in (exact, usual)])
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 @pytest.mark.parametrize(("size", "degrees"), [(1, (1, 1)), (2, (1, 2)), (4, (4, 1))])
-def test_completions_of_a_long_prompt(pool, size, degrees):
-    for model in (own_model, hugging_face):
-        pool(size).run(model, *degrees, (4096, 1), torch.float32, 1e-5, {}, timeout=250)
+@pytest.mark.parametrize("model", [own_model, hugging_face])
+def test_completions_of_a_long_prompt(pool, size, degrees, model):
+    pool(size).run(model, *degrees, (4096, 1), torch.float32, 1e-5, {}, timeout=250)

@@ -5,6 +5,7 @@ t tokens of this rank, H query heads, K key heads, D head dim, V value head dim.
 
 import warnings
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -90,6 +91,7 @@ def attend(
         handle.note(module, options)
     for feature in handle.without.get(getattr(module, "layer_idx", -1), ()):
         options = without_feature(options, feature)
+    options["mask"] = _with_blocks(options["mask"], attention_mask, handle, layout)
     if handle.reach is not None:
         options["mask"] = narrowed(options["mask"], handle.reach)
     q, k, v = (x[0].transpose(0, 1) for x in _one_dtype(module, query, key, value))
@@ -131,6 +133,8 @@ def _mask_of(module: nn.Module, kwargs: dict[str, Any], note: MaskNote | None) -
     """What the keywords and the mask ask for. Raises NotImplementedError if they contradict each other."""
     causal = kwargs.pop("is_causal", None)
     causal = bool(getattr(module, "is_causal", True) if causal is None else causal)
+    if note is not None and note.overlay:
+        causal = note.mask.causal  # PaliGemma's layers say they are not, as their prefix is not
     size = kwargs.pop("sliding_window", None)
     window = (-1, -1) if size is None else (size - 1, 0 if causal else size - 1)  # the query itself is counted
     if note is None:
@@ -153,7 +157,19 @@ def _mask_of(module: nn.Module, kwargs: dict[str, Any], note: MaskNote | None) -
 def narrowed(mask: Mask, reach: int) -> Mask:
     """The mask with queries that see at most `reach` tokens back, themselves counted."""
     left, right = mask.window
-    return Mask(mask.causal, (reach - 1 if left < 0 else min(left, reach - 1), right), mask.chunk)
+    return replace(mask, window=(reach - 1 if left < 0 else min(left, reach - 1), right))
+
+
+def _with_blocks(mask: Mask, note: MaskNote | None, handle: Handle, layout: Layout | DecodeStep) -> Mask:
+    """The mask with what this layer does to the blocks of the documents, the same on all ranks.
+
+    A model that makes blocks says so for each layer; to one that does not, those of the documents are the caller's.
+    """
+    if not isinstance(layout, Layout) or not layout.docs.blocks:
+        return replace(mask, blocks="whole") if mask.blocks != "whole" else mask
+    if handle.needs.marks and (note is None or not note.overlay):
+        return replace(mask, blocks="ignored")
+    return mask
 
 
 def layer_type(module: nn.Module) -> str | None:

@@ -10,6 +10,8 @@ import torch
 from torch import Tensor
 
 from ringattn.documents import Documents
+from ringattn.hf.blocks import note_rule, with_blocks
+from ringattn.hf.images import EmbeddingNeeds
 from ringattn.hf.loss import IGNORE_INDEX, shifted_labels
 from ringattn.hf.metadata import METADATA, check_metadata, documents_of
 from ringattn.hf.same_batch import note_batch
@@ -28,6 +30,7 @@ def shard_batch(
     mesh: SequenceMesh,
     policy: str = "auto",
     mask: Mask | Sequence[tuple[Mask, float]] | None = None,
+    needs: EmbeddingNeeds | None = None,
 ) -> dict[str, Any]:
     """This rank's part of a batch, as keywords of the model. No communication; the batch is the same on every rank.
 
@@ -42,6 +45,8 @@ def shard_batch(
         docs: the documents of the stream of T tokens, rows end to end. None: they are read from the batch, see
             `ringattn.hf.metadata.documents_of`. What the batch says besides must agree with them.
         policy, mask: those of `Layout`; for a model with several masks pairs (mask, number of layers).
+        needs: those of the model, `handle.needs`: by them token_type_ids or mm_token_type_ids make blocks of tokens
+            that see each other, where the documents have none yet. Without, the model refuses such a batch.
 
     Returns: input_ids, position_ids (1, t), ...; with targets also labels, shift_labels (1, t) and their number in
     the T tokens; and the layout, as `cu_seq_lens_q`: `layout.unshard(logits[0]).view(B, S, -1)` brings logits back.
@@ -54,7 +59,11 @@ def shard_batch(
         raise ValueError(f"docs must have the {rows * size} tokens of the batch, got {docs}: input_ids {rows} × {size}")
     else:
         check_metadata(batch, docs, rows, size)
+    if needs is not None:
+        docs = with_blocks(docs, batch, needs.marks, needs.rule)
     layout = Layout(docs, mesh, policy, mask=mask)
+    if needs is not None:
+        note_rule(layout, needs.rule)
     if batch.get("input_ids") is not None:
         note_batch(layout, batch["input_ids"])
     local: dict[str, Any] = {}

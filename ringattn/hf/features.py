@@ -1,5 +1,6 @@
 """Features of an attention layer: which ones a call asks for, and the call without one, to see that it counts."""
 
+from dataclasses import replace
 from typing import Any
 
 from ringattn.mask import Mask
@@ -23,7 +24,7 @@ def without_feature(options: dict[str, Any], feature: str) -> dict[str, Any]:
     """The options of an attention call without one of `FEATURES`."""
     mask: Mask = options["mask"]
     if feature == "window":
-        return options | {"mask": Mask(mask.causal, (-1, -1), mask.chunk)}
+        return options | {"mask": replace(mask, window=(-1, -1))}
     if feature == "chunk":
-        return options | {"mask": Mask(mask.causal, mask.window)}
+        return options | {"mask": replace(mask, chunk=None)}
     return options | {feature: None}

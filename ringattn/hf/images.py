@@ -9,11 +9,9 @@ import inspect
 from dataclasses import dataclass
 from typing import Any
 
-import torch
-import torch.distributed as dist
-from torch import Tensor
-
+from ringattn.hf.blocks import BlockRule, block_rule, check_blocks, uses_blocks
 from ringattn.hf.support import text_model
+from ringattn.parallel.layout import Layout
 from ringattn.parallel.mesh.mesh import SequenceMesh
 
 # What every decoder's forward pass takes; anything else is one more way into it.
@@ -48,11 +46,13 @@ class EmbeddingNeeds:
         marks: the keyword that says which tokens are of an image, where those see each other; "" where none do.
         several: keywords by which features enter the decoder beside its embeddings.
         axes: positions of image tokens count on several axes (M-RoPE).
+        rule: how the marks make blocks of tokens that see each other, if that is known.
     """
 
     marks: str = ""
     several: tuple[str, ...] = ()
     axes: bool = False
+    rule: BlockRule | None = None
 
 
 def embedding_needs(model: Any) -> EmbeddingNeeds:
@@ -64,35 +64,32 @@ def embedding_needs(model: Any) -> EmbeddingNeeds:
     sources = "".join(inspect.getsource(type(part).forward) for part in around)
     taken = list(inspect.signature(model.forward).parameters)
     marks = next((name for name in taken if name.endswith(_MARKS)), _MARKS)
-    several = sorted(set(inspect.signature(text.base_model.forward).parameters) - _USUAL)
+    blocks = any(word in sources for word in _BLOCKS) and uses_blocks(model.config)
+    several = set(inspect.signature(text.base_model.forward).parameters) - _USUAL
+    if not getattr(text.config, "hidden_size_per_layer_input", 1):
+        several.discard("per_layer_inputs")  # which only the small models of Gemma 4 have
     return EmbeddingNeeds(
-        marks if any(word in sources for word in _BLOCKS) else "",
-        tuple(several),
+        marks if blocks else "",
+        tuple(sorted(several)),
         any(hasattr(part, "get_rope_index") for part in around),
+        block_rule(model.config) if blocks else None,
     )
 
 
-def check_embeddings(needs: EmbeddingNeeds, mesh: SequenceMesh, kwargs: dict[str, Any]) -> None:
+def check_embeddings(needs: EmbeddingNeeds, mesh: SequenceMesh, layout: Layout, kwargs: dict[str, Any]) -> None:
     """Raises NotImplementedError or ValueError where a forward pass would take images for text.
 
     Collective over the sequence ranks where tokens are marked: an image is refused on all of them.
     """
     marks = kwargs.get(needs.marks) if needs.marks else None
-    if isinstance(marks, Tensor):
-        found = marks.ne(0).any().to(torch.int64).reshape(1).to(mesh.device)
-        dist.all_reduce(found, dist.ReduceOp.MAX, group=mesh.sequence_group)
-        if found.item():
-            raise NotImplementedError(
-                f"{needs.marks} mark tokens of an image, and those see each other in both directions in this model: "
-                "masks with blocks are not supported"
-            )
+    if needs.marks:
+        check_blocks(layout, mesh, needs.marks, needs.rule, marks)
     if kwargs.get("inputs_embeds") is None:
         return
     if needs.marks and marks is None:
         raise NotImplementedError(
             f"inputs_embeds without {needs.marks}: tokens of an image see each other in both directions in this model, "
-            "which is not supported, and embeddings do not tell whether there are any. Give input_ids for text, or "
-            f"{needs.marks} of 0"
+            f"and embeddings do not tell whether there are any. Give input_ids for text, or {needs.marks} too"
         )
     if needs.several:
         raise NotImplementedError(

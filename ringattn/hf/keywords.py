@@ -58,7 +58,7 @@ def check_keywords(handle: Handle, args: tuple[Any, ...], kwargs: dict[str, Any]
     keep = kwargs.get("logits_to_keep")
     if keep is not None and (isinstance(keep, Tensor) or keep != 0):
         raise ValueError(f"logits_to_keep must be 0, got {_shown(keep)}: the last tokens of a rank are not the last")
-    check_embeddings(handle.needs, handle.mesh, kwargs)
+    check_embeddings(handle.needs, handle.mesh, layout, kwargs)
     _check_lengths(handle, layout, kwargs["position_ids"])
     return layout
 

@@ -13,10 +13,18 @@ MADE_BY = "transformers.masking_utils"
 
 
 class MaskNote:
-    """Stands where the attention mask would: what the model asked for. No dataclass, since FSDP takes those apart."""
+    """Stands where the attention mask would: what the model asked for. No dataclass, since FSDP takes those apart.
 
-    def __init__(self, mask: Mask) -> None:
+    It has the shape of the matrix, (1, 1, queries, keys), which a decoder inside of another model looks at before it
+    takes the mask that it is given.
+    """
+
+    ndim = 4
+
+    def __init__(self, mask: Mask, overlay: bool = False, tokens: int = 0) -> None:
         self.mask = mask
+        self.shape = (1, 1, tokens, tokens)
+        self.overlay = overlay  # blocks of tokens that see each other are in it; whether the batch has some or not
 
     def __getattr__(self, name: str) -> Any:
         if name.startswith("_"):
@@ -52,6 +60,8 @@ def note_mask(
     """The AttentionMaskInterface function: no matrix is made, and a mask that would be lost is refused."""
     if args or mask_function is None:
         raise NotImplementedError("this version of transformers asks for masks in a way that ringattn does not know")
+    if isinstance(attention_mask, MaskNote):
+        return attention_mask  # of the model around this one: transformers too takes a matrix as it is
     if attention_mask is not None:
         raise ValueError("attention_mask must be None: give padding and packing as documents, through shard_batch")
     if q_length != kv_length or _nonzero(q_offset) or _nonzero(kv_offset):
@@ -59,14 +69,18 @@ def note_mask(
             f"the model asks for a mask of {q_length} queries on {kv_length} keys: KV caches are for generation, "
             "which a parallelized model cannot do (handle.undo() gives the plain model back)"
         )
-    return MaskNote(read_mask(mask_function))
+    return MaskNote(*read_mask(mask_function), q_length)
 
 
-def read_mask(function: Callable[..., Any]) -> Mask:
-    """The band and chunk of a mask function of transformers. Raises NotImplementedError for any part not known."""
-    causal, left, right, chunk = False, -1, -1, None
+def read_mask(function: Callable[..., Any]) -> tuple[Mask, bool]:
+    """The band and chunk of a mask function of transformers, what a window does to blocks of tokens that see each
+    other, and whether it has such blocks. Raises NotImplementedError for any part not known.
+    """
+    causal, left, right, chunk, blocks = False, -1, -1, None, ""
     for part, size in _parts(function):
-        if part == "causal_mask_function":
+        if part == "blockwise_overlay":
+            blocks = "whole" if "sliding_window_overlay" in size else "clipped"
+        elif part == "causal_mask_function":
             causal = True
         elif part == "sliding_window_overlay":
             left = size - 1  # transformers counts the query itself
@@ -74,7 +88,9 @@ def read_mask(function: Callable[..., Any]) -> Mask:
             left = right = size  # here it does not
         elif part == "chunked_overlay":
             chunk = size
-    return Mask(causal, (left, right), chunk)
+    if blocks and (not causal or chunk is not None):
+        raise NotImplementedError("the model asks for a mask with blocks that is not causal, or has chunks")
+    return Mask(causal, (left, right), chunk, blocks if blocks and left >= 0 else "whole"), bool(blocks)
 
 
 # What a mask may be made of: the maker's name and the variable that holds its size. Packing is not read from here: the
@@ -102,12 +118,14 @@ def _parts(function: Any) -> Iterator[tuple[str, Any]]:
         yield from _parts(cells["mask_function"])
     elif known and name == "or_masks" and "mask_functions" in cells:
         first, *others = cells["mask_functions"]
-        if not all(_without_blocks(other) for other in others):
+        if len(others) != 1 or not _is_overlay(others[0]):
             raise NotImplementedError(
-                "the model asks for a mask of tokens that see each other in both directions (of an image, a prefix), "
-                "which is not supported"
+                "the model asks for a mask that is a union of several, which is supported of blocks of tokens that see "
+                "each other (of an image, a prefix) alone"
             )
-        yield from _parts(first)
+        inside = list(_parts(first))
+        yield from inside
+        yield "blockwise_overlay", {part for part, _ in inside}  # and not cut by what is beside the union
     elif known and name in PARTS and (PARTS[name] is None or isinstance(cells.get(PARTS[name]), int)):
         yield name, cells.get(PARTS[name] or "")
     else:
@@ -116,13 +134,10 @@ def _parts(function: Any) -> Iterator[tuple[str, Any]]:
         )
 
 
-def _without_blocks(function: Any) -> bool:
-    """Whether a part of a union of masks adds nothing: blocks of image tokens in a batch that has none."""
+def _is_overlay(function: Any) -> bool:
+    """Whether a part of a union of masks is of blocks. Which ones is not read: a rank sees its own tokens alone."""
     name = getattr(function, "__qualname__", "").partition(".")[0]
-    if getattr(function, "__module__", None) != MADE_BY or name != "blockwise_overlay":
-        return False
-    cells = dict(zip(function.__code__.co_freevars, function.__closure__ or (), strict=True))
-    return "block_sequence_ids" in cells and not bool((cells["block_sequence_ids"].cell_contents >= 0).any())
+    return getattr(function, "__module__", None) == MADE_BY and name == "blockwise_overlay"
 
 
 def _nonzero(offset: Any) -> bool:

@@ -82,14 +82,14 @@ CASES: dict[str, tuple[str, dict[str, Any], type[Exception] | None, str]] = {
     "gemma3, an image": (
         "gemma3",
         {"inputs_embeds": EMBEDDINGS, "token_type_ids": IMAGE},
-        NotImplementedError,
-        "token_type_ids mark tokens of an image",
+        ValueError,
+        "token_type_ids mark tokens of an image .* needs=handle.needs",
     ),
     "gemma3, ids with an image": (
         "gemma3",
         {"input_ids": IDS, "token_type_ids": IMAGE},
-        NotImplementedError,
-        "token_type_ids mark tokens of an image",
+        ValueError,
+        "token_type_ids mark tokens of an image .* needs=handle.needs",
     ),
     "gemma3, embeddings of text": ("gemma3", {"inputs_embeds": EMBEDDINGS, "token_type_ids": ZEROS}, None, ""),
     "gemma3, text": ("gemma3", {"input_ids": IDS}, None, ""),
@@ -148,6 +148,8 @@ def test_what_embeddings_lack_is_read_from_the_model() -> None:
     with torch.device("meta"):
         gemma4 = transformers.AutoModelForImageTextToText.from_config(read_config("gemma4"))
         paligemma = transformers.AutoModelForImageTextToText.from_config(read_config("paligemma"))
+    assert not embedding_needs(gemma4).marks  # its small models are causal over images too
+    gemma4.config.text_config.use_bidirectional_attention = "vision"
     assert embedding_needs(gemma4).marks == "mm_token_type_ids"
     assert embedding_needs(gemma4).several == ("per_layer_inputs",)
     assert embedding_needs(paligemma).marks == "token_type_ids"

@@ -226,12 +226,11 @@ def custom_mask(kind: str) -> None:
     keywords: dict[str, Any] = {
         "or": {"or_mask_function": lambda b, h, q, k: k < 3},
         "and": {"and_mask_function": lambda b, h, q, k: k < 3},
-        "blocks": {"block_sequence_ids": torch.zeros(1, 8, dtype=torch.int64)},
     }[kind]
     masking_utils.create_causal_mask(model.config, torch.zeros(1, 8, 64), None, None, **keywords)
 
 
-@pytest.mark.parametrize("kind", ["or", "and", "blocks"])
+@pytest.mark.parametrize("kind", ["or", "and"])
 def test_custom_masks_are_refused(pool: Pools, kind: str) -> None:
     with pytest.raises(NotImplementedError, match="asks for a"):
         pool(1).run(custom_mask, kind)

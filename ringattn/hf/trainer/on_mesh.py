@@ -179,7 +179,8 @@ class OnMesh(_Base):
             raise ValueError(f"a batch needs labels for its loss, got the keys {sorted(batch)}")
         if num_items_in_batch is not None:
             batch["num_items_in_batch"] = num_items_in_batch
-        outputs = model(**shard_batch(batch, None, self.sequence_mesh, self.policy))
+        needs = unwrapped(self.model)._ringattn.needs
+        outputs = model(**shard_batch(batch, None, self.sequence_mesh, self.policy, needs=needs))
         return (outputs.loss, outputs) if return_outputs else outputs.loss
 
     def _get_grad_norm(self, model: Any, grad_norm: Any = None) -> Any:

@@ -17,6 +17,7 @@ from ringattn.memory.tiled_loss import tiled_loss
 from ringattn.trees import Trees
 
 WORDS, SIZE, HEADS = 53, 32, 4
+WINDOW = 16  # tokens, of families that have one: shorter than the prompt, and than some completions
 APART = 10**9  # so much is never shared: the same sequences as documents of their own
 
 
@@ -77,15 +78,16 @@ class Own(nn.Module):
         return x
 
 
-def llama(dtype: torch.dtype) -> Any:
-    from transformers import LlamaConfig, LlamaForCausalLM
+def tiny(family: str, dtype: torch.dtype) -> Any:
+    from transformers import AutoConfig, AutoModelForCausalLM
 
     torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=WORDS, hidden_size=SIZE, intermediate_size=48, num_hidden_layers=2, num_attention_heads=HEADS,
-        num_key_value_heads=2, max_position_embeddings=8192,
+    config = AutoConfig.for_model(
+        family, vocab_size=WORDS, hidden_size=SIZE, intermediate_size=48, num_hidden_layers=2,
+        num_attention_heads=HEADS, num_key_value_heads=2, head_dim=8, max_position_embeddings=8192,
+        sliding_window=WINDOW,
     )  # fmt: skip
-    return LlamaForCausalLM(config).to(dtype)
+    return AutoModelForCausalLM.from_config(config).to(dtype)
 
 
 def parameters_of(model: nn.Module) -> list[Tensor]:
@@ -152,12 +154,18 @@ def own_model(
 
 
 def hugging_face(
-    ring: int, ulysses: int, case: tuple[int, int], dtype: torch.dtype, tolerance: float, options: dict[str, Any]
+    ring: int,
+    ulysses: int,
+    case: tuple[int, int],
+    dtype: torch.dtype,
+    tolerance: float,
+    options: dict[str, Any],
+    family: str = "llama",
 ) -> None:
-    """In every rank: a Llama through `parallelize` on trees, against the plain one on each sequence in the first."""
+    """In every rank: a model through `parallelize` on trees, against the plain one on each sequence in the first."""
     prompt, min_shared = case
     mesh = mesh_of(ring, ulysses)
-    plain, model = llama(dtype), llama(dtype)
+    plain, model = tiny(family, dtype), tiny(family, dtype)
     sequences, weights = completions(prompt)
     trees = Trees(sequences, weights, min_shared=min_shared)
     handle = parallelize(model, mesh, MemorySettings(loss_tile=16), **options)
@@ -194,6 +202,13 @@ def test_trees_are_separate_sequences(pool, size, min_shared, model):
     exact = (torch.float64, 1e-11 if model is own_model else 1e-6, {"backend": "reference"})
     usual = (torch.float32, 1e-5, {})
     pool(size).run_many(model, [(*MESHES[size], (120, min_shared), *numbers) for numbers in (exact, usual)])
+
+
+@pytest.mark.parametrize("size", [1, 4])
+def test_windows_reach_back_along_the_way_of_a_sequence(pool, size):
+    """Mistral's window in every layer, and Gemma 2's in every other one, beside its capped logits."""
+    for family in ("mistral", "gemma2"):
+        pool(size).run(hugging_face, *MESHES[size], (120, 1), torch.float32, 1e-5, {}, family)
 
 
 @pytest.mark.nightly

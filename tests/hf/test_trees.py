@@ -6,6 +6,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.fsdp import fully_shard
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from ringattn import Documents, SequenceMesh, init_mesh
@@ -62,6 +63,36 @@ def few_tokens(ring: int) -> None:
 @pytest.mark.parametrize("ring", [1, 4])
 def test_ranks_without_tokens_and_trees_without_targets(pool, ring):
     pool(ring).run(few_tokens, ring)
+
+
+def sharded_by_fsdp() -> None:
+    """The head's weight is whole in its own passes only: losses and log-probabilities are made in there."""
+    mesh = mesh_of(2)
+    sequences, weights = [[1, 2, 3, 4, 5], [1, 2, 3, 6], [1, 2, 3, 4, 7]], [1.0, 2.0, -0.5]
+    trees = Trees(sequences, weights)
+    plain, model = small(), small()
+    parallelize(model, mesh, MemorySettings(loss_tile=2))
+    for part in (*model.model.layers, model.lm_head, model):
+        fully_shard(part)
+    batch = shard_trees(trees, mesh)
+    loss = model(**batch).loss
+    (
+        loss + 3 * sum(one.square().sum() for one in sequence_logprobs(model, batch, trees)) * mesh.sequence_size
+    ).backward()
+
+    alone = []
+    for one in sequences:
+        logits = plain(torch.tensor([one])).logits[0, :-1]
+        alone.append(torch.log_softmax(logits, 1).gather(1, torch.tensor(one[1:])[:, None])[:, 0])
+    wanted = -sum(a.sum() * b for a, b in zip(alone, weights, strict=True)) / trees.targets.items
+    torch.testing.assert_close(loss, wanted, rtol=1e-6, atol=1e-6)
+    (wanted + 3 * sum(one.square().sum() for one in alone)).backward()
+    for (name, one), other in zip(model.named_parameters(), plain.parameters(), strict=True):
+        torch.testing.assert_close(one.grad.full_tensor(), other.grad, rtol=1e-5, atol=1e-6, msg=name)
+
+
+def test_fsdp_shards_the_head(pool):
+    pool(2).run(sharded_by_fsdp)
 
 
 def refusals() -> None:

@@ -31,7 +31,6 @@ KNOWN: dict[str, tuple[str, ...]] = {
     "OlmoHybridGatedDeltaNet": _DELTA,
     "KimiLinearDeltaAttention": ("causal_conv1d_fn", "chunk_kimi_delta_attention"),
     "Lfm2ShortConv": ("causal_conv1d_fn",),
-    "Lfm2MoeShortConv": ("causal_conv1d_fn",),
     "Mamba2Mixer": _MAMBA2,
     "BambaMixer": _MAMBA2,
     "GraniteMoeHybridMambaLayer": _MAMBA2,

@@ -16,6 +16,7 @@ from ringattn.hf import conformance
 from ringattn.hf.conformance import FORMS
 from ringattn.hf.model import parallelize
 from ringattn.hf.recurrent import KNOWN, recurrent_layers
+from ringattn.memory.settings import MemorySettings
 from tests.hf.families import FAMILIES, model_of
 from tests.parallel.ranks import mesh_of
 from tests.pool import Pools
@@ -96,6 +97,24 @@ def checkpointed(family: str) -> list[float]:
 @pytest.mark.parametrize("family", ["qwen3_5_text", "bamba", "jamba"])
 def test_checkpointing(pool: Pools, family: str) -> None:
     for errors in pool(2).run(checkpointed, family):
+        assert max(errors) < 1e-5
+
+
+def with_memory(family: str) -> list[float]:
+    """MLPs in tiles, and layers that keep little."""
+    model, mesh = copy.deepcopy(model_of(family)).train(), mesh_of(2, 1)
+    truth = conformance.alone(model, FORMS[5])
+    found = []
+    for settings in (MemorySettings(mlp_tile=8), MemorySettings(keep="attention"), MemorySettings(keep="selective")):
+        handle = parallelize(model, mesh, memory=settings)
+        error = conformance.differences(conformance.together(model, mesh, FORMS[5]), truth)
+        handle.undo()
+        found.append(max(error.logits, error.loss, error.gradients))
+    return found
+
+
+def test_memory_settings(pool: Pools) -> None:
+    for errors in pool(2).run(with_memory, "qwen3_5_text"):
         assert max(errors) < 1e-5
 
 

@@ -48,7 +48,7 @@ def convolve(
 ) -> Tensor:
     """`parallel_convolution` for checked arguments, by a plan."""
     rows = x.to(weight.dtype)
-    halo = _Halo.apply(rows, plan, wire) if plan.communicates or sum(plan.receives) else rows[:0]
+    halo = _Halo.apply(rows, plan, wire) if plan.communicates or any(plan.receives) else rows[:0]
     source, place = _tables(plan, x.device)
     extended = torch.cat([rows, halo, rows.new_zeros(1, x.shape[1])])[source]
     taps = weight.shape[1]

@@ -65,7 +65,7 @@ def assert_same(found: Truth, truth: Truth) -> None:
 
 @pytest.mark.parametrize("route", ["scan", "exchange"])
 @pytest.mark.parametrize("rule", RULES)
-@settings(max_examples=12, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=8, suppress_health_check=[HealthCheck.too_slow])
 @given(data=st.data())
 def test_any_layout_is_every_document_alone(rule: str, route: str, data: st.DataObject) -> None:
     docs = data.draw(documents(longest=40, most=4))

@@ -134,7 +134,7 @@ def test_what_is_not_as_it_is_known_is_refused() -> None:
         def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
             return hidden_states.cumsum(1)
 
-    with pytest.raises(NotImplementedError, match="is not the layer that ringattn knows: it mixes tokens by no known function"):
+    with pytest.raises(NotImplementedError, match="it mixes tokens by no known function"):
         recurrent_layers(nn.Sequential(Lfm2ShortConv()))
 
 

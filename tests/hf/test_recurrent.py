@@ -8,11 +8,12 @@ import io
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import nn
 
 pytest.importorskip("transformers")
 
-from ringattn.hf import conformance
+from ringattn.hf import conformance, shard_batch
 from ringattn.hf.conformance import FORMS
 from ringattn.hf.model import parallelize
 from ringattn.hf.recurrent import KNOWN, recurrent_layers
@@ -98,6 +99,32 @@ def checkpointed(family: str) -> list[float]:
 def test_checkpointing(pool: Pools, family: str) -> None:
     for errors in pool(2).run(checkpointed, family):
         assert max(errors) < 1e-5
+
+
+def interleaved(family: str) -> float:
+    """Two batches forward, and the layers of the first computed again after the second went through."""
+    model, mesh = copy.deepcopy(model_of(family)).train(), mesh_of(2, 1)
+    truth = conformance.alone(model, FORMS[4])
+    handle = parallelize(model, mesh)
+    model.gradient_checkpointing_enable({"use_reentrant": False})
+    model.zero_grad()
+    first, second = (shard_batch(form.batch(97), None, mesh, "zigzag") for form in (FORMS[4], FORMS[5]))
+    loss = model(**first).loss
+    model(**second)
+    loss.backward()
+    worst = 0.0
+    for name, parameter in model.named_parameters():
+        assert parameter.grad is not None, name
+        dist.all_reduce(parameter.grad)
+        whole = truth.gradients[name]
+        worst = max(worst, float((parameter.grad / 2 - whole).norm() / whole.norm().clamp(min=1e-2)))
+    handle.undo()
+    return worst
+
+
+@pytest.mark.parametrize("family", ["jamba", "mamba2"])
+def test_layers_computed_again_keep_their_batch(pool: Pools, family: str) -> None:
+    assert max(pool(2).run(interleaved, family)) < 1e-4
 
 
 def with_memory(family: str) -> list[float]:

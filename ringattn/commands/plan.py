@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from ringattn.commands import _workload
 from ringattn.commands._call import HEADS, RANKS, TOKENS, integer, ranks, tokens
 from ringattn.commands._files import check_target, file
+from ringattn.commands._plan_states import add_state_arguments, examine_states, render_states
 from ringattn.commands._text import note, row
 from ringattn.parallel.planning.options import scheme_names
 from ringattn.settings import AttentionOptions
@@ -42,6 +43,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="chunks of heads, computed one after another; default: 1, or the fastest that keep --memory",
     )
     _workload.add_workload_arguments(parser)
+    add_state_arguments(parser)
     parser.add_argument(
         "--draw", type=file, metavar="FILE", help="write a picture: .png or .svg; missing folders are made"
     )
@@ -58,14 +60,16 @@ def run(args: argparse.Namespace) -> int:
             check_drawing(str(args.draw))
             check_target("--draw", args.draw)
         layout, parts = plan(args)
+        states = examine_states(args, layout)
     except ValueError as error:
         args.parser.error(str(error))
     reports = [examine(part, args) for part in parts]
     if args.json:
         whole = {"reason": layout.reason, "parts": reports} if len(layout.parts) > 1 else reports[0]
-        print(json.dumps(whole, indent=2))
+        print(json.dumps(whole if states is None else whole | {"recurrent": states}, indent=2))
     else:
-        print("\n\n".join([*chosen_degrees(layout), *map(render, reports)]))
+        last = [] if states is None else [render_states(states)]
+        print("\n\n".join([*chosen_degrees(layout), *map(render, reports), *last]))
     for number, (part, report) in enumerate(zip(parts, reports, strict=True), 1):
         if args.draw is not None:
             path: Path = args.draw

@@ -7,9 +7,10 @@ wrapper moves to a device, and the only truth about documents. Nothing is inferr
 `model.py` changes a model and `handle.py` is what it leaves there. `support.py`, `configuration.py` and `adapters.py`
 say which models can be exact, `changes.py` looks again before every forward pass, `local_draws.py` is about random
 numbers, `masks.py` and `attention.py` are what transformers calls, `features.py` is what a layer may ask of them,
-`metadata.py` reads documents from a batch, `trees.py` is for trees of sequences, `elementwise.py` compiles norms and
-the like, `trainer/` is for `transformers.Trainer`, `options/` knows its options, `conformance.py` compares with
-documents run alone. Nothing here imports transformers before it is used.
+`recurrent.py` and `recurrent_functions.py` are about layers that carry a state, `metadata.py` reads documents from a
+batch, `trees.py` is for trees of sequences, `elementwise.py` compiles norms and the like, `trainer/` is for
+`transformers.Trainer`, `options/` knows its options, `conformance.py` compares with documents run alone. Nothing here
+imports transformers before it is used.
 """
 
 from ringattn.hf.batch import attention_kwargs, shard_batch

@@ -229,8 +229,8 @@ def expected_features(model: Any) -> dict[int, frozenset[str]]:
     sinks = {}
     for module in model.modules():
         index = getattr(module, "layer_idx", None)
-        kind = type(module).__name__
-        if isinstance(index, int) and "Attention" in kind and kind not in KNOWN and "Layer" not in kind:
+        name = type(module).__name__
+        if isinstance(index, int) and "Attention" in name and name not in KNOWN and "Layer" not in name:
             sinks[index] = getattr(module, "sinks", None) is not None, module
     everywhere = getattr(config, "sliding_window", None) and getattr(config, "use_sliding_window", True)
     expected = {}

@@ -31,7 +31,6 @@ KNOWN: dict[str, tuple[str, ...]] = {
     "OlmoHybridGatedDeltaNet": _DELTA,
     "KimiLinearDeltaAttention": ("causal_conv1d_fn", "chunk_kimi_delta_attention"),
     "Lfm2ShortConv": ("causal_conv1d_fn",),
-    "Lfm2MoeShortConv": ("causal_conv1d_fn",),
     "Mamba2Mixer": _MAMBA2,
     "BambaMixer": _MAMBA2,
     "GraniteMoeHybridMambaLayer": _MAMBA2,
@@ -40,6 +39,8 @@ KNOWN: dict[str, tuple[str, ...]] = {
     "JambaMambaMixer": ("causal_conv1d_fn", "mamba_selective_scan"),
     "MiniMaxLightningAttention": (LIGHTNING,),
 }
+# Those whose decoder layer keeps its keywords to itself, and hands a mask on.
+WITHOUT_KEYWORDS = frozenset({"JambaMambaMixer"})
 # Entries of a configuration's `layer_types`: of layers with a state, with both, and with neither.
 LAYER_TYPES = frozenset({"linear_attention", "conv"})
 BOTH = frozenset({"hybrid"})
@@ -96,9 +97,9 @@ def put_in_place(model: Any, text: Any, layers: RecurrentLayers) -> list[Any]:
         hooks.append(text.base_model.register_forward_pre_hook(hand_on, with_kwargs=True))
     for path, layer in layers.layers.items():
         layer.forward = MethodType(forward, layer)
-        # Jamba's decoder layer keeps its keywords to itself.
-        outer = text.get_submodule(path.rpartition(".")[0])
-        hooks.append(outer.register_forward_pre_hook(tell, with_kwargs=True))
+        if type(layer).__name__ in WITHOUT_KEYWORDS:
+            outer = text.get_submodule(path.rpartition(".")[0])
+            hooks.append(outer.register_forward_pre_hook(tell, with_kwargs=True))
     return hooks
 
 
@@ -121,19 +122,23 @@ def hand_on(decoder: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tupl
     return args, kwargs if told is None or kwargs.get("cu_seq_lens_q") is not None else kwargs | {"cu_seq_lens_q": told}
 
 
-def tell(outer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-    """A forward pre-hook of the module around a recurrent layer: notes the batch with the layer."""
-    for child in outer.children():
-        if type(child).__name__ in KNOWN:
-            child.__dict__[_TOLD] = kwargs.get("cu_seq_lens_q")
+def tell(outer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """A forward pre-hook of the module around a recurrent layer: the batch stands where the mask would.
+
+    It travels with the call, since layers that are checkpointed run again in the backward pass without their hooks,
+    when another batch may have gone through the model.
+    """
+    if kwargs.get("attention_mask") is not None:
+        raise ValueError("attention_mask must be None: give padding and packing as documents, through shard_batch")
+    return args, kwargs | {"attention_mask": kwargs.get("cu_seq_lens_q")}
 
 
 @torch.compiler.disable
 def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
     """The forward pass of a recurrent layer, on the tokens of one rank. Collective."""
-    told = self.__dict__.pop(_TOLD, None)
-    given = kwargs.get("cu_seq_lens_q")
-    batch = _batch(self, told if given is None else given)
+    if type(self).__name__ in WITHOUT_KEYWORDS:
+        kwargs["cu_seq_lens_q"] = kwargs.pop("attention_mask", None)
+    batch = _batch(self, kwargs.get("cu_seq_lens_q"))
     if kwargs.get("cache") is not None or self._ringattn.cache is not None:
         raise NotImplementedError(f"{type(self).__name__} cannot keep its state yet: caches are for generation")
     if kwargs.get("attention_mask") is not None:

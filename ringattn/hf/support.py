@@ -71,6 +71,7 @@ def check_model(model: Any) -> int:
         )
     text = text_model(model)
     states = recurrent_layers(text)
+    _check_states(name, layer_types, states)
     for path, layer in text.named_modules():
         kind = type(layer).__name__
         if states.holds(path) or (not path and states.layers):
@@ -82,7 +83,6 @@ def check_model(model: Any) -> int:
                 f"{name} has {kind} at {path}, which carries something from token to token and cannot be split over a "
                 "sequence"
             )
-    _check_states(name, layer_types, states)
     # Hybrids leave that flag out; their attention is counted as that of all models.
     if not states.layers and not (text._supports_attention_backend and model._supports_attention_backend):
         raise NotImplementedError(f"{name} computes its attention itself, outside transformers' AttentionInterface")

@@ -3,6 +3,7 @@
 Legend: t local tokens, C channels, w taps, h rows received from others.
 """
 
+from itertools import chain
 from typing import Any
 
 import torch
@@ -47,7 +48,7 @@ def convolve(
 ) -> Tensor:
     """`parallel_convolution` for checked arguments, by a plan."""
     rows = x.to(weight.dtype)
-    halo = _Halo.apply(rows, plan, wire) if plan.communicates or sum(plan.receives) else rows[:0]
+    halo = _Halo.apply(rows, plan, wire) if plan.communicates or any(plan.receives) else rows[:0]
     source, place = _tables(plan, x.device)
     extended = torch.cat([rows, halo, rows.new_zeros(1, x.shape[1])])[source]
     taps = weight.shape[1]
@@ -87,7 +88,7 @@ def _nothing(x: Tensor, halo: Tensor, weight: Tensor, bias: Tensor | None) -> Te
 
 
 def _sent(plan: HaloPlan, device: torch.device) -> Tensor:
-    return kept(plan, ("sent", device), lambda: torch.tensor(sum(plan.sends, ()), dtype=torch.int64, device=device))
+    return kept(plan, ("sent", device), lambda: torch.tensor([*chain(*plan.sends)], dtype=torch.int64, device=device))
 
 
 def _tables(plan: HaloPlan, device: torch.device) -> tuple[Tensor, Tensor]:

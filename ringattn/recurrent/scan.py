@@ -110,22 +110,20 @@ class _Pieces(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         job: Scan = ctx.job
         *inputs, M, states = ctx.saved_tensors
-        wanted = [index for index, x in enumerate(inputs) if x is not None]
+        x = Inputs(*inputs)
         with torch.enable_grad():
-            leaves = [None if x is None else x.detach().requires_grad_() for x in inputs]
-            heads = states.detach().requires_grad_()
-            out, last = job.kernel.run(Inputs(*leaves), job.lengths, heads)
+            leaves, heads = x.leaves(), states.detach().requires_grad_()
+            out, last = job.kernel.run(leaves, job.lengths, heads)
+        R = torch.zeros_like(states)
         if job.lengths:
             (R,) = torch.autograd.grad(out, heads, grads[0], retain_graph=True)
-        else:
-            R = torch.zeros_like(states)
         (R,) = job.gathered([R])
         ends = job.walk(job.plan.back, lambda dS, at: apply_transposed(M[at], dS) + R[at], R)
         if not job.lengths:
-            return *(None if x is None else torch.zeros_like(x) for x in inputs), None
-        found = torch.autograd.grad([out, last], [leaves[index] for index in wanted], [grads[0], ends.to(last)])
-        by_input = dict(zip(wanted, found, strict=True))
-        return *(by_input.get(index) for index in range(5)), None
+            return *(None if one is None else torch.zeros_like(one) for one in x), None
+        wanted = [one for one in leaves if one is not None]
+        found = torch.autograd.grad([out, last], wanted, [grads[0], ends.to(last)])
+        return *found, *[None] * (5 - len(found)), None
 
 
 def _rows(pieces: Sequence[Piece]) -> Tensor | slice:

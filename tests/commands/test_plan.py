@@ -174,3 +174,22 @@ def test_a_file_of_a_machine_may_have_any_name(capsys, tmp_path):
     path.write_text(replace(SHIPPED["H200"], name="mine").to_json())
     for suffix, told in (("", "mine ("), ("+copy", "mine, copy engines ("), ("+graph", "mine, captured (")):
         assert told in report(capsys, "--tokens", "4096", "--ring", "2", "--machine", f"{path}{suffix}")["reason"]
+
+
+def test_a_layer_with_a_state_is_planned_too(capsys):
+    found = report(capsys, "--tokens", "4096", "--ring", "4", "--policy", "zigzag", "--recurrent", "mamba2")[
+        "recurrent"
+    ]
+    assert found["cut_documents"] == 1
+    # Rank 3 holds the two slices in the middle, which are one piece.
+    assert [rank["cut"] for rank in found["ranks"]] == [2, 2, 2, 1]
+    assert [rank["composed"] for rank in found["ranks"]] == [7, 6, 5, 4]
+    assert {rank["cut_tokens"] for rank in found["ranks"]} == {1024}
+    # 2 places, 3 other ranks: M is a number for each of 32 heads; U, and R in the backward pass, are 128 × 128.
+    assert found["routes"]["scan"]["sent_bytes"] == 4 * 2 * 3 * 32 * (1 + 2 * 128 * 128)
+    assert found["route"] == min(found["routes"], key=lambda name: found["routes"][name]["seconds"])
+    assert main([*SMALL, "--tokens", "4096", "--ring", "4", "--recurrent", "delta"]) == 0
+    assert "Layer with a state: delta, heads 32/16, dim 128; 1 documents are cut" in capsys.readouterr().out
+    with pytest.raises(SystemExit):
+        main([*SMALL, "--tokens", "4096", "--recurrent", "delta", "--recurrent-dim", "0"])
+    assert "--recurrent-dim must be at least 1, got 0" in capsys.readouterr().err

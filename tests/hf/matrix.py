@@ -1,6 +1,7 @@
 """The conformance matrix: every family × form of batch × mesh against documents run alone, and its committed table.
 
     python -m tests.hf.matrix docs/hugging-face.md      # runs all of it, on two CPU cores in a few minutes
+    python -m tests.hf.matrix docs/hugging-face.md mamba2 jamba    # these families alone; the other rows stay
 
 `run` is also what the tests call, for a sample on every change and for the whole with `-m nightly`.
 """
@@ -20,6 +21,7 @@ from ringattn import Layout
 from ringattn.hf import conformance
 from ringattn.hf.conformance import FORMS, Errors, Form, Outcome
 from ringattn.hf.model import parallelize
+from ringattn.hf.recurrent import KNOWN, LIGHTNING
 from tests.hf.families import FAMILIES, MESHES, SINCE, model_of, placed_on
 from tests.hf.refusals import REFUSALS
 from tests.parallel.ranks import mesh_of
@@ -27,6 +29,15 @@ from tests.pool import Pools
 
 TOLERANCE = 1e-5
 COUNTS = 1e-3  # a feature counts if the logits move by more when one layer leaves it out
+# What layers with a state are called in the table, by the function that mixes their tokens.
+STATES = {
+    "causal_conv1d_fn": "convolution",
+    "torch_chunk_gated_delta_rule": "gated delta rule",
+    "chunk_kimi_delta_attention": "Kimi delta attention",
+    "mamba2_chunk_scan": "Mamba-2",
+    "mamba_selective_scan": "Mamba-1",
+    LIGHTNING: LIGHTNING,
+}
 
 
 @dataclass(frozen=True)
@@ -97,10 +108,16 @@ def run(pools: Pools, families: Iterable[str], meshes: Iterable[str], forms: tup
     return rows
 
 
-def document(rows: list[Row], seconds: float) -> str:
-    """The table as Markdown."""
+def document(rows: list[Row], seconds: float, before: str = "") -> str:
+    """The table as Markdown.
+
+    Arguments:
+        before: the page as it was, from which the rows of families that were not run are taken.
+    """
     import transformers
 
+    kept = {line.split("|")[1].strip(" `"): line for line in before.splitlines() if line.startswith("| `")}
+    ran = list(dict.fromkeys(row.family for row in rows))
     failures = [f"{row.family} on {row.mesh}: {text}" for row in rows for text in row.failures()]
     date = datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC")
     lines = [
@@ -108,9 +125,11 @@ def document(rows: list[Row], seconds: float) -> str:
         "",
         "Made by `python -m tests.hf.matrix docs/hugging-face.md`; not to be edited.",
         "",
-        f"Last full run: {date}, {seconds:.0f} s, {len(rows) * len(FORMS)} cases, {len(failures)} failures; "
+        f"{_whole_run(before) if before else f'Last full run: {date}, {seconds:.0f} s'}; "
+        f"{len(FAMILIES) * len(MESHES) * len(FORMS)} cases, {len(failures)} failures; "
         f"transformers {transformers.__version__}, torch {torch.__version__}, Python {platform.python_version()}, "
         "float32 on gloo.",
+        *(["", f"Since then these were run ({date}): {', '.join(f'`{family}`' for family in ran)}."] if before else []),
         "",
         "Every family is built tiny with random weights (`ringattn/hf/tiny.py`) and compared with **each document run "
         "alone** through the same model with transformers' eager attention: logits, loss and the gradient of every "
@@ -126,6 +145,9 @@ def document(rows: list[Row], seconds: float) -> str:
         f"| --- | --- | {' | '.join('---' for _ in MESHES)} | --- |",
     ]
     for family in FAMILIES:
+        if family not in ran:
+            lines.append(kept[family])
+            continue
         mine = {row.mesh: row for row in rows if row.family == family}
         first = next(iter(mine.values()))
         cells = [f"{'✗ ' if mine[mesh].failures() else ''}{mine[mesh].worst:.1e}" for mesh in MESHES]
@@ -145,6 +167,12 @@ def document(rows: list[Row], seconds: float) -> str:
     return "\n".join(lines) + "\n"
 
 
+def _whole_run(page: str) -> str:
+    """When all rows of a page were run, as it says itself."""
+    (line,) = [line for line in page.splitlines() if line.startswith("Last full run: ")]
+    return line.partition(" s, ")[0].partition(" s; ")[0] + " s"
+
+
 def feature_words(family: str, found: Row) -> str:
     """What the attention of a family has: from its configuration and from what its layers asked for."""
     given = model_of(family).config.to_dict()
@@ -153,6 +181,8 @@ def feature_words(family: str, found: Row) -> str:
         layers = [layer for layer, asked in found.asked.items() if feature in asked]
         share = "" if len(layers) == len(found.asked) else f" in {len(layers)} of {len(found.asked)}"
         words += [feature + share] if layers else []
+    kinds = sorted({mixing for layer in model_of(family).modules() for mixing in KNOWN.get(type(layer).__name__, ())})
+    words = ([] if kinds and not found.asked else words) + [STATES[kind] for kind in kinds if kind in STATES]
     if given.get("v_head_dim"):
         words.append("V ≠ D")
     if given.get("per_layer_config"):
@@ -160,18 +190,19 @@ def feature_words(family: str, found: Row) -> str:
     return ", ".join(words)
 
 
-def main(path: str) -> int:
+def main(path: str, *families: str) -> int:
+    before = Path(path).read_text() if families else ""
     pools = Pools()
     started = time.perf_counter()
     try:
-        rows = run(pools, FAMILIES, MESHES)
+        rows = run(pools, families or FAMILIES, MESHES)
     finally:
         pools.close()
-    Path(path).write_text(document(rows, time.perf_counter() - started))
+    Path(path).write_text(document(rows, time.perf_counter() - started, before))
     failed = [row for row in rows if row.failures()]
     print(f"{len(rows)} rows, {len(failed)} failed, written to {path}")
     return 1 if failed else 0
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1]))
+    sys.exit(main(*sys.argv[1:]))

@@ -131,7 +131,7 @@ def test_bfloat16_is_judged_by_its_own_rounding(pool: Pools) -> None:
 
 
 def test_a_refused_model_says_why(pool: Pools) -> None:
-    request = Request("qwen3_next", 1, 1)
+    request = Request("mamba", 1, 1)
     findings = pool(1).run(findings_of, request, None)[0]
     assert [(finding.name, finding.ok) for finding in findings] == [("supported", False)]
     text = render(request, [vars(finding) for finding in findings])

@@ -21,7 +21,7 @@ def test_models_with_a_bias_are_refused(pool: Pools, family: str, config: dict[s
         pool(1).run(one_layer.refused, family, config)
 
 
-def test_linear_attention_is_refused(pool: Pools) -> None:
+def test_layers_with_a_state_that_are_not_known_are_refused(pool: Pools) -> None:
     config: dict[str, object] = {"num_hidden_layers": 4, "hidden_size": 64}
-    with pytest.raises(NotImplementedError, match="linear_attention"):
-        pool(1).run(one_layer.refused, "Qwen3NextForCausalLM", config)
+    with pytest.raises(NotImplementedError, match="4 layers of type linear_attention, of which ringattn knows 0"):
+        pool(1).run(one_layer.refused, "MambaForCausalLM", config)

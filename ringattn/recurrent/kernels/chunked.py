@@ -105,7 +105,10 @@ class _Prepared(NamedTuple):
 def _cut(lengths: tuple[int, ...], chunk: int) -> _Cut:
     order = sorted(range(len(lengths)), key=lambda piece: -lengths[piece])
     starts = [0, *accumulate(lengths)]
-    firsts, actives, begins, sizes = [], [], [], []
+    firsts: list[int] = []
+    actives: list[int] = []
+    begins: list[int] = []
+    sizes: list[int] = []
     for step in range(-(-lengths[order[0]] // chunk)):
         active = [piece for piece in order if lengths[piece] > step * chunk]
         firsts.append(len(begins))

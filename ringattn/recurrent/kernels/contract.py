@@ -45,7 +45,13 @@ class Inputs(NamedTuple):
 
     def rows(self, index: Tensor | slice) -> "Inputs":
         """Some of the rows."""
-        return Inputs(*(None if x is None else x[index] for x in self))
+        beta = None if self.beta is None else self.beta[index]
+        return Inputs(self.q[index], self.k[index], self.v[index], self.decay[index], beta)
+
+    def leaves(self) -> "Inputs":
+        """The same numbers at the beginning of a graph."""
+        q, k, v, decay = (x.detach().requires_grad_() for x in self[:4])
+        return Inputs(q, k, v, decay, None if self.beta is None else self.beta.detach().requires_grad_())
 
 
 class Kernel(Protocol):

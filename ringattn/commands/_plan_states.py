@@ -1,0 +1,86 @@
+"""What `ringattn plan` says of a layer that carries a state: its pieces, and what both routes take."""
+
+import argparse
+from typing import TYPE_CHECKING, Any
+
+from ringattn.commands._call import heads
+from ringattn.commands._text import row, table
+
+if TYPE_CHECKING:
+    from ringattn import Layout
+
+# Delta rule, decays by key dim.
+RULES = {"delta": (True, False), "kimi": (True, True), "mamba2": (False, False), "linear": (False, True)}
+SHOWN = 64
+
+
+def add_state_arguments(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("a layer that carries a state, beside the attention")
+    group.add_argument(
+        "--recurrent",
+        choices=sorted(RULES),
+        help="plan one of these too: gated delta rule, Kimi's delta attention, Mamba-2, gated linear attention",
+    )
+    group.add_argument(
+        "--recurrent-heads", type=heads, default=(32, 16), metavar="H/K", help="value and key heads, default 32/16"
+    )
+    group.add_argument(
+        "--recurrent-dim", type=int, default=128, metavar="D", help="dims of keys and of values, default 128"
+    )
+
+
+def examine_states(args: argparse.Namespace, layout: "Layout") -> dict[str, Any] | None:
+    """Pieces of every rank, and seconds and bytes of both routes; None if no such layer was asked for.
+
+    Raises ValueError for dims below 1.
+    """
+    from ringattn.recurrent.plan import plan_recurrence
+    from ringattn.recurrent.price import RecurrenceShape, prices
+
+    if args.recurrent is None:
+        return None
+    if args.recurrent_dim < 1:
+        raise ValueError(f"--recurrent-dim must be at least 1, got {args.recurrent_dim}")
+    H, K = args.recurrent_heads
+    shape = RecurrenceShape(K, H, args.recurrent_dim, args.recurrent_dim, *RULES[args.recurrent])
+    plans = [plan_recurrence(layout, rank) for rank in range(layout.mesh.sequence_size)]
+    routes = prices(layout, shape)
+    return {
+        "rule": args.recurrent,
+        "heads": [H, K],
+        "dim": args.recurrent_dim,
+        "cut_documents": len(plans[0].chains),
+        "route": min(routes, key=lambda one: one.seconds).route,
+        "routes": {one.route: {"seconds": one.seconds, "sent_bytes": one.sent} for one in routes},
+        "ranks": [
+            {
+                "rank": plan.rank,
+                "whole": len(plan.whole),
+                "cut": len(plan.cut),
+                "cut_tokens": sum(piece.size for piece in plan.cut),
+                "composed": sum(map(len, plan.ahead)),
+            }
+            for plan in plans
+        ],
+    }
+
+
+def render_states(report: dict[str, Any]) -> str:
+    """The report for people."""
+    head = (
+        f"Layer with a state: {report['rule']}, heads {report['heads'][0]}/{report['heads'][1]}, dim {report['dim']}; "
+        f"{report['cut_documents']} documents are cut"
+    )
+    rows = [["rank", "whole documents", "cut pieces", "their tokens", "maps composed"]]
+    for rank in report["ranks"][:SHOWN]:
+        rows.append([str(rank[name]) for name in ("rank", "whole", "cut", "cut_tokens", "composed")])
+    lines = [head, "", *table(rows)]
+    if len(report["ranks"]) > SHOWN:
+        lines.append(f"  the first {SHOWN} of {len(report['ranks'])} ranks; --json has all")
+    rows = [["route", "ms beside the kernel", "sent MiB"]]
+    for name, one in report["routes"].items():
+        mark = "*" if name == report["route"] else " "
+        rows.append([name, f"{one['seconds'] * 1e3:.2f}{mark}", f"{one['sent_bytes'] / 2**20:.1f}"])
+    lines += ["", *table(rows, left=1), "  * chosen"]
+    lines += row("", "forward and backward of one layer; the kernel's rate is a guess, not calibrated")
+    return "\n".join(lines)

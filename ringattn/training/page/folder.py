@@ -181,7 +181,7 @@ def _repeats(one: Evaluation, known: set[str]) -> bool:
 
 def _step_of(one: Evaluation) -> float:
     step = one.numbers.get("step") if isinstance(one.numbers, dict) else None
-    return float(step) if is_number(step) else -1.0
+    return -1.0 if step is None or not is_number(step) else float(step)
 
 
 def is_number(value: Any) -> bool:

@@ -94,7 +94,7 @@ TINY = Scale(
     at_most=1.0,
     at_least=0.0,
 )
-# 34 million parameters. With the base of the first training the slowest angle has turned by 1 at 8K: what lies beyond is
+# 34 million parameters. With the base of the first training the slowest angle has turned by 1 at 8K: beyond, all is
 # new to the model. Documents of the second corpus are long, so that facts are met as far away as a pack can hold them.
 GPU = Scale(
     model="hidden_size=512 intermediate_size=2048 num_hidden_layers=8 num_attention_heads=8 num_key_value_heads=8",

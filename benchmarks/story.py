@@ -58,7 +58,8 @@ class Scale:
         short, long: what is trained first, and what extends it.
         lengths, depths, samples: of the needles.
         at_most, at_least: shares of right answers at lengths beyond `short.length`, before and after.
-        more: overrides for both trainings.
+        apart: what log-probabilities of the reloaded model may differ by.
+        float32: the run computes in another dtype, and is exported and compared in float32.
     """
 
     model: str
@@ -69,7 +70,8 @@ class Scale:
     samples: int
     at_most: float
     at_least: float
-    more: tuple[str, ...] = ()
+    apart: float = 1e-5
+    float32: bool = False
 
 
 CPU = Scale(
@@ -92,17 +94,19 @@ TINY = Scale(
     at_most=1.0,
     at_least=0.0,
 )
-# 34 million parameters. Dense documents of the first corpus are as many words as on the CPU, so that the look-up is
-# learned early; the long ones are what takes the time.
+# 34 million parameters. With the base of the first training the slowest angle has turned by 1 at 8K: beyond, all is
+# new to the model. Documents of the second corpus are long, so that facts are met as far away as a pack can hold them.
 GPU = Scale(
     model="hidden_size=512 intermediate_size=2048 num_hidden_layers=8 num_attention_heads=8 num_key_value_heads=8",
-    short=Stage("--words 4000000 --shortest 1024 --longest 8192", 8192, 1e4, 900, 1e-3, 2),
-    long=Stage("--words 5000000 --shortest 8192 --longest 65536 --dense 0.1", 65536, 1e6, 150, 5e-4),
+    short=Stage("--words 4000000 --shortest 1024 --longest 8192", 8192, 1e4, 600, 1e-3, 2),
+    long=Stage("--words 5000000 --shortest 24576 --longest 65536 --dense 0.1", 65536, 1e6, 150, 5e-4),
     lengths=(4096, 8192, 16384, 32768, 65536),
     depths=(0.0, 0.25, 0.5, 0.75, 1.0),
     samples=8,
     at_most=0.2,
     at_least=0.95,
+    apart=1e-4,
+    float32=True,
 )
 SCALES = {"cpu": CPU, "gpu": GPU, "tiny": TINY}
 
@@ -115,7 +119,7 @@ def commands(scale: Scale, seed: int) -> list[str]:
         f"'depths={_listed(scale.depths)}' samples={scale.samples}"
     )
     config = " ".join(f"model.config.{one}" for one in scale.model.split())
-    more = "".join(f" {one}" for one in scale.more)
+    dtype = (" dtype=float32", " --dtype float32") if scale.float32 else ("", "")
     return [
         f"ringattn corpus short.jsonl {short.corpus} --seed {seed} --tokenizer tokenizer",
         f"ringattn corpus long.jsonl {long.corpus} --seed {seed + 1000}",
@@ -124,17 +128,17 @@ def commands(scale: Scale, seed: int) -> list[str]:
         f"data.seq_len={short.length} data.packs_per_step={short.packs} model.name=small "
         f"model.config.vocab_size=1024 {config} model.config.max_position_embeddings={short.length} "
         f"'model.rope={{type: theta, theta: {short.theta:g}}}' "
-        f"optim.lr={short.lr:g} run.steps={short.steps} run.save_every=0 run.seed={seed} run.output=short{more}",
+        f"optim.lr={short.lr:g} run.steps={short.steps} run.save_every=0 run.seed={seed} run.output=short",
         "ringattn export short base",
         f"ringattn evaluate model.path=base '+model.config.max_position_embeddings={long.length}' {needles} "
         "output=long/evaluation/before",
         f"ringattn train recipe=extend model.path=base 'data.files=[long.jsonl]' data.pad=true "
         "data.packing=best_fit "
         f"data.seq_len={long.length} data.packs_per_step={long.packs} model.rope.theta={long.theta:g} "
-        f"optim.lr={long.lr:g} run.steps={long.steps} run.save_every=0 run.seed={seed} run.output=long{more}",
+        f"optim.lr={long.lr:g} run.steps={long.steps} run.save_every=0 run.seed={seed} run.output=long",
         f"ringattn evaluate model.run=long {needles} output=long/evaluation/after",
-        "ringattn evaluate model.run=long 'tasks=[logprobs]' 'texts.files=[long.jsonl]' texts.documents=4",
-        "ringattn export long extended",
+        f"ringattn evaluate model.run=long 'tasks=[logprobs]' 'texts.files=[long.jsonl]' texts.documents=4{dtype[0]}",
+        f"ringattn export long extended{dtype[1]}",
         "ringattn report long",
     ]
 
@@ -206,21 +210,23 @@ def _means(table: list[list[float]]) -> tuple[float, ...]:
 def reloaded(folder: Path) -> float:
     """By how much log-probabilities differ at most: of the exported model by transformers alone, and of the run.
 
-    They are logits less the logarithm of their sum of exponentials, one for each token of a few documents.
+    Both in float32 on a device of the same kind, for each token of a few documents. They are logits less the logarithm
+    of their sum of exponentials.
     """
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    model = AutoModelForCausalLM.from_pretrained(folder / "extended", dtype="float32").eval()
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    model = AutoModelForCausalLM.from_pretrained(folder / "extended", dtype="float32").eval().to(device)
     AutoTokenizer.from_pretrained(folder / "extended")
-    worst = 0.0
+    worst = torch.zeros(())
     for line in (folder / "long" / "evaluation" / "logprobs.jsonl").read_text().splitlines():
         one = json.loads(line)
-        ids = torch.tensor([one["tokens"]])
+        ids = torch.tensor([one["tokens"]], device=device)
         with torch.no_grad():
             found = model(ids).logits[0, :-1].log_softmax(-1).gather(1, ids[0, 1:, None])[:, 0]
-        worst = max(worst, float((found - torch.tensor(one["logprobs"][1:])).abs().max()))
-    return worst
+        worst = torch.maximum(worst, (found.cpu() - torch.tensor(one["logprobs"][1:])).abs().max())  # NaN stays NaN
+    return worst.item()
 
 
 def table(name: str, told: Sequence[Told]) -> str:
@@ -308,7 +314,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def shown(scale: Scale, one: Told) -> bool:
     """Whether a story shows what it should."""
     before, after = one.beyond(scale)
-    return before <= scale.at_most and after >= scale.at_least and one.logprob_error <= 1e-5
+    return before <= scale.at_most and after >= scale.at_least and one.logprob_error <= scale.apart
 
 
 if __name__ == "__main__":

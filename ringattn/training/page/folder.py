@@ -131,11 +131,16 @@ class RunFolder:
 
     @cached_property
     def evaluations(self) -> list[Evaluation]:
-        """Pictures and numbers of `evaluation/`, those of one name together."""
+        """Pictures and numbers of `evaluation/`, those of one name together; saved models first, then by step.
+
+        A summary that repeats the numbers of files beside it is left out.
+        """
         folder = self.path / "evaluation"
         files = [path for path in folder.rglob("*") if path.is_file()] if folder.is_dir() else []
         names = sorted({path.relative_to(folder).with_suffix("") for path in files if path.suffix in (*MIMES, ".json")})
-        return [_evaluation(folder, name) for name in names[:MOST_PICTURES]]
+        found = [_evaluation(folder, name) for name in names[:MOST_PICTURES]]
+        known = {one.name for one in found}
+        return sorted((one for one in found if not _repeats(one, known)), key=_step_of)
 
     def _lines(self, name: str) -> list[dict[str, Any]]:
         try:
@@ -165,6 +170,18 @@ def _evaluation(folder: Path, name: Path) -> Evaluation:
         except OSError as error:
             note = f"{path.name} cannot be read: {error.strerror}"
     return Evaluation(str(name), picture, redacted(numbers), note)
+
+
+def _repeats(one: Evaluation, known: set[str]) -> bool:
+    """Whether it is the `evaluation.json` of tasks that all have files of their own."""
+    tasks = one.numbers.get("tasks") if isinstance(one.numbers, dict) else None
+    beside = Path(one.name).parent
+    return isinstance(tasks, dict) and not one.picture and {str(beside / str(task)) for task in tasks} <= known
+
+
+def _step_of(one: Evaluation) -> float:
+    step = one.numbers.get("step") if isinstance(one.numbers, dict) else None
+    return -1.0 if step is None or not is_number(step) else float(step)
 
 
 def is_number(value: Any) -> bool:

@@ -1,4 +1,4 @@
-"""A tokenizer that is trained here: any text, the same ids twice, as transformers loads it."""
+"""A tokenizer that is trained here: any text, the same ids twice, as transformers loads it; `ringattn corpus`."""
 
 import json
 from pathlib import Path

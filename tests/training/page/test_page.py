@@ -248,3 +248,17 @@ def test_chromium_shows_it_without_a_complaint_and_nothing_sticks_out(tmp_path, 
     assert seen <= width
     assert more <= 0
     assert outside == []
+
+
+def test_evaluations_come_by_step_and_summaries_do_not_repeat_them(tmp_path):
+    """`after` stands before `before` in the alphabet. A summary stays where a task has no file of its own."""
+    for name, step in (("after", 40), ("before", None), ("later", 100)):
+        folder = tmp_path / "evaluation" / name
+        folder.mkdir(parents=True)
+        for task in ("needle", "position"):
+            (folder / f"{task}.json").write_text(json.dumps({"step": step, "right": [1.0]}))
+        told = {"needle": {"step": step}, "position": {"step": step}} | ({"lost": {}} if name == "later" else {})
+        (folder / "evaluation.json").write_text(json.dumps({"tasks": told}))
+    names = [one.name for one in RunFolder(tmp_path).evaluations]
+    of_steps = ["after/needle", "after/position", "later/needle", "later/position"]
+    assert names == ["before/needle", "before/position", "later/evaluation", *of_steps]

@@ -31,9 +31,9 @@ MODEL = [
     "model.family=qwen3",
     "model.config.num_attention_heads=4",
     "model.config.num_key_value_heads=4",
-    "model.config.head_dim=8",
-    "model.config.use_sliding_window=true",
-    "model.config.max_window_layers=1",
+    "+model.config.head_dim=8",
+    "+model.config.use_sliding_window=true",
+    "+model.config.max_window_layers=1",
 ]
 
 
@@ -56,7 +56,7 @@ def start(output: Path, degrees: tuple[int, int, int], steps: int, window: int, 
     """Four ranks of the run, perhaps with a fault in one of them."""
     output.mkdir(parents=True, exist_ok=True)
     data, ring, ulysses = degrees
-    overrides = [*SMALL, *MODEL, f"model.config.sliding_window={window}"]
+    overrides = [*SMALL, *MODEL, f"+model.config.sliding_window={window}"]
     overrides += [f"run.output={output}", f"run.steps={steps}", "run.save_every=10", "run.keep=2"]
     overrides += [f"parallel.data={data}", f"parallel.ring={ring}", f"parallel.ulysses={ulysses}"]
     overrides += ["data.packs_per_step=4", "data.seq_len=192", "run.resume=force"]

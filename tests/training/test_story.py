@@ -79,7 +79,7 @@ def test_the_story_in_small(tmp_path: Path, pool: Pools, monkeypatch: pytest.Mon
     page = (tmp_path / "long" / "report.html").read_text()
     for part in ("before/needle", "after/needle", 'class="state done"', "theta: 80000", "2 ranks"):
         assert part in page, part
-    assert page.count("data:image/png;base64,") == 2
+    assert page.count("data:image/png;base64,") == 6  # both heat maps and the plan, each shown and to be saved
     from transformers import AutoModelForCausalLM
 
     ids = torch.randint(0, 600, (1000,), generator=torch.Generator().manual_seed(0))

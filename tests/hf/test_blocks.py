@@ -251,6 +251,6 @@ def test_masks_with_blocks_are_read_by_their_parts_alone(pool: Pools) -> None:
     assert found == {
         "text": (Mask(), False),
         "blocks": (Mask(), True),
-        "window or block": (Mask(window=(5, 0)), True),
-        "block in window": (Mask(window=(5, 0), blocks="clipped"), True),
+        "window or block": (Mask(window=(5, -1)), True),
+        "block in window": (Mask(window=(5, -1), blocks="clipped"), True),
     }

@@ -115,7 +115,7 @@ def alternatives(part: PlannedPart) -> list[dict[str, Any]]:
     """Every schedule of this mesh with its predicted seconds and memory."""
     pricer = Pricer.of(part.placement, part.asked.mask, part.setting)
     out = []
-    for schedule in candidates(part.placement.mesh.ring, "auto", None):
+    for schedule in candidates(part.placement.mesh.ring, "auto", None, part.placement.docs.segmented):
         forward, backward = pricer.price(schedule)
         out.append(
             {

@@ -13,14 +13,14 @@ from typing import TYPE_CHECKING, Any
 
 from ringattn.commands import _workload
 from ringattn.commands._call import HEADS, RANKS, TOKENS, integer, ranks, tokens
-from ringattn.commands._files import check_target, file
+from ringattn.commands._files import check_target, file, reason
 from ringattn.commands._plan_states import add_state_arguments, examine_states, render_states
 from ringattn.commands._text import note, row
 from ringattn.parallel.planning.options import scheme_names
 from ringattn.settings import AttentionOptions
 
 if TYPE_CHECKING:
-    from ringattn import Layout
+    from ringattn import Documents, Layout
     from ringattn.commands._plan_report import PlannedPart
 
 MANY = 64  # ranks from which on planning takes a while
@@ -44,6 +44,21 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     _workload.add_workload_arguments(parser)
     add_state_arguments(parser)
+    segments = parser.add_argument_group("what tokens see beyond their mask")
+    segments.add_argument(
+        "--parents",
+        type=file,
+        metavar="FILE",
+        help="text file with, for each of --lengths, the number of the one before it (from 0) that it follows on in a "
+        "tree, or -1: completions of one prompt are 4096 1024 1024 with -1 0 0",
+    )
+    segments.add_argument(
+        "--blocks",
+        type=file,
+        metavar="FILE",
+        help="text file with two numbers for each block (an image, a prefix), its first token and the one after its "
+        "last: its tokens see each other",
+    )
     parser.add_argument(
         "--draw", type=file, metavar="FILE", help="write a picture: .png or .svg; missing folders are made"
     )
@@ -110,11 +125,11 @@ def options_of(args: argparse.Namespace) -> AttentionOptions:
 
 def layout_of(args: argparse.Namespace) -> "Layout":
     """The documents on their ranks, checked: raises ValueError for what the options cannot have together."""
-    from ringattn import Documents, Layout
+    from ringattn import Layout
     from ringattn.parallel.planning.options import check_scheme
 
-    documents = Documents(_workload.lengths(args, args.tokens, args.seed))
-    mask = _workload.mask(args)
+    documents, mask = documents_of(args), _workload.mask(args)
+    documents.check_mask(mask)
     if args.sequence is not None and (args.ring, args.ulysses) != (1, 1):
         raise ValueError(f"--sequence {args.sequence} leaves --ring and --ulysses to the documents")
     size = args.sequence or args.ring * args.ulysses
@@ -129,6 +144,33 @@ def layout_of(args: argparse.Namespace) -> "Layout":
         layout = Layout(documents, mesh, args.policy, mask, heads=args.heads, head_dim=args.head_dim)
     check_scheme(options_of(args), layout.mesh, len(layout.parts))
     return layout
+
+
+def documents_of(args: argparse.Namespace) -> "Documents":
+    """The documents, with the trees and blocks that files name."""
+    from ringattn import Documents
+
+    lengths = _workload.lengths(args, args.tokens, args.seed)
+    blocks = [] if args.blocks is None else _numbers("--blocks", args.blocks)
+    if len(blocks) % 2:
+        raise ValueError(f"--blocks {args.blocks} must hold two numbers for each block, got {len(blocks)} in all")
+    pairs = list(zip(blocks[::2], blocks[1::2], strict=True))
+    if args.parents is None:
+        return Documents(lengths, blocks=pairs)
+    if args.lengths is None:
+        raise ValueError(f"--parents {args.parents} names the segments of a tree: it needs --lengths")
+    return Documents.from_tree(lengths, _numbers("--parents", args.parents), pairs)
+
+
+def _numbers(option: str, path: Path) -> list[int]:
+    """The integers of a text file; what stands after a # is a comment."""
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+        return [int(word) for line in lines for word in line.partition("#")[0].replace(",", " ").split()]
+    except OSError as error:
+        raise ValueError(f"{option} {path} cannot be read: {reason(error)}") from None
+    except ValueError as error:
+        raise ValueError(f"{option} {path} must hold integers: {error}") from None
 
 
 def chosen_degrees(layout: "Layout") -> list[str]:

@@ -109,11 +109,6 @@ def _targets(batch: Mapping[str, Any], docs: Documents, rows: int, size: int) ->
     Raises ValueError for a target of padding, which sees nothing, and for labels of trees.
     """
     if batch.get("shift_labels") is None:
-        if docs.segments and batch.get("labels") is not None:
-            raise ValueError(
-                "labels cannot be shifted on documents that are trees, where a token may be followed by several: take "
-                "the batch from shard_trees, or give each token's own target as shift_labels"
-            )
         return None if batch.get("labels") is None else shifted_labels(_labels("labels", batch, rows, size), docs)
     targets = _labels("shift_labels", batch, rows, size)
     padded = [targets[start:stop] for start, stop in docs.padding]

@@ -27,7 +27,7 @@ def shifted_labels(labels: Tensor, docs: Documents) -> Tensor:
     if docs.segments:
         raise ValueError(
             f"labels cannot be shifted along trees, where a token may be followed by several ({docs}): give "
-            "shift_labels, each token's own target"
+            "shift_labels, each token's own target, or take the batch from shard_trees"
         )
     targets = torch.full_like(labels, IGNORE_INDEX)
     if docs.total:

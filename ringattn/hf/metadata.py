@@ -161,13 +161,16 @@ def _by_positions(positions: Tensor, keep: Tensor) -> Documents:
 
 
 def _check_positions(positions: Tensor, docs: Documents) -> None:
-    """Positions count by ones in every document, whatever they start with."""
+    """Positions count by ones in every document, and of a tree in every branch, whatever they start with."""
     if positions.numel() != docs.total:
         return  # one row for all, checked as such
     steps = torch.diff(positions.to("cpu"))
     inside = torch.zeros(max(docs.total - 1, 0), dtype=torch.bool, device="cpu")
-    for start, length in zip(docs.starts, docs.lengths, strict=True):
-        inside[start : max(start, start + length - 1)] = True
+    spans = _spans(docs)
+    if docs.segments:
+        spans = [(branch.start, branch.stop - branch.start) for branch in docs.branches]
+    for start, length in spans:
+        inside[start : start + length - 1] = True
     wrong = (inside & (steps != 1)).nonzero().flatten()
     if len(wrong):
         at = int(wrong[0])

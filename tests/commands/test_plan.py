@@ -1,11 +1,12 @@
 """`ringattn plan`: figures that can be checked by hand, for people and for programs."""
 
 import json
+import re
 from dataclasses import replace
 
 import pytest
 
-from ringattn import Documents, Layout, MeshShape
+from ringattn import Documents, Layout, Mask, MeshShape
 from ringattn.cli import main
 from ringattn.parallel.machine.shipped import SHIPPED
 from ringattn.parallel.plan.shape import Shape
@@ -44,6 +45,34 @@ def test_the_table_holds_what_the_plans_say(capsys, tmp_path):
             assert 0 < one["simulated"] <= found["seconds"][name]
     chosen = {one["schedule"]: one for one in found["alternatives"]}
     assert found["schedule"]["forward"] in chosen
+
+
+def test_trees_and_blocks_are_planned(capsys, tmp_path):
+    files = {"lengths": "40 20, 20", "parents": "-1 0 0  # two completions", "blocks": "5 15"}
+    for name, text in files.items():
+        (tmp_path / name).write_text(text)
+    options = [word for name in files for word in (f"--{name}", str(tmp_path / name))]
+    found = report(capsys, *options, "--ring", "2")
+    docs = Documents.from_tree([40, 20, 20], [-1, 0, 0], blocks=[(5, 15)])
+    assert found["documents"] == {"count": 1, "tokens": 80, "longest": 80}
+    assert sum(rank["area"] for rank in found["ranks"]) == int(docs.dense(Mask()).sum())
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "words"),
+    [
+        ("parents", "-1 0", "parents must have one entry for each of the 3 lengths, got 2"),
+        ("parents", "-1 0 x", "--parents .* must hold integers"),
+        ("blocks", "5 15 20", "--blocks .* must hold two numbers for each block, got 3"),
+        ("blocks", "35 45", r"blocks\[0\] = \(35, 45\) must lie in one document"),
+    ],
+)
+def test_wrong_trees_and_blocks_are_refused(capsys, tmp_path, name, text, words):
+    (tmp_path / "lengths").write_text("40 20 20")
+    (tmp_path / name).write_text(text)
+    with pytest.raises(SystemExit):
+        main([*SMALL, "--lengths", str(tmp_path / "lengths"), f"--{name}", str(tmp_path / name), "--ring", "2"])
+    assert re.search(words, capsys.readouterr().err.replace("\n", " "))
 
 
 def test_other_meshes_and_heads(capsys):

@@ -183,6 +183,51 @@ def test_a_prefix_lm(pool: Pools, ring: int) -> None:
             torch.testing.assert_close(got[key], value, rtol=1e-5, atol=1e-5 * max(1.0, float(value.abs().max())))
 
 
+PROMPT, COMPLETIONS = 40, (12, 9, 17, 12, 1, 5, 12, 20)
+TREE = Documents.from_tree([PROMPT, *COMPLETIONS], [-1, *[0] * len(COMPLETIONS)])
+
+
+def tree(family: str, ring: int, ulysses: int) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """A model on completions of one prompt: each sequence by itself, and all as a tree over ranks.
+
+    The loss weighs the logits of each row of the tree; of separate sequences the first has the prompt's rows.
+    """
+    mesh = mesh_of(ring, ulysses)
+    model = wide(transformers.AutoModelForCausalLM.from_config(text(family)))
+    generator = torch.Generator().manual_seed(1)
+    ids = torch.randint(3, 97, (1, TREE.total), generator=generator)
+    weights = torch.randn(TREE.total, 120, generator=generator)
+    rows, start = [], PROMPT
+    for size in COMPLETIONS:
+        sequence = torch.cat([ids[:, :PROMPT], ids[:, start : start + size]], 1)
+        logits = model(sequence, use_cache=False).logits[0]
+        rows += [logits[:PROMPT], logits[PROMPT:]] if not rows else [logits[PROMPT:]]
+        start += size
+    whole = torch.cat(rows)
+    loss = (whole * weights).sum()
+    loss.backward()
+    truth = found(model, loss, whole)
+    parallelize(model, mesh)
+    local = shard_batch({"input_ids": ids}, TREE, mesh)
+    layout = local["cu_seq_lens_q"]
+    logits = model(**local).logits[0]
+    (logits * layout.shard(weights)).sum().backward()
+    for parameter in model.parameters():
+        if parameter.grad is not None:
+            torch.distributed.all_reduce(parameter.grad, group=mesh.sequence_group)
+    together = layout.unshard(logits.detach())
+    return truth, found(model, (together * weights).sum(), together)
+
+
+@pytest.mark.parametrize(("ring", "ulysses"), [(1, 1), (2, 1), (4, 1), (2, 2)])
+@pytest.mark.parametrize("family", ["llama", "gemma2"])
+def test_completions_of_one_prompt_are_separate_sequences(pool: Pools, family: str, ring: int, ulysses: int) -> None:
+    for truth, got in pool(ring * ulysses).run(tree, family, ring, ulysses):
+        assert set(truth) == set(got)
+        for key, value in truth.items():
+            torch.testing.assert_close(got[key], value, rtol=1e-5, atol=1e-5 * max(1.0, float(value.abs().max())))
+
+
 def misused(kind: str) -> None:
     mesh = mesh_of(2, 1)
     model, batch = gemma3(), batch_of("gemma3")
@@ -251,6 +296,6 @@ def test_masks_with_blocks_are_read_by_their_parts_alone(pool: Pools) -> None:
     assert found == {
         "text": (Mask(), False),
         "blocks": (Mask(), True),
-        "window or block": (Mask(window=(5, 0)), True),
-        "block in window": (Mask(window=(5, 0), blocks="clipped"), True),
+        "window or block": (Mask(window=(5, -1)), True),
+        "block in window": (Mask(window=(5, -1), blocks="clipped"), True),
     }

@@ -70,7 +70,9 @@ needs_deepspeed = [pytest.mark.skipif(not deepspeed_available(), reason="deepspe
     ("ranks", "more"),
     [
         (2, ()),
-        pytest.param(4, ("parallel.data=2", "run.recompute_every=3", *TILES), marks=pytest.mark.slow),
+        pytest.param(
+            4, ("parallel.data=2", "run.recompute_every=3", "data.ahead=process", *TILES), marks=pytest.mark.slow
+        ),
         pytest.param(2, ("engine=deepspeed", "engine.zero_stage=3", *TILES), marks=needs_deepspeed),
     ],
 )

@@ -8,8 +8,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ringattn import Documents, Layout, Mask, MeshShape
+from ringattn.drawing import picture
 from ringattn.kernels.backends.reference import allowed_pairs
-from ringattn.parallel.planning.planner import plan_attention
+from ringattn.parallel.planning.agreement import common_digest
+from ringattn.parallel.planning.ahead import Attention, from_bytes, plan_ahead, to_bytes
+from ringattn.parallel.planning.planner import plan_attention, plan_parts
 from ringattn.parallel.schedules import demand
 from ringattn.parallel.schedules.gather import Gather
 from ringattn.settings import AttentionOptions
@@ -130,3 +133,34 @@ def test_a_mask_that_segments_do_not_go_with_is_refused_as_it_is_planned() -> No
     layout = Layout(Documents([50], blocks=[(3, 9)]), MeshShape(1, 2))
     with pytest.raises(ValueError, match="mask must be causal and without a chunk"):
         plan_attention(layout, SHAPE, AttentionOptions(mask=Mask(chunk=8)))
+
+
+def test_ranks_with_other_segments_do_not_agree() -> None:
+    found = set()
+    for docs in (
+        Documents([60]),
+        Documents([60], blocks=[(3, 9)]),
+        Documents.from_tree([40, 10, 10], [-1, 0, 0]),
+        Documents.from_tree([40, 10, 10], [-1, 0, 1]),
+    ):
+        layout = Layout(docs, MeshShape(1, 2), "contiguous")
+        found.add(common_digest(plan_parts(layout, SHAPE), layout))
+    assert len(found) == 4
+
+
+def test_plans_made_ahead_are_those_of_the_layout() -> None:
+    docs = Documents.from_tree([40, 10, 12], [-1, 0, 0], blocks=[(3, 9)])
+    mesh = MeshShape(1, 2)
+    layout = Layout(docs, mesh)
+    plans = plan_ahead(layout, [Attention(SHAPE, AttentionOptions())])
+    there, read = from_bytes(to_bytes((layout, plans)), mesh)
+    assert there.docs == docs
+    assert [plan.parts[0][1] for _, plan in read] == [plan_attention(Layout(docs, mesh), SHAPE)]
+
+
+def test_pictures_show_the_mask() -> None:
+    docs = Documents.from_tree([12, 6, 5, 9], [-1, 0, 0, -1], blocks=[(2, 7), (25, 30)], total=34)
+    for mask in (Mask(), Mask(window=(4, 0)), Mask(window=(4, 0), blocks="clipped")):
+        plans = [plan for _, plan in plans_of(docs, mask, 3, "zigzag", "gather", None)]
+        drawn = [[sign != "." for sign in line] for line in picture(plans, docs.total).splitlines()]
+        assert drawn == docs.dense(mask).tolist()

@@ -104,9 +104,8 @@ def _check_lengths(handle: Handle, layout: Layout, positions: Tensor) -> None:
     last = positions.max().to(torch.int64) if positions.numel() else positions.new_tensor(-1, dtype=torch.int64)
     last = last.reshape(1).to(handle.mesh.device)
     dist.all_reduce(last, dist.ReduceOp.MAX, group=handle.mesh.sequence_group)
-    longest = max([*layout.docs.lengths, int(last) + 1])
-    # Padding is one more document to whoever counts positions.
-    longest = max([longest, *(stop - start for start, stop in layout.docs.padding)])
+    # Padding is one more document to whoever counts positions, and a tree as long as its longest path.
+    longest = max([int(last) + 1, *(first + stop - start for start, stop, first in layout.docs.position_runs)])
     for limit in handle.limits:
         seen = max([longest, *(layout.tokens(rank) for rank in range(layout.mesh.sequence_size))])
         if (seen if limit.local else longest) > limit.longest:

@@ -61,18 +61,23 @@ class RecurrentLayers:
     @property
     def calls(self) -> int:
         """Functions that mix tokens and are called in a forward pass."""
-        return sum(len(KNOWN[type(layer).__name__]) for layer in self.layers.values())
+        return sum(len(KNOWN[kind_of(layer)]) for layer in self.layers.values())
+
+
+def kind_of(layer: nn.Module) -> str:
+    """The known class that a layer is of, or ""; FSDP gives each module that it shards a class of its own."""
+    return next((one.__name__ for one in type(layer).__mro__ if one.__name__ in KNOWN), "")
 
 
 def recurrent_layers(text: nn.Module) -> RecurrentLayers:
     """The known layers of a model. Raises NotImplementedError for one that is not what it is known as."""
-    found = {path: layer for path, layer in text.named_modules() if type(layer).__name__ in KNOWN}
+    found = {path: layer for path, layer in text.named_modules() if kind_of(layer)}
     for path, layer in found.items():
-        kind = type(layer).__name__
+        kind = kind_of(layer)
         code = _written(layer).__code__
         expected = {name for name in KNOWN[kind] if name != LIGHTNING}
         mixing = {name for name in code.co_names if name in MIXING}
-        if not type(layer).__module__.startswith("transformers.") or mixing != expected:
+        if not _written(layer).__module__.startswith("transformers.") or mixing != expected:
             raise NotImplementedError(
                 f"{kind} at {path} is not the layer that ringattn knows: it mixes tokens by "
                 f"{sorted(mixing) or 'no known function'}, where {sorted(expected)} are expected"
@@ -97,7 +102,7 @@ def put_in_place(model: Any, text: Any, layers: RecurrentLayers) -> list[Any]:
         hooks.append(text.base_model.register_forward_pre_hook(hand_on, with_kwargs=True))
     for path, layer in layers.layers.items():
         layer.forward = MethodType(forward, layer)
-        if type(layer).__name__ in WITHOUT_KEYWORDS:
+        if kind_of(layer) in WITHOUT_KEYWORDS:
             outer = text.get_submodule(path.rpartition(".")[0])
             hooks.append(outer.register_forward_pre_hook(tell, with_kwargs=True))
     return hooks
@@ -107,7 +112,7 @@ def take_back(model: nn.Module) -> None:
     """Gives every layer its own forward pass back."""
     for module in model.modules():
         module.__dict__.pop(_TOLD, None)
-        if type(module).__name__ in KNOWN:
+        if kind_of(module):
             module.__dict__.pop("forward", None)
 
 
@@ -135,15 +140,18 @@ def tell(outer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tup
 
 @torch.compiler.disable
 def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
-    """The forward pass of a recurrent layer, on the tokens of one rank. Collective."""
-    if type(self).__name__ in WITHOUT_KEYWORDS:
+    """The forward pass of a recurrent layer, on the tokens of one rank. Collective.
+
+    It bears this name because a pickled method is found by its name.
+    """
+    if kind_of(self) in WITHOUT_KEYWORDS:
         kwargs["cu_seq_lens_q"] = kwargs.pop("attention_mask", None)
     batch = _batch(self, kwargs.get("cu_seq_lens_q"))
     if kwargs.get("cache") is not None or self._ringattn.cache is not None:
         raise NotImplementedError(f"{type(self).__name__} cannot keep its state yet: caches are for generation")
     if kwargs.get("attention_mask") is not None:
         raise ValueError("attention_mask must be None: give padding and packing as documents, through shard_batch")
-    if KNOWN[type(self).__name__] == (LIGHTNING,):
+    if KNOWN[kind_of(self)] == (LIGHTNING,):
         return _lightning(self, batch, *args, **kwargs)
     written = _written(self)
     replaced: dict[str, Any] = {}

@@ -157,7 +157,8 @@ def decode(batch: Batch, *args: Any, **kwargs: Any) -> None:
 
 
 Replacement = Callable[..., Any]
-# By the name in the layer's module. The first two kinds must be called once in a forward pass.
+# By the name in the layer's module. A layer must call those of these that it knows once in a forward pass, and none of
+# those aside.
 MIXING: dict[str, Replacement] = {
     "causal_conv1d_fn": causal_conv1d_fn,
     "torch_chunk_gated_delta_rule": chunk_delta_rule,

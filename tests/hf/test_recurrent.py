@@ -165,6 +165,32 @@ def test_what_is_not_as_it_is_known_is_refused() -> None:
         recurrent_layers(nn.Sequential(Lfm2ShortConv()))
 
 
+def sharded(family: str) -> list[float]:
+    """Recurrent layers that FSDP shards by themselves, whose classes are then others."""
+    from torch.distributed.fsdp import fully_shard
+
+    model, mesh = copy.deepcopy(model_of(family)), mesh_of(2, 1)
+    truth = conformance.alone(model, FORMS[4])
+    parallelize(model, mesh)
+    for layer in layers_of(model):
+        fully_shard(layer, mesh=mesh.sequence_mesh)
+        assert type(layer).__name__ not in KNOWN
+    fully_shard(model, mesh=mesh.sequence_mesh)
+    local = shard_batch(FORMS[4].batch(97), None, mesh, "zigzag")
+    loss = model(**local).loss
+    loss.backward()
+    gradient = model.get_input_embeddings().weight.grad.full_tensor()
+    name = next(name for name in truth.gradients if "embed" in name)
+    whole = truth.gradients[name]
+    return [float((gradient - whole).norm() / whole.norm()), float((loss.detach() - truth.loss).abs())]
+
+
+@pytest.mark.parametrize("family", ["lfm2", "jamba"])
+def test_layers_sharded_by_themselves(pool: Pools, family: str) -> None:
+    for errors in pool(2).run(sharded, family):
+        assert max(errors) < 1e-5
+
+
 def replaced_later(family: str) -> str:
     """A layer whose forward pass was put back behind the handle's back."""
     model, mesh = copy.deepcopy(model_of(family)), mesh_of(1, 1)

@@ -140,10 +140,10 @@ def _spans_of(docs: Documents, load: Load) -> list[Span]:
     parts = docs.chunked(load.chunk)
     spans = [Span(start, stop - start, 0.0, 0.0, False) for start, stop in docs.padding]
     costs = load.costs(np.array(parts.lengths, dtype=np.int64)).tolist()
+    uneven = load.bent or docs.segmented
     for number, (start, size, cost) in enumerate(zip(parts.starts, parts.lengths, costs, strict=True)):
         if size:
-            document = number if load.bent or docs.segmented else None
-            spans.append(Span(start, size, cost, cost / size, load.nested(size), document))
+            spans.append(Span(start, size, cost, cost / size, load.nested(size), number if uneven else None))
     return _with_segments(docs, load, spans) if docs.segmented else spans
 
 

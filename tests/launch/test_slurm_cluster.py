@@ -34,7 +34,7 @@ def steps(output: Path) -> int:
     return records[-1]["step"] if records else 0
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_a_job_is_looked_at_preempted_requeued_and_finished(cluster, tmp_path):
     """Preempted by a job of a higher partition, with a time of grace for a checkpoint; the curve is of one run."""
     output, log, began = tmp_path / "run", tmp_path / "job.log", time.monotonic()

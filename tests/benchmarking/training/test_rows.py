@@ -148,7 +148,7 @@ def test_several_ranks_do_not_go_on_without_room(pool: Pools) -> None:
         pool(2).run(no_room, "--seq-len 16384 --rows ours --host-layers all --host-room 0.0001")
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_attempts_of_several_ranks_say_what_they_lacked() -> None:
     options = options_of("--longest --gpus 2 --host-layers all --limit 300")
     found = attempt_apart(options, "ours", 4096)

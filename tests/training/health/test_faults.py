@@ -77,7 +77,11 @@ def test_ranks_save_when_ringattn_train_is_killed(tmp_path) -> None:
     assert fact.ending.state == "stopped"
 
 
-@pytest.mark.parametrize("name", [name for name in ROWS if name.endswith("in a long step")])
+LONG_STEPS = [name for name in ROWS if name.endswith("in a long step")]
+MARKS = {"SIGUSR1 in a long step": [pytest.mark.nightly]}
+
+
+@pytest.mark.parametrize("name", [pytest.param(name, marks=MARKS.get(name, [])) for name in LONG_STEPS])
 def test_a_signal_in_a_long_step_loses_nothing(name: str, undisturbed: Curve, tmp_path) -> None:
     fact = ROWS[name](tmp_path)
     assert fact.ending.state == "stopped"

@@ -8,4 +8,6 @@ set_up "train dev hf memory" deepspeed
 # Two files at a time: most tests take one core. Those of GPUs would share one.
 workers=2
 [[ " $* " != *gpu* ]] || workers=0
+# The same drawn examples each time, and fewer than pytest alone would draw: see tests/conftest.py.
+export CI="${CI:-1}"
 exec "$python" -m pytest -n "$workers" --dist loadfile "$@"

@@ -17,8 +17,14 @@ if find_spec("setuptools") is not None:
 
 # No deadline anywhere: the first call of a kernel or a worker pool takes seconds. CI must not fail by luck of the draw.
 settings.register_profile("dev", deadline=None, print_blob=True)
+# Fewer examples than by hand, where pytest alone draws others each time: CI has half an hour for everything.
 settings.register_profile(
-    "ci", deadline=None, derandomize=True, print_blob=True, suppress_health_check=[HealthCheck.too_slow]
+    "ci",
+    deadline=None,
+    derandomize=True,
+    print_blob=True,
+    max_examples=30,
+    suppress_health_check=[HealthCheck.too_slow],
 )
 settings.load_profile("ci" if os.environ.get("CI") else "dev")
 

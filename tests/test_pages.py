@@ -283,7 +283,8 @@ def test_every_environment_variable_is_on_its_page() -> None:
         name for file in scripts for name in re.findall(r"\$\{?([A-Z][A-Z0-9_]+)", file.read_text(encoding="utf-8"))
     }
     asked = {name for name in read - BASH_ITS_OWN if not name.startswith("SLURM_")}
-    command = (ROOT / "ringattn" / "commands" / "train.py").read_text(encoding="utf-8")
+    files = [ROOT / "ringattn" / "commands" / name for name in ("train.py", "_torchrun.py")]
+    command = "".join(file.read_text(encoding="utf-8") for file in files)
     asked |= set(re.findall(r'environ(?:\.get\(|\[)"([A-Z][A-Z0-9_]+)"', command)) - BASH_ITS_OWN
     assert {"NPROC", "EXTRAS", "NODE_RANK"} <= asked
     missing = [name for name in [*asked, *VARIABLES] if f"`{name}`" not in text]

@@ -140,6 +140,7 @@ def test_an_installed_package_trains_outside_of_the_checkout(installed: Environm
     assert installed.checkpoints() == {"step-00000002"}
 
 
+@pytest.mark.nightly
 def test_ones_own_configuration_goes_on_and_a_signal_saves(installed: Environment, trained: str) -> None:
     own = installed.work / "own"
     for group, name, shipped in (("optim", "adamw", "adamw"), ("run", "long", "default")):

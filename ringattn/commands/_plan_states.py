@@ -3,7 +3,7 @@
 import argparse
 from typing import TYPE_CHECKING, Any
 
-from ringattn.commands._call import heads
+from ringattn.commands._call import head_dim, heads
 from ringattn.commands._text import row, table
 
 if TYPE_CHECKING:
@@ -25,7 +25,7 @@ def add_state_arguments(parser: argparse.ArgumentParser) -> None:
         "--recurrent-heads", type=heads, default=(32, 16), metavar="H/K", help="value and key heads, default 32/16"
     )
     group.add_argument(
-        "--recurrent-dim", type=int, default=128, metavar="D", help="dims of keys and of values, default 128"
+        "--recurrent-dim", type=head_dim, default=128, metavar="D", help="dims of keys and of values, default 128"
     )
 
 
@@ -39,8 +39,6 @@ def examine_states(args: argparse.Namespace, layout: "Layout") -> dict[str, Any]
 
     if args.recurrent is None:
         return None
-    if args.recurrent_dim < 1:
-        raise ValueError(f"--recurrent-dim must be at least 1, got {args.recurrent_dim}")
     H, K = args.recurrent_heads
     shape = RecurrenceShape(K, H, args.recurrent_dim, args.recurrent_dim, *RULES[args.recurrent])
     plans = [plan_recurrence(layout, rank) for rank in range(layout.mesh.sequence_size)]

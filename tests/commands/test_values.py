@@ -33,13 +33,17 @@ NUMBERS = {  # what every parser has, so that a new option of numbers is not for
     "doctor": {"--heads", "--head-dim", "--value-dim", "--window", "--softcap", "--dropout"},
     "tune": {"--heads", "--head-dim", "--value-dim", "--window", "--softcap", "--dropout", "--length", "--documents"},
     "plan": {"--tokens", "--ring", "--ulysses", "--sequence", "--stages", "--memory", "--head-chunks", "--longest",
-             "--seed", "--window", "--chunk", "--heads", "--head-dim"},
+             "--seed", "--window", "--chunk", "--heads", "--head-dim", "--recurrent-heads", "--recurrent-dim"},
     "simulate": {"--gpus", "--tokens-per-gpu", "--ulysses", "--packs", "--groups", "--straggler", "--slow-link",
                  "--longest", "--seed", "--window", "--chunk", "--heads", "--head-dim"},
     "bench": {"--heads", "--head-dim", "--seconds"},
     "check": {"--ring", "--ulysses", "--tolerance"},
 }  # fmt: skip
-FILES = {"plan": {"--lengths", "--draw"}, "simulate": {"--lengths", "--draw"}, "bench": {"--out"}}
+FILES = {
+    "plan": {"--lengths", "--draw", "--parents", "--blocks"},
+    "simulate": {"--lengths", "--draw"},
+    "bench": {"--out"},
+}
 TEXTS = {"--machine", "--model", "--backend"}
 
 

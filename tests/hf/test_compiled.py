@@ -55,6 +55,7 @@ def tensors(features: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
     return {name: torch.tensor([feature[name] for feature in features]) for name in features[0]}
 
 
+@pytest.mark.nightly
 def test_the_trainers_torch_compile(pool: Pools, tmp_path: Any) -> None:
     plain, compiled = pool(2).run_many(trained, [(str(tmp_path), False), (str(tmp_path), True)], timeout=300.0)
     for losses, expected in zip(compiled, plain, strict=True):

@@ -56,6 +56,7 @@ def _fresh():
     torch._dynamo.reset()
 
 
+@pytest.mark.nightly
 @pytest.mark.parametrize("family", PARTS)
 def test_the_same_for_any_length_by_one_compilation(family: str) -> None:
     model = small(family)

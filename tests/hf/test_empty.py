@@ -135,6 +135,7 @@ def compiled() -> Any:
         handle.undo()
 
 
+@pytest.mark.nightly
 def test_compiled_layers_take_ranks_without_tokens(pool: Pools) -> None:
     for errors in pool(4).run(compiled, timeout=300.0):
         assert errors.within(1e-5), errors

@@ -84,6 +84,7 @@ def tuned(folder: str, ring: int, name: str, stock: bool = False) -> dict[str, A
     return history(trainer)
 
 
+@pytest.mark.nightly
 def test_the_same_curve(pool: Pools, tmp_path: Path) -> None:
     one = pool(1).run_many(tuned, [(str(tmp_path), 1, name) for name in OPTIONS], timeout=300.0)
     two = pool(2).run_many(tuned, [(str(tmp_path), 2, name) for name in OPTIONS], timeout=300.0)

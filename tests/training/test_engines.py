@@ -117,6 +117,7 @@ def two_steps(engine: str, zero_stage: int, compiled: bool) -> tuple[list[float]
     return told, graphs
 
 
+@pytest.mark.nightly
 @pytest.mark.parametrize(("engine", "zero_stage"), [("fsdp2", 0), ("deepspeed", 1), ("deepspeed", 3)])
 def test_compiled_elementwise_work_trains_the_same(pool: Pools, engine: str, zero_stage: int) -> None:
     if engine == "deepspeed":

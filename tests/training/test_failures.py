@@ -49,6 +49,7 @@ def test_a_traceback_shows_no_secret():
     assert "in fails" in done.stderr, "the rest of it is there"
 
 
+@pytest.mark.nightly
 def test_the_end_of_torchruns_screen(tmp_path):
     """Rank 1 raises and rank 0 loses its connection in the same second: torchrun alone would name rank 0."""
     done = faulty("1", tmp_path)

@@ -244,6 +244,7 @@ def test_grouped_packs_go_on_where_they_waited_with_other_replicas(tmp_path):
     assert_same_curve(curve(tmp_path), whole)
 
 
+@pytest.mark.nightly
 def test_tasks_of_srun_need_no_torchrun(tmp_path):
     variables = {"SLURM_STEP_NUM_TASKS": "2", "SLURM_STEP_TASKS_PER_NODE": "2", "SLURM_STEP_NODELIST": "127.0.0.1"}
     tasks = []

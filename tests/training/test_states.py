@@ -258,7 +258,7 @@ def test_deepspeed_keeps_the_curve_of_fsdp2(pool: Pools, stage: int) -> None:
 
 
 @needs_deepspeed
-@pytest.mark.slow  # its C++ is compiled first
+@pytest.mark.nightly  # its C++ is compiled first
 @pytest.mark.parametrize("stage", [1, 2, 3])
 def test_deepspeed_computes_on_the_host(pool: Pools, tmp_path: Path, stage: int) -> None:
     assert why_no_cpu_adam("cpu") is None

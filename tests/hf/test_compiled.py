@@ -84,6 +84,7 @@ def dropped() -> list[tuple[list[torch.Tensor], list[torch.Tensor]]]:
     return list(zip(*results, strict=True))
 
 
+@pytest.mark.nightly
 def test_layers_compiled_one_by_one_without_their_batch(pool: Pools) -> None:
     for batches in pool(2).run(dropped, timeout=300.0):
         for plain, compiled in batches:

@@ -215,6 +215,7 @@ def compiled_layers(family: str) -> list[Any]:
     return errors
 
 
+@pytest.mark.nightly
 @pytest.mark.parametrize("family", ["granite_swa", "gemma2"])
 def test_layers_compiled_one_by_one(pool: Pools, family: str) -> None:
     for errors in pool(2).run(compiled_layers, family, timeout=300.0):

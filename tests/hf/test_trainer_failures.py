@@ -36,6 +36,7 @@ Failing(small_model(), arguments(sys.argv[1]), mesh=mesh, train_dataset=Rows(4),
 """
 
 
+@pytest.mark.nightly
 def test_the_first_rank_to_fail_speaks_last(tmp_path: Path) -> None:
     (tmp_path / "failing.py").write_text(SCRIPT)
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]

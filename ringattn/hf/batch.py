@@ -66,6 +66,19 @@ def shard_batch(
         note_rule(layout, needs.rule)
     if batch.get("input_ids") is not None:
         note_batch(layout, batch["input_ids"])
+    local = _inputs(layout, batch, rows, size)
+    targets = _targets(batch, docs, rows, size)
+    if targets is not None:
+        # Models compute a loss where there are labels, from shift_labels where there are these.
+        labels = targets if batch.get("labels") is None else _labels("labels", batch, rows, size)
+        local["labels"] = layout.shard(labels)[None]
+        local["shift_labels"] = layout.shard(targets)[None]
+        local.setdefault("num_items_in_batch", (targets != IGNORE_INDEX).sum())
+    return {"use_cache": False} | local | attention_kwargs(layout)
+
+
+def _inputs(layout: Layout, batch: Mapping[str, Any], rows: int, size: int) -> dict[str, Any]:
+    """What the model reads of a batch, but for targets: this rank's rows, and always their positions."""
     local: dict[str, Any] = {}
     for name, value in batch.items():
         if name in METADATA or name in LABELS or value is None:
@@ -79,14 +92,7 @@ def shard_batch(
     if "position_ids" not in local:
         device = next(x.device for x in local.values() if isinstance(x, Tensor))
         local["position_ids"] = layout.position_ids(device)[None]
-    targets = _targets(batch, docs, rows, size)
-    if targets is not None:
-        # Models compute a loss where there are labels, from shift_labels where there are these.
-        labels = targets if batch.get("labels") is None else _labels("labels", batch, rows, size)
-        local["labels"] = layout.shard(labels)[None]
-        local["shift_labels"] = layout.shard(targets)[None]
-        local.setdefault("num_items_in_batch", (targets != IGNORE_INDEX).sum())
-    return {"use_cache": False} | local | attention_kwargs(layout)
+    return local
 
 
 def attention_kwargs(layout: Layout) -> dict[str, Any]:

@@ -120,3 +120,14 @@ def test_what_one_machine_cannot_read_alone_is_refused(tmp_path):
         else:
             with pytest.raises(ValueError, match=words):
                 settle()
+
+
+def test_neighbours_that_are_not_there_are_refused(tmp_path):
+    given = (f"run.output={tmp_path}", "run.memory_neighbours=true")
+    with pytest.raises(ValueError, match=r"run\.memory_neighbours=true keeps copies in memory: set run\.memory_every"):
+        prepared(*given)
+    given += ("run.memory_every=5", f"run.memory_folder={tmp_path}")
+    with pytest.raises(ValueError, match=r"run\.memory_neighbours=true: there is one machine, and nobody to keep"):
+        prepared(*given)
+    assert prepared(*given, "run.elastic=true").cfg.run.memory_neighbours
+    assert memory_copies.copies_of(True) == 2 * memory_copies.copies_of(False)

@@ -1,5 +1,7 @@
 """The recipe as a user starts it: up to the point where it would train, in this process; or whole, in a fork."""
 
+import json
+import shutil
 import socket
 from functools import cache
 from pathlib import Path
@@ -34,6 +36,17 @@ SIZES: dict[str, Any] = {
         "high_freq_factor": 4.0,
         "original_max_position_embeddings": 128,
     },
+}
+
+
+THREE_LAYERS: dict[str, Any] = {
+    "vocab_size": 64,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "initializer_range": 0.1,
 }
 
 
@@ -82,3 +95,21 @@ def started(tmp_path: Path, *arguments: str, **variables: str) -> tuple[int | No
     rank = fork_rank(arguments, environment | variables, out, err, alone)
     assert all_end([rank], 200), out.read_text() + err.read_text()
     return rank.exitcode, out.read_text(), err.read_text()
+
+
+def assert_it_goes_on(tmp_path: Path, *given: str) -> None:
+    """A run of four steps that saves after two of them, started again without its last checkpoint, has its losses."""
+
+    def losses() -> list[float]:
+        return [json.loads(line)["loss"] for line in (output / "metrics.jsonl").read_text().splitlines()]
+
+    output = tmp_path / "out"
+    given = (f"run.output={output}", "data.seq_len=128", "run.steps=4", "run.save_every=2", "run.keep=5", *given)
+    code, out, err = started(tmp_path, *given)
+    assert code == 0, out + err
+    whole = losses()
+    shutil.rmtree(output / "checkpoints" / "step-00000004")
+    code, out, err = started(tmp_path, *given)
+    assert code == 0, out + err
+    assert "from step 2" in out
+    assert losses() == whole

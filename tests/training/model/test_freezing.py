@@ -1,7 +1,5 @@
 """`model.freeze`: the curve of a plain loop with the same weights frozen, no states for them, and what it refuses."""
 
-import json
-import shutil
 from functools import cache, partial
 from pathlib import Path
 from typing import Any
@@ -19,18 +17,10 @@ from ringattn.training.loss import brought
 from ringattn.training.model.models import build_model, empty_model, model_config, parameter_groups
 from tests.parallel.ranks import mesh_of
 from tests.pool import Pools
-from tests.training.recipe import prepared, save_model, started
+from tests.training.recipe import THREE_LAYERS, assert_it_goes_on, prepared, save_model
 from tests.training.token_loss import model_loss, token_loss_sum
 
-SIZES = {
-    "vocab_size": 64,
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 3,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "initializer_range": 0.1,
-}
+SIZES = THREE_LAYERS
 DOCS = Documents([40, 7, 100])
 STEPS, RATE, SEED, BETAS = 4, 1e-2, 3, (0.9, 0.95)
 EMBEDDING, MIDDLE = ("*.embed_tokens.*",), ("model.layers.1.*",)
@@ -136,21 +126,10 @@ def test_refusals(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_the_recipe_goes_on_with_the_same_frozen(tmp_path: Path) -> None:
-    def losses() -> list[float]:
-        return [json.loads(line)["loss"] for line in (tmp_path / "out" / "metrics.jsonl").read_text().splitlines()]
-
     save_model(tmp_path / "model")
-    run = [f"run.output={tmp_path / 'out'}", f"model.path={tmp_path / 'model'}", "data.seq_len=128", "run.steps=4"]
-    run += ["run.save_every=2", "run.keep=5", "optim.lr=1e-2"]
-    given = [*run, "model.freeze=['*.embed_tokens.*','model.layers.0.*']"]
-    code, out, err = started(tmp_path, *given)
-    assert code == 0, out + err
-    whole = losses()
-    shutil.rmtree(tmp_path / "out" / "checkpoints" / "step-00000004")
-    code, out, err = started(tmp_path, *given)
-    assert code == 0, out + err
-    assert "from step 2" in out
-    assert losses() == whole
+    run = [f"model.path={tmp_path / 'model'}", "optim.lr=1e-2"]
+    assert_it_goes_on(tmp_path, *run, "model.freeze=['*.embed_tokens.*','model.layers.0.*']")
+    run += [f"run.output={tmp_path / 'out'}", "data.seq_len=128", "run.steps=4", "run.save_every=2", "run.keep=5"]
     with pytest.raises(ValueError, match=r"model\.freeze was"):
         prepared(*run)
     with pytest.raises(ValueError, match=r"another frozen model.*model\.freeze was"):

@@ -29,18 +29,10 @@ from ringattn.training.model.models import build_model, empty_model, model_confi
 from tests.parallel.ranks import mesh_of
 from tests.pool import Pools
 from tests.training.parts import load_parts, save_parts
-from tests.training.recipe import prepared, save_model, started
+from tests.training.recipe import THREE_LAYERS, prepared, save_model, started
 from tests.training.token_loss import model_loss, token_loss_sum
 
-SIZES = {
-    "vocab_size": 64,
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 3,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "initializer_range": 0.1,
-}
+SIZES = THREE_LAYERS
 DOCS = Documents([40, 7, 100])
 STEPS, RATE, SEED = 5, 3e-2, 3
 GIVEN: dict[str, Any] = {"weight_decay": 0.1, "betas": (0.9, 0.95), "eps": 1e-8}

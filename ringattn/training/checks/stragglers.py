@@ -81,7 +81,7 @@ class Stragglers:
             self._steps = 0
 
     def compare(self, step: int, steps: int, mine: OwnTime) -> list[dict[str, Any]]:
-        """Links are timed, then one small gather; rank 0 tells. Collective. Returns the ranks that are behind, slowest first.
+        """Times links and gathers a little; rank 0 tells. Collective. Returns ranks that are behind, slowest first.
 
         Arguments:
             step: the last of the window.

@@ -103,12 +103,19 @@ class OwnTimes:
 
     def _look(self) -> None:
         while not self._end.wait(PERIOD):
-            if not self._measuring or (frame := sys._current_frames().get(self._thread_id)) is None:
+            if not self._measuring:
                 continue
-            if any(part in frame.f_code.co_filename for part in WAITS):
+            file = _file_of(self._thread_id)
+            if any(part in file for part in WAITS):
                 self._others += 1
             else:
                 self._own += 1
+
+
+def _file_of(thread_id: int) -> str:
+    """Of the function that a thread is in. Its frame is let go at once: as long as it is held, so are its tensors."""
+    frame = sys._current_frames().get(thread_id)
+    return frame.f_code.co_filename if frame is not None else ""
 
 
 class _KernelTimes:

@@ -4,11 +4,19 @@ from bisect import bisect_left
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import accumulate, pairwise
+from itertools import accumulate
 
 import torch
 
-from ringattn.integers import IntegerLike, integers, one_row, rows_of, runs_of, shown
+from ringattn.boundaries import (
+    block_ids_of_types,
+    blocks_of_ids,
+    lengths_of_cu_seqlens,
+    lengths_of_position_ids,
+    spans_of_padding_mask,
+    spans_of_segment_ids,
+)
+from ringattn.integers import IntegerLike, integers, rows_of
 from ringattn.mask import Mask
 from ringattn.segments import (
     Branch,
@@ -118,19 +126,7 @@ class Documents:
         ids = [number for row in rows for number in row]
         if len(ids) != docs.total:
             raise ValueError(f"block_ids must hold one id for each of the {docs.total} tokens, got {len(ids)}")
-        blocks: list[Range] = []
-        for begin, size in zip(docs.starts, docs.lengths, strict=True):
-            seen: set[int] = set()
-            for start, stop in runs_of(ids[begin : begin + size]):
-                number = ids[begin + start]
-                if number in seen:
-                    raise ValueError(
-                        f"block_ids must hold each block in one run: id {number} comes back at token {begin + start}"
-                    )
-                if number >= 0:
-                    seen.add(number)
-                    blocks.append((begin + start, begin + stop))
-        return cls(docs.lengths, docs.starts, docs.total, blocks, docs.segments)
+        return cls(docs.lengths, docs.starts, docs.total, blocks_of_ids(ids, docs.spans), docs.segments)
 
     @classmethod
     def from_token_type_ids(
@@ -144,23 +140,13 @@ class Documents:
             types: of the tokens that see each other; runs of them are one block, whatever the types in it.
         """
         rows = rows_of(token_type_ids, "token_type_ids")
-        ids: list[int] = []
-        for row in rows:
-            marked = [number in types for number in row]
-            for index, (start, stop) in enumerate(runs_of([int(mark) for mark in marked])):
-                ids += [len(ids) + index if marked[start] else -1] * (stop - start)
+        ids = block_ids_of_types(rows, types)
         return cls.from_block_ids(ids, cls([len(row) for row in rows]) if docs is None else docs)
 
     @classmethod
     def from_cu_seqlens(cls, cu_seqlens: IntegerLike, total: int | None = None) -> "Documents":
         """From cumulative lengths `[0, l0, l0 + l1, ...]`; tokens between the last entry and `total` are padding."""
-        cu = integers(cu_seqlens, "cu_seqlens")
-        if not cu or cu[0] != 0:
-            raise ValueError(f"cu_seqlens must start with 0, got {shown(cu)}")
-        for index in range(1, len(cu)):
-            if cu[index] < cu[index - 1]:
-                raise ValueError(f"cu_seqlens must not decrease, got {cu[index - 1]} then {cu[index]} at entry {index}")
-        return cls([b - a for a, b in pairwise(cu)], total=total)
+        return cls(lengths_of_cu_seqlens(cu_seqlens), total=total)
 
     @classmethod
     def from_position_ids(cls, position_ids: IntegerLike, first: int = 0) -> "Documents":
@@ -170,21 +156,7 @@ class Documents:
         for anything else, since a guess here would let documents mix: a stream that starts inside a document (a shard),
         a jump inside one, a restart at another value, several axes (M-RoPE) or rows.
         """
-        positions = one_row(position_ids, "position_ids")
-        if positions and positions[0] != first:
-            raise ValueError(
-                f"position_ids must start with first = {first}, got {shown(positions)}; give first={positions[0]} if "
-                "every document counts from there, and lengths or cu_seqlens for sharded or padded positions"
-            )
-        bounds = [index for index, position in enumerate(positions) if position == first]
-        for index in range(1, len(positions)):
-            if positions[index] != first and positions[index] != positions[index - 1] + 1:
-                raise ValueError(
-                    f"position_ids must count by ones and restart at {first} in every document, got "
-                    f"{positions[index - 1]} then {positions[index]} at token {index}; "
-                    "for sharded, padded or other positions give lengths or cu_seqlens"
-                )
-        return cls.from_cu_seqlens([*bounds, len(positions)] if positions else [0])
+        return cls(lengths_of_position_ids(position_ids, first))
 
     @classmethod
     def from_segment_ids(cls, segment_ids: IntegerLike) -> "Documents":
@@ -193,23 +165,7 @@ class Documents:
         Accepts (T,), or (B, T) whose rows are laid end to end and never join. An id that comes back in the same row
         after another one raises ValueError: such tokens could not be one document of consecutive tokens.
         """
-        rows = rows_of(segment_ids, "segment_ids")
-        spans: list[tuple[int, int]] = []
-        base = 0
-        for row_index, row in enumerate(rows):
-            seen: set[int] = set()
-            for start, stop in runs_of(row):
-                if row[start] < 0:
-                    continue
-                if row[start] in seen:
-                    raise ValueError(
-                        f"segment_ids must hold each document in one run: id {row[start]} comes back at token {start} "
-                        f"of row {row_index}"
-                    )
-                seen.add(row[start])
-                spans.append((base + start, stop - start))
-            base += len(row)
-        return cls([size for _, size in spans], [start for start, _ in spans], base)
+        return cls(*spans_of_segment_ids(segment_ids))
 
     @classmethod
     def from_padding_mask(cls, attention_mask: IntegerLike) -> "Documents":
@@ -218,22 +174,7 @@ class Documents:
         Rows are laid end to end, one document each. A hole inside a row raises ValueError: packed rows need
         `from_segment_ids`.
         """
-        rows = rows_of(attention_mask, "attention_mask")
-        starts, lengths, base = [], [], 0
-        for index, row in enumerate(rows):
-            if any(value not in (0, 1) for value in row):
-                raise ValueError(f"attention_mask must hold 0 and 1 only, got {sorted(set(row))[:5]} in row {index}")
-            spans = [(a, b) for a, b in runs_of(row) if row[a] == 1]
-            if len(spans) > 1:
-                raise ValueError(
-                    f"attention_mask row {index} has {len(spans)} runs of tokens with padding between them; "
-                    "one document per row is expected: use from_segment_ids for packed rows"
-                )
-            start, stop = spans[0] if spans else (0, 0)
-            starts.append(base + start)
-            lengths.append(stop - start)
-            base += len(row)
-        return cls(lengths, starts, base)
+        return cls(*spans_of_padding_mask(attention_mask))
 
     @cached_property
     def cu_seqlens(self) -> tuple[int, ...]:
@@ -246,11 +187,15 @@ class Documents:
                 )
         return (0, *accumulate(self.lengths))
 
+    @property
+    def spans(self) -> list[Range]:
+        """The range `(start, stop)` of the stream of each document."""
+        return [(start, start + size) for start, size in zip(self.starts, self.lengths, strict=True)]
+
     @cached_property
     def padding(self) -> tuple[tuple[int, int], ...]:
         """Global ranges `(start, stop)` of the tokens of no document."""
-        ends = [start + size for start, size in zip(self.starts, self.lengths, strict=True)]
-        gaps = zip([0, *ends], [*self.starts, self.total], strict=True)
+        gaps = zip([0, *(stop for _, stop in self.spans)], [*self.starts, self.total], strict=True)
         return tuple((a, b) for a, b in gaps if b > a)
 
     def chunked(self, chunk: int | None) -> "Documents":
@@ -338,8 +283,7 @@ class Documents:
         if self.segments:
             runs = [(branch.start, branch.stop, branch.first) for branch in self.branches]
         else:
-            spans = zip(self.starts, self.lengths, strict=True)
-            runs = [(start, start + size, 0) for start, size in spans if size]
+            runs = [(start, stop, 0) for start, stop in self.spans if stop > start]
         return tuple(sorted([*runs, *((start, stop, 0) for start, stop in self.padding)]))
 
     def position_ids(self) -> torch.Tensor:

@@ -48,7 +48,7 @@ def one_row(values: Any, name: str) -> list[int]:
     return rows[0]
 
 
-def runs_of(row: list[int]) -> list[tuple[int, int]]:
+def runs_of(row: Sequence[int]) -> list[tuple[int, int]]:
     """Ranges of equal neighbours."""
     bounds = [0] + [i for i in range(1, len(row)) if row[i] != row[i - 1]] + [len(row)]
     return [(a, b) for a, b in pairwise(bounds) if b > a]

@@ -16,7 +16,7 @@ from ringattn.parallel.plan.plan import AttentionPlan
 from ringattn.parallel.schedules import demand
 from tests.dense import Case
 from tests.parallel.execution.test_executor import MESHES, assert_close, attend_some
-from tests.parallel.planning.test_planner import plans_of
+from tests.parallel.planning.brute_force import plans_of
 from tests.parallel.ranks import attend
 from tests.pool import Pools
 from tests.strategies import HEADS, segment_masks, segmented_documents

@@ -9,14 +9,13 @@ from hypothesis import strategies as st
 
 from ringattn import Documents, Layout, Mask, MeshShape
 from ringattn.drawing import picture
-from ringattn.kernels.backends.reference import allowed_pairs
 from ringattn.parallel.planning.agreement import common_digest
 from ringattn.parallel.planning.ahead import Attention, from_bytes, plan_ahead, to_bytes
 from ringattn.parallel.planning.planner import plan_attention, plan_parts
 from ringattn.parallel.schedules import demand
 from ringattn.parallel.schedules.gather import Gather
 from ringattn.settings import AttentionOptions
-from tests.parallel.planning.test_planner import SHAPE, buffers, plans_of
+from tests.parallel.planning.brute_force import SHAPE, check_routes, pairs_computed, plans_of
 from tests.strategies import segment_masks, segmented_documents
 
 POLICIES = st.sampled_from(["contiguous", "zigzag", "balanced"])
@@ -39,25 +38,7 @@ def test_every_allowed_pair_is_computed_once(
     scheme = scheme if ring > 1 else "auto"
     with mock.patch.object(demand, "REPEATED", repeated):
         plans = plans_of(docs, mask, ring, policy, scheme, stages if scheme == "ring" else None, backward)
-    count = torch.zeros(docs.total, docs.total, dtype=torch.int64)
-    for stage in range(len(plans[0][1].stages)):
-        keys = buffers(plans, stage)
-        for rank, (layout, plan) in enumerate(plans):
-            queries = layout.indices()
-            seen_rows: set[int] = set()
-            for call in plan.stages[stage].calls:
-                assert all(
-                    a.q[1] == b.q[0] and a.k[1] <= b.k[0] for a, b in zip(call.blocks, call.blocks[1:], strict=False)
-                )
-                for block in call.blocks:
-                    rows = 0, block.q[1] - block.q[0]
-                    pairs = allowed_pairs(block, call.left, call.right, rows, torch.device("cpu"))
-                    for row, key in pairs.nonzero().tolist():
-                        count[queries[block.q[0] + row], keys[rank][block.k[0] + key]] += 1
-                    seen_rows |= set(range(*block.k)) if pairs.any() else set()
-            if stage:
-                assert seen_rows == set(range(plan.stages[stage].rows))  # nothing is received in vain
-    assert torch.equal(count, docs.dense(mask).long())
+    assert torch.equal(pairs_computed(plans, docs.total), docs.dense(mask).long())
 
 
 @settings(max_examples=50, deadline=None)
@@ -92,15 +73,7 @@ def test_only_needed_keys_travel_each_once(docs: Documents, mask: Mask, ring: in
 def test_routes_of_all_ranks_fit_together(
     docs: Documents, mask: Mask, ring: int, policy: str, scheme: str, stages: int | None
 ) -> None:
-    plans = plans_of(docs, mask, ring, policy, scheme, stages if scheme == "ring" else None)
-    for number in range(1, len(plans[0][1].stages)):
-        here = [plan.stages[number] for _, plan in plans]
-        for routes in ([stage.cast for stage in here], [stage.back for stage in here]):
-            assert {route.most for route in routes} == {max(route.sent for route in routes)}
-            for rank, route in enumerate(routes):
-                for peer, other in enumerate(routes):
-                    assert route.receives[peer] == other.sends[rank]
-                    assert route.there[peer] == sum(other.sends[:rank])
+    check_routes(plans_of(docs, mask, ring, policy, scheme, stages if scheme == "ring" else None))
 
 
 def test_completions_of_one_prompt_are_two_calls_and_share_its_keys() -> None:

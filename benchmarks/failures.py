@@ -180,7 +180,7 @@ def main() -> None:
     parser.add_argument("--hosts", action="store_true", help="as if each rank were on a machine of its own")
     parser.add_argument("--folder", type=Path, help="on the disk that is to be written to; default a temporary one")
     parser.add_argument("overrides", nargs="*")
-    args = parser.parse_args()
+    args = parser.parse_intermixed_args()  # options between overrides
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
     print(f"{device}, torch {torch.__version__}, run.hang_after={HANG_AFTER}\n")
     with tempfile.TemporaryDirectory(dir=args.folder) as folder:

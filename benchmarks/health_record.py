@@ -45,6 +45,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--layers", type=int, default=32)
     parser.add_argument("--micro-steps", type=int, default=4)
+    parser.add_argument("--transfers", type=int, default=12, help="between ranks, of a layer in a micro-step")
     parser.add_argument("--step-seconds", type=float, default=1.0)
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
@@ -57,8 +58,9 @@ def main() -> None:
         plain, watched = Layers(args.layers), Layers(args.layers)
         Health(record).watch_layers(watched)
         hooks = max(0.0, seconds(watched, 200) - seconds(plain, 200))
-    count = args.micro_steps * (2 * args.layers + 2) + 8
-    total = args.micro_steps * hooks + (count - args.micro_steps * 2 * args.layers) * write
+    own = args.micro_steps * (2 + args.transfers * args.layers) + 8
+    count = own + args.micro_steps * 2 * args.layers
+    total = args.micro_steps * hooks + own * write
     print(
         f"{write * 1e6:.2f} µs a write, {hooks / (2 * args.layers) * 1e6:.2f} µs with its hook; {count} writes a step"
     )

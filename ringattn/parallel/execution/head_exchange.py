@@ -20,6 +20,7 @@ from ringattn.kernels.movement.slots import Slot, Slots
 from ringattn.parallel.plan.exchange import Exchange
 from ringattn.parallel.plan.route import Route
 from ringattn.parallel.transport.protocol import Pending, Transport
+from ringattn.whereabouts import comes_to
 
 
 @dataclass(frozen=True)
@@ -33,6 +34,7 @@ class Arriving:
 
     def wait(self) -> list[Tensor]:
         """The tensors, (n, this rank's heads, D) each, as views of one buffer."""
+        comes_to("heads")
         self.pending.wait()
         return head_columns(self.rows, self.counts, self.dims)
 
@@ -125,6 +127,7 @@ class Returning:
     def wait(self, targets: Sequence[Tensor]) -> None:
         """Fill the heads that travelled of each tensor (t, all heads, dim); gradients of a head's copies are added in
         the order of ranks."""
+        comes_to("heads")
         self.pending.wait()
         unpack_heads(self.received, targets, self.slots)
 

@@ -19,6 +19,7 @@ from ringattn.parallel.execution.accumulator import Accumulator
 from ringattn.parallel.geometry.ranges import overlap
 from ringattn.parallel.plan.plan import Stage
 from ringattn.parallel.transport.protocol import Pending, Transport
+from ringattn.whereabouts import comes_to
 
 
 class _Moves:
@@ -139,6 +140,7 @@ class KeyCast:
 
     def wait(self) -> tuple[Tensor, Tensor]:
         """Keys (rows, K, D) and values (rows, K, V), complete: columns of one buffer."""
+        comes_to("keys")
         if self.pending is not None:
             self.pending.wait()
         k, v = self.local
@@ -177,6 +179,7 @@ class KeyReduce:
 
     def wait(self, dk: Accumulator, dv: Accumulator) -> None:
         """Add what belongs to the local rows, in the order of the plan: the same in every run."""
+        comes_to("gradients of keys")
         if self.pending is not None:
             self.pending.wait()
         (keys, first), (values, _) = dk.home, dv.home

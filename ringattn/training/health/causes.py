@@ -154,12 +154,12 @@ def _skipped(
     )
 
 
-def progress(one: Standing) -> tuple[int, int, int, int]:
+def progress(one: Standing) -> tuple[int, int, int, int, int]:
     """How far a rank is; of two, the larger is ahead. Layers run backwards in the backward pass."""
     layer = one.layer if one.phase != "backward pass" or one.layer == NO_LAYER else AFTER_ALL - one.layer
     phase = _ORDER.index(one.phase) if one.phase in _ORDER else 0
     micro_step = one.micro_step if one.phase in ("forward pass", "backward pass") else AFTER_ALL * (phase > 4)
-    return one.step, micro_step, phase, layer
+    return one.step, micro_step, phase, layer, one.transfers
 
 
 def _behind(standings: Mapping[int, Standing]) -> tuple[int, ...]:

@@ -32,6 +32,7 @@ from ringattn.training.health.lock import Lock
 from ringattn.training.health.record import Record
 from ringattn.training.health.stacks import SIGNAL
 from ringattn.training.start.job import Job
+from ringattn.whereabouts import listen
 
 PACKAGE = Path(__file__).parents[2]
 # The package's own __init__ imports torch: a package of that name without it, so that the monitor starts at once.
@@ -140,6 +141,7 @@ def running(job: Job, lock: Lock) -> Iterator[Health]:
     agent = _end_with_launcher()
     record = _record(job, agent[0] or os.getppid())
     health = Health(record)
+    listen(health.record.comes_to)
     if job.launch.local_rank == 0 and record is not None:
         try:
             _start_monitor(job, agent, lock)
@@ -162,6 +164,7 @@ def running(job: Job, lock: Lock) -> Iterator[Health]:
                 write_at_end(job.output)
         health.record.at("done")
     finally:
+        listen(None)
         lock.release()
 
 

@@ -11,19 +11,23 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from ringattn.whereabouts import TRANSFERS
+
 PHASES = (
     "starting", "joining", "data", "forward pass", "backward pass", "optimizer step", "saving", "done", "failed",
 )  # fmt: skip
 PHASE = {name: number for number, name in enumerate(PHASES)}
+_TRANSFER = {name: number for number, name in enumerate(TRANSFERS, 1)}
 SIZE = 1024
 NO_LAYER = -1
 LISTENS, TOLD = 1, 2  # flags: it stops after its step when a signal asks for it; it was asked
 
 # Who it is, at 0: mark, rank, world size, local rank, pid, when it started (the kernel's ticks).
 _WHO = struct.Struct("<4siiiiQ")
-# Where it is, at 64: time of the change (the host's monotonic clock), layer, phase, flags, micro-step, step.
-_WHERE = struct.Struct("<dhBBiq")
-_LAYER = struct.Struct("<dh")
+# Where it is, at 64: time of the change (the host's monotonic clock), layer, transfers in it, the last of them (0 for
+# none), phase, flags, micro-step, step.
+_WHERE = struct.Struct("<dhHBBBxiq")
+_LAYER = struct.Struct("<dhHB")
 # At 96: the attempt that all ranks agreed on, then hashes of the step's batch and of its plans.
 _HASHES = struct.Struct("<QQQ")
 # At 128: seconds of the last step, of its kernels, and two that are free.
@@ -31,7 +35,7 @@ _SECONDS = struct.Struct("<4d")
 # At 192: a message of so many bytes.
 _MESSAGE = struct.Struct("<H")
 _AT_WHERE, _AT_HASHES, _AT_SECONDS, _AT_MESSAGE = 64, 96, 128, 192
-_MARK = b"RAH1"
+_MARK = b"RAH2"
 
 
 @dataclass(frozen=True)
@@ -45,6 +49,7 @@ class Standing:
         step, micro_step: counted from 1; 0 before the first.
         phase: one of PHASES.
         layer: decoder layer that it last entered, or left in the backward pass; -1 for none.
+        transfers, transfer: how many transfers between ranks it has come to since, and what the last brings.
         listens, told: whether it stops at a signal after its step, and whether it was asked to.
         attempt: number that the ranks of one start agreed on; 0 before they met.
         batch, plans: hashes of what the step computes; equal on all ranks for plans, in a replica for batches.
@@ -62,6 +67,8 @@ class Standing:
     micro_step: int
     phase: str
     layer: int
+    transfers: int
+    transfer: str
     listens: bool
     told: bool
     attempt: int
@@ -79,7 +86,8 @@ class Standing:
         if self.phase in ("forward pass", "backward pass"):
             at += f", micro-step {self.micro_step}"
         layer = "" if self.layer == NO_LAYER else f", layer {self.layer}"
-        return f"{at}, {self.phase}{layer}"
+        transfer = f", its transfer {self.transfers} ({self.transfer})" if self.transfers else ""
+        return f"{at}, {self.phase}{layer}{transfer}"
 
     def plain(self) -> dict[str, Any]:
         """As JSON has it."""
@@ -96,6 +104,7 @@ class Record:
     def __init__(self, memory: Any = None) -> None:
         self._memory = bytearray(SIZE) if memory is None else memory
         self._phase, self._layer, self._flags, self._micro_step, self._step = 0, NO_LAYER, 0, 0, 0
+        self._transfers = self._transfer = 0
         self._hashes = [0, 0, 0]
         self._seconds = [0.0, 0.0, 0.0, 0.0]
         self._write()
@@ -127,12 +136,20 @@ class Record:
         """What the rank does next; a forward pass begins the next micro-step."""
         self._phase = number = PHASE[phase]
         self._micro_step += number == PHASE["forward pass"]
-        self._layer = NO_LAYER
+        self._layer, self._transfers, self._transfer = NO_LAYER, 0, 0
         self._write()
 
     def layer(self, number: int) -> None:
         """The decoder layer that it is in."""
-        _LAYER.pack_into(self._memory, _AT_WHERE, time.monotonic(), number)
+        self._layer, self._transfers, self._transfer = number, 0, 0
+        _LAYER.pack_into(self._memory, _AT_WHERE, time.monotonic(), number, 0, 0)
+
+    def comes_to(self, transfer: str) -> None:
+        """The transfer that it waits for next, one of TRANSFERS."""
+        self._transfers, self._transfer = (self._transfers + 1) % 2**16, _TRANSFER[transfer]
+        _LAYER.pack_into(
+            self._memory, _AT_WHERE, time.monotonic(), self._layer, self._transfers, self._transfer
+        )  # fmt: skip
 
     def listens(self, listening: bool) -> None:
         """Whether a signal makes it stop after its step."""
@@ -168,7 +185,8 @@ class Record:
     def _write(self) -> None:
         _WHERE.pack_into(
             self._memory, _AT_WHERE,
-            time.monotonic(), self._layer, self._phase, self._flags, self._micro_step, self._step,
+            time.monotonic(), self._layer, self._transfers, self._transfer,
+            self._phase, self._flags, self._micro_step, self._step,
         )  # fmt: skip
 
 
@@ -181,14 +199,15 @@ def read_record(path: Path) -> Standing | None:
     if len(data) != SIZE or not data.startswith(_MARK):
         return None
     _, rank, world_size, local_rank, pid, started = _WHO.unpack_from(data, 0)
-    changed, layer, phase, flags, micro_step, step = _WHERE.unpack_from(data, _AT_WHERE)
+    changed, layer, transfers, transfer, phase, flags, micro_step, step = _WHERE.unpack_from(data, _AT_WHERE)
     attempt, batch, plans = _HASHES.unpack_from(data, _AT_HASHES)
     step_seconds, kernel_seconds, _, _ = _SECONDS.unpack_from(data, _AT_SECONDS)
     (length,) = _MESSAGE.unpack_from(data, _AT_MESSAGE)
     message = data[_AT_MESSAGE + _MESSAGE.size :][:length].decode(errors="replace")
-    if phase >= len(PHASES):
+    if phase >= len(PHASES) or transfer > len(TRANSFERS):
         return None
     return Standing(
         rank, world_size, local_rank, pid, started, changed, step, micro_step, PHASES[phase], layer,
-        bool(flags & LISTENS), bool(flags & TOLD), attempt, batch, plans, step_seconds, kernel_seconds, message,
+        transfers, ("", *TRANSFERS)[transfer], bool(flags & LISTENS), bool(flags & TOLD),
+        attempt, batch, plans, step_seconds, kernel_seconds, message,
     )  # fmt: skip

@@ -8,7 +8,7 @@ from ringattn.training.health.record import NO_LAYER, Standing
 from ringattn.training.health.stacks import Stack, read_stacks
 
 BEGIN = Standing(
-    0, 4, 0, 100, 1, 0.0, 7, 1, "forward pass", 3, True, False, 1, 11, 22, 0.5, 0.0, ""
+    0, 4, 0, 100, 1, 0.0, 7, 1, "forward pass", 3, 0, "", True, False, 1, 11, 22, 0.5, 0.0, ""
 )  # fmt: skip
 WAITS = Stack(True, "all_reduce", "ringattn/training/loss.py:17 brought")
 
@@ -46,6 +46,8 @@ def test_ranks_in_different_collectives_skipped_one() -> None:
 
 def test_the_rank_that_is_least_far_is_behind() -> None:
     assert causes.hang(standings(r1={"layer": 2}), {}, 4, 60).ranks == (1,)
+    further: dict[str, Any] = {f"r{rank}": {"transfers": 3} for rank in range(3)}
+    assert causes.hang(standings(**further), {}, 4, 60).ranks == (3,)
     backward = {"phase": "backward pass"}
     everywhere = {f"r{rank}": backward | {"layer": 2 if rank != 1 else 3} for rank in range(4)}
     assert causes.hang(standings(**everywhere), {}, 4, 60).ranks == (1,)

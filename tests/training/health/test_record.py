@@ -25,6 +25,8 @@ def test_what_is_written_is_read(tmp_path: Path) -> None:
     record.at("backward pass")
     record.at("forward pass")
     record.layer(5)
+    record.comes_to("heads")
+    record.comes_to("keys")
     record.computes(batch=2**64 - 1, plans=7, attempt=9)
     record.took(step=1.5, kernels=0.5)
     found = read_record(path)
@@ -33,8 +35,13 @@ def test_what_is_written_is_read(tmp_path: Path) -> None:
     assert (found.step, found.micro_step, found.phase, found.layer) == (12, 2, "forward pass", 5)
     assert (found.attempt, found.batch, found.plans) == (9, 2**64 - 1, 7)
     assert (found.step_seconds, found.kernel_seconds) == (1.5, 0.5)
-    assert found.where() == "step 12, micro-step 2, forward pass, layer 5"
+    assert (found.transfers, found.transfer) == (2, "keys")
+    assert found.where() == "step 12, micro-step 2, forward pass, layer 5, its transfer 2 (keys)"
     assert abs(found.changed - time.monotonic()) < 100
+    record.told()  # by a signal, in the middle of a layer
+    assert read_record(path).where() == found.where()  # type: ignore[union-attr]
+    record.layer(6)
+    assert read_record(path).where() == "step 12, micro-step 2, forward pass, layer 6"  # type: ignore[union-attr]
     record.at("optimizer step")
     assert read_record(path).where() == "step 12, optimizer step"  # type: ignore[union-attr]
 
@@ -53,7 +60,7 @@ def test_the_first_failure_stays_and_is_cut_to_the_room_there_is(tmp_path: Path)
 def test_files_that_are_no_records_say_nothing(tmp_path: Path) -> None:
     path = tmp_path / "0-1.record"
     assert read_record(path) is None
-    for data in (b"", b"x" * SIZE, b"RAH1" + b"\xff" * (SIZE - 4)):
+    for data in (b"", b"x" * SIZE, b"RAH2" + b"\xff" * (SIZE - 4)):
         path.write_bytes(data)
         assert read_record(path) is None
 

@@ -94,7 +94,7 @@ def faults(folder: Path, hosts: bool, overrides: Sequence[str]) -> Iterator[str]
             continue
         at = float((output / "fault-time").read_text()) if (output / "fault-time").exists() else float("nan")
         seconds = (output / "exit.json").stat().st_mtime - at if ending else float("nan")
-        said = ending.why if ending else "nothing"
+        said = " ".join(ending.why.split()) if ending else "nothing"
         extra = sorted({one["kind"] for one in read_incidents(output)}) if output.exists() else []
         again = run(output, kind, hosts, 2, own)
         text = (output / "ranks.log").read_text()

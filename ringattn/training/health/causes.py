@@ -41,7 +41,7 @@ def gone(one: Standing, host: str, out_of_memory: int, stack: Stack | None) -> V
     """
     who = f"rank {one.rank} (process {one.pid} on {host}) is gone in {one.where()}"
     if stack is not None and stack.crashed:
-        return Verdict("rank-gone", (one.rank,), f"{who}: it crashed: {stack.crashed}")
+        return Verdict("rank-gone", (one.rank,), f"{who}: {_crash(stack)}")
     if out_of_memory:
         return Verdict(
             "rank-gone", (one.rank,),
@@ -54,6 +54,15 @@ def gone(one: Standing, host: str, out_of_memory: int, stack: Stack | None) -> V
     if one.phase in ("starting", "joining") and not one.step:
         return Verdict("rank-gone", (one.rank,), f"{who}: it was ended by a signal, or crashed, before it trained")
     return Verdict("rank-gone", (one.rank,), f"{who}: it was killed (SIGKILL), by a person, a scheduler or the system")
+
+
+def _crash(stack: Stack) -> str:
+    if not stack.waits:
+        return f"it crashed: {stack.crashed}"
+    cause = f"it crashed in {stack.call} at {stack.where}: {stack.crashed}"
+    if stack.crashed.startswith("Aborted"):
+        cause += ", as gloo does when a peer's message has another size: a collective was skipped, or batches differ"
+    return cause
 
 
 def failed(one: Standing) -> Verdict:

@@ -83,6 +83,9 @@ def test_why_a_rank_is_gone() -> None:
     assert not memory.restart
     crashed = causes.gone(one, "host", 0, Stack(False, "", "", "Segmentation fault"))
     assert "it crashed: Segmentation fault" in crashed.cause
+    skipped = causes.gone(one, "host", 0, replace(WAITS, crashed="Aborted"))
+    assert "it crashed in all_reduce at ringattn/training/loss.py:17 brought: Aborted, as gloo does" in skipped.cause
+    assert "a collective was skipped" in skipped.cause
     assert "killed before it had saved" in causes.gone(replace(one, told=True), "host", 0, None).cause
     assert "before it trained" in causes.gone(replace(one, step=0, phase="joining"), "host", 0, None).cause
 

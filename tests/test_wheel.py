@@ -15,9 +15,10 @@ import pytest
 from tests.test_import import ROOT
 
 pytest.importorskip("transformers")
-pytestmark = pytest.mark.skipif(
-    not (find_spec("pip") and find_spec("setuptools")), reason="building needs pip and setuptools"
-)
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(not (find_spec("pip") and find_spec("setuptools")), reason="building needs pip and setuptools"),
+]
 
 SMALL = [
     "model.config.hidden_size=32",

@@ -32,6 +32,7 @@ def test_hard_families(pool: Pools, mesh: str) -> None:
     assert not failures(run(pool, HARD, [mesh], (FORMS[1], FORMS[4], FORMS[5])))
 
 
+@pytest.mark.slow
 def test_every_family(pool: Pools) -> None:
     """On one mesh, in the two forms that hold the others: padding beside packing, and rows."""
     rows = run(pool, FAMILIES, ["zigzag 2"], (FORMS[4], FORMS[5]))

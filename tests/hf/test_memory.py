@@ -116,6 +116,7 @@ def of_families(families: list[str]) -> dict[str, float | str]:
     return {family: largest_error(family, ALL) for family in families}
 
 
+@pytest.mark.slow
 def test_every_family_has_all_of_it_or_is_told_what_it_cannot_have(pool: Pools) -> None:
     for found in pool(2).run(of_families, [name for name in FAMILIES if name not in NARROW]):
         for family, error in found.items():

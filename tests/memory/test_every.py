@@ -308,9 +308,10 @@ CASES = [
     ("fsdp2", None),
     ("fsdp2", 7),
     ("fsdp2, weights stay gathered", None),
-    ("zero1", 7),
-    ("zero3", None),
-    ("zero3", 7),
+    *(
+        pytest.param(stage, tile, marks=pytest.mark.slow)
+        for stage, tile in [("zero1", 7), ("zero3", None), ("zero3", 7)]
+    ),
 ]
 
 

@@ -244,6 +244,7 @@ needs_deepspeed = pytest.mark.skipif(not deepspeed_available(), reason="deepspee
 
 
 @needs_deepspeed
+@pytest.mark.slow
 @pytest.mark.parametrize("stage", [1, 2, 3])
 def test_deepspeed_keeps_the_curve_of_fsdp2(pool: Pools, stage: int) -> None:
     expected = pool(2).run(curve, 2, StateSettings())[0]

@@ -98,8 +98,8 @@ TINY = Scale(
 # new to the model. Documents of the second corpus are long, so that facts are met as far away as a pack can hold them.
 GPU = Scale(
     model="hidden_size=512 intermediate_size=2048 num_hidden_layers=8 num_attention_heads=8 num_key_value_heads=8",
-    short=Stage("--words 4000000 --shortest 1024 --longest 8192", 8192, 1e4, 600, 1e-3, 2),
-    long=Stage("--words 5000000 --shortest 24576 --longest 65536 --dense 0.1", 65536, 1e6, 150, 5e-4),
+    short=Stage("--words 3000000 --shortest 1024 --longest 8192", 8192, 1e4, 1000, 1e-3, 2),
+    long=Stage("--words 4000000 --shortest 40960 --longest 65536 --dense 0.15", 65536, 1e6, 250, 5e-4),
     lengths=(4096, 8192, 16384, 32768, 65536),
     depths=(0.0, 0.25, 0.5, 0.75, 1.0),
     samples=8,
@@ -182,14 +182,17 @@ def shell(command: str, folder: Path) -> None:
 
 
 def tell(scale: Scale, seed: int, folder: Path, run: Callable[[str, Path], None] = shell) -> Told:
-    """Runs a story in a folder, which must be empty or new. Raises CalledProcessError if a command fails."""
+    """Runs a story in a folder, which must be empty, new, or that of the same story, broken off: what was done stays.
+    Raises CalledProcessError if a command fails."""
     folder.mkdir(parents=True, exist_ok=True)
-    seconds = []
-    for command in commands(scale, seed):
+    done = folder / "seconds.json"
+    seconds = json.loads(done.read_text()) if done.exists() else []
+    for command in commands(scale, seed)[len(seconds) :]:
         print(f"$ {command}", flush=True)
         started = time.perf_counter()
         run(command, folder)
         seconds.append(time.perf_counter() - started)
+        done.write_text(json.dumps(seconds))
         print(f"  {seconds[-1]:.1f} s", flush=True)
     before, after = (_right(folder / "long" / "evaluation" / name / "needle.json") for name in ("before", "after"))
     return Told(
@@ -291,7 +294,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("scale", choices=sorted(SCALES))
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument("--out", type=Path, required=True, help="folder for what is kept")
-    parser.add_argument("--work", type=Path, help="folder for everything else; default: one that is removed")
+    parser.add_argument(
+        "--work", type=Path, help="folder for everything else, in which a story goes on; default: one that is removed"
+    )
     args = parser.parse_args(arguments)
     scale = SCALES[args.scale]
     args.out.mkdir(parents=True, exist_ok=True)

@@ -69,6 +69,20 @@ def logits_of(run: Path, ids: torch.Tensor) -> torch.Tensor:
     return logits
 
 
+def test_a_story_that_was_broken_off_goes_on(tmp_path: Path) -> None:
+    ran: list[str] = []
+
+    def two_at_a_time(command: str, folder: Path) -> None:
+        ran.append(command if len(ran) % 3 < 2 else "")
+        if not ran[-1]:
+            raise KeyboardInterrupt
+
+    for _ in range(2):
+        with pytest.raises(KeyboardInterrupt):
+            tell(TINY, 0, tmp_path, two_at_a_time)
+    assert [command for command in ran if command] == commands(TINY, 0)[:4]
+
+
 @pytest.mark.slow
 def test_the_story_in_small(tmp_path: Path, pool: Pools, monkeypatch: pytest.MonkeyPatch) -> None:
     """Nothing is learned in so few steps; every command does what the next one needs."""

@@ -27,7 +27,7 @@ from ringattn.training.data.meter import Meter, clock
 from ringattn.training.data.shards import Shard
 from ringattn.training.data.workers import Outcome, outcomes
 
-FORMAT = 1
+FORMAT = 2
 """Part of every fingerprint: a store of another format is not found, and made anew."""
 
 STOP, SKIP = "stop", "skip"

@@ -40,7 +40,7 @@ def mixture(sources, epochs=None) -> MixedCorpus:
     return MixedCorpus(tuple(parts))
 
 
-def stream(sources, folder: Path, epochs=None) -> StreamedCorpus:
+def stream(sources, folder: Path, epochs=None, cap=None) -> StreamedCorpus:
     """The same documents in files of two records."""
     corpus, parts = mixture(sources), []
     for number, part in enumerate(corpus.parts):
@@ -50,7 +50,7 @@ def stream(sources, folder: Path, epochs=None) -> StreamedCorpus:
             path = folder / f"{number}-{begin}.jsonl"
             path.write_text("".join(json.dumps({"input_ids": row}) + "\n" for row in rows[begin : begin + 2]))
             shards.append(Shard(path))
-        parts.append(StreamedPart(part.name, tuple(shards), Encoding("ids", "input_ids"), part.weight, epochs))
+        parts.append(StreamedPart(part.name, tuple(shards), Encoding("ids", "input_ids"), part.weight, epochs, cap))
     return StreamedCorpus(tuple(parts), 1 << 32, "stream")
 
 
@@ -136,6 +136,27 @@ def test_a_stream_has_every_token_once_a_pass(tmp_path_factory, sources, seq_len
     plans = to_the_end(packer("best_fit_pad", corpus, seq_len))
     total = sum(sum(lengths) for lengths, _ in sources)
     assert Counter(tokens_of(plans, corpus)) == dict.fromkeys(range(1, total + 1), epochs)
+
+
+@settings(max_examples=25)
+@given(SOURCES, st.integers(1, 17), st.integers(1, 12), st.integers(0, 9), st.sampled_from(PACKERS))
+def test_a_cap_of_a_stream_never_stops_it_midway(tmp_path_factory, sources, seq_len, cap, stop, kind):
+    """Whatever document the order of a pass begins with; those that no pass can hold are passed over."""
+    folder = tmp_path_factory.mktemp("stream")
+    fitting = [any(0 < length <= cap for length in lengths) for lengths, _ in sources]
+    whole = packer(kind, stream(sources, folder, cap=cap), seq_len)
+    if not all(fitting):
+        name = f"'s{fitting.index(False)}' holds no document of at most max_tokens={cap}"
+        with pytest.raises(ValueError, match=name):
+            whole.next()
+        return
+    plans = [whole.next() for _ in range(stop)]
+    state = json.loads(json.dumps(whole.position.state_dict()))
+    again = packer(kind, stream(sources, folder, cap=cap), seq_len, state)
+    after = [whole.next() for _ in range(12)]
+    assert [again.next() for _ in range(12)] == after
+    for segment in (segment for plan in plans + after for segment in plan.segments):
+        assert whole.corpus.length(segment.document) <= cap
 
 
 @settings(max_examples=25)
@@ -265,7 +286,7 @@ def test_a_cap_takes_whole_documents():
     assert capped(corpus, 7).total == 7
     assert capped(corpus, 11).total == 7
     assert capped(corpus, 100).total == capped(corpus, None).total == 12
-    with pytest.raises(ValueError, match="max_tokens=3 is less than the first document"):
+    with pytest.raises(ValueError, match="max_tokens=3 is less than the first document, which has 4"):
         capped(corpus, 3)
 
 

@@ -210,6 +210,19 @@ def test_best_fit_cuts_fewer_documents_than_the_order_of_the_stream():
     assert cuts_and_padding(Packer(corpus, 8192, 0, pad=True))[1] > 0.1
 
 
+@settings(max_examples=60)
+@given(LENGTHS, st.integers(1, 40), st.integers(1, 300), st.integers(1, 12))
+def test_best_fit_counts_what_it_packed_and_reads_one_pass_ahead_at_most(lengths, seq_len, lookahead, packs):
+    """A few chats are not read ten times over to fill the places to wait."""
+    corpus = mixture([(lengths, 1.0)])
+    packer = BestFitPacker(corpus, seq_len, 0, lookahead)
+    plans = packer.step(packs)
+    assert packer.epoch == pytest.approx(packs * seq_len / corpus.total)
+    seen = Counter(tokens_of(plans, corpus))
+    times = [seen[token] for token in range(1, corpus.total + 1)]
+    assert max(times) - min(times) <= 2
+
+
 def test_best_fit_by_hand():
     corpus = corpus_of([np.ones(6), np.ones(3), np.ones(5), np.ones(2)], 4)
     taken = BestFitPacker(corpus, 8, 1, 4)

@@ -75,9 +75,7 @@ class Loader:
             files = [(path, number) for number, shard in enumerate(shards) for path in shard.files()]
             contents = self._contents([path for path, _ in files])
             fingerprint = self._fingerprint(source, encoding, shards, contents)
-            store = self._store(fingerprint, shards, encoding, vocab_size)
-            for content in contents:
-                content.check_unchanged()
+            store = self._store(fingerprint, shards, encoding, vocab_size, contents)
         except ValueError as error:
             raise ValueError(f"{where}: {str(error).removeprefix('data.files: ')}") from None
         if not len(store.tokens):
@@ -149,13 +147,24 @@ class Loader:
         of_tokenizer = "" if source.kind == "ids" else self._known()[0]
         return _hash(["source", FORMAT, len(shards), kinds, encoding.fingerprint(of_tokenizer), self.on_error])
 
-    def _store(self, fingerprint: str, shards: Sequence[Shard], encoding: Encoding, vocab_size: int) -> SourceStore:
+    def _store(
+        self,
+        fingerprint: str,
+        shards: Sequence[Shard],
+        encoding: Encoding,
+        vocab_size: int,
+        contents: Sequence[Content],
+    ) -> SourceStore:
+        def unchanged() -> None:
+            for content in contents:
+                content.check_unchanged()
+
         folder = self.cache / fingerprint
         processes = self.data.get("processes") or default_processes()
         try:
             with _locked(self.cache / f"{fingerprint}.lock"):
                 return open_source(folder) or write_source(
-                    folder, shards, encoding, vocab_size, self.on_error, processes
+                    folder, shards, encoding, vocab_size, self.on_error, processes, unchanged
                 )
         except OSError as error:
             # A cache that cannot be written to may hold the tokens all the same.

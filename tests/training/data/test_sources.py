@@ -207,6 +207,23 @@ def test_many_processes_at_once(tmp_path):
     assert len({corpus.fingerprint for corpus in found}) == 1
 
 
+def test_a_file_that_changes_while_it_is_tokenized_leaves_no_store_behind(tmp_path, monkeypatch):
+    """Its tokens would be found again, for what the file held before, once it holds that again."""
+    path = Path(written(tmp_path, "jsonl"))
+    before = path.read_bytes()
+
+    def changing(*arguments: object):
+        path.write_text('{"text": "other"}\n')
+        return outcomes(*arguments)
+
+    with monkeypatch.context() as patched:
+        patched.setattr("ringattn.training.data.source_store.outcomes", changing)
+        with pytest.raises(ValueError, match="was changed while it was read"):
+            opened(tmp_path, {"path": str(path)})
+    path.write_bytes(before)
+    assert texts_of(opened(tmp_path, {"path": str(path)})) == TEXTS
+
+
 def test_a_full_disk_is_named_and_keeps_no_half_store(tmp_path, monkeypatch):
     def full(*_: object):
         raise OSError(28, "No space left on device")

@@ -148,7 +148,8 @@ class Trainer:
 
     def _went_back(self, batch: Batch[LocalPack], done: Brought) -> bool:
         """Whether the loss of a step was a spike after which the run is back at a checkpoint, its data further on."""
-        middle = self.spikes.median_before(self.step, done.loss) if finite(done) else None
+        known = finite(done) and batch.targets
+        middle = self.spikes.median_before(self.step, done.loss) if known else None
         if middle is None:
             return False
         spiked, skip = self.step, self.cfg.run.on_spike == "skip"
@@ -254,7 +255,7 @@ class Trainer:
         at_peak = self.flops(batch.tokens, batch.lengths) / (peak * self.world_size) if peak else None
         return StepMetrics(
             step=self.step,
-            loss=done.loss if math.isfinite(done.loss) else None,
+            loss=done.loss if math.isfinite(done.loss) and batch.targets else None,
             grad_norm=done.norm if math.isfinite(done.norm) else None,
             lr=self.schedule(self.step - 1),
             peak_memory_gib=peak_memory_gib(device),

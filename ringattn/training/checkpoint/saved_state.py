@@ -94,7 +94,7 @@ class SavedState:
                 self._fill_whole(name, target)
 
     def names(self, *keys: str) -> list[str]:
-        """What stands below some keys, in the first part that has it. Nothing is read.
+        """What stands below some keys, in the first part that has it: keys, or the places of a list. Nothing is read.
 
         Raises KeyError where none has.
         """
@@ -102,7 +102,17 @@ class SavedState:
             shape = self._part(rank).below(keys)
             if isinstance(shape, dict) and "dict" in shape:
                 return [str(key) for key, _ in shape["dict"]]
+            if isinstance(shape, dict) and "list" in shape:
+                return [str(place) for place in range(len(shape["list"]))]
         raise KeyError("/".join(keys))
+
+    def rows(self, name: str, low: int, high: int) -> Tensor:
+        """Rows `[low, high)` of a tensor that one part has whole. Raises BadCheckpoint where none has them."""
+        for rank in self._ranks():
+            part = self._part(rank)
+            if part.has(name) and not part.is_shard(name) and high <= part.count(name):
+                return part.rows(name, low, high)
+        raise self._missing(name)
 
     def shape(self, name: str) -> tuple[int, ...]:
         """Of the whole of a tensor. Raises BadCheckpoint for one that is not there."""

@@ -9,6 +9,7 @@ is refused, never guessed at.
 import json
 import re
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,15 @@ LOSS_ON = ("assistant", "all")
 OF_TRL = "trl"
 _ROLES = {"human": "user", "gpt": "assistant", "bing": "assistant", "chatgpt": "assistant"}
 _PROBE = "QzXvJkWp"  # text that no template changes
+_UNLEARNED = ("weight", "train", "training", "loss")
+"""Keys by which other programs leave a turn out of the loss: OpenAI's fine-tuning, axolotl, ms-swift."""
 _MARKED = re.compile(r"\{%-?\s*generation\s*-?%\}")
+
+# What date directives stand for on 26 July 2024.
+_DAY = [
+    *(("d", "26"), ("b", "Jul"), ("B", "July"), ("m", "07"), ("Y", "2024"), ("y", "24"), ("F", "2024-07-26")),
+    *(("A", "Friday"), ("a", "Fri"), ("j", "208"), ("H", "00"), ("M", "00"), ("S", "00")),
+]
 
 Turns = list[dict[str, Any]]
 Spans = list[tuple[int, int]]
@@ -42,8 +51,10 @@ class ChatEncoder:
         self.template: str | None = own.get("default") if isinstance(own, dict) else own
         if not self.template:
             raise ValueError("the tokenizer has no chat template; name a file with one by data.chat_template")
+        self.template = _dated(self.template)
         _check_syntax(tokenizer, self.template)
-        self.tokenizer, self.loss_on = tokenizer, loss_on
+        self.tokenizer, self.loss_on, self.in_parts = tokenizer, loss_on, False
+        self.in_parts = self._needs_parts()
         self.marked = _MARKED.search(self.template) is not None
         if loss_on == "assistant" and not tokenizer.is_fast:
             raise ValueError("data.loss_on=assistant needs a fast tokenizer, one that knows where its tokens stand")
@@ -54,12 +65,14 @@ class ChatEncoder:
         Raises ValueError for what is no conversation, and for one in which the assistant says nothing.
         """
         turns, tools = turns_of(value), _tools(tools)
+        text = self._render(turns, tools)
+        _check_heard(turns, text)
         if self.loss_on == "all":
-            text = self._render(turns, tools)
             return np.asarray(self.tokenizer(text, add_special_tokens=False)["input_ids"], np.int64), None
         if not any(turn["role"] == "assistant" for turn in turns):
             raise ValueError("the conversation has no turn of the assistant, and so nothing to learn")
-        ids, mask = self._marked(turns, tools) if self.marked else self._found(turns, tools)
+        _check_weights(turns)
+        ids, mask = self._marked(turns, tools) if self.marked else self._found(text, turns, tools)
         if not mask.any():
             raise ValueError("no token of the conversation is learned: the chat template marks none")
         return ids, mask
@@ -68,7 +81,7 @@ class ChatEncoder:
         """By the template's own marks."""
         try:
             out = self.tokenizer.apply_chat_template(
-                turns,
+                self._as_taken(turns),
                 tools=tools,
                 chat_template=self.template,
                 return_dict=True,
@@ -78,9 +91,8 @@ class ChatEncoder:
             raise _refused(error) from None
         return np.asarray(out["input_ids"], np.int64), np.asarray(out["assistant_masks"], bool)
 
-    def _found(self, turns: Turns, tools: Any) -> tuple[npt.NDArray[Any], npt.NDArray[np.bool_]]:
+    def _found(self, text: str, turns: Turns, tools: Any) -> tuple[npt.NDArray[Any], npt.NDArray[np.bool_]]:
         """By rendering with and without each turn. Takes the square of the number of turns."""
-        text = self._render(turns, tools)
         spans = [
             self._span(text, turns, number, tools) for number, turn in enumerate(turns) if turn["role"] == "assistant"
         ]
@@ -100,6 +112,7 @@ class ChatEncoder:
         changed = [*turns[:number], turns[number] | {"content": _PROBE}]
         _, found, close = self._render(changed, tools).rpartition(_PROBE)
         content = str(turns[number].get("content") or "").rstrip()
+        close = close if content else close.lstrip()  # a call of a tool stands on a line of its own behind words alone
         at = text.find(close, start) if found and close else -1
         while at >= 0:
             if text[start:at].rstrip().endswith(content[-64:].lstrip()):
@@ -118,10 +131,28 @@ class ChatEncoder:
         at = with_turn.find(prompt)
         return at + len(prompt) if prompt and at >= 0 else None
 
+    def _needs_parts(self) -> bool:
+        """Whether the template takes a text as a list of parts alone, as those of models that see pictures do."""
+        asked = [{"role": "user", "content": _PROBE}]
+        for self.in_parts in (False, True):
+            with suppress(ValueError):
+                if _PROBE in self._render(asked, None):
+                    return self.in_parts
+        return False
+
+    def _as_taken(self, turns: Turns) -> Turns:
+        if not self.in_parts:
+            return turns
+        return [turn | {"content": [{"type": "text", "text": turn["content"]}]} for turn in turns]
+
     def _render(self, turns: Turns, tools: Any, prompt: bool = False) -> str:
         try:
             text: str = self.tokenizer.apply_chat_template(
-                turns, tools=tools, chat_template=self.template, tokenize=False, add_generation_prompt=prompt
+                self._as_taken(turns),
+                tools=tools,
+                chat_template=self.template,
+                tokenize=False,
+                add_generation_prompt=prompt,
             )
         except Exception as error:  # of jinja, or raised in a template
             raise _refused(error) from None
@@ -143,7 +174,12 @@ def turns_of(value: Any) -> Turns:
 
     Raises ValueError for anything else.
     """
-    if not isinstance(value, Sequence) or isinstance(value, str) or not value:
+    if isinstance(value, str):
+        raise ValueError(
+            f"a conversation must be a list of turns, got text, {value[:60]!r}; conversations are the lines of .jsonl "
+            "files or the rows of tables"
+        )
+    if not isinstance(value, Sequence) or not value:
         raise ValueError(f"a conversation must be a list of turns, got {str(value)[:80]!r}")
     turns = []
     for number, turn in enumerate(value, 1):
@@ -158,8 +194,46 @@ def turns_of(value: Any) -> Turns:
             isinstance(content, str | list) or (content is None and plain.get("tool_calls"))
         ):
             raise ValueError(f"turn {number} of the conversation needs a role and a content, it has {sorted(turn)}")
-        turns.append(plain if content is not None else plain | {"content": ""})
+        turns.append(plain | {"content": _joined(content, number)})
     return turns
+
+
+def _joined(content: Any, number: int) -> str:
+    """The content of a turn as one text: templates of text models leave a list of parts out, without an error."""
+    if content is None or isinstance(content, str):
+        return content or ""
+    texts = []
+    for part in content:
+        if not isinstance(part, Mapping):
+            raise ValueError(f"turn {number} of the conversation has a part that is no object: {str(part)[:80]!r}")
+        if not isinstance(text := part.get("text"), str) or part.get("type", "text") != "text":
+            raise ValueError(f"turn {number} of the conversation has a part of type {part.get('type')!r}, not text")
+        texts.append(text)
+    return "".join(texts)
+
+
+def _check_weights(turns: Turns) -> None:
+    for number, turn in enumerate(turns, 1):
+        for key in _UNLEARNED if turn["role"] == "assistant" else ():
+            if turn.get(key, 1) != 1:
+                raise ValueError(
+                    f"turn {number} of the conversation has {key}={turn[key]!r}, and all turns of the assistant are "
+                    "learned alike: leave the key out, or the turn and what follows"
+                )
+
+
+def _check_heard(turns: Turns, text: str) -> None:
+    """Raises ValueError for a turn that the template passed over, as some do with roles that they do not know."""
+    for number, turn in enumerate(turns, 1):
+        content = turn["content"].strip()
+        if turn["role"] == "assistant" or content in text:
+            continue
+        # Results of tools are written as JSON by some.
+        if not any(json.dumps(content, ensure_ascii=ascii)[1:-1] in text for ascii in (False, True)):
+            raise ValueError(
+                f"turn {number}, of role {turn['role']!r}, is not in the rendered conversation: the chat template "
+                "leaves it out; give it a role that the template knows, or another template by data.chat_template"
+            )
 
 
 def template_of(tokenizer: Any, given: str | None) -> str | None:
@@ -199,6 +273,15 @@ def _check_syntax(tokenizer: Any, template: str) -> None:
         return
 
 
+def _dated(template: str) -> str:
+    """A template that asks for today's date, answered with one of all days: the one that Llama's names where it gets
+    none. Otherwise a conversation would have other tokens tomorrow, and a run that goes on other packs."""
+    if "strftime_now" not in template:
+        return template
+    day = "".join(f"|replace('%{letter}', '{text}')" for letter, text in _DAY)
+    return "{%- macro strftime_now(format) -%}{{ format" + day + " }}{%- endmacro -%}" + template
+
+
 def _tools(tools: Any) -> Any:
     if isinstance(tools, str):
         try:
@@ -215,6 +298,6 @@ def _refused(error: Exception) -> ValueError:
 def _unfound(number: int) -> ValueError:
     return ValueError(
         f"turn {number + 1}, the assistant's, cannot be found in the rendered conversation, and the chat template has "
-        "no {% generation %} that marks it; give one that has by data.chat_template, or learn everything with "
-        "data.loss_on=all"
+        "no {% generation %} that marks it; data.chat_template=trl takes one that has, where TRL knows the model, or "
+        "name a file; or learn everything with data.loss_on=all"
     )

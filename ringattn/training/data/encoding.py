@@ -10,6 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ringattn.training.data.chat import ChatEncoder
+from ringattn.training.data.texts import said_of
 from ringattn.training.data.tokenizer import BYTES, load_tokenizer, saved_tokenizer
 
 Ids = npt.NDArray[np.int64]
@@ -66,7 +67,8 @@ class Encoding:
 def content_of(record: Mapping[str, Any], field: str) -> Any:
     """What a record has under a key. Raises ValueError that names the keys there are."""
     if record.get(field) is None:
-        raise ValueError(f"it has no {field!r}; it has {', '.join(map(repr, record))[:200] or 'no keys'}")
+        missing = "" if field in record else f"it has no {field!r}; "
+        raise ValueError(missing + said_of(record, field))
     return record[field]
 
 
@@ -109,7 +111,10 @@ class _PlainIds:
 def _integers(value: Any, field: str, largest: int) -> Ids:
     if not isinstance(value, Sequence | np.ndarray) or isinstance(value, str):
         raise ValueError(f"{field!r} must be a list of integers, it is {type(value).__name__}")
-    found = np.asarray(value) if len(value) else np.zeros(0, np.int64)
+    try:
+        found = np.asarray(value) if len(value) else np.zeros(0, np.int64)
+    except ValueError:  # lists of different lengths
+        raise ValueError(f"{field!r} must be a list of integers, it holds {str(value)[:60]}") from None
     if found.ndim != 1 or found.dtype.kind not in "iub":
         raise ValueError(f"{field!r} must be a list of integers, it holds {str(value)[:60]}")
     if len(found) and (int(found.min()) < 0 or int(found.max()) > largest):

@@ -4,6 +4,8 @@ import re
 from pathlib import Path
 
 JSONL = (".jsonl", ".ndjson", ".jsonlines")
+POINTER = b"version https://git-lfs.github.com/spec/"
+"""How the file begins that Git LFS leaves in the place of one that was not fetched."""
 HEAD = 4096
 """Bytes from the beginning of a file that `refusal_of_head` wants to see."""
 
@@ -13,7 +15,8 @@ _LEAVE = "leave it out, with a pattern such as 'folder/**/*.txt' in place of the
 # Kind, what to do, suffixes.
 _NAMED = (
     ("compressed", _UNPACK, "gz tgz bz2 tbz xz txz zst zstd lz4 lzma z zip 7z rar tar"),
-    ("a table", _TABLE, "parquet arrow feather orc avro xls xlsx ods sqlite sqlite3"),
+    ("a table", "if `datasets` saved it, name its folder as a source; else " + _TABLE, "arrow"),
+    ("a table", _TABLE, "parquet feather orc avro xls xlsx ods sqlite sqlite3"),
     ("a picture", _LEAVE, "png jpg jpeg gif bmp tif tiff webp ico heic psd"),
     ("sound or film", _LEAVE, "mp3 wav flac ogg opus mp4 mkv mov avi webm"),
     ("a formatted document", "export its text first", "pdf doc docx odt ppt pptx epub"),
@@ -41,7 +44,7 @@ _SIGNATURES = (
     ("an ELF program", _LEAVE, b"\x7fELF"),
     ("NumPy", _LEAVE, b"\x93NUMPY"),
     ("HDF5", _LEAVE, b"\x89HDF"),
-    ("a Git LFS pointer", "fetch what it stands for with `git lfs pull`", b"version https://git-lfs.github.com/spec/"),
+    ("a Git LFS pointer", "fetch what it stands for with `git lfs pull`", POINTER),
     ("UTF-32 text", "convert it: iconv -f UTF-32 -t UTF-8", b"\xff\xfe\x00\x00"),
     ("UTF-16 text", "convert it: iconv -f UTF-16 -t UTF-8", b"\xff\xfe"),
     ("UTF-16 text", "convert it: iconv -f UTF-16 -t UTF-8", b"\xfe\xff"),
@@ -60,13 +63,18 @@ def check_kind(path: Path, head: bytes) -> None:
         path: its last suffix tells; a name without a known one is taken for text.
         head: its first bytes, `HEAD` of them or all.
     """
+    check_head(path, head)
+    if known := _BY_SUFFIX.get(path.suffix.lower()):
+        kind, advice = known
+        raise ValueError(f"data.files: {str(path)!r} is {kind} by its name, not text: {advice}")
+
+
+def check_head(path: Path, head: bytes) -> None:
+    """Raises ValueError for a file that begins as something other than text does, whatever its name."""
     for kind, advice, begin in _SIGNATURES:
         # Text may begin with a signature of printable letters: then the zero bytes tell.
         if head.startswith(begin) and not (begin.isalnum() and _plain(head)):
             raise ValueError(f"data.files: {str(path)!r} holds {kind}, not text: {advice}")
-    if known := _BY_SUFFIX.get(path.suffix.lower()):
-        kind, advice = known
-        raise ValueError(f"data.files: {str(path)!r} is {kind} by its name, not text: {advice}")
 
 
 def check_records(path: Path, head: bytes, text_field: str) -> None:

@@ -18,7 +18,7 @@ from ringattn.training.data.mixture import MixedCorpus, Part, capped, weights_of
 from ringattn.training.data.shards import Shard, shards_of
 from ringattn.training.data.source_store import FORMAT, STOP, SourceStore, digest_of, open_source, write_source
 from ringattn.training.data.sources import Source, sources_of
-from ringattn.training.data.streaming import StreamedCorpus, StreamedPart
+from ringattn.training.data.streaming import SHARDS, StreamedCorpus, StreamedPart
 from ringattn.training.data.tokenizer import BYTES, load_tokenizer, saved_tokenizer
 from ringattn.training.data.workers import default_processes
 
@@ -34,6 +34,8 @@ class Loader:
         own: folders that the run writes, which are not its data.
         check_vocabulary: raises ValueError for more tokens than the model knows, before anything is tokenized.
         vocab_size: of the model: what a stream of ids is checked by.
+
+    What people should know of held-out sources is added to `notes`.
     """
 
     def __init__(
@@ -45,6 +47,7 @@ class Loader:
         self.tokenizer: str = data.get("tokenizer") or BYTES
         self.add_eos: bool = data.get("add_eos", True)
         self.on_error: str = data.get("on_error") or STOP
+        self.notes: list[str] = []
         self._of_tokenizer: tuple[str, int] | None = None
 
     def mixture(self, sources: Sequence[Source]) -> MixedCorpus:
@@ -72,9 +75,7 @@ class Loader:
             files = [(path, number) for number, shard in enumerate(shards) for path in shard.files()]
             contents = self._contents([path for path, _ in files])
             fingerprint = self._fingerprint(source, encoding, shards, contents)
-            store = self._store(fingerprint, shards, encoding, vocab_size)
-            for content in contents:
-                content.check_unchanged()
+            store = self._store(fingerprint, shards, encoding, vocab_size, contents)
         except ValueError as error:
             raise ValueError(f"{where}: {str(error).removeprefix('data.files: ')}") from None
         if not len(store.tokens):
@@ -93,6 +94,8 @@ class Loader:
             where = f"data.sources[{number}]"
             encoding, _ = self.encoding(source, where)
             shards = tuple(shards_of(source, where, self.own, streaming=True))
+            if len(shards) > 1 << SHARDS:
+                raise ValueError(f"{where} has {len(shards):,} files, and a stream counts {1 << SHARDS:,} at most")
             weight = source.weight or 1.0
             parts.append(StreamedPart(source.name, shards, encoding, weight, source.epochs, source.max_tokens))
             try:
@@ -144,13 +147,24 @@ class Loader:
         of_tokenizer = "" if source.kind == "ids" else self._known()[0]
         return _hash(["source", FORMAT, len(shards), kinds, encoding.fingerprint(of_tokenizer), self.on_error])
 
-    def _store(self, fingerprint: str, shards: Sequence[Shard], encoding: Encoding, vocab_size: int) -> SourceStore:
+    def _store(
+        self,
+        fingerprint: str,
+        shards: Sequence[Shard],
+        encoding: Encoding,
+        vocab_size: int,
+        contents: Sequence[Content],
+    ) -> SourceStore:
+        def unchanged() -> None:
+            for content in contents:
+                content.check_unchanged()
+
         folder = self.cache / fingerprint
         processes = self.data.get("processes") or default_processes()
         try:
             with _locked(self.cache / f"{fingerprint}.lock"):
                 return open_source(folder) or write_source(
-                    folder, shards, encoding, vocab_size, self.on_error, processes
+                    folder, shards, encoding, vocab_size, self.on_error, processes, unchanged
                 )
         except OSError as error:
             # A cache that cannot be written to may hold the tokens all the same.
@@ -183,7 +197,10 @@ def load_validation(loader: Loader) -> dict[str, Corpus]:
     """The held-out corpora of `data.validation` by name; empty without any. Raises ValueError."""
     sources = validation_of(loader.data)
     where = "data.validation[{}]"
-    found = {one.name: loader.opened(one, where.format(number))[1] for number, one in enumerate(sources)}
+    found = dict[str, Corpus]()
+    for number, source in enumerate(sources):
+        store, found[source.name] = loader.opened(source, where.format(number))
+        loader.notes += _passed_over(source, store)
     for name, corpus in found.items():
         if corpus.longest < 2:
             raise ValueError(f"data.validation: {name} has no document of two tokens or more, so nothing to predict")

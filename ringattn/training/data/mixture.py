@@ -112,7 +112,8 @@ def capped(corpus: Corpus, max_tokens: int | None) -> Corpus:
         return corpus
     count = int(np.searchsorted(corpus.offsets, max_tokens, side="right")) - 1
     if not corpus.offsets[count]:
-        raise ValueError(f"max_tokens={max_tokens:,} is less than the first document, which has {corpus.longest:,}")
+        first = int(corpus.offsets[corpus.offsets > 0][0])
+        raise ValueError(f"max_tokens={max_tokens:,} is less than the first document, which has {first:,}")
     digests = None if corpus.digests is None else corpus.digests[:count]
     return replace(corpus, offsets=corpus.offsets[: count + 1], digests=digests)
 

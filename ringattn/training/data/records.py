@@ -14,9 +14,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
-from ringattn.training.data.kinds import HEAD, check_kind, check_records, is_jsonl
+from ringattn.training.data.kinds import HEAD, POINTER, check_head, check_kind, check_records, is_jsonl
 
 PACKED = (".gz", ".bz2", ".xz", ".zst", ".lz4")
+LONGEST = 1 << 30
+"""Bytes of a text or a line at most: a small packed file may have any number, and memory has not."""
 _ROWS = 256  # of a table, read at once
 _MARK = b"\xef\xbb\xbf"  # the byte order mark that some editors put before UTF-8
 _BROKEN = (OSError, EOFError, zlib.error, lzma.LZMAError, ValueError)
@@ -59,7 +61,7 @@ def records_of(path: Path, field: str, start: int = 0) -> Iterator[Record]:
     """
     inner = Path(path.with_suffix("")) if path.suffix.lower() in PACKED else path
     if path.is_dir():
-        yield from rows_of(saved_rows(path), str(path), start)
+        yield from _saved(path, start)
     elif inner.suffix.lower() == ".parquet" and inner == path:
         yield from _parquet(path, start)
     elif is_jsonl(inner):
@@ -68,26 +70,49 @@ def records_of(path: Path, field: str, start: int = 0) -> Iterator[Record]:
         yield _whole(path, inner, field)
 
 
-def saved_rows(path: Path) -> Any:
-    """A data set that `datasets` saved, as a memory map."""
+def _saved(path: Path, start: int) -> Iterator[Record]:
+    """The rows of a data set that `datasets` saved, a memory map."""
     from datasets import load_from_disk
 
-    return load_from_disk(str(path))
+    try:
+        rows = load_from_disk(str(path))
+    except IndexError:  # no table at all is written for no rows
+        yield Record(0, str(path), None, 0, "the data set holds no rows")
+        return
+    except Exception as error:  # of datasets, pyarrow: of any type
+        yield Record(0, str(path), None, 0, f"the data set cannot be read: {_reason(error)}")
+        return
+    yield from rows_of(rows, str(path), start)
 
 
 def rows_of(rows: Any, name: str, start: int = 0) -> Iterator[Record]:
-    """The rows of a data set of `datasets`; one with an index, or one that is only iterated."""
-    if hasattr(rows, "__getitem__") and hasattr(rows, "__len__"):
-        for number in range(start, len(rows)):
-            yield Record(number, f"row {number + 1} of {name}", rows[number], 0)
-        return
-    for number, row in enumerate(rows.skip(start) if start else rows, start):
-        yield Record(number, f"row {number + 1} of {name}", row, 0)
+    """The rows of a data set of `datasets`; one with an index, or one that is only iterated. All columns, as plain
+    Python, whatever format was set."""
+    rows = rows.with_format(None)
+    indexed = hasattr(rows, "__getitem__") and hasattr(rows, "__len__")
+    found = (rows[number] for number in range(start, len(rows))) if indexed else rows.skip(start) if start else rows
+    for number, row in enumerate(found, start):
+        yield Record(number, f"row {number + 1:,} of {name}", _own(row), 0)
+
+
+def _own(row: dict[str, Any]) -> dict[str, Any]:
+    """A row of a table without what the table filled in: below its columns, all rows have the same keys."""
+    return {key: _unfilled(value) for key, value in row.items()}
+
+
+def _unfilled(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _unfilled(one) for key, one in value.items() if one is not None}
+    if isinstance(value, list) and value and isinstance(value[0], dict | list):
+        return [_unfilled(one) for one in value]
+    return value
 
 
 def opened(path: Path) -> IO[bytes]:
-    """A file's content, unpacked on the way if its name says that it is packed."""
+    """A file's content, unpacked on the way if its name says that it is packed. Raises ValueError, OSError."""
     kind = path.suffix.lower()
+    if kind in PACKED and (head := _head(path)).startswith(POINTER):
+        check_head(path, head)
     if kind == ".gz":
         return gzip.open(path, "rb")  # type: ignore[return-value]
     if kind == ".bz2":
@@ -106,11 +131,14 @@ def _whole(path: Path, inner: Path, field: str) -> Record:
     where, size = str(path), _size(path)
     try:
         with opened(path) as file:
-            data = file.read()
-        check_kind(inner, data[:HEAD])
+            data = file.read(HEAD)
+            check_kind(inner, data)
+            _check_zeros(data)
+            data += file.read(LONGEST + 1 - len(data))
+        if len(data) > LONGEST:
+            raise ValueError(f"the text is longer than {LONGEST:,} bytes: cut it")
         check_records(inner, data[:HEAD], field)
-        if b"\x00" in data:
-            raise ValueError(f"byte {data.index(0):,} is 0: binary, not text")
+        _check_zeros(data)
         text = data.removeprefix(_MARK).decode("utf-8")
         if not text:
             raise ValueError("the file is empty")
@@ -126,7 +154,12 @@ def _lines(path: Path, start: int) -> Iterator[Record]:
     try:
         packed = path.suffix.lower() in PACKED
         with opened(path) as file:
-            for number, line in enumerate(file):
+            head = file.peek(HEAD)[:HEAD]  # type: ignore[attr-defined]
+            check_head(path, head)
+            _check_zeros(head)
+            for number, line in enumerate(iter(lambda: file.readline(LONGEST + 1), b"")):
+                if len(line) > LONGEST:
+                    raise ValueError(f"the next line is longer than {LONGEST:,} bytes: cut it")
                 if number < start:
                     continue
                 content = line.removeprefix(_MARK) if number == 0 else line
@@ -142,7 +175,7 @@ def _lines(path: Path, start: int) -> Iterator[Record]:
 
 def _line(number: int, where: str, line: bytes, size: int) -> Record:
     try:
-        value = json.loads(line)
+        value = json.loads(line.decode("utf-8"))  # of bytes it would guess the encoding, and take halves of characters
         if b"\\u" in line:  # JSON can write halves of surrogate pairs, which are no characters
             json.dumps(value, ensure_ascii=False).encode("utf-8")
     except UnicodeDecodeError as error:
@@ -161,6 +194,8 @@ def _parquet(path: Path, start: int) -> Iterator[Record]:
 
     number = 0
     try:
+        if not (head := _head(path)).startswith(b"PAR1"):
+            check_head(path, head)
         with parquet.ParquetFile(path) as file:
             count = file.metadata.num_rows
             share = _size(path) / max(count, 1)
@@ -170,14 +205,37 @@ def _parquet(path: Path, start: int) -> Iterator[Record]:
                     number += rows
                     continue
                 for batch in file.iter_batches(_ROWS, row_groups=[group]):
-                    for row in batch.to_pylist():
+                    for row, error in _rows(batch):
                         if number >= start:
-                            yield Record(number, f"row {number + 1:,} of {path}", row, round(share))
+                            yield Record(number, f"row {number + 1:,} of {path}", row, round(share), error)
                         number += 1
             if not count:
                 yield Record(0, str(path), None, 0, "the file is empty")
     except _BROKEN as error:
         yield Record(number, str(path), None, 0, _reason(error))
+
+
+def _rows(batch: Any) -> Iterator[tuple[dict[str, Any] | None, str]]:
+    """The rows of a batch, each with an error or none: one that cannot be read keeps no other from being read."""
+    try:
+        yield from ((_own(row), "") for row in batch.to_pylist())
+    except UnicodeDecodeError:
+        for number in range(len(batch)):
+            try:
+                (row,) = batch.slice(number, 1).to_pylist()
+                yield _own(row), ""
+            except UnicodeDecodeError as error:
+                yield None, _not_utf8(error.object[error.start], f"byte {error.start:,}")
+
+
+def _head(path: Path) -> bytes:
+    with open(path, "rb") as file:
+        return file.read(HEAD)
+
+
+def _check_zeros(data: bytes) -> None:
+    if (zero := data.find(b"\x00")) >= 0:
+        raise ValueError(f"byte {zero:,} is 0: binary, not text")
 
 
 def _size(path: Path) -> int:

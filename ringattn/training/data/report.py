@@ -99,8 +99,9 @@ def look_at(cfg: DictConfig, chosen: Collection[str] | None = None) -> Data:
     config, _ = model_of(resolved)
     corpus = load_corpus(resolved, config, output)
     check_enough(resolved, corpus)
-    held_out = load_validation(loader_of(resolved, config, output))
-    notes = [*notes_of(resolved.data, corpus), *leaks(corpus, held_out)]
+    loader = loader_of(resolved, config, output)
+    held_out = load_validation(loader)
+    notes = [*notes_of(resolved.data, corpus), *loader.notes, *leaks(corpus, held_out)]
     return Data(resolved, corpus, _facts(resolved, config, corpus, notes))
 
 

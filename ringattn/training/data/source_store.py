@@ -13,7 +13,7 @@ import sys
 import time
 import zlib
 from array import array
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,7 +27,7 @@ from ringattn.training.data.meter import Meter, clock
 from ringattn.training.data.shards import Shard
 from ringattn.training.data.workers import Outcome, outcomes
 
-FORMAT = 1
+FORMAT = 2
 """Part of every fingerprint: a store of another format is not found, and made anew."""
 
 STOP, SKIP = "stop", "skip"
@@ -68,7 +68,13 @@ def digest_of(tokens: npt.NDArray[Any]) -> int:
 
 
 def write_source(
-    folder: Path, shards: Sequence[Shard], encoding: Encoding, vocab_size: int, on_error: str, processes: int
+    folder: Path,
+    shards: Sequence[Shard],
+    encoding: Encoding,
+    vocab_size: int,
+    on_error: str,
+    processes: int,
+    unchanged: Callable[[], None],
 ) -> SourceStore:
     """Tokenizes a source into a folder and opens it.
 
@@ -76,6 +82,7 @@ def write_source(
         vocab_size: of the tokenizer; 0 for ids, whose largest tells.
         on_error: of a record that cannot be used: `stop`, or `skip` it and count.
         processes: at most; a small source takes fewer.
+        unchanged: raises ValueError if the files do not hold any more what the folder is named after.
 
     Raises ValueError for what cannot be used, naming the file and the line; then nothing is left behind, and so it is
     after an OSError of a disk that is full.
@@ -85,6 +92,7 @@ def write_source(
     began = time.monotonic()
     try:
         body = _write(folder, shards, encoding, vocab_size, on_error, processes)
+        unchanged()
         partial = folder / "store.json.partial"
         partial.write_text(json.dumps(body))
         os.replace(partial, folder / "store.json")

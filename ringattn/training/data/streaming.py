@@ -35,7 +35,8 @@ class StreamedPart:
         shards: read in an order that is drawn for each pass; the records of each in their own.
         encoding: from records to tokens.
         weight, epochs: as of `Part`.
-        max_tokens: of a pass, which ends before the document that would go beyond; None: no limit.
+        max_tokens: of a pass, which ends before the document that would go beyond; one that has more alone is passed
+            over, whichever pass it would begin. None: no limit.
     """
 
     name: str
@@ -196,9 +197,9 @@ class StreamedSource:
             return
         tokens = self.corpus.take_in(self.source, shard, record)
         self._record = max(self._record, record.number)
-        if not tokens:
-            return
         limit = self.part.max_tokens
+        if not tokens or (limit is not None and tokens > limit):
+            return
         if limit is not None and self._tokens - self._offset + tokens > limit:
             self._next_pass()
             return

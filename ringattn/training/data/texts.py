@@ -1,8 +1,9 @@
 """The texts in files, one document each: a whole file, or a line of a JSONL file."""
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 from ringattn.training.data.kinds import HEAD, check_records, is_jsonl
 
@@ -28,6 +29,14 @@ def texts_of(path: Path, text_field: str) -> Iterator[tuple[str, int]]:
         raise ValueError(f"data.files: {str(path)!r} cannot be read: {error.strerror}") from None
 
 
+def said_of(record: Mapping[str, Any], key: str) -> str:
+    """What a record has in the place of what is looked for under a key."""
+    if key in record:
+        kind = "null" if record[key] is None else type(record[key]).__name__
+        return f"{key!r} is {kind}"
+    return f"it has {', '.join(map(repr, record))[:200] or 'no keys'}"
+
+
 def _records(path: Path, text_field: str) -> Iterator[tuple[str, int]]:
     with open(path, "rb") as lines:
         for number, line in enumerate(lines, 1):
@@ -45,7 +54,7 @@ def _text(path: Path, number: int, line: bytes, text_field: str) -> str:
         raise ValueError(f"data.files: {where} is not JSON: {error}") from None
     text = record.get(text_field) if isinstance(record, dict) else None
     if not isinstance(text, str):
-        has = f"it has {', '.join(map(repr, record))[:200] or 'no keys'}" if isinstance(record, dict) else "no object"
+        has = said_of(record, text_field) if isinstance(record, dict) else "no object"
         raise ValueError(f"data.text_field={text_field!r} is no text in {where}: {has}")
     if b"\\u" in line:  # JSON can write halves of surrogate pairs, which are no characters
         try:

@@ -3,10 +3,12 @@
 from collections.abc import Iterable, Mapping
 from typing import Any, Protocol
 
-from torch import Tensor
+from torch import Tensor, nn
 
+from ringattn.training.checkpoint.saved_state import SavedState
 from ringattn.training.checkpoint.snapshot import below
 from ringattn.training.engines.interface import STATE
+from ringattn.training.export.flat import FlatPieces
 from ringattn.training.export.run_folder import RunFolder
 from ringattn.training.model.models import build_model, empty_model
 from ringattn.training.model.streamed import streamed_weights
@@ -29,10 +31,10 @@ class TrainedWeights:
         self.plain = empty_model(run.model_config)
         self.lora = run.lora
         self._state = self.model.state_dict(keep_vars=True)
-        self._saved, self._place = run.saved, _place(run)
-        held = set(run.saved.names(*self._place))
-        missing = [name for name in unique(self._state) if not held & aliases(self._state, name)]
-        self._held, self._base = held, _base_of(run, missing, frozen)
+        self._trained = _trained_of(run, self.model)
+        self._held = self._trained.names()
+        missing = [name for name in unique(self._state) if not self._held & aliases(self._state, name)]
+        self._base = _base_of(run, missing, frozen)
 
     def names(self) -> list[str]:
         """Of the plain model, tied ones once."""
@@ -46,7 +48,7 @@ class TrainedWeights:
         """A tensor of the trained model, as it was held in training."""
         same = aliases(self._state, name)
         if found := sorted(same & self._held):
-            return self._saved.whole(below("/".join(self._place), found[0]))
+            return self._trained.whole(found[0])
         assert self._base is not None
         return self._base[sorted(same)[0]]
 
@@ -113,17 +115,38 @@ def _base_of(run: RunFolder, missing: Iterable[str], frozen: list[str]) -> _Base
         raise ValueError(f"the frozen weights of the run cannot be had: {error}") from None
 
 
-def _place(run: RunFolder) -> tuple[str, ...]:
-    """Where in the checkpoint weights stand by their names."""
-    if run.state.engine == "fsdp2":
-        return STATE, "model"
+def _trained_of(run: RunFolder, model: nn.Module) -> "_Trained":
+    """What the engine saved of the weights. Raises ValueError where that is not known."""
     stage = run.cfg["engine"].get("zero_stage")
+    if run.state.engine == "fsdp2":
+        return _ByName(run.saved, (STATE, "model"))
     if run.state.engine == "deepspeed" and stage in (1, 2):
-        return STATE, _OF_DEEPSPEED, "module"
+        return _ByName(run.saved, (STATE, _OF_DEEPSPEED, "module"))
+    if run.state.engine == "deepspeed" and stage == 3:
+        return FlatPieces(run.saved, model, run.state.world_size)
     raise ValueError(
-        f"the checkpoint was written by engine={run.state.engine} with engine.zero_stage={stage}, whose weights are "
-        "in flat pieces that only DeepSpeed puts together; engine=fsdp2, and zero_stage 1 and 2, can be exported"
+        f"the checkpoint was written by engine={run.state.engine} with engine.zero_stage={stage}; engine=fsdp2, and "
+        "deepspeed with zero_stage 1, 2 and 3, can be exported"
     )
+
+
+class _Trained(Protocol):
+    def names(self) -> set[str]: ...
+
+    def whole(self, name: str) -> Tensor: ...
+
+
+class _ByName:
+    """Weights that stand in the checkpoint by their names, below some keys."""
+
+    def __init__(self, saved: SavedState, place: tuple[str, ...]) -> None:
+        self._saved, self._place = saved, place
+
+    def names(self) -> set[str]:
+        return set(self._saved.names(*self._place))
+
+    def whole(self, name: str) -> Tensor:
+        return self._saved.whole(below("/".join(self._place), name))
 
 
 def unique(state: Mapping[str, Tensor]) -> list[str]:

@@ -11,6 +11,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
+from ringattn.training.data.corpus import Corpus
+from ringattn.training.data.mixture import MixedCorpus
 from ringattn.training.packs.ordering import AnyCorpus, Place, Position, place_of
 from ringattn.training.packs.packing import Packer, PackPlan, Segment, used_up
 
@@ -42,7 +44,8 @@ class BestFitPacker:
 
     Arguments:
         corpus, seq_len, seed: as for `Packer`.
-        lookahead: documents that may wait, >= 1; a document waits for so many packs at most.
+        lookahead: documents that may wait, >= 1; a document waits for so many packs at most. No more wait than a
+            corpus has, or documents of many passes would wait together.
         pad: no document that a pack can hold is cut: room that none fits is padding. By default a document is cut to
             fill it, the longest that waits, and its rest waits on.
         position: where to go on.
@@ -61,7 +64,8 @@ class BestFitPacker:
             raise ValueError(f"lookahead must be >= 1, got {lookahead}")
         position = position or BestFitPosition()
         self._stream = Packer(corpus, seq_len, seed, position=position.stream)
-        self.corpus, self.seq_len, self.lookahead, self.pad = corpus, seq_len, lookahead, pad
+        known = len(corpus) if isinstance(corpus, Corpus | MixedCorpus) else lookahead
+        self.corpus, self.seq_len, self.lookahead, self.pad = corpus, seq_len, min(lookahead, known), pad
         self._waiting = list(position.waiting)
 
     @property
@@ -71,8 +75,10 @@ class BestFitPacker:
 
     @property
     def epoch(self) -> float:
-        """Passes over the corpus that were read so far."""
-        return self._stream.epoch
+        """Passes over the corpus so far, without what was read and waits."""
+        total = getattr(self.corpus, "total", None)
+        waiting = sum(_size(one) for one in self._waiting) / total if total else 0.0
+        return self._stream.epoch - waiting
 
     def step(self, packs: int) -> tuple[PackPlan, ...]:
         """Plans the packs of one step and moves on."""

@@ -20,8 +20,8 @@ class StepMetrics:
 
     Arguments:
         step: counted from 1.
-        loss: mean over all target tokens of the global batch, in nats; None where it is not finite, which JSON cannot
-            say.
+        loss: mean over all target tokens of the global batch, in nats; None where it has no target, and where it is
+            not finite, which JSON cannot say.
         grad_norm: global, before clipping; None where it is not finite.
         lr: learning rate of the step.
         tokens_per_second, tokens_per_second_per_gpu: without padding; per rank where there is no GPU. None in a warm-up
@@ -62,7 +62,8 @@ class StepMetrics:
         """For people; `left` seconds are expected to the last step."""
         rest = "" if left is None else f"  {clock(left)} left"
         mfu = "" if self.mfu is None else f"  mfu {self.mfu:.1%}"
-        loss = "not finite" if self.loss is None else f"{self.loss:.4f}"
+        none = "not finite" if self.targets else "of no target"
+        loss = none if self.loss is None else f"{self.loss:.4f}"
         norm = "not finite" if self.grad_norm is None else f"{self.grad_norm:.3f}"
         held_out = "".join(f"  {name} {loss:.4f}" for name, loss in (self.validation or {}).items())
         return (
@@ -167,6 +168,7 @@ class Progress:
         self._seconds = 0.0  # of a step, smoothed; warm-up steps are left out
         self._bar: Any = None
         self._held_out = ""  # the newest losses of validation sets
+        self._warned = False  # of a step without a target
         if sys.stderr.isatty():
             from tqdm import tqdm
 
@@ -174,7 +176,16 @@ class Progress:
             self._bar.set_postfix_str("the first step compiles")
 
     def update(self, metrics: StepMetrics) -> None:
-        """Shows a step."""
+        """Shows a step, and warns of the first one that has nothing to learn."""
+        if not (metrics.targets or self._warned):
+            self._warned = True
+            print(
+                f"warning: step {metrics.step} has no token to learn, as where packs hold parts of long questions "
+                "alone: longer packs (data.seq_len) or data.pad=true leave questions and answers together; "
+                "`ringattn data` shows what packs hold",
+                file=sys.stderr,
+                flush=True,
+            )
         if not metrics.warmup:
             self._seconds = 0.9 * self._seconds + 0.1 * metrics.seconds if self._seconds else metrics.seconds
         if metrics.validation:

@@ -96,10 +96,11 @@ def prepare(cfg: DictConfig, launch: Launch, chosen: Collection[str] | None = No
     resolved.run.async_save = settle_saving(resolved, empty, plan.states, launch, device, output)
     corpus = load_corpus(resolved, config, output)
     check_enough(resolved, corpus)
-    held_out = load_validation(loader_of(resolved, config, output))
+    loader = loader_of(resolved, config, output)
+    held_out = load_validation(loader)
     for documents in (corpus, *held_out.values()):
         check_positions(resolved, config, documents)
-    notes += notes_of(resolved.data, corpus) + leaks(corpus, held_out)
+    notes += notes_of(resolved.data, corpus) + loader.notes + leaks(corpus, held_out)
     if found is not None:
         state, said = check_resume(resolved, output, found[1], launch, corpus, config, empty)
         found, notes = (found[0], state), notes + said

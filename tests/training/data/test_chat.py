@@ -1,5 +1,7 @@
 """Loss masks of conversations: those of TRL, token by token, and a refusal where turns cannot be found."""
 
+from datetime import datetime
+
 import numpy as np
 import pytest
 
@@ -80,6 +82,55 @@ def test_calls_of_tools_are_learned_and_their_results_are_not():
     assert not any("tool_response" in one for one in found)
 
 
+def test_calls_of_tools_are_found_without_marks():
+    """Qwen's own template leaves the empty thoughts of a call out once its result follows."""
+    tokenizer = chat_tokenizer("qwen3")
+    talk = [TALK[0], CALL, {"role": "tool", "content": "5"}, CALL, {"role": "tool", "content": "7"}, TALK[1]]
+    ids, mask = ChatEncoder(tokenizer, None, "assistant")(talk)
+    found = learned(tokenizer, ids, mask)
+    assert len(found) == 3
+    assert all(one.startswith("<tool_call>") and one.endswith("</tool_call><|im_end|>\n") for one in found[:2])
+    assert found[2].endswith("It is 5.  \n<|im_end|>\n")
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_texts_in_parts_are_one_text(name):
+    """Most templates take a text alone, and leave a list out without a word."""
+    parts = [turn | {"content": [{"type": "text", "text": turn["content"], "image": None}]} for turn in TALK]
+    encode = ChatEncoder(chat_tokenizer(name), None, "assistant")
+    for found, expected in zip(encode(parts), encode(TALK), strict=True):
+        assert found.tolist() == expected.tolist()
+
+
+def test_a_template_that_takes_parts_alone_gets_them():
+    encode = ChatEncoder(chat_tokenizer("llama3", trl_template("smolvlm_training")), None, "assistant")
+    ids, mask = encode([turn | {"content": turn["content"].strip()} for turn in TALK])
+    assert learned(encode.tokenizer, ids, mask) == [
+        " It is 5.<end_of_utterance>\n",
+        " It is 9, and 9 is odd.<end_of_utterance>\n",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("name", "loss_on"), [("llama3_2", "assistant"), ("gptoss_training", "assistant"), ("gptoss", "all")]
+)
+def test_a_template_that_states_the_date_gives_the_same_tokens_every_day(name, loss_on, monkeypatch):
+    from transformers.utils import chat_template_utils
+
+    def on(year: int) -> list[int]:
+        class Clock(datetime):
+            @classmethod
+            def now(cls, tz=None):
+                return cls(year, 5, 6)
+
+        monkeypatch.setattr(chat_template_utils, "datetime", Clock)
+        return ChatEncoder(tokenizer, None, loss_on)(TALK)[0].tolist()
+
+    tokenizer = chat_tokenizer("llama3", trl_template(name))
+    assert on(2001) == on(2002)
+    assert "Jul 2024" in tokenizer.decode(on(2001)) or "2024-07-26" in tokenizer.decode(on(2001))
+
+
 def test_everything_is_learned_if_asked():
     tokenizer = chat_tokenizer("gemma")
     ids, mask = ChatEncoder(tokenizer, None, "all")(TALK)
@@ -107,12 +158,29 @@ def test_turns_of_other_names_are_understood():
         (["a"], "turn 1 .* must be an object"),
         ([{"role": "user"}], r"turn 1 .* needs a role and a content, it has \['role'\]"),
         ([TALK[0]], "no turn of the assistant"),
+        ([TALK[0] | {"content": [{"type": "image", "url": "a.png"}]}], "turn 1 .* has a part of type 'image'"),
+        ([TALK[0] | {"content": ["a"]}], "turn 1 .* has a part that is no object"),
+        ([TALK[0], TALK[1] | {"weight": 0}], "turn 2 .* has weight=0, and all turns of the assistant are learned"),
+        ([TALK[0], TALK[1] | {"train": False}], "turn 2 .* has train=False"),
+        ('[{"messages": []}]', "must be a list of turns, got text"),
         ([{"role": "system", "content": "s"}, *TALK], "the chat template refuses .*System role not supported"),
     ],
 )
 def test_what_is_no_conversation_is_refused(value, words):
     with pytest.raises(ValueError, match=words):
         ChatEncoder(chat_tokenizer("gemma"), None, "assistant")(value)
+
+
+@pytest.mark.parametrize("loss_on", ["assistant", "all"])
+def test_a_turn_that_a_template_leaves_out_is_no_silent_loss(loss_on):
+    """Qwen's passes over roles that it does not know."""
+    encode = ChatEncoder(chat_tokenizer("qwen3"), None, loss_on)
+    told = {"role": "developer", "content": "Be kind."}
+    with pytest.raises(ValueError, match="turn 1, of role 'developer', is not in the rendered conversation"):
+        encode([told, *TALK])
+    tool = {"role": "tool", "content": '{"is": "5"}'}
+    ids, _ = encode([{"role": "system", "content": "  Be kind. "}, TALK[0], CALL, tool, TALK[1]])
+    assert "Be kind." in encode.tokenizer.decode(ids)
 
 
 @pytest.mark.parametrize(

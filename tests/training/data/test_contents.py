@@ -153,7 +153,7 @@ def test_lines_of_jsonl_are_documents_in_capitals_too(name, tmp_path):
         ("[" * 100_000, ["is not JSON"]),
         ('{"text": "x", "n": ' + "9" * 5000 + "}", ["is not JSON", "digits"]),
         ('{"text": "half \\ud83d"}', ["half a surrogate pair at character 5"]),
-        ('{"text": null}', ["data.text_field='text'", "it has 'text'"]),
+        ('{"text": null}', ["data.text_field='text'", "'text' is null"]),
         ('["text"]', ["data.text_field='text'", "no object"]),
         ("not json", ["is not JSON"]),
     ],

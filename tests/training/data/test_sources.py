@@ -207,6 +207,23 @@ def test_many_processes_at_once(tmp_path):
     assert len({corpus.fingerprint for corpus in found}) == 1
 
 
+def test_a_file_that_changes_while_it_is_tokenized_leaves_no_store_behind(tmp_path, monkeypatch):
+    """Its tokens would be found again, for what the file held before, once it holds that again."""
+    path = Path(written(tmp_path, "jsonl"))
+    before = path.read_bytes()
+
+    def changing(*arguments: object):
+        path.write_text('{"text": "other"}\n')
+        return outcomes(*arguments)
+
+    with monkeypatch.context() as patched:
+        patched.setattr("ringattn.training.data.source_store.outcomes", changing)
+        with pytest.raises(ValueError, match="was changed while it was read"):
+            opened(tmp_path, {"path": str(path)})
+    path.write_bytes(before)
+    assert texts_of(opened(tmp_path, {"path": str(path)})) == TEXTS
+
+
 def test_a_full_disk_is_named_and_keeps_no_half_store(tmp_path, monkeypatch):
     def full(*_: object):
         raise OSError(28, "No space left on device")
@@ -275,6 +292,8 @@ BAD = [
     ("b.jsonl.gz", b"no gzip", "b.jsonl.gz: Not a gzipped file"),
     ("b.jsonl.zst", b"no zstd at all", "b.jsonl.zst: "),
     ("b.parquet", b"PAR1 and no more", "b.parquet: "),
+    ("b.arrow", b"table", "b.arrow: .* is a table by its name, not text: if `datasets` saved it, name its folder"),
+    ("b.jsonl", b'{"text": null}\n', "line 1 of .*b.jsonl: 'text' is null"),
     ("b.jsonl", b"", "b.jsonl: the file is empty"),
 ]
 
@@ -316,6 +335,7 @@ def test_nothing_but_bad_records_is_refused(tmp_path):
     [
         ({"input_ids": "abc"}, "'input_ids' must be a list of integers, it is str"),
         ({"input_ids": [1.5]}, "'input_ids' must be a list of integers, it holds"),
+        ({"input_ids": [[1], [2, 3]]}, "'input_ids' must be a list of integers, it holds"),
         ({"input_ids": [-1]}, "'input_ids' must hold integers from 0"),
         ({"input_ids": [1, 2], "m": [1]}, "'m' has 1 entries for the 2 ids"),
         ({"input_ids": [1], "m": [2]}, "'m' must hold integers from 0 to 1"),
@@ -417,6 +437,14 @@ def test_held_out_documents_that_are_trained_on_are_told(tmp_path):
         digest_of(job.corpus.read(one, 0, job.corpus.length(one))) for one in range(len(job.corpus))
     ]
     assert document_digests(job.corpus).tolist() != document_digests(job.validation["held.jsonl"]).tolist()
+
+
+def test_what_is_passed_over_of_held_out_documents_is_told_at_every_start(tmp_path):
+    path, held_out = written(tmp_path, "jsonl"), tmp_path / "held.jsonl"
+    held_out.write_text('{"text": "unseen"}\n{"no": 1}\n')
+    for _ in range(2):
+        job = prepared(*listed(tmp_path, f"[{path}]", f"data.validation=[{held_out}]", "data.on_error=skip"))
+        assert any("held.jsonl: 1 records were passed over, the first: line 2 of" in note for note in job.notes)
 
 
 def test_documents_longer_than_a_pack_are_told_where_they_would_stay_whole(tmp_path):

@@ -105,6 +105,12 @@ def _logits(engine: Any, whole: Any) -> torch.Tensor:
 
 
 def _full(p: Any) -> torch.Tensor:
+    if hasattr(p, "ds_id"):  # DeepSpeed's third stage
+        from deepspeed import zero
+
+        with zero.GatheredParameters([p]):
+            whole: torch.Tensor = p.detach().float().clone()
+        return whole
     tensor: torch.Tensor = p.full_tensor() if hasattr(p, "full_tensor") else p
     return tensor.detach().float()
 

@@ -40,7 +40,7 @@ def mixture(sources, epochs=None) -> MixedCorpus:
     return MixedCorpus(tuple(parts))
 
 
-def stream(sources, folder: Path, epochs=None) -> StreamedCorpus:
+def stream(sources, folder: Path, epochs=None, cap=None) -> StreamedCorpus:
     """The same documents in files of two records."""
     corpus, parts = mixture(sources), []
     for number, part in enumerate(corpus.parts):
@@ -50,7 +50,7 @@ def stream(sources, folder: Path, epochs=None) -> StreamedCorpus:
             path = folder / f"{number}-{begin}.jsonl"
             path.write_text("".join(json.dumps({"input_ids": row}) + "\n" for row in rows[begin : begin + 2]))
             shards.append(Shard(path))
-        parts.append(StreamedPart(part.name, tuple(shards), Encoding("ids", "input_ids"), part.weight, epochs))
+        parts.append(StreamedPart(part.name, tuple(shards), Encoding("ids", "input_ids"), part.weight, epochs, cap))
     return StreamedCorpus(tuple(parts), 1 << 32, "stream")
 
 
@@ -139,6 +139,27 @@ def test_a_stream_has_every_token_once_a_pass(tmp_path_factory, sources, seq_len
 
 
 @settings(max_examples=25)
+@given(SOURCES, st.integers(1, 17), st.integers(1, 12), st.integers(0, 9), st.sampled_from(PACKERS))
+def test_a_cap_of_a_stream_never_stops_it_midway(tmp_path_factory, sources, seq_len, cap, stop, kind):
+    """Whatever document the order of a pass begins with; those that no pass can hold are passed over."""
+    folder = tmp_path_factory.mktemp("stream")
+    fitting = [any(0 < length <= cap for length in lengths) for lengths, _ in sources]
+    whole = packer(kind, stream(sources, folder, cap=cap), seq_len)
+    if not all(fitting):
+        name = f"'s{fitting.index(False)}' holds no document of at most max_tokens={cap}"
+        with pytest.raises(ValueError, match=name):
+            whole.next()
+        return
+    plans = [whole.next() for _ in range(stop)]
+    state = json.loads(json.dumps(whole.position.state_dict()))
+    again = packer(kind, stream(sources, folder, cap=cap), seq_len, state)
+    after = [whole.next() for _ in range(12)]
+    assert [again.next() for _ in range(12)] == after
+    for segment in (segment for plan in plans + after for segment in plan.segments):
+        assert whole.corpus.length(segment.document) <= cap
+
+
+@settings(max_examples=25)
 @given(SOURCES, st.integers(1, 9), st.sampled_from(PACKERS), st.integers(0, 4))
 def test_other_replicas_go_on_with_the_same_packs(sources, seq_len, kind, stop):
     """Four packs a step over one, two and four replicas."""
@@ -187,6 +208,19 @@ def test_best_fit_cuts_fewer_documents_than_the_order_of_the_stream():
     assert padding == 0
     assert cuts_and_padding(BestFitPacker(corpus, 8192, 0, 256, pad=True))[1] < 0.01
     assert cuts_and_padding(Packer(corpus, 8192, 0, pad=True))[1] > 0.1
+
+
+@settings(max_examples=60)
+@given(LENGTHS, st.integers(1, 40), st.integers(1, 300), st.integers(1, 12))
+def test_best_fit_counts_what_it_packed_and_reads_one_pass_ahead_at_most(lengths, seq_len, lookahead, packs):
+    """A few chats are not read ten times over to fill the places to wait."""
+    corpus = mixture([(lengths, 1.0)])
+    packer = BestFitPacker(corpus, seq_len, 0, lookahead)
+    plans = packer.step(packs)
+    assert packer.epoch == pytest.approx(packs * seq_len / corpus.total)
+    seen = Counter(tokens_of(plans, corpus))
+    times = [seen[token] for token in range(1, corpus.total + 1)]
+    assert max(times) - min(times) <= 2
 
 
 def test_best_fit_by_hand():
@@ -265,7 +299,7 @@ def test_a_cap_takes_whole_documents():
     assert capped(corpus, 7).total == 7
     assert capped(corpus, 11).total == 7
     assert capped(corpus, 100).total == capped(corpus, None).total == 12
-    with pytest.raises(ValueError, match="max_tokens=3 is less than the first document"):
+    with pytest.raises(ValueError, match="max_tokens=3 is less than the first document, which has 4"):
         capped(corpus, 3)
 
 

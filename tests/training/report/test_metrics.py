@@ -86,6 +86,19 @@ def test_the_line_for_people_has_the_numbers():
     assert metrics(2).line(120, 3725).endswith("1:02:05 left")
 
 
+def test_a_step_without_a_target_has_no_loss_and_is_warned_of_once(capsys):
+    """As of a pack that holds the middle of a long question: a loss of 0 would look like a success."""
+    progress, none = Progress(0, 4, 1), replace(metrics(2), loss=None, targets=0)
+    for one in (metrics(1), none, replace(none, step=3), metrics(4)):
+        progress.update(one)
+    out, warned = capsys.readouterr()
+    assert [line.partition("loss ")[2].split("  ")[0] for line in out.splitlines()] == [
+        "1.0000", "of no target", "of no target", "0.2500"
+    ]  # fmt: skip
+    assert warned.count("warning: step 2 has no token to learn") == 1
+    assert "step 3" not in warned
+
+
 def test_a_warm_up_step_has_seconds_and_no_rates(tmp_path, capsys):
     """What it took to compile is told, and is part neither of a rate nor of the time that is left."""
     first = StepSeconds(30.0, 0.5, warmup=True).rates(1000, 2, 0.1)

@@ -10,6 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
+from torch.distributed.fsdp import fully_shard
 
 from ringattn import Documents, Layout, MeshShape
 from ringattn.hf import parallelize, shard_batch
@@ -176,6 +177,27 @@ def test_images_dealt_out_are_those_of_one_process(pool: Pools, name: str, froze
     if name == "gemma3":
         computed = [count for *_, count in results]
         assert computed == {1: [3], 2: [2, 1], 4: [1, 1, 1, 1]}[ranks]  # the fourth one's counts nowhere
+
+
+def sharded_by_fsdp() -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """One image, whose features one rank computes: weights of the tower are gathered on both."""
+    mesh, model = mesh_of(2, 1), gemma3()
+    batch = MODELS["gemma3"][1]([20])
+    truth = alone(model, batch)
+    handle = parallelize(model, mesh)
+    for part in (model.model.vision_tower, *model.model.language_model.layers, model):
+        fully_shard(part)
+    out = model(**shard_batch(batch, DOCS, mesh, needs=handle.needs))
+    out.loss.backward()
+    got = {name: x.grad.full_tensor() for name, x in model.named_parameters() if x.grad is not None}
+    return truth, got | {"loss": out.loss.detach()}
+
+
+def test_towers_sharded_by_fsdp_are_gathered_where_no_image_is(pool: Pools) -> None:
+    for truth, got in pool(2).run(sharded_by_fsdp):
+        assert set(truth) == set(got)
+        for key, value in truth.items():
+            torch.testing.assert_close(got[key], value, rtol=1e-4, atol=1e-5 * max(1.0, float(value.abs().max())))
 
 
 @st.composite

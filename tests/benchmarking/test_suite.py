@@ -96,6 +96,24 @@ def test_trees_and_blocks_are_those_of_flex_attention(pool: Pools, tmp_path: Pat
         assert "holds all scores" in text
 
 
+def measured_on_gpus(ranks: int) -> list[Result]:
+    device, names = torch.device("cuda"), ["tree4096", "apart34816", "images4096", "clipped4096"]
+    makers = [
+        lambda name=name: Problem.draw(workload(name, 0), Heads(8, 2, 64), "auto", device, torch.bfloat16, 0)
+        for name in names
+    ]
+    entered = contestants([*every_name(ranks), "flex"], peers=False)
+    return list(measure(makers, entered, Timer(device, calls=1, repeats=1, warmups=1)))
+
+
+@pytest.mark.parametrize("ranks", [pytest.param(n, marks=pytest.mark.gpu(n)) for n in (1, 2)])
+def test_trees_and_blocks_on_gpus(pool: Pools, ranks: int) -> None:
+    """The compiled kernel of FlexAttention on its own mask: half-precision kernels round differently, and no more."""
+    for results in pool(ranks, "cuda").run(measured_on_gpus, ranks, timeout=500):
+        assert not [result.failure for result in results if result.failure]
+        assert all(result.error <= LIMITS[torch.bfloat16] for result in results if result.contestant != CEILING)
+
+
 @settings(max_examples=60)
 @given(docs=segmented_documents(), mask=segment_masks)
 def test_the_mask_of_flex_attention_is_that_of_the_documents(docs: Documents, mask: Mask) -> None:

@@ -1,5 +1,7 @@
 """Images of a batch, each computed on one rank, against stock transformers in one process: loss and all gradients."""
 
+import copy
+import io
 from collections.abc import Callable
 from itertools import accumulate
 from typing import Any
@@ -198,6 +200,29 @@ def test_towers_sharded_by_fsdp_are_gathered_where_no_image_is(pool: Pools) -> N
         assert set(truth) == set(got)
         for key, value in truth.items():
             torch.testing.assert_close(got[key], value, rtol=1e-4, atol=1e-5 * max(1.0, float(value.abs().max())))
+
+
+def copied() -> None:
+    mesh, model = mesh_of(1, 1), gemma3()
+    batch = MODELS["gemma3"][1]([3, 20, 112])
+    handle = parallelize(model, mesh)
+    local = shard_batch(batch, DOCS, mesh, needs=handle.needs)
+    other = copy.deepcopy(model)
+    for parameter in other.model.vision_tower.parameters():
+        nn.init.zeros_(parameter)
+    assert not torch.equal(model(**local).loss, other(**local).loss)  # each asks its own tower
+    file = io.BytesIO()
+    torch.save(model, file)
+    file.seek(0)
+    loaded = torch.load(file, weights_only=False)
+    handle = parallelize(loaded, mesh)
+    assert torch.equal(model(**local).loss, loaded(**shard_batch(batch, DOCS, mesh, needs=handle.needs)).loss)
+    handle.undo()
+    assert "get_image_features" not in loaded.model.__dict__
+
+
+def test_copies_have_towers_of_their_own(pool: Pools) -> None:
+    pool(1).run(copied)
 
 
 @st.composite

@@ -195,6 +195,19 @@ def test_balance_of_windows_at_8192_tokens_a_rank(case: tuple[int, list[int]], m
     assert max(found) / (sum(found) / ring) <= 1.05
 
 
+@pytest.mark.parametrize(
+    ("ring", "size", "width"), [(2, 9000, 4095), (8, 11000, 4095), (4, 20000, 4095), (8, 13000, 4095)]
+)
+def test_cut_documents_under_a_window_are_balanced(ring: int, size: int, width: int) -> None:
+    """Cut as if all their tokens cost the same they were 1.14 to 1.24 of the mean."""
+    lengths = [size] * (ring * 8192 // size)
+    layout = Layout(
+        Documents([*lengths, ring * 8192 - sum(lengths)]), MeshShape(1, ring), "balanced", Mask(window=(width, 0))
+    )
+    found = costs(layout)
+    assert max(found) / (sum(found) / ring) <= 1.02
+
+
 @given(
     size=st.integers(2, 4000),
     windows=st.lists(st.tuples(st.integers(0, 5000), st.sampled_from([1, 2, 5])), min_size=1, max_size=3),

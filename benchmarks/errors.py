@@ -1,9 +1,11 @@
 """Errors of attention over several GPUs against float64, beside those of one kernel call on one GPU.
 
     torchrun --nproc-per-node 4 benchmarks/errors.py --out benchmarks/results/errors.md
+    torchrun --nproc-per-node 2 benchmarks/errors.py --tokens 512    # on any machine, in seconds
 
 Error = ‖x − reference‖ / ‖reference‖ over the whole stream. bfloat16 inputs, float64 reference from the same inputs.
-Every mesh of the started ranks is run: ring (gather and ring schedules), ulysses, and both.
+Every mesh of the started ranks is run: ring (gather and ring schedules), ulysses, and both. Trees and blocks are also
+computed by FlexAttention with a mask of the documents, on one GPU.
 """
 
 import argparse
@@ -16,16 +18,32 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ringattn import Documents, Layout, Mask, MeshShape, init_mesh, parallel_attention
+from ringattn.benchmarking.flex_peer import flex_kernel
+from ringattn.benchmarking.workloads import workload
 from ringattn.kernels.registry import explain
 from ringattn.kernels.spec import CallSpec
 
 HEADS, KEY_HEADS, DIM = 8, 2, 128
-WORKLOADS = {
-    "one document of 16384": (Documents([16384]), Mask()),
-    "window 1023": (Documents([16384]), Mask(window=(1023, 0))),
-    "packed 16384": (Documents([9001, 3000, 17, 1, 2048, 1300, 640, 377]), Mask()),
-    "bidirectional packed": (Documents([6001, 2000, 17, 1, 174]), Mask(causal=False)),
-}
+TOKENS = 16384
+
+
+def workloads(tokens: int) -> dict[str, tuple[Documents, Mask]]:
+    """By name, of so many tokens or about as many."""
+    packed = [max(1, length * tokens // TOKENS) for length in (9001, 3000, 17, 1, 2048, 1300, 640, 377)]
+    both = [max(1, length * tokens // TOKENS) for length in (6001, 2000, 17, 1, 174)]
+    return {
+        f"one document of {tokens}": (Documents([tokens]), Mask()),
+        f"window {tokens // 16 - 1}": (Documents([tokens]), Mask(window=(tokens // 16 - 1, 0))),
+        f"packed {sum(packed)}": (Documents(packed), Mask()),
+        f"bidirectional packed {sum(both)}": (Documents(both), Mask(causal=False)),
+        **{
+            f"{kind} {tokens}": (found.docs, found.mask)
+            for kind in ("tree", "images", "clipped")
+            for found in (workload(f"{kind}{tokens}", 0),)
+        },
+    }
+
+
 NAMES = ("out", "dq", "dk", "dv")
 
 
@@ -44,9 +62,10 @@ def reference(x: dict[str, Tensor], docs: Documents, mask: Mask) -> dict[str, Te
     wide = {name: tensor.double() for name, tensor in x.items()}
     result = {name: torch.zeros_like(wide[source]) for name, source in zip(NAMES, ("q", "q", "k", "v"), strict=True)}
     group = HEADS // KEY_HEADS
+    seen = docs.dense(mask)
     for start, size in zip(docs.starts, docs.lengths, strict=True):
         rows = slice(start, start + size)
-        allowed = mask.dense(size).to(wide["q"].device)
+        allowed = seen[rows, rows].to(wide["q"].device)
         for head in range(HEADS):
             q, k, v = (
                 wide[name][rows, h].clone().requires_grad_()
@@ -76,6 +95,13 @@ def attend(
     return {name: layout.unshard(tensor) for name, tensor in {"out": out.detach(), **grads}.items()}
 
 
+def flex(x: dict[str, Tensor], docs: Documents, mask: Mask) -> dict[str, Tensor]:
+    """FlexAttention of the whole stream in one process."""
+    q, k, v = (x[name].clone().requires_grad_() for name in ("q", "k", "v"))
+    out = flex_kernel(docs, mask, DIM**-0.5, q.device)(q, k, v)
+    return dict(zip(NAMES, (out.detach(), *torch.autograd.grad(out, (q, k, v), x["dout"])), strict=True))
+
+
 def errors(got: dict[str, Tensor], expected: dict[str, Tensor]) -> list[float]:
     return [((got[name].double() - expected[name]).norm() / expected[name].norm()).item() for name in NAMES]
 
@@ -88,43 +114,48 @@ def meshes(world: int) -> Iterator[tuple[str, int, int, str]]:
             yield f"ring {ring} × ulysses {ulysses}, {scheme}", ring, ulysses, scheme
 
 
-def run(device: torch.device) -> list[str]:
+def run(device: torch.device, tokens: int) -> list[str]:
     """Rows of the table; collective."""
     rows = []
     shapes = {
         (ring, ulysses): init_mesh(ring=ring, ulysses=ulysses) for _, ring, ulysses, _ in meshes(dist.get_world_size())
     }
     spec = CallSpec(device.type, torch.bfloat16, DIM, DIM, HEADS, KEY_HEADS)
-    backends = [name for name, reason in explain(spec).items() if reason is None and name != "reference"]
-    for workload, (docs, mask) in WORKLOADS.items():
+    backends = [backend for backend, reason in explain(spec).items() if reason is None and backend != "reference"]
+    for name, (docs, mask) in workloads(tokens).items():
         x = inputs(docs, device)
         expected = reference(x, docs, mask)
         for backend in backends:
             single = errors(attend(x, Layout(docs, MeshShape()), mask, "auto", backend, True), expected)
-            rows.append(row(workload, backend, "one GPU, one call", single, single))
+            rows.append(row(name, backend, "one GPU, one call", single, single))
             for label, ring, ulysses, scheme in meshes(dist.get_world_size()):
                 layout = Layout(docs, shapes[ring, ulysses])
                 for wide in (True, False) if ring > 1 else (True,):
                     got = errors(attend(x, layout, mask, scheme, backend, wide), expected)
-                    rows.append(row(workload, backend, label + ("" if wide else ", bf16 reduce"), got, single))
+                    rows.append(row(name, backend, label + ("" if wide else ", bf16 reduce"), got, single))
+        if docs.segmented:
+            found = errors(flex(x, docs, mask), expected)
+            rows.append(row(name, "FlexAttention, its own mask", "one GPU", found, single))
     return rows
 
 
-def row(workload: str, backend: str, label: str, got: list[float], single: list[float]) -> str:
+def row(name: str, backend: str, label: str, got: list[float], single: list[float]) -> str:
     shown = " | ".join(f"{error * 1e3:.3f} ({error / one:.3f})" for error, one in zip(got, single, strict=True))
-    return f"| {workload} | {backend} | {label} | {shown} |"
+    return f"| {name} | {backend} | {label} | {shown} |"
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", help="also write the table to this file")
-    path = parser.parse_args().out
-    mesh = init_mesh()
-    table = run(mesh.device)
+    parser.add_argument("--tokens", type=int, default=TOKENS, help="of a stream (default: %(default)s)")
+    arguments = parser.parse_args()
+    path, mesh = arguments.out, init_mesh()
+    table = run(mesh.device, arguments.tokens)
     if dist.get_rank() == 0:
         world = dist.get_world_size()
+        device = torch.cuda.get_device_name() if mesh.device.type == "cuda" else "CPU rank"
         head = [
-            f"# Errors against float64 on {world} × {torch.cuda.get_device_name()}",
+            f"# Errors against float64 on {world} × {device}",
             "",
             f"{date.today()}, torch {torch.__version__}, Python {platform.python_version()}, bfloat16, "
             f"{HEADS} query and {KEY_HEADS} key heads of {DIM}.",

@@ -51,6 +51,11 @@ def told(error: Exception) -> str:
     return f"{type(error).__name__}: {line[:200]}"
 
 
+def segmented(problem: Problem) -> str | None:
+    """Why a system that knows bands of documents alone cannot do the problem, or None."""
+    return "has no trees and no blocks of tokens that see each other" if problem.workload.docs.segmented else None
+
+
 class Contestant(Protocol):
     @property
     def name(self) -> str: ...

@@ -21,7 +21,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
-from ringattn.benchmarking.contestants import Entry, entry_of
+from ringattn.benchmarking.contestants import Entry, entry_of, segmented
 from ringattn.benchmarking.flash_attn_surface import offered, surface
 from ringattn.benchmarking.problem import Problem
 from ringattn.kernels.registry import choose
@@ -87,8 +87,8 @@ def _cumulative(problem: Problem) -> Tensor:
     return torch.tensor([0, *accumulate(_lengths(problem))], dtype=torch.int32, device=problem.device)
 
 
-def _windowed(problem: Problem) -> str | None:
-    return "has no windows" if problem.workload.mask.window != (-1, -1) else None
+def _masked(problem: Problem) -> str | None:
+    return segmented(problem) or ("has no windows" if problem.workload.mask.window != (-1, -1) else None)
 
 
 def _packed(problem: Problem) -> str | None:
@@ -147,7 +147,7 @@ class RingFlashAttnZigzag:
     peer = True
 
     def missing(self, problem: Problem) -> str | None:
-        refused = _windowed(problem) or _undivided(problem, 2 * dist.get_world_size()) or _wide(problem)
+        refused = _masked(problem) or _undivided(problem, 2 * dist.get_world_size()) or _wide(problem)
         return refused or _absent(ring_flash_attn, "ring-flash-attn")
 
     def enter(self, problem: Problem) -> Entry:
@@ -187,7 +187,7 @@ class RingFlashAttnLlama3:
             return f"needs tokens that divide by {ranks}, got {total}"
         if problem.heads.key % (self.heads or 1):
             return f"needs key heads that divide by {self.heads}, got {problem.heads.key}"
-        return _absent(ring_flash_attn, "ring-flash-attn")
+        return segmented(problem) or _absent(ring_flash_attn, "ring-flash-attn")
 
     def enter(self, problem: Problem) -> Entry:
         surface().backend = choose(problem.spec, problem.backend)
@@ -223,7 +223,7 @@ class Usp:
         if heads.query % self.ulysses or heads.key % self.ulysses:
             return f"needs head counts that divide by {self.ulysses}, got {heads.query} and {heads.key}"
         parts = lcm(2 * self.ring, self.ring * self.ulysses)
-        refused = _packed(problem) or _windowed(problem) or _undivided(problem, parts) or _wide(problem)
+        refused = _packed(problem) or _masked(problem) or _undivided(problem, parts) or _wide(problem)
         if refused is None and self.ring == 1 and dist.get_backend() == "gloo":
             refused = "sends to itself in a ring of one, which gloo cannot do"
         return refused or _absent(yunchang, "yunchang")
@@ -270,7 +270,7 @@ class TorchContextParallel:
         if problem.device.type != "cuda":
             return f"has kernels for CUDA only, got {problem.device.type}"
         parts = 2 * self.mesh.size()
-        return _packed(problem) or _windowed(problem) or _undivided(problem, parts) or _wide(problem)
+        return _packed(problem) or _masked(problem) or _undivided(problem, parts) or _wide(problem)
 
     def enter(self, problem: Problem) -> Entry:
         from torch.distributed.tensor.experimental import context_parallel

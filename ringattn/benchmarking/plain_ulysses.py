@@ -6,7 +6,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ringattn.benchmarking.contestants import Entry, entry_of
+from ringattn.benchmarking.contestants import Entry, entry_of, segmented
 from ringattn.benchmarking.problem import Problem
 from ringattn.kernels.registry import choose
 from ringattn.kernels.spec import Call, Grads, Options, SavedCall
@@ -15,6 +15,14 @@ from ringattn.parallel.mesh.shape import MeshShape
 from ringattn.parallel.plan.shape import Shape
 from ringattn.parallel.planning.planner import plan_attention
 from ringattn.settings import AttentionOptions
+
+
+def undivided(problem: Problem, ranks: int) -> str | None:
+    """Why heads and tokens cannot be exchanged in equal parts, or None."""
+    heads, total = problem.heads, problem.workload.docs.total
+    if heads.query % ranks or heads.key % ranks:
+        return f"needs head counts that divide by {ranks}, got {heads.query} and {heads.key}"
+    return f"needs tokens that divide by {ranks}, got {total}" if total % ranks else None
 
 
 class PlainUlysses:
@@ -27,12 +35,7 @@ class PlainUlysses:
         self.group = group
 
     def missing(self, problem: Problem) -> str | None:
-        ranks, heads = dist.get_world_size(self.group), problem.heads
-        if heads.query % ranks or heads.key % ranks:
-            return f"needs head counts that divide by {ranks}, got {heads.query} and {heads.key}"
-        if problem.workload.docs.total % ranks:
-            return f"needs tokens that divide by {ranks}, got {problem.workload.docs.total}"
-        return None
+        return undivided(problem, dist.get_world_size(self.group)) or segmented(problem)
 
     def enter(self, problem: Problem) -> Entry:
         docs, group = problem.workload.docs, self.group
@@ -44,13 +47,15 @@ class PlainUlysses:
         calls = plan_attention(whole, shape, AttentionOptions(problem.workload.mask)).stages[0].calls
 
         def attend() -> Tensor:
-            q, k, v = (_Exchange.apply(x, True, group) for x in leaves)
-            return _Exchange.apply(_Kernel.apply(q, k, v, calls, backend, options), False, group)
+            q, k, v = (Exchange.apply(x, True, group) for x in leaves)
+            return Exchange.apply(_Kernel.apply(q, k, v, calls, backend, options), False, group)
 
         return entry_of(layout, attend, leaves, dout)
 
 
-class _Exchange(torch.autograd.Function):
+class Exchange(torch.autograd.Function):
+    """Tokens for heads, (t, H, D) -> (T, h, D), or back. Collective."""
+
     @staticmethod
     def forward(ctx: Any, x: Tensor, to_heads: bool, group: dist.ProcessGroup) -> Tensor:
         ctx.to_heads, ctx.group = to_heads, group
@@ -67,7 +72,7 @@ class _Exchange(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
-        return _Exchange.apply(grads[0], not ctx.to_heads, ctx.group), None, None
+        return Exchange.apply(grads[0], not ctx.to_heads, ctx.group), None, None
 
 
 class _Kernel(torch.autograd.Function):

@@ -12,6 +12,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from ringattn.attention import parallel_attention
 from ringattn.benchmarking.workloads import Workload
 from ringattn.kernels.registry import choose
 from ringattn.kernels.spec import CallSpec, Grads, Options, SavedCall
@@ -36,8 +37,8 @@ class Heads:
 
 
 def spec_of(workload: Workload, heads: Heads, device: torch.device, dtype: torch.dtype) -> CallSpec:
-    """What a kernel is asked for."""
-    window = workload.mask.window != (-1, -1)
+    """What a kernel is asked for; of a block also its upper triangle, which is a window."""
+    window = workload.mask.window != (-1, -1) or bool(workload.docs.blocks)
     return CallSpec(device.type, dtype, heads.dim, heads.dim, heads.query, heads.key, window=window)
 
 
@@ -141,7 +142,10 @@ class Problem:
 
 @dataclass
 class Share:
-    """The kernel alone: all tokens with an even share of the heads, no communication. The ceiling of every scheme."""
+    """The kernel alone: all tokens with an even share of the heads, no communication. The ceiling of every scheme.
+
+    Of trees and blocks, whose queries are in several calls, these, what merges them, and copies of the results.
+    """
 
     forward: Callable[[], Any]
     both: Callable[[], Any]
@@ -161,23 +165,54 @@ class Share:
         key_index = torch.tensor(heads.keys, dtype=torch.int64, device=device)
         q, dout = (problem.tensors[i][:, slice(*heads.query)].contiguous() for i in (0, 3))
         k, v = (problem.tensors[i].index_select(1, key_index) for i in (1, 2))
-        shape = Shape(heads.queries, len(heads.keys), problem.heads.dim, problem.heads.dim)
-        whole = Layout(problem.workload.docs, MeshShape())
-        calls = plan_attention(whole, shape, AttentionOptions(problem.workload.mask)).stages[0].calls
-        backend, options = choose(problem.spec, problem.backend), Options(problem.heads.dim**-0.5)
         out, grads = torch.zeros_like(q), Grads(torch.zeros_like(q), torch.zeros_like(k), torch.zeros_like(v))
-
-        def forward() -> list[Tensor]:
-            return [
-                backend.forward(q[slice(*c.q)], k[slice(*c.k)], v[slice(*c.k)], c, options, out[slice(*c.q)])
-                for c in calls
-            ]
-
-        def both() -> None:
-            for c, lse in zip(calls, forward(), strict=True):
-                rows, keys = slice(*c.q), slice(*c.k)
-                target = Grads(grads.dq[rows], grads.dk[keys], grads.dv[keys])
-                saved = SavedCall(q[rows], k[keys], v[keys], out[rows], lse, c, options)
-                backend.backward(dout[rows], saved, target)
-
+        make = _merged_steps if problem.workload.docs.segmented else _kernel_steps
+        forward, both = make(problem, [q, k, v, dout], out, grads)
         return cls(forward, both, [q, k, v, dout], out, grads, query_index, key_index)
+
+
+Steps = tuple[Callable[[], Any], Callable[[], None]]  # forward, and forward and backward
+
+
+def _kernel_steps(problem: Problem, tensors: list[Tensor], out: Tensor, grads: Grads) -> Steps:
+    """The calls of one process."""
+    q, k, v, dout = tensors
+    shape = Shape(q.shape[1], k.shape[1], problem.heads.dim, problem.heads.dim)
+    whole = Layout(problem.workload.docs, MeshShape())
+    calls = plan_attention(whole, shape, AttentionOptions(problem.workload.mask)).stages[0].calls
+    backend, options = choose(problem.spec, problem.backend), Options(problem.heads.dim**-0.5)
+
+    def forward() -> list[Tensor]:
+        return [
+            backend.forward(q[slice(*c.q)], k[slice(*c.k)], v[slice(*c.k)], c, options, out[slice(*c.q)]) for c in calls
+        ]
+
+    def both() -> None:
+        for c, lse in zip(calls, forward(), strict=True):
+            rows, keys = slice(*c.q), slice(*c.k)
+            target = Grads(grads.dq[rows], grads.dk[keys], grads.dv[keys])
+            saved = SavedCall(q[rows], k[keys], v[keys], out[rows], lse, c, options)
+            backend.backward(dout[rows], saved, target)
+
+    return forward, both
+
+
+def _merged_steps(problem: Problem, tensors: list[Tensor], out: Tensor, grads: Grads) -> Steps:
+    """The attention of one process, whose calls share queries and keys."""
+    q, k, v = (x.requires_grad_() for x in tensors[:3])
+    whole = Layout(problem.workload.docs, MeshShape(), "contiguous")  # in the order of the stream
+
+    def attend() -> Tensor:
+        return parallel_attention(q, k, v, whole, mask=problem.workload.mask, backend=problem.backend)
+
+    def forward() -> None:
+        with torch.no_grad():
+            out.copy_(attend())
+
+    def both() -> None:
+        result = attend()
+        found = torch.autograd.grad(result, (q, k, v), tensors[3])
+        for target, x in zip((out, *grads), (result.detach(), *found), strict=True):
+            target.copy_(x)
+
+    return forward, both

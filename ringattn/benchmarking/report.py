@@ -7,6 +7,7 @@ from typing import Any
 
 from ringattn.benchmarking.captured import SUFFIX
 from ringattn.benchmarking.suite import CAPTURED_CEILING, CEILING, Result
+from ringattn.benchmarking.workloads import sequences_of
 
 COLUMNS = (
     "workload", "contestant", "f ms", "f+b ms", "f TFLOP/s", "f+b TFLOP/s", "f share", "f+b share", "exposed ms",
@@ -59,6 +60,7 @@ def markdown(results: Sequence[Result], facts: dict[str, Any]) -> str:
         *map(line, results),
         "",
         *totals(results),
+        *sharing(results),
     ]
     return "\n".join(text) + "\n"
 
@@ -91,6 +93,21 @@ def totals(results: Sequence[Result]) -> list[str]:
             forward, both = sum(r.forward or 0.0 for r in done), sum(r.both or 0.0 for r in done)
             rows.append(f"| {name} | {forward:.2f} | {both:.2f} |")
     return ["| sum over workloads | f ms | f+b ms |", "|---|---|---|", *rows]
+
+
+def sharing(results: Sequence[Result]) -> list[str]:
+    """How many times as fast trees are as their sequences apart, of contestants that did both."""
+    both = {(result.workload.lower(), result.contestant): result.both for result in results if result.both}
+    rows = []
+    for (name, contestant), tree in both.items():
+        apart = both.get((sequences_of(name), contestant))
+        if apart:
+            rows.append(f"| {contestant} | {name} | {sequences_of(name)} | {apart / tree:.2f} |")
+    return (
+        ["", "| shared prefix | tree | its sequences apart | times as fast, f+b |", "|---|---|---|---|", *rows]
+        if rows
+        else []
+    )
 
 
 def write(folder: Path, results: Sequence[Result], facts: dict[str, Any]) -> list[Path]:

@@ -9,6 +9,7 @@ import torch.distributed as dist
 
 from ringattn.benchmarking.captured import SUFFIX, Captured
 from ringattn.benchmarking.contestants import Contestant, Ours
+from ringattn.benchmarking.flex_peer import FlexPeer
 from ringattn.benchmarking.peers import RingFlashAttnLlama3, RingFlashAttnZigzag, TorchContextParallel, Usp
 from ringattn.benchmarking.plain_ulysses import PlainUlysses
 from ringattn.parallel.mesh.mesh import SequenceMesh, init_mesh
@@ -76,7 +77,7 @@ def every_name(ranks: int) -> list[str]:
 def peer_names(ranks: int) -> list[str]:
     """Names of other systems, in every degree that they have."""
     usp = [f"usp:{ranks // u}x{u}" for u in range(1, ranks + 1) if ranks % u == 0]
-    fixed = ["plain-ulysses", "rfa-zigzag", "rfa-llama3", "rfa-llama3:1"]
+    fixed = ["plain-ulysses", "flex", "rfa-zigzag", "rfa-llama3", "rfa-llama3:1"]
     return [*fixed, *usp, "torch-cp", "torch-cp:alltoall"]
 
 
@@ -86,7 +87,7 @@ def parse(name: str, ranks: int) -> Maker:
     - `auto:<ranks>` for degrees that every layout chooses, or `<scheme>:<ring>x<ulysses>`; with `+narrow` the
       gradients of keys travel in the dtype of the keys (`wide_reduce=False`), with `+2groups` heads are exchanged in
       two groups;
-    - `plain-ulysses`, `rfa-zigzag`, `rfa-llama3[:<key heads at a time>]`, `usp:<ring>x<ulysses>`,
+    - `plain-ulysses`, `flex`, `rfa-zigzag`, `rfa-llama3[:<key heads at a time>]`, `usp:<ring>x<ulysses>`,
       `torch-cp[:alltoall]`;
     - any of these with `+graph` last, for replays of its captured steps: what is made here is not captured yet.
 
@@ -99,6 +100,7 @@ def parse(name: str, ranks: int) -> Maker:
 def _peer(name: str, ranks: int) -> Maker | None:
     fixed: dict[str, Maker] = {
         "plain-ulysses": lambda meshes: PlainUlysses(meshes.free.sequence_group),
+        "flex": lambda meshes: FlexPeer(meshes.free.sequence_group),
         "rfa-zigzag": lambda _: RingFlashAttnZigzag(),
         "rfa-llama3": lambda _: RingFlashAttnLlama3(),
         "torch-cp": lambda meshes: TorchContextParallel(meshes.free.sequence_mesh),

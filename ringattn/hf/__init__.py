@@ -8,9 +8,9 @@ wrapper moves to a device, and the only truth about documents. Nothing is inferr
 say which models can be exact, `changes.py` looks again before every forward pass, `local_draws.py` is about random
 numbers, `masks.py` and `attention.py` are what transformers calls, `features.py` is what a layer may ask of them,
 `recurrent.py` and `recurrent_functions.py` are about layers that carry a state, `metadata.py` reads documents from a
-batch, `trees.py` is for trees of sequences, `elementwise.py` compiles norms and the like, `trainer/` is for
-`transformers.Trainer`, `options/` knows its options, `conformance.py` compares with documents run alone. Nothing here
-imports transformers before it is used.
+batch, `images.py`, `blocks.py` and `vision.py` are about images, `trees.py` is for trees of sequences,
+`elementwise.py` compiles norms and the like, `trainer/` is for `transformers.Trainer`, `options/` knows its options,
+`conformance.py` compares with documents run alone. Nothing here imports transformers before it is used.
 """
 
 from ringattn.hf.batch import attention_kwargs, shard_batch

@@ -15,6 +15,7 @@ from ringattn.hf.images import EmbeddingNeeds
 from ringattn.hf.loss import IGNORE_INDEX, shifted_labels
 from ringattn.hf.metadata import METADATA, check_metadata, documents_of
 from ringattn.hf.same_batch import note_batch
+from ringattn.hf.vision import PIXELS, deal_images
 from ringattn.mask import Mask
 from ringattn.parallel.layout import Layout
 from ringattn.parallel.mesh.mesh import SequenceMesh
@@ -41,12 +42,15 @@ def shard_batch(
             position_ids (B, S), or (axes, B, S) for M-RoPE; by default positions count from 0 in every document;
             num_items_in_batch: targets that the loss is divided by, of more than this batch;
             attention_mask, segment_ids or seq_idx, cu_seq_lens_q and _k, max_length_q and _k: see below;
+            pixel_values beside input_ids, and what the model's get_image_features takes with them: images of the whole
+            batch in the order of their tokens, each of which one rank computes;
             any other tensor with a row for each token, (B, S, ...), is cut alike.
         docs: the documents of the stream of T tokens, rows end to end. None: they are read from the batch, see
             `ringattn.hf.metadata.documents_of`. What the batch says besides must agree with them.
         policy, mask: those of `Layout`; for a model with several masks pairs (mask, number of layers).
         needs: those of the model, `handle.needs`: by them token_type_ids or mm_token_type_ids make blocks of tokens
-            that see each other, where the documents have none yet. Without, the model refuses such a batch.
+            that see each other, where the documents have none yet, and images are dealt out. Without, the model
+            refuses such a batch.
 
     Returns: input_ids, position_ids (1, t), ...; with targets also labels, shift_labels (1, t) and their number in
     the T tokens; and the layout, as `cu_seq_lens_q`: `layout.unshard(logits[0]).view(B, S, -1)` brings logits back.
@@ -66,7 +70,8 @@ def shard_batch(
         note_rule(layout, needs.rule)
     if batch.get("input_ids") is not None:
         note_batch(layout, batch["input_ids"])
-    local = _inputs(layout, batch, rows, size)
+    local = _images(layout, batch, needs)
+    local |= _inputs(layout, {name: x for name, x in batch.items() if name not in local}, rows, size)
     targets = _targets(batch, docs, rows, size)
     if targets is not None:
         # Models compute a loss where there are labels, from shift_labels where there are these.
@@ -75,6 +80,15 @@ def shard_batch(
         local["shift_labels"] = layout.shard(targets)[None]
         local.setdefault("num_items_in_batch", (targets != IGNORE_INDEX).sum())
     return {"use_cache": False} | local | attention_kwargs(layout)
+
+
+def _images(layout: Layout, batch: Mapping[str, Any], needs: EmbeddingNeeds | None) -> dict[str, Any]:
+    """This rank's images, and what goes with them."""
+    if batch.get(PIXELS) is None:
+        return {}
+    if batch.get("input_ids") is None:
+        raise ValueError(f"{PIXELS} need input_ids, whose tokens stand for features of images, got inputs_embeds")
+    return deal_images(layout, batch, batch["input_ids"].reshape(-1), None if needs is None else needs.tower)
 
 
 def _inputs(layout: Layout, batch: Mapping[str, Any], rows: int, size: int) -> dict[str, Any]:

@@ -36,15 +36,30 @@ class BlockRule:
     runs: bool = True
 
     def blocks(self, types: Tensor, docs: Documents) -> Documents:
-        """The documents with the blocks that the types (T,) of their tokens make."""
+        """The documents with the blocks that the types (T,) of their tokens make.
+
+        Raises ValueError where one block would stand in several places of a document.
+        """
         inside = torch.isin(types.to("cpu"), torch.tensor(self.types, device="cpu"))
         if self.runs:
             return Documents.from_token_type_ids(inside.to(torch.int64), docs)
-        return Documents.from_block_ids(inside.to(torch.int64) - 1, docs)
+        try:
+            return Documents.from_block_ids(inside.to(torch.int64) - 1, docs)
+        except ValueError as error:
+            raise ValueError(
+                f"tokens of types {self.types} see each other in this model wherever they stand in a document, which "
+                f"is supported where they stand side by side (one image, or one prefix): {error}"
+            ) from None
 
 
-# Read in transformers 5.24: `get_block_sequence_ids_for_mask` of Gemma 3 and 4, the forward pass of PaliGemma.
-RULES = {"gemma3": BlockRule((1,)), "gemma4": BlockRule((1, 2)), "paligemma": BlockRule((0,), runs=False)}
+# Read in transformers 5.24: `get_block_sequence_ids_for_mask` of Gemma 3 and 4, the forward passes of PaliGemma and
+# Molmo 2, in which all images of a document are one block.
+RULES = {
+    "gemma3": BlockRule((1,)),
+    "gemma4": BlockRule((1, 2)),
+    "paligemma": BlockRule((0,), runs=False),
+    "molmo2": BlockRule((1,), runs=False),
+}
 
 
 def block_rule(config: Any) -> BlockRule | None:

@@ -15,6 +15,7 @@ from ringattn.hf.local_draws import LocalDraws
 from ringattn.hf.memory import ModelMemory
 from ringattn.hf.recurrent import RecurrentLayers, take_back
 from ringattn.hf.support import LengthLimit
+from ringattn.hf.vision import ImageDeal, take_exchange
 from ringattn.parallel.mesh.mesh import SequenceMesh
 
 # Only "ringattn" works: transformers treats names that hold "flash" or "/" in ways of its own.
@@ -41,6 +42,8 @@ class Handle:
         verified: a forward pass ran in which every attention layer called exactly once.
         reach: for evaluation only: no query sees more than so many tokens back, itself counted, in any layer.
         cache: for evaluation only: keeps the keys of the next forward pass.
+        images, images_placed: of a forward pass that is running, who computes which images, and how often they were
+            exchanged.
     """
 
     model: Any = field(repr=False)
@@ -60,6 +63,8 @@ class Handle:
     verified: bool = False
     reach: int | None = None
     cache: KeyCache | None = field(default=None, repr=False)
+    images: ImageDeal | None = field(default=None, repr=False)
+    images_placed: int = 0
     _implementation: str = ""
     _loss: Callable[..., Any] | None = field(default=None, repr=False)
     _called: list[nn.Module] = field(default_factory=list, repr=False)
@@ -139,6 +144,7 @@ class Handle:
         for module in model.modules():
             module.__dict__.pop("_ringattn", None)
         take_back(model)
+        take_exchange(model)
         set_attention(model, self._implementation)
 
 

@@ -11,6 +11,7 @@ from typing import Any
 
 from ringattn.hf.blocks import BlockRule, block_rule, check_blocks, uses_blocks
 from ringattn.hf.support import text_model
+from ringattn.hf.vision import PIXELS, VisionTower, vision_tower
 from ringattn.parallel.layout import Layout
 from ringattn.parallel.mesh.mesh import SequenceMesh
 
@@ -47,12 +48,14 @@ class EmbeddingNeeds:
         several: keywords by which features enter the decoder beside its embeddings.
         axes: positions of image tokens count on several axes (M-RoPE).
         rule: how the marks make blocks of tokens that see each other, if that is known.
+        tower: how it takes images themselves, if it does.
     """
 
     marks: str = ""
     several: tuple[str, ...] = ()
     axes: bool = False
     rule: BlockRule | None = None
+    tower: VisionTower | None = None
 
 
 def embedding_needs(model: Any) -> EmbeddingNeeds:
@@ -73,6 +76,7 @@ def embedding_needs(model: Any) -> EmbeddingNeeds:
         tuple(sorted(several)),
         any(hasattr(part, "get_rope_index") for part in around),
         block_rule(model.config) if blocks else None,
+        vision_tower(model, around),
     )
 
 
@@ -84,20 +88,23 @@ def check_embeddings(needs: EmbeddingNeeds, mesh: SequenceMesh, layout: Layout, 
     marks = kwargs.get(needs.marks) if needs.marks else None
     if needs.marks:
         check_blocks(layout, mesh, needs.marks, needs.rule, marks)
-    if kwargs.get("inputs_embeds") is None:
+    given = next((name for name in ("inputs_embeds", PIXELS) if kwargs.get(name) is not None), None)
+    if given is None:
         return
     if needs.marks and marks is None:
         raise NotImplementedError(
-            f"inputs_embeds without {needs.marks}: tokens of an image see each other in both directions in this model, "
+            f"{given} without {needs.marks}: tokens of an image see each other in both directions in this model, "
             f"and embeddings do not tell whether there are any. Give input_ids for text, or {needs.marks} too"
         )
-    if needs.several:
+    # Of tokens by their ids, the inputs of each layer are made where they are held.
+    several = [name for name in needs.several if given == "inputs_embeds" or name != "per_layer_inputs"]
+    if several:
         raise NotImplementedError(
-            f"inputs_embeds are not all that this model's decoder takes of an image: features enter by "
-            f"{', '.join(needs.several)} too, which is not supported. Give input_ids for text"
+            f"{given} are not all that this model's decoder takes of an image: features enter by "
+            f"{', '.join(several)} too, which is not supported. Give input_ids for text"
         )
     if needs.axes and kwargs["position_ids"].dim() != 3:
         raise ValueError(
-            "position_ids must be (axes, B, S) beside inputs_embeds of this model, whose image tokens count on several "
+            f"position_ids must be (axes, B, S) beside {given} of this model, whose image tokens count on several "
             "axes: give those of the model's get_rope_index to shard_batch (for text all axes are equal)"
         )

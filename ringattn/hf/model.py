@@ -23,6 +23,7 @@ from ringattn.hf.recurrent import put_in_place, recurrent_layers
 from ringattn.hf.same_batch import check_same_batch
 from ringattn.hf.support import check_model, length_limits, text_model
 from ringattn.hf.tree_checks import check_trees
+from ringattn.hf.vision import check_images_placed, expect_images, put_exchange
 from ringattn.memory.settings import MemorySettings
 from ringattn.parallel.mesh.mesh import SequenceMesh
 
@@ -32,9 +33,10 @@ def parallelize(model: Any, mesh: SequenceMesh, memory: MemorySettings | None = 
 
     Its `loss` becomes the mean over all targets of the global batch, the same number on every rank. The
     gradient is scaled so that the *average* of the parameters' gradients over all ranks, which FSDP, DDP and DeepSpeed
-    take, is the gradient of that mean. Of a multimodal model the text decoder alone is changed. It takes text, and
-    embeddings of the global batch with images in them (`inputs_embeds`) where these are all that it needs to know of an
-    image; else they are refused, see `ringattn.hf.images`.
+    take, is the gradient of that mean. Of a multimodal model the text decoder alone is split. It takes text; images,
+    each of which is computed on one rank (`ringattn.hf.vision`); and embeddings of the global batch with images in
+    them (`inputs_embeds`) where these are all that it needs to know of an image; else they are refused, see
+    `ringattn.hf.images`.
 
     Arguments:
         model: a decoder from transformers whose attention goes through its AttentionInterface; also inside of PEFT,
@@ -99,6 +101,8 @@ def _put_in_place(handle: Handle, memory: MemorySettings | None) -> None:
         hooks.append(inner.register_forward_pre_hook(put_in, with_kwargs=True))
         hooks.append(inner.register_forward_hook(take_out, with_kwargs=True))
     hooks.extend(put_in_place(model, text_model(model), handle.states))
+    if handle.needs.tower is not None:
+        put_exchange(handle, handle.needs.tower)
     hooks.append(model.register_forward_pre_hook(_tell_head, with_kwargs=True))
 
 
@@ -172,6 +176,7 @@ def _before_forward(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -
     _check_attention(handle)
     layout = check_keywords(handle, args, kwargs)
     check_trees(handle, layout, kwargs)
+    expect_images(handle, layout, kwargs)
     if changed:
         same_parameters(model, handle.mesh)
         handle.draws.parts = [*model.modules()]
@@ -196,6 +201,7 @@ def _after_forward(model: Any, args: Any, kwargs: dict[str, Any], output: Any) -
     """Verify that every attention layer and every loss came from here."""
     handle: Handle = model._ringattn
     layout = layout_of(kwargs["cu_seq_lens_q"])
+    check_images_placed(handle)
     handle.verify(0 if isinstance(layout, DecodeStep) else compiled_calls(layout))
     if kwargs.get("labels") is not None and not model.loss_function.is_whole(_loss_of(output)):
         raise NotImplementedError(

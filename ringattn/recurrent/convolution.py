@@ -14,6 +14,7 @@ from torch.nn import functional as F
 from ringattn.kept import kept
 from ringattn.parallel.layout import Layout
 from ringattn.recurrent.halo_plan import HaloPlan, plan_halo
+from ringattn.recurrent.plan import check_layout
 from ringattn.recurrent.wire import Wire, wire_of
 
 ACTIVATIONS = (None, "silu", "swish")
@@ -37,7 +38,7 @@ def parallel_convolution(
         activation: None or "silu" ("swish" is the same).
 
     Returns: (t, C) in the dtype of x; computed in that of weight.
-    Raises ValueError naming the argument.
+    Raises ValueError naming the argument, NotImplementedError for documents that are trees.
     """
     _check(x, weight, bias, layout, activation)
     return convolve(x, weight, bias, plan_halo(layout, weight.shape[1]), wire_of(layout.mesh), activation)
@@ -118,8 +119,7 @@ def _tables(plan: HaloPlan, device: torch.device) -> tuple[Tensor, Tensor]:
 
 
 def _check(x: Tensor, weight: Tensor, bias: Tensor | None, layout: Layout, activation: str | None) -> None:
-    if not isinstance(layout, Layout):
-        raise ValueError(f"layout must be a Layout, got {type(layout).__name__}")
+    check_layout(layout)
     if x.dim() != 2 or len(x) != layout.tokens():
         raise ValueError(f"x must be ({layout.tokens()}, C), this rank's tokens, got {tuple(x.shape)}")
     if weight.dim() != 2 or weight.shape[0] != x.shape[1] or not weight.shape[1]:

@@ -8,6 +8,7 @@ from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
 from ringattn.kept import kept
 from ringattn.kernels.spec import Range
@@ -104,6 +105,18 @@ def plan_recurrence(layout: Layout, rank: int | None = None) -> RecurrencePlan:
     """The plan of a sequence rank (default: the layout's own). Kept with the layout."""
     rank = layout.mesh.sequence_rank if rank is None else rank
     return kept(layout, ("recurrence", rank), lambda: _plan(pieces_of(layout), layout.tokens(rank), rank))
+
+
+def check_layout(layout: Any) -> None:
+    """Raises ValueError for what is no layout, NotImplementedError for one whose documents are trees."""
+    if not isinstance(layout, Layout):
+        raise ValueError(f"layout must be a Layout, got {type(layout).__name__}")
+    if layout.docs.segments:
+        raise NotImplementedError(
+            f"layout holds trees ({layout.docs}), on which each branch would have to begin with what its parent ends "
+            "with: that is not supported where something is carried from token to token. Give each path a document of "
+            "its own"
+        )
 
 
 def pieces_of(layout: Layout) -> tuple[tuple[Piece, ...], ...]:

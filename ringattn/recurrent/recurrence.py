@@ -14,7 +14,7 @@ from ringattn.parallel.mesh.mesh import SequenceMesh
 from ringattn.recurrent.exchange import exchange
 from ringattn.recurrent.kernels.contract import Inputs
 from ringattn.recurrent.kernels.registry import choose_kernel
-from ringattn.recurrent.plan import plan_recurrence
+from ringattn.recurrent.plan import check_layout, plan_recurrence
 from ringattn.recurrent.price import ROUTES, RecurrenceShape, cheaper_route
 from ringattn.recurrent.scan import scan
 from ringattn.recurrent.wire import Wire, wire_of
@@ -60,7 +60,8 @@ def parallel_recurrence(
             predicted to take less time, by `ringattn.recurrent.price`.
 
     Returns: (t, H, V) in the dtype of v; states are float32, or float64 where inputs are.
-    Raises ValueError naming the argument, NotImplementedError with every kernel's reason if none can do the call.
+    Raises ValueError naming the argument, NotImplementedError for documents that are trees, and with every kernel's
+    reason if none can do the call.
     """
     x = Inputs(q, k, v, decay, beta)
     _check(x, layout, route)
@@ -113,8 +114,7 @@ def _without_autocast(x: Tensor) -> AbstractContextManager[object]:
 
 def _check(x: Inputs, layout: Layout, route: str) -> None:
     """Raises ValueError naming the argument, what came and what was expected."""
-    if not isinstance(layout, Layout):
-        raise ValueError(f"layout must be a Layout, got {type(layout).__name__}")
+    check_layout(layout)
     if layout.mesh.closed:
         raise ValueError("layout is on a mesh that was closed: make another one with init_mesh")
     if route not in ("auto", *ROUTES):

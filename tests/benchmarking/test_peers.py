@@ -21,6 +21,7 @@ PACKAGES = {"rfa": "ring_flash_attn", "usp": "yunchang"}
 # What each cannot do, of the workloads below; "" where it must be exact.
 CANNOT = {
     "plain-ulysses": ("", "", "", ""),
+    "flex": ("", "", "", "takes 4096 tokens there, got 4200"),
     "rfa-zigzag": ("", "", "divide by 4, got", "no windows"),
     "rfa-llama3": ("", "", "", ""),
     "rfa-llama3:1": ("", "", "", ""),

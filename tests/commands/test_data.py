@@ -1,6 +1,7 @@
 """`ringattn data`: what it prints and draws, and what it refuses."""
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -52,6 +53,20 @@ def test_colours_stand_around_what_is_learned(chats):
     assert data.facts.targets == sum(plan.targets for plan in data.facts.plans)
     assert data.facts.packed == 8 * 64
     assert data.facts.padding == 0
+
+
+@pytest.mark.parametrize("more", [[], ["data.share_prefixes=true"]])
+def test_it_tells_what_common_prefixes_save(more, tmp_path, capsys):
+    lines = [json.dumps({"text": "a system prompt of forty-eight bytes is put before " + name}) for name in "abcd"]
+    (tmp_path / "a.jsonl").write_text("\n".join(lines))
+    own = ["data=text", f"data.files=[{tmp_path}/a.jsonl]", f"data.cache={tmp_path}/cache", "data.seq_len=212"]
+    own += ["data.tokenizer=bytes", "run.steps=1", "data.packs_per_step=1"]
+    assert main(["data", "--no-draw", *own, *more]) == 0
+    out = capsys.readouterr().out
+    told = re.search(r"share_prefixes=true (leaves|would leave) out ([\d.]+)% of the tokens of the first 1 packs", out)
+    assert told
+    assert told[1] == ("leaves" if more else "would leave")
+    assert 60 < float(told[2]) < 75  # three of four prompts, which are nearly all there is
 
 
 def test_plain_text_and_the_standard_library_are_shown_too(tmp_path, capsys):

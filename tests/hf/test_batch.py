@@ -83,7 +83,7 @@ MALFORMED: dict[str, tuple[dict[str, Any], str]] = {
     "both": ({"input_ids": IDS, "inputs_embeds": torch.zeros(2, 6, 4)}, "either input_ids or inputs_embeds"),
     "three dims": ({"input_ids": IDS[None]}, r"\(B, S\)"),
     "labels": ({"input_ids": IDS, "labels": IDS[:, :5]}, r"labels must have a row for each token, \(2, 6, ...\)"),
-    "unknown": ({"input_ids": IDS, "pixel_values": torch.zeros(3, 3)}, "pixel_values must have a row for each token"),
+    "unknown": ({"input_ids": IDS, "image_sizes": torch.zeros(3, 3)}, "image_sizes must have a row for each token"),
     "no tensor": ({"input_ids": IDS, "foo": 3}, "foo must have a row for each token"),
     "4-D mask": ({"input_ids": IDS, "attention_mask": torch.ones(2, 1, 6, 6)}, "got a 4-D mask"),
     "mask of segments": ({"input_ids": IDS, "attention_mask": IDS}, "0 and 1 only, got values up to 11.*segment_ids"),

@@ -6,8 +6,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from ringattn import Documents, Mask, SequenceMesh
+from ringattn import Documents, Mask, MeshShape, SequenceMesh
 from ringattn.hf import parallelize, shard_batch, shifted_labels
+from ringattn.hf.images import embedding_needs
 from ringattn.hf.tiny import read_config, tiny_config
 from tests.hf.test_images import VISION, wide
 from tests.parallel.ranks import mesh_of
@@ -57,6 +58,26 @@ def paligemma(family: str, **changes: Any) -> Any:
     return wide(transformers.PaliGemmaForConditionalGeneration(config))
 
 
+def molmo2() -> Any:
+    text_config = {"hidden_size": HIDDEN, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4}
+    text_config |= {"num_key_value_heads": 2, "head_dim": 16, "vocab_size": 120, "additional_vocab_size": 8}
+    vision = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
+    vision |= {"num_key_value_heads": 2, "head_dim": 16, "image_size": [28, 28]}
+    adapter = {"hidden_size": 32, "text_hidden_size": HIDDEN, "intermediate_size": 32, "num_attention_heads": 2}
+    adapter |= {"num_key_value_heads": 2, "head_dim": 16, "vision_feature_layer": [0, 1]}
+    config = transformers.Molmo2Config(
+        text_config=text_config, vision_config=vision, adapter_config=adapter, image_token_id=100
+    )
+    return wide(transformers.Molmo2ForConditionalGeneration(config))
+
+
+def one_image_each() -> Tensor:
+    types = torch.zeros(1, DOCS.total, dtype=torch.int64)
+    for start, stop in ((2, 11), (21, 30), (50, 65)):
+        types[0, start:stop] = 1
+    return types
+
+
 def types_of_images() -> Tensor:
     """Images longer and shorter than a window, at the edges of documents and side by side."""
     types = torch.zeros(1, DOCS.total, dtype=torch.int64)
@@ -75,6 +96,7 @@ def types_of_prefixes() -> Tensor:
 MODELS = {
     "gemma3": (gemma3, "token_type_ids", types_of_images),
     "gemma4": (gemma4, "mm_token_type_ids", types_of_images),
+    "molmo2": (molmo2, "mm_token_type_ids", one_image_each),
     "paligemma": (lambda: paligemma("gemma"), "token_type_ids", types_of_prefixes),
     "paligemma2": (
         lambda: paligemma(
@@ -299,3 +321,24 @@ def test_masks_with_blocks_are_read_by_their_parts_alone(pool: Pools) -> None:
         "window or block": (Mask(window=(5, -1)), True),
         "block in window": (Mask(window=(5, -1), blocks="clipped"), True),
     }
+
+
+def test_a_block_in_two_places_is_refused() -> None:
+    """All images of a document are one block to Molmo 2, and what is between them is not in it."""
+    needs = embedding_needs(molmo2())
+    types = one_image_each()
+    types[0, 15:18] = 1
+    batch = batch_of("molmo2") | {"mm_token_type_ids": types}
+    with pytest.raises(ValueError, match=r"wherever they stand .* comes back at token 15"):
+        shard_batch(batch, DOCS, MeshShape(ring=2, sequence_rank=0), needs=needs)
+
+
+def test_pixels_of_molmo2_are_refused() -> None:
+    """Its crops are pooled by their numbers in the whole batch."""
+    ids = torch.where(one_image_each() == 1, 100, 5)
+    batch = {"input_ids": ids, "mm_token_type_ids": one_image_each(), "pixel_values": torch.zeros(3, 4, 588)}
+    batch |= {"image_token_pooling": torch.zeros(33, 4, dtype=torch.int64), "image_grids": torch.ones(3, 4)}
+    with pytest.raises(
+        NotImplementedError, match="image_token_pooling must have a row for each of the 3 images, got 33"
+    ):
+        shard_batch(batch, DOCS, MeshShape(ring=2, sequence_rank=0), needs=embedding_needs(molmo2()))

@@ -58,7 +58,7 @@ CALLS: dict[str, tuple[Callable[[Any], Any], type[Exception], str]] = {
     "labels alone": (called(shift_labels=None), ValueError, "labels need shift_labels"),
     "no count": (called(num_items_in_batch=None), ValueError, "labels need .* num_items_in_batch"),
     "last logits": (called(logits_to_keep=1), ValueError, "logits_to_keep"),
-    "images": (called(pixel_values=torch.zeros(1, 3, 8, 8)), NotImplementedError, "inputs_embeds"),
+    "images": (called(pixel_values=torch.zeros(1, 3, 8, 8)), NotImplementedError, "must come from shard_batch"),
     "twice": (lambda model: parallelize(model, mesh_of(1, 1)), ValueError, "parallelized already"),
     "inner model": (lambda model: model.model(input_ids=IDS, use_cache=False), ValueError, "shard_batch"),
 }

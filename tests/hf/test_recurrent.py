@@ -13,6 +13,7 @@ from torch import nn
 
 pytest.importorskip("transformers")
 
+from ringattn import Documents
 from ringattn.hf import conformance, shard_batch
 from ringattn.hf.conformance import FORMS
 from ringattn.hf.model import parallelize
@@ -225,3 +226,21 @@ def without_layout(family: str) -> str:
 
 def test_a_layer_without_a_batch_says_so(pool: Pools) -> None:
     assert "Lfm2ShortConv needs a batch from shard_batch" in pool(1).run(without_layout, "lfm2")[0]
+
+
+def on_a_tree(family: str) -> str:
+    model, mesh = copy.deepcopy(model_of(family)), mesh_of(1, 1)
+    handle = parallelize(model, mesh)
+    docs = Documents.from_tree([4, 3, 2], [-1, 0, 0])
+    try:
+        model(**shard_batch({"input_ids": torch.arange(9)[None]}, docs, mesh))
+    except NotImplementedError as error:
+        return str(error)
+    finally:
+        handle.undo()
+    return ""
+
+
+@pytest.mark.parametrize("family", HYBRIDS)
+def test_trees_are_refused(pool: Pools, family: str) -> None:
+    assert "on trees each branch would have to begin with" in pool(1).run(on_a_tree, family)[0]

@@ -15,6 +15,14 @@ from tests.parallel.ranks import attend, mesh_of
 from tests.pool import Pools
 
 DOCS = Documents([400, 1, 129, 0, 700, 64, 100], [0, 400, 401, 530, 540, 1240, 1310], 1450)
+# A tree of depth 3, one with branches of one token, images in it and in a document, and padding.
+TREES = Documents.from_tree(
+    [400, 200, 130, 64, 300, 200, 1, 1, 50],
+    [-1, 0, 1, 1, 0, -1, 5, 5, -1],
+    [(30, 160), (440, 500), (1100, 1200), (1302, 1330)],
+    1400,
+)
+TREE_MASKS = [Mask(), Mask(window=(100, 0)), Mask(window=(100, 0), blocks="clipped"), Mask(blocks="ignored")]
 MASKS = [Mask(), Mask(window=(100, 0)), Mask(causal=False), Mask(chunk=256), Mask(causal=False, window=(60, 30))]
 MESHES = [
     pytest.param(1, 1, "auto", marks=pytest.mark.gpu(1)),
@@ -41,7 +49,9 @@ def test_bfloat16_against_float64(pool: Pools, ring: int, ulysses: int, scheme: 
     if reason:
         pytest.skip(f"{backend} {reason}")
     options: dict[str, object] = {"backend": backend}
-    cases = [Case(DOCS, mask, (6, 2), (64, 64), torch.bfloat16, options=options) for mask in MASKS]
+    cases = [Case(TREES, mask, (6, 2), (64, 64), torch.bfloat16, options=options) for mask in TREE_MASKS]
+    cases.append(Case(TREES, Mask(), (8, 1), (128, 128), torch.bfloat16, sinks=True, options=options))
+    cases += [Case(DOCS, mask, (6, 2), (64, 64), torch.bfloat16, options=options) for mask in MASKS]
     cases.append(Case(DOCS, Mask(), (8, 1), (128, 128), torch.bfloat16, sinks=True, options=options))
     transports = ("collective", "copy") if ring * ulysses > 1 else ("auto",)
     jobs = [

@@ -124,3 +124,9 @@ def test_wrong_arguments_are_named() -> None:
     for arguments, options, words in wrong:
         with pytest.raises(ValueError, match=words):
             parallel_convolution(*arguments, **options)
+
+
+def test_trees_are_refused() -> None:
+    tree = Layout(Documents.from_tree([4, 3, 2], [-1, 0, 0]), MeshShape())
+    with pytest.raises(NotImplementedError, match=r"layout holds trees .* what its parent ends with"):
+        parallel_convolution(torch.zeros(9, 3), torch.zeros(3, 2), None, tree)

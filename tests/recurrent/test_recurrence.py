@@ -179,3 +179,15 @@ def test_wrong_arguments_are_named() -> None:
     for arguments, options, words in wrong:
         with pytest.raises(ValueError, match=words):
             parallel_recurrence(*arguments, **{"decay": decay} | options)
+
+
+def test_trees_are_refused_and_blocks_change_nothing() -> None:
+    """A branch of a tree begins with what its parent ends with, which nobody computes; a block is causal there."""
+    q, decay = torch.randn(9, 2, 3), -torch.rand(9, 2)
+    tree = Layout(Documents.from_tree([4, 3, 2], [-1, 0, 0]), MeshShape())
+    for route in ("scan", "exchange"):
+        with pytest.raises(NotImplementedError, match=r"layout holds trees .* what its parent ends with"):
+            parallel_recurrence(q, q, q, tree, decay=decay, route=route)
+    plain, blocks = (Layout(Documents([9], blocks=found), MeshShape()) for found in ([], [(2, 6)]))
+    out = [parallel_recurrence(q, q, q, layout, decay=decay) for layout in (plain, blocks)]
+    assert torch.equal(*out)

@@ -51,6 +51,7 @@ def test_the_same_targets_after_the_same_tokens(documents, seq_len, pad, seed, l
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(sharing, "MIN_SHARED", least)
             shared = sharing.read_shared(plan, corpus)
+            assert sharing.tokens_saved(plan, corpus) == plan.tokens - len(shared.tokens)
         assert shared.targets == plain.targets == shared.labels.items
         assert len(shared.tokens) == shared.docs.total <= plan.tokens
         begins = [start for start, size in zip(plain.docs.starts, plain.docs.lengths, strict=True) for _ in range(size)]

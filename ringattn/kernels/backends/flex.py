@@ -114,7 +114,7 @@ class FlexAttention:
     def _attend(self, options: Options, dropout: Dropout | None = None) -> Attend:
         p = 0.0 if dropout is None else dropout.p
         if self.eager:
-            return _eager(options.scale, options.softcap, p)
+            return eager_attention(options.scale, options.softcap, p)
         return _compiled(options.scale, options.softcap, p, self.kernel_options)
 
 
@@ -279,7 +279,7 @@ def _few_variants() -> Iterator[None]:
 
 
 @cache
-def _eager(scale: float, softcap: float, p: float) -> Attend:
+def eager_attention(scale: float, softcap: float, p: float) -> Attend:
     """The mathematics of the operator without a kernel. The public function refuses gradients on CPU; this does not."""
     from torch._higher_order_ops.flex_attention import flex_attention
 

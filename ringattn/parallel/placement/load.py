@@ -69,6 +69,28 @@ class Load:
         """
         return size <= 2 * self._reach
 
+    def pairs_before(self, position: float) -> float:
+        """What the queries before a position of a document see under causal windows, summed over layers."""
+        total = 0.0
+        for layers, width in self._windows:
+            inside = min(position, width)
+            total += layers * (inside * (inside + 1) / 2 + (width * (position - inside) if position > inside else 0.0))
+        return total
+
+    def ramp(self, size: int) -> float:
+        """By how much less than elsewhere the first queries of a document cost that see less than a window, as part of
+        what all do; 0 where windows are none, wider than the document, or not causal."""
+        narrow = sum(layers * width * width / 2 for layers, width in self._windows if width < size)
+        return narrow / self.pairs_before(size) if narrow else 0.0
+
+    @cached_property
+    def _windows(self) -> tuple[tuple[float, float], ...]:
+        """Layers and widths of causal windows; none if any mask is another one."""
+        bands = [(layers, mask.band) for mask, layers in self.masks]
+        if any(band.hi != 0 for _, band in bands) or (self.chunk is None and any(mask.chunk for mask, _ in self.masks)):
+            return ()
+        return tuple((layers, math.inf if band.lo is None else 1.0 - band.lo) for layers, band in bands)
+
     @cached_property
     def _reach(self) -> float:
         """How far back queries of a causal mask see, of the one whose see farthest; negative without such a mask."""

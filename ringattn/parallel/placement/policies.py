@@ -24,6 +24,9 @@ from ringattn.parallel.placement.load import Load
 Positions = tuple[tuple[Range, ...], ...]
 
 TILE = 128  # rows of a kernel tile: cuts are rounded to it
+# Of a position's cost: where the first tokens of a document under a window save more, those who share it share that
+# too. Where it is less, fewer pieces matter more.
+RAMP = 0.015
 MIN_TILES = 64  # a share of the tokens is at least this many roundings, so small inputs use a finer one
 
 
@@ -98,6 +101,8 @@ def balanced(docs: Documents, load: Load, ring: int, speeds: Sequence[float] | N
             pieces = [(owners[0][0], 0, span.size)]
         elif span.document is not None:
             pieces = _dealt(docs, span, load, owners, rounding)
+        elif load.ramp(span.size) * span.cost > RAMP * mean * docs.total / ring:
+            pieces = _nest_by_cost(span.size, owners, tile, load)
         else:
             pieces = _cut(span, owners, tile)
         for position, first, last in pieces:
@@ -247,6 +252,32 @@ def _nest(size: int, owners: list[tuple[int, int]], tile: int) -> list[tuple[int
     order = sorted(owners, key=lambda share: (-share[1], share[0]))
     for position, tokens in order[:-1]:
         head = (tokens + tile) // (2 * tile) * tile  # half of the share, to the nearest tile
+        pieces += [(position, first, first + head), (position, last - (tokens - head), last)]
+        first, last = first + head, last - (tokens - head)
+    pieces += [(position, first, last) for position, _ in order[-1:]]
+    return [piece for piece in pieces if piece[1] < piece[2]]
+
+
+def _nest_by_cost(size: int, owners: list[tuple[int, int]], tile: int, load: Load) -> list[tuple[int, int, int]]:
+    """Nested heads and tails of one document as of `_nest`, each head as long as it makes the share cost its part.
+
+    Under a causal window the first tokens cost less than all others, which cost the same: a share that is all tail
+    costs too much, and one that is all head too little.
+    """
+    before, pieces = load.pairs_before, []
+    first, last, mean = 0, size, load.pairs_before(size) / size
+    order = sorted(owners, key=lambda share: (-share[1], share[0]))
+    for position, tokens in order[:-1]:
+        rest = before(last) - before(first) - tokens * mean
+        low, high = 0, (tokens + tile // 2) // tile
+        while low < high:
+            middle = (low + high) // 2
+            head = middle * tile + tile / 2  # shares between this one and the next are rounded up
+            if rest + before(first + head) - before(last - tokens + head) > 0:
+                low = middle + 1
+            else:
+                high = middle
+        head = min(low * tile, tokens)
         pieces += [(position, first, first + head), (position, last - (tokens - head), last)]
         first, last = first + head, last - (tokens - head)
     pieces += [(position, first, last) for position, _ in order[-1:]]

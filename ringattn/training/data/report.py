@@ -25,11 +25,13 @@ from ringattn.training.packs.grouping import DocumentCost
 from ringattn.training.packs.ordering import AnyCorpus, Position
 from ringattn.training.packs.packers import make_packer
 from ringattn.training.packs.packing import PackPlan, Segment, counted
+from ringattn.training.packs.sharing import tokens_saved
 from ringattn.training.start.job import leaks, load_corpus, loader_of, model_of
 
 PACKS = 2000
 """So many packs are planned at most to see how they are filled."""
 _STREAMED = 200  # packs of a stream, whose documents are tokenized for it
+_COMPARED = 2**22  # tokens of packs whose documents are compared for common prefixes, in a second or two
 _AROUND = 160  # tokens of a sample that are shown from its beginning, and from before the first one that is learned
 
 
@@ -60,6 +62,8 @@ class DataFacts:
         sources: of each segment of `plans`, the number of its part.
         packed, padding, targets, cuts: tokens, padding, targets, and documents that are cut, of these packs.
         wasted: share of padding if every document had a row of its own as long as a pack.
+        shared: share of tokens that `data.share_prefixes` leaves out, in the first `compared` packs.
+        sharing: whether it does.
         notes: what people should know.
     """
 
@@ -75,6 +79,9 @@ class DataFacts:
     targets: int
     cuts: int
     wasted: float
+    shared: float
+    compared: int
+    sharing: bool
     notes: tuple[str, ...]
 
 
@@ -110,6 +117,8 @@ def _facts(cfg: DictConfig, config: Any, corpus: AnyCorpus, notes: list[str]) ->
     segments = [segment for plan in plans for segment in plan.segments]
     lengths = _lengths(corpus, segments)
     rows = -(-lengths // cfg.data.seq_len).sum()
+    compared = plans[: max(1, _COMPARED // cfg.data.seq_len)]
+    saved = sum(tokens_saved(plan, corpus) for plan in compared)
     return DataFacts(
         name=cfg.data.name,
         seq_len=cfg.data.seq_len,
@@ -123,6 +132,9 @@ def _facts(cfg: DictConfig, config: Any, corpus: AnyCorpus, notes: list[str]) ->
         targets=sum(plan.targets for plan in plans),
         cuts=sum(not segment.ends for segment in segments),
         wasted=1 - float(lengths.sum() / max(rows * cfg.data.seq_len, 1)),
+        shared=saved / max(sum(plan.tokens for plan in compared), 1),
+        compared=len(compared),
+        sharing=bool(cfg.data.get("share_prefixes")),
         notes=tuple(notes),
     )
 
@@ -207,6 +219,8 @@ def text_of(facts: DataFacts) -> str:
         f"({facts.targets / max(facts.packed, 1):.1%}), {facts.cuts:,} cuts of documents, "
         f"{facts.padding / all_tokens:.1%} padding",
         f"documents in rows of their own, as long as a pack, would be {facts.wasted:.1%} padding",
+        f"data.share_prefixes=true {'leaves' if facts.sharing else 'would leave'} out {facts.shared:.1%} of the "
+        f"tokens of the first {facts.compared:,} packs, which documents of a pack have in common",
     ]
     return "\n".join(lines)
 

@@ -1,0 +1,294 @@
+"""Vision towers, data-parallel over the sequence ranks: each image's features are computed once, on some rank, and
+placed on the ranks that hold its tokens.
+
+`shard_batch` deals out the images of a global batch, and the model's own forward pass does the rest: it asks its
+`get_image_features` for the features of the images that it was given, and gets those of the tokens that it was given.
+An exchange stands in between, whose gradient is the exchange back. Every rank runs the tower, also one whose images
+are none, on an image that counts nowhere: engines gather weights there.
+
+Legend: M tokens of images in the stream, of which this rank holds m; R of its own images; hidden of the decoder.
+"""
+
+import inspect
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from itertools import accumulate, pairwise
+from types import MethodType
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from ringattn.kept import keep, kept_already
+from ringattn.parallel.layout import Layout
+
+PIXELS = "pixel_values"
+_GRID = "image_grid_thw"  # (images, 3): patches of each image, whose pixels stand end to end
+_KEY = "images of the batch"
+# Arguments of `get_image_features` that are options and not tensors of images.
+_OPTIONS = {"vision_feature_layer", "vision_feature_select_strategy", "return_dict", "kwargs"}
+
+
+@dataclass(frozen=True)
+class VisionTower:
+    """How a model takes images.
+
+    Arguments:
+        token: the id of tokens that stand for features of an image.
+        keywords: of `get_image_features`, pixel_values among them.
+        path: of the module that has it.
+    """
+
+    token: int
+    keywords: tuple[str, ...]
+    path: str
+
+
+def vision_tower(model: Any, around: Sequence[nn.Module]) -> VisionTower | None:
+    """That of a multimodal model, whose modules around its text decoder are given; None: it takes no images so."""
+    token = getattr(model.config, "image_token_id", None)
+    found: list[Any] = [part for part in around if hasattr(part, "get_image_features")]
+    if token is None or not found:
+        return None
+    owner = found[-1]  # the outer ones ask it
+    names = [*inspect.signature(type(owner).get_image_features).parameters][1:]
+    path = next(path for path, part in model.named_modules() if part is owner)
+    return VisionTower(int(token), tuple(name for name in names if name not in _OPTIONS), path)
+
+
+@dataclass(frozen=True)
+class ImageDeal:
+    """Who computes which images of a batch, and where their features go; the same rows on every rank.
+
+    Arguments:
+        computed: the images that this rank computes, ascending: its own, or one that counts nowhere.
+        tokens: of all of these.
+        send: (sum of sends,) which of its features go out, by the rank that they go to; `sends` says how many to each.
+        receives: how many come from each rank.
+        place: (m,) of each image token of this rank, in its order, which of the received rows is its own.
+    """
+
+    computed: tuple[int, ...]
+    tokens: int
+    send: Tensor
+    sends: tuple[int, ...]
+    receives: tuple[int, ...]
+    place: Tensor
+
+    @classmethod
+    def of(cls, layout: Layout, where: Tensor, tokens: Sequence[int], weights: Sequence[int]) -> "ImageDeal":
+        """Each image goes to the rank that has the least to do so far, the largest first.
+
+        Arguments:
+            where: (M,) places of image tokens in the stream, ascending, those of one image after another.
+            tokens, weights: of each image, and what it costs.
+        """
+        ranks, rank = layout.mesh.sequence_size, layout.mesh.sequence_rank
+        owner, load = [0] * len(tokens), [0] * ranks
+        for image in sorted(range(len(tokens)), key=lambda image: (-weights[image], image)):
+            owner[image] = min(range(ranks), key=lambda one: (load[one], one))
+            load[owner[image]] += weights[image]
+        counts = torch.tensor(tokens, device="cpu")
+        of_token = torch.repeat_interleave(torch.tensor(owner, device="cpu"), counts)
+        number = torch.full((layout.docs.total,), -1, device="cpu")
+        number[where] = torch.arange(len(where), device="cpu")
+        held = []  # by rank, the image tokens that it holds, by number
+        for one in range(ranks):
+            numbers = number[layout.indices(one)]
+            held.append(numbers[numbers >= 0])
+        own = tuple(image for image in range(len(tokens)) if owner[image] == rank)
+        computed = own or (min(range(len(tokens)), key=lambda image: (weights[image], image)),)
+        row = torch.full((len(where),), -1, device="cpu")
+        row[of_token == rank] = torch.arange(int((of_token == rank).sum()), device="cpu")
+        out = [row[part[of_token[part] == rank].sort().values] for part in held]
+        mine = held[rank]
+        order = torch.argsort(of_token[mine] * len(where) + mine)
+        return cls(
+            computed,
+            sum(tokens[image] for image in computed),
+            torch.cat(out),
+            tuple(map(len, out)),
+            tuple(int((of_token[mine] == one).sum()) for one in range(ranks)),
+            torch.argsort(order),
+        )
+
+
+def deal_images(layout: Layout, batch: Mapping[str, Any], ids: Tensor, tower: VisionTower | None) -> dict[str, Tensor]:
+    """This rank's images of a batch, as keywords of the model: under the batch's keys, rows of their values.
+
+    Arguments:
+        ids: of all tokens, (T,).
+        tower: the model's, of `handle.needs`.
+
+    Raises ValueError or NotImplementedError naming a key, the same on every rank.
+    """
+    if tower is None:
+        raise NotImplementedError(
+            f"{PIXELS} of a batch need needs=handle.needs, of a model with an image_token_id and get_image_features: "
+            "else compute inputs_embeds of the global batch, images included, and give those"
+        )
+    given = {name: batch[name] for name in tower.keywords if batch.get(name) is not None}
+    if unread := sorted(name for name in batch if _is_of_images(name) and name not in given):
+        raise NotImplementedError(f"{', '.join(unread)}: this model's get_image_features takes {tower.keywords}")
+    rows = _rows(given)
+    where = (ids.to("cpu") == tower.token).nonzero()[:, 0]
+    weights = [stop - start for start, stop in rows]
+    tokens = _tokens_of_images(where, weights, _GRID in given)
+    _check_outside(layout, where)
+    deal = ImageDeal.of(layout, where, tokens, weights)
+    keep(layout, _KEY, deal)
+    local = {}
+    for name, value in given.items():
+        spans = [rows[image] if name == PIXELS else (image, image + 1) for image in deal.computed]
+        local[name] = torch.cat([value[start:stop] for start, stop in spans])
+    return local
+
+
+def _is_of_images(name: str) -> bool:
+    return name.startswith(("pixel_", "image_", "video_", "input_features"))
+
+
+def _rows(given: Mapping[str, Any]) -> list[tuple[int, int]]:
+    """The rows of pixel_values that each image has."""
+    pixels = given[PIXELS]
+    for name, value in given.items():
+        if not isinstance(value, Tensor):
+            raise ValueError(f"{name} must be a tensor, got {type(value).__name__}")
+    if _GRID in given:
+        ends = [0, *accumulate(given[_GRID].prod(-1).tolist())]
+    else:
+        ends = list(range(len(pixels) + 1))
+    images = len(ends) - 1
+    if not images or ends[-1] != len(pixels):
+        raise ValueError(f"{PIXELS} must have the {ends[-1]} rows that {_GRID} says, got {len(pixels)}")
+    for name, value in given.items():
+        if name != PIXELS and len(value) != images:
+            raise NotImplementedError(
+                f"{name} must have a row for each of the {images} images, got {len(value)}: only whole images are "
+                "dealt out to ranks. Compute inputs_embeds of the global batch, and give those"
+            )
+    return [*pairwise(ends)]
+
+
+def _tokens_of_images(where: Tensor, weights: Sequence[int], by_grid: bool) -> list[int]:
+    """How many tokens stand for each image: in proportion to its patches, or those of its run, or all as many."""
+    total, images = len(where), len(weights)
+    if by_grid:
+        found = [weight * total / sum(weights) for weight in weights]
+        if any(one != int(one) for one in found):
+            raise ValueError(
+                f"input_ids have {total} tokens of images, which do not go into the {sum(weights)} patches of {images}"
+            )
+        return [int(one) for one in found]
+    edges = [0, *((where.diff() != 1).nonzero()[:, 0] + 1).tolist(), total]
+    if len(edges) - 1 == images and total:
+        return [stop - start for start, stop in pairwise(edges)]
+    if total % images:
+        raise ValueError(
+            f"input_ids have {total} tokens of images in {len(edges) - 1} runs, and {PIXELS} {images} images: whose "
+            "each is, is not clear"
+        )
+    return [total // images] * images
+
+
+def _check_outside(layout: Layout, where: Tensor) -> None:
+    """Raises ValueError for tokens of images in padding, whose features would go nowhere."""
+    for start, stop in layout.docs.padding:
+        if bool(((where >= start) & (where < stop)).any()):
+            raise ValueError(f"input_ids have tokens of images in padding, tokens {start} to {stop}")
+
+
+def put_exchange(handle: Any, tower: VisionTower) -> None:
+    """Make the model's `get_image_features` exchange them; `take_exchange` undoes it."""
+    owner = handle.model.get_submodule(tower.path)
+    owner._ringattn = handle
+    owner.get_image_features = MethodType(get_image_features, owner)
+
+
+def take_exchange(model: Any) -> None:
+    for part in model.modules():
+        part.__dict__.pop("get_image_features", None)
+
+
+def dealt_images(layout: Any) -> ImageDeal | None:
+    """The images of a batch from `shard_batch`, or None."""
+    return kept_already(layout, _KEY)
+
+
+def expect_images(handle: Any, layout: Any, kwargs: Mapping[str, Any]) -> None:
+    """Before a forward pass: raises an error where images are not those of the batch. No communication."""
+    deal, pixels = dealt_images(layout), kwargs.get(PIXELS)
+    if pixels is not None and deal is None:
+        raise NotImplementedError(
+            f"{PIXELS} must come from shard_batch, with needs=handle.needs: a rank computes features of some images, "
+            "and holds the tokens of others"
+        )
+    if pixels is None and deal is not None:
+        raise ValueError(f"{PIXELS} of the batch are missing, which shard_batch dealt out")
+    handle.images, handle.images_placed = deal, 0
+
+
+def check_images_placed(handle: Any) -> None:
+    """After a forward pass: raises NotImplementedError for a model that took its images in another way."""
+    deal, handle.images = handle.images, None
+    if deal is not None and handle.images_placed != 1:
+        raise NotImplementedError(
+            f"{type(handle.model).__name__} called get_image_features {handle.images_placed} times in a forward pass, "
+            "and not once: its images cannot be dealt out to ranks. Compute inputs_embeds of the global batch, and "
+            "give those"
+        )
+
+
+def get_image_features(self: Any, *args: Any, **kwargs: Any) -> Any:
+    """In place of the module's own, and of the same form: in a forward pass the features of the tokens of this rank."""
+    plain, handle = type(self).get_image_features, self._ringattn
+    deal: ImageDeal | None = handle.images
+    if deal is None:  # called by itself
+        return plain(self, *args, **kwargs)
+    taken = inspect.signature(plain).parameters
+    # Of other keywords the layout is one, which is none of the tower's.
+    kwargs = {name: value for name, value in kwargs.items() if name in taken or name == "return_dict"}
+    found = plain(self, *args, **kwargs)
+    handle.images_placed += 1
+    features = getattr(found, "pooler_output", found)  # older ones return the features themselves
+    listed = not isinstance(features, Tensor)
+    rows = torch.cat([*features]) if listed else features.reshape(-1, features.shape[-1])
+    if len(rows) != deal.tokens:
+        raise ValueError(
+            f"{PIXELS}: images {deal.computed} have {deal.tokens} tokens in input_ids, and {len(rows)} features of "
+            f"{type(self).__name__}"
+        )
+    local = placed_features(rows, deal, handle.mesh.sequence_group)
+    placed = type(features)([local]) if listed else local.reshape(*(1,) * (features.dim() - 2), *local.shape)
+    if features is found:
+        return placed
+    found.pooler_output = placed
+    return found
+
+
+def placed_features(rows: Tensor, deal: ImageDeal, group: dist.ProcessGroup) -> Tensor:
+    """The features of this rank's tokens, (m, hidden), from those of its images (R, hidden). Collective."""
+    send, place = (index.to(rows.device) for index in (deal.send, deal.place))
+    received = rows.index_select(0, send)
+    if len(deal.sends) > 1:
+        received = _Exchange.apply(received, deal.sends, deal.receives, group)
+    return received.index_select(0, place)
+
+
+class _Exchange(torch.autograd.Function):
+    """Rows to the ranks that hold their tokens; gradients back. Collective in both directions."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, sends: tuple[int, ...], receives: tuple[int, ...], group: dist.ProcessGroup
+    ) -> Tensor:
+        ctx.rest = sends, receives, group
+        received = x.new_empty(sum(receives), *x.shape[1:])
+        dist.all_to_all_single(received, x.contiguous(), list(receives), list(sends), group=group)
+        return received
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
+        sends, receives, group = ctx.rest
+        return _Exchange.apply(grads[0], receives, sends, group), None, None, None

@@ -9,12 +9,13 @@ from ringattn import Documents
 from ringattn.recurrent.kernels.contract import Inputs
 from ringattn.recurrent.kernels.tokens import Tokens
 
-# name: delta rule, decays by key dim
+# name: delta rule, decays by key dim; "steps" is Mamba's form
 RULES = {
     "delta": (True, False),
     "kimi": (True, True),
     "mamba2": (False, False),
     "diagonal": (False, True),
+    "steps": (False, False),
 }
 
 
@@ -30,7 +31,10 @@ def inputs(rule: str, tokens: int, heads: tuple[int, int] = (2, 4), dims: tuple[
     k = torch.nn.functional.normalize(draw(tokens, K, D), dim=-1)
     decay = -0.3 * draw(tokens, H, D).abs() if diagonal else -0.3 * draw(tokens, H).abs()
     beta = draw(tokens, H).sigmoid() if delta else None
-    return Inputs(draw(tokens, K, D), k, draw(tokens, H, V), decay, beta)
+    step = None
+    if rule == "steps":
+        decay, step = -draw(H).abs().expand(tokens, H), draw(tokens, H).abs()
+    return Inputs(draw(tokens, K, D), k, draw(tokens, H, V), decay, beta, step)
 
 
 @dataclass

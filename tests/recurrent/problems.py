@@ -48,7 +48,7 @@ class Truth:
 def alone(x: Inputs, docs: Documents, dout: Tensor) -> Truth:
     """Every document by itself."""
     leaves = Inputs(*(None if one is None else one.clone().requires_grad_() for one in x))
-    out = torch.zeros(len(x.v), *x.v.shape[1:], dtype=x.v.dtype)
+    out = torch.zeros_like(x.v)
     for start, length in zip(docs.starts, docs.lengths, strict=True):
         if length:
             part = slice(start, start + length)

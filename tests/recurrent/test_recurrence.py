@@ -50,7 +50,7 @@ def spread(x: Inputs, layouts: list[Layout], dout: torch.Tensor, route: str, ker
     for index in range(len(parts[0])):
         joined = torch.full((layouts[0].docs.total, *parts[0][index].shape[1:]), torch.nan, dtype=torch.float64)
         for layout, part in zip(layouts, parts, strict=True):
-            joined[layout.indices()] = part[index].double()
+            joined[layout.indices()] = part[index].double().cpu()
         whole.append(joined)
     return Truth(whole[0], whole[1:])
 

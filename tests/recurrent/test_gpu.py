@@ -11,6 +11,7 @@ from ringattn.recurrent.kernels import selftest
 from ringattn.recurrent.kernels.chunked import Chunked
 from ringattn.recurrent.kernels.contract import Inputs, Kernel, Signature
 from ringattn.recurrent.kernels.registry import KERNELS, choose_kernel, refusal
+from ringattn.recurrent.kernels.taps import TapsSignature, fused_refusal
 from tests.parallel.ranks import mesh_of
 from tests.pool import Pools
 from tests.recurrent.problems import RULES, alone, inputs
@@ -61,6 +62,17 @@ def test_a_kernel_against_float64(name: str, rule: str, dtype: torch.dtype) -> N
         else:
             assert selftest.failure(kernel, signature) is None
             assert max(errors.values()) <= limit, errors
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("width", [2, 3, 4])
+def test_a_convolution_against_float64(width: int, dtype: torch.dtype) -> None:
+    """Its self-test is the comparison, forward and backward."""
+    reasons = {fused_refusal(TapsSignature("cuda", dtype, 512, width, bias, True)) for bias in (True, False)}
+    if any("install" in (reason or "") for reason in reasons):
+        pytest.skip(f"causal-conv1d {reasons.pop()}")
+    assert reasons == {None}
 
 
 def drawn(rule: str) -> tuple[Inputs, torch.Tensor]:

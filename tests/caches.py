@@ -13,7 +13,9 @@ def cached_functions() -> list["_lru_cache_wrapper[object]"]:
 def clear_caches() -> None:
     """Forget all results of cached functions and of self-tests."""
     from ringattn.kernels import selftest
+    from ringattn.recurrent.kernels import selftest as of_recurrences
 
     for function in cached_functions():
         function.cache_clear()
     selftest.forget()
+    of_recurrences.forget()

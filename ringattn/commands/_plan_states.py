@@ -10,7 +10,13 @@ if TYPE_CHECKING:
     from ringattn import Layout
 
 # Delta rule, decays by key dim.
-RULES = {"delta": (True, False), "kimi": (True, True), "mamba2": (False, False), "linear": (False, True)}
+RULES = {
+    "delta": (True, False),
+    "kimi": (True, True),
+    "mamba2": (False, False),
+    "lightning": (False, False),
+    "linear": (False, True),
+}
 SHOWN = 64
 
 
@@ -19,7 +25,7 @@ def add_state_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--recurrent",
         choices=sorted(RULES),
-        help="plan one of these too: gated delta rule, Kimi's delta attention, Mamba-2, gated linear attention",
+        help="one of these too: gated delta rule, Kimi's delta attention, Mamba-2, lightning or gated linear attention",
     )
     group.add_argument(
         "--recurrent-heads", type=heads, default=(32, 16), metavar="H/K", help="value and key heads, default 32/16"

@@ -12,11 +12,14 @@ from typing import Any
 
 from ringattn.commands import _machine
 from ringattn.commands._call import add_call_arguments, call_spec, describe
+from ringattn.commands._plan_states import add_state_arguments
+from ringattn.commands._state_kernels import examine_kernels, render_kernels
 from ringattn.commands._text import WIDTH, row
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_call_arguments(parser)
+    add_state_arguments(parser)
     parser.add_argument("--json", action="store_true", help="print the same as one JSON object")
 
 
@@ -38,6 +41,7 @@ def examine(args: argparse.Namespace) -> dict[str, Any]:
         "links": _machine.links(len(gpus)),
         "call": describe(args, spec.device),
         "backends": findings,
+        "recurrent": examine_kernels(args, spec.device),
         "auto": picked["auto"],
         "warnings": warnings_of(spec.device, picked),
         "can_train": picked["auto"] is not None,
@@ -124,6 +128,7 @@ def render(report: dict[str, Any]) -> str:
         mark = "accepted" if finding["accepted"] else "refused"
         reason = "" if finding["accepted"] else f"{finding['stage']}: {finding['reason']}"
         lines += row(f"{finding['name']:<12}{mark}", reason, pad=22)
+    lines += ["", *render_kernels(report["recurrent"])] if report["recurrent"] else []
     lines += [""]
     lines += [line for text in report["warnings"] for line in textwrap.wrap(f"warning: {text}", WIDTH)]
     lines.append(verdict(report))

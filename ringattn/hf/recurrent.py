@@ -31,6 +31,7 @@ KNOWN: dict[str, tuple[str, ...]] = {
     "OlmoHybridGatedDeltaNet": _DELTA,
     "KimiLinearDeltaAttention": ("causal_conv1d_fn", "chunk_kimi_delta_attention"),
     "Lfm2ShortConv": ("causal_conv1d_fn",),
+    "Lfm2MoeShortConv": ("causal_conv1d_fn",),
     "Mamba2Mixer": _MAMBA2,
     "BambaMixer": _MAMBA2,
     "GraniteMoeHybridMambaLayer": _MAMBA2,
@@ -82,7 +83,8 @@ def recurrent_layers(text: nn.Module) -> RecurrentLayers:
                 f"{kind} at {path} is not the layer that ringattn knows: it mixes tokens by "
                 f"{sorted(mixing) or 'no known function'}, where {sorted(expected)} are expected"
             )
-        if "forward" in vars(layer):
+        put_in = vars(layer).get("forward")
+        if put_in is not None and getattr(put_in, "__func__", None) is not forward:  # ours: the model is checked again
             raise NotImplementedError(
                 f"{kind} at {path} has a forward pass that something else put in (use_kernels, accelerate's hooks): "
                 "parallelize the model first, or load it without"

@@ -77,10 +77,12 @@ def chunk_delta_rule(
     """The gated delta rule, and Kimi's with a decay for each key dim: (1, t, K, D), (1, t, H, V) -> (1, t, H, V)."""
     _refuse_states(initial_state, output_final_state)
     q, k, v, decay, beta = (batch.tokens(x) for x in (query, key, value, g, beta))
-    q, k = _wide(q), _wide(k)
+    wide_q, wide_k = _wide(q), _wide(k)
     if use_qk_l2norm_in_kernel:
-        q, k = (x * torch.rsqrt((x * x).sum(-1, keepdim=True) + EPSILON) for x in (q, k))
-    out = parallel_recurrence(q * q.shape[-1] ** -0.5, k, _wide(v), batch.layout, decay=decay, beta=beta)
+        wide_q, wide_k = (x * torch.rsqrt((x * x).sum(-1, keepdim=True) + EPSILON) for x in (wide_q, wide_k))
+    # Rounded once, to the dtype that kernels are fast in and that the layer norms them in.
+    q, k = (wide_q * q.shape[-1] ** -0.5).to(v.dtype), wide_k.to(v.dtype)
+    out = parallel_recurrence(q, k, v, batch.layout, decay=decay, beta=beta)
     return batch.row(out.to(query.dtype)), None
 
 
@@ -109,8 +111,11 @@ def mamba2_chunk_scan(
     dt = dt if dt_bias is None else dt + dt_bias.to(dt.dtype)
     dt = F.softplus(dt) if dt_softplus else dt
     dt = _wide(dt.clamp(*dt_limit))
-    x = _wide(x)
-    out = parallel_recurrence(_wide(C), _wide(B), x * dt[..., None], batch.layout, decay=A.to(dt.dtype) * dt)
+    dtype = torch.promote_types(x.dtype, torch.promote_types(B.dtype, C.dtype))
+    out = parallel_recurrence(
+        C.to(dtype), B.to(dtype), x.to(dtype), batch.layout, decay=A.to(dt.dtype), step=dt
+    )  # fmt: skip
+    out = out.to(dt.dtype)
     return batch.row(out if D is None else out + D[:, None] * x)
 
 
@@ -182,8 +187,8 @@ def lightning_attention(batch: Batch, module: Any, hidden_states: Tensor) -> Ten
     heads, dim = module.num_attention_heads, module.head_dim
     qkv = module.act_fn(module.qkv_proj(hidden_states))
     x = batch.tokens(qkv).unflatten(-1, (heads, 3 * dim))
-    q, k, v = (_wide(part) for part in x.split(dim, -1))
-    decay = -module.slope_rate.flatten().to(q).expand(len(q), heads)
+    q, k, v = x.split(dim, -1)
+    decay = -module.slope_rate.flatten().to(torch.promote_types(q.dtype, torch.float32)).expand(len(q), heads)
     out = parallel_recurrence(q, k, v, batch.layout, decay=decay)
     return batch.row(out.flatten(1).to(qkv.dtype))
 

@@ -9,11 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
-from torch.nn import functional as F
 
 from ringattn.kept import kept
 from ringattn.parallel.layout import Layout
 from ringattn.recurrent.halo_plan import HaloPlan, plan_halo
+from ringattn.recurrent.kernels.taps import TapsSignature, choose_taps
 from ringattn.recurrent.plan import check_layout
 from ringattn.recurrent.wire import Wire, wire_of
 
@@ -55,9 +55,9 @@ def convolve(
     taps = weight.shape[1]
     if len(extended) < taps:  # padding alone, or nothing
         return _nothing(x, halo, weight, bias)
-    out = F.conv1d(extended.mT[None], weight[:, None], bias, groups=x.shape[1])[0].mT
-    if activation is not None:
-        out = F.silu(out)
+    silu = activation is not None
+    signature = TapsSignature(x.device.type, weight.dtype, x.shape[1], taps, bias is not None, silu)
+    out = choose_taps(signature)(extended, weight, bias, silu)
     return torch.cat([out, out.new_zeros(1, x.shape[1])])[place].to(x.dtype)
 
 

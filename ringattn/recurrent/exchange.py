@@ -7,6 +7,7 @@ Legend: T tokens of the stream, t of this rank, H value heads, K key heads, P ra
 """
 
 from dataclasses import dataclass
+from functools import reduce
 from itertools import accumulate
 from typing import Any
 
@@ -60,19 +61,22 @@ def exchange(x: Inputs, layout: Layout, kernel: Kernel, wire: Wire, rank: int | 
     D = x.k.shape[2]
     q, k = _Deal.apply(torch.cat([x.q, x.k], 2), shares, shares.keys, wire)[order].split([D, D], 2)
     v = _Deal.apply(x.v, shares, shares.values, wire)[order]
-    rest = [x.decay if x.decay.dim() == 3 else x.decay[..., None], *([] if x.beta is None else [x.beta[..., None]])]
-    dtype = torch.promote_types(rest[0].dtype, rest[-1].dtype)
-    dealt = _Deal.apply(torch.cat([one.to(dtype) for one in rest], 2), shares, shares.values, wire)[order]
-    decay = dealt[..., : rest[0].shape[2]]
-    beta = None if x.beta is None else dealt[..., -1]
+    rest = [x.decay if x.decay.dim() == 3 else x.decay[..., None]]
+    rest += [one[..., None] for one in (x.beta, x.step) if one is not None]
+    widest = reduce(torch.promote_types, [one.dtype for one in rest])
+    dealt = _Deal.apply(torch.cat([one.to(widest) for one in rest], 2), shares, shares.values, wire)[order]
+    decay, *others = dealt.split([one.shape[2] for one in rest], 2)
+    found = iter(one[..., 0] for one in others)
+    beta, step = (None if one is None else next(found).to(one.dtype) for one in (x.beta, x.step))
+    decay = (decay if x.decay.dim() == 3 else decay[..., 0]).to(x.decay.dtype)
     first, last = shares.values[shares.rank]
     each = x.v.shape[1] // x.k.shape[1]
     # A rank's value heads need not begin with the first that its key head serves: each gets its own copy.
     served = [head // each - shares.keys[shares.rank][0] for head in range(first, last)]
-    heads = Inputs(q[:, served], k[:, served], v, decay if x.decay.dim() == 3 else decay[..., 0], beta)
+    heads = Inputs(q[:, served], k[:, served], v, decay, beta, step)
     lengths = tuple(length for length in layout.docs.lengths if length)
     if lengths and served:
-        out = kernel.run(heads, lengths, None)[0]
+        out = kernel.outputs(heads, lengths)
     else:  # nothing to compute, but all ranks take part in the backward pass
         out = v + 0 * (q.sum() + k.sum() + dealt.sum()).to(v.dtype)
     rows = v.new_zeros(layout.docs.total, *out.shape[1:])

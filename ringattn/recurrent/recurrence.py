@@ -4,6 +4,7 @@ Shapes: t tokens of this rank, K key heads, H value heads (a multiple of K), D k
 """
 
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
@@ -11,8 +12,8 @@ from torch import Tensor, nn
 from ringattn.kept import kept
 from ringattn.parallel.layout import Layout
 from ringattn.parallel.mesh.mesh import SequenceMesh
-from ringattn.recurrent.exchange import exchange
-from ringattn.recurrent.kernels.contract import Inputs
+from ringattn.recurrent.exchange import exchange, head_shares
+from ringattn.recurrent.kernels.contract import Inputs, Signature
 from ringattn.recurrent.kernels.registry import choose_kernel
 from ringattn.recurrent.plan import check_layout, plan_recurrence
 from ringattn.recurrent.price import ROUTES, RecurrenceShape, cheaper_route
@@ -30,6 +31,7 @@ def parallel_recurrence(
     *,
     decay: Tensor,
     beta: Tensor | None = None,
+    step: Tensor | None = None,
     backend: str = "auto",
     route: str = "auto",
 ) -> Tensor:
@@ -42,7 +44,7 @@ def parallel_recurrence(
         out = Sᵀ q
 
     With beta this is the gated delta rule (one decay a head) and Kimi's delta attention (one a key dim); without it
-    Mamba-2 (k = B, q = C, v = x · dt, decay = A · dt), gated linear and lightning attention. q and k are taken as they
+    Mamba-2 (k = B, q = C, v = x, decay = A, step = dt), gated linear and lightning attention. q and k are taken as they
     are: scale and normalise them before. Padding has output 0 and gradient 0. The backward pass is collective too: the
     loss of every rank must depend on its output. Where a document's pieces are and how states travel is said by
     `ringattn.recurrent.plan.plan_recurrence(layout)`, which can be printed.
@@ -52,10 +54,13 @@ def parallel_recurrence(
             (i + 1) H/K.
         v: (t, H, V).
         layout: who holds which tokens; built from the same documents on every rank.
-        decay: (t, H), or (t, H, D): the logarithm of what is left of the state, <= 0 as a rule.
+        decay: (t, H), or (t, H, D): the logarithm of what is left of the state, <= 0 as a rule. With `step` (H,), a
+            rate that is multiplied with it.
         beta: (t, H) or None.
-        backend: "auto", or a name of `ringattn.recurrent.kernels.registry.KERNELS`: "torch" computes chunks of tokens
-            by matrix products, "tokens" one token after another and is what others are compared with.
+        step: (t, H) or None, what v and decay are multiplied with, without beta: Mamba-2's dt.
+        backend: "auto", or a name of `ringattn.recurrent.kernels.registry.KERNELS`: "mamba" and "fla" are kernels of
+            the packages mamba-ssm and flash-linear-attention, "torch" computes chunks of tokens by matrix products,
+            "tokens" one token after another and is what others are compared with.
         route: "scan" (states of cut documents travel), "exchange" (heads travel, as in Ulysses), or "auto": what is
             predicted to take less time, by `ringattn.recurrent.price`.
 
@@ -63,8 +68,10 @@ def parallel_recurrence(
     Raises ValueError naming the argument, NotImplementedError for documents that are trees, and with every kernel's
     reason if none can do the call.
     """
-    x = Inputs(q, k, v, decay, beta)
+    x = Inputs(q, k, v, decay, beta, step)
     _check(x, layout, route)
+    if step is not None:
+        x = x._replace(decay=decay.expand(step.shape))
     return _compute(x, layout, wire_of(layout.mesh), backend, route)
 
 
@@ -78,12 +85,22 @@ class ParallelRecurrence(nn.Module):
         self.mesh, self.backend, self.route = mesh, backend, route
 
     def forward(
-        self, q: Tensor, k: Tensor, v: Tensor, layout: Layout, *, decay: Tensor, beta: Tensor | None = None
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        layout: Layout,
+        *,
+        decay: Tensor,
+        beta: Tensor | None = None,
+        step: Tensor | None = None,
     ) -> Tensor:
         """See `parallel_recurrence`. Raises ValueError for a layout on another mesh."""
         if not layout.is_on(self.mesh):
             raise ValueError(f"layout must be on the module's mesh {self.mesh}, got one on {layout.mesh}")
-        return parallel_recurrence(q, k, v, layout, decay=decay, beta=beta, backend=self.backend, route=self.route)
+        return parallel_recurrence(
+            q, k, v, layout, decay=decay, beta=beta, step=step, backend=self.backend, route=self.route
+        )
 
 
 def shape_of(x: Inputs) -> RecurrenceShape:
@@ -93,16 +110,27 @@ def shape_of(x: Inputs) -> RecurrenceShape:
 
 
 def _compute(x: Inputs, layout: Layout, wire: Wire, backend: str, route: str) -> Tensor:
-    kernel = choose_kernel(x, backend)
     if layout.mesh.sequence_size == 1:
         route = "scan"  # no document is cut
     elif route == "auto":
         shape = shape_of(x)
         route = kept(layout, ("route", shape), lambda: cheaper_route(layout, shape))
     with _without_autocast(x.v):
+        kernel = choose_kernel(_signature(x, layout, route), backend)
         if route == "exchange":
             return exchange(x, layout, kernel, wire)
         return scan(x, plan_recurrence(layout), kernel, wire)
+
+
+def _signature(x: Inputs, layout: Layout, route: str) -> Signature:
+    """What the kernel of this rank is called with: by the exchange, some of the heads, each with a key head."""
+    signature = Signature.of(x)
+    if route == "scan":
+        return signature
+    shares = head_shares((x.k.shape[1], x.v.shape[1]), layout)
+    first, last = shares.values[shares.rank]
+    heads = max(1, last - first)  # a rank without heads calls none
+    return replace(signature, key_heads=heads, heads=heads)
 
 
 def _without_autocast(x: Tensor) -> AbstractContextManager[object]:
@@ -130,7 +158,14 @@ def _check(x: Inputs, layout: Layout, route: str) -> None:
         raise ValueError(f"q must have the shape of k, {tuple(x.k.shape)}, got {tuple(x.q.shape)}")
     if not K or H % K:
         raise ValueError(f"v must have a multiple of k's {K} heads, got {H}")
-    if tuple(x.decay.shape) not in ((t, H), (t, H, D)):
+    if x.step is not None and x.beta is not None:
+        raise ValueError("step must be None with beta: the delta rule has no steps")
+    if x.step is not None and (tuple(x.decay.shape), tuple(x.step.shape)) != ((H,), (t, H)):
+        raise ValueError(
+            f"decay must be ({H},) and step ({t}, {H}), a rate a head and its steps, got {tuple(x.decay.shape)} and "
+            f"{tuple(x.step.shape)}"
+        )
+    if x.step is None and tuple(x.decay.shape) not in ((t, H), (t, H, D)):
         raise ValueError(f"decay must be ({t}, {H}) or ({t}, {H}, {D}), got {tuple(x.decay.shape)}")
     if x.beta is not None and tuple(x.beta.shape) != (t, H):
         raise ValueError(f"beta must be ({t}, {H}) or None, got {tuple(x.beta.shape)}")

@@ -77,7 +77,7 @@ def scan(x: Inputs, plan: RecurrencePlan, kernel: Kernel, wire: Wire) -> Tensor:
     """
     out: list[Tensor] = []
     if plan.whole:
-        out.append(kernel.run(x.rows(_rows(plan.whole)), tuple(piece.size for piece in plan.whole), None)[0])
+        out.append(kernel.outputs(x.rows(_rows(plan.whole)), tuple(piece.size for piece in plan.whole)))
     if plan.communicates or plan.cut:
         cut = x.rows(_rows(plan.cut))
         out.append(_Pieces.apply(*cut, Scan(plan, kernel, wire)))
@@ -96,8 +96,8 @@ class _Pieces(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, *args: Any) -> Tensor:
-        job: Scan = args[5]
-        x = Inputs(*args[:5])
+        *rows, job = args
+        x = Inputs(*rows)
         M, U = job.gathered(maps(job.kernel, x, job.lengths))
         states = job.walk(job.plan.ahead, lambda S, at: apply_map(M[at], S) + U[at], U)
         out, _ = job.kernel.run(x, job.lengths, states)
@@ -122,8 +122,8 @@ class _Pieces(torch.autograd.Function):
         if not job.lengths:
             return *(None if one is None else torch.zeros_like(one) for one in x), None
         wanted = [one for one in leaves if one is not None]
-        found = torch.autograd.grad([out, last], wanted, [grads[0], ends.to(last)])
-        return *found, *[None] * (5 - len(found)), None
+        found = iter(torch.autograd.grad([out, last], wanted, [grads[0], ends.to(last)]))
+        return *(None if one is None else next(found) for one in leaves), None
 
 
 def _rows(pieces: Sequence[Piece]) -> Tensor | slice:

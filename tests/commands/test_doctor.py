@@ -11,6 +11,7 @@ from ringattn.commands import doctor
 from ringattn.kernels import registry, selftest
 from ringattn.kernels.backends.fa4 import FlashAttention4
 from ringattn.kernels.spec import CallSpec, Capability
+from tests.recurrent.fake_packages import install
 
 
 @pytest.fixture(autouse=True)
@@ -88,3 +89,32 @@ def test_the_reference_on_gpus_counts_with_a_warning() -> None:
     assert picked["auto"] == "reference"
     assert "many times slower" in doctor.warnings_of("cuda", picked)[0]
     assert doctor.warnings_of("cpu", picked) == []
+
+
+def test_kernels_of_layers_with_a_state(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    small = [
+        "--device",
+        "cpu",
+        "--heads",
+        "4/2",
+        "--head-dim",
+        "16",
+        "--recurrent-heads",
+        "4/2",
+        "--recurrent-dim",
+        "8",
+    ]
+    assert main(["doctor", *small]) == 0
+    assert "delta rule" not in capsys.readouterr().out
+    assert main(["doctor", *small, "--recurrent", "delta"]) == 0
+    told = capsys.readouterr().out
+    assert (
+        "Kernels for delta rule with a decay a head, 2 key heads of 8 and 4 value heads of 8, bfloat16 on cpu" in told
+    )
+    assert "call: runs on cuda tensors only, got cpu" in told
+    install(monkeypatch)
+    for rule, accepted in (("delta", ["fla", "torch", "tokens"]), ("mamba2", ["mamba", "fla", "torch", "tokens"])):
+        assert main(["doctor", *small, "--recurrent", rule, "--json"]) == 0
+        rows = json.loads(capsys.readouterr().out)["recurrent"]["kernels"]
+        assert [row["name"] for row in rows if row["accepted"]] == accepted
+        assert all(row["stage"] == "call" for row in rows if not row["accepted"])

@@ -30,7 +30,8 @@ ABSURD = ("", "x", "nan", "inf", "-1", "1e9", "1.5", "999999999999999999999")
 # Options that take any of these without harm: text, a folder's name, a seed.
 FREE = {"--seed": ("-1", "999999999999999999999"), "--softcap": ("1e9", "1.5", "999999999999999999999")}
 NUMBERS = {  # what every parser has, so that a new option of numbers is not forgotten
-    "doctor": {"--heads", "--head-dim", "--value-dim", "--window", "--softcap", "--dropout"},
+    "doctor": {"--heads", "--head-dim", "--value-dim", "--window", "--softcap", "--dropout", "--recurrent-heads",
+               "--recurrent-dim"},
     "tune": {"--heads", "--head-dim", "--value-dim", "--window", "--softcap", "--dropout", "--length", "--documents"},
     "plan": {"--tokens", "--ring", "--ulysses", "--sequence", "--stages", "--memory", "--head-chunks", "--longest",
              "--seed", "--window", "--chunk", "--heads", "--head-dim", "--recurrent-heads", "--recurrent-dim"},

@@ -53,6 +53,11 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "olmo_hybrid": {"linear_num_key_heads": 4},
     "kimi_linear": {},
     "lfm2": {"layer_types": ["conv", "full_attention", "conv", "conv"]},
+    "lfm2_moe": {
+        "layer_types": ["conv", "full_attention", "conv", "conv"],
+        "num_dense_layers": 1,
+        "num_experts_per_tok": 2,
+    },
     "mamba2": {"num_heads": 8, "head_dim": 16, "n_groups": 2, "state_size": 8},
     "bamba": {"attn_layer_indices": [1, 3]},
     "granitemoehybrid": {"layer_types": ["linear_attention", "full_attention", "linear_attention", "linear_attention"]},

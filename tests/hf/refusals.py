@@ -2,6 +2,10 @@
 
 REFUSALS = {
     "lfm3": "layers of type conv",
+    "zamba2": "layers of type hybrid, linear_attention, of which ringattn knows 0",
+    "bailing_hybrid": "layers of type linear_attention, of which ringattn knows 0",
+    "mamba": "layers of type linear_attention, of which ringattn knows 0",
+    "falcon_mamba": "layers of type linear_attention, of which ringattn knows 0",
     "deepseek_v4": "compressed_sparse_attention",
     "deepseek_v32": "indexed_attention",
     "bloom": "outside transformers' AttentionInterface",

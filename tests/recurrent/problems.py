@@ -9,12 +9,13 @@ from ringattn import Documents
 from ringattn.recurrent.kernels.contract import Inputs
 from ringattn.recurrent.kernels.tokens import Tokens
 
-# name: delta rule, decays by key dim
+# name: delta rule, decays by key dim; "steps" is Mamba's form
 RULES = {
     "delta": (True, False),
     "kimi": (True, True),
     "mamba2": (False, False),
     "diagonal": (False, True),
+    "steps": (False, False),
 }
 
 
@@ -30,7 +31,10 @@ def inputs(rule: str, tokens: int, heads: tuple[int, int] = (2, 4), dims: tuple[
     k = torch.nn.functional.normalize(draw(tokens, K, D), dim=-1)
     decay = -0.3 * draw(tokens, H, D).abs() if diagonal else -0.3 * draw(tokens, H).abs()
     beta = draw(tokens, H).sigmoid() if delta else None
-    return Inputs(draw(tokens, K, D), k, draw(tokens, H, V), decay, beta)
+    step = None
+    if rule == "steps":
+        decay, step = -draw(H).abs().expand(tokens, H), draw(tokens, H).abs()
+    return Inputs(draw(tokens, K, D), k, draw(tokens, H, V), decay, beta, step)
 
 
 @dataclass
@@ -44,7 +48,7 @@ class Truth:
 def alone(x: Inputs, docs: Documents, dout: Tensor) -> Truth:
     """Every document by itself."""
     leaves = Inputs(*(None if one is None else one.clone().requires_grad_() for one in x))
-    out = torch.zeros(len(x.v), *x.v.shape[1:], dtype=x.v.dtype)
+    out = torch.zeros_like(x.v)
     for start, length in zip(docs.starts, docs.lengths, strict=True):
         if length:
             part = slice(start, start + length)

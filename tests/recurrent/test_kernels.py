@@ -61,6 +61,6 @@ def test_strong_decays_stay_finite() -> None:
 
 
 def test_states_are_wide() -> None:
-    x = Inputs(*(one.bfloat16() for one in inputs("delta", 9)))
+    x = Inputs(*(None if one is None else one.bfloat16() for one in inputs("delta", 9)))
     out, last = Chunked().run(x, (9,), None)
     assert (out.dtype, last.dtype) == (torch.bfloat16, torch.float32)

@@ -50,13 +50,13 @@ def spread(x: Inputs, layouts: list[Layout], dout: torch.Tensor, route: str, ker
     for index in range(len(parts[0])):
         joined = torch.full((layouts[0].docs.total, *parts[0][index].shape[1:]), torch.nan, dtype=torch.float64)
         for layout, part in zip(layouts, parts, strict=True):
-            joined[layout.indices()] = part[index].double()
+            joined[layout.indices()] = part[index].double().cpu()
         whole.append(joined)
     return Truth(whole[0], whole[1:])
 
 
 def assert_same(found: Truth, truth: Truth) -> None:
-    names = ["q", "k", "v", "decay", "beta"]
+    names = ["q", "k", "v", "decay", "beta or step"]
     torch.testing.assert_close(found.out, truth.out, rtol=1e-12, atol=1e-12)
     for name, got, expected in zip(names, found.grads, truth.grads, strict=False):
         scale = max(1.0, float(expected.abs().max())) if expected.numel() else 1.0
@@ -121,8 +121,10 @@ def on_rank(docs: Documents, rule: str, ring: int, ulysses: int, policy: str, ro
     layout = Layout(docs, mesh_of(ring, ulysses), policy)
     x = inputs(rule, docs.total)
     leaves = Inputs(*(None if one is None else layout.shard(one).clone().requires_grad_() for one in x))
-    q, k, v, decay, beta = leaves
-    out = parallel_recurrence(q, k, v, layout, decay=decay, beta=beta, route=route)
+    q, k, v, decay, beta, step = leaves
+    if step is not None:
+        decay = decay[0]  # a rate, whose gradient is its row's
+    out = parallel_recurrence(q, k, v, layout, decay=decay, beta=beta, step=step, route=route)
     dout = torch.randn(x.v.shape, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
     out.backward(layout.shard(dout))
     return [layout.unshard(one.detach()) for one in (out, *(one.grad for one in leaves if one is not None))]
@@ -140,8 +142,11 @@ def test_over_gloo(pool: Pools, ring: int, ulysses: int) -> None:
         x = inputs(case[1], docs.total)
         dout = torch.randn(x.v.shape, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
         truth = alone(x, docs, dout)
-        for found in ranks:
-            assert_same(Truth(found[0], found[1:]), truth)
+        rate = truth.grads[3].sum(0)
+        for out, *grads in ranks:
+            if case[1] == "steps":
+                grads[3], truth.grads[3] = grads[3].sum(0), rate
+            assert_same(Truth(out, grads), truth)
 
 
 @pytest.mark.parametrize("rule", RULES)
@@ -172,7 +177,7 @@ def test_wrong_arguments_are_named() -> None:
         ((q, q, v, layout), {"decay": decay[:, :2]}, r"decay must be \(4, 4\) or \(4, 4, 3\), got \(4, 2\)"),
         ((q, q, v, layout), {"beta": q}, r"beta must be \(4, 4\) or None, got \(4, 2, 3\)"),
         ((q, q, v, layout), {"route": "ring"}, "route must be auto, scan or exchange, got 'ring'"),
-        ((q, q, v, layout), {"backend": "fla"}, "backend must be auto or one of torch, tokens, got 'fla'"),
+        ((q, q, v, layout), {"backend": "fa3"}, "backend must be auto or one of mamba, fla, torch, tokens, got 'fa3'"),
         ((q, q, v, None), {}, "layout must be a Layout, got NoneType"),
         ((q, q, v, Layout(Documents([8]), MeshShape(ring=2))), {}, "layout must be on a mesh of running processes"),
     ]

@@ -13,7 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ringattn.recurrent.kernels.contract import Inputs, of_value_heads
+from ringattn.recurrent.kernels.contract import Inputs, Signature, of_value_heads
 
 CHUNK = 64
 CHUNK_OF_DIAGONALS = 16  # decays by key dim make a D times larger table of a chunk's pairs
@@ -24,12 +24,19 @@ class Chunked:
 
     name = "torch"
 
-    def why_not(self, x: Inputs) -> str:
-        return ""
+    def missing(self, signature: Signature) -> str | None:
+        return None
+
+    def refusal(self, signature: Signature) -> str | None:
+        return None
+
+    def outputs(self, x: Inputs, lengths: tuple[int, ...]) -> Tensor:
+        return self.run(x, lengths, None)[0]
 
     def run(self, x: Inputs, lengths: tuple[int, ...], state: Tensor | None) -> tuple[Tensor, Tensor]:
+        dtype, x = x.v.dtype, x.plain()
         if not lengths:
-            return x.v, x.v.new_zeros(0, *x.state_shape, dtype=x.wide)
+            return x.v.to(dtype), x.v.new_zeros(0, *x.state_shape, dtype=x.wide)
         cut = _cut(lengths, CHUNK if x.decay.dim() == 2 else CHUNK_OF_DIAGONALS)
         parts = _prepared(x, cut)
         if state is None:
@@ -47,7 +54,7 @@ class Chunked:
         lasts.append(S)
         last = torch.cat(lasts[::-1])[_inverse(cut.order)]
         out = torch.cat(outs).transpose(1, 2).flatten(0, 1)  # (N C, H, V)
-        return out[cut.places(x.v.device)].to(x.v.dtype), last
+        return out[cut.places(x.v.device)].to(dtype), last
 
 
 class _Cut(NamedTuple):

@@ -9,8 +9,12 @@ and, with one value head a channel, Mamba-1. With the state S (D × V) of a valu
     S ← diag(exp(decay)) · S
     S ← S + k · uᵀ,  u = beta · (v - Sᵀ k) with `beta`, the delta rule, and u = v without
     out = Sᵀ q
+
+With `step`, Mamba's form of it, a token's v and decay are step times what is given. Kernels that are written for that
+form take it as it is, the others the plain one.
 """
 
+from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
 import torch
@@ -25,6 +29,8 @@ class Inputs(NamedTuple):
         v: (t, H, V).
         decay: logarithms of what is left of the state, <= 0 as a rule: (t, H), or (t, H, D) with one a key dim.
         beta: (t, H) for the delta rule; None without.
+        step: (t, H), what v and decay are multiplied with; None: 1. Then decay is the rate of each head, the same in
+            every row.
     """
 
     q: Tensor
@@ -32,6 +38,7 @@ class Inputs(NamedTuple):
     v: Tensor
     decay: Tensor
     beta: Tensor | None
+    step: Tensor | None = None
 
     @property
     def wide(self) -> torch.dtype:
@@ -45,13 +52,64 @@ class Inputs(NamedTuple):
 
     def rows(self, index: Tensor | slice) -> "Inputs":
         """Some of the rows."""
-        beta = None if self.beta is None else self.beta[index]
-        return Inputs(self.q[index], self.k[index], self.v[index], self.decay[index], beta)
+        return Inputs(*(None if x is None else x[index] for x in self))  # type: ignore[arg-type]
 
     def leaves(self) -> "Inputs":
         """The same numbers at the beginning of a graph."""
-        q, k, v, decay = (x.detach().requires_grad_() for x in self[:4])
-        return Inputs(q, k, v, decay, None if self.beta is None else self.beta.detach().requires_grad_())
+        return Inputs(*(None if x is None else x.detach().requires_grad_() for x in self))  # type: ignore[arg-type]
+
+    def plain(self) -> "Inputs":
+        """The same recurrence without `step`; products are float32 or wider."""
+        if self.step is None:
+            return self
+        step = self.step.to(self.wide)
+        return self._replace(v=self.v * step[..., None], decay=self.decay * step, step=None)
+
+
+@dataclass(frozen=True)
+class Signature:
+    """What a kernel is asked whether it can do: all that it is compiled for or branches on.
+
+    Arguments:
+        device: its type.
+        dtypes: of q and k, v, decay, beta and step; None for those that are not there.
+        key_heads, heads, key_dim, value_dim: K, H, D, V.
+        diagonal: decays by key dim.
+    """
+
+    device: str
+    dtypes: tuple[torch.dtype | None, ...]
+    key_heads: int
+    heads: int
+    key_dim: int
+    value_dim: int
+    diagonal: bool
+
+    @classmethod
+    def of(cls, x: Inputs) -> "Signature":
+        """The one of a call."""
+        dtypes = (torch.promote_types(x.q.dtype, x.k.dtype), *(None if one is None else one.dtype for one in x[2:]))
+        H, D, V = x.state_shape
+        return cls(x.v.device.type, dtypes, x.k.shape[1], H, D, V, x.decay.dim() == 3)
+
+    @property
+    def delta(self) -> bool:
+        """The delta rule."""
+        return self.dtypes[3] is not None
+
+    @property
+    def steps(self) -> bool:
+        """Mamba's form."""
+        return self.dtypes[4] is not None
+
+    def __str__(self) -> str:
+        rule = "delta rule" if self.delta else "linear attention"
+        decays = "decays by key dim" if self.diagonal else "Mamba's steps" if self.steps else "a decay a head"
+        dtype = str(self.dtypes[1]).removeprefix("torch.")
+        return (
+            f"{rule} with {decays}, {self.key_heads} key heads of {self.key_dim} and {self.heads} value heads of "
+            f"{self.value_dim}, {dtype} on {self.device}"
+        )
 
 
 class Kernel(Protocol):
@@ -59,8 +117,16 @@ class Kernel(Protocol):
 
     name: str
 
-    def why_not(self, x: Inputs) -> str:
-        """Why it cannot do this call exactly; "" if it can."""
+    def missing(self, signature: Signature) -> str | None:
+        """Why what it needs for such a call is not installed, as the rest of the sentence "it ...", or None. Must not
+        raise, and must look again after a failure."""
+
+    def refusal(self, signature: Signature) -> str | None:
+        """Why it is not made for such a call, as the rest of the sentence "it ...", or None. What it gives is tested
+        apart. Asked without importing anything."""
+
+    def outputs(self, x: Inputs, lengths: tuple[int, ...]) -> Tensor:
+        """Those of `run` from empty states, (t, H, V): whole documents need no last state."""
 
     def run(self, x: Inputs, lengths: tuple[int, ...], state: Tensor | None) -> tuple[Tensor, Tensor]:
         """The outputs and last states of pieces of `lengths`, each >= 1, from their own first states.
@@ -78,7 +144,7 @@ def maps(kernel: Kernel, x: Inputs, lengths: tuple[int, ...]) -> tuple[Tensor, T
     Returns: M (n, H), (n, H, D) where decays are by key dim, (n, H, D, D) for the delta rule; U (n, H, D, V).
     """
     if x.beta is None:
-        decay = x.decay.to(x.wide)
+        decay = x.decay.to(x.wide) if x.step is None else x.decay.to(x.wide) * x.step
         whole = torch.stack([part.sum(0) for part in decay.split(lengths)]) if lengths else decay[:0]
         return whole.exp(), kernel.run(x, lengths, None)[1]
     # Columns of the state know nothing of each other: those of U, from an empty state, stand beside those of M, the

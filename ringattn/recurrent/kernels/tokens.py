@@ -6,7 +6,7 @@ Slow, and its backward pass keeps a state for every token.
 import torch
 from torch import Tensor
 
-from ringattn.recurrent.kernels.contract import Inputs, of_value_heads
+from ringattn.recurrent.kernels.contract import Inputs, Signature, of_value_heads
 
 
 class Tokens:
@@ -14,10 +14,17 @@ class Tokens:
 
     name = "tokens"
 
-    def why_not(self, x: Inputs) -> str:
-        return ""
+    def missing(self, signature: Signature) -> str | None:
+        return None
+
+    def refusal(self, signature: Signature) -> str | None:
+        return None
+
+    def outputs(self, x: Inputs, lengths: tuple[int, ...]) -> Tensor:
+        return self.run(x, lengths, None)[0]
 
     def run(self, x: Inputs, lengths: tuple[int, ...], state: Tensor | None) -> tuple[Tensor, Tensor]:
+        dtype, x = x.v.dtype, x.plain()
         heads = x.v.shape[1]
         q, k = (of_value_heads(one, heads).to(x.wide) for one in (x.q, x.k))
         v, decay = x.v.to(x.wide), x.decay.to(x.wide)
@@ -35,4 +42,4 @@ class Tokens:
             row += length
         out = torch.stack(outs) if outs else v
         last = torch.stack(lasts) if lasts else v.new_zeros(0, *x.state_shape)
-        return out.to(x.v.dtype), last
+        return out.to(dtype), last

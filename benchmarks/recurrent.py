@@ -1,0 +1,242 @@
+"""A layer that carries a state over the ranks of torchrun, beside its kernel on an even share and fla's own split.
+
+    torchrun --nproc-per-node 2 benchmarks/recurrent.py --tokens 65536,262144 --rules delta,mamba2
+    torchrun --nproc-per-node 2 benchmarks/recurrent.py --device cpu --tokens 512 --heads 4/2 --dim 16 --rules delta
+
+Rows, each of forward and backward, the slowest rank's:
+
+- `kernel`: the kernel alone on an even share: a document of tokens / ranks, or the packed documents dealt out evenly.
+- `states`: what the scan computes beside it, alone: the maps of the share, and the share's gradient in its first state.
+- `scan`, `exchange`: ringattn over a balanced layout. `of ceiling` is (kernel + states) / time for one document, the
+  kernel's time / time for packed ones. `transfers` is the time in which this rank waited for its collectives, which
+  nothing overlaps.
+- `fla.ops.cp`: flash-linear-attention's own split of the delta rule, on contiguous shards, where it is installed.
+"""
+
+import argparse
+import time
+from collections.abc import Callable, Sequence
+from contextlib import closing
+from typing import Any, NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.nn import functional as F
+
+from ringattn import Documents, Layout, init_mesh
+from ringattn.benchmarking.timing import Timer
+from ringattn.parallel.mesh.mesh import SequenceMesh
+from ringattn.recurrent.exchange import exchange
+from ringattn.recurrent.kernels.contract import Inputs, Kernel, Signature, maps
+from ringattn.recurrent.kernels.registry import choose_kernel
+from ringattn.recurrent.plan import plan_recurrence
+from ringattn.recurrent.scan import scan
+from ringattn.recurrent.wire import Wire, wire_of
+
+# Delta rule, decays by key dim, Mamba's steps.
+RULES = {
+    "delta": (True, False, False),
+    "kimi": (True, True, False),
+    "mamba2": (False, False, True),
+    "lightning": (False, False, False),
+    "linear": (False, True, False),
+}
+PACKED = 2048  # tokens of a document of a pack
+
+
+class Shape(NamedTuple):
+    """Of one layer."""
+
+    rule: str
+    heads: int
+    key_heads: int
+    dim: int
+    dtype: torch.dtype
+
+
+class Row(NamedTuple):
+    """One line of the table; milliseconds."""
+
+    workload: str
+    what: str
+    time: float
+    ceiling: float | None
+    transfers: float | None
+
+
+class TimedWire:
+    """A network whose transfers are timed: the device is waited for before and after each."""
+
+    def __init__(self, wire: Wire) -> None:
+        self.wire, self.seconds = wire, 0.0
+
+    def _timed(self, call: Callable[[], Tensor]) -> Tensor:
+        start = _now()
+        out = call()
+        self.seconds += _now() - start
+        return out
+
+    def gather(self, x: Tensor) -> Tensor:
+        return self._timed(lambda: self.wire.gather(x))
+
+    def exchange(self, send: Tensor, sends: Sequence[int], receives: Sequence[int]) -> Tensor:
+        return self._timed(lambda: self.wire.exchange(send, sends, receives))
+
+
+def _now() -> float:
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    return time.perf_counter()
+
+
+def inputs(tokens: int, shape: Shape, device: torch.device) -> Inputs:
+    """Leaves of random rows; gates are float32 as in models."""
+    delta, diagonal, steps = RULES[shape.rule]
+    K, H, D = shape.key_heads, shape.heads, shape.dim
+    generator = torch.Generator(device).manual_seed(1 + dist.get_rank())
+
+    def draw(*sizes: int) -> Tensor:
+        return torch.randn(tokens, *sizes, generator=generator, device=device)
+
+    q, k, v = draw(K, D) * D**-0.5, F.normalize(draw(K, D), dim=-1), draw(H, D)
+    decay = -0.1 * draw(H, D).abs() if diagonal else -0.1 * draw(H).abs()
+    if steps:
+        decay = -torch.linspace(0.1, 1.0, H, device=device).expand(tokens, H)
+    beta = draw(H).sigmoid().to(shape.dtype) if delta else None
+    rows = (q.to(shape.dtype), k.to(shape.dtype), v.to(shape.dtype), decay, beta, draw(H).abs() if steps else None)
+    return Inputs(*rows).leaves()  # type: ignore[arg-type]
+
+
+def both_ways(forward: Callable[[Inputs], Tensor], x: Inputs) -> Callable[[], Any]:
+    """A step: outputs, and gradients of all inputs from a fixed gradient."""
+    wanted = [one for one in x if one is not None]
+    dout = torch.randn(x.v.shape, device=x.v.device).to(x.v.dtype)
+    return lambda: torch.autograd.grad(forward(x), wanted, dout)
+
+
+def states_of(kernel: Kernel, x: Inputs, lengths: tuple[int, ...]) -> Callable[[], Any]:
+    """What the scan computes beside a kernel's forward and backward pass."""
+    first = torch.zeros(len(lengths), *x.state_shape, dtype=x.wide, device=x.v.device, requires_grad=True)
+    dout = torch.randn_like(x.v)
+
+    def step() -> None:
+        with torch.no_grad():
+            maps(kernel, x, lengths)
+        out, _ = kernel.run(x, lengths, first)
+        torch.autograd.grad(out, first, dout)
+
+    return step
+
+
+def flas(x: Inputs, docs: Documents, mesh: SequenceMesh) -> Callable[[], Any] | None:
+    """flash-linear-attention's split of the delta rule; None where it has none or is not installed."""
+    if x.beta is None or x.decay.dim() == 3 or x.v.device.type != "cuda" or docs.total % mesh.sequence_size:
+        return None
+    try:
+        from fla.ops.cp import build_cp_context
+        from fla.ops.gated_delta_rule import chunk_gated_delta_rule
+    except ImportError:
+        return None
+    cu_seqlens = torch.tensor(docs.cu_seqlens, device=x.v.device)
+    context = build_cp_context(cu_seqlens, mesh.sequence_group, cu_seqlens_cpu=cu_seqlens.cpu())
+
+    def forward(x: Inputs) -> Tensor:
+        q, k, v, g, beta = (one[None] for one in x[:5] if one is not None)
+        return chunk_gated_delta_rule(q, k, v, g, beta, scale=1.0, cp_context=context)[0][0]
+
+    return both_ways(forward, x)
+
+
+def measured(docs: Documents, workload: str, shape: Shape, mesh: SequenceMesh, timer: Timer) -> tuple[str, list[Row]]:
+    """The kernel's name and the rows of one workload. Collective."""
+    device, ranks = torch.device(timer.device), mesh.sequence_size
+    layout = Layout(docs, mesh, "balanced")
+    share = docs.total // ranks
+    lengths = (share,) if len(docs.lengths) == 1 else (PACKED,) * (share // PACKED) or (share,)
+    even, local = inputs(sum(lengths), shape, device), inputs(layout.tokens(), shape, device)
+    kernel, wire = choose_kernel(Signature.of(even)), wire_of(mesh)
+    plan = plan_recurrence(layout)
+    routes: dict[str, Callable[[Inputs, Wire], Tensor]] = {
+        "scan": lambda x, wire: scan(x, plan, kernel, wire),
+        "exchange": lambda x, wire: exchange(x, layout, kernel, wire),
+    }
+    steps = {
+        "kernel": both_ways(lambda x: kernel.outputs(x, lengths), even),
+        "states": states_of(kernel, even, lengths),
+    }
+    for name, route in routes.items():
+        steps[name] = both_ways(lambda x, route=route: route(x, wire), local)  # type: ignore[misc]
+    peer = flas(inputs(share, shape, device), docs, mesh)
+    if peer is not None:
+        steps["fla.ops.cp"] = peer
+    times = dict(zip(steps, timer.milliseconds(list(steps.values())), strict=True))
+    ceiling = times["kernel"] + (times["states"] if len(docs.lengths) == 1 else 0.0)
+    rows = []
+    for name, took in times.items():
+        waited = None
+        if name in routes:
+            timed = TimedWire(wire)
+            both_ways(lambda x, name=name, timed=timed: routes[name](x, timed), local)()  # type: ignore[misc]
+            waited = timed.seconds * 1e3
+        rows.append(Row(workload, name, took, None if name in ("kernel", "states") else ceiling / took, waited))
+    return kernel.name, rows
+
+
+def workloads(tokens: int) -> dict[str, Documents]:
+    """One document, and a pack of short ones."""
+    short = max(1, min(PACKED, tokens // 8))
+    return {f"one of {tokens}": Documents([tokens]), f"{tokens} in {short}s": Documents([short] * (tokens // short))}
+
+
+def table(shape: Shape, kernel: str, ranks: int, rows: Sequence[Row]) -> str:
+    """Markdown."""
+    lines = [
+        f"{shape.rule} by `{kernel}`, {shape.key_heads} key heads and {shape.heads} value heads of {shape.dim}, "
+        f"{str(shape.dtype).removeprefix('torch.')}, {ranks} ranks",
+        "",
+        "| tokens | what | ms | of ceiling | transfers ms |",
+        "|---|---|---:|---:|---:|",
+    ]
+    for row in rows:
+        ceiling = "" if row.ceiling is None else f"{row.ceiling:.2f}"
+        transfers = "" if row.transfers is None else f"{row.transfers:.2f}"
+        lines.append(f"| {row.workload} | {row.what} | {row.time:.2f} | {ceiling} | {transfers} |")
+    return "\n".join(lines)
+
+
+def report(shape: Shape, tokens: Sequence[int], mesh: SequenceMesh, timer: Timer) -> str:
+    """The table of one rule. Collective."""
+    rows, kernel = [], ""
+    for count in tokens:
+        for name, docs in workloads(count).items():
+            kernel, found = measured(docs, name, shape, mesh, timer)
+            rows += found
+    return table(shape, kernel, mesh.sequence_size, rows)
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--tokens", default="65536,262144", help="of the whole stream, several by commas")
+    parser.add_argument("--rules", default="delta,mamba2", help=f"of {', '.join(RULES)}")
+    parser.add_argument("--heads", default="32/16", help="value and key heads")
+    parser.add_argument("--dim", type=int, default=128, help="of keys and values")
+    parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
+    args = parser.parse_args(argv)
+    rules = args.rules.split(",")
+    if wrong := [rule for rule in rules if rule not in RULES]:
+        parser.error(f"--rules must be of {', '.join(RULES)}, got {', '.join(wrong)}")
+    heads, key_heads = map(int, args.heads.split("/"))
+    dtype = torch.bfloat16 if args.device == "cuda" else torch.float32
+    with closing(init_mesh(device_type=args.device)) as mesh:
+        timer = Timer(mesh.device)
+        for rule in rules:
+            told = report(
+                Shape(rule, heads, key_heads, args.dim, dtype), list(map(int, args.tokens.split(","))), mesh, timer
+            )
+            if dist.get_rank() == 0:
+                print(f"{told}\n", flush=True)
+
+
+if __name__ == "__main__":
+    main()

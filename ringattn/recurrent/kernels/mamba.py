@@ -1,0 +1,75 @@
+"""mamba-ssm's chunk scan of Mamba-2 (package `mamba_ssm`): key heads are its groups, and it multiplies by steps itself.
+
+Whole documents go in one call, told apart by numbers of sequences. It takes one first state and gives one last state a
+row of the batch, and has no gradient through the last states of several sequences in a row: so each piece that has
+states is a call of its own. A rank has few of them.
+"""
+
+from collections.abc import Callable
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ringattn.kernels.probing import why_missing
+from ringattn.recurrent.kernels.contract import Inputs, Signature
+from ringattn.recurrent.kernels.loading import foreign_dtypes, load
+
+DISTRIBUTION = "mamba-ssm"
+FUNCTION = "mamba_ssm.ops.triton.ssd_combined.mamba_chunk_scan_combined"
+CHUNK = 256  # of all models that transformers has
+_NEEDED = {"x", "dt", "A", "B", "C", "chunk_size", "initial_states", "seq_idx", "return_final_states"}
+
+
+class Mamba:
+    name = "mamba"
+    devices: tuple[str, ...] = ("cuda",)
+
+    def missing(self, signature: Signature) -> str | None:
+        return why_missing(_function)
+
+    def refusal(self, signature: Signature) -> str | None:
+        if signature.device not in self.devices:
+            return f"runs on {' and '.join(self.devices)} tensors only, got {signature.device}"
+        if signature.delta or signature.diagonal:
+            return "computes Mamba-2 alone: no delta rule and a decay a head"
+        if not signature.steps:
+            return "takes decays as a rate a head times a step, which this call does not give"
+        return foreign_dtypes(signature.dtypes[:2])
+
+    def outputs(self, x: Inputs, lengths: tuple[int, ...]) -> Tensor:
+        return _scan(x, seq_idx=_numbers(lengths, x.v.device)) if lengths else x.v
+
+    def run(self, x: Inputs, lengths: tuple[int, ...], state: Tensor | None) -> tuple[Tensor, Tensor]:
+        outs, lasts, row = [x.v[:0]], [x.v.new_zeros(0, *x.state_shape, dtype=x.wide)], 0
+        for number, length in enumerate(lengths):
+            first = None if state is None else state[number : number + 1].mT.contiguous()
+            part = x.rows(slice(row, row + length))
+            out, last = _scan(part, initial_states=first, return_final_states=True)
+            outs.append(out)
+            lasts.append(last.mT.to(x.wide))
+            row += length
+        return torch.cat(outs), torch.cat(lasts)
+
+
+def _scan(x: Inputs, **kwargs: Any) -> Any:
+    """Its outputs (t, H, V), with the last state (1, H, V, D) if that is asked for."""
+    assert x.step is not None
+    rows = {"x": x.v, "dt": x.step, "B": x.k, "C": x.q}
+    found = _function()(**{name: one[None] for name, one in rows.items()}, A=x.decay[0], chunk_size=CHUNK, **kwargs)
+    out, *last = found if isinstance(found, tuple) else (found,)
+    out = out[0].to(x.v.dtype)
+    return (out, *last) if last else out
+
+
+@cache
+def _numbers(lengths: tuple[int, ...], device: torch.device) -> Tensor:
+    """(1, t): which piece each row is of."""
+    numbers = torch.arange(len(lengths), dtype=torch.int32)
+    return numbers.repeat_interleave(torch.tensor(lengths))[None].to(device)
+
+
+@cache  # what raises is not kept, so a repaired installation is found
+def _function() -> Callable[..., Any]:
+    return load(DISTRIBUTION, FUNCTION, _NEEDED)

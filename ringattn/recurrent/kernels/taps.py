@@ -1,0 +1,95 @@
+"""Kernels of short causal convolutions: causal-conv1d's where it is installed and right, else torch's.
+
+Both get rows that are extended by what stands before them already, so that neither needs sequences or first states.
+
+Legend: t rows, C channels, w taps.
+"""
+
+from collections.abc import Callable
+from functools import cache
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from ringattn.environment import logger
+from ringattn.kernels.probing import why_missing
+from ringattn.recurrent.kernels.loading import foreign_dtypes, load
+from ringattn.recurrent.kernels.selftest import TOLERANCE, in_a_thread
+
+# (t, C), (C, w), (C,) or None, whether SiLU follows -> (t - w + 1, C), in the dtype of the rows.
+Taps = Callable[[Tensor, Tensor, Tensor | None, bool], Tensor]
+DISTRIBUTION = "causal-conv1d"
+DEVICES = ("cuda",)
+_WIDTHS = (2, 3, 4)
+_ALIGNED = 8  # channels, of rows that stand channel by channel
+
+
+class TapsSignature(NamedTuple):
+    """What a kernel is compiled for or branches on."""
+
+    device: str
+    dtype: torch.dtype
+    channels: int
+    width: int
+    bias: bool
+    silu: bool
+
+
+def torchs(rows: Tensor, weight: Tensor, bias: Tensor | None, silu: bool) -> Tensor:
+    """By a grouped convolution."""
+    out = F.conv1d(rows.mT[None], weight[:, None], bias, groups=rows.shape[1])[0].mT
+    return F.silu(out) if silu else out
+
+
+def fused(rows: Tensor, weight: Tensor, bias: Tensor | None, silu: bool) -> Tensor:
+    """By causal-conv1d, which puts zeros before the first row: what these make is left out."""
+    out = _function()(x=rows.contiguous().mT[None], weight=weight, bias=bias, activation="silu" if silu else None)
+    return out[0].mT[weight.shape[1] - 1 :]
+
+
+@cache  # asked at every call
+def choose_taps(signature: TapsSignature) -> Taps:
+    """The fastest that is right for a call."""
+    reason = fused_refusal(signature)
+    logger().info("convolution by %s: %s", "torch" if reason else DISTRIBUTION, reason or signature)
+    return torchs if reason else fused
+
+
+def fused_refusal(signature: TapsSignature) -> str | None:
+    """Why causal-conv1d cannot do a call, as the rest of the sentence "it ...", or None."""
+    if signature.device not in DEVICES:
+        return f"runs on {' and '.join(DEVICES)} tensors only, got {signature.device}"
+    if signature.width not in _WIDTHS or signature.channels % _ALIGNED:
+        return f"takes 2 to 4 taps and a multiple of {_ALIGNED} channels, got {signature.width}, {signature.channels}"
+    return foreign_dtypes([signature.dtype]) or why_missing(_function) or in_a_thread(lambda: _failure(signature))
+
+
+def _failure(signature: TapsSignature) -> str | None:
+    """The self-test: output and gradients of a small case against float64."""
+    generator = torch.Generator().manual_seed(0)
+    shapes = [(150, signature.channels), (signature.channels, signature.width), (signature.channels,)]
+    drawn = [torch.randn(shape, generator=generator, device="cpu") for shape in shapes[: 3 if signature.bias else 2]]
+    inputs = [x.to(signature.device, signature.dtype) for x in drawn]
+    try:
+        found = _both_ways(fused, inputs, signature.silu)
+    except Exception as error:  # whatever a kernel raises
+        return f"failed its self-test: {type(error).__name__}: {str(error)[:200]}"
+    expected = _both_ways(torchs, [x.double() for x in inputs], signature.silu)
+    names = ("out", "dx", "dweight", "dbias")
+    errors = {n: ((a.double() - b).norm() / b.norm()).item() for n, a, b in zip(names, found, expected, strict=False)}
+    wrong = ", ".join(f"{n} {error:.2g}" for n, error in errors.items() if not error <= TOLERANCE[signature.dtype])
+    return f"is wrong at {signature.width} taps (relative error of {wrong})" if wrong else None
+
+
+def _both_ways(taps: Taps, inputs: list[Tensor], silu: bool) -> list[Tensor]:
+    with torch.enable_grad():
+        leaves = [x.detach().requires_grad_() for x in inputs]
+        out = taps(leaves[0], leaves[1], leaves[2] if len(leaves) > 2 else None, silu)
+        return [out.detach(), *torch.autograd.grad(out, leaves, inputs[0][: len(out)].flip(0))]
+
+
+@cache  # what raises is not kept, so a repaired installation is found
+def _function() -> Callable[..., Tensor]:
+    return load(DISTRIBUTION, "causal_conv1d.causal_conv1d_fn", {"x", "weight", "bias", "activation"})

@@ -1,0 +1,30 @@
+"""The benchmark of recurrent layers, tiny and on CPUs: every row of its table is there."""
+
+import torch
+
+from benchmarks.recurrent import Shape, report
+from ringattn.benchmarking.timing import Timer
+from tests.parallel.ranks import mesh_of
+from tests.pool import Pools
+
+
+def on_rank() -> list[str]:
+    mesh = mesh_of(2, 1)
+    timer = Timer(mesh.device, calls=1, repeats=1, warmups=0)
+    return [report(Shape(rule, 4, 2, 8, torch.float32), [128], mesh, timer) for rule in ("delta", "mamba2")]
+
+
+def test_its_table(pool: Pools) -> None:
+    delta, mamba = pool(2).run(on_rank)[0]
+    assert delta.startswith("delta by `torch`, 2 key heads and 4 value heads of 8, float32, 2 ranks\n")
+    for told in (delta, mamba):
+        rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in told.splitlines()[4:]]
+        assert [row[:2] for row in rows] == [
+            [workload, what]
+            for workload in ("one of 128", "128 in 16s")
+            for what in ("kernel", "states", "scan", "exchange")
+        ]
+        for _, what, took, ceiling, transfers in rows:
+            assert float(took) > 0
+            assert (ceiling != "") == (transfers != "") == (what in ("scan", "exchange"))
+        assert float(rows[6][4]) == 0.0, "whole documents need no transfer"

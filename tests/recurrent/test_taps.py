@@ -1,0 +1,90 @@
+"""causal-conv1d's convolution: what it is given and gives, and when it is trusted."""
+
+import re
+import sys
+from collections.abc import Callable
+from importlib.machinery import ModuleSpec
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from ringattn import Documents, Layout, MeshShape
+from ringattn.recurrent import parallel_convolution
+from ringattn.recurrent.kernels import taps
+from ringattn.recurrent.kernels.taps import TapsSignature, choose_taps, fused, fused_refusal, torchs
+
+pytestmark = pytest.mark.usefixtures("fresh_caches")
+
+CALL = TapsSignature("cpu", torch.float32, 8, 4, True, True)
+
+
+def install(monkeypatch: pytest.MonkeyPatch, change: Callable[[Tensor], Any] = lambda out: out) -> list[Any]:
+    """The package, on CPU tensors, perhaps with a fault. Returns what it is called with."""
+    calls: list[Any] = []
+
+    def causal_conv1d_fn(
+        x: Tensor, weight: Tensor, bias: Any = None, seq_idx: Any = None, initial_states: Any = None,
+        return_final_states: bool = False, final_states_out: Any = None, activation: Any = None,
+    ) -> Tensor:  # fmt: skip
+        assert x.stride(1) == 1, "rows do not stand channel by channel"
+        calls.append((x.shape, activation))
+        padded = F.pad(x, (weight.shape[1] - 1, 0))
+        out = F.conv1d(padded, weight[:, None], bias, groups=x.shape[1])
+        return change(F.silu(out) if activation == "silu" else out)
+
+    module = ModuleType("causal_conv1d")
+    module.__spec__ = ModuleSpec("causal_conv1d", None)
+    module.causal_conv1d_fn = causal_conv1d_fn  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "causal_conv1d", module)
+    monkeypatch.setattr(taps, "DEVICES", ("cpu",))
+    return calls
+
+
+@pytest.mark.parametrize("silu", [True, False])
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("width", [2, 3, 4])
+def test_both_compute_the_same(width: int, bias: bool, silu: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    install(monkeypatch)
+    x, weight, shift = torch.randn(9, 8).double(), torch.randn(8, width).double(), torch.randn(8).double()
+    given = x, weight, shift if bias else None, silu
+    torch.testing.assert_close(fused(*given), torchs(*given), rtol=1e-12, atol=1e-12)
+    for dtype in (torch.float32, torch.bfloat16):
+        assert choose_taps(TapsSignature("cpu", dtype, 8, width, bias, silu)) is fused
+
+
+def test_the_front_door_takes_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    layout = Layout(Documents([9, 1, 20]), MeshShape())
+    x, weight = torch.randn(30, 8), torch.randn(8, 4)
+    expected = parallel_convolution(x, weight, None, layout, activation="silu")
+    choose_taps.cache_clear()
+    calls = install(monkeypatch)
+    torch.testing.assert_close(parallel_convolution(x, weight, None, layout, activation="silu"), expected)
+    assert calls[-1] == ((1, 8, 30 + 3 * 3), "silu")
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (lambda out: out * 1.1, "is wrong at 4 taps .relative error of out 0.1"),
+        (lambda out: out.detach() * 0.9 + out * 0.1, "is wrong at 4 taps .relative error of dx 0.9"),
+        (lambda out: 1 / 0, "failed its self-test: ZeroDivisionError"),
+    ],
+    ids=["output", "gradients", "raises"],
+)
+def test_a_wrong_one_is_not_taken(change: Any, words: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    install(monkeypatch, change)
+    assert choose_taps(CALL) is torchs
+    assert re.match(words, fused_refusal(CALL) or "")
+
+
+def test_what_it_is_not_made_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert fused_refusal(CALL) == "runs on cuda tensors only, got cpu"
+    assert fused_refusal(CALL._replace(device="cuda")) == "is not installed: pip install causal-conv1d"
+    install(monkeypatch)
+    for changes in ({"width": 5}, {"width": 1}, {"channels": 12}):
+        assert "takes 2 to 4 taps and a multiple of 8 channels, got" in str(fused_refusal(CALL._replace(**changes)))
+    assert "got float64" in str(fused_refusal(CALL._replace(dtype=torch.float64)))

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 
-TRANSFERS = "heads", "keys", "gradients of keys", "states"
+TRANSFERS = "heads", "keys", "gradients of keys", "states", "rows of a recurrence", "features of images"
 Listener = Callable[[str], None]
 
 

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from ringattn.kept import keep, kept_already
 from ringattn.parallel.layout import Layout
+from ringattn.whereabouts import comes_to
 
 PIXELS = "pixel_values"
 _GRID = "image_grid_thw"  # (images, 3): patches of each image, whose pixels stand end to end
@@ -284,6 +285,7 @@ class _Exchange(torch.autograd.Function):
         ctx: Any, x: Tensor, sends: tuple[int, ...], receives: tuple[int, ...], group: dist.ProcessGroup
     ) -> Tensor:
         ctx.rest = sends, receives, group
+        comes_to("features of images")
         received = x.new_empty(sum(receives), *x.shape[1:])
         dist.all_to_all_single(received, x.contiguous(), list(receives), list(sends), group=group)
         return received

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from ringattn.parallel.mesh.mesh import SequenceMesh
 from ringattn.parallel.mesh.shape import MeshShape
+from ringattn.whereabouts import comes_to
 
 
 class Wire(Protocol):
@@ -28,12 +29,14 @@ class GroupWire:
         self.group = group
 
     def gather(self, x: Tensor) -> Tensor:
+        comes_to("states")
         x = x.contiguous()
         rows = x.new_empty(dist.get_world_size(self.group), *x.shape)
         dist.all_gather(list(rows.unbind()), x, group=self.group)
         return rows
 
     def exchange(self, send: Tensor, sends: Sequence[int], receives: Sequence[int]) -> Tensor:
+        comes_to("rows of a recurrence")
         received = send.new_empty(sum(receives), *send.shape[1:])
         dist.all_to_all_single(received, send.contiguous(), list(receives), list(sends), group=self.group)
         return received

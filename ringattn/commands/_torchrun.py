@@ -47,7 +47,7 @@ def torchrun(args: argparse.Namespace, where: Sequence[str] = ONE_MACHINE) -> li
     if not INSTALLED:  # a recipe finds what stands in its own folder, and not the package of its checkout
         paths = [str(HOME), os.environ.get("PYTHONPATH", "")]
         os.environ["PYTHONPATH"] = os.pathsep.join(path for path in paths if path)
-    return [sys.executable, "-m", "torch.distributed.run", *where, "--nproc-per-node", str(ranks)]
+    return [sys.executable, "-m", "ringattn.commands._agent", *where, "--nproc-per-node", str(ranks)]
 
 
 @contextmanager

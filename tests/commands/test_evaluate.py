@@ -44,7 +44,7 @@ def test_ranks_of_one_machine_meet_in_a_file(monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setattr(evaluate, "beside", noted)
     assert main(["evaluate", "--nproc", "3", "model.path=/nowhere"]) == 7
     recipe = ROOT / "recipes" / "evaluate.py"
-    assert told == [f"-m torch.distributed.run ALONE --nproc-per-node 3 {recipe} model.path=/nowhere"]
+    assert told == [f"-m ringattn.commands._agent ALONE --nproc-per-node 3 {recipe} model.path=/nowhere"]
     assert os.environ["PYTHONPATH"] == str(ROOT)
 
 

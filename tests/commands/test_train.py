@@ -68,7 +68,7 @@ def test_two_ranks_on_the_cpu_share_its_cores(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(7)), raising=False)
-    assert became() == f"-m torch.distributed.run ALONE --nproc-per-node 2 {RECIPE}"
+    assert became() == f"-m ringattn.commands._agent ALONE --nproc-per-node 2 {RECIPE}"
     assert os.environ[SHARED] == "1"
     assert os.environ["OMP_NUM_THREADS"] == "3"
     assert capsys.readouterr().err == "ringattn: 0 GPUs: 2 ranks\n"
@@ -200,7 +200,7 @@ def test_without_transformers_only_the_configuration_is_to_be_had(
 def test_machines_by_options_and_by_environment(monkeypatch: pytest.MonkeyPatch) -> None:
     by_options = became("--nodes", "2", "--node-rank", "1", "--endpoint", "a:29400", "--nproc", "4", "--id", "x")
     assert by_options == (
-        "-m torch.distributed.run --nnodes 2 --rdzv-backend c10d --rdzv-endpoint a:29400 --rdzv-conf is_host=false "
+        "-m ringattn.commands._agent --nnodes 2 --rdzv-backend c10d --rdzv-endpoint a:29400 --rdzv-conf is_host=false "
         f"--rdzv-id x --nproc-per-node 4 {RECIPE}"
     )
     for name, value in {"NNODES": "2", "NODE_RANK": "1", "ENDPOINT": "a:29400", "NPROC": "4", "JOB_ID": "x"}.items():

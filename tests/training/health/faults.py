@@ -163,7 +163,9 @@ def ranks_of(output: Path) -> list[int]:
             words = path.read_bytes().decode(errors="replace").split("\0")
         except OSError:
             continue
-        if f"run.output={output}" in words and "torch.distributed.run" not in words and "ringattn" not in words:
+        if f"run.output={output}" in words and not {"torch.distributed.run", "ringattn.commands._agent", "ringattn"} & {
+            *words
+        }:
             found.append(int(path.parent.name))
     return found
 

@@ -49,7 +49,10 @@ def fresh_caches() -> Iterator[None]:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Tests marked `slow` or `nightly` run only where `-m` asks for them."""
+    """Tests marked `slow` or `nightly` run only where `-m` asks for them. No name holds an address: workers that run
+    side by side must find the same ones."""
+    if addresses := [item.nodeid for item in items if " at 0x" in item.nodeid]:
+        raise pytest.UsageError(f"tests need names that are the same in every process, got {addresses[0]}")
     unasked = [name for name in ("slow", "nightly") if name not in config.option.markexpr]
     left_out = [item for item in items if any(item.get_closest_marker(name) for name in unasked)]
     if left_out:

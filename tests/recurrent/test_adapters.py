@@ -154,7 +154,6 @@ def test_what_is_missing_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
         (Mamba(), {"device": "cuda"}, "computes Mamba-2 alone"),
         (Mamba(), {"device": "cuda", "dtypes": SIMPLE.dtypes}, "takes decays as a rate a head times a step"),
     ],
-    ids=str,
 )
 def test_what_a_kernel_is_not_made_for(kernel: Kernel, changes: dict[str, Any], words: str) -> None:
     reason = kernel.refusal(replace(DELTA, **changes))

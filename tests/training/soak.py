@@ -14,6 +14,7 @@ import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 
@@ -25,6 +26,7 @@ from tests.training.test_runs import free_port, variables_of
 RANKS = 4
 KINDS = "kill-forward", "kill-backward", "kill-optimizer", "stop", "skip", "memory"
 DEGREES = (1, 4, 1), (1, 2, 2), (2, 2, 1), (1, 1, 4), (2, 1, 2), (4, 1, 1)  # data, ring, ulysses
+PARTS = 10
 LIMIT = 300.0  # seconds after which a part of the run hangs
 # One layer sees its whole document, the other a window, which is drawn.
 MODEL = [
@@ -34,6 +36,9 @@ MODEL = [
     "+model.config.head_dim=8",
     "+model.config.use_sliding_window=true",
     "+model.config.max_window_layers=1",
+    # Other degrees add in another order. At the recipe's 3e-3 such roundings grow until two undisturbed runs of
+    # different degrees are apart too; at this rate they stay what they are.
+    "optim.lr=3e-4",
 ]
 
 
@@ -102,16 +107,20 @@ def disturbed(output: Path, steps: int, every: int, window: int, draw: random.Ra
     assert [rank.exitcode for rank in ranks] == [0] * RANKS, (output / "ranks.log").read_text()[-3000:]
 
 
-def largest_difference(found: Curve, right: Curve) -> float:
-    """Of losses and norms, relative; infinite where steps are missing."""
+def largest_differences(found: Curve, right: Curve) -> list[float]:
+    """Of losses and norms, relative, in each tenth of the steps; infinite where steps are missing."""
     if [one[0] for one in found] != [one[0] for one in right]:
-        return float("inf")
-    pairs = [pair for a, b in zip(found, right, strict=True) for pair in zip(a[1:], b[1:], strict=True)]
-    return max(abs(a - b) / abs(b) for a, b in pairs)
+        return [float("inf")]
+    apart = [
+        max(abs(a - b) / abs(b) for a, b in zip(one[1:], other[1:], strict=True))
+        for one, other in zip(found, right, strict=True)
+    ]
+    bounds = [len(apart) * part // PARTS for part in range(PARTS + 1)]
+    return [max(apart[first:last]) for first, last in pairwise(bounds) if last > first]
 
 
-def soak(folder: Path, steps: int, every: int, seed: int = 0) -> tuple[list[str], list[Held], float]:
-    """Lines of the table of faults, what an undisturbed rank holds, and how far the curves are apart."""
+def soak(folder: Path, steps: int, every: int, seed: int = 0) -> tuple[list[str], list[Held], list[float]]:
+    """Lines of the table of faults, what an undisturbed rank holds, and how far the curves are apart by tenths."""
     draw = random.Random(seed)
     window = draw.randrange(2, 192)  # tokens, of packs of 192
     right, samples = undisturbed(folder / "undisturbed", steps, window)
@@ -119,7 +128,7 @@ def soak(folder: Path, steps: int, every: int, seed: int = 0) -> tuple[list[str]
     for line in disturbed(folder / "disturbed", steps, every, window, draw):
         print(line, file=sys.stderr, flush=True)
         lines.append(line)
-    return lines, samples, largest_difference(curve(folder / "disturbed"), right)
+    return lines, samples, largest_differences(curve(folder / "disturbed"), right)
 
 
 def main(words: Sequence[str] | None = None) -> None:
@@ -135,8 +144,9 @@ def main(words: Sequence[str] | None = None) -> None:
     print("\n| memory MiB | files | threads |\n|---|---|---|")
     for one in samples:
         print(f"| {one.memory / 1024:.0f} | {one.files} | {one.threads} |")
-    print(f"\nLosses and gradient norms are at most {apart:.1e} apart from those of the undisturbed run.")
-    assert apart < 1e-5
+    shown = ", ".join(f"{one:.1e}" for one in apart)
+    print(f"\nLosses and gradient norms are at most so far apart from the undisturbed run's, by tenths: {shown}.")
+    assert max(apart) < 1e-5
     first, last = samples[0], samples[-1]
     assert last.files <= first.files, "files are left open"
     assert last.threads <= first.threads, "threads are left"

@@ -14,7 +14,7 @@ from tests.training.soak import soak
 def test_a_run_through_faults_ends_where_the_undisturbed_one_does(tmp_path):
     lines, samples, apart = soak(tmp_path, steps=40, every=20)
     assert len(lines) == 1
-    assert apart < 1e-5
+    assert max(apart) < 1e-5
     assert len(samples) > 5
     assert samples[-1].files <= samples[0].files
     assert samples[-1].threads <= samples[0].threads

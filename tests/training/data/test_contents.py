@@ -16,7 +16,7 @@ def check(path: Path) -> str:
 
 
 BINARY = {
-    "a.txt": (gzip.compress(b"text"), ["gzip", "unpack"]),
+    "a.txt": (gzip.compress(b"text", mtime=0), ["gzip", "unpack"]),
     "b.parquet": (b"PAR1\x15\x04\x15\x00PAR1", ["Parquet", ".jsonl"]),
     "c.txt": (b"PAR1\x15\x04\x15\x00PAR1", ["Parquet"]),
     "d.PNG": (b"\x89PNG\r\n\x1a\n\x00\x00", ["PNG", "pattern"]),

@@ -187,8 +187,12 @@ def test_it_is_not_adamw(pool: Pools) -> None:
 
 
 def test_states_on_the_host_change_nothing(pool: Pools) -> None:
-    found, _ = pool(2).run(curve, 2, False, states=StateSettings(states_on="host"))[0]
-    assert found == pytest.approx(pool(1).run(alone, False)[0][0], rel=1e-4)
+    # Of as many ranks: others add gradients in another order, of which bfloat16 makes more on some CPUs than on others.
+    found, weights = pool(2).run(curve, 2, False, states=StateSettings(states_on="host"))[0]
+    expected, on_device = pool(2).run(curve, 2, False)[0]
+    assert found == pytest.approx(expected, rel=1e-6)
+    for name, weight in weights.items():
+        torch.testing.assert_close(weight, on_device[name], rtol=1e-5, atol=1e-6)
 
 
 def spoiled(step: int | None) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:

@@ -11,6 +11,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
+import numpy as np
+
 from ringattn.training.data.corpus import Corpus
 from ringattn.training.data.mixture import MixedCorpus
 from ringattn.training.packs.ordering import AnyCorpus, Place, Position, place_of
@@ -45,7 +47,7 @@ class BestFitPacker:
     Arguments:
         corpus, seq_len, seed: as for `Packer`.
         lookahead: documents that may wait, >= 1; a document waits for so many packs at most. No more wait than a
-            corpus has, or documents of many passes would wait together.
+            corpus has that are not empty, or documents of many passes would wait together.
         pad: no document that a pack can hold is cut: room that none fits is padding. By default a document is cut to
             fill it, the longest that waits, and its rest waits on.
         position: where to go on.
@@ -64,8 +66,8 @@ class BestFitPacker:
             raise ValueError(f"lookahead must be >= 1, got {lookahead}")
         position = position or BestFitPosition()
         self._stream = Packer(corpus, seq_len, seed, position=position.stream)
-        known = len(corpus) if isinstance(corpus, Corpus | MixedCorpus) else lookahead
-        self.corpus, self.seq_len, self.lookahead, self.pad = corpus, seq_len, min(lookahead, known), pad
+        known = np.count_nonzero(corpus.lengths) if isinstance(corpus, Corpus | MixedCorpus) else lookahead
+        self.corpus, self.seq_len, self.lookahead, self.pad = corpus, seq_len, min(lookahead, int(known)), pad
         self._waiting = list(position.waiting)
 
     @property

@@ -36,8 +36,8 @@ MODEL = [
     "+model.config.head_dim=8",
     "+model.config.use_sliding_window=true",
     "+model.config.max_window_layers=1",
-    # Other degrees add in another order. At the recipe's 3e-3 such roundings grow until two undisturbed runs of
-    # different degrees are apart too; at this rate they stay what they are.
+    # Other degrees add in another order. At the recipe's 3e-3 such roundings grow: two undisturbed runs of unlike
+    # degrees were 1e-7 apart at first and 3e-6 after 200 steps. At this rate they stayed at 2e-7.
     "optim.lr=3e-4",
 ]
 

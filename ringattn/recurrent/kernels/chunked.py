@@ -13,25 +13,16 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ringattn.recurrent.kernels.contract import Inputs, Signature, of_value_heads
+from ringattn.recurrent.kernels.contract import Inputs, Own, of_value_heads
 
 CHUNK = 64
 CHUNK_OF_DIAGONALS = 16  # decays by key dim make a D times larger table of a chunk's pairs
 
 
-class Chunked:
+class Chunked(Own):
     """Chunks of all pieces are prepared together; states then walk through the chunks of all pieces at a time."""
 
     name = "torch"
-
-    def missing(self, signature: Signature) -> str | None:
-        return None
-
-    def refusal(self, signature: Signature) -> str | None:
-        return None
-
-    def outputs(self, x: Inputs, lengths: tuple[int, ...]) -> Tensor:
-        return self.run(x, lengths, None)[0]
 
     def run(self, x: Inputs, lengths: tuple[int, ...], state: Tensor | None) -> tuple[Tensor, Tensor]:
         dtype, x = x.v.dtype, x.plain()

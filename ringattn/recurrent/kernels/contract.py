@@ -138,6 +138,19 @@ class Kernel(Protocol):
         """
 
 
+class Own(Kernel):
+    """A kernel in plain torch, made for every call: others are judged by it, and it by hypothesis."""
+
+    def missing(self, signature: Signature) -> str | None:
+        return None
+
+    def refusal(self, signature: Signature) -> str | None:
+        return None
+
+    def outputs(self, x: Inputs, lengths: tuple[int, ...]) -> Tensor:
+        return self.run(x, lengths, None)[0]
+
+
 def maps(kernel: Kernel, x: Inputs, lengths: tuple[int, ...]) -> tuple[Tensor, Tensor]:
     """M and U of pieces: the state at a piece's end is M · S + U of the state S at its head.
 

@@ -6,22 +6,13 @@ Slow, and its backward pass keeps a state for every token.
 import torch
 from torch import Tensor
 
-from ringattn.recurrent.kernels.contract import Inputs, Signature, of_value_heads
+from ringattn.recurrent.kernels.contract import Inputs, Own, of_value_heads
 
 
-class Tokens:
+class Tokens(Own):
     """Written as in the contract, line by line."""
 
     name = "tokens"
-
-    def missing(self, signature: Signature) -> str | None:
-        return None
-
-    def refusal(self, signature: Signature) -> str | None:
-        return None
-
-    def outputs(self, x: Inputs, lengths: tuple[int, ...]) -> Tensor:
-        return self.run(x, lengths, None)[0]
 
     def run(self, x: Inputs, lengths: tuple[int, ...], state: Tensor | None) -> tuple[Tensor, Tensor]:
         dtype, x = x.v.dtype, x.plain()

@@ -1,7 +1,8 @@
 """Failures on GPUs: how soon they are named, what restarts lose, and what saving costs.
 
     python -m benchmarks.failures faults                two ranks, NCCL over NVLink
-    python -m benchmarks.failures faults --hosts        the same, as if each rank were on a machine of its own (sockets)
+    python -m benchmarks.failures faults --hosts        the same, as if each rank were on a machine of its own
+                                                        (sockets); on one GPU both ranks have it
     python -m benchmarks.failures saving --folder /data             one rank, a model of 1.2 billion parameters
 
 Without GPUs `faults` runs on gloo and the CPU. Each part prints a table in Markdown.
@@ -54,6 +55,9 @@ def variables(rank: int, ranks: int, port: int, hosts: bool) -> dict[str, str]:
     given["PYTHONPATH"] = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
     if hosts:
         given |= {"NCCL_HOSTID": f"host{rank}", "NCCL_IB_DISABLE": "1", "NCCL_SOCKET_IFNAME": "lo"}
+        given |= {"LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1"}
+        if count := torch.cuda.device_count():
+            given["CUDA_VISIBLE_DEVICES"] = str(rank % count)
     return given
 
 

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import HealthCheck, settings
 
 from tests.caches import cached_functions, clear_caches
-from tests.pool import Pools
+from tests.pool import Pools, shares_devices
 
 # Python's own distutils and the one of setuptools exclude each other: torch's compiler wants the latter, and fails
 # where some library has imported the former before.
@@ -61,11 +61,12 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
-    """Skip `@pytest.mark.gpu` and `@pytest.mark.gpu(n)` where there are fewer than n (default 1) CUDA devices."""
+    """Skip `@pytest.mark.gpu` and `@pytest.mark.gpu(n)` where there are fewer than n (default 1) CUDA devices, and ranks
+    do not share them (`tests.pool.shares_devices`)."""
     needed = max((mark.args[0] if mark.args else 1 for mark in item.iter_markers("gpu")), default=0)
     if needed:
         import torch
 
         present = torch.cuda.device_count()
-        if present < needed:
+        if present < needed and not (present and shares_devices()):
             pytest.skip(f"needs {needed} CUDA devices, found {present}")

@@ -44,6 +44,12 @@ GRACE_SECONDS = 5.0
 LOG_TAIL = 4000
 
 
+def shares_devices() -> bool:
+    """Whether ranks of `pool(n, "cuda")` may be more than the devices: with RINGATTN_TESTS_SHARE_DEVICES=1. NCCL then
+    takes each for a machine of its own, and sends through sockets: right or wrong shows, speed does not."""
+    return os.environ.get("RINGATTN_TESTS_SHARE_DEVICES") == "1"
+
+
 Case = tuple[tuple[Any, ...], dict[str, Any]]  # positional and keyword arguments of one call
 
 
@@ -64,7 +70,7 @@ class RemoteTraceback(Exception):
 
 class Pool:
     """`world_size` processes joined by gloo (`device_type="cpu"`) or by NCCL, one per device (`"cuda"`), or on the CUDA
-    devices that there are, joined by gloo since NCCL wants a device for each (`"shared"`).
+    devices that there are, joined by gloo (`"shared"`).
 
     An exception on any rank is raised again in the caller, with the rank and the remote traceback as its cause. The
     workers stay if every rank raised the same type (a refusal); after anything else that is not a return on every rank
@@ -292,6 +298,10 @@ def _join(place: _Place) -> None:
     options: dict[str, Any] = {"rank": place.rank, "world_size": place.world_size, "timeout": COLLECTIVE_TIMEOUT}
     if place.device_type == "cuda":
         device = torch.device("cuda", place.rank)
+        if shares_devices():  # NCCL refuses two ranks of one machine on a device, so each is a machine of its own
+            device = torch.device("cuda", place.rank % torch.cuda.device_count())
+            os.environ.update(NCCL_HOSTID=f"host{rank}", NCCL_IB_DISABLE="1", NCCL_SOCKET_IFNAME="lo")
+            os.environ.update(LOCAL_RANK=str(device.index))
         torch.cuda.set_device(device)
         dist.init_process_group("nccl", store=store, device_id=device, **options)
     else:

@@ -5,6 +5,7 @@ import io
 import os
 import re
 import shlex
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -118,15 +119,22 @@ def test_the_story_as_the_tutorial_tells_it(tmp_path: Path, monkeypatch: pytest.
 
 
 def test_a_table_says_what_was_run_and_whether_it_shows_enough() -> None:
-    enough = Told(0, CPU.lengths, (1.0, 0.9, 0.1, 0.1), (1.0, 1.0, 0.9, 0.8), 0.7, 1e-6, (60.0,) * 10)
+    means = (1.0, 0.9, 0.1, 0.1), (1.0, 1.0, 0.9, 0.8)
+    enough = Told(0, CPU.lengths, *means, (0.1, 0.85), 0.92, 0.7, 1e-6, (60.0,) * 10)
     assert shown(CPU, enough)
     text = table("cpu", [enough])
     assert (
-        "| 0 | 100 % | 90 % | 10 % | 10 % | 100 % | 100 % | 90 % | 80 % | 10 % | 85 % | 70 % | 1.0e-06 | 10.0 |" in text
+        "| 0 | 100 % | 90 % | 10 % | 10 % | 100 % | 100 % | 90 % | 80 % | 10 % | 85 % | 92 % | 70 % | 1.0e-06 | 10.0 |" in text
     )
     assert all(f"- 60 s: `{command}`" in text for command in commands(CPU, 0))
-    for changes in ({"before": (1.0, 0.9, 0.3, 0.2)}, {"after": (1.0, 1.0, 0.5, 0.6)}, {"logprob_error": 1e-4}):
+    for changes in ({"beyond": (0.3, 0.9)}, {"beyond": (0.1, 0.5)}, {"whole": 0.5}, {"logprob_error": 1e-4}):
         assert not shown(CPU, Told(**{**vars(enough), **changes}))
+
+
+def test_a_needle_near_its_question_says_nothing_of_length() -> None:
+    scale = replace(CPU, lengths=(1024, 2048, 8192), depths=(0.0, 0.5, 0.9))
+    table = [[0.0, 0.25, 0.5], [0.0, 0.0, 0.75], [0.0, 0.0, 1.0]]  # 0.9 of 8,192 leaves 819 tokens
+    assert story.beyond(table, scale) == 0.5
 
 
 @pytest.mark.parametrize("name", sorted(SCALES))

@@ -3,13 +3,12 @@
     python -m benchmarks.failures faults                two ranks, NCCL over NVLink
     python -m benchmarks.failures faults --hosts        the same, as if each rank were on a machine of its own
                                                         (sockets); on one GPU both ranks have it
-    python -m benchmarks.failures saving --folder /data             one rank, a model of 1.2 billion parameters
+    python -m benchmarks.failures saving --folder /data             one rank, a model of 1.5 billion parameters
 
 Without GPUs `faults` runs on gloo and the CPU. Each part prints a table in Markdown.
 """
 
 import argparse
-import json
 import os
 import shutil
 import subprocess
@@ -17,6 +16,8 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -82,35 +83,72 @@ def run(output: Path, fault: str, hosts: bool, ranks: int, overrides: Sequence[s
     return [process.returncode for process in started]
 
 
-def faults(folder: Path, hosts: bool, overrides: Sequence[str]) -> Iterator[str]:
-    """Rows: the fault, seconds until it was written down, what was said, and how the same command went on."""
-    right: list[tuple[float, float]] = []
-    for kind, name in FAULTS.items():
-        output = folder / kind
-        memory = folder / f"{kind}-memory"
-        memory.mkdir(parents=True)
-        own = [f"run.memory_folder={memory}", *overrides]
-        codes = run(output, kind, hosts, 2, own)
-        ending = read_ending(output)
-        if kind == "none":
-            right = curve(output)
-            yield f"| {name} | | {ending.why if ending else (output / 'ranks.log').read_text()[-400:]} | | {codes} |"
-            continue
-        at = float((output / "fault-time").read_text()) if (output / "fault-time").exists() else float("nan")
-        seconds = (output / "exit.json").stat().st_mtime - at if ending else float("nan")
-        said = " ".join(ending.why.split()) if ending else "nothing"
-        extra = sorted({one["kind"] for one in read_incidents(output)}) if output.exists() else []
-        again = run(output, kind, hosts, 2, own)
-        text = (output / "ranks.log").read_text()
-        start = int(text.rsplit("from step ", 1)[1].split()[0]) if "from step " in text else 0
-        found = curve(output)
-        pairs = [pair for one, other in zip(found, right, strict=False) for pair in zip(one, other, strict=True)]
+def faults(folder: Path, hosts: bool, kinds: Sequence[str], at_once: int, overrides: Sequence[str]) -> Iterator[str]:
+    """Rows: the fault, seconds until it was written down, what was said, and how the same command went on.
+
+    Arguments:
+        kinds: of `FAULTS`; the run without a fault is always there.
+        at_once: so many of them run side by side.
+    """
+    with ThreadPoolExecutor(at_once) as threads:
+        right = threads.submit(one_fault, folder, "none", hosts, overrides)
+        others = [threads.submit(one_fault, folder, kind, hosts, overrides) for kind in kinds if kind != "none"]
+        yield right.result().row(right.result().curve)
+        for told in others:
+            yield told.result().row(right.result().curve)
+
+
+@dataclass(frozen=True)
+class Told:
+    """What came of a fault.
+
+    Arguments:
+        kind: of `FAULTS`.
+        seconds: until it was written down.
+        said: how the run ended, and kinds of incidents.
+        codes, again: exit codes of the ranks, and of the same command after it; none where nothing had failed.
+        start: the step that the second went on from.
+        curve: losses and gradient norms of all steps.
+    """
+
+    kind: str
+    seconds: float
+    said: str
+    codes: list[int]
+    again: list[int] | None
+    start: int
+    curve: list[tuple[float, float]]
+
+    def row(self, right: list[tuple[float, float]]) -> str:
+        """Beside the run without a fault."""
+        if self.again is None:
+            return f"| {FAULTS[self.kind]} | | {self.said} | | {self.codes} |"
+        pairs = [pair for one, other in zip(self.curve, right, strict=False) for pair in zip(one, other, strict=True)]
         apart = max((abs(a / b - 1) for a, b in pairs), default=0.0)
-        after = (
-            f"from step {start}, {len(found)} of {STEPS} steps, {apart:.0e} apart" if again == [0, 0] else str(again)
-        )
-        told = f"{said[:220]} ({', '.join(extra)})"
-        yield f"| {name} | {seconds:.1f} | {told} | {AT_STEP - 1 - start} | {codes}, then {after} |"
+        after = f"from step {self.start}, {len(self.curve)} of {STEPS} steps, {apart:.0e} apart"
+        after = after if self.again == [0, 0] else str(self.again)
+        lost = AT_STEP - 1 - self.start
+        return f"| {FAULTS[self.kind]} | {self.seconds:.1f} | {self.said} | {lost} | {self.codes}, then {after} |"
+
+
+def one_fault(folder: Path, kind: str, hosts: bool, overrides: Sequence[str]) -> Told:
+    """A run with a fault, and the same command again."""
+    output, memory = folder / kind, folder / f"{kind}-memory"
+    memory.mkdir(parents=True)
+    own = [f"run.memory_folder={memory}", *overrides]
+    codes = run(output, kind, hosts, 2, own)
+    ending = read_ending(output)
+    if kind == "none":
+        said = ending.why if ending else (output / "ranks.log").read_text()[-400:]
+        return Told(kind, 0.0, said, codes, None, 0, curve(output))
+    at = float((output / "fault-time").read_text()) if (output / "fault-time").exists() else float("nan")
+    seconds = (output / "exit.json").stat().st_mtime - at if ending else float("nan")
+    said = " ".join(ending.why.split()) if ending else "nothing"
+    extra = sorted({one["kind"] for one in read_incidents(output)}) if output.exists() else []
+    again = run(output, kind, hosts, 2, own)
+    text = (output / "ranks.log").read_text()
+    start = int(text.rsplit("from step ", 1)[1].split()[0]) if "from step " in text else 0
+    return Told(kind, seconds, f"{said[:220]} ({', '.join(extra)})", codes, again, start, curve(output))
 
 
 def curve(output: Path) -> list[tuple[float, float]]:
@@ -128,41 +166,43 @@ BILLION = [
     "model.config.head_dim=64",
     "data.seq_len=32768",
     "data.packs_per_step=1",
-    "run.steps=12",
-    "run.save_every=4",
+    "run.steps=50",
+    "run.save_every=24",  # so far apart that a disk of 1 GB/s has written one before the next
     "run.keep=1",
 ]
-# The recipe, with a clock around what the training waits for at a save.
+# The recipe, with a clock around what the training waits for at a save: a line for each.
 TIMED = """
-import json, runpy, sys, time
+import runpy, sys, time
 import torch
 from ringattn.training import loop
-times, save = [], loop.Trainer.save
+save = loop.Trainer.save
 def timed(self, places=None):
     if torch.cuda.is_available():
         torch.cuda.synchronize()
     began = time.perf_counter()
     save(self, places)
-    times.append(time.perf_counter() - began)
+    with open(out, "a") as file:
+        print(time.perf_counter() - began, file=file)
 loop.Trainer.save = timed
 out, sys.argv = sys.argv[1], ["recipes/train.py", *sys.argv[2:]]
-try:
-    runpy.run_path("recipes/train.py", run_name="__main__")
-finally:
-    open(out, "w").write(json.dumps(times))
+runpy.run_path("recipes/train.py", run_name="__main__")
 """
+WAYS = {
+    "wait": ("the training waits for the disk", ["run.async_save=false"]),
+    "thread": ("a thread writes it", ["run.async_save=true"]),
+    "memory": (
+        "copies in memory, a thread writes them",
+        ["run.async_save=true", "run.memory_every=24", "run.save_every=0"],
+    ),
+}
 
 
-def saving(folder: Path, overrides: Sequence[str]) -> Iterator[str]:
+def saving(folder: Path, ways: Sequence[str], overrides: Sequence[str]) -> Iterator[str]:
     """Rows: how it is saved, seconds that the training waits for a save, of a step, and bytes on disk. The last save of
     a run is waited for in every case and is left out."""
-    ways = {
-        "the training waits for the disk": ["run.async_save=false"],
-        "a thread writes it": ["run.async_save=true"],
-        "copies in memory, a thread writes them": ["run.async_save=true", "run.memory_every=4", "run.save_every=0"],
-    }
-    for number, (name, own) in enumerate(ways.items()):
-        output, times = folder / str(number), folder / f"{number}.json"
+    for way in ways:
+        name, own = WAYS[way]
+        output, times = folder / way, folder / f"{way}.txt"
         words = [sys.executable, "-c", TIMED, str(times), *BILLION, f"run.output={output}", *own, *overrides]
         done = subprocess.run(
             words, cwd=ROOT, env=variables(0, 1, free_port(), False), capture_output=True, text=True, check=False
@@ -170,7 +210,7 @@ def saving(folder: Path, overrides: Sequence[str]) -> Iterator[str]:
         if done.returncode:
             yield f"| {name} | {done.stderr[-600:]!r} | | |"
             continue
-        waits = json.loads(times.read_text())[:-1]
+        waits = [float(one) for one in times.read_text().split()][:-1]
         steps = sorted(one["seconds"] for one in read_metrics(output / "metrics.jsonl"))
         size = sum(path.stat().st_size for path in (output / "checkpoints").rglob("*") if path.is_file())
         shown = ", ".join(f"{one:.3f}" for one in waits)
@@ -183,18 +223,24 @@ def main() -> None:
     parser.add_argument("what", choices=("faults", "saving"))
     parser.add_argument("--hosts", action="store_true", help="as if each rank were on a machine of its own")
     parser.add_argument("--folder", type=Path, help="on the disk that is to be written to; default a temporary one")
+    parser.add_argument("--kinds", default=",".join(FAULTS), help="of faults; default all: %(default)s")
+    parser.add_argument("--at-once", type=int, default=1, help="so many faults side by side")
+    parser.add_argument("--ways", default=",".join(WAYS), help="of saving; default all: %(default)s")
     parser.add_argument("overrides", nargs="*")
     args = parser.parse_intermixed_args()  # options between overrides
+    kinds, ways = args.kinds.split(","), args.ways.split(",")
+    if wrong := [one for one in kinds if one not in FAULTS] + [one for one in ways if one not in WAYS]:
+        parser.error(f"--kinds must be of {', '.join(FAULTS)} and --ways of {', '.join(WAYS)}, got {', '.join(wrong)}")
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
     print(f"{device}, torch {torch.__version__}, run.hang_after={HANG_AFTER}\n")
     with tempfile.TemporaryDirectory(dir=args.folder) as folder:
         if args.what == "faults":
             print("| fault | named after, s | what was said | steps lost | exit codes, and the same command again |")
             print("|---|---|---|---|---|")
-            rows = faults(Path(folder), args.hosts, args.overrides)
+            rows = faults(Path(folder), args.hosts, kinds, args.at_once, args.overrides)
         else:
             print("| a save | seconds the training waits | median step, s | GB on disk |\n|---|---|---|---|")
-            rows = saving(Path(folder), args.overrides)
+            rows = saving(Path(folder), ways, args.overrides)
         for row in rows:
             print(row, flush=True)
 

@@ -16,7 +16,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -46,6 +46,8 @@ SMALL = [
     "run.memory_every=3",
     "run.report=false",
     f"run.hang_after={HANG_AFTER}",
+    "engine.compile=none",  # a run of these starts some twenty times
+    "run.deterministic=true",  # so that what went on is seen to be the same run
 ]
 
 
@@ -94,7 +96,7 @@ def faults(folder: Path, hosts: bool, kinds: Sequence[str], at_once: int, overri
         right = threads.submit(one_fault, folder, "none", hosts, overrides)
         others = [threads.submit(one_fault, folder, kind, hosts, overrides) for kind in kinds if kind != "none"]
         yield right.result().row(right.result().curve)
-        for told in others:
+        for told in as_completed(others):
             yield told.result().row(right.result().curve)
 
 
@@ -145,6 +147,7 @@ def one_fault(folder: Path, kind: str, hosts: bool, overrides: Sequence[str]) ->
     seconds = (output / "exit.json").stat().st_mtime - at if ending else float("nan")
     said = " ".join(ending.why.split()) if ending else "nothing"
     extra = sorted({one["kind"] for one in read_incidents(output)}) if output.exists() else []
+    print(f"{kind}: {seconds:.1f} s, {said}", file=sys.stderr, flush=True)  # what is known stays, if time runs out
     again = run(output, kind, hosts, 2, own)
     text = (output / "ranks.log").read_text()
     start = int(text.rsplit("from step ", 1)[1].split()[0]) if "from step " in text else 0

@@ -3,7 +3,7 @@
     python -m benchmarks.failures faults                two ranks, NCCL over NVLink
     python -m benchmarks.failures faults --hosts        the same, as if each rank were on a machine of its own
                                                         (sockets); on one GPU both ranks have it
-    python -m benchmarks.failures saving --folder /data             one rank, a model of 1.5 billion parameters
+    python -m benchmarks.failures saving --folder /data             one rank, a model of 1.2 billion parameters
 
 Without GPUs `faults` runs on gloo and the CPU. Each part prints a table in Markdown.
 """
@@ -159,6 +159,7 @@ def curve(output: Path) -> list[tuple[float, float]]:
     return [(one["loss"], one["grad_norm"]) for one in read_metrics(path)] if path.exists() else []
 
 
+# The shape of Llama 3.2 1B.
 BILLION = [
     "model=llama_8b",
     "model.config.num_hidden_layers=16",
@@ -167,6 +168,7 @@ BILLION = [
     "model.config.num_attention_heads=32",
     "model.config.num_key_value_heads=8",
     "model.config.head_dim=64",
+    "model.config.tie_word_embeddings=true",
     "data.seq_len=32768",
     "data.packs_per_step=1",
     "run.steps=50",

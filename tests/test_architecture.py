@@ -11,8 +11,8 @@ PACKAGE = Path(__file__).parents[1] / "ringattn"
 # Each room imports only itself and rooms before it. A room is a file or a folder; a folder stands for all that is in it
 # but for what has a line of its own. docs/architecture.md says what each is for.
 ROOMS = (
-    "first_failure", "numbered", "graph_break", "tracing", "whereabouts", "kept", "environment", "integers", "segments",
-    "mask", "boundaries", "documents", "names", "workloads", "settings",
+    "first_failure", "numbered", "graph_break", "tracing", "whereabouts", "kept", "environment", "shipped", "integers",
+    "segments", "mask", "boundaries", "documents", "names", "workloads", "settings",
     "kernels.call", "kernels.spec", "kernels.probing", "kernels.movement", "kernels.merge_triton", "kernels.merge",
     "kernels.backends", "kernels.selftest", "kernels.registry", "kernels.tuning", "kernels.support", "kernels",
     "parallel.geometry", "parallel.plan", "parallel.transport", "parallel.execution", "parallel.machine",

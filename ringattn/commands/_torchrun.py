@@ -12,12 +12,8 @@ from importlib import metadata
 from pathlib import Path
 
 from ringattn.commands._call import RANKS, integer
+from ringattn.shipped import HOME, INSTALLED
 
-PACKAGE = Path(__file__).parents[1]
-# An installed package holds recipes and configurations; in a checkout they stand beside it.
-INSTALLED = (PACKAGE / "recipes").is_dir()
-HOME = PACKAGE if INSTALLED else PACKAGE.parent
-CONFIGS = HOME / "configs"
 MEETING = "RENDEZVOUS-FILE"  # in the command of torchrun: a name that is filled in as it starts
 ONE_MACHINE = (
     "--nnodes", "1", "--rdzv-backend", "c10d", "--rdzv-endpoint", MEETING, "--rdzv-conf", "store_type=file",

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ringattn.commands._call import integer
-from ringattn.commands._torchrun import CONFIGS
+from ringattn.shipped import CONFIGS
 
 if TYPE_CHECKING:
     from omegaconf import DictConfig
@@ -57,10 +57,13 @@ def run(args: argparse.Namespace) -> int:
     from omegaconf.errors import OmegaConfBaseException
     from yaml import YAMLError
 
+    from ringattn.training.secrets import redacted
+    from ringattn.training.start.refusal import message_of
+
     try:
         _show(args, *_composed(args, overrides))
     except (ValueError, HydraException, OmegaConfBaseException, YAMLError) as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {redacted(message_of(error))}", file=sys.stderr)
         return 2
     return 0
 

@@ -22,7 +22,8 @@ import sys
 from contextlib import redirect_stdout
 from importlib.util import find_spec
 
-from ringattn.commands._torchrun import CONFIGS, HOME, add_ranks, beside, torchrun
+from ringattn.commands._torchrun import add_ranks, beside, torchrun
+from ringattn.shipped import CONFIGS, HOME
 
 RECIPE, CONFIG = HOME / "recipes" / "evaluate.py", CONFIGS / "evaluate.yaml"
 

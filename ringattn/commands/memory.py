@@ -179,7 +179,7 @@ def limits(args: argparse.Namespace, machine: "Machine") -> "Limits":
 
 def shape_of_model(args: argparse.Namespace) -> "ModelShape":
     """The shape of a model by its name or folder. Raises ValueError if there is none."""
-    from ringattn.commands._torchrun import CONFIGS
+    from ringattn.shipped import CONFIGS
 
     try:
         import yaml

@@ -38,7 +38,8 @@ from pathlib import Path
 from typing import Any
 
 from ringattn.commands._call import RANKS, integer
-from ringattn.commands._torchrun import CONFIGS, HOME, ONE_MACHINE, add_ranks, one_machine, torchrun
+from ringattn.commands._torchrun import ONE_MACHINE, add_ranks, one_machine, torchrun
+from ringattn.shipped import CONFIGS, HOME
 
 RECIPE = HOME / "recipes" / "train.py"
 

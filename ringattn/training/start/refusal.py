@@ -7,9 +7,10 @@ from difflib import get_close_matches
 from typing import Any, NoReturn
 
 from hydra.errors import HydraException
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from ringattn.shipped import CONFIGS
 from ringattn.training.failures import FailedTogether, report
 from ringattn.training.secrets import redacted
 from ringattn.training.start.launched import is_first, speaks_for_machine
@@ -30,7 +31,7 @@ def refuse(error: Exception, code: int = 2) -> NoReturn:
 
     from ringattn.training.start.meeting import CannotStart, cannot
 
-    message = redacted(_message(error))
+    message = redacted(message_of(error))
     reported = report(message)
     first = is_first(os.environ)
     if first:
@@ -42,7 +43,8 @@ def refuse(error: Exception, code: int = 2) -> NoReturn:
     sys.exit(code)
 
 
-def _message(error: Exception) -> str:
+def message_of(error: Exception) -> str:
+    """What a person is told of an error of a configuration, with the key that may have been meant."""
     # Hydra's advice to add a key with "+" is right below model.config only; elsewhere it leads to the next refusal.
     lines = [
         line
@@ -52,10 +54,22 @@ def _message(error: Exception) -> str:
     cause = error.__cause__
     advised = any(HINT in line for line in lines)
     if isinstance(error, HydraException) and isinstance(cause, OmegaConfBaseException) and not advised:
-        near = _nearest_keys(str(error).partition("'")[2].partition("'")[0], cause.parent_node)
+        unknown = str(error).partition("'")[2].partition("'")[0]
+        if options := _options_with(unknown):
+            group = unknown.partition(".")[0]
+            lines.append(f"{cause.full_key} is a key of {' and '.join(options)}; here another {group}= is chosen")
+            return "\n".join(lines)
+        near = _nearest_keys(unknown, cause.parent_node)
         meant = f"did you mean {' or '.join(near)}? The" if near else "the"
         lines.append(f"There is no key {cause.full_key!r}; {meant} keys are in configs/, each with a comment")
     return "\n".join(lines)
+
+
+def _options_with(unknown: str) -> list[str]:
+    """Shipped options, as in `data=text`, of the group of a key that have it."""
+    group, _, key = unknown.partition(".")
+    found = sorted((CONFIGS / group).glob("*.yaml")) if group.isidentifier() else []
+    return [f"{group}={path.stem}" for path in found if OmegaConf.select(OmegaConf.load(path), key) is not None]
 
 
 def _nearest_keys(unknown: str, node: Any) -> list[str]:

@@ -6,7 +6,7 @@ import pytest
 from hydra import compose, initialize_config_dir
 from hydra.errors import ConfigCompositionException
 
-from ringattn.training.start.refusal import _message
+from ringattn.training.start.refusal import message_of
 
 CONFIGS = Path(__file__).parents[3] / "configs"
 
@@ -27,7 +27,18 @@ def test_an_unknown_key_is_named_with_what_may_be_meant(override, meant):
         pytest.raises(ConfigCompositionException) as caught,
     ):
         compose("train", overrides=[override])
-    message = _message(caught.value)
+    message = message_of(caught.value)
     assert f"Could not override '{override.partition('=')[0]}'" in message
     assert (meant in message) if meant else ("did you mean" not in message)
     assert message.endswith("keys are in configs/, each with a comment")
+
+
+def test_a_key_of_another_option_is_named_with_it():
+    with (
+        initialize_config_dir(str(CONFIGS), version_base=None),
+        pytest.raises(ConfigCompositionException) as caught,
+    ):
+        compose("train", overrides=["data=sources", "data.files=[a.txt]"])
+    assert message_of(caught.value).splitlines()[1:] == [
+        "data.files is a key of data=text; here another data= is chosen"
+    ]

@@ -45,9 +45,9 @@ LOG_TAIL = 4000
 
 
 def shares_devices() -> bool:
-    """Whether ranks of `pool(n, "cuda")` may be more than the devices: with RINGATTN_TESTS_SHARE_DEVICES=1. NCCL then
+    """Whether ranks of `pool(n, "cuda")` may be more than the devices: with TESTS_SHARE_DEVICES=1. NCCL then
     takes each for a machine of its own, and sends through sockets: right or wrong shows, speed does not."""
-    return os.environ.get("RINGATTN_TESTS_SHARE_DEVICES") == "1"
+    return os.environ.get("TESTS_SHARE_DEVICES") == "1"
 
 
 Case = tuple[tuple[Any, ...], dict[str, Any]]  # positional and keyword arguments of one call

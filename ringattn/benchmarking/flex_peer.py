@@ -17,7 +17,7 @@ from ringattn.benchmarking.contestants import Entry, entry_of
 from ringattn.benchmarking.plain_ulysses import Exchange, undivided
 from ringattn.benchmarking.problem import Problem
 from ringattn.documents import Documents
-from ringattn.kernels.backends.flex import eager_attention
+from ringattn.kernels.backends.flex import eager_attention, within_reach
 from ringattn.kernels.backends.rows import as_batch, from_batch
 from ringattn.mask import Mask
 from ringattn.parallel.layout import Layout
@@ -64,7 +64,7 @@ def flex_kernel(
     made = block_mask(visible(docs, mask, device), None, None, docs.total, docs.total, device=str(device))
 
     def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        q, k, v = as_batch(q, k, v)
+        q, k, v = map(within_reach, as_batch(q, k, v))
         if not compiled:
             return from_batch(eager_attention(scale, 0.0, 0.0)(made, q, k, v)[0])
         out: Any = _compiled().attend(q, k, v, block_mask=made, scale=scale, enable_gqa=q.shape[1] != k.shape[1])

@@ -32,6 +32,9 @@ Attend = Callable[..., tuple[Tensor, Tensor]]  # (block mask, q, k, v, and with 
 # Compiled variants of one process: head dims, heads, dtypes, with and without gradients, lengths of 1, scales and caps.
 # Beyond it torch raises; it would otherwise fall back to a kernel that holds all scores in memory.
 VARIANTS = 256
+# The kernels multiply rows of keys, and in the backward pass rows of queries, by their stride in int32, and say nothing
+# where that overflows (torch 2.11 to 2.13: rows counted from block indices in _inductor/kernel/flex/templates).
+COUNTED = 2**31
 
 
 class FlexAttention:
@@ -76,7 +79,7 @@ class FlexAttention:
         if not q.shape[0] or not k.shape[0]:
             out.zero_()
             return q.new_full((q.shape[1], q.shape[0]), float("-inf"), dtype=accumulation_dtype(q.dtype))
-        inputs = block_mask(call, self.block_size, q.device), *as_batch(q, k, v)
+        inputs = block_mask(call, self.block_size, q.device), *map(within_reach, as_batch(q, k, v))
         with torch.no_grad():
             result, lse = self._attend(options)(*inputs)
             if options.dropout is not None:
@@ -92,7 +95,7 @@ class FlexAttention:
             for grad in grads:
                 grad.zero_()
             return
-        inputs = [x.detach().requires_grad_() for x in as_batch(q, k, v)]
+        inputs = [within_reach(x.detach()).requires_grad_() for x in as_batch(q, k, v)]
         mask, dropout, whole = block_mask(call, self.block_size, q.device), options.dropout, lse[None]
         with torch.enable_grad():
             part, part_lse = self._attend(options)(mask, *inputs)
@@ -107,7 +110,7 @@ class FlexAttention:
                 outputs = kept_part, kept_lse, part_lse
                 lses = kept_lse, part_lse, whole
                 cotangents = _dropout_cotangents(kept_part, lses, dout, out, dropout.p)
-        results = torch.autograd.grad(outputs, inputs, cotangents)
+        results = torch.autograd.grad(outputs, inputs, tuple(map(within_reach, cotangents)))
         for grad, result in zip(grads, results, strict=True):
             grad.copy_(from_batch(result))
 
@@ -116,6 +119,22 @@ class FlexAttention:
         if self.eager:
             return eager_attention(options.scale, options.softcap, p)
         return _compiled(options.scale, options.softcap, p, self.kernel_options)
+
+
+def within_reach(x: Tensor) -> Tensor:
+    """The same numbers of a (1, H, T, D) tensor (or (1, H, T)), copied head by head where the kernel could not count to
+    its last row otherwise.
+
+    Raises NotImplementedError if the rows of one head are too many even so.
+    """
+    if x.shape[2] * x.stride(2) <= COUNTED:
+        return x
+    if x[0, 0].numel() > COUNTED:
+        raise NotImplementedError(
+            f"flex counts the numbers of a head in int32: {x.shape[2]:,} rows of {x.shape[3]} are too many; put them "
+            "on more ranks"
+        )
+    return x.contiguous()
 
 
 def _cotangents(part: Tensor, part_lse: Tensor, lse: Tensor, dout: Tensor, out: Tensor) -> tuple[Tensor, Tensor]:

@@ -17,8 +17,9 @@ pytest.importorskip("torch.nn.attention.flex_attention")
 import pytest
 
 from ringattn.kernels.backends import flex
-from ringattn.kernels.backends.flex import FlexAttention, block_mask, row_bounds
+from ringattn.kernels.backends.flex import FlexAttention, block_mask, row_bounds, within_reach
 from ringattn.kernels.backends.reference import Reference, allowed_pairs
+from ringattn.kernels.backends.rows import as_batch
 from ringattn.kernels.merge import finite_lse, merge_
 from ringattn.kernels.selftest import failure, forget
 from ringattn.kernels.spec import Block, Call, CallSpec, Dropout, Grads, Options, SavedCall
@@ -211,6 +212,29 @@ def test_kernel_options_reach_the_kernel(fresh_caches: None) -> None:
     forget()
     wrong = FlexAttention(kernel_options={"BLOCK_M": 48})  # does not divide the tiles of the mask: torch must say so
     assert failure(wrong, CallSpec("cuda", torch.bfloat16, 64, 64, 4, 2)) is not None
+
+
+def test_rows_beyond_the_reach_of_int32_are_copied_head_by_head(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(flex, "COUNTED", 40 * 16 * 4)
+    x = torch.randn(40, 4, 16)
+    (view,) = as_batch(x)
+    assert within_reach(view) is view
+    (longer,) = as_batch(torch.cat([x, x[:1]]))
+    copy = within_reach(longer)
+    assert torch.equal(copy, longer)
+    assert copy.shape[2] * copy.stride(2) == 41 * 16
+    with pytest.raises(NotImplementedError, match="161 rows of 16"):
+        within_reach(as_batch(torch.empty(161, 4, 16))[0])
+
+
+def test_beyond_the_reach_of_int32_all_results_are_right(monkeypatch: pytest.MonkeyPatch) -> None:
+    call, options = make_call([(30, 30, 0), (25, 33, 2)], (-1, 0)), Options(DIM**-0.5)
+    shapes = (55, HEADS, DIM), (65, KEY_HEADS, DIM), (65, KEY_HEADS, DIM), (55, HEADS, DIM)
+    x = [torch.randn(shape, dtype=torch.float64) for shape in shapes]
+    plain = both_ways(EAGER, x, call, options)
+    monkeypatch.setattr(flex, "COUNTED", 70 * DIM)
+    for found, expected in zip(both_ways(EAGER, x, call, options), plain, strict=True):
+        torch.testing.assert_close(found, expected, rtol=0, atol=1e-12)
 
 
 def test_declares_what_it_can_do() -> None:

@@ -13,7 +13,7 @@ from torch.autograd.function import once_differentiable
 from ringattn.kept import kept
 from ringattn.parallel.layout import Layout
 from ringattn.recurrent.halo_plan import HaloPlan, plan_halo
-from ringattn.recurrent.kernels.taps import TapsSignature, choose_taps
+from ringattn.recurrent.kernels.taps import TapsSignature, by_channels, choose_taps
 from ringattn.recurrent.plan import check_layout
 from ringattn.recurrent.wire import Wire, wire_of
 
@@ -57,7 +57,7 @@ def convolve(
         return _nothing(x, halo, weight, bias)
     silu = activation is not None
     signature = TapsSignature(x.device.type, weight.dtype, x.shape[1], taps, bias is not None, silu)
-    out = choose_taps(signature)(extended, weight, bias, silu)
+    out = by_channels(choose_taps(signature), extended, weight, bias, silu)
     return torch.cat([out, out.new_zeros(1, x.shape[1])])[place].to(x.dtype)
 
 

@@ -15,6 +15,7 @@ from torch import Tensor
 from ringattn.kernels.probing import why_missing
 from ringattn.recurrent.kernels.contract import Inputs, Signature
 from ringattn.recurrent.kernels.loading import foreign_dtypes, load
+from ringattn.recurrent.kernels.reach import parts_of
 
 DISTRIBUTION = "mamba-ssm"
 FUNCTION = "mamba_ssm.ops.triton.ssd_combined.mamba_chunk_scan_combined"
@@ -46,21 +47,32 @@ class Mamba:
         for number, length in enumerate(lengths):
             first = None if state is None else state[number : number + 1].mT.contiguous()
             part = x.rows(slice(row, row + length))
-            out, last = _scan(part, initial_states=first, return_final_states=True)
+            out, last = _scan(part, first, last=True)
             outs.append(out)
             lasts.append(last.mT.to(x.wide))
             row += length
         return torch.cat(outs), torch.cat(lasts)
 
 
-def _scan(x: Inputs, **kwargs: Any) -> Any:
+def _scan(x: Inputs, states: Tensor | None = None, last: bool = False, seq_idx: Tensor | None = None) -> Any:
     """Its outputs (t, H, V), with the last state (1, H, V, D) if that is asked for."""
+    found = [_call(part, None if states is None else states[:, heads], last, seq_idx) for heads, part in parts_of(x)]
+    if len(found) == 1:
+        return found[0] if last else found[0][0]
+    out = torch.cat([one for one, _ in found], 1)
+    return (out, torch.cat([one for _, one in found], 1)) if last else out
+
+
+def _call(x: Inputs, states: Tensor | None, last: bool, seq_idx: Tensor | None) -> tuple[Tensor, Any]:
+    """Of heads that it can count: outputs, and the last state or None."""
     assert x.step is not None
     rows = {"x": x.v, "dt": x.step, "B": x.k, "C": x.q}
-    found = _function()(**{name: one[None] for name, one in rows.items()}, A=x.decay[0], chunk_size=CHUNK, **kwargs)
-    out, *last = found if isinstance(found, tuple) else (found,)
-    out = out[0].to(x.v.dtype)
-    return (out, *last) if last else out
+    own: dict[str, Any] = {} if seq_idx is None else {"seq_idx": seq_idx}
+    if last:
+        own = {"initial_states": states, "return_final_states": True}
+    found = _function()(**{name: one[None] for name, one in rows.items()}, A=x.decay[0], chunk_size=CHUNK, **own)
+    out, state = found if last else (found, None)
+    return out[0].to(x.v.dtype), state
 
 
 @cache

@@ -16,6 +16,7 @@ from torch.nn import functional as F
 from ringattn.environment import logger
 from ringattn.kernels.probing import why_missing
 from ringattn.recurrent.kernels.loading import foreign_dtypes, load
+from ringattn.recurrent.kernels.reach import channels_of
 from ringattn.recurrent.kernels.selftest import TOLERANCE, in_a_thread
 
 # (t, C), (C, w), (C,) or None, whether SiLU follows -> (t - w + 1, C), in the dtype of the rows.
@@ -55,6 +56,13 @@ def choose_taps(signature: TapsSignature) -> Taps:
     reason = fused_refusal(signature)
     logger().info("convolution by %s: %s", "torch" if reason else DISTRIBUTION, reason or signature)
     return torchs if reason else fused
+
+
+def by_channels(taps: Taps, rows: Tensor, weight: Tensor, bias: Tensor | None, silu: bool) -> Tensor:
+    """What `taps` computes, in parts of the channels where there are more numbers than a kernel can count."""
+    parts = [(rows[:, own], weight[own], None if bias is None else bias[own]) for own in channels_of(rows)]
+    found = [taps(*part, silu) for part in parts]
+    return found[0] if len(found) == 1 else torch.cat(found, 1)
 
 
 def fused_refusal(signature: TapsSignature) -> str | None:

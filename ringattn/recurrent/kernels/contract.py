@@ -113,9 +113,14 @@ class Signature:
 
 
 class Kernel(Protocol):
-    """What computes pieces on one device. Differentiable in all inputs and in the states."""
+    """What computes pieces on one device. Differentiable in all inputs and in the states.
+
+    Arguments:
+        distributions: packages whose versions decide what it computes, installed or not.
+    """
 
     name: str
+    distributions: tuple[str, ...] = ()
 
     def missing(self, signature: Signature) -> str | None:
         """Why what it needs for such a call is not installed, as the rest of the sentence "it ...", or None. Must not

@@ -199,6 +199,25 @@ def test_it_is_tested_once(monkeypatch: pytest.MonkeyPatch) -> None:
     assert len(calls) == 2 * first
 
 
+def test_the_map_of_a_piece_is_tested_as_it_is_computed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Forward alone: a backward pass over its columns would be compiled for nothing."""
+    calls: set[tuple[int, bool]] = set()
+    wrong = [1.0]
+
+    def noted(out: Tensor, last: Tensor) -> tuple[Tensor, Tensor]:
+        calls.add((out.shape[-1], out.requires_grad))
+        return out, last if out.requires_grad else last * wrong[0]
+
+    install(monkeypatch, noted)
+    assert selftest.failure(Fla(), DELTA) is None
+    assert calls == {(DELTA.value_dim, True), (DELTA.value_dim + DELTA.key_dim, False)}
+    wrong[0] = 0.9
+    selftest.forget()
+    reason = selftest.failure(Fla(), DELTA)
+    assert reason is not None
+    assert "is wrong at dims 8/12 (relative error of last state 0.1)" in reason
+
+
 def test_the_front_door_takes_a_package(monkeypatch: pytest.MonkeyPatch) -> None:
     install(monkeypatch)
     docs = Documents([40, 3, 27])

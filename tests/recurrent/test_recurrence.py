@@ -7,14 +7,17 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from torch.autograd.graph import saved_tensors_hooks
 
 from ringattn import Documents, Layout, MeshShape
+from ringattn.kept import keep, kept_keys
 from ringattn.recurrent.exchange import exchange
 from ringattn.recurrent.kernels.chunked import Chunked
 from ringattn.recurrent.kernels.contract import Inputs
 from ringattn.recurrent.kernels.tokens import Tokens
 from ringattn.recurrent.plan import plan_recurrence
-from ringattn.recurrent.recurrence import parallel_recurrence
+from ringattn.recurrent.price import RoutePrice
+from ringattn.recurrent.recurrence import parallel_recurrence, shape_of
 from ringattn.recurrent.scan import scan
 from tests.parallel.ranks import mesh_of
 from tests.pool import Pools
@@ -207,6 +210,50 @@ def test_over_gloo(pool: Pools, ring: int, ulysses: int) -> None:
             if case[1] == "steps":
                 grads[3], truth.grads[3] = grads[3].sum(0), rate
             assert_same(Truth(out, grads), truth)
+
+
+def in_rounds(docs: Documents, rule: str, rounds: int) -> list[torch.Tensor]:
+    layout = Layout(docs, mesh_of(4, 1), "zigzag")
+    x = inputs(rule, docs.total)
+    leaves = Inputs(*(None if one is None else layout.shard(one).clone().requires_grad_() for one in x))
+    keep(layout, ("prices", shape_of(leaves)), (RoutePrice("scan", 1.0, 1.0, rounds), RoutePrice("exchange", 2.0, 1.0)))
+    out = parallel_recurrence(leaves.q, leaves.k, leaves.v, layout, decay=leaves.decay, beta=leaves.beta)
+    assert ("recurrence", layout.mesh.sequence_rank, rounds) in kept_keys(layout), "another number of rounds was taken"
+    dout = torch.randn(x.v.shape, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
+    out.backward(layout.shard(dout))
+    return [layout.unshard(one.detach()) for one in (out, *(one.grad for one in leaves if one is not None))]
+
+
+@pytest.mark.parametrize("rule", ["delta", "diagonal"])
+def test_the_rounds_that_are_cheapest_are_taken_over_gloo(pool: Pools, rule: str) -> None:
+    docs = Documents([2, 90, 0, 1, 33])
+    x = inputs(rule, docs.total)
+    dout = torch.randn(x.v.shape, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
+    truth = alone(x, docs, dout)
+    for ranks in pool(4).run_many(in_rounds, [(docs, rule, rounds) for rounds in (1, 2, 3)]):
+        for out, *grads in ranks:
+            assert_same(Truth(out, grads), truth)
+
+
+@pytest.mark.parametrize("rounds", [1, 4])
+def test_what_is_kept_for_the_backward_pass_does_not_grow_with_the_ranks(rounds: int) -> None:
+    """Of states and maps a rank keeps those of its own pieces."""
+
+    def kept_by(ranks: int) -> int:
+        docs = Documents([8 * ranks])
+        layouts = layouts_of(docs, ranks, 1, "zigzag")
+        x = inputs("delta", docs.total)
+
+        def work(rank: int, wire: Any) -> int:
+            numbers: list[int] = []
+            leaves = Inputs(*(None if one is None else layouts[rank].shard(one).clone().requires_grad_() for one in x))
+            with saved_tensors_hooks(lambda one: numbers.append(one.numel() * (one.dim() > 3)) or one, lambda one: one):
+                scan(leaves, plan_recurrence(layouts[rank], rounds=rounds), Chunked(), wire)
+            return sum(numbers)
+
+        return max(on_ranks(ranks, work))
+
+    assert kept_by(16) == kept_by(4) > 0
 
 
 @pytest.mark.parametrize("rule", RULES)

@@ -8,8 +8,8 @@ Rows, each of forward and backward, the slowest rank's:
 - `kernel`: the kernel alone on an even share: a document of tokens / ranks, or the packed documents dealt out evenly.
 - `states`: what the scan computes beside it, alone: the maps of the share, and the share's gradient in its first state.
 - `scan`, `exchange`: ringattn over a balanced layout. `of ceiling` is (kernel + states) / time for one document, the
-  kernel's time / time for packed ones. `transfers` is the time in which this rank waited for its collectives, which
-  nothing overlaps.
+  kernel's time / time for packed ones. `transfers` is the time in which this rank stood still until its collectives
+  had arrived, after all that it computes meanwhile: what they take beside that is not seen.
 - `fla.ops.cp`: flash-linear-attention's own split of the delta rule, on contiguous shards, where it is installed.
 """
 
@@ -31,8 +31,10 @@ from ringattn.recurrent.exchange import exchange
 from ringattn.recurrent.kernels.contract import Inputs, Kernel, Signature, maps
 from ringattn.recurrent.kernels.registry import choose_kernel
 from ringattn.recurrent.plan import plan_recurrence
+from ringattn.recurrent.price import prices
+from ringattn.recurrent.recurrence import shape_of
 from ringattn.recurrent.scan import scan
-from ringattn.recurrent.wire import Wire, wire_of
+from ringattn.recurrent.wire import Arriving, Wire, wire_of
 
 # Delta rule, decays by key dim, Mamba's steps.
 RULES = {
@@ -66,27 +68,37 @@ class Row(NamedTuple):
 
 
 class TimedWire:
-    """A network whose transfers are timed: the device is waited for before and after each."""
+    """A network that times how long a rank stands still for its transfers: before each wait the device finishes what it
+    was given to compute, so that what is left is the transfer's own."""
 
     def __init__(self, wire: Wire) -> None:
         self.wire, self.seconds = wire, 0.0
 
-    def _timed(self, call: Callable[[], Tensor]) -> Tensor:
+    def timed(self, call: Callable[[], Tensor]) -> Tensor:
         start = _now()
         out = call()
         self.seconds += _now() - start
         return out
 
-    def gather(self, x: Tensor) -> Tensor:
-        return self._timed(lambda: self.wire.gather(x))
+    def start(self, send: Tensor, sends: Sequence[int], receives: Sequence[int]) -> Arriving:
+        return _TimedArriving(self, self.wire.start(send, sends, receives))
 
     def exchange(self, send: Tensor, sends: Sequence[int], receives: Sequence[int]) -> Tensor:
-        return self._timed(lambda: self.wire.exchange(send, sends, receives))
+        return self.timed(lambda: self.wire.exchange(send, sends, receives))
+
+
+class _TimedArriving(NamedTuple):
+    wire: TimedWire
+    arriving: Arriving
+
+    def wait(self) -> Tensor:
+        return self.wire.timed(self.arriving.wait)
 
 
 def _now() -> float:
+    """After what this rank computes, while its transfers, which have streams of their own, go on."""
     if torch.cuda.is_available():
-        torch.cuda.synchronize()
+        torch.cuda.current_stream().synchronize()
     return time.perf_counter()
 
 
@@ -156,7 +168,7 @@ def measured(docs: Documents, workload: str, shape: Shape, mesh: SequenceMesh, t
     lengths = (share,) if len(docs.lengths) == 1 else (PACKED,) * (share // PACKED) or (share,)
     even, local = inputs(sum(lengths), shape, device), inputs(layout.tokens(), shape, device)
     kernel, wire = choose_kernel(Signature.of(even)), wire_of(mesh)
-    plan = plan_recurrence(layout)
+    plan = plan_recurrence(layout, rounds=prices(layout, shape_of(even))[0].rounds)
     routes: dict[str, Callable[[Inputs, Wire], Tensor]] = {
         "scan": lambda x, wire: scan(x, plan, kernel, wire),
         "exchange": lambda x, wire: exchange(x, layout, kernel, wire),

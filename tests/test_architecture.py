@@ -18,16 +18,17 @@ ROOMS = (
     "parallel.geometry", "parallel.plan", "parallel.transport", "parallel.execution", "parallel.machine",
     "parallel.mesh", "parallel.placement", "parallel.schedules", "parallel.pricing", "parallel.choice",
     "parallel.simulation", "parallel.layout", "parallel.planning", "parallel",
-    "recurrent.plan", "recurrent.halo_plan", "recurrent.price", "recurrent.wire", "recurrent.kernels",
-    "recurrent.exchange", "recurrent.scan", "recurrent.convolution", "recurrent.recurrence", "recurrent",
+    "recurrent.rounds", "recurrent.plan", "recurrent.halo_plan", "recurrent.price", "recurrent.wire",
+    "recurrent.kernels", "recurrent.exchange", "recurrent.walk", "recurrent.scan", "recurrent.convolution",
+    "recurrent.recurrence", "recurrent",
     "trees", "preparation", "compiled", "attention", "drawing", "",
     "memory", "memory.planning", "hf", "training", "benchmarking", "preflight", "commands", "cli", "__main__",
 )  # fmt: skip
 # Integers only: they are computed alike on every rank, and tested without a device.
 PURE = (
     "mask", "documents", "parallel.geometry", "parallel.plan", "parallel.placement", "parallel.schedules",
-    "parallel.pricing", "parallel.choice", "parallel.simulation", "recurrent.plan", "recurrent.halo_plan",
-    "recurrent.price", "memory.planning",
+    "parallel.pricing", "parallel.choice", "parallel.simulation", "recurrent.rounds", "recurrent.plan",
+    "recurrent.halo_plan", "recurrent.price", "memory.planning",
 )  # fmt: skip
 
 

@@ -41,28 +41,28 @@ def examine_states(args: argparse.Namespace, layout: "Layout") -> dict[str, Any]
     Raises ValueError for dims below 1.
     """
     from ringattn.recurrent.plan import plan_recurrence
-    from ringattn.recurrent.price import RecurrenceShape, prices
+    from ringattn.recurrent.price import RecurrenceShape, cheaper, prices
 
     if args.recurrent is None:
         return None
     H, K = args.recurrent_heads
     shape = RecurrenceShape(K, H, args.recurrent_dim, args.recurrent_dim, *RULES[args.recurrent])
-    plans = [plan_recurrence(layout, rank) for rank in range(layout.mesh.sequence_size)]
     routes = prices(layout, shape)
+    plans = [plan_recurrence(layout, rank, routes[0].rounds) for rank in range(layout.mesh.sequence_size)]
     return {
         "rule": args.recurrent,
         "heads": [H, K],
         "dim": args.recurrent_dim,
         "cut_documents": len(plans[0].chains),
-        "route": min(routes, key=lambda one: one.seconds).route,
-        "routes": {one.route: {"seconds": one.seconds, "sent_bytes": one.sent} for one in routes},
+        "route": cheaper(routes),
+        "routes": {one.route: {"seconds": one.seconds, "sent_bytes": one.sent, "rounds": one.rounds} for one in routes},
         "ranks": [
             {
                 "rank": plan.rank,
                 "whole": len(plan.whole),
                 "cut": len(plan.cut),
                 "cut_tokens": sum(piece.size for piece in plan.cut),
-                "composed": sum(map(len, plan.ahead)),
+                "composed": sum(len(step) for one in plan.ahead for step in one.steps),
             }
             for plan in plans
         ],
@@ -81,10 +81,10 @@ def render_states(report: dict[str, Any]) -> str:
     lines = [head, "", *table(rows)]
     if len(report["ranks"]) > SHOWN:
         lines.append(f"  the first {SHOWN} of {len(report['ranks'])} ranks; --json has all")
-    rows = [["route", "ms beside the kernel", "sent MiB"]]
+    rows = [["route", "ms beside the kernel", "sent MiB", "rounds"]]
     for name, one in report["routes"].items():
         mark = "*" if name == report["route"] else " "
-        rows.append([name, f"{one['seconds'] * 1e3:.2f}{mark}", f"{one['sent_bytes'] / 2**20:.1f}"])
+        rows.append([name, f"{one['seconds'] * 1e3:.2f}{mark}", f"{one['sent_bytes'] / 2**20:.1f}", str(one["rounds"])])
     lines += ["", *table(rows, left=1), "  * chosen"]
     lines += row("", "forward and backward of one layer; the kernel's rate is a guess, not calibrated")
     return "\n".join(lines)

@@ -14,9 +14,10 @@ of piece n of a document is
 
     S_n = U_(n-1) + M_(n-1) · (U_(n-2) + M_(n-2) · ( ... U_0))                (2)
 
-in the order of the document, whoever holds the pieces. So the ranks gather the pairs (M, U) of the pieces of *cut*
-documents, each composes the prefixes that it needs, and runs its pieces from the right state. Documents that are whole
-on a rank need nothing.
+in the order of the document, whoever holds the pieces. So the pairs (M, U) of the pieces of *cut* documents travel, all
+in one round or, where there are many ranks, composed in several (`ringattn.recurrent.rounds`), and every rank runs its
+pieces from the right state. The first piece of a document has an empty state, and gives no M; the last gives nothing.
+Documents that are whole on a rank need nothing, and run while the pairs are under way.
 
 The outputs of a piece are affine in S_in as well. Let R be the gradient of the loss in S_in through the piece's own
 outputs alone. Then with the transposed map of (1)
@@ -24,9 +25,9 @@ outputs alone. Then with the transposed map of (1)
     dS_in = Mᵀ · dS_out + R                                                   (3)
 
 and since the end of a piece is the head of the next one, dS_out of a piece is dS_in of the next, and 0 for the last. So
-the ranks gather R, compose (3) from the end of each document to its head, and each runs the backward pass of its pieces
-with both S_in and dS_out known: gradients through M and U arrive in it like all others, because S_out is a function of
-the piece's inputs and of S_in.
+R travels as U does, with Mᵀ for M, from the end of each document to its head, and each rank runs the backward pass of
+its pieces with both S_in and dS_out known: gradients through M and U arrive in it like all others, because S_out is a
+function of the piece's inputs and of S_in.
 
 A causal convolution of width w needs the w - 1 rows before a piece; their gradients go back and are added.
 

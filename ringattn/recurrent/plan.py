@@ -7,12 +7,12 @@ from bisect import bisect_right
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cached_property
-from typing import Any
+from typing import Any, NamedTuple
 
 from ringattn.kept import kept
 from ringattn.kernels.spec import Range
 from ringattn.parallel.layout import Layout
+from ringattn.recurrent.rounds import Place, Round, plan_rounds
 
 
 @dataclass(frozen=True)
@@ -48,51 +48,41 @@ class RecurrencePlan:
         rank: whose plan it is.
         tokens: local rows of the rank, padding included.
         whole: its pieces that are whole documents, by local row.
-        cut: its pieces of documents that are in several pieces, by local row: those that it gives (M, U) of.
-        slots: places for every rank's cut pieces in what is gathered: the most that one rank has.
-        chains: for every cut document, in order, the gathered places of its pieces in document order; the i-th cut
-            piece of rank r is at `r * slots + i`.
+        firsts, middles, lasts: its other pieces, by where in their documents they are and then by local row.
+        chains: for every document in several pieces, in order, who holds them: a rank, and the number of the piece
+            among its cut ones, which are `firsts`, `middles` and `lasts` one after another.
+        ahead: the rounds of the forward pass, in which states walk from the document's head.
+        back: those of the backward pass, in which gradients of states walk from its end.
         communicates: whether a document is on several ranks; the same on all ranks, since a transfer is collective.
     """
 
     rank: int
     tokens: int
     whole: tuple[Piece, ...]
-    cut: tuple[Piece, ...]
-    slots: int
-    chains: tuple[tuple[int, ...], ...]
+    firsts: tuple[Piece, ...]
+    middles: tuple[Piece, ...]
+    lasts: tuple[Piece, ...]
+    chains: tuple[tuple[Place, ...], ...]
+    ahead: tuple[Round, ...]
+    back: tuple[Round, ...]
     communicates: bool
 
-    @cached_property
-    def own(self) -> frozenset[int]:
-        """Gathered places of the rank's own cut pieces."""
-        return frozenset(range(self.rank * self.slots, self.rank * self.slots + len(self.cut)))
-
-    @cached_property
-    def ahead(self) -> tuple[tuple[int, ...], ...]:
-        """The chains that this rank walks in the forward pass: as far as its own last piece."""
-        return self._needed(self.chains)
-
-    @cached_property
-    def back(self) -> tuple[tuple[int, ...], ...]:
-        """The chains that this rank walks in the backward pass: from the end to its own first piece."""
-        return self._needed(tuple(chain[::-1] for chain in self.chains))
-
-    def _needed(self, chains: tuple[tuple[int, ...], ...]) -> tuple[tuple[int, ...], ...]:
-        ends = [max((index for index, place in enumerate(chain) if place in self.own), default=-1) for chain in chains]
-        return tuple(chain[: end + 1] for chain, end in zip(chains, ends, strict=True) if end >= 0)
+    @property
+    def cut(self) -> tuple[Piece, ...]:
+        return (*self.firsts, *self.middles, *self.lasts)
 
     def __str__(self) -> str:
         """Pieces, and what each of the cut ones waits for."""
-        head = (
-            f"rank {self.rank}: {self.tokens} tokens, {len(self.whole)} whole documents, {len(self.cut)} pieces of cut "
-            f"ones; {'gathers ' + str(self.slots) + ' places a rank' if self.communicates else 'no transfer'}"
+        moved = (
+            f"{len(self.ahead)} round{'s'[: len(self.ahead) != 1]} of transfers" if self.communicates else "no transfer"
         )
-        lines = [head]
-        start = self.rank * self.slots
+        lines = [
+            f"rank {self.rank}: {self.tokens} tokens, {len(self.whole)} whole documents, {len(self.cut)} pieces of cut "
+            f"ones; {moved}"
+        ]
         for index, piece in enumerate(self.cut):
-            chain = next(chain for chain in self.chains if start + index in chain)
-            before = [divmod(place, self.slots) for place in chain[: chain.index(start + index)]]
+            chain = next(chain for chain in self.chains if (self.rank, index) in chain)
+            before = chain[: chain.index((self.rank, index))]
             waits = " ∘ ".join(f"{rank}.{place}" for rank, place in before) or "the document's start"
             lines.append(
                 f"  piece {self.rank}.{index}: document {piece.document} [{piece.first}, {piece.last}) in rows "
@@ -101,10 +91,18 @@ class RecurrencePlan:
         return "\n".join(lines)
 
 
-def plan_recurrence(layout: Layout, rank: int | None = None) -> RecurrencePlan:
-    """The plan of a sequence rank (default: the layout's own). Kept with the layout."""
+def plan_recurrence(layout: Layout, rank: int | None = None, rounds: int = 1) -> RecurrencePlan:
+    """The plan of a sequence rank (default: the layout's own). Kept with the layout.
+
+    Arguments:
+        rounds: in which states walk through cut documents; `ringattn.recurrent.price` says how many are quickest.
+
+    Raises ValueError for fewer rounds than one.
+    """
+    if not isinstance(rounds, int) or rounds < 1:
+        raise ValueError(f"rounds must be an integer >= 1, got {rounds!r}")
     rank = layout.mesh.sequence_rank if rank is None else rank
-    return kept(layout, ("recurrence", rank), lambda: _plan(pieces_of(layout), layout.tokens(rank), rank))
+    return kept(layout, ("recurrence", rank, rounds), lambda: _plan(layout, rank, rounds))
 
 
 def check_layout(layout: Any) -> None:
@@ -162,19 +160,57 @@ def _pieces(ranges: Sequence[Range], spans: list[tuple[int, int, int]], rank: in
     return tuple(out)
 
 
-def _plan(pieces: tuple[tuple[Piece, ...], ...], tokens: int, rank: int) -> RecurrencePlan:
-    documents = by_document(pieces)
-    is_cut = {document: len(parts) > 1 for document, parts in documents.items()}
-    cut = [tuple(piece for piece in held if is_cut[piece.document]) for held in pieces]
-    slots = max(map(len, cut), default=0)
-    places = {piece: holder * slots + index for holder, held in enumerate(cut) for index, piece in enumerate(held)}
-    chains = tuple(tuple(places[piece] for piece in parts) for document, parts in documents.items() if is_cut[document])
+class Roles(NamedTuple):
+    """A rank's pieces by where in their documents they are, each by local row."""
+
+    whole: tuple[Piece, ...]
+    firsts: tuple[Piece, ...]
+    middles: tuple[Piece, ...]
+    lasts: tuple[Piece, ...]
+
+    @property
+    def cut(self) -> tuple[Piece, ...]:
+        return (*self.firsts, *self.middles, *self.lasts)
+
+
+def roles_of(layout: Layout) -> tuple[Roles, ...]:
+    """Of every rank. Kept with the layout."""
+
+    def make() -> tuple[Roles, ...]:
+        lengths = layout.docs.lengths
+        ends: dict[tuple[bool, bool], int] = {(True, True): 0, (True, False): 1, (False, False): 2, (False, True): 3}
+        out = []
+        for held in pieces_of(layout):
+            found: tuple[list[Piece], ...] = ([], [], [], [])
+            for piece in held:
+                found[ends[piece.first == 0, piece.last == lengths[piece.document]]].append(piece)
+            out.append(Roles(*map(tuple, found)))
+        return tuple(out)
+
+    return kept(layout, "roles", make)
+
+
+def chains_of(layout: Layout) -> tuple[tuple[Place, ...], ...]:
+    """Who holds the pieces of each document in several pieces, in document order. Kept with the layout."""
+
+    def make() -> tuple[tuple[Place, ...], ...]:
+        places = {
+            piece: (rank, number) for rank, one in enumerate(roles_of(layout)) for number, piece in enumerate(one.cut)
+        }
+        documents = by_document(pieces_of(layout)).values()
+        return tuple(tuple(places[piece] for piece in parts) for parts in documents if len(parts) > 1)
+
+    return kept(layout, "chains", make)
+
+
+def _plan(layout: Layout, rank: int, rounds: int) -> RecurrencePlan:
+    chains, ranks = chains_of(layout), layout.mesh.sequence_size
     return RecurrencePlan(
-        rank=rank,
-        tokens=tokens,
-        whole=tuple(piece for piece in pieces[rank] if not is_cut[piece.document]),
-        cut=cut[rank],
-        slots=slots,
+        rank,
+        layout.tokens(rank),
+        *roles_of(layout)[rank],
         chains=chains,
-        communicates=any(len({piece.rank for piece in parts}) > 1 for parts in documents.values()),
+        ahead=plan_rounds(chains, rank, ranks, rounds),
+        back=plan_rounds([chain[::-1] for chain in chains], rank, ranks, rounds),
+        communicates=any(len({holder for holder, _ in chain}) > 1 for chain in chains),
     )

@@ -16,7 +16,7 @@ from ringattn.recurrent.exchange import exchange, head_shares
 from ringattn.recurrent.kernels.contract import Inputs, Signature
 from ringattn.recurrent.kernels.registry import choose_kernel
 from ringattn.recurrent.plan import check_layout, plan_recurrence
-from ringattn.recurrent.price import ROUTES, RecurrenceShape, cheaper_route
+from ringattn.recurrent.price import ROUTES, RecurrenceShape, cheaper, prices
 from ringattn.recurrent.scan import scan
 from ringattn.recurrent.wire import Wire, wire_of
 from ringattn.tracing import untraced
@@ -110,16 +110,19 @@ def shape_of(x: Inputs) -> RecurrenceShape:
 
 
 def _compute(x: Inputs, layout: Layout, wire: Wire, backend: str, route: str) -> Tensor:
+    rounds = 1
     if layout.mesh.sequence_size == 1:
         route = "scan"  # no document is cut
-    elif route == "auto":
+    else:
         shape = shape_of(x)
-        route = kept(layout, ("route", shape), lambda: cheaper_route(layout, shape))
+        priced = kept(layout, ("prices", shape), lambda: prices(layout, shape))
+        rounds = priced[0].rounds
+        route = cheaper(priced) if route == "auto" else route
     with _without_autocast(x.v):
         kernel = choose_kernel(_signature(x, layout, route), backend)
         if route == "exchange":
             return exchange(x, layout, kernel, wire)
-        return scan(x, plan_recurrence(layout), kernel, wire)
+        return scan(x, plan_recurrence(layout, rounds=rounds), kernel, wire)
 
 
 def _signature(x: Inputs, layout: Layout, route: str) -> Signature:

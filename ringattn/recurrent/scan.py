@@ -1,9 +1,23 @@
-"""The scan: states walk through the pieces of cut documents as affine maps, forward and backward.
+"""The scan: every piece of a document is run from the state before it, forward and backward.
 
-Legend: t tokens, H value heads, D key dim, V value dim, n cut pieces of this rank, P ranks, s places a rank.
+A piece is the first, a middle or the last one of its document, and each takes what it needs and no more:
+
+    forward                                        backward
+    firsts run, which gives their last states U    middles and lasts run again, for R, and lasts' gradients
+    middles' maps (M, U)                           R leaves
+    (M, U) leave                                     whole documents' gradients
+      whole documents run                            firsts run again
+    states arrive                                  gradients of last states arrive
+    middles and lasts run from them                firsts' and middles' gradients
+
+What is indented is computed while the first round is under way. In the backward pass it is autograd that runs whole
+documents there: of what is ready it takes what was made last, and they are made between the two functions of the cut
+pieces.
+
+Legend: t tokens, H value heads, D key dim, V value dim, n cut pieces of this rank.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
@@ -13,61 +27,74 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from ringattn.kept import kept
-from ringattn.recurrent.kernels.contract import Inputs, Kernel, apply_map, apply_transposed, maps
+from ringattn.recurrent.kernels.contract import Inputs, Kernel, maps, transposed
 from ringattn.recurrent.plan import Piece, RecurrencePlan
+from ringattn.recurrent.walk import Shapes, Walk
 from ringattn.recurrent.wire import Wire
 
 
 @dataclass(frozen=True)
-class Scan:
-    """What the pieces of cut documents are computed with."""
+class _Again:
+    """Pieces that were run once more, with a graph from their rows and first states."""
+
+    rows: Inputs
+    first: Tensor | None
+    out: Tensor
+    last: Tensor
+
+    def gradients(self, dout: Tensor, dlast: Tensor | None) -> list[Tensor | None]:
+        """Of the rows, in their order, and of the first states if there are any; nothing is done without pieces."""
+        leaves = [one for one in (*self.rows, self.first) if one is not None]
+        if not len(self.last):
+            found = iter([torch.zeros_like(one) for one in leaves])
+        else:
+            last = [] if dlast is None else [dlast.to(self.last)]
+            found = iter(torch.autograd.grad([self.out, self.last][: 1 + len(last)], leaves, [dout, *last]))
+        return [None if one is None else next(found) for one in (*self.rows, self.first)]
+
+
+@dataclass
+class _Job:
+    """One call: what its two functions hand each other, in both passes."""
 
     plan: RecurrencePlan
     kernel: Kernel
     wire: Wire
+    walk: Walk | None = None
+    maps: Tensor | None = None
+    middles: tuple[_Again, Tensor] | None = None
+    lasts: list[Tensor | None] | None = None
 
-    @property
-    def lengths(self) -> tuple[int, ...]:
-        return tuple(piece.size for piece in self.plan.cut)
-
-    def gathered(self, parts: Sequence[Tensor]) -> list[Tensor]:
-        """Something for each cut piece, (n, ...) each, of all ranks in their places: (P s, ...) each. Collective if the
-        plan communicates."""
-        message = torch.cat([part.flatten(1) for part in parts], 1)
-        padded = message.new_zeros(self.plan.slots, message.shape[1])
-        padded[: len(message)] = message
-        if self.plan.communicates:
-            rows = self.wire.gather(padded).flatten(0, 1)
-        else:  # places of other ranks are in no chain that this one walks
-            rows = message.new_zeros((self.plan.rank + 1) * self.plan.slots, message.shape[1])
-            rows[self.plan.rank * self.plan.slots :] = padded
-        pieces = rows.split([part[0].numel() if len(part) else part.shape[1:].numel() for part in parts], 1)
-        return [rows.reshape(len(rows), *part.shape[1:]) for rows, part in zip(pieces, parts, strict=True)]
-
-    def walk(
-        self, chains: Sequence[Sequence[int]], step: Callable[[Tensor, list[int]], Tensor], like: Tensor
-    ) -> Tensor:
-        """What every cut piece of this rank finds when its turn comes, (n, H, D, V): zeros at the start of a chain,
-        then what `step` made of that at the piece before.
+    def start(self, x: Inputs, back: bool, maps: Tensor, states: Sequence[tuple[int, Tensor]]) -> None:
+        """The first round leaves.
 
         Arguments:
-            step: from the values at some places, and the places, to those at the next.
-            like: (..., H, D, V), the shape and dtype of a value.
+            maps: of the middles, in the direction of the walk.
+            states: those that pieces give, (pieces, H, D, V) each, from which number on.
         """
-        found = like.new_zeros(len(self.plan.cut), *like.shape[1:])
-        first = self.plan.rank * self.plan.slots
-        ordered = sorted(chains, key=len, reverse=True)
-        value = like.new_zeros(len(ordered), *like.shape[1:])
-        for depth in range(len(ordered[0]) if ordered else 0):
-            active = [chain for chain in ordered if len(chain) > depth]
-            places = [chain[depth] for chain in active]
-            value = value[: len(active)]
-            own = [index for index, place in enumerate(places) if place in self.plan.own]
-            if own:
-                found[[places[index] - first for index in own]] = value[own]
-            if depth < len(ordered[0]) - 1:
-                value = step(value, places)
-        return found
+        plan = self.plan
+        held: list[Tensor | None] = [None] * len(plan.cut)
+        matrices = list(held)
+        matrices[len(plan.firsts) : len(plan.firsts) + len(plan.middles)] = maps.unbind()
+        for start, values in states:
+            held[start : start + len(values)] = values.unbind()
+        like = x.v.new_empty(0, dtype=x.wide)
+        shapes = Shapes(torch.Size(x.map_shape), torch.Size(x.state_shape), like)
+        wire = self.wire if plan.communicates else None
+        self.walk = Walk(plan.back if back else plan.ahead, wire, shapes, matrices, held)
+
+    def finish(self, x: Inputs, pieces: range) -> Tensor:
+        """What some of the cut pieces find, (pieces, H, D, V), none of which begins its document. Collective."""
+        assert self.walk is not None, "a walk is finished that was not begun"
+        found, self.walk = self.walk.finish(), None
+        return _stack([found[number] for number in pieces], x)
+
+    def again(self, x: Inputs, pieces: Sequence[Piece], state: Tensor | None) -> _Again:
+        """Pieces run once more, for their gradients."""
+        with torch.enable_grad():
+            rows = x.leaves()
+            first = None if state is None else state.detach().requires_grad_()
+            return _Again(rows, first, *_run(self.kernel, rows, pieces, first))
 
 
 def scan(x: Inputs, plan: RecurrencePlan, kernel: Kernel, wire: Wire) -> Tensor:
@@ -76,54 +103,129 @@ def scan(x: Inputs, plan: RecurrencePlan, kernel: Kernel, wire: Wire) -> Tensor:
     So is its backward pass: the loss of every rank must depend on its output.
     """
     out: list[Tensor] = []
-    if plan.whole:
-        out.append(kernel.outputs(x.rows(_rows(plan.whole)), tuple(piece.size for piece in plan.whole)))
+    job = _Job(plan, kernel, wire)
     if plan.communicates or plan.cut:
         cut = x.rows(_rows(plan.cut))
-        out.append(_Pieces.apply(*cut, Scan(plan, kernel, wire)))
-    if len(out) == 1 and len(out[0]) == plan.tokens and not (plan.whole and plan.cut):
-        held = plan.whole or plan.cut
-        if [piece.row for piece in held] == sorted(piece.row for piece in held):
-            return out[0]
+        opened, ticket = _Opened.apply(job, *cut)
+        out.append(opened)
+    if plan.whole:
+        out.insert(0, kernel.outputs(x.rows(_rows(plan.whole)), tuple(piece.size for piece in plan.whole)))
+    if plan.communicates or plan.cut:
+        later = cut.rows(slice(_tokens(plan.firsts), None))
+        out.append(_Followed.apply(job, ticket, *(None if one is None else one.detach() for one in later)))
+    if out and _in_order(plan):  # the last one stays, empty or not: its backward pass is collective
+        out = [one for one in out[:-1] if len(one)] + out[-1:]
+        return out[0] if len(out) == 1 else torch.cat(out)
     # A rank that computes nothing has an output all the same, and gradients of 0.
     nothing = sum((one[:0].sum().to(x.v.dtype) for one in x if one is not None), x.v.new_zeros(1, *x.v.shape[1:]))
-    rows = torch.cat([*out, nothing])
-    return rows[_places(plan, x.v.device)]
+    return torch.cat([*out, nothing])[_places(plan, x.v.device)]
 
 
-class _Pieces(torch.autograd.Function):
-    """The pieces of cut documents: their rows, end to end, to their outputs."""
+class _Opened(torch.autograd.Function):
+    """The rows of cut pieces, end to end, to the outputs of the first ones; then states are under way.
+
+    Its backward pass is the last part: all gradients of the rows.
+    """
 
     @staticmethod
-    def forward(ctx: Any, *args: Any) -> Tensor:
-        *rows, job = args
-        x = Inputs(*rows)
-        M, U = job.gathered(maps(job.kernel, x, job.lengths))
-        states = job.walk(job.plan.ahead, lambda S, at: apply_map(M[at], S) + U[at], U)
-        out, _ = job.kernel.run(x, job.lengths, states)
+    def forward(ctx: Any, job: _Job, *rows: Any) -> tuple[Tensor, Tensor]:
+        plan, x = job.plan, Inputs(*rows)
+        firsts, middles, _ = _parts(x, plan)
+        out, last = _run(job.kernel, firsts, plan.firsts, None)
+        if plan.middles:
+            M, U = maps(job.kernel, middles, tuple(piece.size for piece in plan.middles))
+        else:
+            M, U = (x.v.new_empty(0, *shape, dtype=x.wide) for shape in (x.map_shape, x.state_shape))
+        job.maps = M
+        job.start(x, False, M, [(0, last), (len(plan.firsts), U)])
         ctx.job = job
-        ctx.save_for_backward(*x, M, states)
-        return out if len(out) else out.clone()  # no input is returned as it is
+        ctx.save_for_backward(*firsts)
+        return out, last.new_zeros(1)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        job: Scan = ctx.job
+        job, x = ctx.job, Inputs(*ctx.saved_tensors)
+        plan = job.plan
+        firsts = job.again(x, plan.firsts, None)
+        ends = job.finish(x, range(len(plan.firsts) + len(plan.middles)))
+        (middles, dout), lasts = job.middles, job.lasts
+        job.middles = job.lasts = None
+        found = [
+            firsts.gradients(grads[0], ends[: len(plan.firsts)]),
+            middles.gradients(dout, ends[len(plan.firsts) :]),
+            lasts,
+        ]
+        return None, *(_joined(part) for part in zip(*(one[: len(x)] for one in found), strict=True))
+
+
+class _Followed(torch.autograd.Function):
+    """The rows of middle and last pieces to their outputs, from the states that have arrived.
+
+    Its backward pass is the first part: the gradients of their first states leave. Those of the rows are given by
+    `_Opened`, by way of the ticket.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, job: _Job, ticket: Tensor, *rows: Any) -> Tensor:
+        plan, x = job.plan, Inputs(*rows)
+        states = job.finish(x, range(len(plan.firsts), len(plan.cut)))
+        out, _ = _run(job.kernel, x, (*plan.middles, *plan.lasts), states)
+        ctx.job = job
+        ctx.save_for_backward(*x, job.maps, states)
+        job.maps = None
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        job: _Job = ctx.job
         *inputs, M, states = ctx.saved_tensors
-        x = Inputs(*inputs)
-        with torch.enable_grad():
-            leaves, heads = x.leaves(), states.detach().requires_grad_()
-            out, last = job.kernel.run(leaves, job.lengths, heads)
-        R = torch.zeros_like(states)
-        if job.lengths:
-            (R,) = torch.autograd.grad(out, heads, grads[0], retain_graph=True)
-        (R,) = job.gathered([R])
-        ends = job.walk(job.plan.back, lambda dS, at: apply_transposed(M[at], dS) + R[at], R)
-        if not job.lengths:
-            return *(None if one is None else torch.zeros_like(one) for one in x), None
-        wanted = [one for one in leaves if one is not None]
-        found = iter(torch.autograd.grad([out, last], wanted, [grads[0], ends.to(last)]))
-        return *(None if one is None else next(found) for one in leaves), None
+        plan, x = job.plan, Inputs(*inputs)
+        rows, count = _tokens(plan.middles), len(plan.middles)
+        middles = job.again(x.rows(slice(rows)), plan.middles, states[:count])
+        lasts = job.again(x.rows(slice(rows, None)), plan.lasts, states[count:])
+        R = torch.zeros_like(states[:count])
+        if count:
+            assert middles.first is not None
+            (R,) = torch.autograd.grad(middles.out, middles.first, grads[0][:rows], retain_graph=True)
+        found = lasts.gradients(grads[0][rows:], None)
+        assert found[-1] is not None
+        job.middles, job.lasts = (middles, grads[0][:rows]), found
+        at = len(plan.firsts)
+        job.start(x, True, transposed(M), [(at, R), (at + count, found[-1])])
+        return None, grads[0].new_zeros(1, dtype=x.wide), *[None] * len(x)
+
+
+def _run(kernel: Kernel, x: Inputs, pieces: Sequence[Piece], state: Tensor | None) -> tuple[Tensor, Tensor]:
+    if not pieces:  # new tensors: a function returns no input as it is
+        return torch.empty_like(x.v), x.v.new_empty(0, *x.state_shape, dtype=x.wide)
+    return kernel.run(x, tuple(piece.size for piece in pieces), state)
+
+
+def _parts(x: Inputs, plan: RecurrencePlan) -> tuple[Inputs, Inputs, Inputs]:
+    """The rows of firsts, middles and lasts."""
+    a = _tokens(plan.firsts)
+    b = a + _tokens(plan.middles)
+    return x.rows(slice(a)), x.rows(slice(a, b)), x.rows(slice(b, None))
+
+
+def _tokens(pieces: Sequence[Piece]) -> int:
+    return sum(piece.size for piece in pieces)
+
+
+def _joined(parts: Sequence[Tensor | None]) -> Tensor | None:
+    """End to end, without a copy where one alone has rows; None where there is no such input."""
+    given = [one for one in parts if one is not None]
+    held = [one for one in given if len(one)] or given[:1]
+    return torch.cat(held) if len(held) > 1 else held[0] if held else None
+
+
+def _stack(found: Sequence[Tensor | None], x: Inputs) -> Tensor:
+    """(n, H, D, V), also of none."""
+    states = [one for one in found if one is not None]
+    assert len(states) == len(found), "a piece begins its document that should not"
+    return torch.stack(states) if states else x.v.new_empty(0, *x.state_shape, dtype=x.wide)
 
 
 def _rows(pieces: Sequence[Piece]) -> Tensor | slice:
@@ -133,6 +235,12 @@ def _rows(pieces: Sequence[Piece]) -> Tensor | slice:
     if all(a.rows[1] == b.row for a, b in pairwise(pieces)):
         return slice(pieces[0].row, pieces[-1].rows[1])
     return torch.cat([torch.arange(*piece.rows) for piece in pieces])
+
+
+def _in_order(plan: RecurrencePlan) -> bool:
+    """Whether outputs end to end are the local rows as they are: no padding, and pieces in the order of rows."""
+    rows = [piece.row for piece in (*plan.whole, *plan.cut)]
+    return rows == sorted(rows) and _tokens(plan.whole) + _tokens(plan.cut) == plan.tokens
 
 
 def _places(plan: RecurrencePlan, device: torch.device) -> Tensor:

@@ -1,6 +1,7 @@
-"""What recurrences ask of the network: to gather something small from all ranks, and to exchange rows unevenly."""
+"""What recurrences ask of the network: to exchange rows unevenly, and to compute something else meanwhile."""
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Protocol
 
 import torch.distributed as dist
@@ -11,15 +12,22 @@ from ringattn.parallel.mesh.shape import MeshShape
 from ringattn.whereabouts import comes_to
 
 
+class Arriving(Protocol):
+    """Rows under way."""
+
+    def wait(self) -> Tensor:
+        """They are there, for what this thread computes next. To be called once, on every rank."""
+
+
 class Wire(Protocol):
     """Both calls are collective over the sequence ranks, in one order on all of them."""
 
-    def gather(self, x: Tensor) -> Tensor:
-        """Every rank's x (n, ...), of one shape: (ranks, n, ...)."""
+    def start(self, send: Tensor, sends: Sequence[int], receives: Sequence[int]) -> Arriving:
+        """Rows for every rank, end to end, (sum of sends, ...) -> every rank's rows for this one (sum of receives,
+        ...), which arrive while something else is computed."""
 
     def exchange(self, send: Tensor, sends: Sequence[int], receives: Sequence[int]) -> Tensor:
-        """Rows for every rank, end to end, (sum of sends, ...) -> every rank's rows for this one (sum of receives,
-        ...)."""
+        """The same, waited for."""
 
 
 class GroupWire:
@@ -28,12 +36,11 @@ class GroupWire:
     def __init__(self, group: dist.ProcessGroup) -> None:
         self.group = group
 
-    def gather(self, x: Tensor) -> Tensor:
-        comes_to("states")
-        x = x.contiguous()
-        rows = x.new_empty(dist.get_world_size(self.group), *x.shape)
-        dist.all_gather(list(rows.unbind()), x, group=self.group)
-        return rows
+    def start(self, send: Tensor, sends: Sequence[int], receives: Sequence[int]) -> Arriving:
+        send = send.contiguous()
+        received = send.new_empty(sum(receives), *send.shape[1:])
+        work = dist.all_to_all_single(received, send, list(receives), list(sends), group=self.group, async_op=True)
+        return _Work(send, received, work)
 
     def exchange(self, send: Tensor, sends: Sequence[int], receives: Sequence[int]) -> Tensor:
         comes_to("rows of a recurrence")
@@ -42,11 +49,35 @@ class GroupWire:
         return received
 
 
+@dataclass(frozen=True)
+class _Work:
+    """A collective under way; what is sent stays until it has left."""
+
+    send: Tensor
+    received: Tensor
+    work: dist.Work
+
+    def wait(self) -> Tensor:
+        comes_to("states")
+        self.work.wait()
+        return self.received
+
+
+@dataclass(frozen=True)
+class Here:
+    """Rows that are there already."""
+
+    rows: Tensor
+
+    def wait(self) -> Tensor:
+        return self.rows
+
+
 class OneRank:
     """The network of a single rank: what it sends it has."""
 
-    def gather(self, x: Tensor) -> Tensor:
-        return x[None]
+    def start(self, send: Tensor, sends: Sequence[int], receives: Sequence[int]) -> Arriving:
+        return Here(send)
 
     def exchange(self, send: Tensor, sends: Sequence[int], receives: Sequence[int]) -> Tensor:
         return send

@@ -1,7 +1,12 @@
 """Kernels of other packages: what they are given and give, when they are trusted, and which one is chosen."""
 
+import inspect
+import json
 import re
+import sys
 from dataclasses import replace
+from pathlib import Path
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
@@ -10,7 +15,7 @@ from torch import Tensor
 
 from ringattn import Documents, Layout, MeshShape
 from ringattn.recurrent import parallel_recurrence
-from ringattn.recurrent.kernels import registry, selftest
+from ringattn.recurrent.kernels import registry, selftest, verdicts
 from ringattn.recurrent.kernels.contract import Inputs, Kernel, Signature
 from ringattn.recurrent.kernels.fla import Fla
 from ringattn.recurrent.kernels.mamba import Mamba
@@ -28,6 +33,13 @@ SIMPLE = replace(DELTA, dtypes=(FLOAT, FLOAT, FLOAT, None, None))
 STEPS = replace(DELTA, dtypes=(FLOAT, FLOAT, FLOAT, None, FLOAT))
 ALL = [DELTA, replace(DELTA, diagonal=True), SIMPLE, replace(SIMPLE, diagonal=True), STEPS]
 NOT_INSTALLED = "is not installed: pip install flash-linear-attention"
+
+
+@pytest.fixture(autouse=True)
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Where results are kept."""
+    monkeypatch.setenv("RINGATTN_CACHE_DIR", str(tmp_path))
+    return tmp_path
 
 
 def kernels_of(rule: str) -> list[Kernel]:
@@ -187,6 +199,25 @@ def test_it_is_tested_once(monkeypatch: pytest.MonkeyPatch) -> None:
     assert len(calls) == 2 * first
 
 
+def test_the_map_of_a_piece_is_tested_as_it_is_computed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Forward alone: a backward pass over its columns would be compiled for nothing."""
+    calls: set[tuple[int, bool]] = set()
+    wrong = [1.0]
+
+    def noted(out: Tensor, last: Tensor) -> tuple[Tensor, Tensor]:
+        calls.add((out.shape[-1], out.requires_grad))
+        return out, last if out.requires_grad else last * wrong[0]
+
+    install(monkeypatch, noted)
+    assert selftest.failure(Fla(), DELTA) is None
+    assert calls == {(DELTA.value_dim, True), (DELTA.value_dim + DELTA.key_dim, False)}
+    wrong[0] = 0.9
+    selftest.forget()
+    reason = selftest.failure(Fla(), DELTA)
+    assert reason is not None
+    assert "is wrong at dims 8/12 (relative error of last state 0.1)" in reason
+
+
 def test_the_front_door_takes_a_package(monkeypatch: pytest.MonkeyPatch) -> None:
     install(monkeypatch)
     docs = Documents([40, 3, 27])
@@ -197,3 +228,95 @@ def test_the_front_door_takes_a_package(monkeypatch: pytest.MonkeyPatch) -> None
     torch.testing.assert_close(found[0], found[2])
     torch.testing.assert_close(found[1], found[2])
     assert list(registry.KERNELS) == ["mamba", "fla", "torch", "tokens"]
+
+
+def guarded_module(monkeypatch: pytest.MonkeyPatch, *, broken: bool, tilelang: bool) -> None:
+    """The delta rule in a module that calls `chunk_bwd_dqkwg`, which begins as fla 0.6.0's does."""
+
+    def chunk_bwd_dqkwg(q: Any, k: Any, v: Any, do: Any, h: Any, dh: Any, w: Any = None, g: Any = None) -> Any:
+        if tilelang and h.dtype == q.dtype and v.shape[2] % k.shape[2] == 0:
+            return torch.empty_like(q)
+        if g is not None and broken:
+            raise RuntimeError("Triton >= 3.4.0 and < 3.7.1 is wrong here: upgrade Triton or install tilelang")
+        return q.new_empty(k.shape)
+
+    module = ModuleType("fla.rule")
+    module.chunk_bwd_dqkwg = chunk_bwd_dqkwg  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "fla.rule", module)
+    for path in ("gated_delta_rule.chunk_gated_delta_rule", "simple_gla.chunk_simple_gla"):
+        package, name = path.split(".")
+        inspect.unwrap(getattr(sys.modules[f"fla.ops.{package}"], name)).__module__ = "fla.rule"
+
+
+@pytest.mark.parametrize("tilelang", [False, True])
+def test_what_fla_itself_refuses_is_known_before_anything_is_computed(
+    tilelang: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """For the two rules whose backward pass it is, by the versions and the backends that fla itself asks."""
+    calls: list[int] = []
+    install(monkeypatch, lambda out, last: calls.append(0) or (out, last))
+    guarded_module(monkeypatch, broken=True, tilelang=tilelang)
+    half = replace(DELTA, dtypes=(HALF, HALF, FLOAT, HALF, None))
+    simple, kimi = replace(half, dtypes=(HALF, HALF, FLOAT, None, None)), replace(half, diagonal=True)
+    refused = {one: registry.refusal(Fla(), one) for one in (half, simple, kimi, replace(simple, diagonal=True))}
+    words = "refuses its own backward pass here: Triton >= 3.4.0 and < 3.7.1 is wrong here: upgrade Triton or install"
+    assert refused.pop(simple) == ("package", f"{words} tilelang"), "tilelang takes no states of another dtype"
+    assert refused.pop(half) == (None if tilelang else ("package", f"{words} tilelang"))
+    assert set(refused.values()) == {None}
+    calls.clear()
+    selftest.forget()
+    assert choose_kernel(simple).name == "torch"
+    assert not calls, "a kernel was run that fla refuses"
+
+
+def test_a_version_of_fla_that_computes_it_is_asked_no_more(monkeypatch: pytest.MonkeyPatch) -> None:
+    install(monkeypatch)
+    guarded_module(monkeypatch, broken=False, tilelang=False)
+    assert Fla().missing(DELTA) is None
+    guarded_module(monkeypatch, broken=True, tilelang=False)
+    assert Fla().missing(DELTA) is not None
+    beside = SimpleNamespace(Whole=SimpleNamespace(can_use=lambda: True))
+    monkeypatch.setitem(sys.modules, "fla.backends", beside)
+    assert Fla().missing(DELTA) is None, "another backend computes the whole rule"
+
+
+def test_wrong_numbers_are_kept_for_the_next_process(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As long as everything that they depend on is what it was."""
+    calls: list[int] = []
+
+    def anew() -> str | None:
+        selftest.forget()
+        calls.clear()
+        return selftest.failure(Fla(), DELTA)
+
+    install(monkeypatch, lambda out, last: calls.append(0) or (out * 1.1, last))
+    first = anew()
+    assert first is not None
+    assert calls
+    assert anew() == f"{first}, as found on {found_on(folder)}; remove {folder / 'selftest-1.json'} to test it again"
+    assert not calls
+    assert selftest.failure(Fla(), replace(DELTA, key_dim=16)) is not None
+    assert calls, "another call is tested"
+    for name, value in (("_version", lambda name: "9"), ("_machine", lambda device: ()), ("_code", lambda: "")):
+        with monkeypatch.context() as patch:
+            patch.setattr(verdicts, name, value)
+            assert anew() == first
+            assert calls, name
+    for variable in ("TRITON_F32_DEFAULT", "FLA_TILELANG"):
+        with monkeypatch.context() as patch:
+            patch.setenv(variable, "1")
+            assert anew() == first
+            assert calls, variable
+
+
+@pytest.mark.parametrize("fault", [lambda out, last: (out, 1 / 0), lambda out, last: (out, last)], ids=["raises", "ok"])
+def test_only_wrong_numbers_are_kept(fault: Any, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What raises may have run out of memory, and what is right is tested again."""
+    install(monkeypatch, fault)
+    selftest.failure(Fla(), DELTA)
+    assert not list(folder.iterdir())
+
+
+def found_on(folder: Path) -> str:
+    (entry,) = json.loads((folder / "selftest-1.json").read_text())["entries"].values()
+    return entry["found"]

@@ -1,8 +1,12 @@
 """The benchmark of recurrent layers, tiny and on CPUs: every row of its table is there."""
 
+from types import SimpleNamespace
+
+import pytest
 import torch
 
-from benchmarks.recurrent import Shape, report
+from benchmarks import recurrent
+from benchmarks.recurrent import Shape, TimedWire, report
 from ringattn.benchmarking.timing import Timer
 from tests.parallel.ranks import mesh_of
 from tests.pool import Pools
@@ -28,3 +32,23 @@ def test_its_table(pool: Pools) -> None:
             assert float(took) > 0
             assert (ceiling != "") == (transfers != "") == (what in ("scan", "exchange"))
         assert float(rows[6][4]) == 0.0, "whole documents need no transfer"
+
+
+def test_only_standing_still_is_a_transfer(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By a clock that goes on by 1 when a transfer is awaited, and by 10 when something is computed."""
+    clock = [0.0]
+
+    def passes(seconds: float) -> torch.Tensor:
+        clock[0] += seconds
+        return torch.zeros(1)
+
+    monkeypatch.setattr(recurrent, "_now", lambda: clock[0])
+    arriving = SimpleNamespace(wait=lambda: passes(1.0))
+    wire = TimedWire(SimpleNamespace(start=lambda *given: arriving, exchange=lambda *given: passes(1.0)))
+    under_way = wire.start(torch.zeros(1), [1], [1])
+    passes(10.0)
+    assert wire.seconds == 0.0
+    under_way.wait()
+    assert wire.seconds == 1.0
+    wire.exchange(torch.zeros(1), [1], [1])
+    assert wire.seconds == 2.0

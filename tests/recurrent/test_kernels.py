@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ringattn.recurrent.kernels.chunked import CHUNK, Chunked
-from ringattn.recurrent.kernels.contract import Inputs, apply_map, apply_transposed, maps
+from ringattn.recurrent.kernels.contract import Inputs, apply_map, compose, maps, transposed
 from ringattn.recurrent.kernels.tokens import Tokens
 from tests.recurrent.problems import RULES, inputs
 
@@ -44,8 +44,10 @@ def test_a_piece_is_an_affine_map(kernel, rule: str, lengths: tuple[int, ...], s
     )
     _, last = Tokens().run(x, lengths, S)
     torch.testing.assert_close(apply_map(M, S) + U, last, rtol=1e-12, atol=1e-12)
-    transposed = (apply_transposed(M, dS) * S).sum()
-    torch.testing.assert_close(transposed, (dS * apply_map(M, S)).sum(), rtol=1e-11, atol=1e-11)
+    product = (apply_map(transposed(M), dS) * S).sum()
+    torch.testing.assert_close(product, (dS * apply_map(M, S)).sum(), rtol=1e-11, atol=1e-11)
+    twice = apply_map(compose(M, M.flip(0)), S)
+    torch.testing.assert_close(twice, apply_map(M, apply_map(M.flip(0), S)), rtol=1e-11, atol=1e-11)
 
 
 def test_strong_decays_stay_finite() -> None:

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from ringattn import Documents, Layout, MeshShape
 from ringattn.recurrent.halo_plan import plan_halo
 from ringattn.recurrent.plan import RecurrencePlan, plan_recurrence
-from ringattn.recurrent.price import RecurrenceShape, cheaper_route, prices
+from ringattn.recurrent.price import RecurrenceShape, cheaper, prices, received
 from tests.strategies import documents
 
 MESHES = st.sampled_from([(1, 1), (2, 1), (3, 1), (4, 1), (1, 2), (2, 2), (8, 1)])
@@ -41,22 +41,21 @@ def test_pieces_are_the_documents(docs: Documents, mesh: tuple[int, int], policy
 @given(docs=documents(), mesh=MESHES, policy=POLICIES)
 def test_chains_are_in_document_order_on_all_ranks(docs: Documents, mesh: tuple[int, int], policy: str) -> None:
     _, plans = plans_of(docs, mesh, policy)
-    assert len({(plan.slots, plan.chains, plan.communicates) for plan in plans}) == 1
-    assert plans[0].slots == max(len(plan.cut) for plan in plans)
+    assert len({(plan.chains, plan.communicates) for plan in plans}) == 1
     chained = []
     for chain in plans[0].chains:
-        pieces = [plans[place // plans[0].slots].cut[place % plans[0].slots] for place in chain]
+        pieces = [plans[rank].cut[number] for rank, number in chain]
         assert len(pieces) > 1
         assert len({piece.document for piece in pieces}) == 1
         assert [piece.first for piece in pieces[1:]] == [piece.last for piece in pieces[:-1]]
+        roles = [plans[piece.rank] for piece in pieces]
+        assert pieces[0] in roles[0].firsts
+        assert pieces[-1] in roles[-1].lasts
+        assert all(piece in plan.middles for piece, plan in zip(pieces[1:-1], roles[1:-1], strict=True))
         chained += pieces
     assert sorted(map(repr, chained)) == sorted(repr(piece) for plan in plans for piece in plan.cut)
-    across = any(len({place // plans[0].slots for place in chain}) > 1 for chain in plans[0].chains)
+    across = any(len({rank for rank, _ in chain}) > 1 for chain in plans[0].chains)
     assert plans[0].communicates == across
-    for plan in plans:
-        for walked in (plan.ahead, plan.back):
-            assert plan.own == {place for chain in walked for place in chain} & plan.own
-            assert all(chain[-1] in plan.own for chain in walked)
 
 
 @given(docs=documents(), mesh=MESHES, policy=POLICIES, width=st.sampled_from([1, 2, 4, 9]))
@@ -86,6 +85,8 @@ def test_a_plan_can_be_read() -> None:
     assert "width 4" in str(plan_halo(layout, 4))
     with pytest.raises(ValueError, match="width must be an integer >= 1, got 0"):
         plan_halo(layout, 0)
+    with pytest.raises(ValueError, match="rounds must be an integer >= 1, got 0"):
+        plan_recurrence(layout, rounds=0)
 
 
 def test_prices_follow_the_documents() -> None:
@@ -93,11 +94,39 @@ def test_prices_follow_the_documents() -> None:
     heads are exchanged; nothing moves where nothing is cut."""
     shape = RecurrenceShape(16, 32, 128, 128, True, False)
     ranks = MeshShape(1, 8, 1, 0)
-    assert cheaper_route(Layout(Documents([1 << 20]), ranks, "contiguous"), shape) in ("scan", "exchange")
     scan, swap = prices(Layout(Documents([1 << 20]), ranks, "contiguous"), shape)
     assert scan.sent < swap.sent / 10
-    assert cheaper_route(Layout(Documents([200] * 64), ranks, "zigzag"), shape) == "exchange"
-    assert cheaper_route(Layout(Documents([1024] * 8), ranks, "contiguous"), shape) == "scan"
+    assert cheaper(prices(Layout(Documents([200] * 64), ranks, "zigzag"), shape)) == "exchange"
+    assert cheaper(prices(Layout(Documents([1024] * 8), ranks, "contiguous"), shape)) == "scan"
     assert prices(Layout(Documents([1024] * 8), ranks, "contiguous"), shape)[0].seconds == 0
     mamba = RecurrenceShape(1, 64, 64, 64, False, False)
     assert prices(Layout(Documents([1 << 20]), ranks, "contiguous"), mamba)[0].sent < scan.sent
+
+
+def test_many_ranks_take_more_rounds_and_less_bytes() -> None:
+    """What a rank receives is bounded where a gather grows with the ranks; few ranks take one round."""
+    shape = RecurrenceShape(16, 32, 128, 128, True, False)
+
+    def layout(ranks: int) -> Layout:
+        return Layout(Documents([ranks * 4096]), MeshShape(1, ranks, 1, 0), "zigzag")
+
+    found = {ranks: prices(layout(ranks), shape)[0] for ranks in (2, 8, 64, 256)}
+    assert found[2].rounds == found[8].rounds == 1
+    assert 1 < found[64].rounds <= found[256].rounds
+    assert found[256].sent < 1.5 * found[64].sent
+    assert sum(received(layout(64), shape, 1)) > 5 * sum(received(layout(64), shape, found[64].rounds))
+    packed = Layout(Documents([4096] * 64), MeshShape(1, 64, 1, 0), "contiguous")
+    assert (prices(packed, shape)[0].seconds, prices(packed, shape)[0].sent) == (0.0, 0.0)
+
+
+@given(docs=documents(), mesh=MESHES, policy=POLICIES, rounds=st.integers(1, 5))
+def test_what_is_priced_is_what_is_planned(docs: Documents, mesh: tuple[int, int], policy: str, rounds: int) -> None:
+    shape = RecurrenceShape(1, 2, 3, 5, True, False)
+    layout = Layout(docs, MeshShape(1, *mesh, 0), policy)
+    plans = [plan_recurrence(layout, rank, rounds) for rank in range(mesh[0] * mesh[1])]
+    for number, priced in enumerate(received(layout, shape, rounds)):
+        most = max(
+            sum(len(one.maps) * shape.map_numbers + len(one.states) * shape.state_numbers for one in part.receives)
+            for part in (plan.ahead[number] for plan in plans)
+        )
+        assert priced == 4 * most

@@ -1,19 +1,23 @@
 """Recurrences over ranks against every document alone, in float64: outputs and gradients of all inputs."""
 
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from torch.autograd.graph import saved_tensors_hooks
 
 from ringattn import Documents, Layout, MeshShape
+from ringattn.kept import keep, kept_keys
 from ringattn.recurrent.exchange import exchange
 from ringattn.recurrent.kernels.chunked import Chunked
 from ringattn.recurrent.kernels.contract import Inputs
 from ringattn.recurrent.kernels.tokens import Tokens
 from ringattn.recurrent.plan import plan_recurrence
-from ringattn.recurrent.recurrence import parallel_recurrence
+from ringattn.recurrent.price import RoutePrice
+from ringattn.recurrent.recurrence import parallel_recurrence, shape_of
 from ringattn.recurrent.scan import scan
 from tests.parallel.ranks import mesh_of
 from tests.pool import Pools
@@ -29,7 +33,7 @@ def layouts_of(docs: Documents, ring: int, ulysses: int, policy: str) -> list[La
     return [Layout(docs, MeshShape(1, ring, ulysses, rank), policy) for rank in range(ring * ulysses)]
 
 
-def spread(x: Inputs, layouts: list[Layout], dout: torch.Tensor, route: str, kernel: Any) -> Truth:
+def spread(x: Inputs, layouts: list[Layout], dout: torch.Tensor, route: str, kernel: Any, rounds: int = 1) -> Truth:
     """Over threads, put together again."""
 
     def work(rank: int, wire: Any) -> list[torch.Tensor]:
@@ -38,7 +42,7 @@ def spread(x: Inputs, layouts: list[Layout], dout: torch.Tensor, route: str, ker
         if route == "exchange":
             out = exchange(leaves, layout, kernel, wire)
         else:
-            out = scan(leaves, plan_recurrence(layout), kernel, wire)
+            out = scan(leaves, plan_recurrence(layout, rounds=rounds), kernel, wire)
         out.backward(layout.shard(dout))
         calls.append(wire.calls)
         return [out.detach(), *(one.grad for one in leaves if one is not None)]
@@ -74,7 +78,66 @@ def test_any_layout_is_every_document_alone(rule: str, route: str, data: st.Data
     x = inputs(rule, docs.total, data.draw(st.sampled_from(HEADS)), seed=data.draw(st.integers(0, 99)))
     dout = torch.randn(x.v.shape, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
     kernel = data.draw(st.sampled_from([Chunked(), Chunked(), Tokens()]))
-    assert_same(spread(x, layouts, dout, route, kernel), alone(x, docs, dout))
+    rounds = data.draw(st.integers(1, 4)) if route == "scan" else 1
+    assert_same(spread(x, layouts, dout, route, kernel, rounds), alone(x, docs, dout))
+
+
+@pytest.mark.parametrize("rule", RULES)
+@settings(max_examples=4, suppress_health_check=[HealthCheck.too_slow])
+@given(data=st.data())
+def test_many_ranks_in_any_number_of_rounds(rule: str, data: st.DataObject) -> None:
+    """Chains of up to 64 pieces beside short documents."""
+    ranks = data.draw(st.sampled_from([12, 16, 32]))
+    docs = Documents([3, data.draw(st.integers(100, 300)), 1, 40])
+    layouts = layouts_of(docs, ranks, 1, data.draw(st.sampled_from(POLICIES)))
+    x = inputs(rule, docs.total, (1, 2), seed=data.draw(st.integers(0, 99)))
+    dout = torch.randn(x.v.shape, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
+    assert_same(spread(x, layouts, dout, "scan", Chunked(), data.draw(st.integers(1, 6))), alone(x, docs, dout))
+
+
+@pytest.mark.parametrize("rounds", [1, 2])
+def test_whole_documents_are_run_while_states_are_under_way(rounds: int) -> None:
+    """Forward and backward: between what leaves first and what is waited for first."""
+
+    class Noted:
+        """A wire that notes when something leaves and is waited for."""
+
+        def __init__(self, wire: Any, events: list[str]) -> None:
+            self.wire, self.events = wire, events
+
+        def start(self, *args: Any) -> Any:
+            self.events.append("leaves")
+            arriving = self.wire.start(*args)
+            return SimpleNamespace(wait=lambda: self.events.append("awaited") or arriving.wait())
+
+    class Noting(Chunked):
+        def __init__(self, events: list[str]) -> None:
+            self.events = events
+
+        def outputs(self, x: Inputs, lengths: tuple[int, ...]) -> torch.Tensor:
+            self.events.append("whole")
+            x.v.register_hook(lambda grad: self.events.append("whole"))
+            return super().outputs(x, lengths)
+
+    docs = Documents([200, 30, 30, 30, 30])
+    layouts = layouts_of(docs, 4, 1, "balanced")
+    x = inputs("delta", docs.total)
+
+    def work(rank: int, wire: Any) -> tuple[list[str], list[str]]:
+        ahead: list[str] = []
+        leaves = Inputs(*(None if one is None else layouts[rank].shard(one).clone().requires_grad_() for one in x))
+        noted = Noted(wire, ahead)
+        out = scan(leaves, plan_recurrence(layouts[rank], rounds=rounds), Noting(ahead), noted)
+        forward = list(ahead)
+        ahead.clear()
+        out.sum().backward()
+        return forward, list(ahead)
+
+    held = [len(plan_recurrence(layout).whole) for layout in layouts]
+    assert any(held)
+    for whole, passes in zip(held, on_ranks(4, work), strict=True):
+        for events in passes:
+            assert events == ["leaves", *["whole"] * bool(whole), "awaited", *["leaves", "awaited"] * (rounds - 1)]
 
 
 @pytest.mark.parametrize("rule", RULES)
@@ -136,7 +199,7 @@ def test_over_gloo(pool: Pools, ring: int, ulysses: int) -> None:
     cases = [
         (docs, rule, ring, ulysses, policy, route)
         for rule in RULES
-        for policy, route in (("balanced", "scan"), ("contiguous", "scan"), ("zigzag", "exchange"))
+        for policy, route in (("balanced", "scan"), ("contiguous", "scan"), ("zigzag", "scan"), ("zigzag", "exchange"))
     ]
     for case, ranks in zip(cases, pool(ring * ulysses).run_many(on_rank, cases), strict=True):
         x = inputs(case[1], docs.total)
@@ -147,6 +210,50 @@ def test_over_gloo(pool: Pools, ring: int, ulysses: int) -> None:
             if case[1] == "steps":
                 grads[3], truth.grads[3] = grads[3].sum(0), rate
             assert_same(Truth(out, grads), truth)
+
+
+def in_rounds(docs: Documents, rule: str, rounds: int) -> list[torch.Tensor]:
+    layout = Layout(docs, mesh_of(4, 1), "zigzag")
+    x = inputs(rule, docs.total)
+    leaves = Inputs(*(None if one is None else layout.shard(one).clone().requires_grad_() for one in x))
+    keep(layout, ("prices", shape_of(leaves)), (RoutePrice("scan", 1.0, 1.0, rounds), RoutePrice("exchange", 2.0, 1.0)))
+    out = parallel_recurrence(leaves.q, leaves.k, leaves.v, layout, decay=leaves.decay, beta=leaves.beta)
+    assert ("recurrence", layout.mesh.sequence_rank, rounds) in kept_keys(layout), "another number of rounds was taken"
+    dout = torch.randn(x.v.shape, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
+    out.backward(layout.shard(dout))
+    return [layout.unshard(one.detach()) for one in (out, *(one.grad for one in leaves if one is not None))]
+
+
+@pytest.mark.parametrize("rule", ["delta", "diagonal"])
+def test_the_rounds_that_are_cheapest_are_taken_over_gloo(pool: Pools, rule: str) -> None:
+    docs = Documents([2, 90, 0, 1, 33])
+    x = inputs(rule, docs.total)
+    dout = torch.randn(x.v.shape, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
+    truth = alone(x, docs, dout)
+    for ranks in pool(4).run_many(in_rounds, [(docs, rule, rounds) for rounds in (1, 2, 3)]):
+        for out, *grads in ranks:
+            assert_same(Truth(out, grads), truth)
+
+
+@pytest.mark.parametrize("rounds", [1, 4])
+def test_what_is_kept_for_the_backward_pass_does_not_grow_with_the_ranks(rounds: int) -> None:
+    """Of states and maps a rank keeps those of its own pieces."""
+
+    def kept_by(ranks: int) -> int:
+        docs = Documents([8 * ranks])
+        layouts = layouts_of(docs, ranks, 1, "zigzag")
+        x = inputs("delta", docs.total)
+
+        def work(rank: int, wire: Any) -> int:
+            numbers: list[int] = []
+            leaves = Inputs(*(None if one is None else layouts[rank].shard(one).clone().requires_grad_() for one in x))
+            with saved_tensors_hooks(lambda one: numbers.append(one.numel() * (one.dim() > 3)) or one, lambda one: one):
+                scan(leaves, plan_recurrence(layouts[rank], rounds=rounds), Chunked(), wire)
+            return sum(numbers)
+
+        return max(on_ranks(ranks, work))
+
+    assert kept_by(16) == kept_by(4) > 0
 
 
 @pytest.mark.parametrize("rule", RULES)

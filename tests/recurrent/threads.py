@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ringattn.recurrent.wire import Arriving, Here
+
 
 class Meeting:
     """Where the threads of all ranks leave what they send. A rank that fails breaks it for all."""
@@ -32,9 +34,9 @@ class ThreadWire:
     def __init__(self, meeting: Meeting, rank: int) -> None:
         self.meeting, self.rank, self.calls = meeting, rank, 0
 
-    def gather(self, x: Tensor) -> Tensor:
-        self.calls += 1
-        return torch.stack(self.meeting.swap(self.rank, x.clone()))
+    def start(self, send: Tensor, sends: Sequence[int], receives: Sequence[int]) -> Arriving:
+        """It arrives at once, but is given to who waits for it alone."""
+        return Here(self.exchange(send, sends, receives))
 
     def exchange(self, send: Tensor, sends: Sequence[int], receives: Sequence[int]) -> Tensor:
         self.calls += 1

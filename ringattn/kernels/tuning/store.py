@@ -26,9 +26,10 @@ def default_folder() -> Path:
 class Store:
     """Entries by key. Nothing is created before the first write; no failure of the disk is more than one warning."""
 
-    def __init__(self, folder: Path | None = None) -> None:
+    def __init__(self, folder: Path | None = None, kind: str = "tuning") -> None:
         self.folder = default_folder() if folder is None else folder
-        self.path = self.folder / f"tuning-{SCHEMA}.json"
+        self.kind = kind
+        self.path = self.folder / f"{kind}-{SCHEMA}.json"
         self._warned: set[str] = set()
 
     def read(self, key: str) -> dict[str, Any] | None:
@@ -41,7 +42,9 @@ class Store:
             with self._locked():
                 self._replace({**self._entries(), key: entry})
         except OSError as error:
-            self._warn(f"cannot keep tuning results in {self.folder}, measuring again in the next process: {error}")
+            self._warn(
+                f"cannot keep {self.kind} results in {self.folder}, measuring again in the next process: {error}"
+            )
             return False
         return True
 
@@ -55,13 +58,13 @@ class Store:
             return {}
         entries = content.get("entries") if isinstance(content, dict) and content.get("schema") == SCHEMA else None
         if not isinstance(entries, dict):
-            self._warn(f"ignoring {self.path}, which is not a tuning file of schema {SCHEMA}")
+            self._warn(f"ignoring {self.path}, which is not a {self.kind} file of schema {SCHEMA}")
             return {}
         return {key: entry for key, entry in entries.items() if isinstance(entry, dict)}
 
     def _replace(self, entries: dict[str, dict[str, Any]]) -> None:
         """Write a whole new file and rename it: a reader sees the old one or the new one."""
-        handle, name = tempfile.mkstemp(dir=self.folder, prefix=".tuning-", suffix=".json")
+        handle, name = tempfile.mkstemp(dir=self.folder, prefix=f".{self.kind}-", suffix=".json")
         try:
             with os.fdopen(handle, "w", encoding="utf-8") as file:
                 json.dump({"schema": SCHEMA, "entries": entries}, file, indent=1, sort_keys=True)

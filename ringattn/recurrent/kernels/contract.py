@@ -50,6 +50,12 @@ class Inputs(NamedTuple):
     def state_shape(self) -> tuple[int, int, int]:
         return self.v.shape[1], self.k.shape[2], self.v.shape[2]
 
+    @property
+    def map_shape(self) -> tuple[int, ...]:
+        """Of a piece's map: a matrix, a diagonal or a number a head."""
+        heads, D, _ = self.state_shape
+        return (heads, D, D) if self.beta is not None else (heads, D) if self.decay.dim() == 3 else (heads,)
+
     def rows(self, index: Tensor | slice) -> "Inputs":
         """Some of the rows."""
         return Inputs(*(None if x is None else x[index] for x in self))  # type: ignore[arg-type]
@@ -113,9 +119,14 @@ class Signature:
 
 
 class Kernel(Protocol):
-    """What computes pieces on one device. Differentiable in all inputs and in the states."""
+    """What computes pieces on one device. Differentiable in all inputs and in the states.
+
+    Arguments:
+        distributions: packages whose versions decide what it computes, installed or not.
+    """
 
     name: str
+    distributions: tuple[str, ...] = ()
 
     def missing(self, signature: Signature) -> str | None:
         """Why what it needs for such a call is not installed, as the rest of the sentence "it ...", or None. Must not
@@ -177,9 +188,14 @@ def apply_map(M: Tensor, S: Tensor) -> Tensor:
     return M.reshape(*M.shape, *[1] * (4 - M.dim())) * S
 
 
-def apply_transposed(M: Tensor, S: Tensor) -> Tensor:
-    """Mᵀ · S."""
-    return apply_map(M.mT if M.dim() == 4 else M, S)
+def compose(M: Tensor, N: Tensor) -> Tensor:
+    """M · N, the map of a piece after that of the piece before it; both of one kind."""
+    return M @ N if M.dim() == 4 else M * N
+
+
+def transposed(M: Tensor) -> Tensor:
+    """Mᵀ."""
+    return M.mT if M.dim() == 4 else M
 
 
 def of_value_heads(x: Tensor, heads: int) -> Tensor:

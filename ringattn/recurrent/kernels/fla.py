@@ -14,6 +14,7 @@ from torch import Tensor
 
 from ringattn.kernels.probing import parameters, why_missing
 from ringattn.recurrent.kernels.contract import Inputs, Signature, of_value_heads
+from ringattn.recurrent.kernels.fla_guard import refused
 from ringattn.recurrent.kernels.loading import cumulative, foreign_dtypes, load
 
 DISTRIBUTION = "flash-linear-attention"
@@ -32,9 +33,12 @@ _CPU = torch.device("cpu")
 class Fla:
     name = "fla"
     devices: tuple[str, ...] = ("cuda",)
+    distributions: tuple[str, ...] = (DISTRIBUTION, "fla-core", "tilelang", "flash-qla")
 
     def missing(self, signature: Signature) -> str | None:
-        return why_missing(lambda: _function(signature.delta, signature.diagonal))
+        """With what is installed beside it: fla refuses to compute on some versions of Triton."""
+        rule = signature.delta, signature.diagonal
+        return why_missing(lambda: _function(*rule)) or refused(_function(*rule), signature)
 
     def refusal(self, signature: Signature) -> str | None:
         if signature.device not in self.devices:

@@ -26,6 +26,7 @@ _NEEDED = {"x", "dt", "A", "B", "C", "chunk_size", "initial_states", "seq_idx", 
 class Mamba:
     name = "mamba"
     devices: tuple[str, ...] = ("cuda",)
+    distributions: tuple[str, ...] = (DISTRIBUTION, "causal-conv1d")
 
     def missing(self, signature: Signature) -> str | None:
         return why_missing(_function)

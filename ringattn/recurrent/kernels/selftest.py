@@ -16,6 +16,7 @@ from torch.nn import functional as F
 
 from ringattn.recurrent.kernels.chunked import Chunked
 from ringattn.recurrent.kernels.contract import Inputs, Kernel, Signature
+from ringattn.recurrent.kernels.verdicts import keep_failure, kept_failure
 
 T = TypeVar("T")
 
@@ -30,10 +31,13 @@ _results: dict[tuple[str, Signature], str | None] = {}
 
 
 def failure(kernel: Kernel, signature: Signature) -> str | None:
-    """Why a kernel is wrong for a signature, as the rest of the sentence "it ...", or None. Computed once and kept."""
+    """Why a kernel is wrong for a signature, as the rest of the sentence "it ...", or None.
+
+    Computed once in a process; wrong numbers are kept on disk, for a kernel may take minutes to compile.
+    """
     key = kernel.name, signature
     if key not in _results:
-        _results[key] = in_a_thread(lambda: _failure(kernel, signature))
+        _results[key] = kept_failure(kernel, signature) or in_a_thread(lambda: _failure(kernel, signature))
     return _results[key]
 
 
@@ -58,18 +62,20 @@ def in_a_thread(test: Callable[[], T]) -> T:
 def _failure(kernel: Kernel, signature: Signature) -> str | None:
     for case in _cases(signature):
         try:
-            errors = errors_of(kernel, *drawn(case))
+            errors = errors_of(kernel, *drawn(case), gradients=case.value_dim == signature.value_dim)
         except Exception as error:  # whatever a kernel or its compiler raises
             return f"failed its self-test: {type(error).__name__}: {str(error)[:200]}"
         wrong = {name: error for name, error in errors.items() if not error <= TOLERANCE[case.dtypes[1] or torch.half]}
         if wrong:
             told = ", ".join(f"{name} {error:.2g}" for name, error in wrong.items())
-            return f"is wrong at dims {case.key_dim}/{case.value_dim} (relative error of {told})"
+            reason = f"is wrong at dims {case.key_dim}/{case.value_dim} (relative error of {told})"
+            keep_failure(kernel, signature, reason)
+            return reason
     return None
 
 
 def _cases(signature: Signature) -> list[Signature]:
-    """The call's own, and for the delta rule the one that finds a piece's map beside its state."""
+    """The call's own, and for the delta rule the one that finds a piece's map beside its state, forward alone."""
     group = signature.heads // signature.key_heads
     keys = min(signature.key_heads, max(1, HEADS // group))
     case = replace(signature, key_heads=keys, heads=keys * min(group, HEADS))
@@ -98,9 +104,16 @@ def drawn(case: Signature, lengths: tuple[int, ...] = LENGTHS) -> tuple[Inputs, 
     return Inputs(*rows), lengths, state.to(case.device)  # type: ignore[arg-type]
 
 
-def errors_of(kernel: Kernel, x: Inputs, lengths: tuple[int, ...], state: Tensor) -> dict[str, float]:
-    """Relative errors against float64: of outputs, last states and all gradients, and of outputs from empty states."""
+def errors_of(
+    kernel: Kernel, x: Inputs, lengths: tuple[int, ...], state: Tensor, *, gradients: bool = True
+) -> dict[str, float]:
+    """Relative errors against float64: of outputs, last states and all gradients, and of outputs from empty states.
+    Without gradients of outputs and last states alone."""
     judged = Inputs(*(None if one is None else one.double() for one in x))  # type: ignore[arg-type]
+    if not gradients:
+        with torch.no_grad():
+            right, got = Chunked().run(judged, lengths, state.double()), kernel.run(x, lengths, state)
+        return {name: _relative(a, b) for name, a, b in zip(("out", "last state"), got, right, strict=True)}
     expected = _both_ways(Chunked(), judged, lengths, state.double())
     found = _both_ways(kernel, x, lengths, state)
     errors = {name: _relative(found[name], one) for name, one in expected.items()}

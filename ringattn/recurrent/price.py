@@ -66,6 +66,11 @@ class RoutePrice:
     sent: float
 
 
+def kernel_seconds(shape: RecurrenceShape, rows: float, machine: Machine) -> float:
+    """Of a layer's kernel on so many rows, forward."""
+    return rows * shape.flops / (machine.rate(shape.key_dim, False).flops * RATE)
+
+
 def prices(layout: Layout, shape: RecurrenceShape, machine: Machine | None = None) -> tuple[RoutePrice, RoutePrice]:
     """Of the scan and of the exchange."""
     machine = layout.mesh.planned_for(machine)
@@ -76,16 +81,17 @@ def prices(layout: Layout, shape: RecurrenceShape, machine: Machine | None = Non
     cut = [piece for parts in documents if len(parts) > 1 for piece in parts]
     held = [[piece.size for piece in cut if piece.rank == rank] for rank in range(ranks)]
     slots, rows = max(map(len, held)), max(map(sum, held))
-    flops = machine.rate(shape.key_dim, False).flops * RATE
     sent = float(wide * slots * (ranks - 1) * (shape.map_numbers + 2 * shape.state_numbers))
     # Forward (M, U), backward R; the states of M and U once, and the outputs again in the backward pass.
     share = shape.key_dim / shape.value_dim if shape.delta else 0.0
-    scan = 2 * transfer_seconds(machine, sent / 2, link, "all_to_all") + rows * shape.flops * (2 + share) / flops
+    again = kernel_seconds(shape, rows * (2 + share), machine)
+    scan = 2 * transfer_seconds(machine, sent / 2, link, "all_to_all") + again
     tokens = max(layout.tokens(rank) for rank in range(ranks))
     moved = 2.0 * tokens * shape.row_numbers(ranks) * shape.itemsize * (ranks - 1) / ranks
     # Where heads do not divide by the ranks, the rank with most of them computes longer.
     uneven = -(-shape.heads // ranks) * ranks / shape.heads - 1
-    swapped = 8 * transfer_seconds(machine, moved / 8, link, "all_to_all") + uneven * tokens * 3 * shape.flops / flops
+    swapped = 8 * transfer_seconds(machine, moved / 8, link, "all_to_all")
+    swapped += kernel_seconds(shape, uneven * tokens * 3, machine)
     return RoutePrice("scan", float(scan), sent), RoutePrice("exchange", float(swapped), moved)
 
 

@@ -71,28 +71,49 @@ def kernel_seconds(shape: RecurrenceShape, rows: float, machine: Machine) -> flo
     return rows * shape.flops / (machine.rate(shape.key_dim, False).flops * RATE)
 
 
+def map_share(shape: RecurrenceShape) -> float:
+    """What the map of a piece takes beside its last state, by what that takes: columns of keys beside values."""
+    return shape.key_dim / shape.value_dim if shape.delta else 0.0
+
+
+def gathered_bytes(layout: Layout, shape: RecurrenceShape) -> tuple[float, float]:
+    """Bytes that a rank sends by the scan: (M, U) of as many pieces as any rank has cut, and backward R."""
+    held = [len(rows) for rows in _cut_rows(layout)]
+    sent = float(max(4, shape.itemsize) * max(held) * (len(held) - 1))
+    return sent * (shape.map_numbers + shape.state_numbers), sent * shape.state_numbers
+
+
+def dealt_bytes(layout: Layout, shape: RecurrenceShape) -> tuple[float, float]:
+    """Bytes that a rank sends by the exchange in one pass: its rows, and outputs of heads to where they came from."""
+    ranks = layout.mesh.sequence_size
+    rows = max(layout.tokens(rank) for rank in range(ranks)) * shape.itemsize * (ranks - 1) / ranks
+    back = rows * shape.heads * shape.value_dim
+    return rows * shape.row_numbers(ranks) - back, back
+
+
 def prices(layout: Layout, shape: RecurrenceShape, machine: Machine | None = None) -> tuple[RoutePrice, RoutePrice]:
     """Of the scan and of the exchange."""
     machine = layout.mesh.planned_for(machine)
     ranks = layout.mesh.sequence_size
     link = machine.link_class(0, ranks - 1)
-    wide = max(4, shape.itemsize)
-    documents = by_document(pieces_of(layout)).values()
-    cut = [piece for parts in documents if len(parts) > 1 for piece in parts]
-    held = [[piece.size for piece in cut if piece.rank == rank] for rank in range(ranks)]
-    slots, rows = max(map(len, held)), max(map(sum, held))
-    sent = float(wide * slots * (ranks - 1) * (shape.map_numbers + 2 * shape.state_numbers))
-    # Forward (M, U), backward R; the states of M and U once, and the outputs again in the backward pass.
-    share = shape.key_dim / shape.value_dim if shape.delta else 0.0
-    again = kernel_seconds(shape, rows * (2 + share), machine)
+    sent = sum(gathered_bytes(layout, shape))
+    # The states of M and U once, and the outputs again in the backward pass.
+    again = kernel_seconds(shape, max(map(sum, _cut_rows(layout))) * (2 + map_share(shape)), machine)
     scan = 2 * transfer_seconds(machine, sent / 2, link, "all_to_all") + again
-    tokens = max(layout.tokens(rank) for rank in range(ranks))
-    moved = 2.0 * tokens * shape.row_numbers(ranks) * shape.itemsize * (ranks - 1) / ranks
+    moved = 2 * sum(dealt_bytes(layout, shape))
     # Where heads do not divide by the ranks, the rank with most of them computes longer.
     uneven = -(-shape.heads // ranks) * ranks / shape.heads - 1
+    tokens = max(layout.tokens(rank) for rank in range(ranks))
     swapped = 8 * transfer_seconds(machine, moved / 8, link, "all_to_all")
     swapped += kernel_seconds(shape, uneven * tokens * 3, machine)
     return RoutePrice("scan", float(scan), sent), RoutePrice("exchange", float(swapped), moved)
+
+
+def _cut_rows(layout: Layout) -> list[list[int]]:
+    """Sizes of every rank's pieces of cut documents."""
+    documents = by_document(pieces_of(layout)).values()
+    cut = [piece for parts in documents if len(parts) > 1 for piece in parts]
+    return [[piece.size for piece in cut if piece.rank == rank] for rank in range(layout.mesh.sequence_size)]
 
 
 def cheaper_route(layout: Layout, shape: RecurrenceShape, machine: Machine | None = None) -> str:

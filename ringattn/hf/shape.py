@@ -15,6 +15,8 @@ from ringattn.hf.layers import decoder_layers, mlps_of
 from ringattn.hf.recurrent import BOTH, LAYER_TYPES, NEITHER
 from ringattn.mask import Mask
 from ringattn.memory.planning.shapes import ModelShape, Parts, Weights
+from ringattn.recurrent.price import RecurrenceShape
+from ringattn.recurrent.weighing import MixingLayers
 
 HEAD_NORMS = ("q_norm.weight", "k_norm.weight", "q_layernorm.weight", "k_layernorm.weight")
 
@@ -62,6 +64,24 @@ def model_shape(model: nn.Module, config: Any, name: str = "") -> ModelShape:
         gated_attention=_gated_attention(attention, heads * head_dim),
         tileable=_tileable(model),
     )
+
+
+def mixing_layers(model: nn.Module) -> MixingLayers:
+    """The attention layers and those with a state of a model, for `shard_batch(layers=...)`.
+
+    Short convolutions are not among them: they cost the same wherever tokens are. Raises NotImplementedError for layers
+    with states that are not priced, ValueError for a model that has no layer of either kind.
+    """
+    config: Any = model.config
+    text = config.get_text_config()
+    states: Counter[RecurrenceShape] = Counter()
+    for layer in decoder_layers(model):
+        if parts_of(layer).recurrence and (rule := recurrent_part(layer).rule) is not None:
+            states[rule] += 1
+    heads = text.num_attention_heads
+    keys = getattr(text, "num_key_value_heads", None) or heads
+    head_dim = getattr(text, "head_dim", None) or text.hidden_size // heads
+    return MixingLayers(layer_masks(text), tuple(states.items()), (heads, keys), head_dim)
 
 
 def _weights(parameters: Iterable[nn.Parameter]) -> Weights:

@@ -20,7 +20,7 @@ from ringattn.parallel.simulation.spans import Pass, Span
 PIXELS = 600  # of the mask's side at most
 LANES = 16  # ranks in a timeline at most
 SPARSE = 0.01  # with less of the mask drawn than this share, a part of it is shown larger
-WIRE = {"cast": "#3b6fb6", "reduce": "#d1702f", "exchange": "#8257a5"}
+WIRE = {"cast": "#3b6fb6", "reduce": "#d1702f", "exchange": "#8257a5", "states": "#3f8f63"}
 Colour = tuple[float, float, float]
 
 
@@ -100,17 +100,19 @@ def draw_plan(
 
     Arguments:
         plans: of every sequence rank.
-        passes, schedules: "forward" and "backward", as simulated, and the names of their schedules.
+        passes, schedules: "forward" and "backward", as simulated, and the names of their schedules; also passes of a
+            layer that carries a state, by names of their own.
     """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     ulysses = len(plans) // plans[0].ring
     lanes = min(len(plans), LANES)
-    figure = Figure(figsize=(15, 6.5 if lanes <= 8 else 8.5), dpi=110, layout="constrained")
+    height = (6.5 if lanes <= 8 else 8.5) * max(2, len(passes)) / 2
+    figure = Figure(figsize=(15, height), dpi=110, layout="constrained")
     FigureCanvasAgg(figure)
     figure.suptitle(title)
-    grid = figure.add_gridspec(2, 2, width_ratios=(1, 1.25))
+    grid = figure.add_gridspec(len(passes), 2, width_ratios=(1, 1.25))
     colours = rank_colours(plans[0].ring)
     axes = figure.add_subplot(grid[:, 0])
     _draw_mask(axes, plans[::ulysses], ulysses, tokens, colours)

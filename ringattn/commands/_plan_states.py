@@ -8,6 +8,8 @@ from ringattn.commands._text import row, table
 
 if TYPE_CHECKING:
     from ringattn import Layout
+    from ringattn.parallel.simulation.spans import Pass
+    from ringattn.recurrent.price import RecurrenceShape
 
 # Delta rule, decays by key dim.
 RULES = {
@@ -18,6 +20,7 @@ RULES = {
     "linear": (False, True),
 }
 SHOWN = 64
+PASSES = ("forward", "backward")
 
 
 def add_state_arguments(parser: argparse.ArgumentParser) -> None:
@@ -41,20 +44,24 @@ def examine_states(args: argparse.Namespace, layout: "Layout") -> dict[str, Any]
     Raises ValueError for dims below 1.
     """
     from ringattn.recurrent.plan import plan_recurrence
-    from ringattn.recurrent.price import RecurrenceShape, cheaper, prices
+    from ringattn.recurrent.price import cheaper, prices
+    from ringattn.recurrent.timeline import play
 
     if args.recurrent is None:
         return None
     H, K = args.recurrent_heads
-    shape = RecurrenceShape(K, H, args.recurrent_dim, args.recurrent_dim, *RULES[args.recurrent])
+    shape = _shape(args)
     routes = prices(layout, shape)
     plans = [plan_recurrence(layout, rank, routes[0].rounds) for rank in range(layout.mesh.sequence_size)]
+    route = cheaper(routes)
+    passes = play(layout, shape, route)
     return {
         "rule": args.recurrent,
         "heads": [H, K],
         "dim": args.recurrent_dim,
         "cut_documents": len(plans[0].chains),
-        "route": cheaper(routes),
+        "route": route,
+        "seconds": {name: one.seconds for name, one in passes.items()},
         "routes": {one.route: {"seconds": one.seconds, "sent_bytes": one.sent, "rounds": one.rounds} for one in routes},
         "ranks": [
             {
@@ -63,10 +70,37 @@ def examine_states(args: argparse.Namespace, layout: "Layout") -> dict[str, Any]
                 "cut": len(plan.cut),
                 "cut_tokens": sum(piece.size for piece in plan.cut),
                 "composed": sum(len(step) for one in plan.ahead for step in one.steps),
+                **{
+                    name: {
+                        "compute": one.busy("compute")[plan.rank],
+                        "wire": one.busy("states")[plan.rank] + one.busy("exchange")[plan.rank],
+                        "simulated": one.ends[plan.rank],
+                    }
+                    for name, one in passes.items()
+                },
             }
             for plan in plans
         ],
     }
+
+
+def passes_of_states(
+    args: argparse.Namespace, layout: "Layout", route: str
+) -> "tuple[dict[str, Pass], dict[str, str]]":
+    """Both passes for the picture, by names of their own, and what is told of each."""
+    from ringattn.recurrent.timeline import TOLD, play
+
+    passes = play(layout, _shape(args), route)
+    names = {name: f"{args.recurrent}, {name}" for name in passes}
+    told = {names[name]: f"{route} ({TOLD[route, name]})" for name in passes}
+    return {names[name]: one for name, one in passes.items()}, told
+
+
+def _shape(args: argparse.Namespace) -> "RecurrenceShape":
+    from ringattn.recurrent.price import RecurrenceShape
+
+    (H, K), dim = args.recurrent_heads, args.recurrent_dim
+    return RecurrenceShape(K, H, dim, dim, *RULES[args.recurrent])
 
 
 def render_states(report: dict[str, Any]) -> str:
@@ -76,9 +110,14 @@ def render_states(report: dict[str, Any]) -> str:
         f"{report['cut_documents']} documents are cut"
     )
     rows = [["rank", "whole documents", "cut pieces", "their tokens", "maps composed"]]
+    rows[0] += ["compute", "wire", "end", "compute", "wire", "end"]
     for rank in report["ranks"][:SHOWN]:
-        rows.append([str(rank[name]) for name in ("rank", "whole", "cut", "cut_tokens", "composed")])
-    lines = [head, "", *table(rows)]
+        times = [rank[name][part] for name in PASSES for part in ("compute", "wire", "simulated")]
+        counts = [str(rank[name]) for name in ("rank", "whole", "cut", "cut_tokens", "composed")]
+        rows.append(counts + [f"{seconds * 1e3:.2f}" for seconds in times])
+    ranks = table(rows)
+    first, second = ranks[0].index("compute"), ranks[0].rindex("compute")
+    lines = [head, "", " " * first + "forward ms".ljust(second - first) + "backward ms", *ranks]
     if len(report["ranks"]) > SHOWN:
         lines.append(f"  the first {SHOWN} of {len(report['ranks'])} ranks; --json has all")
     rows = [["route", "ms beside the kernel", "sent MiB", "rounds"]]
@@ -86,5 +125,6 @@ def render_states(report: dict[str, Any]) -> str:
         mark = "*" if name == report["route"] else " "
         rows.append([name, f"{one['seconds'] * 1e3:.2f}{mark}", f"{one['sent_bytes'] / 2**20:.1f}", str(one["rounds"])])
     lines += ["", *table(rows, left=1), "  * chosen"]
-    lines += row("", "forward and backward of one layer; the kernel's rate is a guess, not calibrated")
+    seconds = " and ".join(f"{name} {report['seconds'][name] * 1e3:.2f} ms" for name in PASSES)
+    lines += row("", f"one layer, all ranks together: {seconds}; the kernel's rate is a guess, not calibrated")
     return "\n".join(lines)

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from ringattn.commands import _workload
 from ringattn.commands._call import HEADS, RANKS, TOKENS, integer, ranks, tokens
 from ringattn.commands._files import check_target, file, reason
-from ringattn.commands._plan_states import add_state_arguments, examine_states, render_states
+from ringattn.commands._plan_states import add_state_arguments, examine_states, passes_of_states, render_states
 from ringattn.commands._text import note, row
 from ringattn.parallel.planning.options import scheme_names
 from ringattn.settings import AttentionOptions
@@ -22,6 +22,7 @@ from ringattn.settings import AttentionOptions
 if TYPE_CHECKING:
     from ringattn import Documents, Layout
     from ringattn.commands._plan_report import PlannedPart
+    from ringattn.parallel.simulation.spans import Pass
 
 MANY = 64  # ranks from which on planning takes a while
 
@@ -88,7 +89,8 @@ def run(args: argparse.Namespace) -> int:
     for number, (part, report) in enumerate(zip(parts, reports, strict=True), 1):
         if args.draw is not None:
             path: Path = args.draw
-            draw(part, report, str(path.with_stem(f"{path.stem}-{number}") if len(layout.parts) > 1 else path))
+            beside = ({}, {}) if states is None else passes_of_states(args, layout, states["route"])
+            draw(part, report, str(path.with_stem(f"{path.stem}-{number}") if len(layout.parts) > 1 else path), *beside)
     return 0
 
 
@@ -183,7 +185,10 @@ def chosen_degrees(layout: "Layout") -> list[str]:
     return ["\n".join(lines)]
 
 
-def draw(part: "PlannedPart", report: dict[str, Any], path: str) -> None:
+def draw(
+    part: "PlannedPart", report: dict[str, Any], path: str, passes: "dict[str, Pass]", told: dict[str, str]
+) -> None:
+    """A part's picture, and beside it passes of a layer with a state, of all parts together."""
     from ringattn.drawing import draw_plan
 
     documents, mesh = report["documents"], report["mesh"]
@@ -191,4 +196,5 @@ def draw(part: "PlannedPart", report: dict[str, Any], path: str) -> None:
         f"{documents['count']} document{'s' * (documents['count'] != 1)}, {documents['tokens']:,} tokens on ring "
         f"{mesh['ring']} × ulysses {mesh['ulysses']}, {report['policy']} layout"
     )
-    draw_plan(part.plans, part.placement.docs.total, part.passes, report["schedule"], title, path)
+    schedules = {**report["schedule"], **told}
+    draw_plan(part.plans, part.placement.docs.total, {**part.passes, **passes}, schedules, title, path)

@@ -19,6 +19,7 @@ from ringattn.hf.vision import PIXELS, deal_images
 from ringattn.mask import Mask
 from ringattn.parallel.layout import Layout
 from ringattn.parallel.mesh.mesh import SequenceMesh
+from ringattn.recurrent.weighing import MixingLayers, weigh
 
 LABELS = ("labels", "shift_labels")
 # Keywords that are no tokens and go through as they are.
@@ -32,6 +33,7 @@ def shard_batch(
     policy: str = "auto",
     mask: Mask | Sequence[tuple[Mask, float]] | None = None,
     needs: EmbeddingNeeds | None = None,
+    layers: MixingLayers | None = None,
 ) -> dict[str, Any]:
     """This rank's part of a batch, as keywords of the model. No communication; the batch is the same on every rank.
 
@@ -51,6 +53,8 @@ def shard_batch(
         needs: those of the model, `handle.needs`: by them token_type_ids or mm_token_type_ids make blocks of tokens
             that see each other, where the documents have none yet, and images are dealt out. Without, the model
             refuses such a batch.
+        layers: those of a model that has layers with states, `ringattn.hf.shape.mixing_layers(model)`: policy="auto"
+            then takes the layout on which all of them together are predicted to be fastest.
 
     Returns: input_ids, position_ids (1, t), ...; with targets also labels, shift_labels (1, t) and their number in
     the T tokens; and the layout, as `cu_seq_lens_q`: `layout.unshard(logits[0]).view(B, S, -1)` brings logits back.
@@ -65,7 +69,7 @@ def shard_batch(
         check_metadata(batch, docs, rows, size)
     if needs is not None:
         docs = with_blocks(docs, batch, needs.marks, needs.rule)
-    layout = Layout(docs, mesh, policy, mask=mask)
+    layout = _layout(docs, mesh, policy, mask, layers)
     if needs is not None:
         note_rule(layout, needs.rule)
     if batch.get("input_ids") is not None:
@@ -80,6 +84,23 @@ def shard_batch(
         local["shift_labels"] = layout.shard(targets)[None]
         local.setdefault("num_items_in_batch", (targets != IGNORE_INDEX).sum())
     return {"use_cache": False} | local | attention_kwargs(layout)
+
+
+def _layout(
+    docs: Documents,
+    mesh: SequenceMesh,
+    policy: str,
+    mask: Mask | Sequence[tuple[Mask, float]] | None,
+    layers: MixingLayers | None,
+) -> Layout:
+    if layers is None:
+        return Layout(docs, mesh, policy, mask=mask)
+    if mask is not None or policy != "auto":
+        raise ValueError(
+            f'layers are what policy="auto" weighs, masks with them: with layers expected policy="auto" and mask=None, '
+            f"got policy={policy!r} and mask={mask!r}"
+        )
+    return weigh(docs, mesh, layers).layout
 
 
 def _images(layout: Layout, batch: Mapping[str, Any], needs: EmbeddingNeeds | None) -> dict[str, Any]:

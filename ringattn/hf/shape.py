@@ -10,34 +10,43 @@ from typing import Any
 from torch import nn
 
 from ringattn.hf.head import steps_after_head
-from ringattn.hf.layers import decoder_layers
+from ringattn.hf.layer_parts import attends, mlp_of, parts_of, recurrent_part
+from ringattn.hf.layers import decoder_layers, mlps_of
 from ringattn.hf.recurrent import BOTH, LAYER_TYPES, NEITHER
 from ringattn.mask import Mask
-from ringattn.memory.planning.shapes import ModelShape, Weights
+from ringattn.memory.planning.shapes import ModelShape, Parts, Weights
+from ringattn.recurrent.price import RecurrenceShape
+from ringattn.recurrent.weighing import MixingLayers
+
+HEAD_NORMS = ("q_norm.weight", "k_norm.weight", "q_layernorm.weight", "k_layernorm.weight")
 
 
 def model_shape(model: nn.Module, config: Any, name: str = "") -> ModelShape:
     """The shape of a model with its configuration.
 
-    Raises NotImplementedError for layers that are not attention and an MLP, ValueError if there are none.
+    Raises NotImplementedError for layers that the planner does not know, ValueError if there are none.
     """
     text = config.get_text_config()
-    if others := sorted(set(getattr(text, "layer_types", None) or ()) & (LAYER_TYPES | BOTH | NEITHER)):
-        raise NotImplementedError(f"{text.model_type} has layers of {', '.join(others)}: the planner knows attention")
     layers = decoder_layers(model)
+    kinds = tuple(map(parts_of, layers))
+    recurrent = {recurrent_part(layer) for layer, kind in zip(layers, kinds, strict=True) if kind.recurrence}
+    if len(recurrent) > 1:
+        raise NotImplementedError(f"{text.model_type} has layers with states of several sizes: the planner knows one")
     embedding, head = (getattr(model, f"get_{one}_embeddings")() for one in ("input", "output"))
     tied = head is not None and head.weight is embedding.weight
     inside = {id(p) for layer in layers for p in layer.parameters()}
     inside |= {id(p) for one in (embedding, head) if one is not None for p in one.parameters()}
-    largest = max((_mlp(layer) for layer in layers), key=lambda mlp: sum(p.numel() for p in mlp.parameters()))
+    largest = _largest_mlp(layers)
+    attention = _attention(layers)
     heads = text.num_attention_heads
+    head_dim = getattr(text, "head_dim", None) or text.hidden_size // heads
     return ModelShape(
         name=name or text.model_type,
         hidden=text.hidden_size,
-        inner=_inner(text),
+        inner=_inner(text, largest),
         query_heads=heads,
         key_heads=getattr(text, "num_key_value_heads", None) or heads,
-        head_dim=getattr(text, "head_dim", None) or text.hidden_size // heads,
+        head_dim=head_dim,
         vocabulary=text.vocab_size,
         layers=tuple(_weights(layer.parameters()) for layer in layers),
         mlp=_weights(largest.parameters()),
@@ -46,10 +55,33 @@ def model_shape(model: nn.Module, config: Any, name: str = "") -> ModelShape:
         head=Weights(0, 0, 0) if tied or head is None else _weights(head.parameters()),
         rest=_weights(p for p in model.parameters() if id(p) not in inside),
         masks=layer_masks(text),
-        gated=any("gate" in name or "w1" in name for name, _ in largest.named_parameters()),
-        head_norms=any(name.endswith(("q_norm.weight", "k_norm.weight")) for name, _ in layers[0].named_parameters()),
+        gated=any(_gates(name) for name, _ in largest.named_parameters()),
+        head_norms=any(name.endswith(HEAD_NORMS) for name, _ in attention.named_parameters()),
         logit_steps=_logit_steps(model, head),
+        mlp_steps=2 if "relu2" in (getattr(text, name, None) for name in ("mlp_hidden_act", "hidden_act")) else 1,
+        kinds=() if set(kinds) == {Parts()} else kinds,
+        recurrent=next(iter(recurrent), None),
+        gated_attention=_gated_attention(attention, heads * head_dim),
+        tileable=_tileable(model),
     )
+
+
+def mixing_layers(model: nn.Module) -> MixingLayers:
+    """The attention layers and those with a state of a model, for `shard_batch(layers=...)`.
+
+    Short convolutions are not among them: they cost the same wherever tokens are. Raises NotImplementedError for layers
+    with states that are not priced, ValueError for a model that has no layer of either kind.
+    """
+    config: Any = model.config
+    text = config.get_text_config()
+    states: Counter[RecurrenceShape] = Counter()
+    for layer in decoder_layers(model):
+        if parts_of(layer).recurrence and (rule := recurrent_part(layer).rule) is not None:
+            states[rule] += 1
+    heads = text.num_attention_heads
+    keys = getattr(text, "num_key_value_heads", None) or heads
+    head_dim = getattr(text, "head_dim", None) or text.hidden_size // heads
+    return MixingLayers(layer_masks(text), tuple(states.items()), (heads, keys), head_dim)
 
 
 def _weights(parameters: Iterable[nn.Parameter]) -> Weights:
@@ -65,14 +97,37 @@ def _logit_steps(model: nn.Module, head: Any) -> int:
         return 0
 
 
-def _mlp(layer: nn.Module) -> nn.Module:
-    """What stands beside attention in a layer: of its other children the one with the most parameters."""
-    children = [child for name, child in layer.named_children() if "attn" not in name and "attention" not in name]
-    if not children:
-        raise NotImplementedError(
-            f"{type(layer).__name__} has nothing beside attention: the planner knows no such layer"
-        )
-    return max(children, key=lambda child: sum(p.numel() for p in child.parameters()))
+def _largest_mlp(layers: Iterable[nn.Module]) -> nn.Module:
+    """Of all layers. Raises NotImplementedError if there is none."""
+    found = [mlp for layer in layers if (mlp := mlp_of(layer)) is not None]
+    if not found:
+        raise NotImplementedError("no layer has an MLP: the planner knows no such model")
+    return max(found, key=lambda mlp: sum(p.numel() for p in mlp.parameters()))
+
+
+def _attention(layers: Iterable[nn.Module]) -> nn.Module:
+    """That of the first layer that has one; without any, nothing."""
+    parts = (part for layer in layers for name, part in layer.named_children() if attends(name, part))
+    return next(parts, nn.Module())
+
+
+def _gated_attention(attention: nn.Module, width: int) -> bool:
+    """Whether queries come with a gate for the output, as Qwen3-Next's do."""
+    queries = getattr(attention, "q_proj", None)
+    return getattr(queries, "out_features", width) == 2 * width
+
+
+def _gates(name: str) -> bool:
+    """Whether a parameter is of one of two products that are multiplied; a router is called gate as well."""
+    return any(part in ("w1", "input_linear") or ("gate" in part and part != "gate") for part in name.split("."))
+
+
+def _tileable(model: nn.Module) -> bool:
+    try:
+        mlps_of(model)
+    except NotImplementedError:
+        return False
+    return True
 
 
 def _experts(text: Any) -> tuple[int, int]:
@@ -84,14 +139,17 @@ def _experts(text: Any) -> tuple[int, int]:
     return (seen, every) if seen and every else (0, 0)
 
 
-def _inner(text: Any) -> int:
-    """Inner rows of a token in one layer's MLP."""
+def _inner(text: Any, mlp: nn.Module) -> int:
+    """Inner rows of a token in one layer's MLP. LFM2 makes its first product narrower than its configuration says."""
     inner = getattr(text, "intermediate_size", None) or 4 * text.hidden_size
+    inner = getattr(getattr(mlp, "w1", None), "out_features", inner)
     seen, every = _experts(text)
-    if not every:
+    if not every or not any("experts" in name for name, _ in mlp.named_modules()):
         return int(inner)
     own = getattr(text, "moe_intermediate_size", None) or inner
-    shared = getattr(text, "shared_expert_intermediate_size", None) or own * (getattr(text, "n_shared_experts", 0) or 0)
+    names = ("shared_expert_intermediate_size", "moe_shared_expert_intermediate_size", "shared_intermediate_size")
+    shared = next((size for name in names if (size := getattr(text, name, None))), 0)
+    shared = shared or own * (getattr(text, "n_shared_experts", 0) or 0)
     return int(seen * own + shared)
 
 

@@ -24,6 +24,7 @@ heads would bound the memory and move as much, 2 GiB a layer at 256 ranks, for a
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from ringattn.parallel.layout import Layout
 from ringattn.parallel.machine.machine import Machine, transfer_seconds
@@ -93,17 +94,35 @@ class RoutePrice:
     rounds: int = 1
 
 
+def kernel_seconds(shape: RecurrenceShape, rows: float, machine: Machine) -> float:
+    """Of a layer's kernel on so many rows, forward."""
+    return rows * shape.flops / (machine.rate(shape.key_dim, False).flops * RATE)
+
+
+def map_share(shape: RecurrenceShape) -> float:
+    """What the map of a piece takes beside its last state, by what that takes: columns of keys beside values."""
+    return shape.key_dim / shape.value_dim if shape.delta else 0.0
+
+
+def dealt_bytes(layout: Layout, shape: RecurrenceShape) -> tuple[float, float]:
+    """Bytes that a rank sends by the exchange in one pass: its rows, and outputs of heads to where they came from."""
+    ranks = layout.mesh.sequence_size
+    rows = max(layout.tokens(rank) for rank in range(ranks)) * shape.itemsize * (ranks - 1) / ranks
+    back = rows * shape.heads * shape.value_dim
+    return rows * shape.row_numbers(ranks) - back, back
+
+
 def prices(layout: Layout, shape: RecurrenceShape, machine: Machine | None = None) -> tuple[RoutePrice, RoutePrice]:
     """Of the scan and of the exchange."""
     machine = layout.mesh.planned_for(machine)
     ranks = layout.mesh.sequence_size
     link = machine.link_class(0, ranks - 1)
-    flops = machine.rate(shape.key_dim, False).flops * RATE
-    tokens = max(layout.tokens(rank) for rank in range(ranks))
-    moved = 2.0 * tokens * shape.row_numbers(ranks) * shape.itemsize * (ranks - 1) / ranks
+    moved = 2 * sum(dealt_bytes(layout, shape))
     # Where heads do not divide by the ranks, the rank with most of them computes longer.
     uneven = -(-shape.heads // ranks) * ranks / shape.heads - 1
-    swapped = 8 * transfer_seconds(machine, moved / 8, link, "all_to_all") + uneven * tokens * 3 * shape.flops / flops
+    tokens = max(layout.tokens(rank) for rank in range(ranks))
+    swapped = 8 * transfer_seconds(machine, moved / 8, link, "all_to_all")
+    swapped += kernel_seconds(shape, uneven * tokens * 3, machine)
     return _scanned(layout, shape, machine), RoutePrice("exchange", float(swapped), moved)
 
 
@@ -124,26 +143,77 @@ def received(layout: Layout, shape: RecurrenceShape, rounds: int) -> tuple[float
     return tuple(out)
 
 
+class RoundTimes(NamedTuple):
+    """Seconds of a walk of states in one pass.
+
+    Arguments:
+        transfers: of each round.
+        composing: of the products of maps, all rounds together.
+    """
+
+    transfers: tuple[float, ...]
+    composing: float
+
+
+def round_times(layout: Layout, shape: RecurrenceShape, rounds: int, machine: Machine) -> RoundTimes:
+    """Of the rank that receives most."""
+    link = machine.link_class(0, layout.mesh.sequence_size - 1)
+    sizes = received(layout, shape, rounds)
+    times = tuple(float(transfer_seconds(machine, size, link, "all_to_all")) for size in sizes)
+    if not shape.delta:
+        return RoundTimes(times, 0.0)
+    pairs = sum(sizes) / (max(4, shape.itemsize) * (shape.map_numbers + shape.state_numbers))
+    rows = 2.0 * shape.map_numbers * (shape.key_dim + shape.value_dim) / shape.flops  # as many as a product is worth
+    return RoundTimes(times, pairs * kernel_seconds(shape, rows, machine))
+
+
+class ScanWork(NamedTuple):
+    """Kernel passes times rows of every rank in one pass of the scan, as the table in `ringattn.recurrent.scan` has it.
+
+    Arguments:
+        opening: before the first round leaves.
+        whole, beside: while it is under way: whole documents, and what else there is.
+        closing: after the last round.
+    """
+
+    opening: tuple[float, ...]
+    whole: tuple[float, ...]
+    beside: tuple[float, ...]
+    closing: tuple[float, ...]
+
+
+def scan_work(layout: Layout, shape: RecurrenceShape, backward: bool) -> ScanWork:
+    """A forward pass over a row counts 1 and a backward one 2. Only middle pieces make maps, and R backward."""
+    rows = [[_tokens(part) for part in (one.whole, one.firsts, one.middles, one.lasts)] for one in roles_of(layout)]
+    if backward:
+        found = [(3.0 * (m + last), 2.0 * w, 1.0 * f, 2.0 * (f + m)) for w, f, m, last in rows]
+    else:
+        share = map_share(shape)
+        found = [(f + (1 + share) * m, 1.0 * w, 0.0, 1.0 * (m + last)) for w, f, m, last in rows]
+    return ScanWork(*zip(*found, strict=True))
+
+
 def _scanned(layout: Layout, shape: RecurrenceShape, machine: Machine) -> RoutePrice:
-    """Of the number of rounds that is quickest. The first of them is under way while whole documents are run."""
-    ranks = range(layout.mesh.sequence_size)
-    link = machine.link_class(0, ranks[-1])
-    second = shape.flops / (machine.rate(shape.key_dim, False).flops * RATE)  # of a token
-    roles = roles_of(layout)
-    # In passes over a piece: the first ones again in the backward pass, and so the last ones; the middles also for
-    # their maps, which has columns for M beside those of U, and a backward pass for R.
-    maps = 1 + (shape.key_dim / shape.value_dim if shape.delta else 0.0)
-    again = [_tokens(one.firsts) + _tokens(one.lasts) + (maps + 3) * _tokens(one.middles) for one in roles]
-    hidden = second * min(_tokens(one.whole) for one in roles)
-    product = 2.0 * shape.map_numbers * (shape.key_dim + shape.value_dim) * second / shape.flops if shape.delta else 0.0
+    """Of the number of rounds that is quickest."""
+    work = [scan_work(layout, shape, backward) for backward in (False, True)]
+    even = 3 * kernel_seconds(shape, max(map(layout.tokens, range(layout.mesh.sequence_size))), machine)
     found = []
     for rounds in range(1, _most_rounds(layout) + 1):
-        sizes = received(layout, shape, rounds)
-        times = [float(transfer_seconds(machine, size, link, "all_to_all")) for size in sizes]
-        composed = sum(sizes) / (max(4, shape.itemsize) * (shape.map_numbers + shape.state_numbers)) * product
-        seconds = max(0.0, times[0] - hidden) + sum(times[1:]) + composed
-        found.append(RoutePrice("scan", 2 * seconds + max(again) * second, 2 * sum(sizes), rounds))
+        times = round_times(layout, shape, rounds, machine)
+        seconds = sum(_slowest(one, times, shape, machine) for one in work)
+        found.append(RoutePrice("scan", seconds - even, 2 * sum(received(layout, shape, rounds)), rounds))
     return min(found, key=lambda price: price.seconds)
+
+
+def _slowest(work: ScanWork, times: RoundTimes, shape: RecurrenceShape, machine: Machine) -> float:
+    """Until the last rank has ended a pass; the first round leaves when the last rank has opened."""
+    opening, whole, beside, closing = ([kernel_seconds(shape, rows, machine) for rows in part] for part in work)
+    first, *later = times.transfers
+    arrived = max(opening) + first if first else 0.0
+    met = [max(arrived, sum(own)) for own in zip(opening, whole, beside, strict=True)]
+    if any(later):
+        met = [max(met) + sum(later)] * len(met)
+    return max(a + times.composing + b for a, b in zip(met, closing, strict=True))
 
 
 def _most_rounds(layout: Layout) -> int:

@@ -25,6 +25,8 @@ from ringattn.memory.tiled_loss import TILE
 from ringattn.parallel.machine.machine import Machine
 from ringattn.parallel.machine.shipped import local_machine
 from ringattn.parallel.mesh.shape import MeshShape
+from ringattn.recurrent.kernels.contract import Signature
+from ringattn.recurrent.kernels.registry import KERNELS
 from ringattn.training.config.memory_keys import AUTO, OF_STATES, OF_STEP, state_settings, step_settings
 from ringattn.training.engines.deepspeed import why_no_cpu_adam
 from ringattn.training.engines.muon import matrices
@@ -96,6 +98,7 @@ def plan_memory(
         plan = _unplanned(cfg, free, str(error))
         return replace(plan, memory=replace(plan.memory, loss_tile=fixed.get("loss_tile", plan.memory.loss_tile)))
     run, machine = run_shape(cfg, shape, device, empty), local_machine(device.type)
+    run = replace(run, recurrent=_kernels_of_states(model, run, device))
     limits = limits_of(cfg, launch, device, reserved_host(cfg, empty, launch))
     if free:
         choice = _choice(model, run, fixed, limits, machine)
@@ -156,6 +159,18 @@ def run_shape(cfg: DictConfig, shape: MeshShape, device: torch.device, empty: nn
         matrices=sum(p.numel() for p in of_muon),
         largest_matrix=(rows, columns),
     )
+
+
+def _kernels_of_states(model: ModelShape, run: RunShape, device: torch.device) -> str:
+    """Whose kernels compute recurrences, as far as can be said before they are tested on the device."""
+    rule = None if model.recurrent is None else model.recurrent.rule
+    if rule is None:
+        return "torch" if device.type == "cpu" else "fused"
+    dtype = torch.bfloat16 if run.compute == "bfloat16" else torch.float32
+    dtypes = (dtype, dtype, torch.float32, dtype if rule.delta else None, None if rule.delta else torch.float32)
+    asked = Signature(device.type, dtypes, rule.key_heads, rule.heads, rule.key_dim, rule.value_dim, rule.diagonal)
+    kernel = KERNELS["fla" if rule.delta else "mamba"]
+    return "torch" if kernel.refusal(asked) or kernel.missing(asked) else "fused"
 
 
 def _choice(model: ModelShape, run: RunShape, fixed: dict[str, Any], limits: Limits, machine: Machine) -> Choice:

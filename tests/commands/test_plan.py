@@ -8,6 +8,7 @@ import pytest
 
 from ringattn import Documents, Layout, Mask, MeshShape
 from ringattn.cli import main
+from ringattn.drawing import WIRE
 from ringattn.parallel.machine.shipped import SHIPPED
 from ringattn.parallel.plan.shape import Shape
 from ringattn.parallel.planning.planner import plan_attention, plan_parts
@@ -205,6 +206,17 @@ def test_a_file_of_a_machine_may_have_any_name(capsys, tmp_path):
         assert told in report(capsys, "--tokens", "4096", "--ring", "2", "--machine", f"{path}{suffix}")["reason"]
 
 
+def test_the_picture_has_passes_of_a_layer_with_a_state(tmp_path):
+    pytest.importorskip("matplotlib")
+    argv = [*SMALL, "--tokens", "4096", "--ring", "2"]
+    paths = [tmp_path / "plain.svg", tmp_path / "states.svg"]
+    assert main([*argv, "--draw", str(paths[0])]) == 0
+    assert main([*argv, "--recurrent", "delta", "--draw", str(paths[1])]) == 0
+    green = [path.read_text().count(WIRE["states"]) for path in paths]
+    assert green[0] == 0
+    assert green[1] >= 4  # a gather of each rank in both passes
+
+
 def test_a_layer_with_a_state_is_planned_too(capsys):
     found = report(capsys, "--tokens", "4096", "--ring", "4", "--policy", "zigzag", "--recurrent", "mamba2")[
         "recurrent"
@@ -219,8 +231,16 @@ def test_a_layer_with_a_state_is_planned_too(capsys):
     assert found["routes"]["scan"]["rounds"] == 1
     assert found["routes"]["scan"]["sent_bytes"] == 2 * 4 * 32 * (5 + 6 * 128 * 128)
     assert found["route"] == min(found["routes"], key=lambda name: found["routes"][name]["seconds"])
+    for name in ("forward", "backward"):
+        times = [rank[name] for rank in found["ranks"]]
+        assert found["seconds"][name] == max(one["simulated"] for one in times)
+        assert all(0 < one["compute"] <= one["simulated"] for one in times)
+        assert all(one["wire"] > 0 for one in times)
     assert main([*SMALL, "--tokens", "4096", "--ring", "4", "--recurrent", "delta"]) == 0
-    assert "Layer with a state: delta, heads 32/16, dim 128; 1 documents are cut" in capsys.readouterr().out
+    text = capsys.readouterr().out
+    assert "Layer with a state: delta, heads 32/16, dim 128; 1 documents are cut" in text
+    assert "one layer, all ranks together: forward" in text
+    assert max(len(line) for line in text.splitlines()) <= 120
     with pytest.raises(SystemExit):
         main([*SMALL, "--tokens", "4096", "--recurrent", "delta", "--recurrent-dim", "0"])
     assert "argument --recurrent-dim: " in capsys.readouterr().err

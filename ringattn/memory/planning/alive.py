@@ -30,7 +30,9 @@ from ringattn.memory.planning.items import (
     largest,
     together,
 )
-from ringattn.memory.planning.layer import WIDE, Layer, Layers
+from ringattn.memory.planning.layer import WIDE, Layer
+from ringattn.memory.planning.layers import Layers
+from ringattn.memory.planning.recurrent import RecurrentUse
 from ringattn.memory.planning.shapes import ModelShape, RunShape, Weights
 from ringattn.memory.planning.states import States
 from ringattn.memory.settings import MemorySettings, StateSettings
@@ -48,6 +50,7 @@ class Alive:
         tokens: of that rank.
         attention: of one layer, for this model and run.
         libraries: bytes of workspaces in torch's allocator.
+        recurrent: of one layer's part that carries a state, where there is such.
     """
 
     model: ModelShape
@@ -56,6 +59,7 @@ class Alive:
     states: StateSettings
     attention: AttentionUse
     libraries: int = LIBRARIES
+    recurrent: RecurrentUse | None = None
 
     @cached_property
     def moments(self) -> tuple[Moment, ...]:
@@ -88,9 +92,15 @@ class Alive:
 
     @cached_property
     def layers(self) -> Layers:
-        """The layers."""
-        run = self.run
-        return Layers(Layer(self.model, run.local_tokens, run.itemsize, self.memory, self.attention, run.fused))
+        """The layers; those that are alike are one record."""
+        run, model = self.run, self.model
+        shared = run.local_tokens, run.itemsize, self.memory, self.attention, run.fused
+        kinds = list(zip(model.layers, model.parts, strict=True))
+        made = {
+            (weights, parts): Layer(model, weights, parts, *shared, self.recurrent if parts.recurrence else None)
+            for weights, parts in dict.fromkeys(kinds)
+        }
+        return Layers(tuple(made[kind] for kind in kinds))
 
     @cached_property
     def head(self) -> Head:
@@ -102,15 +112,15 @@ class Alive:
     def _forward(self) -> Iterator[Moment]:
         before = {GRADIENTS: self.held.device_gradients(self.model.total) if self.run.micro_steps > 1 else 0}
         ahead = self._ahead(self.model.head)
-        for number in sorted({0, max(0, self.layers.away - 1), self.layers.count - 1}):
+        for number in sorted({*self.layers.ends, max(0, self.layers.away - 1), self.layers.count - 1}):
             last = number == self.layers.count - 1
             gathered = self._gathered(self.model.layers[number], ahead if last else self._next(number, 1), False)
-            for name, items, attended in self.layers.layer.forward():
+            for name, items, attended in self.layers[number].forward():
                 there = together(before, gathered, self._held(number, attended))
                 moving = {MOVING: self.layers.leaving(number, attended)}
                 yield self._moment(FORWARD, f"{name}, layer {number}", items, there, moving)
         there = together(before, self._kept(self.layers.count), self._gathered(self.model.head, NONE, False))
-        moving = {MOVING: self.layers.leaving(self.layers.count, True), STREAM: self.layers.layer.stream}
+        moving = {MOVING: self.layers.leaving(self.layers.count, True), STREAM: self.layers.stream}
         for name, items in self.head.forward():
             yield self._moment(FORWARD, name, items, there, self._final_norm, moving)
 
@@ -124,14 +134,15 @@ class Alive:
             kept = number
             own = self.memory.keep != "all" or not self._input_is_kept(number)
             there = own + (number > 0 and not self._input_is_kept(0))
-        return {**self._kept(kept), STREAM: self.layers.layer.stream * there}
+        return {**self._kept(kept), STREAM: self.layers.stream * there}
 
     def _backward(self) -> Iterator[Moment]:
         yield from self._backward_head()
         after = self.model.rest + (NONE if self.model.tied else self.model.head)
         every = self.layers.count
         second = min(self.memory.every, every - 1)  # while its chain goes backward, the input of the first comes back
-        for number in sorted({0, second, max(0, self.layers.away - 1), min(self.layers.away, every - 1), every - 1}):
+        ends = {second, max(0, self.layers.away - 1), min(self.layers.away, every - 1), every - 1}
+        for number in sorted({*self.layers.ends, *ends}):
             done = sum(self.model.layers[number + 1 :], after)
             following = self.model.layers[number + 1] if number + 1 < every else self.model.head
             yield from self._backward_layer(number, done, following)
@@ -144,10 +155,10 @@ class Alive:
         for name, items in self.head.backward():
             grad = {REDUCING: 0 if "logits" in name else own}
             yield self._moment(BACKWARD, name, items, kept, gathered, self._final_norm, grad)
-        stream = {STREAM: self.layers.layer.stream}
+        stream = {STREAM: self.layers.stream}
         reducing = {REDUCING: own + (0 if self.model.tied else self.held.reducing(head))}
         yield self._moment(BACKWARD, "gradients of the head are reduced", kept, reducing, self._final_norm, stream)
-        wide = {NORMS: self.layers.layer.norm_backward}
+        wide = {NORMS: self.layers[-1].norm_backward}
         gathered = self._gathered(NONE, self._next(self.layers.count, -1), True)
         yield self._moment(
             BACKWARD, "final norm", kept, gathered, self._final_norm, wide, {REDUCING: self.held.reducing(head)}
@@ -159,7 +170,7 @@ class Alive:
         Arguments:
             following: whose gradients are still being reduced.
         """
-        own, layer = self.model.layers[number], self.layers.layer
+        own, layer = self.model.layers[number], self.layers[number]
         kept = self._kept(number if self.memory.keep == "all" else number + 1)
         shared = together(
             kept,
@@ -182,7 +193,7 @@ class Alive:
         embedding = self.model.embedding
         grads = self.held.device_gradients(self.model.total)
         single = self.held.single(embedding.trained)
-        items = {STREAM: self.layers.layer.stream, GRADIENTS: grads, REDUCING: single + self.held.reducing(embedding)}
+        items = {STREAM: self.layers.stream, GRADIENTS: grads, REDUCING: single + self.held.reducing(embedding)}
         yield self._moment(BACKWARD, "embedding", items, {REDUCING: self._tied_gradient})
 
     def _update(self) -> Iterator[Moment]:

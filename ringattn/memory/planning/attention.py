@@ -7,6 +7,7 @@ import numpy as np
 
 from ringattn.documents import Documents
 from ringattn.mask import Mask
+from ringattn.memory.planning.recurrent import RecurrentUse
 from ringattn.memory.planning.shapes import ModelShape, RunShape
 from ringattn.parallel.choice.schedule import choose
 from ringattn.parallel.machine.machine import Machine
@@ -47,6 +48,8 @@ class AttentionUse:
     @classmethod
     def of(cls, model: ModelShape, run: RunShape, machine: Machine) -> "AttentionUse":
         """Priced for the documents of a run."""
+        if not model.masks:
+            return cls(0, 0, 0, 0, run.ulysses > 1, 0.0, 0.0, "none")
         mesh = MeshShape(1, run.ring, run.ulysses, machine=machine)
         placement = Placement(
             Documents(run.documents, total=run.tokens), mesh, run.policy, model.masks, head_dim=model.head_dim
@@ -66,13 +69,15 @@ class AttentionUse:
 
 
 def degrees(model: ModelShape, run: RunShape, machine: Machine) -> RunShape:
-    """A run whose ring × ulysses are those of as many ranks whose attention is predicted to be fastest."""
+    """A run whose ring × ulysses are those of as many ranks whose attention and recurrences are predicted to be
+    fastest."""
     size = run.ring * run.ulysses
     node = machine.gpus_per_node
     pairs: Sequence[tuple[int, int]] = MeshShape(1, size).parted(node if size > node else None)
     runs = [replace(run, ring=ring, ulysses=ulysses) for ring, ulysses in pairs if ulysses <= model.query_heads]
-    priced = [(one, AttentionUse.of(model, one, machine)) for one in runs]
-    return min(priced, key=lambda pair: pair[1].forward_seconds + pair[1].backward_seconds)[0]
+    uses = [(AttentionUse.of(model, one, machine), RecurrentUse.of(model, one, machine)) for one in runs]
+    seconds = [sum(use.forward_seconds + use.backward_seconds for use in pair if use is not None) for pair in uses]
+    return runs[seconds.index(min(seconds))]
 
 
 @dataclass(frozen=True)

@@ -13,6 +13,7 @@ from typing import Any
 from ringattn.memory.planning.alive import Alive
 from ringattn.memory.planning.attention import AttentionUse
 from ringattn.memory.planning.limits import GIB, Limits
+from ringattn.memory.planning.recurrent import RecurrentUse
 from ringattn.memory.planning.settled import Alternative, Settled
 from ringattn.memory.planning.shapes import ModelShape, RunShape
 from ringattn.memory.planning.step_time import StepTime, step_time
@@ -97,6 +98,11 @@ class Planner:
         """Of all settings the same."""
         return AttentionUse.of(self.model, self.run, self.machine)
 
+    @cached_property
+    def recurrent(self) -> RecurrentUse | None:
+        """As that."""
+        return RecurrentUse.of(self.model, self.run, self.machine)
+
     def settled(self, values: Mapping[str, Any]) -> Settled:
         """With these values of fields, and the defaults of others. Host memory is computed where it is not given."""
         values = dict(values)
@@ -112,7 +118,7 @@ class Planner:
         own = {one.name for one in fields(MemorySettings)}
         memory = MemorySettings(**{key: value for key, value in values.items() if key in own})
         states = StateSettings(**{key: value for key, value in values.items() if key not in own})
-        return Alive(self.model, self.run, memory, states, self.attention)
+        return Alive(self.model, self.run, memory, states, self.attention, recurrent=self.recurrent)
 
     def fastest(self, fixed: Mapping[str, Any]) -> Settled | None:
         """The fastest that fits, or of several that are as fast the smallest; None if none fits. Layers go to the host
@@ -142,6 +148,7 @@ class Planner:
             for key, tried in (*TRIED.items(), ("host_layers", (len(self.model.layers),)))
             for value in tried
             if value != base[key] and _sensible({**base, key: value}, {})
+            if key != "mlp_tile" or self.model.tileable
             if not (base["host_layers"] or key == "host_layers") or {**base, key: value}["keep"] != "all"
         ]
         fitting = [way for way in ways if way[2].alive.peak().total <= room]
@@ -159,6 +166,8 @@ class Planner:
         options = {key: (fixed[key],) if key in fixed else values for key, values in tried.items()}
         if self.run.engine == "deepspeed":  # which has its own ways to gather
             options |= {key: (fixed.get(key, default),) for key, default in (("reshard", True), ("prefetch", 1))}
+        if not self.model.tileable:
+            options["mlp_tile"] = (fixed.get("mlp_tile"),)
         rest = {key: value for key, value in fixed.items() if key not in tried and key != "host_layers"}
         seen: set[tuple[Any, ...]] = set()
         for values in product(*options.values()):
@@ -274,7 +283,7 @@ def _alternatives(planner: Planner, found: Settled, fixed: Mapping[str, Any]) ->
     """Each other value of each free field, the others as chosen."""
     for key, tried in TRIED.items():
         for value in tried:
-            if key in fixed or value == found.values[key]:
+            if key in fixed or value == found.values[key] or (key == "mlp_tile" and not planner.model.tileable):
                 continue
             values = {**found.values, key: value}
             if fixed.get("host_bytes") is None:

@@ -15,6 +15,7 @@ KEPT = "kept by layers"
 STREAM = "hidden states"
 NORMS = "norms"
 ATTENTION = "attention"
+RECURRENCE = "recurrence"
 MLP = "MLP"
 HEAD = "logits and loss"
 MOVING = "to and from the host"
@@ -22,8 +23,8 @@ STEP = "optimizer's step"
 INPUTS = "inputs and rotary tables"
 WORKSPACE = "workspaces of libraries"
 ITEMS = (
-    WEIGHTS, MOMENTS, GRADIENTS, GATHERED, REDUCING, KEPT, STREAM, NORMS, ATTENTION, MLP, HEAD, MOVING, STEP, INPUTS,
-    WORKSPACE,
+    WEIGHTS, MOMENTS, GRADIENTS, GATHERED, REDUCING, KEPT, STREAM, NORMS, ATTENTION, RECURRENCE, MLP, HEAD, MOVING,
+    STEP, INPUTS, WORKSPACE,
 )  # fmt: skip
 FORWARD, BACKWARD, UPDATE = "forward", "backward", "step"
 PHASES = (FORWARD, BACKWARD, UPDATE)

@@ -9,12 +9,11 @@ Legend: t local tokens, E hidden size, A and K elements of a token's queries and
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import accumulate
 
-from ringattn.memory.offload import ALIGNMENT, IN_FLIGHT, LEAST
 from ringattn.memory.planning.attention import AttentionUse
-from ringattn.memory.planning.items import ATTENTION, MLP, NORMS, STREAM, Items
-from ringattn.memory.planning.shapes import ModelShape
+from ringattn.memory.planning.items import ATTENTION, MLP, NORMS, RECURRENCE, STREAM, Items
+from ringattn.memory.planning.recurrent import RecurrentUse
+from ringattn.memory.planning.shapes import ModelShape, Parts, Weights
 from ringattn.memory.settings import MemorySettings
 
 WIDE = 4  # bytes of float32, in which norms and sums are computed
@@ -28,14 +27,18 @@ class Layer:
         tokens: of the rank.
         itemsize: bytes of an element of what is computed.
         fused: norms, rotary embeddings and the MLP's product are one kernel each, which keep their inputs as they are.
+        recurrent: of its part that carries a state, if it has one.
     """
 
     model: ModelShape
+    weights: Weights
+    parts: Parts
     tokens: int
     itemsize: int
     memory: MemorySettings
     attention: AttentionUse
     fused: bool = False
+    recurrent: RecurrentUse | None = None
 
     # What stays.
 
@@ -51,10 +54,21 @@ class Layer:
             return (self.saved,)
         if self.memory.keep == "layer":
             return (self.stream,)
-        kept = [self.stream, self._out, self._lse]
-        if self.memory.keep == "selective":  # the products before attention and the one after it
-            kept += [self._queries, self._keys, self._keys, self.stream]
-        return (*kept, self.attention.keys) if self.attention.keys else tuple(kept)
+        kept = [self.stream]
+        if self.parts.attention:
+            kept += [self._out, self._lse]
+        if self.memory.keep == "selective":  # the products before attention or a recurrence, and the one after it
+            kept += self._products
+        return (*kept, self.attention.keys) if self.parts.attention and self.attention.keys else tuple(kept)
+
+    @property
+    def _products(self) -> list[int]:
+        """Of what mixes tokens. The last product of a layer is needed for nothing."""
+        kept = [] if self.recurrent is None else [self.recurrent.narrow]
+        if self.parts.attention:
+            kept += [self._queries * (1 + self.model.gated_attention), self._keys, self._keys]
+        after = self.parts.attention + self.parts.recurrence
+        return [*kept, *[self.stream] * after] if self.parts.mlp else kept
 
     @property
     def saved(self) -> int:
@@ -66,32 +80,51 @@ class Layer:
     def forward(self) -> Iterator[tuple[str, Items, bool]]:
         """Moments of the forward pass, beside the layer's input; with each, whether what the layer keeps is there then.
         With keep="all" that grows from moment to moment, and is part of these."""
-        t, b, m = self.tokens, self.itemsize, self.model
-        n, qkv = self.stream, self._qkv
+        n = self.stream
         grows = self.memory.keep == "all"
-        normed = {NORMS: (self._first_norms - n) * grows}
-        yield "norm", {NORMS: self._norm_forward}, False
-        if m.head_norms:
-            wide = 2 * (b if self.fused else WIDE)
-            yield "norm of queries", {STREAM: n, ATTENTION: (b + wide) * t * m.query_width}, False
-        turned = m.query_width + m.key_width if self.fused else 3 * m.query_width
-        yield "rotary embedding", _plus(normed, {STREAM: n, ATTENTION: qkv + b * t * turned}), False
-        held = qkv + self._out + self._lse
-        yield "attention", _plus(normed, {STREAM: n, ATTENTION: held + self.attention.forward}), False
-        yield "product after attention", _plus(normed, {STREAM: 2 * n, ATTENTION: held}), False
-        attended = {NORMS: self._first_norms * grows, ATTENTION: self._saved_before_mlp[ATTENTION] * grows}
-        yield "norm before the MLP", _plus(attended, {STREAM: n, NORMS: self._norm_forward}), True
-        if not grows:
-            yield "MLP", {STREAM: 2 * n, MLP: self._mlp_forward}, True
+        yield "norm", {NORMS: self._norm_forward}, not self.parts.mixes
+        normed = {NORMS: (self._first_norms - n) * grows, STREAM: n}
+        before = normed
+        if self.recurrent is not None:
+            there = {RECURRENCE: max(self.recurrent.forward, self.recurrent.saved * grows)}
+            yield "recurrence", _plus(normed, there), False
+            yield "product after the recurrence", _plus(normed, {STREAM: n, RECURRENCE: there[RECURRENCE]}), False
+            # Beside attention its result waits for the sum.
+            before = _plus(normed, {STREAM: n, RECURRENCE: self.recurrent.saved * grows})
+        if self.parts.attention:
+            yield from self._attention_forward(before)
+        if not self.parts.mlp:
             return
-        copies = 0 if b == WIDE else n  # in float32 the norm has kept its input
+        if self.parts.mixes:
+            attended = {name: size * grows for name, size in self._mixed.items()}
+            attended[NORMS] = self._first_norms * grows
+            yield "norm before the MLP", _plus(attended, {STREAM: n, NORMS: self._norm_forward}), True
+        if not grows:
+            yield "MLP", {STREAM: (1 + self.parts.mixes) * n, MLP: self._mlp_forward}, True
+            return
+        copies = 0 if self.itemsize == WIDE else n  # in float32 the norm has kept its input
         yield "MLP", _plus(self._saved_before_mlp, {STREAM: copies, MLP: self._mlp_forward}), True
         yield "sum after the MLP", _plus(self._saved_before_mlp, {STREAM: copies + 2 * n, MLP: self._mlp_saved}), True
+
+    def _attention_forward(self, before: Items) -> Iterator[tuple[str, Items, bool]]:
+        """Moments of attention, beside what is there before it."""
+        t, b, m = self.tokens, self.itemsize, self.model
+        if m.head_norms:
+            wide = 2 * (b if self.fused else WIDE)
+            alone = {} if self.recurrent is None else before
+            queries = {STREAM: self.stream, ATTENTION: (b + wide) * t * m.query_width + self._gate}
+            yield "norm of queries", _plus(alone, queries), False
+        turned = m.query_width + m.key_width if self.fused else 3 * m.query_width
+        yield "rotary embedding", _plus(before, {ATTENTION: self._qkv + self._gate + b * t * turned}), False
+        held = self._qkv + self._out + self._lse + self._gate
+        yield "attention", _plus(before, {ATTENTION: held + self.attention.forward}), False
+        gated = 2 * self._gate  # its values, and their product
+        yield "product after attention", _plus(before, {STREAM: self.stream, ATTENTION: held + gated}), False
 
     @property
     def _mlp_forward(self) -> int:
         """The activation, the other product, and theirs; in tiles also the output of all and of one."""
-        rows = (3 if self.model.gated else 2) * self.itemsize * self._tile * self.model.inner
+        rows = (2 + self.model.gated + self.model.mlp_steps - 1) * self.itemsize * self._tile * self.model.inner
         return rows + self._tiled * (self.stream + self._tile * self.model.hidden * self.itemsize)
 
     # Backward.
@@ -99,25 +132,40 @@ class Layer:
     def backward(self) -> Iterator[tuple[str, Items, float]]:
         """Moments of the backward pass, beside the layer's input and the gradient of its output; with each the share of
         the layer's weights whose gradients are there."""
-        m, before = self.model, self._saved_before_mlp
-        done = m.mlp.count / m.largest_layer.count
-        yield "MLP", _plus(before, {MLP: self._mlp_backward}), 0.0 if self._tiled else done / (3 if m.gated else 2)
-        attended = {ATTENTION: before[ATTENTION], NORMS: self._first_norms + self._norm_copy}
-        yield "norm before the MLP", _plus(attended, {NORMS: self.norm_backward}), done
-        computed = self._attended + self._out + self.attention.backward
-        yield "attention", {NORMS: self._first_norms, ATTENTION: computed}, done + (1.0 - done) / 3
+        m, before, done = self.model, self._saved_before_mlp, 0.0
+        if self.parts.mlp:
+            done = min(1.0, m.mlp.count / self.weights.count)
+            share = 0.0 if self._tiled else done / (3 if m.gated else 2)
+            yield "MLP", _plus(before, {MLP: self._mlp_backward}), share
+            attended = {**self._mixed, NORMS: self._first_norms + self._norm_copy * self.parts.mixes}
+            yield "norm before the MLP", _plus(attended, {NORMS: self.norm_backward}), done
+        first = {NORMS: self._first_norms}
+        if self.parts.attention:
+            computed = self._attended + self._out + self._gate_saved + self.attention.backward
+            beside = {} if self.recurrent is None else {STREAM: self.stream, RECURRENCE: self.recurrent.saved}
+            yield "attention", _plus({**first, ATTENTION: computed}, beside), done + (1.0 - done) / 3
+        if self.recurrent is not None:
+            # Beside attention the gradient of their common input waits.
+            beside = {STREAM: self.stream, RECURRENCE: self.recurrent.backward}
+            there = beside if self.parts.attention else {RECURRENCE: self.recurrent.backward}
+            yield "recurrence", {**first, **there}, done + (1.0 - done) / 3
 
     @property
     def tile_grads(self) -> int:
         """Of an MLP in tiles: sums of gradients in float32, and the first gradient of a tile; when the others come, the
         tile's rows have gone."""
         products = 3 if self.model.gated else 2
-        return self._tiled * self.model.mlp.trained * (WIDE * products + self.itemsize) // products
+        return self._tiled * self.parts.mlp * self.model.mlp.trained * (WIDE * products + self.itemsize) // products
 
     @property
     def _mlp_backward(self) -> int:
         """Backward of the product of two: both factors and the input of one, its gradient and theirs."""
-        rows = (6 - self.fused if self.model.gated else 4) * self.itemsize * self._tile * self.model.inner
+        rows = (
+            (6 - self.fused if self.model.gated else 3 + self.model.mlp_steps)
+            * self.itemsize
+            * self._tile
+            * self.model.inner
+        )
         return rows + self._tiled * (self.stream + self._tile * self.model.hidden * self.itemsize)
 
     # Parts.
@@ -158,6 +206,17 @@ class Layer:
         return self._qkv + (0 if self.memory.keep in ("attention", "selective") else result)
 
     @property
+    def _gate(self) -> int:
+        """Of attention's output, which comes with the queries."""
+        return self._queries * self.model.gated_attention
+
+    @property
+    def _gate_saved(self) -> int:
+        """Its values and the product; what it was computed from stands with the queries, which no norm in float32
+        copies."""
+        return (2 + (self.itemsize == WIDE)) * self._gate
+
+    @property
     def _norm_forward(self) -> int:
         """What a norm holds beside its input: two tensors in float32, or its result alone."""
         return self.stream if self.fused else 2 * WIDE * self.tokens * self.model.hidden
@@ -180,106 +239,33 @@ class Layer:
     @property
     def _first_norms(self) -> int:
         """Of the first norm, and of those of heads. A float32 copy of what is float32 is the layer's input itself."""
-        heads = self.model.query_width + self.model.key_width if self.model.head_norms else 0
+        normed = self.model.head_norms and self.parts.attention
+        heads = self.model.query_width + self.model.key_width if normed else 0
         own = self.tokens * heads * ((0 if self.fused else WIDE) + self.itemsize)
         kept = (self.itemsize == WIDE or self.fused) and self.memory.keep != "all"
         return self._norm_saved - kept * self._norm_copy + own
 
     @property
+    def _mixed(self) -> dict[str, int]:
+        """What autograd keeps of attention and of a recurrence."""
+        out = {}
+        if self.parts.attention:
+            again = self._out if self.attention.exchanged else 0  # the product after attention keeps the local one
+            out[ATTENTION] = self._attended + self._gate_saved + again
+        if self.recurrent is not None:
+            out[RECURRENCE] = self.recurrent.saved
+        return out
+
+    @property
     def _saved_before_mlp(self) -> dict[str, int]:
-        again = self._out if self.attention.exchanged else 0  # the product after attention keeps the local one
-        return {NORMS: self._first_norms + self._norm_saved, ATTENTION: self._attended + again}
+        both = self.parts.mixes and self.parts.mlp
+        return {NORMS: self._first_norms + both * self._norm_saved, **self._mixed}
 
     @property
     def _mlp_saved(self) -> int:
         """Both products, the activation and the product of both; in tiles nothing but the norm's result."""
         rows = 4 - self.fused if self.model.gated else 2
-        return 0 if self._tiled else rows * self.itemsize * self.tokens * self.model.inner
-
-
-@dataclass(frozen=True)
-class Layers:
-    """All layers one after another: what they keep, and where."""
-
-    layer: Layer
-
-    @property
-    def count(self) -> int:
-        return len(self.layer.model.layers)
-
-    @property
-    def away(self) -> int:
-        """Layers, from the first one, whose share is on the host."""
-        return min(self.layer.memory.host_layers, self.count)
-
-    @property
-    def host_bytes(self) -> int:
-        """Pinned memory for what they keep, each tensor from where the stack of it aligns."""
-        return sum(
-            -(-size // ALIGNMENT) * ALIGNMENT
-            for number in range(self.away)
-            for size in self._tensors(number)
-            if size >= LEAST
-        )
-
-    def kept(self, first: int) -> int:
-        """Bytes on the device of what the first layers keep."""
-        return self._kept[first]
-
-    @cached_property
-    def _kept(self) -> list[int]:
-        sizes = (
-            sum(size for size in self._tensors(number) if number >= self.away or size < LEAST)
-            for number in range(self.count)
-        )
-        return [0, *accumulate(sizes)]
-
-    def in_flight(self, number: int) -> int:
-        """Bytes on the device of what came back from the host while a layer goes backward: its own, what its chain
-        begins with, and what the nearest layer before it that keeps anything does."""
-        if number >= self.away:
-            return self._before(number) if 0 < number == self.away else 0
-        begin = number - number % self.layer.memory.every
-        own = self._large(number)
-        own += sum(self._tensors(begin)[:1]) if begin < number else 0
-        # In a chain that keeps one input alone the next to come is that of the chain before.
-        return own + self._before(number if self._large(number) else begin)
-
-    def _before(self, number: int) -> int:
-        """Of the nearest layer before one that keeps any."""
-        return next((size for one in range(number - 1, -1, -1) if (size := self._large(one))), 0)
-
-    def _large(self, number: int) -> int:
-        """Bytes of what a layer keeps and may send away."""
-        return sum(size for size in self._tensors(number) if size >= LEAST)
-
-    def leaving(self, number: int, attended: bool) -> int:
-        """Bytes of the last tensors on their way to the host while a layer is computed forward, without its own input
-        and the model's. Nobody frees those of the last layer that goes there before the backward pass.
-
-        Arguments:
-            attended: the layer's attention is over.
-        """
-        sent = [
-            (layer, place, size)
-            for layer in range(max(0, min(number, self.away - 1) - IN_FLIGHT), min(number + 1, self.away))
-            for place, size in enumerate(self._tensors(layer))
-            if size >= LEAST and (attended or layer < number or not place)
-        ]
-        return sum(
-            size
-            for layer, place, size in sent[len(sent) - min(IN_FLIGHT, len(sent)) :]
-            if place or layer not in (0, number)
-        )
-
-    def between(self, number: int) -> int:
-        """Inputs of the layers of a chain that were computed again, and are there while a layer goes backward."""
-        every = self.layer.memory.every
-        return (number % every) * self.layer.stream
-
-    def _tensors(self, number: int) -> tuple[int, ...]:
-        every = self.layer.memory.every
-        return self.layer.tensors if number % every == 0 else self.layer.tensors[1:]
+        return 0 if self._tiled or not self.parts.mlp else rows * self.itemsize * self.tokens * self.model.inner
 
 
 def _plus(a: Items, b: Items) -> dict[str, int]:

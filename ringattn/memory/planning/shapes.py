@@ -7,6 +7,7 @@ from functools import cached_property
 from ringattn.mask import Mask
 from ringattn.parallel.placement.policies import TILE
 from ringattn.parallel.plan.shape import Shape
+from ringattn.recurrent.price import RecurrenceShape
 
 ITEMSIZE = {"float32": 4, "bfloat16": 2}
 
@@ -24,6 +25,43 @@ class Weights:
 
 
 @dataclass(frozen=True)
+class Parts:
+    """What a layer consists of, with a norm before each: attention and a recurrence beside it have one together."""
+
+    attention: bool = True
+    recurrence: bool = False
+    mlp: bool = True
+
+    @property
+    def mixes(self) -> bool:
+        """Whether the layer looks at more than one token."""
+        return self.attention or self.recurrence
+
+
+@dataclass(frozen=True)
+class RecurrentPart:
+    """The part of a layer that carries a state, in elements of a token.
+
+    Arguments:
+        rule: heads and dims of the recurrence; None for a short convolution and nothing else.
+        channels: of the convolution.
+        width: what goes into the product after it.
+        projected: all outputs of the products before it.
+        held: what the forward pass holds beside the convolution's result and its own, while the recurrence is computed.
+        narrow: outputs of its products that `keep="selective"` keeps, the one after it apart.
+        normed: a norm comes with the gate after it.
+    """
+
+    rule: RecurrenceShape | None
+    channels: int
+    width: int
+    projected: int
+    held: int
+    narrow: int
+    normed: bool = True
+
+
+@dataclass(frozen=True)
 class ModelShape:
     """A decoder in numbers. `ringattn.hf.shape` reads those of a transformers model.
 
@@ -33,11 +71,16 @@ class ModelShape:
         gated: the MLP multiplies two products, as SwiGLU does.
         head_norms: queries and keys have norms of their own.
         logit_steps: things done to logits, one by one, before the loss.
+        mlp_steps: operators of the activation, each of which gives all inner rows.
         layers: parameters of each layer, in order.
         mlp: parameters of one layer's MLP, of all experts.
         active: parameters of one layer that multiply a token, which are fewer than all with experts.
         embedding, head, rest: parameters of these; a head that is the embedding has none.
         masks: of attention, with the number of layers that each has.
+        kinds: what each layer consists of; default: attention and an MLP, all of them.
+        recurrent: of all layers that have such a part.
+        gated_attention: attention's output is multiplied with a gate of its width, which comes with the queries.
+        tileable: every layer has an MLP that can be computed in tiles.
     """
 
     name: str
@@ -57,6 +100,16 @@ class ModelShape:
     gated: bool = True
     head_norms: bool = False
     logit_steps: int = 0
+    mlp_steps: int = 1
+    kinds: tuple[Parts, ...] = ()
+    recurrent: RecurrentPart | None = None
+    gated_attention: bool = False
+    tileable: bool = True
+
+    @property
+    def parts(self) -> tuple[Parts, ...]:
+        """What each layer consists of."""
+        return self.kinds or (Parts(),) * len(self.layers)
 
     @property
     def tied(self) -> bool:
@@ -95,13 +148,15 @@ class ModelShape:
     def with_layers(self, count: int) -> "ModelShape":
         """The same model with so many layers, the first ones, or these over again."""
         layers = tuple(self.layers[number % len(self.layers)] for number in range(count))
-        share = count / len(self.layers)
-        masks, left = [], count
+        kinds = tuple(self.parts[number % len(self.layers)] for number in range(count)) if self.kinds else ()
+        attending = sum(parts.attention for parts in kinds) if kinds else count
+        share = attending / max(1, sum(own for _, own in self.masks))
+        masks, left = [], attending
         for number, (mask, own) in enumerate(self.masks):
             taken = left if number == len(self.masks) - 1 else min(left, round(own * share))
             left -= taken
             masks.append((mask, taken))
-        return replace(self, layers=layers, masks=tuple((mask, own) for mask, own in masks if own))
+        return replace(self, layers=layers, kinds=kinds, masks=tuple((mask, own) for mask, own in masks if own))
 
 
 @dataclass(frozen=True)
@@ -121,6 +176,7 @@ class RunShape:
         head_chunks: see `parallel_attention`.
         kernel_sums: attention's backward kernel adds up in float32 memory of its own, as all on GPUs do.
         fused: norms, rotary embeddings and the MLP's product are one kernel each (`ringattn.hf.elementwise`).
+        recurrent: whose kernels compute recurrences: "fused" (mamba-ssm's and flash-linear-attention's) or "torch".
         matrices: parameters that have Muon's one momentum in the place of AdamW's two moments.
         largest_matrix: rows and columns of the largest matrix among them.
     """
@@ -138,6 +194,7 @@ class RunShape:
     head_chunks: int = 1
     kernel_sums: bool = True
     fused: bool = False
+    recurrent: str = "fused"
     matrices: int = 0
     largest_matrix: tuple[int, int] = (0, 0)
 
@@ -150,6 +207,8 @@ class RunShape:
             raise ValueError(f"compute must be one of {', '.join(ITEMSIZE)}, got {self.compute!r}")
         if self.engine not in ("fsdp2", "deepspeed"):
             raise ValueError(f"engine must be fsdp2 or deepspeed, got {self.engine!r}")
+        if self.recurrent not in ("fused", "torch"):
+            raise ValueError(f"recurrent must be fused or torch, got {self.recurrent!r}")
         if self.zero_stage not in (1, 2, 3):
             raise ValueError(f"zero_stage must be 1, 2 or 3, got {self.zero_stage!r}")
         if self.lengths and (min(self.lengths) < 0 or sum(self.lengths) > self.tokens):

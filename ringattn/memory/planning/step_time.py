@@ -12,6 +12,8 @@ from ringattn.parallel.machine.machine import Machine
 # two norms (their float32 copies as two elements) and two sums; rotary embeddings; the activation and its product.
 HIDDEN_PASSES, HEAD_PASSES, INNER_PASSES = 38, 9, 5
 FUSED_PASSES = 10, 2, 3  # of the same, where each is one kernel
+# Of a part that carries a state: its convolution with SiLU, and norm and gate after it. Counted, never timed.
+CHANNEL_PASSES, GATE_PASSES = 12, 24
 BACKWARD = 2.0  # elementwise work backward, in that of a forward pass
 LOGIT_BYTES = 40  # a logit: written, softmax read and written, exponentials, slope, cast
 
@@ -54,6 +56,7 @@ def step_time(alive: Alive, machine: Machine) -> StepTime:
     work = _Work(alive, machine, rates)
     items = {
         "attention": run.micro_steps * (alive.attention.forward_seconds + alive.attention.backward_seconds),
+        "recurrences": run.micro_steps * work.recurrences,
         "matrix products": run.micro_steps * (1 + model.backward) * work.products,
         "element by element": run.micro_steps * work.elementwise,
         "computed again": run.micro_steps * work.again,
@@ -68,6 +71,8 @@ def step_time(alive: Alive, machine: Machine) -> StepTime:
     head = model.vocabulary * model.hidden
     flops = 2.0 * (1 + model.backward) * (model.active * len(model.layers) + head) * tokens
     flops += 12.0 * model.query_width * pairs * run.data * run.micro_steps
+    if model.recurrent is not None and model.recurrent.rule is not None:
+        flops += 3.0 * model.recurrent.rule.flops * sum(parts.recurrence for parts in model.parts) * tokens
     return StepTime({k: v for k, v in items.items() if v > 0}, tokens, run.ranks, flops, rates.peak)
 
 
@@ -99,11 +104,28 @@ class _Work:
         return self._layers * self._layer_products + head
 
     @property
+    def _recurrent(self) -> tuple[float, float]:
+        """Seconds of all recurrences, forward and backward."""
+        use = self.alive.recurrent
+        return (0.0, 0.0) if use is None else (use.forward_seconds, use.backward_seconds)
+
+    @property
+    def recurrences(self) -> float:
+        return sum(self._recurrent)
+
+    @property
     def _layer_elements(self) -> float:
-        """What is not a product in one layer forward."""
+        """What is not a product in one layer forward, on the mean over layers."""
         m = self.alive.model
         hidden, heads, inner = FUSED_PASSES if self.alive.run.fused else (HIDDEN_PASSES, HEAD_PASSES, INNER_PASSES)
-        width = hidden * m.hidden + heads * (m.query_width + m.key_width) + inner * m.inner / (1 if m.gated else 2)
+        attending, recurrent, mlps = (
+            sum(getattr(parts, name) for parts in m.parts) / self._layers for name in ("attention", "recurrence", "mlp")
+        )
+        halves = sum(parts.mixes + parts.mlp for parts in m.parts) / 2 / self._layers  # each with a norm and a sum
+        width = hidden * halves * m.hidden + attending * heads * (m.query_width + m.key_width)
+        width += mlps * inner * m.inner / (1 if m.gated else 2)
+        if m.recurrent is not None:
+            width += recurrent * (CHANNEL_PASSES * m.recurrent.channels + GATE_PASSES * m.recurrent.width)
         return self._tokens * width * self.alive.run.itemsize / self.rates.memory
 
     @property
@@ -122,9 +144,12 @@ class _Work:
         if memory.keep == "selective":
             products = self._share(model.mlp.count) - last
         attended = self.alive.attention.forward_seconds if memory.keep == "layer" else 0.0
+        recurred = self._recurrent[0]  # which nothing but keep="all" keeps
         chained = (1 - 1 / memory.every) * self._layers * (self._layer_products + self._layer_elements)
         if memory.keep == "layer":
             chained += (1 - 1 / memory.every) * self.alive.attention.forward_seconds
+        chained += (1 - 1 / memory.every) * recurred
+        attended += recurred
         return self._layers * (products * self._layer_products + self._layer_elements) + attended + chained
 
     def _share(self, parameters: int) -> float:
@@ -152,10 +177,11 @@ class _Work:
     @property
     def _layer_seconds(self) -> tuple[float, float]:
         """One layer forward, and backward with what it computes again."""
-        attention = self.alive.attention
-        forward = self._layer_products + self._layer_elements + attention.forward_seconds / self._layers
+        attention, recurrent = self.alive.attention, self._recurrent
+        mixing = (attention.forward_seconds + recurrent[0], attention.backward_seconds + recurrent[1])
+        forward = self._layer_products + self._layer_elements + mixing[0] / self._layers
         backward = self.alive.model.backward * self._layer_products + BACKWARD * self._layer_elements
-        return forward, backward + (attention.backward_seconds + self.again) / self._layers
+        return forward, backward + (mixing[1] + self.again) / self._layers
 
     @property
     def exposed_transfers(self) -> float:
@@ -194,7 +220,7 @@ class _Work:
         layers = self.alive.layers
         if not layers.away:
             return self._exposed_states
-        size = sum(one for one in layers.layer.tensors if one >= LEAST)
+        size = sum(one for layer in layers.layers for one in layer.tensors if one >= LEAST) / layers.count
         seconds = size / self.rates.host_link
         forward, backward = self._layer_seconds
         waits = max(0.0, seconds - forward) + max(0.0, seconds - backward)

@@ -24,6 +24,7 @@ def render(
         f"tokens on ring {run.ring} × ulysses {run.ulysses}" + (f" × data {run.data}" if run.data > 1 else ""),
         f"{run.compute}, {run.engine}, at most {run.local_tokens:,} tokens a rank; attention: {plan.attention.told}; "
         f"predicted for {machine}",
+        *([] if plan.recurrent is None else [f"layers that carry a state: {plan.recurrent.told}"]),
         "",
         "Settings (* asked for, the others chosen)",
         *settings(settled.values, fixed),

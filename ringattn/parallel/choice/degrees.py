@@ -53,7 +53,7 @@ def choose_degrees(
     for mesh in sorted(meshes, key=lambda mesh: -mesh.ulysses):
         if mesh.ulysses <= shape.query_heads:
             placement = placed_on(mesh)
-            priced.append((_seconds(placement, masks, shape, mesh.planned_for(machine)), placement))
+            priced.append((attention_seconds(placement, masks, shape, mesh.planned_for(machine)), placement))
     seconds, best = priced[0]
     for other_seconds, other in priced[1:]:
         if other_seconds < (1 - RING_AXIS_GAIN) * seconds:
@@ -87,7 +87,10 @@ def _described(parts: tuple[Placement, ...]) -> str:
     )
 
 
-def _seconds(placement: Placement, masks: Sequence[tuple[Mask, float]], shape: Shape, machine: Machine) -> float:
+def attention_seconds(
+    placement: Placement, masks: Sequence[tuple[Mask, float]], shape: Shape, machine: Machine
+) -> float:
+    """Forward and backward of all layers by the fastest schedules."""
     options = candidates(placement.mesh.ring, "auto", None, placement.docs.segmented)
     total = 0.0
     for mask, layers in masks:

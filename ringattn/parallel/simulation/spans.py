@@ -8,8 +8,8 @@ PASSES = {"forward": False, "backward": True}  # by name, whether it is the back
 
 @dataclass(frozen=True)
 class Span:
-    """What a rank does from `begin` to `end`, seconds: "compute", "cast", "reduce" or "exchange", of which stage and
-    chunk of heads."""
+    """What a rank does from `begin` to `end`, seconds: "compute", "cast", "reduce", "exchange" or "states", of which
+    stage and chunk of heads."""
 
     rank: int
     kind: str

@@ -5,60 +5,23 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
 
-from ringattn import Documents, init_mesh
-from ringattn.hf import attention_kwargs, parallelize
-from ringattn.hf.shape import model_shape
-from ringattn.memory import offload as offloading
-from ringattn.memory.layers import keep_layers
-from ringattn.memory.offload import Offload
-from ringattn.memory.planning import layer as layers_of
 from ringattn.memory.planning.alive import Alive
 from ringattn.memory.planning.attention import AttentionUse
-from ringattn.memory.planning.items import (
-    GATHERED,
-    INPUTS,
-    KEPT,
-    MOMENTS,
-    MOVING,
-    PHASES,
-    REDUCING,
-    WEIGHTS,
-    WORKSPACE,
-    Moment,
-)
-from ringattn.memory.planning.shapes import ModelShape, RunShape
+from ringattn.memory.planning.items import GATHERED, INPUTS, KEPT, MOMENTS, MOVING, PHASES, WEIGHTS
+from ringattn.memory.planning.shapes import RunShape
 from ringattn.memory.settings import MemorySettings, StateSettings
-from ringattn.memory.tiled_loss import tiled_loss
-from ringattn.memory.tiled_rows import TiledModule
-from ringattn.parallel.layout import Layout
 from ringattn.parallel.machine.shipped import SHIPPED
+from tests.memory.planning.measured import SETTINGS, compared
 from tests.memory.planning.shapes_of import llama_8b
-from tests.memory.planning.tracker import Tracker
 from tests.pool import Pools
-from tests.training.token_loss import token_loss_sum
 
-TOKENS, LEAST = 512, 2**14
+TOKENS = 512
+SOME = ["plain", "layer, MLP", "attention, MLP"]
 SIZES: dict[str, Any] = {
     "vocab_size": 256, "hidden_size": 64, "intermediate_size": 224, "num_hidden_layers": 4, "num_attention_heads": 4,
     "num_key_value_heads": 1, "head_dim": 16, "use_cache": False,
 }  # fmt: skip
-# Of an engine and of a GPU, which the tracker has not.
-ELSEWHERE = (WEIGHTS, MOMENTS, GATHERED, WORKSPACE, REDUCING)
-SETTINGS: dict[str, MemorySettings] = {
-    "plain": MemorySettings(),
-    "loss": MemorySettings(loss_tile=64),
-    "loss, MLP": MemorySettings(loss_tile=64, mlp_tile=64),
-    "layer": MemorySettings(loss_tile=64, keep="layer"),
-    "layer, MLP": MemorySettings(loss_tile=64, mlp_tile=64, keep="layer"),
-    "attention": MemorySettings(loss_tile=64, mlp_tile=64, keep="attention"),
-    "layer of every 2": MemorySettings(loss_tile=64, mlp_tile=64, keep="layer", every=2),
-    "attention, three away": MemorySettings(
-        loss_tile=64, mlp_tile=64, keep="attention", host_layers=3, host_bytes=2**22
-    ),
-    "layer, all away": MemorySettings(loss_tile=64, mlp_tile=64, keep="layer", host_layers=4, host_bytes=2**22),
-}
 
 
 def model_of(family: str) -> tuple[Any, Any]:
@@ -69,82 +32,16 @@ def model_of(family: str) -> tuple[Any, Any]:
     return getattr(transformers, f"{family}ForCausalLM")(config), config
 
 
-def measured(family: str, memory: MemorySettings, dtype: torch.dtype) -> tuple[dict[str, int], int, ModelShape]:
-    """The most bytes of live tensors in each pass, beside weights and gradients that were there; host bytes used."""
-    model, config = model_of(family)
-    shape = model_shape(model, config)
-    parallelize(model.to(dtype), mesh := init_mesh())
-    inner: Any = model.model
-    if memory.mlp_tile:
-        for layer in inner.layers:
-            TiledModule(layer.mlp, memory.mlp_tile)
-    offload = Offload(torch.device("cpu"), memory.host_bytes, least=LEAST) if memory.host_layers else None
-    if memory.keep != "all":
-        assert memory.keep != "selective"
-        keep_layers(inner.layers, memory.keep, offload, memory.host_layers, every=memory.every)
-    ids = torch.arange(TOKENS)[None] % 256
-    given = attention_kwargs(layout := Layout(Documents([TOKENS]), mesh))
-    positions = layout.position_ids(torch.device("cpu"))[None]
-
-    def loss() -> Tensor:
-        hidden = inner(input_ids=ids, position_ids=positions, use_cache=False, **given).last_hidden_state
-        if memory.loss_tile:
-            return tiled_loss(hidden[0], model.lm_head.weight, ids[0], tile=memory.loss_tile)
-        logits = model.lm_head(hidden)  # as the loop has it
-        return token_loss_sum(logits[0], ids[0])
-
-    loss().backward()  # whatever is made once
-    model.zero_grad()
-    with Tracker() as tracker:
-        made = loss()
-        peaks = {"forward": tracker.peak}
-        tracker.begin_peak()
-        made.backward()
-        peaks["backward"] = tracker.peak
-    return peaks, 0 if offload is None else offload.stack.most, shape
-
-
-def stated(alive: Alive) -> dict[str, int]:
-    """The same by the plan."""
-
-    def comparable(moment: Moment) -> int:
-        tiles = alive.layers.layer.tile_grads if moment.name.startswith("MLP") and moment.phase == "backward" else 0
-        indices = 24 * TOKENS  # ids, positions and targets were there before
-        return moment.total - sum(moment.items.get(name, 0) for name in ELSEWHERE) + tiles - indices
-
-    return {
-        phase: max(comparable(moment) for moment in alive.moments if moment.phase == phase)
-        for phase in ("forward", "backward")
-    }
-
-
-def compared(family: str, dtype: str, names: list[str]) -> list[tuple[str, str, float]]:
-    """Of each setting and pass, stated by measured."""
-    out = []
-    layers_of.IN_FLIGHT = 0  # on a CPU nothing is under way
-    layers_of.LEAST = LEAST
-    for name in names:
-        memory = SETTINGS[name]
-        peaks, host, shape = measured(family, memory, getattr(torch, dtype))
-        run = RunShape(TOKENS, compute=dtype, kernel_sums=False)
-        use = AttentionUse.of(shape, run, SHIPPED["H200"])
-        alive = Alive(shape, run, memory, StateSettings(weights=dtype), use)  # type: ignore[arg-type]
-        out += [(name, phase, size / peaks[phase]) for phase, size in stated(alive).items()]
-        out.append((name, "host", alive.layers.host_bytes / host if host else 1.0))
-    layers_of.IN_FLIGHT, layers_of.LEAST = offloading.IN_FLIGHT, offloading.LEAST
-    return out
-
-
 @pytest.mark.parametrize("family", ["Llama", "Qwen3"])
 def test_live_storages_are_those_of_the_plan(pool: Pools, family: str) -> None:
-    (found,) = pool(1).run(compared, family, "float32", list(SETTINGS))
+    (found,) = pool(1).run(compared, model_of, (family,), "float32", list(SETTINGS), [TOKENS])
     wrong = [one for one in found if one[2] != pytest.approx(1.0, abs=0.02)]
     assert not wrong, found
 
 
 def test_in_bfloat16_norms_are_float32(pool: Pools) -> None:
     """A CPU makes float32 copies for a tiled loss that a GPU does not: what is compared is without them."""
-    (found,) = pool(1).run(compared, "Llama", "bfloat16", ["plain", "layer, MLP", "attention"])
+    (found,) = pool(1).run(compared, model_of, ("Llama",), "bfloat16", SOME, [TOKENS])
     wrong = [one for one in found if one[2] != pytest.approx(1.0, abs=0.05) and ("backward" in one or "plain" in one)]
     assert not wrong, found
 
@@ -229,7 +126,7 @@ def test_gathered_layers_go_unless_told_to_stay() -> None:
 def test_the_last_layers_to_leave_are_under_way() -> None:
     memory = MemorySettings(loss_tile=1024, mlp_tile=4096, keep="layer", host_layers=32, host_bytes=1)
     moments = [one for one in alive(memory).moments if one.name == "MLP, layer 31" and one.phase == "forward"]
-    assert moments[0].items[MOVING] == alive().layers.layer.stream
+    assert moments[0].items[MOVING] == alive().layers.stream
     assert INPUTS in moments[0].items
 
 

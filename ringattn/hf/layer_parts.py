@@ -1,0 +1,75 @@
+"""What the layers of a transformers model consist of, as the planner of memory sees them."""
+
+from typing import Any
+
+from torch import nn
+
+from ringattn.hf.recurrent import KNOWN, kind_of
+from ringattn.memory.planning.shapes import Parts, RecurrentPart
+from ringattn.memory.products import narrow
+from ringattn.recurrent.price import RecurrenceShape
+
+# The functions by which layers mix tokens whose tensors the planner counts.
+DELTA, MAMBA2, CONVOLUTION = "torch_chunk_gated_delta_rule", "mamba2_chunk_scan", "causal_conv1d_fn"
+LAST = ("out_proj", "o_proj")
+
+
+def recurrent_of(layer: nn.Module) -> Any:
+    """The part of a layer that carries a state, or None."""
+    return next((part for part in layer.modules() if kind_of(part)), None)
+
+
+def attends(name: str, part: nn.Module) -> bool:
+    """Whether a child of a layer is its attention, and not the norm after it; in Nemotron-H each part has one name."""
+    if kind_of(part) or not matrices(part):
+        return False
+    return "attn" in name or "attention" in name or (name == "mixer" and "Attention" in type(part).__name__)
+
+
+def matrices(part: nn.Module) -> int:
+    """Elements of a part's matrices; a norm has none."""
+    return sum(p.numel() for p in part.parameters() if p.dim() >= 2)
+
+
+def mlp_of(layer: nn.Module) -> nn.Module | None:
+    """What looks at one token at a time: of the children that mix no tokens the one with the most matrices."""
+    children = [part for name, part in layer.named_children() if not attends(name, part) and recurrent_of(part) is None]
+    largest = max(children, key=matrices, default=None)
+    return largest if largest is not None and matrices(largest) else None
+
+
+def parts_of(layer: nn.Module) -> Parts:
+    """Raises NotImplementedError for a layer that has no part that is known."""
+    attention = any(attends(name, part) for name, part in layer.named_children())
+    parts = Parts(attention, recurrent_of(layer) is not None, mlp_of(layer) is not None)
+    if not parts.mixes and not parts.mlp:
+        raise NotImplementedError(f"{type(layer).__name__} has no attention, state or MLP that the planner knows")
+    return parts
+
+
+def recurrent_part(layer: nn.Module) -> RecurrentPart:
+    """Of a layer that has one. Raises NotImplementedError for one whose tensors are not counted."""
+    part = recurrent_of(layer)
+    kind = kind_of(part)
+    before = [name for name, one in part.named_children() if isinstance(one, nn.Linear) and name not in LAST]
+    kept = sum(getattr(part, name).out_features for name in before if getattr(part, name) in narrow(part))
+    if KNOWN[kind] == (CONVOLUTION,):
+        hidden = part.conv.in_channels
+        return RecurrentPart(None, hidden, hidden, 3 * hidden, 3 * hidden, kept)
+    if DELTA in KNOWN[kind]:
+        rule = RecurrenceShape(part.num_k_heads, part.num_v_heads, part.head_k_dim, part.head_v_dim, True, False)
+    elif MAMBA2 in KNOWN[kind]:
+        rule = RecurrenceShape(part.n_groups, part.num_heads, part.ssm_state_size, part.head_dim, False, False)
+    else:
+        raise NotImplementedError(
+            f"{kind} is not planned: what the planner counts of layers that carry a state is the gated delta rule, "
+            "Mamba-2 and short convolutions"
+        )
+    width = rule.heads * rule.value_dim
+    channels = 2 * rule.key_heads * rule.key_dim + width
+    projected = channels + width + rule.heads * (2 if rule.delta else 1)
+    if not rule.delta or "in_proj_qkvz" in before:  # the whole product, of which the gate is a part
+        held = projected + (channels if rule.delta else width)
+    else:
+        held = width
+    return RecurrentPart(rule, channels, width, projected, held, kept, getattr(part, "mamba_rms_norm", True))

@@ -1,0 +1,276 @@
+"""What the part of a layer that carries a state holds, and how long it takes.
+
+Counted are the tensors of transformers' layers with this package's convolution and recurrence (plain torch), and of the
+kernels of mamba-ssm and flash-linear-attention by their source, which was not run on a GPU here.
+
+Legend: t local tokens, H value heads, K key heads, D key dim, V value dim, C tokens of a chunk.
+"""
+
+from dataclasses import dataclass, replace
+from typing import NamedTuple
+
+from ringattn.documents import Documents
+from ringattn.memory.planning.shapes import ModelShape, RecurrentPart, RunShape
+from ringattn.parallel.layout import Layout
+from ringattn.parallel.machine.machine import Machine
+from ringattn.parallel.mesh.shape import MeshShape
+from ringattn.recurrent.kernels.chunked import CHUNK
+from ringattn.recurrent.kernels.mamba import CHUNK as MAMBA_CHUNK
+from ringattn.recurrent.plan import pieces_of, roles_of
+from ringattn.recurrent.price import RecurrenceShape, kernel_seconds, prices, received
+
+WIDE = 4  # bytes of float32
+FLA_CHUNK = 64
+NAMES = {"fused": "the kernels of mamba-ssm and flash-linear-attention", "torch": "plain torch"}
+
+
+@dataclass(frozen=True)
+class RecurrentUse:
+    """One layer's part on the rank that needs most, in bytes beside the layer's input and its norm.
+
+    Arguments:
+        saved: what autograd keeps of it.
+        narrow: of its products, what `keep="selective"` keeps.
+        forward: the most that is there in the forward pass if nothing is kept.
+        backward: the most in the backward pass, with what is kept until then.
+        forward_seconds, backward_seconds: of the recurrences of all layers together, with what their routes add.
+        told: the route, and whose kernel.
+    """
+
+    saved: int
+    narrow: int
+    forward: int
+    backward: int
+    forward_seconds: float
+    backward_seconds: float
+    told: str
+
+    @classmethod
+    def of(cls, model: ModelShape, run: RunShape, machine: Machine) -> "RecurrentUse | None":
+        """For the documents of a run; None for a model without such layers."""
+        part = model.recurrent
+        if part is None:
+            return None
+        rows, size = run.local_tokens, run.itemsize
+        around = _Around.of(part, size)
+        narrow = rows * part.narrow * size
+        if part.rule is None:
+            saved = rows * around.saved
+            return cls(saved, narrow, saved, saved + 2 * rows * part.channels * size, 0.0, 0.0, "convolutions")
+        rule = replace(part.rule, itemsize=size)
+        cut = _Cut.of(rule, run, machine)
+        kernel = _torch(rule) if run.recurrent == "torch" else _fused(rule)
+        saved = int(rows * around.saved + cut.saved(kernel))
+        count = sum(parts.recurrence for parts in model.parts)
+        seconds = kernel_seconds(rule, rows, machine)
+        return cls(
+            saved=saved,
+            narrow=narrow,
+            forward=int(max(rows * around.convolution, rows * around.forward + cut.forward(kernel))),
+            backward=int(
+                max(saved + rows * around.after_backward, rows * around.before_backward + cut.backward(kernel))
+            ),
+            forward_seconds=count * (seconds + cut.seconds / 3),
+            backward_seconds=count * (2 * seconds + cut.seconds * 2 / 3),
+            told=f"{cut.route} of states by {NAMES[run.recurrent]}",
+        )
+
+
+@dataclass(frozen=True)
+class _Around:
+    """Bytes of a token around the recurrence: convolution and norms of keys before it, gate and norm after it.
+
+    Arguments:
+        saved: all that is kept of both.
+        convolution: what is there while it is computed, if nothing is kept.
+        forward: what is there while the recurrence is computed, if nothing is kept.
+        before_backward: what of it is there when the recurrence goes backward, with the gradients that go into it.
+        after_backward: gradients beside all that is saved, when gate and norm go backward.
+    """
+
+    saved: int
+    convolution: int
+    forward: int
+    before_backward: int
+    after_backward: int
+
+    @classmethod
+    def of(cls, part: RecurrentPart, b: int) -> "_Around":
+        """Of a part, for products of `b` bytes an element."""
+        rule, width, channels = part.rule, part.width, part.channels
+        if rule is None:  # both factors and the convolution's input; rows with those before them; its result; theirs
+            saved = b * (part.projected + 3 * channels)
+            return cls(saved, saved, saved, saved, 0)
+        heads = WIDE * rule.heads
+        convolved = 3 * b * channels  # with the rows before them, as the convolution gave them, and after SiLU
+        copies = 0 if b == WIDE else WIDE  # of what is float32 there are no copies
+        if rule.delta:
+            before = convolved + 2 * copies * rule.key_heads * rule.key_dim + 4 * heads
+            after = 3 * (WIDE + b) * width + heads
+            # As they go in, and in float32.
+            arguments = (b + 2 * WIDE + (b if copies else 0)) * rule.key_heads * rule.key_dim
+            gradients = (WIDE + b) * width
+        else:
+            before = convolved + 3 * b * rule.heads
+            if part.normed:
+                after = (4 * WIDE + b) * width + (copies * width or b * part.projected)
+            else:
+                after = (WIDE + 2 * b) * width + b * part.projected
+            arguments, gradients = 0, 3 * WIDE * width
+        forward = b * (channels + part.held) + arguments
+        # Its input, of which the rest waits, the rows with those before them, and the result thrice.
+        waiting = channels + part.held if rule.delta else part.projected
+        convolution = b * (waiting + 4 * channels)
+        return cls(before + after, convolution, forward, before + gradients, 4 * WIDE * width)
+
+
+@dataclass(frozen=True)
+class _Kernel:
+    """Bytes of a token in a kernel's hands beside its inputs: kept for the backward pass, and the most in each pass.
+
+    Arguments:
+        saved, forward, backward: for a document that is whole; `backward` beside `saved`.
+        inputs: of its inputs those that are kept for a piece that is cut, whose forward pass is run again.
+        mapped: as `forward`, where the map of a piece is computed too.
+        dealt: of the rows of heads that were exchanged, what is kept beside `saved`.
+    """
+
+    saved: float
+    forward: float
+    backward: float
+    inputs: float
+    mapped: float
+    dealt: float
+
+
+def _torch(rule: RecurrenceShape) -> _Kernel:
+    """`ringattn.recurrent.kernels.chunked`, in float32: for each chunk and head tables of C × C and a state."""
+    H, D, V, C = rule.heads, rule.key_dim, rule.value_dim, CHUNK
+    states = D * V / C
+
+    def forward(V: int) -> float:
+        if not rule.delta:
+            return max(3 * C + 2 * D + V, C + 4 * D + V, C + 2 * D + 4 * V + states)
+        return max(4 * C + 2 * D + V, 3 * C + 4 * D + V + 2 * (D + V), C + 3 * D + 4 * V)
+
+    if rule.delta:
+        saved, backward = 10 * D + 3 * V + 6 * C + states + 4, 3 * C + 3 * D + V
+        inputs = rule.itemsize * 2 * rule.key_heads * D
+    else:
+        saved, backward, inputs = 6 * D + V + 3 * C + states + 3, 3 * C + 2 * D + V, 0
+    dealt = 0 if rule.delta else rule.itemsize * H * V
+    wide = WIDE * H
+    mapped = forward(V + D) + D if rule.delta else forward(V)
+    return _Kernel(wide * saved, wide * forward(V), wide * backward, inputs + 2 * wide, wide * mapped, dealt)
+
+
+def _fused(rule: RecurrenceShape) -> _Kernel:
+    """The packages' kernels. Both compute the states of chunks again in the backward pass."""
+    return _fla(rule) if rule.delta else _mamba(rule)
+
+
+def _mamba(rule: RecurrenceShape) -> _Kernel:
+    """`mamba_chunk_scan_combined` of mamba-ssm: scores of a chunk by key head in float32, and states of chunks in
+    float32 and once narrower."""
+    H, K, D, V, b = rule.heads, rule.key_heads, rule.key_dim, rule.value_dim, rule.itemsize
+    scores, states = WIDE * K * MAMBA_CHUNK, H * D * V / MAMBA_CHUNK * (WIDE + b)
+    saved = H * (V * b + 2 * WIDE)
+    forward = scores + states + saved
+    backward = 2 * scores + 2 * states + b * H * V + WIDE * (2 * K * D + H)
+    return _Kernel(saved, forward, backward, 2 * WIDE * H, forward, b * H * (2 * D + V))
+
+
+def _fla(rule: RecurrenceShape) -> _Kernel:
+    """`chunk_gated_delta_rule` of flash-linear-attention, which keeps the solution of each chunk's system."""
+    H, K, D, b = rule.heads, rule.key_heads, rule.key_dim, rule.itemsize
+    keys = 2 * b * K * D
+    saved = keys + b * H * rule.value_dim + H * (WIDE + b + b * FLA_CHUNK)
+    backward = b * H * (5 * D + 5 * rule.value_dim + 2 * D * rule.value_dim / FLA_CHUNK)
+
+    def forward(V: int) -> float:
+        return saved + b * H * (D + 3 * V + D * V / FLA_CHUNK) + WIDE * H * FLA_CHUNK
+
+    mapped = forward(rule.value_dim + D) + b * H * D
+    return _Kernel(saved, forward(rule.value_dim), backward, keys + 2 * WIDE * H, mapped, 2 * b * H * D)
+
+
+@dataclass(frozen=True)
+class _Cut:
+    """What the layout makes of the recurrence of a rank.
+
+    Arguments:
+        route: "scan" or "exchange".
+        whole: rows of the rank in whole documents; by the exchange all rows count as such.
+        cut: those in pieces.
+        rounded: rows that chunks have places for, by those that there are.
+        maps: bytes of the maps of the rank's middle pieces, and of the states that its middle and last ones start from,
+            which are kept.
+        message: bytes of what a rank holds of its own pieces, sends and receives.
+        moved: bytes of the rows that the exchange of heads brings.
+        seconds: what the route takes beside the kernel, in both passes.
+    """
+
+    route: str
+    whole: float
+    cut: "_PieceRows"
+    rounded: float
+    maps: int
+    message: int
+    moved: float
+    seconds: float
+
+    @classmethod
+    def of(cls, rule: RecurrenceShape, run: RunShape, machine: Machine) -> "_Cut":
+        """For the documents of a run."""
+        mesh = MeshShape(1, run.ring, run.ulysses, machine=machine)
+        layout = Layout(Documents(run.documents, total=run.tokens), mesh, run.policy)
+        pieces, ranks = pieces_of(layout), run.ring * run.ulysses
+        chunks = sum(-(-piece.size // CHUNK) for held in pieces for piece in held) * CHUNK
+        rounded = chunks / max(1, sum(piece.size for held in pieces for piece in held))
+        rows = run.local_tokens
+        price = min(prices(layout, rule, machine), key=lambda one: one.seconds)
+        if price.route == "exchange":
+            # The rank with most heads has all tokens of these.
+            own = run.tokens * -(-rule.heads // ranks) / rule.heads
+            moved = rows * rule.row_numbers(ranks) * rule.itemsize
+            return cls("exchange", max(own, rows), _PieceRows(0, 0, 0, 0), rounded, 0, 0, moved, price.seconds)
+        roles, wide = roles_of(layout), max(WIDE, rule.itemsize)
+        parts = [(one.firsts, one.middles, (*one.middles, *one.lasts), one.cut) for one in roles]
+        held = _PieceRows(*(max(sum(piece.size for piece in part) for part in one) for one in zip(*parts, strict=True)))
+        states = max(len(one.middles) + len(one.lasts) for one in roles)
+        maps = wide * (max(len(one.middles) for one in roles) * rule.map_numbers + states * rule.state_numbers)
+        own = wide * max(len(one.cut) for one in roles) * (rule.map_numbers + rule.state_numbers)
+        message = int(own + 2 * max(received(layout, rule, price.rounds)))
+        whole = max(layout.tokens(rank) for rank in range(ranks)) - held.all
+        return cls("scan", max(0, whole), held, rounded, maps, message, 0.0, price.seconds)
+
+    def saved(self, kernel: _Kernel) -> float:
+        dealt = kernel.dealt if self.route == "exchange" else 0
+        return self.whole * (self.rounded * kernel.saved + dealt) + self.cut.all * kernel.inputs + self.maps
+
+    def forward(self, kernel: _Kernel) -> float:
+        """With all that is there of the kernel, kept or not."""
+        rows = self.cut
+        most = max(rows.firsts * kernel.forward, rows.middles * kernel.mapped, rows.followed * kernel.forward)
+        cut = self.rounded * most + self.maps + self.message
+        return max(self.rounded * self.whole * kernel.forward, cut) + self.moved
+
+    def backward(self, kernel: _Kernel) -> float:
+        """With what was kept: pieces that are cut are computed again, and what that keeps is there twice."""
+        again = self.rounded * self.cut.all * (kernel.saved + kernel.backward) + self.message
+        return self.saved(kernel) + max(self.rounded * self.whole * kernel.backward, again)
+
+
+class _PieceRows(NamedTuple):
+    """Rows in pieces of cut documents, each of the rank that has most.
+
+    Arguments:
+        firsts, middles: in pieces that begin their documents, and in those that neither begin nor end them.
+        followed: in all but the first ones.
+        all: in all of them.
+    """
+
+    firsts: int
+    middles: int
+    followed: int
+    all: int

@@ -131,17 +131,17 @@ def test_fewer_or_more_layers_keep_their_parts(count: int) -> None:
 
 @given(
     family=st.sampled_from(["qwen3_5_text", "bamba"]),
-    lengths=st.lists(st.integers(1, 5000), min_size=1, max_size=5),
+    tokens=st.integers(1, 20000),
     ring=st.sampled_from([1, 2, 3]),
     ulysses=st.sampled_from([1, 2]),
     kernels=st.sampled_from(["fused", "torch"]),
 )
-def test_more_tokens_hold_more(family: str, lengths: list[int], ring: int, ulysses: int, kernels: str) -> None:
+def test_more_tokens_hold_more(family: str, tokens: int, ring: int, ulysses: int, kernels: str) -> None:
+    """Of one document: of several, others may be cut when one is longer."""
     shape, _ = shape_of(family)
     uses = []
-    for times in (1, 2):  # one document that grows can leave fewer pieces, and so fewer maps
-        grown = tuple(times * length for length in lengths)
-        run = RunShape(sum(grown), ring=ring, ulysses=ulysses, lengths=grown, recurrent=kernels)
+    for more in (0, 4096):
+        run = RunShape(tokens + more, ring=ring, ulysses=ulysses, recurrent=kernels)
         uses.append(RecurrentUse.of(shape, run, H200))
     less, more_ = uses
     assert less is not None

@@ -61,8 +61,8 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
-    """Skip `@pytest.mark.gpu` and `@pytest.mark.gpu(n)` where there are fewer than n (default 1) CUDA devices, and ranks
-    do not share them (`tests.pool.shares_devices`)."""
+    """Skip `@pytest.mark.gpu` and `@pytest.mark.gpu(n)` where there are fewer than n (default 1) CUDA devices, and
+    ranks do not share them (`tests.pool.shares_devices`)."""
     needed = max((mark.args[0] if mark.args else 1 for mark in item.iter_markers("gpu")), default=0)
     if needed:
         import torch

@@ -124,7 +124,8 @@ def test_a_table_says_what_was_run_and_whether_it_shows_enough() -> None:
     assert shown(CPU, enough)
     text = table("cpu", [enough])
     assert (
-        "| 0 | 100 % | 90 % | 10 % | 10 % | 100 % | 100 % | 90 % | 80 % | 10 % | 85 % | 92 % | 70 % | 1.0e-06 | 10.0 |" in text
+        "| 0 | 100 % | 90 % | 10 % | 10 % | 100 % | 100 % | 90 % | 80 % | 10 % | 85 % | 92 % | 70 % | 1.0e-06 | 10.0 |"
+        in text
     )
     assert all(f"- 60 s: `{command}`" in text for command in commands(CPU, 0))
     for changes in ({"beyond": (0.3, 0.9)}, {"beyond": (0.1, 0.5)}, {"whole": 0.5}, {"logprob_error": 1e-4}):

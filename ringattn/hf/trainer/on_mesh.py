@@ -78,9 +78,10 @@ class OnMesh(_Base):
         check_place(self.args, self.accelerator, mesh)
         # Rows of a batch stay with their replica: the loss counts targets itself, over all ranks.
         self.model_accepts_loss_kwargs = True
-        if self._tower() is not None and self.args.ddp_find_unused_parameters is None:
+        handler = self.accelerator.ddp_handler  # None in older versions of transformers, which make it later
+        if self._tower() is not None and self.args.ddp_find_unused_parameters is None and handler is not None:
             # Also where layers are checkpointed: a micro-batch without images leaves the tower's parameters unused.
-            self.accelerator.ddp_handler.find_unused_parameters = True
+            handler.find_unused_parameters = True
         self._check()
 
     def _check(self) -> None:

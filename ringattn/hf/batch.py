@@ -10,12 +10,13 @@ import torch
 from torch import Tensor
 
 from ringattn.documents import Documents
+from ringattn.hf.axes import with_axes
 from ringattn.hf.blocks import note_rule, with_blocks
 from ringattn.hf.images import EmbeddingNeeds
 from ringattn.hf.loss import IGNORE_INDEX, shifted_labels
 from ringattn.hf.metadata import METADATA, check_metadata, documents_of
 from ringattn.hf.same_batch import note_batch
-from ringattn.hf.vision import PIXELS, deal_images
+from ringattn.hf.vision import deal_images, no_image
 from ringattn.mask import Mask
 from ringattn.parallel.layout import Layout
 from ringattn.parallel.mesh.mesh import SequenceMesh
@@ -69,13 +70,17 @@ def shard_batch(
         check_metadata(batch, docs, rows, size)
     if needs is not None:
         docs = with_blocks(docs, batch, needs.marks, needs.rule)
+    if needs is not None and needs.tower is not None:
+        batch = with_axes(batch, docs, needs.tower.axes)
     layout = _layout(docs, mesh, policy, mask, layers)
     if needs is not None:
         note_rule(layout, needs.rule)
     if batch.get("input_ids") is not None:
         note_batch(layout, batch["input_ids"])
     local = _images(layout, batch, needs)
-    local |= _inputs(layout, {name: x for name, x in batch.items() if name not in local}, rows, size)
+    local |= _inputs(
+        layout, {name: x for name, x in batch.items() if not (name in local or no_image(name, x))}, rows, size
+    )
     targets = _targets(batch, docs, rows, size)
     if targets is not None:
         # Models compute a loss where there are labels, from shift_labels where there are these.
@@ -105,11 +110,8 @@ def _layout(
 
 def _images(layout: Layout, batch: Mapping[str, Any], needs: EmbeddingNeeds | None) -> dict[str, Any]:
     """This rank's images, and what goes with them."""
-    if batch.get(PIXELS) is None:
-        return {}
-    if batch.get("input_ids") is None:
-        raise ValueError(f"{PIXELS} need input_ids, whose tokens stand for features of images, got inputs_embeds")
-    return deal_images(layout, batch, batch["input_ids"].reshape(-1), None if needs is None else needs.tower)
+    ids = batch.get("input_ids")
+    return deal_images(layout, batch, None if ids is None else ids.reshape(-1), None if needs is None else needs.tower)
 
 
 def _inputs(layout: Layout, batch: Mapping[str, Any], rows: int, size: int) -> dict[str, Any]:

@@ -11,7 +11,7 @@ from typing import Any
 
 from ringattn.hf.blocks import BlockRule, block_rule, check_blocks, uses_blocks
 from ringattn.hf.support import text_model
-from ringattn.hf.vision import PIXELS, VisionTower, vision_tower
+from ringattn.hf.vision import PIXELS, VisionTower, dealt_images, vision_tower
 from ringattn.parallel.layout import Layout
 from ringattn.parallel.mesh.mesh import SequenceMesh
 
@@ -89,7 +89,8 @@ def check_embeddings(needs: EmbeddingNeeds, mesh: SequenceMesh, layout: Layout, 
     if needs.marks:
         check_blocks(layout, mesh, needs.marks, needs.rule, marks)
     given = next((name for name in ("inputs_embeds", PIXELS) if kwargs.get(name) is not None), None)
-    if given is None:
+    deal = dealt_images(layout)
+    if given is None or (given == PIXELS and deal is not None and deal.tokens is None):
         return
     if needs.marks and marks is None:
         raise NotImplementedError(
@@ -106,5 +107,6 @@ def check_embeddings(needs: EmbeddingNeeds, mesh: SequenceMesh, layout: Layout, 
     if needs.axes and kwargs["position_ids"].dim() != 3:
         raise ValueError(
             f"position_ids must be (axes, B, S) beside {given} of this model, whose image tokens count on several "
-            "axes: give those of the model's get_rope_index to shard_batch (for text all axes are equal)"
+            "axes: give those of the model's get_rope_index to shard_batch (for text all axes are equal), or, beside "
+            "images, its processor's mm_token_type_ids and no position_ids"
         )

@@ -7,8 +7,10 @@ from torch import nn
 from ringattn.hf.handle import Handle
 from ringattn.hf.memory import noted_triples
 from ringattn.hf.support import RECURRENT, text_model
-from ringattn.kept import kept
+from ringattn.kept import kept, kept_already
 from ringattn.parallel.layout import Layout
+
+TOKENS = "tokens of trees"
 
 
 def check_trees(handle: Handle, layout: Layout, kwargs: dict[str, Any]) -> None:
@@ -16,6 +18,12 @@ def check_trees(handle: Handle, layout: Layout, kwargs: dict[str, Any]) -> None:
     tiled = handle.memory is not None and handle.memory.head is not None
     if kwargs.get("labels") is not None and noted_triples(layout) is not None and not tiled:
         raise needs_tiles(handle.model)
+    tower, tokens = handle.needs.tower, kept_already(layout, TOKENS)
+    if tower is not None and tokens is not None and bool((tokens == tower.token).any()):
+        raise NotImplementedError(
+            f"trees have tokens of images ({tower.token}), whose features {type(handle.model).__name__} would need: "
+            "images are not dealt out along trees. Train them as separate sequences, with shard_batch"
+        )
     if layout.docs.segments:
         told = kept(handle, "carrying layer", lambda: carrying_layer(handle.model))
         if told is not None:
@@ -29,6 +37,8 @@ def carrying_layer(model: Any) -> str | None:
     """A layer of a model that carries a state or neighbours along a sequence, with its place; None: it has none."""
     for path, layer in text_model(model).named_modules():
         kind = type(layer).__name__
+        if not path:  # the model itself may be named for its layers
+            continue
         if isinstance(layer, nn.Conv1d | nn.RNNBase) or RECURRENT.search(kind):
             return f"{kind} at {path}"
     return None

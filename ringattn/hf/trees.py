@@ -14,7 +14,8 @@ from ringattn.hf.handle import Handle
 from ringattn.hf.memory import note_targets, noted_triples
 from ringattn.hf.model import unwrapped
 from ringattn.hf.same_batch import note_batch
-from ringattn.hf.tree_checks import needs_tiles
+from ringattn.hf.tree_checks import TOKENS, needs_tiles
+from ringattn.kept import keep
 from ringattn.mask import Mask
 from ringattn.parallel.layout import Layout
 from ringattn.parallel.mesh.mesh import SequenceMesh
@@ -51,6 +52,7 @@ def shard_trees(
     items = _items(trees, items)
     layout = Layout(trees.docs, mesh, policy, mask=mask)
     note_batch(layout, trees.tokens)
+    keep(layout, TOKENS, trees.tokens)
     local = trees.targets.shard(layout)
     note_targets(layout, local)
     labels = local.labels_by_row[None].to(mesh.device)

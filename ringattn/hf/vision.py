@@ -11,7 +11,7 @@ Legend: M tokens of images in the stream, of which this rank holds m; R of its o
 
 import inspect
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import accumulate, pairwise
 from types import MethodType
 from typing import Any
@@ -20,12 +20,13 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from ringattn.hf.axes import GRID, RopeIndex, rope_index
 from ringattn.kept import keep, kept_already
 from ringattn.parallel.layout import Layout
 from ringattn.whereabouts import comes_to
 
 PIXELS = "pixel_values"
-_GRID = "image_grid_thw"  # (images, 3): patches of each image, whose pixels stand end to end
+STAND_IN = "stand_in_image"  # of a batch without images: keys and values of one that counts nowhere
 _KEY = "images of the batch"
 # Arguments of `get_image_features` that are options and not tensors of images.
 _OPTIONS = {"vision_feature_layer", "vision_feature_select_strategy", "return_dict", "kwargs"}
@@ -39,11 +40,13 @@ class VisionTower:
         token: the id of tokens that stand for features of an image.
         keywords: of `get_image_features`, pixel_values among them.
         path: of the module that has it.
+        axes: how its image tokens count on several axes, if they do and it says so.
     """
 
     token: int
     keywords: tuple[str, ...]
     path: str
+    axes: RopeIndex | None = field(default=None, repr=False)
 
 
 def vision_tower(model: Any, around: Sequence[nn.Module]) -> VisionTower | None:
@@ -55,7 +58,7 @@ def vision_tower(model: Any, around: Sequence[nn.Module]) -> VisionTower | None:
     owner = found[-1]  # the outer ones ask it
     names = [*inspect.signature(type(owner).get_image_features).parameters][1:]
     path = next(path for path, part in model.named_modules() if part is owner)
-    return VisionTower(int(token), tuple(name for name in names if name not in _OPTIONS), path)
+    return VisionTower(int(token), tuple(name for name in names if name not in _OPTIONS), path, rope_index(owner))
 
 
 @dataclass(frozen=True)
@@ -64,14 +67,14 @@ class ImageDeal:
 
     Arguments:
         computed: the images that this rank computes, ascending: its own, or one that counts nowhere.
-        tokens: of all of these.
+        tokens: of all of these; None where none of them counts.
         send: (sum of sends,) which of its features go out, by the rank that they go to; `sends` says how many to each.
         receives: how many come from each rank.
         place: (m,) of each image token of this rank, in its order, which of the received rows is its own.
     """
 
     computed: tuple[int, ...]
-    tokens: int
+    tokens: int | None
     send: Tensor
     sends: tuple[int, ...]
     receives: tuple[int, ...]
@@ -114,28 +117,45 @@ class ImageDeal:
             torch.argsort(order),
         )
 
+    @classmethod
+    def nowhere(cls, ranks: int) -> "ImageDeal":
+        """Of a batch without images: every rank computes one that counts nowhere."""
+        none = torch.zeros(0, dtype=torch.int64, device="cpu")
+        return cls((0,), None, none, (0,) * ranks, (0,) * ranks, none)
 
-def deal_images(layout: Layout, batch: Mapping[str, Any], ids: Tensor, tower: VisionTower | None) -> dict[str, Tensor]:
+
+def deal_images(
+    layout: Layout, batch: Mapping[str, Any], ids: Tensor | None, tower: VisionTower | None
+) -> dict[str, Tensor]:
     """This rank's images of a batch, as keywords of the model: under the batch's keys, rows of their values.
 
     Arguments:
-        ids: of all tokens, (T,).
+        ids: of all tokens, (T,), or None where the batch has embeddings.
         tower: the model's, of `handle.needs`.
 
     Raises ValueError or NotImplementedError naming a key, the same on every rank.
     """
+    images, instead = batch.get(PIXELS), batch.get(STAND_IN)
+    if images is None or not len(images):
+        _check_no_images(layout, batch, ids, tower)
+        if instead is None or tower is None:
+            return {}
+        keep(layout, _KEY, ImageDeal.nowhere(layout.mesh.sequence_size))
+        return dict(instead)
+    if ids is None:
+        raise ValueError(f"{PIXELS} need input_ids, whose tokens stand for features of images, got inputs_embeds")
     if tower is None:
         raise NotImplementedError(
             f"{PIXELS} of a batch need needs=handle.needs, of a model with an image_token_id and get_image_features: "
             "else compute inputs_embeds of the global batch, images included, and give those"
         )
     given = {name: batch[name] for name in tower.keywords if batch.get(name) is not None}
-    if unread := sorted(name for name in batch if _is_of_images(name) and name not in given):
+    if unread := sorted(name for name in batch if is_of_images(name) and name not in given):
         raise NotImplementedError(f"{', '.join(unread)}: this model's get_image_features takes {tower.keywords}")
     rows = _rows(given)
     where = (ids.to("cpu") == tower.token).nonzero()[:, 0]
     weights = [stop - start for start, stop in rows]
-    tokens = _tokens_of_images(where, weights, _GRID in given)
+    tokens = _tokens_of_images(where, weights, GRID in given)
     _check_outside(layout, where)
     deal = ImageDeal.of(layout, where, tokens, weights)
     keep(layout, _KEY, deal)
@@ -146,7 +166,21 @@ def deal_images(layout: Layout, batch: Mapping[str, Any], ids: Tensor, tower: Vi
     return local
 
 
-def _is_of_images(name: str) -> bool:
+def smallest_image(batch: Mapping[str, Any]) -> dict[str, Tensor]:
+    """Keys and values of the smallest image of a batch, to stand in for those of another without any."""
+    given = {name: value for name, value in batch.items() if is_of_images(name)}
+    rows = _rows(given)
+    image = min(range(len(rows)), key=lambda image: (rows[image][1] - rows[image][0], image))
+    start, stop = rows[image]
+    return {name: x[start:stop] if name == PIXELS else x[image : image + 1] for name, x in given.items()}
+
+
+def no_image(name: str, value: Any) -> bool:
+    """Whether an entry of a batch says of images that there are none, or is of one that counts nowhere."""
+    return name == STAND_IN or (is_of_images(name) and (value is None or not len(value)))
+
+
+def is_of_images(name: str) -> bool:
     return name.startswith(("pixel_", "image_", "video_", "input_features"))
 
 
@@ -156,13 +190,13 @@ def _rows(given: Mapping[str, Any]) -> list[tuple[int, int]]:
     for name, value in given.items():
         if not isinstance(value, Tensor):
             raise ValueError(f"{name} must be a tensor, got {type(value).__name__}")
-    if _GRID in given:
-        ends = [0, *accumulate(given[_GRID].prod(-1).tolist())]
+    if GRID in given:
+        ends = [0, *accumulate(given[GRID].prod(-1).tolist())]
     else:
         ends = list(range(len(pixels) + 1))
     images = len(ends) - 1
     if not images or ends[-1] != len(pixels):
-        raise ValueError(f"{PIXELS} must have the {ends[-1]} rows that {_GRID} says, got {len(pixels)}")
+        raise ValueError(f"{PIXELS} must have the {ends[-1]} rows that {GRID} says, got {len(pixels)}")
     for name, value in given.items():
         if name != PIXELS and len(value) != images:
             raise NotImplementedError(
@@ -191,6 +225,25 @@ def _tokens_of_images(where: Tensor, weights: Sequence[int], by_grid: bool) -> l
             "each is, is not clear"
         )
     return [total // images] * images
+
+
+def _check_no_images(layout: Layout, batch: Mapping[str, Any], ids: Tensor | None, tower: VisionTower | None) -> None:
+    """Raises ValueError for tokens of images in documents without any image, which would be learned as words.
+
+    NotImplementedError for what else goes with images.
+    """
+    if ids is None or tower is None:
+        return
+    if alone := sorted(name for name, x in batch.items() if is_of_images(name) and not no_image(name, x)):
+        raise NotImplementedError(f"{', '.join(alone)}: only {PIXELS} are dealt out to ranks, and the batch has none")
+    where = (ids == tower.token).to("cpu")
+    for start, stop in layout.docs.padding:
+        where[start:stop] = False
+    if count := int(where.sum()):
+        raise ValueError(
+            f"input_ids have {count} tokens of images ({tower.token}) and the batch no {PIXELS}: its collator drops "
+            "them, as those of text do, DataCollatorWithFlattening among them"
+        )
 
 
 def _check_outside(layout: Layout, where: Tensor) -> None:
@@ -255,7 +308,7 @@ def get_image_features(self: Any, *args: Any, **kwargs: Any) -> Any:
     features = getattr(found, "pooler_output", found)  # older ones return the features themselves
     listed = not isinstance(features, Tensor)
     rows = torch.cat([*features]) if listed else features.reshape(-1, features.shape[-1])
-    if len(rows) != deal.tokens:
+    if deal.tokens is not None and len(rows) != deal.tokens:
         raise ValueError(
             f"{PIXELS}: images {deal.computed} have {deal.tokens} tokens in input_ids, and {len(rows)} features of "
             f"{type(self).__name__}"

@@ -28,7 +28,7 @@ def gemma3() -> Any:
     layers = ["sliding_attention", "full_attention", "sliding_attention"]
     config = transformers.Gemma3Config(
         text_config=text("gemma3_text", num_hidden_layers=3, layer_types=layers, sliding_window=6),
-        vision_config=transformers.SiglipVisionConfig(**VISION, image_size=16, patch_size=4),
+        vision_config=transformers.SiglipVisionConfig(**VISION, image_size=16, patch_size=4, vision_use_head=False),
         mm_tokens_per_image=4,
         image_token_id=100,
     )

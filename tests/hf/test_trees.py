@@ -11,8 +11,10 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from ringattn import Documents, SequenceMesh, init_mesh
 from ringattn.hf import parallelize, sequence_logprobs, shard_batch, shard_trees
+from ringattn.hf.tiny import read_config, tiny_config, tiny_model
 from ringattn.memory.settings import MemorySettings
 from ringattn.trees import Trees
+from tests.hf.test_blocks import gemma3
 
 
 @cache
@@ -136,3 +138,72 @@ def refusals() -> None:
 
 def test_what_trees_cannot_be_given_to_is_refused(pool):
     pool(1).run(refusals)
+
+
+def odd_trees() -> dict[str, list[list[int]]]:
+    generator = torch.Generator().manual_seed(5)
+
+    def some(size: int) -> list[int]:
+        return torch.randint(3, 97, (size,), generator=generator).tolist()
+
+    prompt, path, deep = some(30), some(4), []
+    for _ in range(9):
+        deep += [path + some(5), path + some(3)]
+        path = path + some(4)
+    return {
+        "a completion without a token": [prompt + some(9), prompt, prompt + some(14)],
+        "all equal": [[*prompt, 7, 8, 9]] * 4,
+        "a prompt of one token": [[5, *some(size)] for size in (1, 12, 7, 0, 20)],
+        "a branch in nine levels": deep,
+        "fewer completions than ranks": [prompt + some(3), prompt + some(40)],
+        "nothing to share": [[], [5], prompt, [6, 5]],
+    }
+
+
+def beside_documents(ring: int, family: str) -> None:
+    """Loss, log-probabilities and gradients of every odd tree, against its sequences alone."""
+    mesh = mesh_of(ring)
+    plain, model = (tiny_model(tiny_config(read_config(family))) for _ in range(2))
+    handle = parallelize(model, mesh, MemorySettings(loss_tile=8, mlp_tile=8, keep="attention"))
+    for name, sequences in odd_trees().items():
+        trees = Trees(sequences)
+        batch = shard_trees(trees, mesh)
+        loss = model(**batch).loss
+        found = torch.autograd.grad(loss / dist.get_world_size(), list(model.parameters()), allow_unused=True)
+        parts = sequence_logprobs(model, batch, trees)
+        wanted = []
+        for one in sequences:
+            ids = torch.tensor(one, dtype=torch.int64)
+            logits = plain(ids[None]).logits[0, :-1] if len(one) > 1 else torch.zeros(0, 97)
+            wanted.append(torch.log_softmax(logits, 1).gather(1, ids[1:, None])[:, 0])
+        torch.testing.assert_close(parts, tuple(wanted), rtol=1e-5, atol=1e-5, msg=name)
+        alone = -torch.cat(wanted).mean()
+        torch.testing.assert_close(loss, alone, rtol=1e-5, atol=1e-5, msg=name)
+        exact = torch.autograd.grad(alone, list(plain.parameters()), allow_unused=True)
+        for one, other, weight in zip(found, exact, plain.parameters(), strict=True):
+            whole = torch.zeros_like(weight) if one is None else one.clone()
+            dist.all_reduce(whole)
+            truth = torch.zeros_like(weight) if other is None else other
+            assert (whole - truth).norm() <= 1e-5 * truth.norm().clamp_min(1e-3), name
+    handle.undo()
+
+
+@pytest.mark.parametrize("family", ["gpt_oss", "gemma2"])
+@pytest.mark.parametrize("ring", [1, 4])
+def test_odd_trees_are_their_sequences_alone(pool, ring, family):
+    """Beside windows and sinks, and beside capped scores."""
+    pool(ring).run(beside_documents, ring, family)
+
+
+def with_image_tokens() -> None:
+    mesh = mesh_of(2)
+    parallelize(model := gemma3(), mesh, MemorySettings(loss_tile=8))
+    token = model._ringattn.needs.tower.token
+    model(**shard_trees(Trees([[1, 2, 3], [1, 2, 4]]), mesh))
+    model(**shard_trees(Trees([[1, 2, token, 3], [1, 2, 4]]), mesh))
+
+
+def test_image_tokens_on_trees_are_refused_on_both_ranks(pool):
+    with pytest.raises(NotImplementedError, match=r"trees have tokens of images \(100\)") as refusal:
+        pool(2).run(with_image_tokens)
+    assert "failed too" in str(refusal.value.__cause__)

@@ -272,6 +272,7 @@ def refused(name: str) -> None:
     handle = parallelize(model, mesh)
     if batch.pop("directly", None) is not None:
         pixels = batch.pop("pixel_values")
+        batch["input_ids"] = batch["input_ids"].clamp(max=IMAGE - 1)
         model(**shard_batch(batch, DOCS, mesh, needs=handle.needs), pixel_values=pixels)
     docs = batch.pop("docs", DOCS)
     needs = None if batch.pop("no needs", None) else handle.needs

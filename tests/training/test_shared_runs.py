@@ -9,6 +9,7 @@ import pytest
 
 pytest.importorskip("transformers")
 
+from ringattn.hf.tiny import read_config, tiny_config, tiny_model
 from ringattn.training.engines.deepspeed import available as deepspeed_available
 from ringattn.training.packs.packing import Packer, counted, read_pack
 from ringattn.training.packs.sharing import read_shared
@@ -90,6 +91,24 @@ def test_it_goes_on_from_a_checkpoint_with_and_without(data, separate, tmp_path)
         assert "from step 4" in said
         assert_same(curve(tmp_path), separate)
     assert [one["targets"] for one in first] == [one["targets"] for one in read_metrics(tmp_path / "metrics.jsonl")]
+
+
+@pytest.mark.slow
+def test_windows_capped_scores_and_the_least_memory(data, tmp_path):
+    """Gemma 2 with memory=longest on four ranks, and from its checkpoint on one."""
+    small = {"num_hidden_layers": 2, "hidden_size": 32, "intermediate_size": 48, "num_key_value_heads": 2}
+    layers = {"layer_types": ["sliding_attention", "full_attention"], "max_position_embeddings": 4096}
+    tiny_model(tiny_config(read_config("gemma2"), vocab_size=320, **small, **layers)).save_pretrained(
+        tmp_path / "model"
+    )
+    more = (f"model.path={tmp_path}/model", "memory=longest")
+    run(tmp_path / "apart", 1, *overrides(data, *more))
+    expected, output = curve(tmp_path / "apart"), tmp_path / "shared"
+    for ranks, own in ((4, ("parallel.data=2",)), (1, ())):
+        said = run(output, ranks, *overrides(data, "data.share_prefixes=true", *more, *own))
+        assert_same(curve(output), expected)
+        shutil.rmtree(output / "checkpoints" / f"step-{STEPS:08d}")
+    assert "from step 4" in said
 
 
 @pytest.mark.parametrize(

@@ -14,7 +14,8 @@ ARGUMENTS: dict[str, Option] = {
     "args": Option("test_trainer.py::test_the_same_curve", note="see the tables below"),
     "data_collator": Option(
         f"{DATA}::test_draws_of_the_collator",
-        note="makes the batch of a whole sequence; what it draws is the same on all ranks of it",
+        note="makes the batch of a whole sequence; what it draws is the same on all ranks of it; images stand in the "
+        "order of their tokens, pixel_values of all rows end to end (`test_trainer_images.py`)",
     ),
     "train_dataset": Option(f"{DATA}::test_every_row_once", note="the whole one on every rank; rows are dealt here"),
     "eval_dataset": Option(f"{FIGURES}::test_evaluation_counts_every_row_once", note="the same; one or several"),

@@ -6,6 +6,7 @@ DATA = "test_trainer_data.py"
 FIGURES = "test_trainer_figures.py"
 RUNS = "test_trainer_runs.py"
 MODEL = "test_trainer_model.py"
+IMAGES = "test_trainer_images.py"
 
 # Options that are the same on any mesh, by the reason why.
 INERT: dict[str, tuple[str, ...]] = {
@@ -32,7 +33,7 @@ INERT: dict[str, tuple[str, ...]] = {
         "dataloader_pin_memory", "dataloader_prefetch_factor", "dataloader_multiprocessing_context",
     ),
     "of DistributedDataParallel, which averages gradients over all ranks as it does without a mesh": (
-        "ddp_find_unused_parameters", "ddp_bucket_cap_mb", "ddp_broadcast_buffers", "ddp_static_graph",
+        "ddp_bucket_cap_mb", "ddp_broadcast_buffers", "ddp_static_graph",
     ),
     "of the process group, which is there already when init_mesh has made it": (
         "ddp_backend", "ddp_timeout", "local_rank",
@@ -83,6 +84,11 @@ TRAINING: dict[str, Option] = {
     "fp16_full_eval": Option(f"{RUNS}::test_evaluation_in_half_precision"),
     "activation_checkpointing": Option(f"{RUNS}::test_options_of_training"),
     "activation_checkpointing_kwargs": Option(f"{RUNS}::test_options_of_training"),
+    "ddp_find_unused_parameters": Option(
+        f"{IMAGES}::test_checkpointed_layers_and_micro_batches_without_images",
+        note="True by default for models that take images, with checkpointed layers too; where it is False and the "
+        "tower is trained, a micro-batch without images on any replica is refused",
+    ),
     "gradient_checkpointing": Option(f"{RUNS}::test_options_of_training"),
     "gradient_checkpointing_kwargs": Option(f"{RUNS}::test_options_of_training"),
     "torch_compile": Option(f"{RUNS}::test_torch_compile"),

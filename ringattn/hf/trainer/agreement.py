@@ -1,6 +1,8 @@
 """What ranks must agree on before a step: one small exchange in which every rank of a sequence shows its batches.
 
 A replica that has run out of batches while others have some goes on with idle ones: the same tensors without targets.
+One whose batch has no images while others' have takes one of theirs, which counts nowhere: weights of the tower are
+gathered, and its gradients averaged, where all replicas run it.
 """
 
 import hashlib
@@ -14,6 +16,7 @@ from torch import Tensor
 
 from ringattn.hf.loss import IGNORE_INDEX
 from ringattn.hf.trainer.randomness import set_aside
+from ringattn.hf.vision import PIXELS, STAND_IN, smallest_image
 from ringattn.parallel.mesh.mesh import SequenceMesh
 
 Batch = Mapping[str, Any]
@@ -35,7 +38,7 @@ def in_step(batches: Iterator[Batch], wanted: int, mesh: SequenceMesh, fill: boo
     rank met when it read its batches (RuntimeError with rank and message on the others).
     """
     found, error = _read(batches, wanted)
-    counts = agree(found, mesh, error)
+    counts, images = agree(found, mesh, error)
     longest = max(counts)
     if longest == 0:
         return []
@@ -45,14 +48,18 @@ def in_step(batches: Iterator[Batch], wanted: int, mesh: SequenceMesh, fill: boo
     else:
         sample = found[-1]
     missing = (wanted if fill else longest) - len(found)
-    return found + [idle(found[-1] if found else sample) for _ in range(missing)]
+    filled = found + [idle(found[-1] if found else sample) for _ in range(missing)]
+    return _with_images(filled, mesh) if images and mesh.data > 1 else filled
 
 
-def agree(batches: Sequence[Batch], mesh: SequenceMesh, error: Exception | None = None) -> list[int]:
-    """How many batches each replica has. Collective over all ranks; see `in_step` for what it raises."""
+def agree(batches: Sequence[Batch], mesh: SequenceMesh, error: Exception | None = None) -> tuple[list[int], bool]:
+    """How many batches each replica has, and whether any has images.
+
+    Collective over all ranks; see `in_step` for what it raises.
+    """
     content = fingerprint(batches) if mesh.sequence_size > 1 else 0
-    mine = [len(batches), content, int(error is not None)]
-    table = torch.full((mesh.data, 6), LOWEST, device="cpu")
+    mine = [len(batches), content, int(error is not None), int(any(_has_images(batch) for batch in batches))]
+    table = torch.full((mesh.data, 2 * len(mine)), LOWEST, device="cpu")
     table[mesh.data_rank] = torch.tensor([sign * number for number in mine for sign in (1, -1)], device="cpu")
     table = table.to(mesh.device)
     dist.all_reduce(table, dist.ReduceOp.MAX)
@@ -65,7 +72,7 @@ def agree(batches: Sequence[Batch], mesh: SequenceMesh, error: Exception | None 
             f"the ranks that share a sequence got different batches: {_differences(batches, differ[0], mesh)}. The "
             "data set, its order and the collator must be the same on every rank, and so must their seeds"
         )
-    return [replica[0] for replica in replicas]
+    return [replica[0] for replica in replicas], any(replica[6] for replica in replicas)
 
 
 def agree_on_control(control: Any, mesh: SequenceMesh) -> None:
@@ -147,6 +154,32 @@ def _from_replica(source: int, batches: Sequence[Batch], mesh: SequenceMesh) -> 
         box[0] = {name: x.cpu() if isinstance(x, Tensor) else x for name, x in batches[-1].items()}
     dist.broadcast_object_list(box, group=mesh.device_mesh.get_group("data"), group_src=source, device=mesh.device)
     return box[0]
+
+
+def _has_images(batch: Batch) -> bool:
+    return batch.get(PIXELS) is not None and len(batch[PIXELS]) > 0
+
+
+def _with_images(batches: list[Batch], mesh: SequenceMesh) -> list[Batch]:
+    """The batches, with an image of another replica in those that have none while others have. Collective."""
+    table = torch.zeros(mesh.data, len(batches), dtype=torch.int64, device="cpu")
+    table[mesh.data_rank] = torch.tensor([_has_images(batch) for batch in batches], device="cpu")
+    table = table.to(mesh.device)
+    dist.all_reduce(table, dist.ReduceOp.MAX)
+    out = []
+    for batch, replicas in zip(batches, table.T.tolist(), strict=True):
+        if 0 < sum(replicas) < mesh.data:
+            source = replicas.index(1)
+            box: list[Any] = [None]
+            if mesh.data_rank == source:
+                box[0] = {name: x.cpu() for name, x in smallest_image(batch).items()}
+            group = mesh.device_mesh.get_group("data")
+            dist.broadcast_object_list(box, group=group, group_src=source, device=mesh.device)
+            if not replicas[mesh.data_rank]:
+                filled = {**batch, STAND_IN: box[0]}
+                batch = Idle(filled) if isinstance(batch, Idle) else filled
+        out.append(batch)
+    return out
 
 
 def _raise_first(error: Exception | None) -> None:

@@ -16,13 +16,13 @@ from ringattn.hf.batch import count_targets, shard_batch
 from ringattn.hf.metadata import METADATA
 from ringattn.hf.model import parallelize, unwrapped
 from ringattn.hf.options import check_arguments, check_trainer
-from ringattn.hf.support import check_model
+from ringattn.hf.support import check_model, text_model
 from ringattn.hf.trainer.agreement import Idle, agree_on_control, check_averaged, in_step
 from ringattn.hf.trainer.dealing import ReplicaRows, deal, with_loaders_kept
 from ringattn.hf.trainer.evaluation import Tally
 from ringattn.hf.trainer.failures import told_to_torchrun
 from ringattn.hf.trainer.lockstep import Lockstep
-from ringattn.hf.trainer.refusals import check_class, check_counts, check_place
+from ringattn.hf.trainer.refusals import check_class, check_counts, check_place, check_unused
 from ringattn.hf.trainer.tokens import count_tokens
 from ringattn.memory.settings import MemorySettings
 from ringattn.parallel.layout import POLICIES
@@ -38,7 +38,8 @@ class OnMesh(_Base):
     """For a Trainer class: its model attends over the sequence ranks of `mesh`. A step is what one process computes.
 
     `per_device_train_batch_size` counts rows for each replica (the ranks that share a sequence), and batches may hold
-    whatever `shard_batch` reads: padded rows, packed rows with segment ids, what DataCollatorWithFlattening makes.
+    whatever `shard_batch` reads: padded rows, packed rows with segment ids, what DataCollatorWithFlattening makes, and
+    images.
     Every rank is given the whole data set; rows are dealt to replicas here, each once. What data sets and collators
     draw is the same on all ranks of a sequence, and again when a run goes on. A model that is not parallelized yet
     will be, whenever it is set, with `memory` as of `parallelize`. The loss of a step is the mean over the targets of
@@ -77,6 +78,10 @@ class OnMesh(_Base):
         check_place(self.args, self.accelerator, mesh)
         # Rows of a batch stay with their replica: the loss counts targets itself, over all ranks.
         self.model_accepts_loss_kwargs = True
+        handler = self.accelerator.ddp_handler  # None in older versions of transformers, which make it later
+        if self._tower() is not None and self.args.ddp_find_unused_parameters is None and handler is not None:
+            # Also where layers are checkpointed: a micro-batch without images leaves the tower's parameters unused.
+            handler.find_unused_parameters = True
         self._check()
 
     def _check(self) -> None:
@@ -179,9 +184,19 @@ class OnMesh(_Base):
             raise ValueError(f"a batch needs labels for its loss, got the keys {sorted(batch)}")
         if num_items_in_batch is not None:
             batch["num_items_in_batch"] = num_items_in_batch
+        if (tower := self._tower()) is not None:
+            check_unused(model, batch, tower, text_model(unwrapped(self.model)))
         needs = unwrapped(self.model)._ringattn.needs
         outputs = model(**shard_batch(batch, None, self.sequence_mesh, self.policy, needs=needs))
         return (outputs.loss, outputs) if return_outputs else outputs.loss
+
+    def _tower(self) -> Any:
+        """The module whose `get_image_features` batches of images go through; None without."""
+        if self.model is None:  # model_init makes it before each training
+            return None
+        inner = unwrapped(self.model)
+        tower = inner._ringattn.needs.tower
+        return None if tower is None else inner.get_submodule(tower.path)
 
     def _get_grad_norm(self, model: Any, grad_norm: Any = None) -> Any:
         """The norm of a step's gradient. At the first one it is compared: whoever wraps the model has to average."""

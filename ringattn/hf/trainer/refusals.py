@@ -1,10 +1,14 @@
 """Trainer classes that cannot be put on a mesh, refused by name with what to do instead."""
 
 import re
+from collections.abc import Mapping
 from typing import Any
 
 import torch.distributed as dist
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
 
+from ringattn.hf.vision import PIXELS, STAND_IN
 from ringattn.parallel.mesh.mesh import SequenceMesh
 
 # Methods that OnMesh replaces without calling those of the class below it.
@@ -95,6 +99,26 @@ def check_counts(arguments: Any, trainer: type) -> None:
         raise NotImplementedError(
             "include_num_input_tokens_seen is not supported with this version of transformers, which counts the tokens "
             "of a sequence once for each of its ranks"
+        )
+
+
+def check_unused(model: Any, batch: Mapping[str, Any], tower: nn.Module, text: nn.Module) -> None:
+    """Raises ValueError where DistributedDataParallel would wait for gradients of a tower that sees no image.
+
+    Arguments:
+        model: as it is wrapped.
+        batch: as `in_step` gives it: without images no replica has any.
+        tower, text: the module that computes features of images, and the decoder, which may be inside of it.
+    """
+    waits = isinstance(model, DistributedDataParallel) and model.training and not model.find_unused_parameters
+    if not waits or batch.get(STAND_IN) is not None or (batch.get(PIXELS) is not None and len(batch[PIXELS])):
+        return
+    decoder = set(text.parameters())
+    if any(x.requires_grad for x in tower.parameters() if x not in decoder):
+        raise ValueError(
+            "ddp_find_unused_parameters=False, and a micro-batch has no image on any replica: gradients would not be "
+            "averaged, since those of the vision tower are waited for. Leave it out, freeze the tower, or give images "
+            "in every micro-batch"
         )
 
 

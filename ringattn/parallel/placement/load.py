@@ -62,12 +62,27 @@ class Load:
         chunks = {mask.chunk for mask, _ in self.masks}
         return len(chunks) > 1 and all(mask.band.hi == 0 for mask, _ in self.masks)
 
+    @cached_property
+    def looks_ahead(self) -> bool:
+        """Whether queries of some layers see keys after them: the last tokens of a document may then cost less too."""
+        return any(mask.band.hi != 0 for mask, _ in self.masks)
+
     def nested(self, size: int) -> bool:
         """Whether a document is best cut in nested heads and tails.
 
         A window or chunk shorter than half the document makes cost per token flat: then few cuts matter more.
         """
         return size <= 2 * self._reach
+
+    def pairs_of(self, position: int, size: int) -> float:
+        """What the queries before a position of a document see under any masks, summed over layers."""
+        total = 0.0
+        for mask, layers in self.masks:
+            chunk = mask.chunk or size
+            whole, rest = divmod(position, chunk)
+            last = min(chunk, size - whole * chunk)
+            total += layers * (whole * mask.band.area(0, chunk, chunk) + mask.band.area(0, rest, last))
+        return total
 
     def pairs_before(self, position: float) -> float:
         """What the queries before a position of a document see under causal windows, summed over layers."""
@@ -79,9 +94,21 @@ class Load:
 
     def ramp(self, size: int) -> float:
         """By how much less than elsewhere the first queries of a document cost that see less than a window, as part of
-        what all do; 0 where windows are none, wider than the document, or not causal."""
+        what all do; 0 where windows are none, or wider than the document. With layers that look ahead by how much less
+        than the dearest all others do."""
+        if self.looks_ahead:
+            return self._dearest(size) * size / self.pairs_of(size, size) - 1
         narrow = sum(layers * width * width / 2 for layers, width in self._windows if width < size)
         return narrow / self.pairs_before(size) if narrow else 0.0
+
+    def _dearest(self, size: int) -> float:
+        """What the query that sees most in a document sees at most, summed over layers."""
+        total = 0.0
+        for mask, layers in self.masks:
+            whole = min(size, mask.chunk or size)
+            sides = (whole if side is None else abs(side) for side in (mask.band.lo, mask.band.hi))
+            total += layers * min(whole, 1 + sum(sides))
+        return total
 
     @cached_property
     def _windows(self) -> tuple[tuple[float, float], ...]:

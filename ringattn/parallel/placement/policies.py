@@ -18,14 +18,15 @@ from ringattn.documents import Documents
 from ringattn.kept import kept
 from ringattn.kernels.spec import Range
 from ringattn.parallel.geometry.ranges import touching
+from ringattn.parallel.placement.arcs import arcs
 from ringattn.parallel.placement.linear_parts import document_costs, linear_parts
 from ringattn.parallel.placement.load import Load
 
 Positions = tuple[tuple[Range, ...], ...]
 
 TILE = 128  # rows of a kernel tile: cuts are rounded to it
-# Of a position's cost: where the first tokens of a document under a window save more, those who share it share that
-# too. Where it is less, fewer pieces matter more.
+# Of a position's cost: where tokens of a document under a window save more, the first and those who see less ahead,
+# those who share it share that too. Where it is less, fewer pieces matter more.
 RAMP = 0.015
 MIN_TILES = 64  # a share of the tokens is at least this many roundings, so small inputs use a finer one
 
@@ -95,6 +96,7 @@ def balanced(docs: Documents, load: Load, ring: int, speeds: Sequence[float] | N
     rounding = partial(_tiles, mean=mean, coarsest=min(TILE, max(1, docs.total // (ring * MIN_TILES))))
     tiles = rounding(spans)
     shares = _window_search(spans, list(accumulate(speeds or [1.0] * ring)), tiles)
+
     held: list[Shares] = [[] for _ in range(ring)]
     for span, owners, tile in zip(spans, shares, tiles, strict=True):
         if len(owners) == 1:
@@ -102,7 +104,10 @@ def balanced(docs: Documents, load: Load, ring: int, speeds: Sequence[float] | N
         elif span.document is not None:
             pieces = _dealt(docs, span, load, owners, rounding)
         elif load.ramp(span.size) * span.cost > RAMP * mean * docs.total / ring:
-            pieces = _nest_by_cost(span.size, owners, tile, load)
+            if load.looks_ahead:
+                pieces = arcs(span.size, owners, tile, partial(load.pairs_of, size=span.size))
+            else:
+                pieces = _nest_by_cost(span.size, owners, tile, load)
         else:
             pieces = _cut(span, owners, tile)
         for position, first, last in pieces:

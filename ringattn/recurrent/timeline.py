@@ -15,8 +15,8 @@ from ringattn.recurrent.price import RecurrenceShape, dealt_bytes, kernel_second
 # Stages of the scan's kernels; the exchange has one.
 WHOLE, OPENED, FOLLOWED = range(3)
 TOLD = {
-    ("scan", "forward"): "1 first pieces and maps of middle ones, 0 whole documents, 2 middle and last pieces",
-    ("scan", "backward"): "2 middle and last pieces again, 0 whole documents, 1 first and middle pieces",
+    ("scan", "forward"): "1 first pieces and maps, 0 whole documents, 2 later pieces",
+    ("scan", "backward"): "2 later pieces, 0 whole documents, 1 first and middle ones",
     ("exchange", "forward"): "0 all tokens of some heads",
     ("exchange", "backward"): "0 all tokens of some heads",
 }

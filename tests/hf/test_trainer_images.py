@@ -132,6 +132,7 @@ def on_mesh(
 MESHES = [(1, 1, 2), (1, 2, 1), (1, 4, 4), (2, 2, 1), (2, 1, 2)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", FAMILIES)
 def test_the_curve_of_documents_alone(pool: Pools, tmp_path: Any, family: str) -> None:
     (truth,) = pool(1).run(alone, str(tmp_path), family, {})

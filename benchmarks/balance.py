@@ -53,6 +53,16 @@ def balance(
     )
 
 
+def columns_of(found: list[Balance], digits: int) -> list[str]:
+    """Area, time, tokens and received share of several packs; the share with so many digits."""
+
+    def shown(values: list[float], digits: int = 3) -> str:
+        return f"{mean(values):.{digits}f} ({max(values):.{digits}f})"
+
+    area, time = shown([one.area for one in found]), shown([one.time for one in found])
+    return [area, time, f"{max(one.tokens for one in found):.3f}", shown([one.received for one in found], digits)]
+
+
 def windows_table(packs: int, per_rank: int, rings: list[int]) -> list[str]:
     """The balanced layout under windows, whose documents' first and last tokens cost less than the others."""
     lines = [
@@ -66,13 +76,7 @@ def windows_table(packs: int, per_rank: int, rings: list[int]) -> list[str]:
         for window in WINDOWS:
             mask = Mask(causal=window[1] == 0, window=window)
             found = [balance(lengths, ring, "balanced", mask) for lengths in cases]
-            columns = [
-                f"{mean(values):.3f} ({max(values):.3f})"
-                for values in ([one.area for one in found], [one.time for one in found])
-            ]
-            columns.append(f"{max(one.tokens for one in found):.3f}")
-            shares = [one.received for one in found]
-            columns.append(f"{mean(shares):.4f} ({max(shares):.4f})")
+            columns = columns_of(found, 4)
             columns.append(f"{mean(one.ranges for one in found):.1f}")
             lines.append(f"| {ring} | {window} | {' | '.join(columns)} |")
             print(lines[-1], flush=True)
@@ -94,13 +98,7 @@ def table(packs: int, per_rank: int, rings: list[int]) -> list[str]:
                 if policy == "zigzag" and ring > 8:
                     continue  # planning it takes a second a pack, and it is the same for any number of ranks
                 found = [balance(lengths, ring, policy) for lengths in cases]
-                columns = [
-                    f"{mean(values):.3f} ({max(values):.3f})"
-                    for values in ([one.area for one in found], [one.time for one in found])
-                ]
-                columns.append(f"{max(one.tokens for one in found):.3f}")
-                shares = [one.received for one in found]
-                columns.append(f"{mean(shares):.3f} ({max(shares):.3f})")
+                columns = columns_of(found, 3)
                 lines.append(f"| {ring} | {label} | {policy} | {' | '.join(columns)} |")
                 print(lines[-1], flush=True)
     return lines

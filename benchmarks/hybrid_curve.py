@@ -73,7 +73,7 @@ def main() -> None:
     parser.add_argument("overrides", nargs="*")
     args = parser.parse_intermixed_args()
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
-    print(f"{device}, torch {torch.__version__}, {args.steps} steps of 2 x 16,384 tokens\n")
+    print(f"{device}, torch {torch.__version__}, {args.steps} steps; {' '.join([*RUN, *args.overrides])}\n")
     with tempfile.TemporaryDirectory() as folder:
         model = Path(folder) / "model"
         save_model(model, args.width)

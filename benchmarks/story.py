@@ -157,7 +157,7 @@ class Told:
         before, after: (lengths,) shares of right answers, means over depths.
         beyond: shares before and after, mean over the cells of the heat map whose needle is further from its question
             than the first training ever saw.
-        whole, least: mean and least of all cells of the heat map after.
+        least: of all cells of the heat map after.
         logprob_error: of log-probabilities by transformers, against the run's own, at most.
         seconds: of each command, in their order.
     """
@@ -167,10 +167,14 @@ class Told:
     before: tuple[float, ...]
     after: tuple[float, ...]
     beyond: tuple[float, float]
-    whole: float
     least: float
     logprob_error: float
     seconds: tuple[float, ...]
+
+    @property
+    def whole(self) -> float:
+        """The mean of all cells of the heat map after."""
+        return sum(self.after) / len(self.after)
 
 
 def shell(command: str, folder: Path) -> None:
@@ -196,8 +200,8 @@ def tell(scale: Scale, seed: int, folder: Path, run: Callable[[str, Path], None]
     before, after = (_right(folder / "long" / "evaluation" / name / "needle.json") for name in ("before", "after"))
     means = _means(before), _means(after)
     far = beyond(before, scale), beyond(after, scale)
-    whole, least = sum(means[1]) / len(means[1]), min(map(min, after))
-    return Told(seed, scale.lengths, *means, far, whole, least, reloaded(folder), tuple(seconds))
+    least = min(map(min, after))
+    return Told(seed, scale.lengths, *means, far, least, reloaded(folder), tuple(seconds))
 
 
 def _right(path: Path) -> list[list[float]]:

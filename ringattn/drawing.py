@@ -247,9 +247,8 @@ def _wire_legend(figure: Any, kinds: set[str]) -> None:
     from matplotlib.patches import Patch
 
     handles = [Patch(color="#999999", label="kernels (number: stage)")]
-    handles += [
-        Patch(color=colour, label=f"{kind}, from its post to its end") for kind, colour in WIRE.items() if kind in kinds
-    ]
+    told = {kind: f"{kind}, from its post to its end" for kind in WIRE} | {"states": "a wait for states"}
+    handles += [Patch(color=colour, label=told[kind]) for kind, colour in WIRE.items() if kind in kinds]
     figure.legend(handles=handles, loc="outside lower right", ncols=4, fontsize=9, frameon=False)
 
 

@@ -69,18 +69,15 @@ def shard_batch(
     else:
         check_metadata(batch, docs, rows, size)
     if needs is not None:
-        docs = with_blocks(docs, batch, needs.marks, needs.rule)
-    if needs is not None and needs.tower is not None:
-        batch = with_axes(batch, docs, needs.tower.axes)
+        batch, docs = _with_needs(batch, docs, needs)
     layout = _layout(docs, mesh, policy, mask, layers)
     if needs is not None:
         note_rule(layout, needs.rule)
     if batch.get("input_ids") is not None:
         note_batch(layout, batch["input_ids"])
     local = _images(layout, batch, needs)
-    local |= _inputs(
-        layout, {name: x for name, x in batch.items() if not (name in local or no_image(name, x))}, rows, size
-    )
+    left = {name: x for name, x in batch.items() if not (name in local or no_image(name, x))}
+    local |= _inputs(layout, left, rows, size)
     targets = _targets(batch, docs, rows, size)
     if targets is not None:
         # Models compute a loss where there are labels, from shift_labels where there are these.
@@ -89,6 +86,14 @@ def shard_batch(
         local["shift_labels"] = layout.shard(targets)[None]
         local.setdefault("num_items_in_batch", (targets != IGNORE_INDEX).sum())
     return {"use_cache": False} | local | attention_kwargs(layout)
+
+
+def _with_needs(
+    batch: Mapping[str, Any], docs: Documents, needs: EmbeddingNeeds
+) -> tuple[Mapping[str, Any], Documents]:
+    """With the blocks that a model makes of its marks, and the positions of its images."""
+    docs = with_blocks(docs, batch, needs.marks, needs.rule)
+    return (batch if needs.tower is None else with_axes(batch, docs, needs.tower.axes)), docs
 
 
 def _layout(

@@ -149,10 +149,12 @@ class RoundTimes(NamedTuple):
     Arguments:
         transfers: of each round.
         composing: of the products of maps, all rounds together.
+        size: bytes of all rounds.
     """
 
     transfers: tuple[float, ...]
     composing: float
+    size: float
 
 
 def round_times(layout: Layout, shape: RecurrenceShape, rounds: int, machine: Machine) -> RoundTimes:
@@ -161,10 +163,10 @@ def round_times(layout: Layout, shape: RecurrenceShape, rounds: int, machine: Ma
     sizes = received(layout, shape, rounds)
     times = tuple(float(transfer_seconds(machine, size, link, "all_to_all")) for size in sizes)
     if not shape.delta:
-        return RoundTimes(times, 0.0)
+        return RoundTimes(times, 0.0, sum(sizes))
     pairs = sum(sizes) / (max(4, shape.itemsize) * (shape.map_numbers + shape.state_numbers))
     rows = 2.0 * shape.map_numbers * (shape.key_dim + shape.value_dim) / shape.flops  # as many as a product is worth
-    return RoundTimes(times, pairs * kernel_seconds(shape, rows, machine))
+    return RoundTimes(times, pairs * kernel_seconds(shape, rows, machine), sum(sizes))
 
 
 class ScanWork(NamedTuple):
@@ -201,7 +203,7 @@ def _scanned(layout: Layout, shape: RecurrenceShape, machine: Machine) -> RouteP
     for rounds in range(1, _most_rounds(layout) + 1):
         times = round_times(layout, shape, rounds, machine)
         seconds = sum(_slowest(one, times, shape, machine) for one in work)
-        found.append(RoutePrice("scan", seconds - even, 2 * sum(received(layout, shape, rounds)), rounds))
+        found.append(RoutePrice("scan", seconds - even, 2 * times.size, rounds))
     return min(found, key=lambda price: price.seconds)
 
 

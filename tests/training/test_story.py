@@ -120,7 +120,7 @@ def test_the_story_as_the_tutorial_tells_it(tmp_path: Path, monkeypatch: pytest.
 
 def test_a_table_says_what_was_run_and_whether_it_shows_enough() -> None:
     means = (1.0, 0.9, 0.1, 0.1), (1.0, 1.0, 0.9, 0.8)
-    enough = Told(0, CPU.lengths, *means, (0.1, 0.85), 0.92, 0.7, 1e-6, (60.0,) * 10)
+    enough = Told(0, CPU.lengths, *means, (0.1, 0.85), 0.7, 1e-6, (60.0,) * 10)
     assert shown(CPU, enough)
     text = table("cpu", [enough])
     assert (
@@ -128,7 +128,12 @@ def test_a_table_says_what_was_run_and_whether_it_shows_enough() -> None:
         in text
     )
     assert all(f"- 60 s: `{command}`" in text for command in commands(CPU, 0))
-    for changes in ({"beyond": (0.3, 0.9)}, {"beyond": (0.1, 0.5)}, {"whole": 0.5}, {"logprob_error": 1e-4}):
+    for changes in (
+        {"beyond": (0.3, 0.9)},
+        {"beyond": (0.1, 0.5)},
+        {"after": (0.9, 0.5, 0.4, 0.3)},
+        {"logprob_error": 1e-4},
+    ):
         assert not shown(CPU, Told(**{**vars(enough), **changes}))
 
 

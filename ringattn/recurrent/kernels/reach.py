@@ -12,6 +12,7 @@ from torch import Tensor
 from ringattn.recurrent.kernels.contract import Inputs
 
 COUNTED = 2**31
+ALIGNED = 8  # channels of which causal-conv1d wants a multiple, in rows that stand channel by channel
 
 
 def near(x: Tensor) -> Tensor:
@@ -48,11 +49,8 @@ def channels_of(rows: Tensor) -> Iterator[slice]:
     """Channels of (t, C) rows, such that no part has more numbers than can be counted."""
     channels = rows.shape[1]
     size = max(1, min(channels, COUNTED // max(1, len(rows))))
-    size = size // _ALIGNED * _ALIGNED or size
+    size = size // ALIGNED * ALIGNED or size
     yield from (slice(first, min(first + size, channels)) for first in range(0, channels, size))
-
-
-_ALIGNED = 8  # channels, that causal-conv1d wants a multiple of
 
 
 def _largest(x: Inputs, count: int) -> int:

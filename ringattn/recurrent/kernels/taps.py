@@ -16,7 +16,7 @@ from torch.nn import functional as F
 from ringattn.environment import logger
 from ringattn.kernels.probing import why_missing
 from ringattn.recurrent.kernels.loading import foreign_dtypes, load
-from ringattn.recurrent.kernels.reach import channels_of
+from ringattn.recurrent.kernels.reach import ALIGNED, channels_of
 from ringattn.recurrent.kernels.selftest import TOLERANCE, in_a_thread
 
 # (t, C), (C, w), (C,) or None, whether SiLU follows -> (t - w + 1, C), in the dtype of the rows.
@@ -24,7 +24,6 @@ Taps = Callable[[Tensor, Tensor, Tensor | None, bool], Tensor]
 DISTRIBUTION = "causal-conv1d"
 DEVICES = ("cuda",)
 _WIDTHS = (2, 3, 4)
-_ALIGNED = 8  # channels, of rows that stand channel by channel
 
 
 class TapsSignature(NamedTuple):
@@ -69,8 +68,8 @@ def fused_refusal(signature: TapsSignature) -> str | None:
     """Why causal-conv1d cannot do a call, as the rest of the sentence "it ...", or None."""
     if signature.device not in DEVICES:
         return f"runs on {' and '.join(DEVICES)} tensors only, got {signature.device}"
-    if signature.width not in _WIDTHS or signature.channels % _ALIGNED:
-        return f"takes 2 to 4 taps and a multiple of {_ALIGNED} channels, got {signature.width}, {signature.channels}"
+    if signature.width not in _WIDTHS or signature.channels % ALIGNED:
+        return f"takes 2 to 4 taps and a multiple of {ALIGNED} channels, got {signature.width}, {signature.channels}"
     return foreign_dtypes([signature.dtype]) or why_missing(_function) or in_a_thread(lambda: _failure(signature))
 
 

@@ -6,8 +6,9 @@ from collections.abc import Iterator
 from difflib import get_close_matches
 from typing import Any, NoReturn
 
+import yaml
 from hydra.errors import HydraException
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
 from ringattn.shipped import CONFIGS
@@ -69,7 +70,16 @@ def _options_with(unknown: str) -> list[str]:
     """Shipped options, as in `data=text`, of the group of a key that have it."""
     group, _, key = unknown.partition(".")
     found = sorted((CONFIGS / group).glob("*.yaml")) if group.isidentifier() else []
-    return [f"{group}={path.stem}" for path in found if OmegaConf.select(OmegaConf.load(path), key) is not None]
+    return [f"{group}={path.stem}" for path in found if _has(yaml.safe_load(path.read_text(encoding="utf-8")), key)]
+
+
+def _has(node: Any, key: str) -> bool:
+    """Whether a key is in a file, with a value or null, and without looking up what its value refers to."""
+    for word in key.split("."):
+        if not isinstance(node, dict) or word not in node:
+            return False
+        node = node[word]
+    return True
 
 
 def _nearest_keys(unknown: str, node: Any) -> list[str]:

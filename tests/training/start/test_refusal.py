@@ -33,12 +33,22 @@ def test_an_unknown_key_is_named_with_what_may_be_meant(override, meant):
     assert message.endswith("keys are in configs/, each with a comment")
 
 
-def test_a_key_of_another_option_is_named_with_it():
+@pytest.mark.parametrize(
+    ("overrides", "key", "options"),
+    [
+        (["data=sources", "data.files=[a.txt]"], "data.files", "data=text"),
+        (["data=text", "data.sources=[]"], "data.sources", "data=sources"),
+        (["data.chat_template=x"], "data.chat_template", "data=sources"),  # null there
+        (["engine.zero_stage=2"], "engine.zero_stage", "engine=deepspeed"),
+    ],
+)
+def test_a_key_of_another_option_is_named_with_it(overrides, key, options):
     with (
         initialize_config_dir(str(CONFIGS), version_base=None),
         pytest.raises(ConfigCompositionException) as caught,
     ):
-        compose("train", overrides=["data=sources", "data.files=[a.txt]"])
+        compose("train", overrides=overrides)
+    group = key.partition(".")[0]
     assert message_of(caught.value).splitlines()[1:] == [
-        "data.files is a key of data=text; here another data= is chosen"
+        f"{key} is a key of {options}; here another {group}= is chosen"
     ]

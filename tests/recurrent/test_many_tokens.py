@@ -45,6 +45,7 @@ def test_a_kernel(name: str, rule: str) -> None:
     small = drawn(rule, LENGTH)
     if (stopped := refusal(kernel, Signature.of(small))) is not None:
         pytest.skip(f"{name} {stopped[1]}")
+    torch.cuda.empty_cache()  # what torch keeps of the test before is free too
     if torch.cuda.mem_get_info()[0] < 120 * 2**30:
         pytest.skip("needs 120 GiB of GPU memory")
     x = drawn(rule, COUNT * LENGTH)

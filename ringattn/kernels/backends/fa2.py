@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ringattn.kernels.backends.counted import backward_within_count
 from ringattn.kernels.backends.rows import rows_of_heads
 from ringattn.kernels.backends.varlen import (
     Varlen,
@@ -66,15 +67,19 @@ class FlashAttention2:
         return minus_infinity_of_keyless(lse)
 
     def backward(self, dout: Tensor, saved: SavedCall, grads: Grads) -> None:
-        q, k, v, out, lse, call, options = saved
-        k, v = pack_keys(call, k, v)
-        dk, dv = (grads.dk, grads.dv) if call.dense_keys else (torch.empty_like(k), torch.empty_like(v))
-        _kernels()[1](
-            rows_of_heads(dout), q, k, v, out, infinity_of_keyless(lse, call), dq=grads.dq, dk=dk, dv=dv,
-            deterministic=options.deterministic, **_arguments(call, options, q.device),
-        )  # fmt: skip
-        if not call.dense_keys:
-            unpack_keys(call, grads, dk, dv)
+        backward_within_count(_backward, dout, saved, grads)
+
+
+def _backward(dout: Tensor, saved: SavedCall, grads: Grads) -> None:
+    q, k, v, out, lse, call, options = saved
+    k, v = pack_keys(call, k, v)
+    dk, dv = (grads.dk, grads.dv) if call.dense_keys else (torch.empty_like(k), torch.empty_like(v))
+    _kernels()[1](
+        rows_of_heads(dout), q, k, v, out, infinity_of_keyless(lse, call), dq=grads.dq, dk=dk, dv=dv,
+        deterministic=options.deterministic, **_arguments(call, options, q.device),
+    )  # fmt: skip
+    if not call.dense_keys:
+        unpack_keys(call, grads, dk, dv)
 
 
 @kept_with_call

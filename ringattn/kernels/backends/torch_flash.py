@@ -10,6 +10,7 @@ from functools import cache
 import torch
 from torch import Tensor
 
+from ringattn.kernels.backends.counted import backward_within_count
 from ringattn.kernels.backends.varlen import Varlen, kept_with_call, minus_infinity_of_keyless, pack_keys, unpack_keys
 from ringattn.kernels.spec import Call, Capability, Grads, Options, SavedCall
 
@@ -39,18 +40,22 @@ class TorchFlash:
         return minus_infinity_of_keyless(lse)
 
     def backward(self, dout: Tensor, saved: SavedCall, grads: Grads) -> None:
-        q, k, v, out, lse, call, options = saved
-        k, v = pack_keys(call, k, v)
-        x = _lengths(call, options, q.device)
-        no_rng = torch.zeros(2, dtype=torch.uint64, device=q.device)  # asked for even without dropout
-        with _deterministic(options.deterministic):
-            dq, dk, dv = torch.ops.aten._flash_attention_backward(
-                dout.contiguous(), q, k, v, out, lse.contiguous(), x.cu_q, x.cu_k,
-                x.max_q, x.max_k, 0.0, x.causal, no_rng, no_rng,
-                scale=options.scale, window_size_left=x.left, window_size_right=x.right,
-            )  # fmt: skip
-        grads.dq.copy_(dq)
-        unpack_keys(call, grads, dk, dv)
+        backward_within_count(_backward, dout, saved, grads)
+
+
+def _backward(dout: Tensor, saved: SavedCall, grads: Grads) -> None:
+    q, k, v, out, lse, call, options = saved
+    k, v = pack_keys(call, k, v)
+    x = _lengths(call, options, q.device)
+    no_rng = torch.zeros(2, dtype=torch.uint64, device=q.device)  # asked for even without dropout
+    with _deterministic(options.deterministic):
+        dq, dk, dv = torch.ops.aten._flash_attention_backward(
+            dout.contiguous(), q, k, v, out, lse.contiguous(), x.cu_q, x.cu_k,
+            x.max_q, x.max_k, 0.0, x.causal, no_rng, no_rng,
+            scale=options.scale, window_size_left=x.left, window_size_right=x.right,
+        )  # fmt: skip
+    grads.dq.copy_(dq)
+    unpack_keys(call, grads, dk, dv)
 
 
 @kept_with_call

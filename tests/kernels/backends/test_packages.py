@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from ringattn.kernels.backends import fa2, fa3, npu, torch_flash, xpu
+from ringattn.kernels.backends import counted, fa2, fa3, npu, torch_flash, xpu
 from ringattn.kernels.spec import Backend, Block, Call, Grads, Options, SavedCall
 from tests.caches import clear_caches
 from tests.kernels.backends import fakes
@@ -115,6 +115,25 @@ def test_torchs_kernel_gets_what_it_takes_and_is_right(
 ) -> None:
     """An open side beside a closed one must reach all keys, also where a block has more queries than keys."""
     check(fake_torch_flash, make_call(LENGTHS[lengths], band))
+
+
+@pytest.mark.parametrize("heads", [1, 2, 3])
+@pytest.mark.parametrize("kernel", ["fake_fa2", "fake_torch_flash"])
+def test_more_sums_than_an_int32_counts_are_added_up_for_some_heads_at_a_time(
+    request: pytest.FixtureRequest,
+    monkeypatch: pytest.MonkeyPatch,
+    record: fakes.Record,
+    kernel: str,
+    heads: int,
+) -> None:
+    """Of four heads, two to a key head: one, two and three that can be counted make four, two and two calls."""
+    call = make_call(LENGTHS["gaps"], (-1, 0))
+    rows = call.q[1] - call.q[0] + counted.PADDING * len(call.blocks)
+    monkeypatch.setattr(counted, "COUNTED", rows * counted.ROUNDED * heads + 1)
+    check(request.getfixturevalue(kernel), call)
+    calls = [one for one in record if "dq" in one]
+    assert [one["q"].shape[1] for one in calls] == {1: [1] * 4, 2: [2, 2], 3: [2, 2]}[heads]
+    assert {one["k"].shape[1] for one in calls} == {1}
 
 
 @pytest.mark.parametrize("lengths", list(LENGTHS)[:3])

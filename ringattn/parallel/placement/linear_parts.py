@@ -5,6 +5,7 @@ A causal document is one such part. A tree has one for each branch at least, sin
 blocks, windows and masks that are not the same in all layers bend the cost further.
 """
 
+from collections.abc import Sequence
 from dataclasses import replace
 from itertools import pairwise
 from typing import NamedTuple
@@ -12,6 +13,7 @@ from typing import NamedTuple
 import numpy as np
 
 from ringattn.documents import Documents
+from ringattn.kernels.spec import Range
 from ringattn.mask import Mask
 from ringattn.parallel.geometry.block_table import Floats
 from ringattn.parallel.geometry.views import bends_of, slope_of, table_of
@@ -46,6 +48,20 @@ def document_costs(docs: Documents, numbers: list[int], load: Load) -> Floats:
     costs = rows_costs([(branch, branch.first, branch.last) for _, branch in rows], load)
     owner = np.searchsorted(np.array(numbers), np.array([number for number, _ in rows], dtype=np.int64))
     return np.bincount(owner, costs, len(numbers)).astype(np.float64)
+
+
+def runs_costs(docs: Documents, number: int, runs: Sequence[Range], load: Load) -> Floats:
+    """The cost of runs of one document's tokens, counted from its first; it is not cut in chunks."""
+    rows: list[Rows] = []
+    owner: list[int] = []
+    start = docs.starts[number]
+    for index, (first, last) in enumerate(runs):
+        for branch in docs.branches_of(number):
+            begin, end = max(start + first, branch.start), min(start + last, branch.stop)
+            if begin < end:
+                rows.append((branch, branch.first + begin - branch.start, branch.first + end - branch.start))
+                owner.append(index)
+    return np.bincount(np.array(owner, dtype=np.int64), rows_costs(rows, load), len(runs)).astype(np.float64)
 
 
 def linear_parts(docs: Documents, number: int, load: Load) -> list[LinearPart]:

@@ -84,12 +84,13 @@ class Load:
             total += layers * (whole * mask.band.area(0, chunk, chunk) + mask.band.area(0, rest, last))
         return total
 
-    def pairs_before(self, position: float) -> float:
-        """What the queries before a position of a document see under causal windows, summed over layers."""
-        total = 0.0
+    def pairs_before(self, positions: Ints) -> Floats:
+        """What the queries before positions of a document see under causal windows, summed over layers."""
+        total = np.zeros(len(positions))
         for layers, width in self._windows:
-            inside = min(position, width)
-            total += layers * (inside * (inside + 1) / 2 + (width * (position - inside) if position > inside else 0.0))
+            inside = np.minimum(positions, width)
+            beyond = positions - inside  # none where there is no window, whose width is infinite
+            total += layers * (inside * (inside + 1) / 2 + (width * beyond if beyond.any() else 0.0))
         return total
 
     def ramp(self, size: int) -> float:
@@ -99,7 +100,7 @@ class Load:
         if self.looks_ahead:
             return self._dearest(size) * size / self.pairs_of(size, size) - 1
         narrow = sum(layers * width * width / 2 for layers, width in self._windows if width < size)
-        return narrow / self.pairs_before(size) if narrow else 0.0
+        return narrow / float(self.pairs_before(np.array([size]))[0]) if narrow else 0.0
 
     def _dearest(self, size: int) -> float:
         """What the query that sees most in a document sees at most, summed over layers."""

@@ -19,14 +19,16 @@ from ringattn.kept import kept
 from ringattn.kernels.spec import Range
 from ringattn.parallel.geometry.ranges import touching
 from ringattn.parallel.placement.arcs import arcs
-from ringattn.parallel.placement.linear_parts import document_costs, linear_parts
+from ringattn.parallel.placement.cuts import Cut, Owner, consecutive, nested, nested_by_cost
+from ringattn.parallel.placement.linear_parts import document_costs, linear_parts, runs_costs
 from ringattn.parallel.placement.load import Load
 
 Positions = tuple[tuple[Range, ...], ...]
 
 TILE = 128  # rows of a kernel tile: cuts are rounded to it
-# Of a position's cost: where tokens of a document under a window save more, the first and those who see less ahead,
-# those who share it share that too. Where it is less, fewer pieces matter more.
+# Of a position's cost. Where tokens of a document under a window save more, the first and those who see less ahead,
+# those who share it share that too, and a document with segments is cut by what its parts cost where a plain cut is
+# further off. Where it is less, fewer pieces matter more.
 RAMP = 0.015
 MIN_TILES = 64  # a share of the tokens is at least this many roundings, so small inputs use a finer one
 
@@ -102,12 +104,13 @@ def balanced(docs: Documents, load: Load, ring: int, speeds: Sequence[float] | N
         if len(owners) == 1:
             pieces = [(owners[0][0], 0, span.size)]
         elif span.document is not None:
-            pieces = _dealt(docs, span, load, owners, rounding)
+            pieces = _few_pieces(docs, span, load, owners, tile, RAMP * mean * docs.total / ring)
+            pieces = pieces or _dealt(docs, span, load, owners, rounding)
         elif load.ramp(span.size) * span.cost > RAMP * mean * docs.total / ring:
             if load.looks_ahead:
                 pieces = arcs(span.size, owners, tile, partial(load.pairs_of, size=span.size))
             else:
-                pieces = _nest_by_cost(span.size, owners, tile, load)
+                pieces = nested_by_cost(span.size, owners, tile, load.pairs_before)
         else:
             pieces = _cut(span, owners, tile)
         for position, first, last in pieces:
@@ -115,14 +118,39 @@ def balanced(docs: Documents, load: Load, ring: int, speeds: Sequence[float] | N
     return _ordered(held)
 
 
-def _cut(span: Span, owners: list[tuple[int, int]], tile: int) -> list[tuple[int, int, int]]:
-    """A span of even cost among those who own `(position, tokens)` of it: `(position, first, last)` pieces."""
-    return _nest(span.size, owners, tile) if span.nested else _queue(owners)
+def _cut(span: Span, owners: list[Owner], tile: int) -> list[Cut]:
+    """A span of even cost among its owners."""
+    return nested(span.size, owners, tile) if span.nested else consecutive(owners)
+
+
+def _few_pieces(docs: Documents, span: Span, load: Load, owners: list[Owner], tile: int, slack: float) -> list[Cut]:
+    """A document with segments or blocks in one or two pieces for each owner, if no share then costs `slack` more than
+    its tokens do on the mean; else nothing. Images that follow each other evenly are as good as text."""
+    if span.plain:
+        return []
+    assert span.document is not None
+    number = span.document
+
+    def even(pieces: list[Cut]) -> bool:
+        excess = {position: -tokens * span.density for position, tokens in owners}
+        costs = runs_costs(docs, number, [(first, last) for _, first, last in pieces], load)
+        for (position, _, _), cost in zip(pieces, costs.tolist(), strict=True):
+            excess[position] += cost
+        return max(excess.values()) <= slack
+
+    pieces = nested(span.size, owners, tile) if load.nested(span.size) else consecutive(owners)
+    if even(pieces):
+        return pieces
+    parts = linear_parts(docs, number, load)
+    ends, costs = zip(*((part.stop - span.start, part.cost) for part in sorted(parts)), strict=True)
+    sums = [0.0, *accumulate(costs)]
+    pieces = nested_by_cost(span.size, owners, tile, lambda places: np.interp(places, [0, *ends], sums))
+    return pieces if even(pieces) else []
 
 
 def _dealt(
-    docs: Documents, span: Span, load: Load, owners: list[tuple[int, int]], rounding: Callable[[list[Span]], list[int]]
-) -> list[tuple[int, int, int]]:
+    docs: Documents, span: Span, load: Load, owners: list[Owner], rounding: Callable[[list[Span]], list[int]]
+) -> list[Cut]:
     """`_cut` of a document whose cost is uneven: the window search once more, over its parts."""
     assert span.document is not None
     found = linear_parts(docs, span.document, load)
@@ -248,55 +276,6 @@ def _rounded_window(left: np.ndarray, ends: np.ndarray, start: int, want: int, t
 def _rounded(tokens: int, available: int, tile: int) -> int:
     """`tokens` to the nearest number of tiles, or all there is."""
     return min((tokens + tile // 2) // tile * tile, available) if tokens < available else available
-
-
-def _nest(size: int, owners: list[tuple[int, int]], tile: int) -> list[tuple[int, int, int]]:
-    """Nested heads and tails of one document, the largest share outermost: `(position, first, last)` pieces."""
-    pieces = []
-    first, last = 0, size
-    order = sorted(owners, key=lambda share: (-share[1], share[0]))
-    for position, tokens in order[:-1]:
-        head = (tokens + tile) // (2 * tile) * tile  # half of the share, to the nearest tile
-        pieces += [(position, first, first + head), (position, last - (tokens - head), last)]
-        first, last = first + head, last - (tokens - head)
-    pieces += [(position, first, last) for position, _ in order[-1:]]
-    return [piece for piece in pieces if piece[1] < piece[2]]
-
-
-def _nest_by_cost(size: int, owners: list[tuple[int, int]], tile: int, load: Load) -> list[tuple[int, int, int]]:
-    """Nested heads and tails of one document as of `_nest`, each head as long as it makes the share cost its part.
-
-    Under a causal window the first tokens cost less than all others, which cost the same: a share that is all tail
-    costs too much, and one that is all head too little.
-    """
-    before, pieces = load.pairs_before, []
-    first, last, mean = 0, size, load.pairs_before(size) / size
-    order = sorted(owners, key=lambda share: (-share[1], share[0]))
-    for position, tokens in order[:-1]:
-        rest = before(last) - before(first) - tokens * mean
-        low, high = 0, (tokens + tile // 2) // tile
-        while low < high:
-            middle = (low + high) // 2
-            head = middle * tile + tile / 2  # shares between this one and the next are rounded up
-            if rest + before(first + head) - before(last - tokens + head) > 0:
-                low = middle + 1
-            else:
-                high = middle
-        head = min(low * tile, tokens)
-        pieces += [(position, first, first + head), (position, last - (tokens - head), last)]
-        first, last = first + head, last - (tokens - head)
-    pieces += [(position, first, last) for position, _ in order[-1:]]
-    return [piece for piece in pieces if piece[1] < piece[2]]
-
-
-def _queue(owners: list[tuple[int, int]]) -> list[tuple[int, int, int]]:
-    """Consecutive runs of one document in the order of positions."""
-    pieces = []
-    first = 0
-    for position, tokens in sorted(owners):
-        pieces.append((position, first, first + tokens))
-        first += tokens
-    return pieces
 
 
 def _ordered(held: list[Shares]) -> Positions:

@@ -80,6 +80,23 @@ def test_balance_of_segments_at_8192_tokens_a_rank(case: tuple[int, Documents], 
     assert max(layout.position_sizes) <= 8192 * 1.05
 
 
+@pytest.mark.parametrize("layers", LAYERS, ids=["dense", "window", "both"])
+@pytest.mark.parametrize("ring", [2, 4, 8, 32])
+def test_images_that_follow_each_other_evenly_cut_a_document_no_more_than_text_does(ring: int, layers: list) -> None:
+    """Dealt by what tokens cost, all images of a document under a window were one rank's, and the text between them
+    the other's: 84 runs each, at twice the time."""
+    size = ring * 8192
+    blocks = [(start, start + 256) for start in range(512, size - 256, 768)]
+    docs = Documents.from_tree([size], [-1], blocks)
+    layout = Layout(docs, MeshShape(1, ring), "balanced", layers)
+    assert_every_token_once(layout)
+    assert max(len(ranges) for ranges in layout.positions) <= 2
+    before = np.concatenate([[0], np.cumsum(sum(count * pairs_of(docs, mask) for mask, count in layers))])
+    found = [sum(int(before[b] - before[a]) for a, b in ranges) for ranges in layout.positions]
+    assert max(found) / (sum(found) / ring) <= 1.015
+    assert max(layout.position_sizes) <= 8192 + 128
+
+
 @settings(max_examples=100)
 @given(docs=segmented_documents(), masks=st.lists(segment_masks, min_size=1, max_size=2))
 def test_costs_of_parts_are_the_pairs_of_their_tokens(docs: Documents, masks: list[Mask]) -> None:

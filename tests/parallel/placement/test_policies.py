@@ -14,9 +14,9 @@ from ringattn import Documents, Layout, Mask, MeshShape
 from ringattn.kernels.spec import Block, Call
 from ringattn.parallel.geometry.block_table import BlockTable
 from ringattn.parallel.machine.shipped import SHIPPED
+from ringattn.parallel.placement.cuts import nested_by_cost
 from ringattn.parallel.placement.load import Load
 from ringattn.parallel.placement.pieces import PieceTable
-from ringattn.parallel.placement.policies import _nest_by_cost
 from ringattn.parallel.schedules.demand import KeyDemand, sum_by
 from ringattn.workloads import HISTOGRAMS
 from tests.strategies import documents, masks
@@ -220,7 +220,7 @@ def test_nested_shares_under_windows_cost_what_their_tokens_do(
     cuts = sorted(data.draw(st.sets(st.integers(1, size - 1), min_size=1, max_size=4)))
     owners = [(number, stop - start) for number, (start, stop) in enumerate(itertools.pairwise([0, *cuts, size]))]
     tile = data.draw(st.sampled_from([1, 16]))
-    pieces = _nest_by_cost(size, owners, tile, load)
+    pieces = nested_by_cost(size, owners, tile, load.pairs_before)
     assert sorted(token for _, first, last in pieces for token in range(first, last)) == list(range(size))
 
     def pairs(first: int, last: int) -> float:

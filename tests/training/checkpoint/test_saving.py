@@ -14,6 +14,8 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from ringattn.memory.host import HostMemory
 from ringattn.training.checkpoint import Place, SavedState, SaveFailed, Saves, TrainState, folders, host_copy, writing
 from ringattn.training.checkpoint.folders import complete_checkpoints
+from ringattn.training.checkpoint.host_copy import HostCopy
+from ringattn.training.checkpoint.snapshot import snapshot_of
 from ringattn.training.health.incidents import read_incidents
 from tests.pool import Pools
 from tests.training.checkpoint.late import LateStream
@@ -116,6 +118,14 @@ def test_memory_that_is_copied_is_held_until_it_is(saves, tmp_path):
     stream.arrive()
     saves.finish()
     assert storage.expired()
+
+
+def test_what_is_on_the_host_beside_a_gpu_is_copied_at_once():
+    copy, tensors = HostCopy(torch.device("cpu")), {"a": torch.arange(3.0)}
+    copy.of(snapshot_of(tensors))  # takes the memory, which is not to be locked
+    copy._device, copy._stream = torch.device("cuda"), LateStream([])
+    tensors["a"].add_(1)
+    assert torch.equal(copy.of(snapshot_of(tensors)).tensors["a"], torch.arange(1.0, 4.0))
 
 
 class FailingStream(LateStream):

@@ -175,7 +175,7 @@ BILLION = [
     "run.save_every=24",  # so far apart that a disk of 1 GB/s has written one before the next
     "run.keep=1",
 ]
-# The recipe, with a clock around what the training waits for at a save: a line for each.
+# The recipe, with a clock around what the training waits for at a save: a line for each, its step and the seconds.
 TIMED = """
 import runpy, sys, time
 import torch
@@ -187,7 +187,7 @@ def timed(self, places=None):
     began = time.perf_counter()
     save(self, places)
     with open(out, "a") as file:
-        print(time.perf_counter() - began, file=file)
+        print(self.step, time.perf_counter() - began, file=file)
 loop.Trainer.save = timed
 out, sys.argv = sys.argv[1], ["recipes/train.py", *sys.argv[2:]]
 runpy.run_path("recipes/train.py", run_name="__main__")
@@ -203,8 +203,8 @@ WAYS = {
 
 
 def saving(folder: Path, ways: Sequence[str], overrides: Sequence[str]) -> Iterator[str]:
-    """Rows: how it is saved, seconds that the training waits for a save, of a step, and bytes on disk. The last save of
-    a run is waited for in every case and is left out."""
+    """Rows: how it is saved, seconds that the training waits for a save, of the steps after one, beside which a GPU may
+    still copy, of a step, and bytes on disk. The last save of a run is waited for in every case and is left out."""
     for way in ways:
         name, own = WAYS[way]
         output, times = folder / way, folder / f"{way}.txt"
@@ -213,13 +213,15 @@ def saving(folder: Path, ways: Sequence[str], overrides: Sequence[str]) -> Itera
             words, cwd=ROOT, env=variables(0, 1, free_port(), False), capture_output=True, text=True, check=False
         )
         if done.returncode:
-            yield f"| {name} | {done.stderr[-600:]!r} | | |"
+            yield f"| {name} | {done.stderr[-600:]!r} | | | |"
             continue
-        waits = [float(one) for one in times.read_text().split()][:-1]
-        steps = sorted(one["seconds"] for one in read_metrics(output / "metrics.jsonl"))
+        saves = [line.split() for line in times.read_text().splitlines()][:-1]
+        seconds = {one["step"]: one["seconds"] for one in read_metrics(output / "metrics.jsonl")}
+        steps = sorted(seconds.values())
         size = sum(path.stat().st_size for path in (output / "checkpoints").rglob("*") if path.is_file())
-        shown = ", ".join(f"{one:.3f}" for one in waits)
-        yield f"| {name} | {shown} | {steps[len(steps) // 2]:.3f} | {size / 1e9:.2f} |"
+        waits = ", ".join(f"{float(waited):.3f}" for _, waited in saves)
+        after = ", ".join(f"{seconds[int(step) + 1]:.3f}" for step, _ in saves)
+        yield f"| {name} | {waits} | {after} | {steps[len(steps) // 2]:.3f} | {size / 1e9:.2f} |"
         shutil.rmtree(output)
 
 
@@ -244,7 +246,8 @@ def main() -> None:
             print("|---|---|---|---|---|")
             rows = faults(Path(folder), args.hosts, kinds, args.at_once, args.overrides)
         else:
-            print("| a save | seconds the training waits | median step, s | GB on disk |\n|---|---|---|---|")
+            print("| a save | seconds the training waits | steps after one, s | median step, s | GB on disk |")
+            print("|---|---|---|---|---|")
             rows = saving(Path(folder), ways, args.overrides)
         for row in rows:
             print(row, flush=True)

@@ -218,6 +218,7 @@ class Trainer:
                 self.engine.backward(spoiling(share))
                 loss += share.detach()
             at("optimizer step")
+            self.keeping.hold()
             norm = self.engine.step(self.schedule(self.step))
             done = brought(loss, norm, stop or self.stop.requested, before.digest)
         self.checks.after(before, done, batch)

@@ -1,5 +1,6 @@
 """What lives between steps, on GPUs."""
 
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from ringattn.training.checkpoint.snapshot import snapshot_of
 from ringattn.training.engines import build_engine
 from tests.parallel.ranks import mesh_of
 from tests.pool import Pools
+from tests.training.checkpoint.late import differing
 from tests.training.parts import load_parts, save_parts
 from tests.training.test_states import SMALL, distance, options_of, train
 
@@ -58,19 +60,78 @@ def test_states_on_gpus(pool: Pools, tmp_path: Path, ranks: int) -> None:
         assert distance(found, expected) < limit, settings
 
 
+def late(copy: HostCopy) -> Callable[[], None]:
+    """The copy that comes next begins when its stream has slept for about a second."""
+    assert copy._stream is not None
+    with torch.cuda.stream(copy._stream._stream):
+        torch.cuda._sleep(2 * 10**9)
+    return lambda: None
+
+
+def is_under_way(copy: HostCopy) -> bool:
+    return copy._stream is not None and not copy._stream._over.query()
+
+
+@pytest.fixture
+def host_copy() -> Iterator[HostCopy]:
+    made = HostCopy(torch.device("cuda"))
+    yield made
+    made.close()
+
+
 @pytest.mark.gpu
-def test_a_copy_for_the_thread_is_of_its_moment() -> None:
-    """Page-locked, so that the device fills it at the speed of its link, and filled when the call returns."""
+def test_a_copy_for_the_thread_is_of_its_moment(host_copy: HostCopy) -> None:
+    """Page-locked, so that the device fills it beside its kernels: after those that came before, while nobody waits,
+    and before those that come after `hold`."""
     device = torch.device("cuda")
     tensors = {"a": torch.rand(1 << 20, device=device), "b": torch.ones(3, 5, device=device, dtype=torch.bfloat16).T}
-    expected = {name: tensor.cpu() for name, tensor in tensors.items()}
-    copy = HostCopy(device)
-    copy.take_memory(snapshot_of(tensors))
-    found = copy.of(snapshot_of(tensors)).tensors
-    for tensor in tensors.values():
-        tensor.zero_()
-    torch.cuda.synchronize()
-    for name, tensor in expected.items():
-        assert torch.equal(found[name], tensor)
-    assert copy._locked
-    copy.close()
+    host_copy.take_memory(snapshot_of(tensors))
+    assert host_copy._locked
+    for held in (True, False):
+        expected = {name: (tensor + 1).cpu() for name, tensor in tensors.items()}
+        late(host_copy)
+        torch.cuda._sleep(10**8)
+        for tensor in tensors.values():
+            tensor.add_(1)
+        found = host_copy.of(snapshot_of(tensors)).tensors
+        assert is_under_way(host_copy)
+        if held:
+            host_copy.hold()
+            assert is_under_way(host_copy)
+        for tensor in tensors.values():
+            tensor.zero_()
+        host_copy.wait()
+        for name, tensor in expected.items():
+            assert torch.equal(found[name], tensor) == held, "nothing would be seen of a wait that is missing"
+
+
+@pytest.mark.gpu
+def test_memory_that_is_copied_goes_to_nobody_else(host_copy: HostCopy) -> None:
+    device = torch.device("cuda")
+    torch.cuda.empty_cache()  # so that each tensor has a piece of its own
+    weights = torch.rand(1 << 22, device=device)
+    expected, place = weights.cpu(), weights.data_ptr()
+    host_copy.take_memory(snapshot_of({"a": weights}))
+    late(host_copy)
+    found = host_copy.of(snapshot_of({"a": weights})).tensors["a"]
+    del weights
+    other = torch.zeros(1 << 22, device=device)
+    assert is_under_way(host_copy)
+    assert other.data_ptr() != place
+    host_copy.wait()
+    assert torch.equal(found, expected)
+    assert torch.empty(1 << 22, device=device).data_ptr() == place, "it would not have been given to anybody"
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("overrides", [(), ("memory.moments=int8",), ("memory.states_on=host",), ("optim=muon",)])
+def test_a_run_saves_beside_its_next_step(pool: Pools, tmp_path: Path, overrides: tuple[str, ...]) -> None:
+    if "memory.moments=int8" in overrides:
+        pytest.importorskip("torchao")
+    given = ("data.seq_len=4096", *overrides)
+    count, names = pool(1, "cuda").run(differing, tmp_path / "held", late, True, *given, timeout=300)[0]
+    assert count > 90
+    assert names == set()
+    if not overrides:
+        _, names = pool(1, "cuda").run(differing, tmp_path / "loose", late, False, *given, timeout=300)[0]
+        assert any(name.endswith("exp_avg") for name in names), "nothing would be seen of a wait that is missing"

@@ -25,8 +25,8 @@ class Saves:
 
     Arguments:
         output: the run's folder, for incidents.
-        asynchronous: a save copies its tensors to host memory and returns; a thread writes them, and the next save
-            waits for it. Ranks may differ in it.
+        asynchronous: a save copies its tensors to host memory, on a GPU beside what comes next, and returns; a thread
+            writes them, and the next save waits for it. Ranks may differ in it.
         limit: so many saves in a row that failed stop the run.
         device: where the tensors are.
     """
@@ -34,7 +34,7 @@ class Saves:
     def __init__(self, output: Path, asynchronous: bool, limit: int, device: torch.device) -> None:
         self.together = Together()
         self.stalled = 0.0
-        """Seconds that the last call of `save` kept the training waiting."""
+        """Seconds that the last call of `save` kept the training waiting: the host, not a GPU that `hold` lets wait."""
         self._output, self._limit = output, limit
         self._copy = HostCopy(device) if asynchronous else None
         self._thread: threading.Thread | None = None
@@ -45,7 +45,7 @@ class Saves:
         """Saves a state in some places, one after the other.
 
         Arguments:
-            tree: tensors and plain values, nested. They may change as soon as this returns.
+            tree: tensors and plain values, nested. They may change as soon as this returns, on a GPU after `hold`.
 
         A save that fails costs a warning and an incident. Raises SaveFailed if it was the last that may fail; where a
         thread writes, the next call does so.
@@ -63,13 +63,20 @@ class Saves:
             self.wait()
         self.stalled = time.perf_counter() - began
 
+    def hold(self) -> None:
+        """Before anything changes that is on a GPU and was saved: the GPU waits until it is copied, the host does not.
+        Not collective."""
+        if self._copy is not None:
+            self._copy.hold()
+
     def take_memory(self, tree: Mapping[str, Any]) -> None:
         """Takes the host memory of the first copy ahead of it. Not collective."""
         if self._copy is not None:
             self._with_memory(lambda copy: copy.take_memory(snapshot_of(tree)))
 
     def wait(self) -> None:
-        """Until what was saved is written. Raises SaveFailed if too many saves failed in a row."""
+        """Until what was saved is written, so that all of it may change. Raises SaveFailed if too many saves failed in
+        a row."""
         if self._thread is not None:
             self._thread.join()
             self._thread = None
@@ -109,6 +116,7 @@ class Saves:
         try:
             for place in places:
                 try:
+                    self.together(self._copied)
                     write_checkpoint(place, state, snapshot, self.together)
                     if place.neighbour:
                         share_with_neighbour(place, state.step, self.together)
@@ -117,6 +125,10 @@ class Saves:
                     self._note(place, state.step, str(error))
         except BaseException as error:  # of a lost rank, or a mistake of ours: for the thread that waits
             self._broken = error
+
+    def _copied(self) -> None:
+        if self._copy is not None:
+            self._copy.wait()
 
     def _note(self, place: Place, step: int, reason: str) -> None:
         reasons = self._failed.setdefault(place.kind, [])

@@ -10,15 +10,16 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 from ringattn.training.checkpoint.saved_state import SavedState
+from ringattn.training.engines.buffers import buffers_copied
 
 TAG = "zero"
 # Objects that are made anew from the configuration, or that only DeepSpeed's own tools read.
 _LEFT_OUT = ("loss_scaler", "param_slice_mappings", "ds_config", "param_shapes")
-_OPTIMIZER = "optimizer_state_dict"
+_OPTIMIZER, _MODULE = "optimizer_state_dict", "module"
 
 
 def taken(engine: Any) -> dict[str, Any]:
-    """What a DeepSpeed engine saves on this rank, by the names of its files. Collective; nothing is copied."""
+    """What a DeepSpeed engine saves on this rank, by the names of its files. Collective; buffers alone are copied."""
     held: dict[str, Any] = {}
     engine.checkpoint_engine = _holder(held, None, engine)
     engine._copy_recovery_script = lambda path: None  # a script that reads pickles
@@ -58,7 +59,9 @@ def _holder(held: dict[str, Any], read: _Reader | None, engine: Any) -> Any:
             """No folder either."""
 
         def save(self, state_dict: Mapping[str, Any], path: str) -> None:
-            held[Path(path).name] = _plain(state_dict)
+            held[Path(path).name] = kept = _plain(state_dict)
+            if _MODULE in kept:
+                kept[_MODULE] = buffers_copied(kept[_MODULE], engine.module)
 
         def load(self, path: str, map_location: Any = None) -> Any:
             assert read is not None

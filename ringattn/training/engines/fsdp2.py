@@ -14,6 +14,7 @@ from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, Offlo
 from ringattn.parallel.mesh.mesh import SequenceMesh
 from ringattn.training.checkpoint.saved_state import SavedState
 from ringattn.training.engines.alike import bits_of, numbers_of
+from ringattn.training.engines.buffers import buffers_copied
 from ringattn.training.engines.clipping import clip_sharded
 from ringattn.training.engines.first_weights import first_weights, hold_weights_in
 from ringattn.training.engines.groups import shard_groups
@@ -75,7 +76,7 @@ class FSDP2Engine:
     def state(self) -> dict[str, Any]:
         """Shards of what is trained, and the optimizer's of each. Settings of its groups are the configuration's."""
         model, optim = get_state_dict(self.model, self._optimizer, options=_TRAINED)
-        return {"model": model, "optim": optim["state"]}
+        return {"model": buffers_copied(model, self.model), "optim": optim["state"]}
 
     def load(self, saved: SavedState) -> None:
         """Reads what `state` was on any number of ranks, sharded for this run's."""

@@ -86,8 +86,9 @@ class Engine(Protocol):
         """
 
     def state(self) -> dict[str, Any]:
-        """This rank's part of what is trained and of the optimiser, nested; tensors are those of the training, not
-        copies. Frozen weights come from `load` of the options. A checkpoint holds it at `STATE`."""
+        """This rank's part of what is trained and of the optimiser, nested; tensors are those of the training, which
+        `step` and `load` alone change, and copies of those that passes may change too. Frozen weights come from `load`
+        of the options. A checkpoint holds it at `STATE`."""
 
     def load(self, saved: SavedState) -> None:
         """Reads what `state` was. Raises ValueError for what another engine or model wrote."""

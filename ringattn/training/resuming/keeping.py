@@ -27,7 +27,7 @@ RANDOM = "random"
 
 
 class Keeping:
-    """Saves and restores the state of a run. Making it is collective, and so are all calls but `due`."""
+    """Saves and restores the state of a run. Making it is collective, and so are all calls but `due` and `hold`."""
 
     def __init__(self, job: Job) -> None:
         self._job, run = job, job.cfg.run
@@ -70,6 +70,10 @@ class Keeping:
         """Saves in places, on disk by itself; see `Saves.save` for what happens if it fails."""
         tree = {STATE: engine.state(), RANDOM: random_states()}
         self._saves.save(state, tree, [self._disk] if places is None else places)
+
+    def hold(self) -> None:
+        """Before a step changes the engine: a GPU that still copies what was saved ends that first."""
+        self._saves.hold()
 
     def take_memory(self, engine: Engine) -> None:
         """Takes what the first save would wait for, once there is something to save: after the first step."""

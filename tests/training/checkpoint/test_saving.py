@@ -9,12 +9,16 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+from torch.multiprocessing.reductions import StorageWeakRef
 
 from ringattn.memory.host import HostMemory
 from ringattn.training.checkpoint import Place, SavedState, SaveFailed, Saves, TrainState, folders, host_copy, writing
 from ringattn.training.checkpoint.folders import complete_checkpoints
+from ringattn.training.checkpoint.host_copy import HostCopy
+from ringattn.training.checkpoint.snapshot import snapshot_of
 from ringattn.training.health.incidents import read_incidents
 from tests.pool import Pools
+from tests.training.checkpoint.late import LateStream
 
 
 @pytest.fixture
@@ -75,6 +79,71 @@ def test_a_thread_writes_what_there_was_and_the_next_save_waits(saves, tmp_path,
         for name, tensor in there.items():
             assert torch.equal(found.own(name), tensor)
     assert writes == ["step-00000001.partial", "step-00000002.partial"]
+
+
+@in_a_thread
+def test_a_save_returns_before_the_copy_and_is_written_after_it(saves, tmp_path, monkeypatch):
+    told: list[str] = []
+    saves._copy._stream = stream = LateStream(told)
+
+    def write_part(*given: Any, before: Any = writing.write_part) -> Any:
+        told.append("written")
+        return before(*given)
+
+    monkeypatch.setattr(writing, "write_part", write_part)
+    weights, place = torch.arange(6.0), Place(tmp_path / "x", 1)
+    saves.save(state(1), {"a": weights}, [place])
+    told.append("returned")
+    assert stream.awaited.wait(30)  # by the thread
+    saves.hold()
+    weights.add_(100)
+    saves.finish()
+    assert told == ["returned", "copied", "written"]
+    assert torch.equal(SavedState.of(place.folder(1), 0).own("a"), torch.arange(6.0))
+
+
+@in_a_thread
+def test_memory_that_is_copied_is_held_until_it_is(saves, tmp_path):
+    class Stream(LateStream):
+        def begin(self, copies: Any) -> None:
+            assert len(list(copies)) == 1
+            super().begin(())  # it keeps none of them
+
+    saves._copy._stream = stream = Stream([])
+    weights = torch.ones(6)
+    storage = StorageWeakRef(weights.untyped_storage())
+    saves.save(state(1), {"a": weights}, [Place(tmp_path / "x", 1)])
+    del weights
+    assert not storage.expired()
+    stream.arrive()
+    saves.finish()
+    assert storage.expired()
+
+
+def test_what_is_on_the_host_beside_a_gpu_is_copied_at_once():
+    copy, tensors = HostCopy(torch.device("cpu")), {"a": torch.arange(3.0)}
+    copy.of(snapshot_of(tensors))  # takes the memory, which is not to be locked
+    copy._device, copy._stream = torch.device("cuda"), LateStream([])
+    tensors["a"].add_(1)
+    assert torch.equal(copy.of(snapshot_of(tensors)).tensors["a"], torch.arange(1.0, 4.0))
+
+
+class FailingStream(LateStream):
+    def wait(self) -> None:
+        raise RuntimeError("CUDA error: unspecified launch failure\nFor debugging consider")
+
+
+@in_a_thread
+def test_a_copy_that_failed_is_a_save_that_failed(saves, tmp_path, capsys):
+    saves._copy._stream = FailingStream([])
+    places = [Place(tmp_path / kind, 1, kind=kind) for kind in ("copy in memory", "checkpoint")]
+    saves.save(state(1), {"a": torch.ones(3)}, places)
+    reason = "rank 0: the copy to host memory failed: CUDA error: unspecified launch failure"
+    with pytest.raises(SaveFailed, match=f"the last checkpoint was not saved: {reason}$"):
+        saves.finish()
+    assert [one["place"] for one in read_incidents(tmp_path)] == ["copy in memory", "checkpoint"]
+    assert not any(place.root.exists() for place in places)
+    assert capsys.readouterr().err.count(f"could not be saved: {reason} (failure 1") == 2
 
 
 @both_ways
@@ -156,6 +225,28 @@ def test_all_ranks_agree_that_a_save_failed(pool: Pools, tmp_path: Path, asynchr
         assert said.endswith("the last one: rank 1: No space left on device")
         assert names == ["step-00000001"]
         assert kinds == ["failed-save"]
+
+
+def copy_of_rank_1_fails(output: Path) -> str:
+    """What each rank hears of it; rank 0 makes no copy at all."""
+    made = Saves(output, dist.get_rank() == 1, 1, torch.device("cpu"))
+    if made._copy is not None:
+        made._copy._stream = FailingStream([])
+    try:
+        made.save(state(1), {"a": torch.ones(3)}, [Place(output / "x", 1)])
+        made.wait()
+    except SaveFailed as error:
+        return str(error)
+    finally:
+        made.close()
+    return ""
+
+
+def test_all_ranks_agree_that_a_copy_failed(pool: Pools, tmp_path: Path) -> None:
+    for said in pool(2).run(copy_of_rank_1_fails, tmp_path):
+        assert said.endswith(
+            "the last one: rank 1: the copy to host memory failed: CUDA error: unspecified launch failure"
+        )
 
 
 @pytest.fixture

@@ -1,6 +1,8 @@
 """A run goes back to a step before, on disk or in memory, and from there along the same curve."""
 
 import json
+import threading
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
@@ -10,12 +12,14 @@ pytest.importorskip("transformers")
 
 from ringattn.training.checkpoint import BadCheckpoint, TrainState
 from ringattn.training.checkpoint.folders import discard_older, found_in
+from ringattn.training.checkpoint.host_copy import HostCopy
 from ringattn.training.checkpoint.marker import Marker, write_marker
 from ringattn.training.checkpoint.memory_copies import copies_folder, rank_folder
 from ringattn.training.loop import Trainer
 from ringattn.training.resuming.best import best_steps
 from ringattn.training.start.output import write_config
 from tests.pool import Pools
+from tests.training.checkpoint.late import LateStream, differing
 from tests.training.recipe import prepared
 
 SHORT = ("run.steps=9", "data.seq_len=64", "model.config.hidden_size=32", "model.config.num_hidden_layers=1")
@@ -51,6 +55,57 @@ def test_back_to_a_checkpoint_before(pool: Pools, tmp_path: Path, overrides: tup
     assert pool(1).run(back, tmp_path, *overrides) == [True]
     names = sorted(path.name for path in (tmp_path / "checkpoints").iterdir())
     assert names == ["step-00000002", "step-00000004", "step-00000006", "step-00000006.bad"]
+
+
+def late_copies(output: Path, held: bool, *overrides: str) -> tuple[list[str], int, set[str]]:
+    told: list[str] = []
+
+    def late(copy: HostCopy) -> Callable[[], None]:
+        copy._stream = stream = LateStream(told)  # type: ignore[assignment]
+        return stream.arrive
+
+    return told, *differing(output, late, held, *SHORT, *overrides)
+
+
+def test_a_copy_beside_the_next_step_is_of_its_moment(pool: Pools, tmp_path: Path) -> None:
+    """Weights and moments are copied just before the optimizer's step, buffers that a pass changes were before."""
+    told, count, names = pool(1).run(late_copies, tmp_path / "held", True)[0]
+    assert told == ["copied"] * 3
+    assert count > 90
+    assert names == set()
+    _, _, names = pool(1).run(late_copies, tmp_path / "loose", False)[0]
+    assert {"engine/model/lm_head.weight", "engine/optim/lm_head.weight/exp_avg"} <= names
+    assert not any("passes" in name for name in names)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", [1, 3])
+def test_so_it_is_with_deepspeed(pool: Pools, tmp_path: Path, stage: int) -> None:
+    pytest.importorskip("deepspeed")
+    given = ("engine=deepspeed", f"engine.zero_stage={stage}")
+    told, count, names = pool(1).run(late_copies, tmp_path / "held", True, *given)[0]
+    assert told == ["copied"] * 3
+    assert count > 15
+    assert names == set()
+    _, _, names = pool(1).run(late_copies, tmp_path / "loose", False, *given)[0]
+    assert any(name.endswith("exp_avg") for name in names)
+    assert not any("passes" in name for name in names)
+
+
+def back_from_a_late_copy(output: Path) -> list[str]:
+    told: list[str] = []
+    trainer = Trainer(prepared(*SHORT, f"run.output={output}", "run.async_save=true"))
+    load = trainer.engine.load
+    trainer.engine.load = lambda saved: told.append("loaded") or load(saved)  # type: ignore
+    trainer.keeping._saves._copy._stream = stream = LateStream(told)  # type: ignore
+    trainer.save()
+    threading.Timer(0.2, stream.arrive).start()
+    assert trainer.restore()
+    return told
+
+
+def test_nothing_is_loaded_before_what_is_there_is_copied(pool: Pools, tmp_path: Path) -> None:
+    assert pool(1).run(back_from_a_late_copy, tmp_path)[0] == ["copied", "loaded"]
 
 
 def in_memory(output: Path) -> None:

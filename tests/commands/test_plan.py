@@ -244,3 +244,29 @@ def test_a_layer_with_a_state_is_planned_too(capsys):
     with pytest.raises(SystemExit):
         main([*SMALL, "--tokens", "4096", "--recurrent", "delta", "--recurrent-dim", "0"])
     assert "argument --recurrent-dim: " in capsys.readouterr().err
+
+
+def test_degrees_are_weighed_with_the_states(capsys):
+    """As a model with such layers is laid out; with another policy as before."""
+    argv = ["plan", "--tokens", "262144", "--sequence", "8", "--machine", "H200"]
+    argv += ["--heads", "16/4", "--head-dim", "256"]
+    assert main(argv) == 0
+    assert "ring 1 × ulysses 8, contiguous layout" in capsys.readouterr().out
+    assert main([*argv, "--recurrent", "delta", "--recurrent-layers", "3"]) == 0
+    weighed = " ".join(capsys.readouterr().out.split())
+    assert "degrees balanced on ring 2 × ulysses 4 of balanced on ring 2 × ulysses 4" in weighed
+    assert "1 attention and 3 recurrent layers" in weighed
+    assert "ring 2 × ulysses 4, balanced layout" in weighed
+    few = ["--tokens", "262144", "--ring", "8", "--recurrent", "delta"]
+    for layers, policy in (("1", "balanced"), ("1024", "contiguous")):
+        assert report(capsys, *few, "--recurrent-layers", layers)["policy"] == policy
+    assert report(capsys, *few, "--recurrent-layers", "1024", "--policy", "zigzag")["policy"] == "zigzag"
+
+
+def test_states_of_trees_are_refused_in_words(capsys, tmp_path):
+    for name, text in (("lengths", "40 20 20"), ("parents", "-1 0 0")):
+        (tmp_path / name).write_text(text)
+    files = ["--lengths", str(tmp_path / "lengths"), "--parents", str(tmp_path / "parents")]
+    with pytest.raises(SystemExit):
+        main([*SMALL, *files, "--ring", "2", "--recurrent", "delta"])
+    assert "layout holds trees" in " ".join(capsys.readouterr().err.split())

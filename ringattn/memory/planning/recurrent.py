@@ -9,11 +9,9 @@ Legend: t local tokens, H value heads, K key heads, D key dim, V value dim, C to
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
-from ringattn.documents import Documents
-from ringattn.memory.planning.shapes import ModelShape, RecurrentPart, RunShape
+from ringattn.memory.planning.shapes import ModelShape, RecurrentPart, RunShape, layout_of
 from ringattn.parallel.layout import Layout
 from ringattn.parallel.machine.machine import Machine
-from ringattn.parallel.mesh.shape import MeshShape
 from ringattn.recurrent.kernels.chunked import CHUNK
 from ringattn.recurrent.kernels.mamba import CHUNK as MAMBA_CHUNK
 from ringattn.recurrent.plan import pieces_of, roles_of
@@ -58,7 +56,7 @@ class RecurrentUse:
             saved = rows * around.saved
             return cls(saved, narrow, saved, saved + 2 * rows * part.channels * size, 0.0, 0.0, "convolutions")
         rule = replace(part.rule, itemsize=size)
-        cut = _Cut.of(rule, run, machine)
+        cut = _Cut.of(rule, run, layout_of(model, run, machine), machine)
         kernel = _torch(rule) if run.recurrent == "torch" else _fused(rule)
         saved = int(rows * around.saved + cut.saved(kernel))
         count = sum(parts.recurrence for parts in model.parts)
@@ -220,10 +218,8 @@ class _Cut:
     seconds: float
 
     @classmethod
-    def of(cls, rule: RecurrenceShape, run: RunShape, machine: Machine) -> "_Cut":
+    def of(cls, rule: RecurrenceShape, run: RunShape, layout: Layout, machine: Machine) -> "_Cut":
         """For the documents of a run."""
-        mesh = MeshShape(1, run.ring, run.ulysses, machine=machine)
-        layout = Layout(Documents(run.documents, total=run.tokens), mesh, run.policy)
         pieces, ranks = pieces_of(layout), run.ring * run.ulysses
         chunks = sum(-(-piece.size // CHUNK) for held in pieces for piece in held) * CHUNK
         rounded = chunks / max(1, sum(piece.size for held in pieces for piece in held))

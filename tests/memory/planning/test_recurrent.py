@@ -1,5 +1,6 @@
 """Layers that carry a state: what the planner says they hold, against the storages that PyTorch makes and drops."""
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -9,7 +10,8 @@ pytest.importorskip("transformers")
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ringattn.hf.shape import model_shape
+from ringattn import Documents, MeshShape
+from ringattn.hf.shape import model_shape, weighed_layers
 from ringattn.hf.tiny import read_config, tiny_config, tiny_model
 from ringattn.memory.planning import recurrent as planned
 from ringattn.memory.planning.attention import AttentionUse, degrees
@@ -17,9 +19,10 @@ from ringattn.memory.planning.choice import Planner
 from ringattn.memory.planning.items import RECURRENCE
 from ringattn.memory.planning.limits import GIB, Limits
 from ringattn.memory.planning.recurrent import RecurrentUse
-from ringattn.memory.planning.shapes import ModelShape, Parts, RunShape
+from ringattn.memory.planning.shapes import ModelShape, Parts, RunShape, layout_of
 from ringattn.parallel.machine.shipped import SHIPPED
 from ringattn.recurrent import recurrence
+from ringattn.recurrent.weighing import weighed_layout
 from ringattn.training.model.models import empty_model
 from tests.memory.planning.measured import compared
 from tests.pool import Pools
@@ -177,6 +180,18 @@ def test_degrees_are_chosen_with_recurrences_and_without_attention_too() -> None
     run = degrees(shape, RunShape(65536, ring=2, ulysses=2), H200)
     assert run.ring * run.ulysses == 4
     assert AttentionUse.of(shape, run, H200).forward_seconds == 0.0
+
+
+def test_a_plan_is_of_the_layout_that_the_recipe_has() -> None:
+    shape, model = shape_of("qwen3_5_text")
+    assert shape.mixing == weighed_layers(model)
+    for lengths, policy in (((64,) * 4, "contiguous"), ((150, 7, 90), "balanced")):
+        run, mesh = RunShape(sum(lengths), ring=2, lengths=lengths), MeshShape(ring=2, machine=H200)
+        found = layout_of(shape, run, H200)
+        assert found.positions == weighed_layout(Documents(lengths), mesh, layers=shape.mixing).positions
+        assert found.resolved_policy == policy
+        assert layout_of(shape, replace(run, policy="zigzag"), H200).policy == "zigzag"
+    assert shape_of("lfm2")[0].mixing is None
 
 
 def test_mlps_without_a_place_of_their_own_are_never_in_tiles() -> None:

@@ -13,6 +13,7 @@ from ringattn.recurrent.price import RecurrenceShape
 DELTA, KIMI = "torch_chunk_gated_delta_rule", "chunk_kimi_delta_attention"
 MAMBA, MAMBA2, CONVOLUTION = "mamba_selective_scan", "mamba2_chunk_scan", "causal_conv1d_fn"
 LAST = ("out_proj", "o_proj")
+UNCALLED = ("dt_proj",)  # whose weight alone is used
 
 
 def recurrent_of(layer: nn.Module) -> Any:
@@ -70,18 +71,23 @@ def recurrent_part(layer: nn.Module) -> RecurrentPart:
     """Of a layer that has one. Raises NotImplementedError for one whose tensors are not counted."""
     part = recurrent_of(layer)
     kind = kind_of(part)
-    before = [name for name, one in part.named_children() if isinstance(one, nn.Linear) and name not in LAST]
+    before = [name for name, one in part.named_children() if isinstance(one, nn.Linear) and name not in LAST + UNCALLED]
     kept = sum(getattr(part, name).out_features for name in before if getattr(part, name) in narrow(part))
     rule = rule_of(part)
     if rule is None:
         hidden = part.conv.in_channels
         return RecurrentPart(None, hidden, hidden, 3 * hidden, 3 * hidden, kept)
+    width = rule.heads * rule.value_dim
+    if KNOWN[kind] == (LIGHTNING,):
+        return RecurrentPart(rule, 0, width, 3 * width, 3 * width, kept)
+    if MAMBA in KNOWN[kind]:
+        steps = part.time_step_rank + 2 * rule.key_dim
+        return RecurrentPart(rule, width, width, 2 * width + steps, 2 * width, kept)
     if not {DELTA, MAMBA2} & set(KNOWN[kind]):
         raise NotImplementedError(
             f"{kind} is not planned: what the planner counts of layers that carry a state is the gated delta rule, "
-            "Mamba-2 and short convolutions"
+            "Mamba-1 and 2, lightning attention and short convolutions"
         )
-    width = rule.heads * rule.value_dim
     channels = 2 * rule.key_heads * rule.key_dim + width
     projected = channels + width + rule.heads * (2 if rule.delta else 1)
     if not rule.delta or "in_proj_qkvz" in before:  # the whole product, of which the gate is a part

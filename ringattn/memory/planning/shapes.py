@@ -49,7 +49,7 @@ class RecurrentPart:
 
     Arguments:
         rule: heads and dims of the recurrence; None for a short convolution and nothing else.
-        channels: of the convolution.
+        channels: of the convolution; 0 without one, in lightning attention.
         width: what goes into the product after it.
         projected: all outputs of the products before it.
         held: what the forward pass holds beside the convolution's result and its own, while the recurrence is computed.
@@ -64,6 +64,14 @@ class RecurrentPart:
     held: int
     narrow: int
     normed: bool = True
+
+    @property
+    def package(self) -> str | None:
+        """Whose kernel computes the recurrence on GPUs, "fla" or "mamba"; None for Mamba-1, which no package has here,
+        and without a recurrence."""
+        if self.rule is None or (self.rule.diagonal and not self.rule.delta):
+            return None
+        return "fla" if self.rule.delta or not self.channels else "mamba"
 
 
 @dataclass(frozen=True)

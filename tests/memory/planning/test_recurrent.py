@@ -37,7 +37,12 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "falcon_h1": {},
     "nemotron_h": {"layer_types": ["linear_attention", "mlp", "full_attention", "mlp"]},
     "lfm2": {"layer_types": ["conv", "full_attention", "conv", "conv"]},
-}
+    "jamba": {
+        "num_experts": 1, "num_experts_per_tok": 1, "attn_layer_period": 2, "attn_layer_offset": 1,
+        "mamba_expand": 1, "mamba_d_state": 4,
+    },
+    "minimax": {"block_size": 4, "num_local_experts": 1, "num_experts_per_tok": 1, "router_jitter_noise": 0.0},
+}  # fmt: skip
 SOME = ["plain", "layer", "attention"]
 
 
@@ -91,7 +96,9 @@ def compared_by(route: str, *rest: Any) -> list[tuple[str, str, float]]:
 
 
 @pytest.mark.parametrize("route", ["scan", "exchange"])
-@pytest.mark.parametrize("family", ["qwen3_5_text", "nemotron_h"])
+@pytest.mark.parametrize(
+    "family", ["qwen3_5_text", "nemotron_h", "minimax", pytest.param("jamba", marks=pytest.mark.slow)]
+)
 def test_both_routes_on_two_ranks(pool: Pools, family: str, route: str) -> None:
     """By the scan a rank keeps the inputs of its pieces and the maps of all, and computes them again."""
     for found in pool(2).run(compared_by, route, hybrid, (family, {}), "float32", ["plain", "layer"], [1024], 2):
@@ -133,7 +140,7 @@ def test_fewer_or_more_layers_keep_their_parts(count: int) -> None:
 
 
 @given(
-    family=st.sampled_from(["qwen3_5_text", "bamba"]),
+    family=st.sampled_from(["qwen3_5_text", "bamba", "jamba", "minimax"]),
     tokens=st.integers(1, 20000),
     ring=st.sampled_from([1, 2, 3]),
     ulysses=st.sampled_from([1, 2]),
@@ -172,6 +179,23 @@ def test_a_recurrence_costs_per_token_and_is_computed_again() -> None:
     kept = {keep: planned_run(keep).alive.layers.kept(4) for keep in ("attention", "layer")}
     assert kept["attention"] - kept["layer"] == 8192 * (2 * shape.query_width + 4 * shape.query_heads) + use.keys
     assert planned_run("layer").alive.peak("backward").items[RECURRENCE] > 0
+
+
+@pytest.mark.parametrize(
+    ("family", "told"),
+    [("qwen3_5_text", "flash-linear-attention"), ("minimax", "flash-linear-attention"), ("bamba", "mamba-ssm"),
+     ("jamba", "plain torch")],
+)  # fmt: skip
+def test_packages_have_kernels_that_keep_less_but_for_mamba_1(family: str, told: str) -> None:
+    shape, _ = shape_of(family)
+    fused, torch = (RecurrentUse.of(shape, RunShape(8192, recurrent=name), H200) for name in ("fused", "torch"))
+    assert fused is not None
+    assert torch is not None
+    assert told in fused.told
+    assert "plain torch" in torch.told
+    assert (fused == torch) == (family == "jamba")
+    assert fused.saved <= torch.saved
+    assert fused.backward <= torch.backward
 
 
 def test_degrees_are_chosen_with_recurrences_and_without_attention_too() -> None:

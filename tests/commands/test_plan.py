@@ -199,6 +199,14 @@ def test_captured_steps_do_not_wait_for_the_host(capsys, tmp_path):
     assert waiting[0] > 2e-4 > waiting[1]
 
 
+@pytest.mark.parametrize("suffix", ["", "+copy", "+graph"])
+@pytest.mark.parametrize("name", list(SHIPPED))
+def test_names_of_machines_are_taken_in_any_case(capsys, name, suffix):
+    argv = ["--tokens", "4096", "--ring", "2", "--machine"]
+    found = [report(capsys, *argv, f"{one}{suffix}") for one in (name, name.lower(), name.capitalize())]
+    assert found[0] == found[1] == found[2]
+
+
 def test_a_file_of_a_machine_may_have_any_name(capsys, tmp_path):
     path = tmp_path / "all+copying+graphs.json"
     path.write_text(replace(SHIPPED["H200"], name="mine").to_json())

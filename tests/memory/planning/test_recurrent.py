@@ -59,7 +59,8 @@ def shape_of(family: str, **changes: Any) -> tuple[ModelShape, Any]:
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_live_storages_are_those_of_the_plan(pool: Pools, family: str) -> None:
-    (found,) = pool(1).run(compared, hybrid, (family, {}), "float32", SOME, [512])
+    tokens = 256 if family == "jamba" else 512  # whose chunks are slow
+    (found,) = pool(1).run(compared, hybrid, (family, {}), "float32", SOME, [tokens])
     wrong = [one for one in found if one[2] != pytest.approx(1.0, abs=0.07)]
     assert not wrong, found
 

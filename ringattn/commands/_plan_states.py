@@ -7,9 +7,10 @@ from ringattn.commands._call import head_dim, heads
 from ringattn.commands._text import row, table
 
 if TYPE_CHECKING:
-    from ringattn import Layout
+    from ringattn import Layout, Mask
     from ringattn.parallel.simulation.spans import Pass
     from ringattn.recurrent.price import RecurrenceShape
+    from ringattn.recurrent.weighing import MixingLayers
 
 # Delta rule, decays by key dim.
 RULES = {
@@ -36,6 +37,15 @@ def add_state_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--recurrent-dim", type=head_dim, default=128, metavar="D", help="dims of keys and of values, default 128"
     )
+
+
+def layers_of(args: argparse.Namespace, mask: "Mask") -> "MixingLayers | None":
+    """What the layout weighs; None without such a layer."""
+    from ringattn.recurrent.weighing import MixingLayers
+
+    if args.recurrent is None:
+        return None
+    return MixingLayers(((mask, 1),), ((_shape(args), args.recurrent_layers),), args.heads, args.head_dim)
 
 
 def examine_states(args: argparse.Namespace, layout: "Layout") -> dict[str, Any] | None:

@@ -121,14 +121,14 @@ def _plain(name: str | None) -> Any:
 
     from ringattn.environment import MACHINE
     from ringattn.parallel.machine.machine import Machine
-    from ringattn.parallel.machine.shipped import SHIPPED, local_machine
+    from ringattn.parallel.machine.shipped import SHIPPED, local_machine, shipped_as
 
     if name is None:
         if torch.cuda.is_available():
             return local_machine("cuda")
         return SHIPPED["H200"] if MACHINE.read() is None else local_machine("cpu")
-    if name in SHIPPED:
-        return SHIPPED[name]
+    if (found := shipped_as(name)) is not None:
+        return found
     path = Path(name).expanduser()
     if not path.is_file():
         raise ValueError(f"--machine must be {', '.join(SHIPPED)} or a calibration file, got {name!r}")

@@ -14,7 +14,13 @@ from typing import TYPE_CHECKING, Any
 from ringattn.commands import _workload
 from ringattn.commands._call import HEADS, RANKS, TOKENS, integer, ranks, tokens
 from ringattn.commands._files import check_target, file, reason
-from ringattn.commands._plan_states import add_state_arguments, examine_states, passes_of_states, render_states
+from ringattn.commands._plan_states import (
+    add_state_arguments,
+    examine_states,
+    layers_of,
+    passes_of_states,
+    render_states,
+)
 from ringattn.commands._text import note, row
 from ringattn.parallel.planning.options import scheme_names
 from ringattn.settings import AttentionOptions
@@ -45,6 +51,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     _workload.add_workload_arguments(parser)
     add_state_arguments(parser)
+    parser.add_argument(
+        "--recurrent-layers",
+        type=integer(HEADS),
+        default=1,
+        metavar="N",
+        help="how many of --recurrent a model has for each layer of attention, by which degrees and --policy auto are "
+        "chosen; default 1",
+    )
     segments = parser.add_argument_group("what tokens see beyond their mask")
     segments.add_argument(
         "--parents",
@@ -77,7 +91,7 @@ def run(args: argparse.Namespace) -> int:
             check_target("--draw", args.draw)
         layout, parts = plan(args)
         states = examine_states(args, layout)
-    except ValueError as error:
+    except (ValueError, NotImplementedError) as error:
         args.parser.error(str(error))
     reports = [examine(part, args) for part in parts]
     if args.json:
@@ -85,7 +99,8 @@ def run(args: argparse.Namespace) -> int:
         print(json.dumps(whole if states is None else whole | {"recurrent": states}, indent=2))
     else:
         last = [] if states is None else [render_states(states)]
-        print("\n\n".join([*chosen_degrees(layout), *map(render, reports), *last]))
+        why = why_chosen(layout, "degrees" if args.sequence else "layout")
+        print("\n\n".join([*why, *map(render, reports), *last]))
     for number, (part, report) in enumerate(zip(parts, reports, strict=True), 1):
         if args.draw is not None:
             path: Path = args.draw
@@ -129,6 +144,7 @@ def layout_of(args: argparse.Namespace) -> "Layout":
     """The documents on their ranks, checked: raises ValueError for what the options cannot have together."""
     from ringattn import Layout
     from ringattn.parallel.planning.options import check_scheme
+    from ringattn.recurrent.weighing import weigh
 
     documents, mask = documents_of(args), _workload.mask(args)
     documents.check_mask(mask)
@@ -139,11 +155,15 @@ def layout_of(args: argparse.Namespace) -> "Layout":
         raise ValueError(f"--ring × --ulysses must be at most {RANKS} ranks, got {size}")
     if size > MANY:
         note(f"{size} ranks are planned, priced on every mesh and played through: that takes a while")
-    if args.sequence is None:
-        layout = Layout(documents, _workload.mesh(args, args.ring, args.ulysses), args.policy, mask)
-    else:
-        mesh = _workload.free_mesh(args, args.sequence)
+    free = args.sequence is not None
+    mesh = _workload.free_mesh(args, size) if free else _workload.mesh(args, args.ring, args.ulysses)
+    layers = layers_of(args, mask)
+    if layers is not None and args.policy == "auto":
+        layout = weigh(documents, mesh, layers).layout
+    elif free:
         layout = Layout(documents, mesh, args.policy, mask, heads=args.heads, head_dim=args.head_dim)
+    else:
+        layout = Layout(documents, mesh, args.policy, mask)
     check_scheme(options_of(args), layout.mesh, len(layout.parts))
     return layout
 
@@ -175,11 +195,11 @@ def _numbers(option: str, path: Path) -> list[int]:
         raise ValueError(f"{option} {path} must hold integers: {error}") from None
 
 
-def chosen_degrees(layout: "Layout") -> list[str]:
-    """Why these degrees, where the layout chose them."""
+def why_chosen(layout: "Layout", what: str) -> list[str]:
+    """Why these degrees, or this policy, where they were chosen."""
     if not layout.reason:
         return []
-    lines = row("degrees", layout.reason)
+    lines = row(what, layout.reason)
     if len(layout.parts) > 1:
         lines += row("parts", "each is described by itself; what one waits for travels while another computes")
     return ["\n".join(lines)]

@@ -17,6 +17,7 @@ from ringattn.hf.features import FEATURES
 from ringattn.hf.handle import Handle
 from ringattn.hf.loss import IGNORE_INDEX, shifted_labels
 from ringattn.hf.recurrent import KNOWN
+from ringattn.hf.shape import weighed_layers
 from ringattn.parallel.mesh.mesh import SequenceMesh
 
 
@@ -136,7 +137,7 @@ def alone(model: Any, form: Form) -> Outcome:
 def together(model: Any, mesh: SequenceMesh, form: Form, policy: str = "auto") -> Outcome:
     """The whole batch at once through a parallelized model, gathered from all ranks. Collective."""
     model.zero_grad()
-    local = shard_batch(form.batch(_vocabulary(model), model.device), None, mesh, policy)
+    local = _sharded(model, mesh, form.batch(_vocabulary(model), model.device), policy)
     output = model(**local)
     output.loss.backward()
     gradients = _gradients(model)
@@ -145,6 +146,12 @@ def together(model: Any, mesh: SequenceMesh, form: Form, policy: str = "auto") -
         gradient /= dist.get_world_size()
     logits = local["cu_seq_lens_q"].unshard(output.logits[0].detach())
     return Outcome(logits[_tokens(form.docs)], output.loss.detach(), gradients)
+
+
+def _sharded(model: Any, mesh: SequenceMesh, batch: dict[str, Any], policy: str) -> dict[str, Any]:
+    """A batch on the layout that the Trainer gives it."""
+    layers = weighed_layers(model) if policy == "auto" else None
+    return shard_batch(batch, None, mesh, policy, layers=layers)
 
 
 def differences(found: Outcome, truth: Outcome) -> Errors:
@@ -180,7 +187,7 @@ class Leak:
 def leak(model: Any, mesh: SequenceMesh, form: Form, document: int, policy: str = "auto") -> Leak:
     """How much one document sees of the others. Collective; the model is parallelized."""
     batch = form.batch(_vocabulary(model), model.device)
-    local = shard_batch({name: x for name, x in batch.items() if name != "labels"}, None, mesh, policy)
+    local = _sharded(model, mesh, {name: x for name, x in batch.items() if name != "labels"}, policy)
     layout, docs = local["cu_seq_lens_q"], form.docs
     leaves: list[Tensor] = []
 

@@ -4,14 +4,16 @@ from typing import Any
 
 from torch import nn
 
-from ringattn.hf.recurrent import KNOWN, kind_of
+from ringattn.hf.recurrent import KNOWN, LIGHTNING, kind_of
 from ringattn.memory.planning.shapes import Parts, RecurrentPart
 from ringattn.memory.products import narrow
 from ringattn.recurrent.price import RecurrenceShape
 
-# The functions by which layers mix tokens whose tensors the planner counts.
-DELTA, MAMBA2, CONVOLUTION = "torch_chunk_gated_delta_rule", "mamba2_chunk_scan", "causal_conv1d_fn"
+# The functions by which layers mix tokens.
+DELTA, KIMI = "torch_chunk_gated_delta_rule", "chunk_kimi_delta_attention"
+MAMBA, MAMBA2, CONVOLUTION = "mamba_selective_scan", "mamba2_chunk_scan", "causal_conv1d_fn"
 LAST = ("out_proj", "o_proj")
+UNCALLED = ("dt_proj",)  # whose weight alone is used
 
 
 def recurrent_of(layer: nn.Module) -> Any:
@@ -47,25 +49,45 @@ def parts_of(layer: nn.Module) -> Parts:
     return parts
 
 
+def rule_of(part: Any) -> RecurrenceShape | None:
+    """Heads and dims of a part that carries a state, by its attributes: its weights may be elsewhere. None for a short
+    convolution."""
+    functions = KNOWN[kind_of(part)]
+    if DELTA in functions:
+        return RecurrenceShape(part.num_k_heads, part.num_v_heads, part.head_k_dim, part.head_v_dim, True, False)
+    if KIMI in functions:
+        return RecurrenceShape(part.num_heads, part.num_heads, part.head_dim, part.head_dim, True, True)
+    if MAMBA2 in functions:
+        return RecurrenceShape(part.n_groups, part.num_heads, part.ssm_state_size, part.head_dim, False, False)
+    if MAMBA in functions:  # every channel is a head
+        return RecurrenceShape(1, part.intermediate_size, part.ssm_state_size, 1, False, True)
+    if LIGHTNING in functions:
+        heads = part.num_attention_heads
+        return RecurrenceShape(heads, heads, part.head_dim, part.head_dim, False, False)
+    return None
+
+
 def recurrent_part(layer: nn.Module) -> RecurrentPart:
     """Of a layer that has one. Raises NotImplementedError for one whose tensors are not counted."""
     part = recurrent_of(layer)
     kind = kind_of(part)
-    before = [name for name, one in part.named_children() if isinstance(one, nn.Linear) and name not in LAST]
+    before = [name for name, one in part.named_children() if isinstance(one, nn.Linear) and name not in LAST + UNCALLED]
     kept = sum(getattr(part, name).out_features for name in before if getattr(part, name) in narrow(part))
-    if KNOWN[kind] == (CONVOLUTION,):
+    rule = rule_of(part)
+    if rule is None:
         hidden = part.conv.in_channels
         return RecurrentPart(None, hidden, hidden, 3 * hidden, 3 * hidden, kept)
-    if DELTA in KNOWN[kind]:
-        rule = RecurrenceShape(part.num_k_heads, part.num_v_heads, part.head_k_dim, part.head_v_dim, True, False)
-    elif MAMBA2 in KNOWN[kind]:
-        rule = RecurrenceShape(part.n_groups, part.num_heads, part.ssm_state_size, part.head_dim, False, False)
-    else:
+    width = rule.heads * rule.value_dim
+    if KNOWN[kind] == (LIGHTNING,):
+        return RecurrentPart(rule, 0, width, 3 * width, 3 * width, kept)
+    if MAMBA in KNOWN[kind]:
+        steps = part.time_step_rank + 2 * rule.key_dim
+        return RecurrentPart(rule, width, width, 2 * width + steps, 2 * width, kept)
+    if not {DELTA, MAMBA2} & set(KNOWN[kind]):
         raise NotImplementedError(
             f"{kind} is not planned: what the planner counts of layers that carry a state is the gated delta rule, "
-            "Mamba-2 and short convolutions"
+            "Mamba-1 and 2, lightning attention and short convolutions"
         )
-    width = rule.heads * rule.value_dim
     channels = 2 * rule.key_heads * rule.key_dim + width
     projected = channels + width + rule.heads * (2 if rule.delta else 1)
     if not rule.delta or "in_proj_qkvz" in before:  # the whole product, of which the gate is a part

@@ -10,9 +10,9 @@ from typing import Any
 from torch import nn
 
 from ringattn.hf.head import steps_after_head
-from ringattn.hf.layer_parts import attends, mlp_of, parts_of, recurrent_part
+from ringattn.hf.layer_parts import attends, mlp_of, parts_of, recurrent_part, rule_of
 from ringattn.hf.layers import decoder_layers, mlps_of
-from ringattn.hf.recurrent import BOTH, LAYER_TYPES, NEITHER
+from ringattn.hf.recurrent import BOTH, LAYER_TYPES, NEITHER, kind_of
 from ringattn.mask import Mask
 from ringattn.memory.planning.shapes import ModelShape, Parts, Weights
 from ringattn.recurrent.price import RecurrenceShape
@@ -69,19 +69,26 @@ def model_shape(model: nn.Module, config: Any, name: str = "") -> ModelShape:
 def mixing_layers(model: nn.Module) -> MixingLayers:
     """The attention layers and those with a state of a model, for `shard_batch(layers=...)`.
 
-    Short convolutions are not among them: they cost the same wherever tokens are. Raises NotImplementedError for layers
-    with states that are not priced, ValueError for a model that has no layer of either kind.
+    Short convolutions are not among them: they cost the same wherever tokens are. Raises ValueError for a model that
+    has no layer of either kind.
     """
     config: Any = model.config
     text = config.get_text_config()
-    states: Counter[RecurrenceShape] = Counter()
-    for layer in decoder_layers(model):
-        if parts_of(layer).recurrence and (rule := recurrent_part(layer).rule) is not None:
-            states[rule] += 1
+    rules = (rule_of(part) for part in model.modules() if kind_of(part))
+    states = tuple(Counter[RecurrenceShape](rule for rule in rules if rule is not None).items())
+    masks = layer_masks(text)
+    if not masks:  # then configurations may lack heads
+        return MixingLayers(states=states)
     heads = text.num_attention_heads
     keys = getattr(text, "num_key_value_heads", None) or heads
     head_dim = getattr(text, "head_dim", None) or text.hidden_size // heads
-    return MixingLayers(layer_masks(text), tuple(states.items()), (heads, keys), head_dim)
+    return MixingLayers(masks, states, (heads, keys), head_dim)
+
+
+def weighed_layers(model: nn.Module) -> MixingLayers | None:
+    """`mixing_layers` of a model with layers that carry a state; None for others, whose attention alone is weighed."""
+    states = any(rule_of(part) is not None for part in model.modules() if kind_of(part))
+    return mixing_layers(model) if states else None
 
 
 def _weights(parameters: Iterable[nn.Parameter]) -> Weights:

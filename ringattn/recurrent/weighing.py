@@ -49,11 +49,29 @@ class MixingLayers:
 
 @dataclass(frozen=True)
 class Weighed:
-    """The layout that was chosen, the predicted seconds of all these layers in both passes, and why."""
+    """The layout that was chosen, and the predicted seconds of all these layers in both passes."""
 
     layout: Layout
     seconds: float
-    reason: str
+
+    @property
+    def reason(self) -> str:
+        """Why this one; the layout says it too."""
+        return self.layout.reason
+
+
+def weighed_layout(
+    docs: Documents, mesh: MeshShape, policy: str = "auto", layers: MixingLayers | None = None
+) -> Layout:
+    """The layout of a model's batch: with policy="auto" that of `weigh`, if some of the model's layers carry a state.
+
+    Arguments:
+        layers: of the model; None: its layers have no states.
+    """
+    free = mesh.ring > 1 or mesh.alternatives  # else there is one layout
+    if policy != "auto" or layers is None or not layers.states or not free:
+        return Layout(docs, mesh, policy)
+    return weigh(docs, mesh, layers).layout
 
 
 def weigh(docs: Documents, mesh: MeshShape, layers: MixingLayers, machine: Machine | None = None) -> Weighed:
@@ -66,9 +84,8 @@ def weigh(docs: Documents, mesh: MeshShape, layers: MixingLayers, machine: Machi
     Raises NotImplementedError for documents that are trees, where there are states.
     """
     found = []
-    for one in mesh.alternatives or (mesh,):
-        if one.ulysses > layers.heads[0]:
-            continue
+    fitting = [one for one in mesh.alternatives if not layers.masks or one.ulysses <= layers.heads[0]]
+    for one in fitting or (mesh,):
         for policy in ("auto", "contiguous") if one.ring > 1 else ("contiguous",):
             layout = Layout(docs, one, policy, layers.masks or None, machine=machine, head_dim=layers.head_dim)
             found.append((seconds_of(layout, layers, machine), layout))
@@ -77,7 +94,8 @@ def weigh(docs: Documents, mesh: MeshShape, layers: MixingLayers, machine: Machi
     told = ", ".join(f"{_name(other)} {took * 1e3:.3f} ms" for took, other in sorted(found, key=lambda pair: pair[0]))
     on = layout.mesh.planned_for(machine)
     what = f"{_counted(layers.masks)} attention and {_counted(layers.states)} recurrent layers"
-    return Weighed(layout, seconds, f"{_name(layout)} of {told}, {what}, forward and backward; predicted for {on}")
+    layout.reason = f"{_name(layout)} of {told}, {what}, forward and backward; predicted for {on}"
+    return Weighed(layout, seconds)
 
 
 def seconds_of(layout: Layout, layers: MixingLayers, machine: Machine | None = None) -> float:

@@ -10,7 +10,11 @@ import torch.distributed as dist
 from ringattn.first_failure import FirstFailure
 from ringattn.hf import attention_kwargs
 from ringattn.hf.memory import note_targets
+from ringattn.hf.model import unwrapped
+from ringattn.hf.shape import weighed_layers
 from ringattn.memory.out_of_memory import CudaMemory, MemoryWatch
+from ringattn.parallel.layout import Layout
+from ringattn.recurrent.weighing import weighed_layout
 from ringattn.training.checkpoint import Place, TrainState
 from ringattn.training.checks.bad_numbers import check_weights, finite
 from ringattn.training.checks.determinism import be_deterministic
@@ -62,6 +66,7 @@ class Trainer:
         )
         seed_libraries(cfg.run.seed, dist.get_rank())
         self.engine: Engine = engine_of(job, self.mesh, health)
+        self._layers = weighed_layers(unwrapped(self.engine.model))
         memory = CudaMemory(job.device) if job.device.type == "cuda" else None
         self.memory = MemoryWatch(memory, job.output, dist.get_rank(), job.plan.items, job.plan.advice)
         self.checks = StepChecks(job, self.mesh, self.engine, self._forward)
@@ -189,6 +194,7 @@ class Trainer:
             mesh.data,
             mesh,
             self.cfg.parallel.policy,
+            self._layers,
             share=bool(data.share_prefixes),
         )
         return BatchesAhead(maker, mesh, self.job.device, data.prefetch, data.ahead)
@@ -197,9 +203,10 @@ class Trainer:
         cost = DocumentCost(self.flops.attention, self.flops.per_token)
         return make_packer(self.cfg.data, self.job.corpus, self.cfg.run.seed, self.position, lambda: cost)
 
-    def next_lengths(self) -> list[int]:
-        """Tokens of the documents in the next pack."""
-        return list(self._packer().step(self.cfg.data.packs_per_step)[0].docs.lengths)
+    def next_layout(self) -> Layout:
+        """Of the next pack, without prefixes that are shared."""
+        docs = self._packer().step(self.cfg.data.packs_per_step)[0].docs
+        return weighed_layout(docs, self.mesh, self.cfg.parallel.policy, self._layers)
 
     def _train_step(self, batch: Batch[LocalPack], stop: bool = False) -> Brought:
         """One optimiser step. The host waits for the device once, at its end, and again where something is wrong.
@@ -289,7 +296,7 @@ def train(job: Job, health: Health | None = None) -> None:
     trainer = Trainer(job, health)
     if rank0:
         write_config(job.cfg, job.output, job.model_config)
-        write_record(job, trainer.step, trainer.engine.num_parameters, trainer.next_lengths())
+        write_record(job, trainer.step, trainer.engine.num_parameters, trainer.next_layout())
     with Report(job, trainer.step, trainer.engine.num_parameters, enabled=rank0) as report:
         done = trainer.run(report)
     health.finished(trainer.step, done)

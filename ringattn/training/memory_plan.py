@@ -163,13 +163,17 @@ def run_shape(cfg: DictConfig, shape: MeshShape, device: torch.device, empty: nn
 
 def _kernels_of_states(model: ModelShape, run: RunShape, device: torch.device) -> str:
     """Whose kernels compute recurrences, as far as can be said before they are tested on the device."""
-    rule = None if model.recurrent is None else model.recurrent.rule
-    if rule is None:
+    part = model.recurrent
+    rule = None if part is None else part.rule
+    if part is None or rule is None:
         return "torch" if device.type == "cpu" else "fused"
+    if part.package is None:
+        return "torch"
     dtype = torch.bfloat16 if run.compute == "bfloat16" else torch.float32
-    dtypes = (dtype, dtype, torch.float32, dtype if rule.delta else None, None if rule.delta else torch.float32)
+    steps = torch.float32 if part.package == "mamba" else None
+    dtypes = (dtype, dtype, torch.float32, dtype if rule.delta else None, steps)
     asked = Signature(device.type, dtypes, rule.key_heads, rule.heads, rule.key_dim, rule.value_dim, rule.diagonal)
-    kernel = KERNELS["fla" if rule.delta else "mamba"]
+    kernel = KERNELS[part.package]
     return "torch" if kernel.refusal(asked) or kernel.missing(asked) else "fused"
 
 

@@ -106,3 +106,13 @@ def test_a_picture(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
 )
 def test_wrong_options_are_named(capsys: pytest.CaptureFixture[str], argv: list[str], told: str) -> None:
     assert told in refused(capsys, *argv)
+
+
+def test_names_of_machines_are_taken_in_any_case(capsys: pytest.CaptureFixture[str]) -> None:
+    argv = ["memory", "--model", "tiny", "--gpus", "2", "--seq-len", "4096", "--json", "--machine"]
+    told = []
+    for name in ("A100", "a100"):
+        assert main([*argv, name]) == 0
+        told.append(json.loads(capsys.readouterr().out))
+    assert told[0] == told[1]
+    assert told[0]["machine"]["name"] == "A100"

@@ -199,6 +199,14 @@ def test_captured_steps_do_not_wait_for_the_host(capsys, tmp_path):
     assert waiting[0] > 2e-4 > waiting[1]
 
 
+@pytest.mark.parametrize("suffix", ["", "+copy", "+graph"])
+@pytest.mark.parametrize("name", list(SHIPPED))
+def test_names_of_machines_are_taken_in_any_case(capsys, name, suffix):
+    argv = ["--tokens", "4096", "--ring", "2", "--machine"]
+    found = [report(capsys, *argv, f"{one}{suffix}") for one in (name, name.lower(), name.capitalize())]
+    assert found[0] == found[1] == found[2]
+
+
 def test_a_file_of_a_machine_may_have_any_name(capsys, tmp_path):
     path = tmp_path / "all+copying+graphs.json"
     path.write_text(replace(SHIPPED["H200"], name="mine").to_json())
@@ -244,3 +252,29 @@ def test_a_layer_with_a_state_is_planned_too(capsys):
     with pytest.raises(SystemExit):
         main([*SMALL, "--tokens", "4096", "--recurrent", "delta", "--recurrent-dim", "0"])
     assert "argument --recurrent-dim: " in capsys.readouterr().err
+
+
+def test_degrees_are_weighed_with_the_states(capsys):
+    """As a model with such layers is laid out; with another policy as before."""
+    argv = ["plan", "--tokens", "262144", "--sequence", "8", "--machine", "H200"]
+    argv += ["--heads", "16/4", "--head-dim", "256"]
+    assert main(argv) == 0
+    assert "ring 1 × ulysses 8, contiguous layout" in capsys.readouterr().out
+    assert main([*argv, "--recurrent", "delta", "--recurrent-layers", "3"]) == 0
+    weighed = " ".join(capsys.readouterr().out.split())
+    assert "degrees balanced on ring 2 × ulysses 4 of balanced on ring 2 × ulysses 4" in weighed
+    assert "1 attention and 3 recurrent layers" in weighed
+    assert "ring 2 × ulysses 4, balanced layout" in weighed
+    few = ["--tokens", "262144", "--ring", "8", "--recurrent", "delta"]
+    for layers, policy in (("1", "balanced"), ("1024", "contiguous")):
+        assert report(capsys, *few, "--recurrent-layers", layers)["policy"] == policy
+    assert report(capsys, *few, "--recurrent-layers", "1024", "--policy", "zigzag")["policy"] == "zigzag"
+
+
+def test_states_of_trees_are_refused_in_words(capsys, tmp_path):
+    for name, text in (("lengths", "40 20 20"), ("parents", "-1 0 0")):
+        (tmp_path / name).write_text(text)
+    files = ["--lengths", str(tmp_path / "lengths"), "--parents", str(tmp_path / "parents")]
+    with pytest.raises(SystemExit):
+        main([*SMALL, *files, "--ring", "2", "--recurrent", "delta"])
+    assert "layout holds trees" in " ".join(capsys.readouterr().err.split())

@@ -7,13 +7,16 @@ import torch
 
 pytest.importorskip("transformers")
 
-from ringattn import Documents, Mask, init_mesh
+from ringattn import Documents, Layout, Mask, init_mesh
 from ringattn.hf import parallelize, shard_batch
-from ringattn.hf.shape import mixing_layers
+from ringattn.hf.recurrent import KNOWN, kind_of
+from ringattn.hf.shape import mixing_layers, weighed_layers
 from ringattn.hf.tiny import read_config, tiny_config, tiny_model
 from ringattn.recurrent.price import RecurrenceShape
 from ringattn.recurrent.weighing import weigh
 from ringattn.training.model.models import empty_model
+from tests.hf.families import FAMILIES
+from tests.hf.trainer_runs import trainer_of
 from tests.pool import Pools
 
 LENGTHS = [150, 7, 90]
@@ -49,6 +52,77 @@ def test_layers_of_models_are_counted(family: str, masks: int, states: int) -> N
     if family == "qwen3_5_text":
         assert found.states == ((DELTA, 3),)
         assert (found.heads, found.head_dim) == ((4, 2), 16)
+
+
+HYBRIDS = ["qwen3_next", "qwen3_5_text", "qwen3_5_moe_text", "olmo_hybrid", "kimi_linear", "mamba2", "bamba"]
+HYBRIDS += ["granitemoehybrid", "falcon_h1", "nemotron_h", "jamba", "minimax"]
+
+
+@pytest.mark.parametrize("family", HYBRIDS)
+def test_every_known_layer_is_weighed(family: str) -> None:
+    model = empty_model(tiny_config(read_config(family), **FAMILIES[family]))
+    layers = weighed_layers(model)
+    assert layers is not None
+    assert sum(count for _, count in layers.states) == sum(kind_of(part) != "" for part in model.modules())
+    ((rule, _),) = layers.states
+    # Channels of Jamba's are heads of one dim.
+    assert rule.heads > 1
+    assert (rule.value_dim == 1) == (family == "jamba")
+
+
+def test_no_known_layer_is_left_out() -> None:
+    models = [empty_model(tiny_config(read_config(family), **FAMILIES[family])) for family in HYBRIDS]
+    kinds = {kind_of(part) for model in models for part in model.modules()} - {""}
+    assert kinds == {kind for kind in KNOWN if not kind.endswith("ShortConv")}
+    for family in ("lfm2", "llama", "gemma3_text"):
+        assert weighed_layers(empty_model(tiny_config(read_config(family), **FAMILIES[family]))) is None
+
+
+def layouts_of_trainer(folder: str, family: str, lengths: list[int], policy: str, free: bool) -> list[tuple[Any, ...]]:
+    """Degrees and ranges of each of a Trainer's batches, and of both choices for its documents."""
+    mesh = init_mesh(sequence=2) if free else init_mesh(ring=2)
+    model: Any = tiny_model(tiny_config(read_config(family), **FAMILIES[family], max_position_embeddings=512))
+    layers, seen = mixing_layers(model), []
+    model.register_forward_pre_hook(lambda _, args, kwargs: seen.append(kwargs["cu_seq_lens_q"]), with_kwargs=True)
+    rows = [{"input_ids": torch.arange(size) % 97, "labels": torch.arange(size) % 97} for size in lengths]
+    trainer = trainer_of(
+        mesh, folder, {"per_device_train_batch_size": len(rows), "eval_strategy": "epoch",
+                       "per_device_eval_batch_size": len(rows)}, model=model, policy=policy,
+        train_dataset=rows, eval_dataset=rows, data_collator=packed,
+    )  # fmt: skip
+    trainer.train()
+    assert len(seen) == 2  # training and evaluation
+    choices = [(one, Layout(one.docs, mesh, policy), weigh(one.docs, mesh, layers).layout) for one in seen]
+    return [tuple((one.mesh.ring, one.mesh.ulysses, one.positions) for one in three) for three in choices]
+
+
+def packed(rows: list[Any]) -> dict[str, torch.Tensor]:
+    """All rows in one, their positions beside them."""
+    ids = torch.cat([row["input_ids"] for row in rows])[None]
+    positions = torch.cat([torch.arange(len(row["input_ids"])) for row in rows])[None]
+    return {"input_ids": ids, "labels": ids, "position_ids": positions}
+
+
+@pytest.mark.parametrize(
+    ("family", "lengths", "policy", "free", "weighed"),
+    [
+        ("qwen3_5_text", LENGTHS, "auto", False, True),
+        ("qwen3_5_text", [400], "auto", True, True),
+        ("qwen3_5_text", LENGTHS, "balanced", False, False),
+        ("llama", LENGTHS, "auto", False, False),
+    ],
+)
+def test_the_trainer_weighs_what_the_model_has(
+    pool: Pools, tmp_path: Any, family: str, lengths: list[int], policy: str, free: bool, weighed: bool
+) -> None:
+    """Degrees too where they are open; the policy that is asked for, and models of attention alone, as they were."""
+    ranks = pool(2).run(layouts_of_trainer, str(tmp_path), family, lengths, policy, free)
+    assert ranks[0] == ranks[1]
+    for found, attention, layers in ranks[0]:
+        assert found == (layers if weighed else attention)
+        assert found != (attention if weighed else layers)
+        if free:
+            assert attention[:2] != layers[:2]
 
 
 @pytest.mark.parametrize("given", [{"policy": "zigzag"}, {"mask": Mask()}])

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from ringattn import Documents, Layout, Mask, MeshShape
 from ringattn.parallel.machine.shipped import SHIPPED
 from ringattn.recurrent.price import RecurrenceShape, kernel_seconds
-from ringattn.recurrent.weighing import GAIN, MixingLayers, seconds_of, weigh
+from ringattn.recurrent.weighing import GAIN, MixingLayers, seconds_of, weigh, weighed_layout
 
 H200 = SHIPPED["H200"]
 DELTA = RecurrenceShape(16, 32, 128, 128, True, False)
@@ -75,6 +75,34 @@ def test_alternatives_of_a_mesh_are_weighed_too() -> None:
     found = weigh(Documents([50_000] * 3), free, LAYERS["few attention"], H200)
     assert "on ring 1 × ulysses 4" in found.reason
     assert found.layout.is_on(free)
+
+
+def test_heads_for_every_rank_where_the_degrees_are_open() -> None:
+    few = MixingLayers(((Mask(), 1),), ((DELTA, 3),), heads=(4, 2), head_dim=16)
+    meshes = tuple(MeshShape(ring=16 // ulysses, ulysses=ulysses, machine=H200) for ulysses in (4, 8))
+    assert weigh(Documents([4096]), meshes[1], few).layout.mesh == meshes[1]
+    free = MeshShape(ring=16, machine=H200, alternatives=meshes)
+    assert weigh(Documents([4096]), free, few).layout.mesh == meshes[0]
+
+
+@given(
+    lengths=st.lists(st.integers(0, 6000), min_size=1, max_size=20).filter(sum),
+    ring=st.sampled_from([1, 2, 8]),
+    policy=st.sampled_from(["auto", "contiguous", "zigzag", "balanced"]),
+    layers=st.sampled_from([None, *sorted(LAYERS)]),
+)
+def test_layers_count_where_some_have_states_and_no_policy_is_asked_for(
+    lengths: list[int], ring: int, policy: str, layers: str | None
+) -> None:
+    docs, mesh = Documents(lengths), MeshShape(ring=ring, machine=H200)
+    given_layers = None if layers is None else LAYERS[layers]
+    found = weighed_layout(docs, mesh, policy, given_layers)
+    if policy == "auto" and given_layers is not None and given_layers.states:
+        expected = weigh(docs, mesh, given_layers).layout
+        assert found.reason == (expected.reason if ring > 1 else "")
+    else:
+        expected = Layout(docs, mesh, policy)
+    assert found.positions == expected.positions
 
 
 def test_trees_and_models_without_layers_are_refused() -> None:

@@ -90,7 +90,7 @@ def test_every_rank_has_its_part():
     corpus = corpus_of([np.array(one, np.uint8) for one in documents], 256)
     plan = counted(Packer(corpus, corpus.total - 3, 1).next(), corpus)
     shared = sharing.read_shared(plan, corpus)
-    parts = [placed(shared, MeshShape(ring=2), "auto")]
+    parts = [placed(shared, MeshShape(ring=2), "auto", None)]
     local = parts[0]
     assert isinstance(local.targets, Targets)
     assert local.known is local.targets

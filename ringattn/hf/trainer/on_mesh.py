@@ -16,6 +16,7 @@ from ringattn.hf.batch import count_targets, shard_batch
 from ringattn.hf.metadata import METADATA
 from ringattn.hf.model import parallelize, unwrapped
 from ringattn.hf.options import check_arguments, check_trainer
+from ringattn.hf.shape import weighed_layers
 from ringattn.hf.support import check_model, text_model
 from ringattn.hf.trainer.agreement import Idle, agree_on_control, check_averaged, in_step
 from ringattn.hf.trainer.dealing import ReplicaRows, deal, with_loaders_kept
@@ -110,6 +111,7 @@ class OnMesh(_Base):
             parallelize(model, self.sequence_mesh, self.memory, **options)
         elif handle.mesh != self.sequence_mesh:
             raise ValueError(f"model was parallelized on {handle.mesh}, the Trainer's mesh is {self.sequence_mesh}")
+        self._layers = weighed_layers(unwrapped(model)) if self.policy == "auto" else None
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
         with told_to_torchrun(), self._failures:
@@ -187,7 +189,8 @@ class OnMesh(_Base):
         if (tower := self._tower()) is not None:
             check_unused(model, batch, tower, text_model(unwrapped(self.model)))
         needs = unwrapped(self.model)._ringattn.needs
-        outputs = model(**shard_batch(batch, None, self.sequence_mesh, self.policy, needs=needs))
+        local = shard_batch(batch, None, self.sequence_mesh, self.policy, needs=needs, layers=self._layers)
+        outputs = model(**local)
         return (outputs.loss, outputs) if return_outputs else outputs.loss
 
     def _tower(self) -> Any:

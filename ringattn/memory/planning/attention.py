@@ -5,10 +5,9 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from ringattn.documents import Documents
 from ringattn.mask import Mask
 from ringattn.memory.planning.recurrent import RecurrentUse
-from ringattn.memory.planning.shapes import ModelShape, RunShape
+from ringattn.memory.planning.shapes import ModelShape, RunShape, layout_of
 from ringattn.parallel.choice.schedule import choose
 from ringattn.parallel.machine.machine import Machine
 from ringattn.parallel.mesh.shape import MeshShape
@@ -50,10 +49,7 @@ class AttentionUse:
         """Priced for the documents of a run."""
         if not model.masks:
             return cls(0, 0, 0, 0, run.ulysses > 1, 0.0, 0.0, "none")
-        mesh = MeshShape(1, run.ring, run.ulysses, machine=machine)
-        placement = Placement(
-            Documents(run.documents, total=run.tokens), mesh, run.policy, model.masks, head_dim=model.head_dim
-        )
+        (placement,) = layout_of(model, run, machine).parts
         found = [_Priced.of(placement, mask, model.attention(run.itemsize), machine, run) for mask, _ in model.masks]
         counts = [count for _, count in model.masks]
         return cls(

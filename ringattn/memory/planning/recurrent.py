@@ -9,19 +9,17 @@ Legend: t local tokens, H value heads, K key heads, D key dim, V value dim, C to
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
-from ringattn.documents import Documents
-from ringattn.memory.planning.shapes import ModelShape, RecurrentPart, RunShape
+from ringattn.memory.planning.shapes import ModelShape, RecurrentPart, RunShape, layout_of
 from ringattn.parallel.layout import Layout
 from ringattn.parallel.machine.machine import Machine
-from ringattn.parallel.mesh.shape import MeshShape
-from ringattn.recurrent.kernels.chunked import CHUNK
+from ringattn.recurrent.kernels.chunked import CHUNK, CHUNK_OF_DIAGONALS
 from ringattn.recurrent.kernels.mamba import CHUNK as MAMBA_CHUNK
 from ringattn.recurrent.plan import pieces_of, roles_of
 from ringattn.recurrent.price import RecurrenceShape, kernel_seconds, prices, received
 
 WIDE = 4  # bytes of float32
 FLA_CHUNK = 64
-NAMES = {"fused": "the kernels of mamba-ssm and flash-linear-attention", "torch": "plain torch"}
+NAMES = {"mamba": "the kernels of mamba-ssm", "fla": "the kernels of flash-linear-attention", None: "plain torch"}
 
 
 @dataclass(frozen=True)
@@ -58,8 +56,9 @@ class RecurrentUse:
             saved = rows * around.saved
             return cls(saved, narrow, saved, saved + 2 * rows * part.channels * size, 0.0, 0.0, "convolutions")
         rule = replace(part.rule, itemsize=size)
-        cut = _Cut.of(rule, run, machine)
-        kernel = _torch(rule) if run.recurrent == "torch" else _fused(rule)
+        cut = _Cut.of(rule, run, layout_of(model, run, machine), machine)
+        package = None if run.recurrent == "torch" else part.package
+        kernel = _torch(part, rule) if package is None else _mamba(rule) if package == "mamba" else _fla(rule)
         saved = int(rows * around.saved + cut.saved(kernel))
         count = sum(parts.recurrence for parts in model.parts)
         seconds = kernel_seconds(rule, rows, machine)
@@ -72,7 +71,7 @@ class RecurrentUse:
             ),
             forward_seconds=count * (seconds + cut.seconds / 3),
             backward_seconds=count * (2 * seconds + cut.seconds * 2 / 3),
-            told=f"{cut.route} of states by {NAMES[run.recurrent]}",
+            told=f"{cut.route} of states by {NAMES[package]}",
         )
 
 
@@ -101,6 +100,10 @@ class _Around:
         if rule is None:  # both factors and the convolution's input; rows with those before them; its result; theirs
             saved = b * (part.projected + 3 * channels)
             return cls(saved, saved, saved, saved, 0)
+        if not channels:
+            return cls.of_lightning(width, b)
+        if part.package is None:
+            return cls.of_mamba1(part, b)
         heads = WIDE * rule.heads
         convolved = 3 * b * channels  # with the rows before them, as the convolution gave them, and after SiLU
         copies = 0 if b == WIDE else WIDE  # of what is float32 there are no copies
@@ -123,6 +126,24 @@ class _Around:
         convolution = b * (waiting + 4 * channels)
         return cls(before + after, convolution, forward, before + gradients, 4 * WIDE * width)
 
+    @classmethod
+    def of_lightning(cls, width: int, b: int) -> "_Around":
+        """Queries, keys and values are one product with an activation; a norm and a gate come after."""
+        product = 3 * b * width
+        after = (WIDE + 4 * b) * width
+        return cls(product + after, 2 * product, product, product + 2 * WIDE * width, 4 * WIDE * width)
+
+    @classmethod
+    def of_mamba1(cls, part: RecurrentPart, b: int) -> "_Around":
+        """A gate that comes with the convolution's input; steps in float32, from a product of the convolution's result,
+        and all that the recurrence is given."""
+        width = part.width
+        copies = 0 if b == WIDE else WIDE  # of what is float32 there are no copies
+        before = 5 * b * width + 2 * b * (part.projected - 2 * width) + (2 * WIDE + copies) * width
+        after = (2 * b + WIDE) * width
+        forward = (3 * b + 2 * WIDE + copies) * width
+        return cls(before + after, 6 * b * width, forward, before + 2 * WIDE * width, 4 * WIDE * width)
+
 
 @dataclass(frozen=True)
 class _Kernel:
@@ -133,6 +154,7 @@ class _Kernel:
         inputs: of its inputs those that are kept for a piece that is cut, whose forward pass is run again.
         mapped: as `forward`, where the map of a piece is computed too.
         dealt: of the rows of heads that were exchanged, what is kept beside `saved`.
+        again: what a piece that is computed again keeps beside `saved`, since then all inputs have gradients.
     """
 
     saved: float
@@ -141,12 +163,15 @@ class _Kernel:
     inputs: float
     mapped: float
     dealt: float
+    again: float = 0.0
 
 
-def _torch(rule: RecurrenceShape) -> _Kernel:
+def _torch(part: RecurrentPart, rule: RecurrenceShape) -> _Kernel:
     """`ringattn.recurrent.kernels.chunked`, in float32: for each chunk and head tables of C × C and a state."""
+    if rule.diagonal:
+        return _diagonal(rule)
     H, D, V, C = rule.heads, rule.key_dim, rule.value_dim, CHUNK
-    states = D * V / C
+    states, again = D * V / C, 0
 
     def forward(V: int) -> float:
         if not rule.delta:
@@ -158,15 +183,23 @@ def _torch(rule: RecurrenceShape) -> _Kernel:
         inputs = rule.itemsize * 2 * rule.key_heads * D
     else:
         saved, backward, inputs = 6 * D + V + 3 * C + states + 3, 3 * C + 2 * D + V, 0
+    if not part.channels:  # decays that nothing learns, and inputs that nothing else keeps
+        saved, inputs, again = 4 * D + V + 2 * C + states + 2, rule.itemsize * H * (2 * D + V), 2 * D + C + 1
     dealt = 0 if rule.delta else rule.itemsize * H * V
     wide = WIDE * H
     mapped = forward(V + D) + D if rule.delta else forward(V)
-    return _Kernel(wide * saved, wide * forward(V), wide * backward, inputs + 2 * wide, wide * mapped, dealt)
+    most = wide * forward(V)
+    return _Kernel(wide * saved, most, wide * backward, inputs + 2 * wide, wide * mapped, dealt, wide * again)
 
 
-def _fused(rule: RecurrenceShape) -> _Kernel:
-    """The packages' kernels. Both compute the states of chunks again in the backward pass."""
-    return _fla(rule) if rule.delta else _mamba(rule)
+def _diagonal(rule: RecurrenceShape) -> _Kernel:
+    """The same with decays by key dim: tables of C × C × D."""
+    H, D, V, C = rule.heads, rule.key_dim, rule.value_dim, CHUNK_OF_DIAGONALS
+    wide, table = WIDE * H, C * D
+    saved = 2 * table + 6 * D + V + C + D * (V + 1) / C
+    forward = 3 * table + 5 * D + C + V
+    inputs = wide * (D + V) + WIDE * 2 * rule.key_heads * D
+    return _Kernel(wide * saved, wide * forward, wide * 3 * table, inputs, wide * forward, wide * (3 * D + V))
 
 
 def _mamba(rule: RecurrenceShape) -> _Kernel:
@@ -181,7 +214,11 @@ def _mamba(rule: RecurrenceShape) -> _Kernel:
 
 
 def _fla(rule: RecurrenceShape) -> _Kernel:
-    """`chunk_gated_delta_rule` of flash-linear-attention, which keeps the solution of each chunk's system."""
+    """`chunk_gated_delta_rule` of flash-linear-attention, which keeps the solution of each chunk's system; without the
+    delta rule `chunk_simple_gla`, which keeps its inputs. Both compute the states of chunks again in the backward
+    pass."""
+    if not rule.delta:
+        return _simple_gla(rule)
     H, K, D, b = rule.heads, rule.key_heads, rule.key_dim, rule.itemsize
     keys = 2 * b * K * D
     saved = keys + b * H * rule.value_dim + H * (WIDE + b + b * FLA_CHUNK)
@@ -192,6 +229,14 @@ def _fla(rule: RecurrenceShape) -> _Kernel:
 
     mapped = forward(rule.value_dim + D) + b * H * D
     return _Kernel(saved, forward(rule.value_dim), backward, keys + 2 * WIDE * H, mapped, 2 * b * H * D)
+
+
+def _simple_gla(rule: RecurrenceShape) -> _Kernel:
+    H, D, V, b = rule.heads, rule.key_dim, rule.value_dim, rule.itemsize
+    inputs, states = b * H * (2 * D + V), H * D * V / FLA_CHUNK
+    saved = inputs + WIDE * H
+    forward = saved + b * (H * V + states)
+    return _Kernel(saved, forward, inputs + 2 * WIDE * (states + H), inputs + WIDE * H, forward, inputs)
 
 
 @dataclass(frozen=True)
@@ -220,12 +265,11 @@ class _Cut:
     seconds: float
 
     @classmethod
-    def of(cls, rule: RecurrenceShape, run: RunShape, machine: Machine) -> "_Cut":
+    def of(cls, rule: RecurrenceShape, run: RunShape, layout: Layout, machine: Machine) -> "_Cut":
         """For the documents of a run."""
-        mesh = MeshShape(1, run.ring, run.ulysses, machine=machine)
-        layout = Layout(Documents(run.documents, total=run.tokens), mesh, run.policy)
         pieces, ranks = pieces_of(layout), run.ring * run.ulysses
-        chunks = sum(-(-piece.size // CHUNK) for held in pieces for piece in held) * CHUNK
+        chunk = CHUNK_OF_DIAGONALS if rule.diagonal else CHUNK
+        chunks = sum(-(-piece.size // chunk) for held in pieces for piece in held) * chunk
         rounded = chunks / max(1, sum(piece.size for held in pieces for piece in held))
         rows = run.local_tokens
         price = min(prices(layout, rule, machine), key=lambda one: one.seconds)
@@ -257,7 +301,7 @@ class _Cut:
 
     def backward(self, kernel: _Kernel) -> float:
         """With what was kept: pieces that are cut are computed again, and what that keeps is there twice."""
-        again = self.rounded * self.cut.all * (kernel.saved + kernel.backward) + self.message
+        again = self.rounded * self.cut.all * (kernel.saved + kernel.again + kernel.backward) + self.message
         return self.saved(kernel) + max(self.rounded * self.whole * kernel.backward, again)
 
 

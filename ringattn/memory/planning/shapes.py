@@ -4,10 +4,15 @@ import math
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 
+from ringattn.documents import Documents
 from ringattn.mask import Mask
+from ringattn.parallel.layout import Layout
+from ringattn.parallel.machine.machine import Machine
+from ringattn.parallel.mesh.shape import MeshShape
 from ringattn.parallel.placement.policies import TILE
 from ringattn.parallel.plan.shape import Shape
 from ringattn.recurrent.price import RecurrenceShape
+from ringattn.recurrent.weighing import MixingLayers, weighed_layout
 
 ITEMSIZE = {"float32": 4, "bfloat16": 2}
 
@@ -44,7 +49,7 @@ class RecurrentPart:
 
     Arguments:
         rule: heads and dims of the recurrence; None for a short convolution and nothing else.
-        channels: of the convolution.
+        channels: of the convolution; 0 without one, in lightning attention.
         width: what goes into the product after it.
         projected: all outputs of the products before it.
         held: what the forward pass holds beside the convolution's result and its own, while the recurrence is computed.
@@ -59,6 +64,14 @@ class RecurrentPart:
     held: int
     narrow: int
     normed: bool = True
+
+    @property
+    def package(self) -> str | None:
+        """Whose kernel computes the recurrence on GPUs, "fla" or "mamba"; None for Mamba-1, which no package has here,
+        and without a recurrence."""
+        if self.rule is None or (self.rule.diagonal and not self.rule.delta):
+            return None
+        return "fla" if self.rule.delta or not self.channels else "mamba"
 
 
 @dataclass(frozen=True)
@@ -110,6 +123,14 @@ class ModelShape:
     def parts(self) -> tuple[Parts, ...]:
         """What each layer consists of."""
         return self.kinds or (Parts(),) * len(self.layers)
+
+    @property
+    def mixing(self) -> MixingLayers | None:
+        """The layers that layouts weigh, of a model that has some with states."""
+        if self.recurrent is None or self.recurrent.rule is None:
+            return None
+        states = ((self.recurrent.rule, sum(parts.recurrence for parts in self.parts)),)
+        return MixingLayers(self.masks, states, (self.query_heads, self.key_heads), self.head_dim)
 
     @property
     def tied(self) -> bool:
@@ -243,3 +264,11 @@ class RunShape:
             rounding = 2 * len(self.documents) if self.policy == "zigzag" else TILE * (self.policy != "contiguous")
             position = min(self.tokens, position + rounding)
         return math.ceil(position / self.ulysses)
+
+
+def layout_of(model: ModelShape, run: RunShape, machine: Machine) -> Layout:
+    """Where the tokens of a run's pack are, as the recipe lays them out."""
+    docs, mesh = Documents(run.documents, total=run.tokens), MeshShape(1, run.ring, run.ulysses, machine=machine)
+    if model.mixing is None:
+        return Layout(docs, mesh, run.policy, model.masks or None, head_dim=model.head_dim)
+    return weighed_layout(docs, mesh, run.policy, model.mixing)

@@ -113,6 +113,11 @@ _CPU = Machine(
 SHIPPED = {machine.name: machine for machine in (_H200, _H100, _A100, _CPU)}
 
 
+def shipped_as(name: str) -> Machine | None:
+    """The shipped machine of a name, in capitals or not; None if there is none."""
+    return SHIPPED.get(name.upper())
+
+
 def shipped(device: str) -> Machine:
     """The shipped numbers for a device, by its name (`NVIDIA H100 80GB HBM3`) or type (`cuda`, `cpu`)."""
     if device == "cpu":
@@ -149,8 +154,8 @@ def local_machine(device_type: str) -> Machine:
 
 def named_machine(source: str, chosen: str) -> Machine:
     """A shipped machine or that of a calibration file. Raises ValueError that names the `source` of what is neither."""
-    if chosen in SHIPPED:
-        return SHIPPED[chosen]
+    if (found := shipped_as(chosen)) is not None:
+        return found
     if not os.path.isfile(chosen):
         raise ValueError(f"{source} must be {', '.join(SHIPPED)} or the path of a calibration file, got {chosen!r}")
     try:

@@ -16,6 +16,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.modules.dropout import _DropoutNd
 
+from ringattn.hf.model import unwrapped
+from ringattn.hf.shape import weighed_layers
 from ringattn.parallel.mesh.mesh import SequenceMesh
 from ringattn.training.engines import Engine
 from ringattn.training.failures import FailedTogether
@@ -65,7 +67,8 @@ def compute_first(
     micro = batch.micro
     if other:
         plans = batch.plans[replica :: mesh.data]
-        micro = tuple(placed(read(plan, corpus), mesh, policy) for plan in plans)
+        layers = weighed_layers(unwrapped(engine.model))
+        micro = tuple(placed(read(plan, corpus), mesh, policy, layers) for plan in plans)
     targets = batch.targets_of(replica, mesh.data)
     loss = torch.zeros((), device=device)
     devices = [] if device.type == "cpu" else [device]

@@ -15,8 +15,11 @@ from torch import Tensor, nn
 
 from ringattn.documents import Documents
 from ringattn.hf import attention_kwargs
+from ringattn.hf.model import unwrapped
+from ringattn.hf.shape import weighed_layers
 from ringattn.parallel.layout import Layout
 from ringattn.parallel.mesh.mesh import SequenceMesh
+from ringattn.recurrent.weighing import weighed_layout
 from ringattn.training.evaluation.head import Head
 from ringattn.training.packs.packing import NO_TARGET
 
@@ -51,11 +54,11 @@ class Scorer:
 
     def __init__(self, model: nn.Module, mesh: SequenceMesh, policy: str = "auto", tile: int = TILE) -> None:
         self.model, self.mesh, self.policy, self.tile = model, mesh, policy, tile
-        self.head = Head(model)
+        self.head, self._layers = Head(model), weighed_layers(unwrapped(model))
 
     def layout(self, docs: Documents) -> Layout:
         """Where the tokens of a pack are."""
-        return Layout(docs, self.mesh, policy=self.policy)
+        return weighed_layout(docs, self.mesh, self.policy, self._layers)
 
     def __call__(self, layout: Layout, ids: Tensor, targets: Tensor) -> TokenScores:
         """Scores this rank's tokens of a pack.

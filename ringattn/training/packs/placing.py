@@ -9,6 +9,7 @@ import torch
 from ringattn.parallel.layout import Layout
 from ringattn.parallel.mesh.shape import MeshShape
 from ringattn.parallel.planning.ahead import Attention, Plans, install, plan_ahead
+from ringattn.recurrent.weighing import MixingLayers, weighed_layout
 from ringattn.training.packs.batches import Batch, batches
 from ringattn.training.packs.packers import AnyPacker
 from ringattn.training.packs.packing import NO_TARGET
@@ -62,7 +63,7 @@ class BatchMaker:
         packer: where the stream of packs goes on.
         packs_per_step, replica, replicas: see `batches`.
         mesh: the ranks of the sequence, of which this one is `mesh.sequence_rank`.
-        policy: of layouts.
+        policy, layers: see `weighed_layout`.
         share: common prefixes of a pack's documents are computed once.
         attentions: for which plans are made, from the next pack on; they are known once a model ran.
     """
@@ -73,6 +74,7 @@ class BatchMaker:
     replicas: int
     mesh: MeshShape
     policy: str
+    layers: MixingLayers | None
     share: bool = False
     attentions: tuple[Attention, ...] = ()
 
@@ -81,12 +83,18 @@ class BatchMaker:
         return batches(self.packer, self.packs_per_step, self.replica, self.replicas, self._place, self.share)
 
     def _place(self, pack: AnyPack) -> LocalPack:
-        return placed(pack, self.mesh, self.policy, self.attentions)
+        return placed(pack, self.mesh, self.policy, self.layers, self.attentions)
 
 
-def placed(pack: AnyPack, mesh: MeshShape, policy: str, attentions: tuple[Attention, ...] = ()) -> LocalPack:
+def placed(
+    pack: AnyPack,
+    mesh: MeshShape,
+    policy: str,
+    layers: MixingLayers | None,
+    attentions: tuple[Attention, ...] = (),
+) -> LocalPack:
     """This rank's part of a pack."""
-    layout = Layout(pack.docs, mesh, policy=policy)
+    layout = weighed_layout(pack.docs, mesh, policy, layers)
     labels = pack.labels
     targets = labels.shard(layout) if isinstance(labels, Targets) else layout.shard(labels)
     return LocalPack(

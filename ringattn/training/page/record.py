@@ -9,7 +9,6 @@ import os
 import platform
 import socket
 import sys
-from collections.abc import Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -18,6 +17,7 @@ import numpy as np
 import torch
 
 from ringattn.memory.host import host_memory
+from ringattn.parallel.layout import Layout
 from ringattn.training.data.mixture import CachedCorpus
 from ringattn.training.data.streaming import StreamedCorpus
 from ringattn.training.page.folder import FILE
@@ -31,15 +31,15 @@ PACKAGES = (
 LONGEST_COMMAND = 20_000  # signs of a command line that are kept
 
 
-def write_record(job: Job, step: int, parameters: int, lengths: Sequence[int]) -> None:
+def write_record(job: Job, step: int, parameters: int, layout: Layout) -> None:
     """Writes run.json; a disk that does not take it costs a warning.
 
     Arguments:
         step: that the run goes on after.
         parameters: of the model.
-        lengths: of the documents of the first pack, in tokens.
+        layout: of the first pack.
     """
-    record = redacted(_record(job, step, parameters, lengths))
+    record = redacted(_record(job, step, parameters, layout))
     record["starts"] = [*_starts(job.output), record["starts"]]
     partial = job.output / f".{FILE}.partial"
     try:
@@ -50,7 +50,7 @@ def write_record(job: Job, step: int, parameters: int, lengths: Sequence[int]) -
         print(f"warning: {FILE} could not be written: {error.strerror}", file=sys.stderr, flush=True)
 
 
-def _record(job: Job, step: int, parameters: int, lengths: Sequence[int]) -> dict[str, Any]:
+def _record(job: Job, step: int, parameters: int, layout: Layout) -> dict[str, Any]:
     cfg, launch = job.cfg, job.launch
     return {
         "title": f"{cfg.model.name} on {cfg.data.name}",
@@ -65,11 +65,11 @@ def _record(job: Job, step: int, parameters: int, lengths: Sequence[int]) -> dic
         "memory": _memory(job),
         "data": {} if isinstance(job.corpus, StreamedCorpus) else data_numbers(job.corpus),
         "attention": {
-            "lengths": list(lengths),
+            "lengths": list(layout.docs.lengths),
             "data": cfg.parallel.data,
             "ring": cfg.parallel.ring,
             "ulysses": cfg.parallel.ulysses,
-            "policy": cfg.parallel.policy,
+            "policy": layout.policy,
             "scheme": cfg.parallel.scheme,
             **_heads(job.model_config.get_text_config()),
         },

@@ -1,5 +1,6 @@
 """Layers that carry a state: what the planner says they hold, against the storages that PyTorch makes and drops."""
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -9,7 +10,8 @@ pytest.importorskip("transformers")
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ringattn.hf.shape import model_shape
+from ringattn import Documents, MeshShape
+from ringattn.hf.shape import model_shape, weighed_layers
 from ringattn.hf.tiny import read_config, tiny_config, tiny_model
 from ringattn.memory.planning import recurrent as planned
 from ringattn.memory.planning.attention import AttentionUse, degrees
@@ -17,9 +19,10 @@ from ringattn.memory.planning.choice import Planner
 from ringattn.memory.planning.items import RECURRENCE
 from ringattn.memory.planning.limits import GIB, Limits
 from ringattn.memory.planning.recurrent import RecurrentUse
-from ringattn.memory.planning.shapes import ModelShape, Parts, RunShape
+from ringattn.memory.planning.shapes import ModelShape, Parts, RunShape, layout_of
 from ringattn.parallel.machine.shipped import SHIPPED
 from ringattn.recurrent import recurrence
+from ringattn.recurrent.weighing import weighed_layout
 from ringattn.training.model.models import empty_model
 from tests.memory.planning.measured import compared
 from tests.pool import Pools
@@ -34,7 +37,12 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "falcon_h1": {},
     "nemotron_h": {"layer_types": ["linear_attention", "mlp", "full_attention", "mlp"]},
     "lfm2": {"layer_types": ["conv", "full_attention", "conv", "conv"]},
-}
+    "jamba": {
+        "num_experts": 1, "num_experts_per_tok": 1, "attn_layer_period": 2, "attn_layer_offset": 1,
+        "mamba_expand": 1, "mamba_d_state": 4,
+    },
+    "minimax": {"block_size": 4, "num_local_experts": 1, "num_experts_per_tok": 1, "router_jitter_noise": 0.0},
+}  # fmt: skip
 SOME = ["plain", "layer", "attention"]
 
 
@@ -51,7 +59,8 @@ def shape_of(family: str, **changes: Any) -> tuple[ModelShape, Any]:
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_live_storages_are_those_of_the_plan(pool: Pools, family: str) -> None:
-    (found,) = pool(1).run(compared, hybrid, (family, {}), "float32", SOME, [512])
+    tokens = 256 if family == "jamba" else 512  # whose chunks are slow
+    (found,) = pool(1).run(compared, hybrid, (family, {}), "float32", SOME, [tokens])
     wrong = [one for one in found if one[2] != pytest.approx(1.0, abs=0.07)]
     assert not wrong, found
 
@@ -88,7 +97,9 @@ def compared_by(route: str, *rest: Any) -> list[tuple[str, str, float]]:
 
 
 @pytest.mark.parametrize("route", ["scan", "exchange"])
-@pytest.mark.parametrize("family", ["qwen3_5_text", "nemotron_h"])
+@pytest.mark.parametrize(
+    "family", ["qwen3_5_text", "nemotron_h", "minimax", pytest.param("jamba", marks=pytest.mark.slow)]
+)
 def test_both_routes_on_two_ranks(pool: Pools, family: str, route: str) -> None:
     """By the scan a rank keeps the inputs of its pieces and the maps of all, and computes them again."""
     for found in pool(2).run(compared_by, route, hybrid, (family, {}), "float32", ["plain", "layer"], [1024], 2):
@@ -130,7 +141,7 @@ def test_fewer_or_more_layers_keep_their_parts(count: int) -> None:
 
 
 @given(
-    family=st.sampled_from(["qwen3_5_text", "bamba"]),
+    family=st.sampled_from(["qwen3_5_text", "bamba", "jamba", "minimax"]),
     tokens=st.integers(1, 20000),
     ring=st.sampled_from([1, 2, 3]),
     ulysses=st.sampled_from([1, 2]),
@@ -171,12 +182,41 @@ def test_a_recurrence_costs_per_token_and_is_computed_again() -> None:
     assert planned_run("layer").alive.peak("backward").items[RECURRENCE] > 0
 
 
+@pytest.mark.parametrize(
+    ("family", "told"),
+    [("qwen3_5_text", "flash-linear-attention"), ("minimax", "flash-linear-attention"), ("bamba", "mamba-ssm"),
+     ("jamba", "plain torch")],
+)  # fmt: skip
+def test_packages_have_kernels_that_keep_less_but_for_mamba_1(family: str, told: str) -> None:
+    shape, _ = shape_of(family)
+    fused, torch = (RecurrentUse.of(shape, RunShape(8192, recurrent=name), H200) for name in ("fused", "torch"))
+    assert fused is not None
+    assert torch is not None
+    assert told in fused.told
+    assert "plain torch" in torch.told
+    assert (fused == torch) == (family == "jamba")
+    assert fused.saved <= torch.saved
+    assert fused.backward <= torch.backward
+
+
 def test_degrees_are_chosen_with_recurrences_and_without_attention_too() -> None:
     shape, _ = shape_of("bamba", attn_layer_indices=[])
     assert not shape.masks
     run = degrees(shape, RunShape(65536, ring=2, ulysses=2), H200)
     assert run.ring * run.ulysses == 4
     assert AttentionUse.of(shape, run, H200).forward_seconds == 0.0
+
+
+def test_a_plan_is_of_the_layout_that_the_recipe_has() -> None:
+    shape, model = shape_of("qwen3_5_text")
+    assert shape.mixing == weighed_layers(model)
+    for lengths, policy in (((64,) * 4, "contiguous"), ((150, 7, 90), "balanced")):
+        run, mesh = RunShape(sum(lengths), ring=2, lengths=lengths), MeshShape(ring=2, machine=H200)
+        found = layout_of(shape, run, H200)
+        assert found.positions == weighed_layout(Documents(lengths), mesh, layers=shape.mixing).positions
+        assert found.resolved_policy == policy
+        assert layout_of(shape, replace(run, policy="zigzag"), H200).policy == "zigzag"
+    assert shape_of("lfm2")[0].mixing is None
 
 
 def test_mlps_without_a_place_of_their_own_are_never_in_tiles() -> None:

@@ -80,6 +80,8 @@ def test_where_a_machine_comes_from(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert local_machine("cpu") == mine
     monkeypatch.setenv("RINGATTN_MACHINE", "H100")
     assert local_machine("cpu") == SHIPPED["H100"]
+    monkeypatch.setenv("RINGATTN_MACHINE", "h100")
+    assert local_machine("cpu") == SHIPPED["H100"]
     monkeypatch.setenv("RINGATTN_MACHINE", "H101")
     with pytest.raises(ValueError, match=r"RINGATTN_MACHINE must be H200, .*got 'H101'"):
         local_machine("cpu")

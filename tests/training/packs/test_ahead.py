@@ -52,7 +52,7 @@ class Odd(Exception):
 
 def maker_on(mesh: SequenceMesh, packer: type[Packer] = Packer) -> BatchMaker:
     corpus = corpus_of([np.arange(100 + length) % 251 for length in range(40)], 256)
-    return BatchMaker(packer(corpus, 300, seed=3), 2, 0, 1, mesh, "auto")
+    return BatchMaker(packer(corpus, 300, seed=3), 2, 0, 1, mesh, "auto", None)
 
 
 def attention_on(layout: Layout) -> torch.Tensor:

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from ringattn import Documents, Layout, MeshShape
 from ringattn.cli import main
 from ringattn.training.data.corpus import corpus_of
 from ringattn.training.health.incidents import Ending, record_incident, write_ending
@@ -174,8 +175,8 @@ def test_the_command_refuses_what_is_no_run(tmp_path, capsys):
 
 def test_what_a_run_records_at_its_start(tmp_path):
     job = prepared(f"run.output={tmp_path / 'run'}", "data.seq_len=256")
-    write_record(job, 0, 1234, [200, 56])
-    write_record(job, 7, 1234, [256])
+    write_record(job, 0, 1234, Layout(Documents([200, 56]), MeshShape()))
+    write_record(job, 7, 1234, Layout(Documents([256]), MeshShape()))
     record = json.loads((tmp_path / "run" / "run.json").read_text())
     assert [start["step"] for start in record["starts"]] == [0, 7]
     assert record["attention"]["lengths"] == [256]

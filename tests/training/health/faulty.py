@@ -50,6 +50,8 @@ def faulty_forward(self: loop.Trainer, local: Any, targets: int) -> torch.Tensor
         return loss
     if kind not in ("kill-optimizer", "skip") and now(self):
         if kind == "memory":
+            if torch.cuda.is_available():
+                torch.empty(2**50, dtype=torch.uint8, device="cuda")  # the allocator's own error
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 3.00 GiB. The rest is not read.")
         actions: dict[str, Callable[[], Any]] = {
             "kill-forward": killed,

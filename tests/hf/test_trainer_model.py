@@ -35,7 +35,7 @@ def trained(folder: str, ring: int, how: str) -> list[dict[str, Any]]:
     return histories
 
 
-@pytest.mark.parametrize("how", ["init", "trial", "set"])
+@pytest.mark.parametrize("how", ["init", pytest.param("trial", marks=pytest.mark.slow), "set"])
 def test_models_that_are_set_later(pool: Pools, how: str, tmp_path: Path) -> None:
     """model_init makes one before each training (and each trial), the user may put another in."""
     expected = pool(1).run(trained, str(tmp_path), 1, how)[0]
@@ -120,7 +120,7 @@ def best(folder: str, ring: int, only_model: bool) -> tuple[dict[str, Any], str,
     return history(trainer), Path(trainer.state.best_model_checkpoint).name, trainer.evaluate()["eval_loss"]
 
 
-@pytest.mark.parametrize("only_model", [False, True])
+@pytest.mark.parametrize("only_model", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_the_best_model_is_loaded_at_the_end(pool: Pools, only_model: bool, tmp_path: Path) -> None:
     expected, name, loss = pool(1).run(best, str(tmp_path / "1"), 1, only_model)[0]
     losses = dict(expected["eval"])

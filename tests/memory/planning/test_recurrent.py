@@ -56,7 +56,7 @@ def test_live_storages_are_those_of_the_plan(pool: Pools, family: str) -> None:
     assert not wrong, found
 
 
-@pytest.mark.parametrize("family", ["qwen3_5_text", "bamba"])
+@pytest.mark.parametrize("family", [pytest.param("qwen3_5_text", marks=pytest.mark.slow), "bamba"])
 def test_they_are_with_the_dims_of_real_models(pool: Pools, family: str) -> None:
     """Where dims are as wide as chunks, other tensors are the largest."""
     wide = {"linear_key_head_dim": 128, "linear_value_head_dim": 128}
@@ -88,7 +88,7 @@ def compared_by(route: str, *rest: Any) -> list[tuple[str, str, float]]:
 
 
 @pytest.mark.parametrize("route", ["scan", "exchange"])
-@pytest.mark.parametrize("family", ["qwen3_5_text", "nemotron_h"])
+@pytest.mark.parametrize("family", [pytest.param("qwen3_5_text", marks=pytest.mark.slow), "nemotron_h"])
 def test_both_routes_on_two_ranks(pool: Pools, family: str, route: str) -> None:
     """By the scan a rank keeps the inputs of its pieces and the maps of all, and computes them again."""
     for found in pool(2).run(compared_by, route, hybrid, (family, {}), "float32", ["plain", "layer"], [1024], 2):

@@ -155,7 +155,7 @@ def both(name: str, ring: int, ulysses: int) -> tuple[dict[str, Tensor], dict[st
     return truth, found(model, out.loss, local["cu_seq_lens_q"].unshard(out.logits[0].detach()))
 
 
-@pytest.mark.parametrize(("ring", "ulysses"), [(1, 1), (2, 1), pytest.param(2, 2, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(("ring", "ulysses"), [(1, 1), (2, 1), (2, 2)])
 @pytest.mark.parametrize("name", MODELS)
 def test_images_and_prefixes_see_what_they_see_in_one_process(pool: Pools, name: str, ring: int, ulysses: int) -> None:
     for truth, got in pool(ring * ulysses).run(both, name, ring, ulysses):

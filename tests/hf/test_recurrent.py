@@ -96,7 +96,7 @@ def checkpointed(family: str) -> list[float]:
     return found
 
 
-@pytest.mark.parametrize("family", ["qwen3_5_text", "bamba", pytest.param("jamba", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("family", ["qwen3_5_text", "bamba", "jamba"])
 def test_checkpointing(pool: Pools, family: str) -> None:
     for errors in pool(2).run(checkpointed, family):
         assert max(errors) < 1e-5

@@ -120,7 +120,7 @@ def best(folder: str, ring: int, only_model: bool) -> tuple[dict[str, Any], str,
     return history(trainer), Path(trainer.state.best_model_checkpoint).name, trainer.evaluate()["eval_loss"]
 
 
-@pytest.mark.parametrize("only_model", [False, pytest.param(True, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("only_model", [False, True])
 def test_the_best_model_is_loaded_at_the_end(pool: Pools, only_model: bool, tmp_path: Path) -> None:
     expected, name, loss = pool(1).run(best, str(tmp_path / "1"), 1, only_model)[0]
     losses = dict(expected["eval"])

@@ -88,7 +88,7 @@ def compared_by(route: str, *rest: Any) -> list[tuple[str, str, float]]:
 
 
 @pytest.mark.parametrize("route", ["scan", "exchange"])
-@pytest.mark.parametrize("family", [pytest.param("qwen3_5_text", marks=pytest.mark.slow), "nemotron_h"])
+@pytest.mark.parametrize("family", ["qwen3_5_text", "nemotron_h"])
 def test_both_routes_on_two_ranks(pool: Pools, family: str, route: str) -> None:
     """By the scan a rank keeps the inputs of its pieces and the maps of all, and computes them again."""
     for found in pool(2).run(compared_by, route, hybrid, (family, {}), "float32", ["plain", "layer"], [1024], 2):

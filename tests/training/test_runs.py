@@ -128,7 +128,7 @@ def reference(tmp_path_factory) -> list[tuple[int, float, float]]:
     [
         (2, ()),
         (2, ("parallel.data=2", "memory.keep=attention")),
-        (2, ("memory.states_on=host", "memory.prefetch=2")),
+        pytest.param(2, ("memory.states_on=host", "memory.prefetch=2"), marks=pytest.mark.slow),
         pytest.param(4, ("parallel.head_chunks=2",), marks=pytest.mark.slow),
         pytest.param(4, ("memory.loss_tile=64", "memory.mlp_tile=64", "memory.keep=attention"), marks=pytest.mark.slow),
         pytest.param(2, ("engine=deepspeed", "engine.zero_stage=1"), marks=needs_deepspeed),

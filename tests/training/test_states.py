@@ -81,7 +81,7 @@ def flat(values: list[tuple[float, float]]) -> list[float]:
 
 
 @pytest.mark.parametrize("ranks", [1, 2])
-@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("tied", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_where_states_are_changes_nothing(pool: Pools, ranks: int, tied: bool) -> None:
     expected = pool(ranks).run(curve, ranks, StateSettings(), tied=tied)[0]
     assert expected[0][0] > expected[-1][0]

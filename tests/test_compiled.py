@@ -91,7 +91,10 @@ def test_backward_after_the_batch_is_dropped(pool: Pools, ring: int, ulysses: in
                 torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
 
 
-@pytest.mark.parametrize(("wrap", "backend"), [*((wrap, "aot_eager") for wrap in WRAPS), ("plain", "inductor")])
+@pytest.mark.parametrize(
+    ("wrap", "backend"),
+    [*((wrap, "aot_eager") for wrap in WRAPS), pytest.param("plain", "inductor", marks=pytest.mark.slow)],
+)
 def test_no_layout_outlives_its_graph(counted: None, wrap: str, backend: str) -> None:
     steps = Steps(MeshShape(), WRAPS[wrap], backend)
     for lengths in BATCHES * 2:
@@ -247,8 +250,10 @@ def on_mesh(ring: int, ulysses: int, sinks: bool, window: tuple[int, int]) -> tu
     return compiled_and_not(layouts, ParallelAttention(mesh, mask=Mask(window=window), sinks=logits))
 
 
-@pytest.mark.parametrize(("ring", "ulysses"), [(1, 1), (2, 1), (1, 2), (2, 2)])
-@pytest.mark.parametrize(("sinks", "window"), [(False, (-1, -1)), (True, (9, 0))])
+@pytest.mark.parametrize(
+    ("ring", "ulysses", "sinks", "window"),
+    [*((*degrees, True, (9, 0)) for degrees in ((1, 1), (2, 1), (1, 2), (2, 2))), (2, 2, False, (-1, -1))],
+)
 def test_a_layer_is_one_graph_for_all_lengths(
     pool: Pools, ring: int, ulysses: int, sinks: bool, window: tuple[int, int]
 ) -> None:

@@ -10,12 +10,13 @@ from torch.utils.hooks import RemovableHandle
 
 from ringattn.hf.cached import KeyCache
 from ringattn.hf.features import features_of
+from ringattn.hf.image_features import take_exchange
 from ringattn.hf.images import EmbeddingNeeds
 from ringattn.hf.local_draws import LocalDraws
 from ringattn.hf.memory import ModelMemory
 from ringattn.hf.recurrent import RecurrentLayers, take_back
 from ringattn.hf.support import LengthLimit
-from ringattn.hf.vision import ImageDeal, take_exchange
+from ringattn.hf.vision import ImageDeal
 from ringattn.parallel.mesh.mesh import SequenceMesh
 
 # Only "ringattn" works: transformers treats names that hold "flash" or "/" in ways of its own.

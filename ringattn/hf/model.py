@@ -13,6 +13,7 @@ from ringattn.hf.cached import DecodeStep
 from ringattn.hf.changes import check_changes, same_parameters
 from ringattn.hf.empty import layout_of, put_in, take_out
 from ringattn.hf.handle import NAME, OPTIONS, Handle, set_attention
+from ringattn.hf.image_features import check_images_placed, expect_images, put_exchange
 from ringattn.hf.images import embedding_needs
 from ringattn.hf.keywords import check_keywords
 from ringattn.hf.local_draws import LocalDraws, fork_before, join_after
@@ -23,7 +24,6 @@ from ringattn.hf.recurrent import put_in_place, recurrent_layers
 from ringattn.hf.same_batch import check_same_batch
 from ringattn.hf.support import check_model, length_limits, text_model
 from ringattn.hf.tree_checks import check_trees
-from ringattn.hf.vision import check_images_placed, expect_images, put_exchange
 from ringattn.memory.settings import MemorySettings
 from ringattn.parallel.mesh.mesh import SequenceMesh
 

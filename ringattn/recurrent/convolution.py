@@ -4,18 +4,16 @@ Legend: t local tokens, C channels, w taps, h rows received from others.
 """
 
 from itertools import chain
-from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from ringattn.kept import kept
 from ringattn.parallel.layout import Layout
 from ringattn.recurrent.halo_plan import HaloPlan, plan_halo
 from ringattn.recurrent.kernels.taps import TapsSignature, by_channels, choose_taps
 from ringattn.recurrent.plan import check_layout
-from ringattn.recurrent.wire import Wire, wire_of
+from ringattn.recurrent.wire import Wire, rows_of_others, wire_of
 
 ACTIVATIONS = (None, "silu", "swish")
 
@@ -49,7 +47,7 @@ def convolve(
 ) -> Tensor:
     """`parallel_convolution` for checked arguments, by a plan."""
     rows = x.to(weight.dtype)
-    halo = _Halo.apply(rows, plan, wire) if plan.communicates or any(plan.receives) else rows[:0]
+    halo = _halo(rows, plan, wire)
     source, place = _tables(plan, x.device)
     extended = torch.cat([rows, halo, rows.new_zeros(1, x.shape[1])])[source]
     taps = weight.shape[1]
@@ -61,24 +59,11 @@ def convolve(
     return torch.cat([out, out.new_zeros(1, x.shape[1])])[place].to(x.dtype)
 
 
-class _Halo(torch.autograd.Function):
-    """Local rows (t, C) -> the rows before this rank's pieces (h, C); gradients return and are added, in float32 or
-    wider."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, plan: HaloPlan, wire: Wire) -> Tensor:
-        ctx.plan, ctx.wire, ctx.rows = plan, wire, len(x)
-        return wire.exchange(x[_sent(plan, x.device)], [len(rows) for rows in plan.sends], plan.receives)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
-        (grad,), plan = grads, ctx.plan
-        returned = ctx.wire.exchange(grad, plan.receives, [len(rows) for rows in plan.sends])
-        wide = torch.promote_types(grad.dtype, torch.float32)
-        out = grad.new_zeros(ctx.rows, grad.shape[1], dtype=wide)
-        out.index_add_(0, _sent(plan, grad.device), returned.to(wide))
-        return out.to(grad.dtype), None, None
+def _halo(x: Tensor, plan: HaloPlan, wire: Wire) -> Tensor:
+    """The rows before this rank's pieces, (h, C), of local rows (t, C)."""
+    if not plan.communicates and not any(plan.receives):
+        return x[:0]
+    return rows_of_others(x, _sent(plan, x.device), [len(rows) for rows in plan.sends], plan.receives, wire)
 
 
 def _nothing(x: Tensor, halo: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:

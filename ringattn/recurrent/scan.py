@@ -55,15 +55,21 @@ class _Again:
 
 @dataclass
 class _Job:
-    """One call: what its two functions hand each other, in both passes."""
+    """One call: what its two functions hand each other, in both passes, beside the maps.
+
+    One function alone would have no room for what autograd computes between its rounds, and two can hand each other
+    tensors only by autograd: not a walk that is under way, nor graphs of pieces that were run again.
+
+    Arguments:
+        walk: that one function begins and the other one finishes.
+        later: in the backward pass, the middles with the gradient of their outputs, and all gradients of the lasts.
+    """
 
     plan: RecurrencePlan
     kernel: Kernel
     wire: Wire
     walk: Walk | None = None
-    maps: Tensor | None = None
-    middles: tuple[_Again, Tensor] | None = None
-    lasts: list[Tensor | None] | None = None
+    later: tuple[_Again, Tensor, list[Tensor | None]] | None = None
 
     def start(self, x: Inputs, back: bool, maps: Tensor, states: Sequence[tuple[int, Tensor]]) -> None:
         """The first round leaves.
@@ -106,13 +112,13 @@ def scan(x: Inputs, plan: RecurrencePlan, kernel: Kernel, wire: Wire) -> Tensor:
     job = _Job(plan, kernel, wire)
     if plan.communicates or plan.cut:
         cut = x.rows(_rows(plan.cut))
-        opened, ticket = _Opened.apply(job, *cut)
+        opened, M = _Opened.apply(job, *cut)
         out.append(opened)
     if plan.whole:
         out.insert(0, kernel.outputs(x.rows(_rows(plan.whole)), tuple(piece.size for piece in plan.whole)))
     if plan.communicates or plan.cut:
         later = cut.rows(slice(_tokens(plan.firsts), None))
-        out.append(_Followed.apply(job, ticket, *(None if one is None else one.detach() for one in later)))
+        out.append(_Followed.apply(job, M, *(None if one is None else one.detach() for one in later)))
     if out and _in_order(plan):  # the last one stays, empty or not: its backward pass is collective
         out = [one for one in out[:-1] if len(one)] + out[-1:]
         return out[0] if len(out) == 1 else torch.cat(out)
@@ -122,7 +128,8 @@ def scan(x: Inputs, plan: RecurrencePlan, kernel: Kernel, wire: Wire) -> Tensor:
 
 
 class _Opened(torch.autograd.Function):
-    """The rows of cut pieces, end to end, to the outputs of the first ones; then states are under way.
+    """The rows of cut pieces, end to end, to the outputs of the first ones and the maps of the middle ones; then states
+    are under way.
 
     Its backward pass is the last part: all gradients of the rows.
     """
@@ -136,11 +143,10 @@ class _Opened(torch.autograd.Function):
             M, U = maps(job.kernel, middles, tuple(piece.size for piece in plan.middles))
         else:
             M, U = (x.v.new_empty(0, *shape, dtype=x.wide) for shape in (x.map_shape, x.state_shape))
-        job.maps = M
         job.start(x, False, M, [(0, last), (len(plan.firsts), U)])
         ctx.job = job
         ctx.save_for_backward(*firsts)
-        return out, last.new_zeros(1)
+        return out, M
 
     @staticmethod
     @once_differentiable
@@ -149,8 +155,8 @@ class _Opened(torch.autograd.Function):
         plan = job.plan
         firsts = job.again(x, plan.firsts, None)
         ends = job.finish(x, range(len(plan.firsts) + len(plan.middles)))
-        (middles, dout), lasts = job.middles, job.lasts
-        job.middles = job.lasts = None
+        assert job.later is not None, "gradients of first states have not left"
+        (middles, dout, lasts), job.later = job.later, None
         found = [
             firsts.gradients(grads[0], ends[: len(plan.firsts)]),
             middles.gradients(dout, ends[len(plan.firsts) :]),
@@ -163,17 +169,17 @@ class _Followed(torch.autograd.Function):
     """The rows of middle and last pieces to their outputs, from the states that have arrived.
 
     Its backward pass is the first part: the gradients of their first states leave. Those of the rows are given by
-    `_Opened`, by way of the ticket.
+    `_Opened`, whose backward pass follows because the maps are an input here. They have a gradient of 0: what depends
+    on them is counted in the walk back.
     """
 
     @staticmethod
-    def forward(ctx: Any, job: _Job, ticket: Tensor, *rows: Any) -> Tensor:
+    def forward(ctx: Any, job: _Job, M: Tensor, *rows: Any) -> Tensor:
         plan, x = job.plan, Inputs(*rows)
         states = job.finish(x, range(len(plan.firsts), len(plan.cut)))
         out, _ = _run(job.kernel, x, (*plan.middles, *plan.lasts), states)
         ctx.job = job
-        ctx.save_for_backward(*x, job.maps, states)
-        job.maps = None
+        ctx.save_for_backward(*x, M, states)
         return out
 
     @staticmethod
@@ -191,10 +197,10 @@ class _Followed(torch.autograd.Function):
             (R,) = torch.autograd.grad(middles.out, middles.first, grads[0][:rows], retain_graph=True)
         found = lasts.gradients(grads[0][rows:], None)
         assert found[-1] is not None
-        job.middles, job.lasts = (middles, grads[0][:rows]), found
+        job.later = middles, grads[0][:rows], found
         at = len(plan.firsts)
         job.start(x, True, transposed(M), [(at, R), (at + count, found[-1])])
-        return None, grads[0].new_zeros(1, dtype=x.wide), *[None] * len(x)
+        return None, M.new_zeros(()).expand_as(M), *[None] * len(x)
 
 
 def _run(kernel: Kernel, x: Inputs, pieces: Sequence[Piece], state: Tensor | None) -> tuple[Tensor, Tensor]:

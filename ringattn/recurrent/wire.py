@@ -1,11 +1,14 @@
-"""What recurrences ask of the network: to exchange rows unevenly, and to compute something else meanwhile."""
+"""What recurrences ask of the network, and images too: to exchange rows unevenly, and to compute something else
+meanwhile."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
+import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from ringattn.parallel.mesh.mesh import SequenceMesh
 from ringattn.parallel.mesh.shape import MeshShape
@@ -31,10 +34,14 @@ class Wire(Protocol):
 
 
 class GroupWire:
-    """By the collectives of a process group: gloo or NCCL."""
+    """By the collectives of a process group: gloo or NCCL.
 
-    def __init__(self, group: dist.ProcessGroup) -> None:
-        self.group = group
+    Arguments:
+        rows: what the rows of `exchange` are to who watches this rank, one of `whereabouts.TRANSFERS`.
+    """
+
+    def __init__(self, group: dist.ProcessGroup, rows: str) -> None:
+        self.group, self.rows = group, rows
 
     def start(self, send: Tensor, sends: Sequence[int], receives: Sequence[int]) -> Arriving:
         send = send.contiguous()
@@ -43,7 +50,7 @@ class GroupWire:
         return _Work(send, received, work)
 
     def exchange(self, send: Tensor, sends: Sequence[int], receives: Sequence[int]) -> Tensor:
-        comes_to("rows of a recurrence")
+        comes_to(self.rows)
         received = send.new_empty(sum(receives), *send.shape[1:])
         dist.all_to_all_single(received, send.contiguous(), list(receives), list(sends), group=self.group)
         return received
@@ -83,12 +90,43 @@ class OneRank:
         return send
 
 
-def wire_of(mesh: MeshShape) -> Wire:
-    """The network between the sequence ranks of a mesh. Raises ValueError for several ranks without processes."""
+def wire_of(mesh: MeshShape, rows: str = "rows of a recurrence") -> Wire:
+    """The network between the sequence ranks of a mesh. Raises ValueError for several ranks without processes.
+
+    Arguments:
+        rows: as of `GroupWire`.
+    """
     if mesh.sequence_size == 1:
         return OneRank()
     if not isinstance(mesh, SequenceMesh):
         raise ValueError(
             f"layout must be on a mesh of running processes (init_mesh), got {mesh}, which can only be planned for"
         )
-    return GroupWire(mesh.sequence_group)
+    return GroupWire(mesh.sequence_group, rows)
+
+
+def rows_of_others(x: Tensor, sent: Tensor, sends: Sequence[int], receives: Sequence[int], wire: Wire) -> Tensor:
+    """What all ranks send this one, (sum of receives, ...), of their rows (t, ...). Gradients return, and those of one
+    row are added, in float32 or wider. Collective in both directions.
+
+    Arguments:
+        sent: (sum of sends,) numbers of this rank's rows, by the rank that they go to; a row may go to several.
+    """
+    return _RowsOfOthers.apply(x, sent, sends, receives, wire)
+
+
+class _RowsOfOthers(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, sent: Tensor, sends: Sequence[int], receives: Sequence[int], wire: Wire) -> Tensor:
+        ctx.rest, ctx.rows = (sent, sends, receives, wire), len(x)
+        return wire.exchange(x[sent], sends, receives)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None, None]:
+        (grad,), (sent, sends, receives, wire) = grads, ctx.rest
+        returned = wire.exchange(grad, receives, sends)
+        wide = torch.promote_types(grad.dtype, torch.float32)
+        out = grad.new_zeros(ctx.rows, *grad.shape[1:], dtype=wide)
+        out.index_add_(0, sent, returned.to(wide))
+        return out.to(grad.dtype), None, None, None, None

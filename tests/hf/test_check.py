@@ -18,6 +18,7 @@ from tests.parallel.ranks import mesh_of
 from tests.pool import Pools
 
 
+@pytest.mark.slow
 def test_an_exact_model_in_processes_of_its_own(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     tiny_config(read_config("granite_swa"), vocab_size=50).save_pretrained(tmp_path)
     assert main(["check", "--model", str(tmp_path), "--ring", "2", "--json"]) == 0

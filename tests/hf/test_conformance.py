@@ -27,7 +27,15 @@ def failures(rows: list[Row]) -> list[str]:
     return [f"{row.family} on {row.mesh}: {text}" for row in rows for text in row.failures()]
 
 
-@pytest.mark.parametrize("mesh", [mesh for mesh in MESHES if mesh != "zigzag 2"])
+@pytest.mark.parametrize(
+    "mesh",
+    [
+        "1 rank",
+        "ulysses 2",
+        "empty rank",
+        *(pytest.param(name, marks=pytest.mark.slow) for name in ("ring 2", "hybrid 2×2")),
+    ],
+)
 def test_hard_families(pool: Pools, mesh: str) -> None:
     assert not failures(run(pool, HARD, [mesh], (FORMS[1], FORMS[4], FORMS[5])))
 

@@ -123,7 +123,7 @@ def on_ranks(compiled: bool, keep: str | None) -> list[Tensor]:
     return found
 
 
-@pytest.mark.parametrize("keep", [None, "layer", "attention"])
+@pytest.mark.parametrize("keep", [None, pytest.param("layer", marks=pytest.mark.slow), "attention"])
 def test_parallelized_and_kept(pool: Pools, keep: str | None) -> None:
     plain = pool(2).run(on_ranks, False, None)
     for found, wanted in zip(pool(2).run(on_ranks, True, keep), plain, strict=True):

@@ -177,6 +177,7 @@ def _tokenizer() -> Any:
     return PreTrainedTokenizerFast(tokenizer_object=inner, pad_token="<pad>", bos_token="<bos>", eos_token="<eos>")
 
 
+@pytest.mark.slow
 def test_trls_packing_trains_as_one_rank_does(pool: Pools, tmp_path: Path) -> None:
     pytest.importorskip("trl", reason="TRL is not installed")
     alone = pool(1).run(fine_tuned, str(tmp_path / "1"), 1)[0]

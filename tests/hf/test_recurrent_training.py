@@ -36,6 +36,7 @@ def hybrid(family: str) -> Any:
     return tiny_model(tiny_config(read_config(family), **(FAMILIES[family] | SMALL[family])))
 
 
+@pytest.mark.slow
 def test_ringattn_check(pool: Pools) -> None:
     findings = pool(2).run(findings_of, Request("granitemoehybrid", 2, 1, policy="zigzag"), None)[0]
     assert [finding for finding in findings if not finding.ok] == []

@@ -58,6 +58,7 @@ def test_replicas_with_different_numbers_of_batches(pool: Pools, name: str, tmp_
         same_history(found, expected)
 
 
+@pytest.mark.slow
 def test_four_ranks_with_accumulation_epochs_and_resume(pool: Pools, tmp_path: Path) -> None:
     """Two replicas of two ranks, an epoch that ends in the middle of a step, and a run that goes on after step 3."""
     changes = {"gradient_accumulation_steps": 2, "num_train_epochs": 2, "save_strategy": "steps", "save_steps": 3}

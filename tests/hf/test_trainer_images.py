@@ -218,6 +218,7 @@ def test_replicas_without_images_run_a_sharded_tower(pool: Pools, tmp_path: Any)
         same_history(found, truth | {"weights": {}})
 
 
+@pytest.mark.slow
 def test_checkpointed_layers_and_micro_batches_without_images(pool: Pools, tmp_path: Any) -> None:
     """There the stock Trainer has gradients of all parameters waited for, and a tower without images gives none."""
     (truth,) = pool(1).run(alone, str(tmp_path), "gemma3", {})

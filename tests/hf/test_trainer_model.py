@@ -35,7 +35,7 @@ def trained(folder: str, ring: int, how: str) -> list[dict[str, Any]]:
     return histories
 
 
-@pytest.mark.parametrize("how", ["init", "trial", "set"])
+@pytest.mark.parametrize("how", ["init", pytest.param("trial", marks=pytest.mark.slow), "set"])
 def test_models_that_are_set_later(pool: Pools, how: str, tmp_path: Path) -> None:
     """model_init makes one before each training (and each trial), the user may put another in."""
     expected = pool(1).run(trained, str(tmp_path), 1, how)[0]

@@ -46,12 +46,19 @@ def trained(folder: str, data: int, ring: int, changes: dict[str, Any]) -> dict[
     return history(trainer)
 
 
+@pytest.fixture(scope="module")
+def in_one_process(pool: Pools, tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]]:
+    """The history of each option."""
+    folder = str(tmp_path_factory.mktemp("one"))
+    found = pool(1).run_many(trained, [(folder, 1, 1, changes) for changes in OPTIONS.values()])
+    return {name: ranks[0] for name, ranks in zip(OPTIONS, found, strict=True)}
+
+
 @pytest.mark.parametrize("data", [1, 2])
-def test_options_of_training(pool: Pools, data: int, tmp_path: Path) -> None:
+def test_options_of_training(pool: Pools, data: int, in_one_process: dict[str, Any], tmp_path: Path) -> None:
     """In one process, in two ranks of a sequence, in two replicas; and what changes no number changes none."""
-    one = pool(1).run_many(trained, [(str(tmp_path), 1, 1, changes) for changes in OPTIONS.values()])
     two = pool(2).run_many(trained, [(str(tmp_path), data, 2 // data, changes) for changes in OPTIONS.values()])
-    expected = {name: ranks[0] for name, ranks in zip(OPTIONS, one, strict=True)}
+    expected = in_one_process
     for name, ranks in zip(OPTIONS, two, strict=True):
         for found in ranks:
             same_history(found, expected[name])

@@ -188,8 +188,10 @@ def beside_documents(ring: int, family: str) -> None:
     handle.undo()
 
 
-@pytest.mark.parametrize("family", ["gpt_oss", "gemma2"])
-@pytest.mark.parametrize("ring", [1, 4])
+@pytest.mark.parametrize(
+    ("family", "ring"),
+    [("gpt_oss", 1), ("gpt_oss", 4), ("gemma2", 1), pytest.param("gemma2", 4, marks=pytest.mark.slow)],
+)
 def test_odd_trees_are_their_sequences_alone(pool, ring, family):
     """Beside windows and sinks, and beside capped scores."""
     pool(ring).run(beside_documents, ring, family)

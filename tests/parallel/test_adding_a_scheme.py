@@ -132,5 +132,4 @@ def attend_by_parity(folder: str, case: Case, ring: int, ulysses: int) -> dict[s
 @pytest.mark.parametrize("mask", MASKS[:5], ids=str)
 def test_it_is_exact_on_processes(pool: Pools, tmp_path: Path, ring: int, ulysses: int, mask: Mask) -> None:
     case = Case(Documents([150, 3, 0, 61], total=230), mask, (4, 2))
-    for result in pool(4).run(attend_by_parity, str(tmp_path), case, ring, ulysses):
-        assert_close(result, case)
+    assert_close(pool(4).run(attend_by_parity, str(tmp_path), case, ring, ulysses), case)

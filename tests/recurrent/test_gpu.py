@@ -1,7 +1,5 @@
 """Kernels of recurrences on GPUs against float64, beside plain torch in the same dtype: alone and split over ranks."""
 
-from dataclasses import replace
-
 import pytest
 import torch
 
@@ -51,11 +49,10 @@ def fused(name: str, signature: Signature) -> Kernel:
 def test_a_kernel_against_float64(name: str, rule: str, dtype: torch.dtype) -> None:
     signature = signature_of(rule, dtype)
     kernel = fused(name, signature)
-    wider = replace(signature, value_dim=sum(DIMS))  # finds a piece's map beside its state, forward alone
-    for case in (signature, wider) if signature.delta else (signature,):
+    for case, judge in selftest.cases(signature):
         problem = selftest.drawn(case, (1000, 1, 64, 130, 3))
-        errors = selftest.errors_of(kernel, *problem, gradients=case is signature)
-        limit = RATIO * max(selftest.errors_of(Chunked(), *problem, gradients=case is signature).values())
+        errors = judge(kernel, *problem)
+        limit = RATIO * max(judge(Chunked(), *problem).values())
         print(name, rule, dtype, {key: f"{error:.1e}" for key, error in errors.items()}, f"limit {limit:.1e}")
         if dtype == torch.float32:  # products of TF32 are refused, right ones kept
             assert (selftest.failure(kernel, signature) is None) == (max(errors.values()) <= 1e-4)

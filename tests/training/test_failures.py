@@ -60,6 +60,7 @@ def test_the_end_of_torchruns_screen(tmp_path):
     assert not Path(tmp_path, "checkpoints").exists()
 
 
+@pytest.mark.slow
 def test_a_step_that_does_not_fit_says_so_at_the_end_of_the_screen(tmp_path):
     done = faulty("1:memory", tmp_path)
     said = "step 2 on rank 1, in its forward pass: the GPU's memory is full, 3.00 GiB more were wanted"

@@ -113,7 +113,7 @@ def assert_same_curve(found: list[tuple[int, float, float]], expected: list[tupl
 @pytest.fixture(scope="module")
 def reference(tmp_path_factory) -> list[tuple[int, float, float]]:
     output = tmp_path_factory.mktemp("runs") / "one"
-    text = finish(start(output, 1))
+    text = run(output, 1)
     found = curve(output)
     assert found[0][1] == pytest.approx(5.55, abs=0.1)
     assert found[-1][1] < found[0][1] - 0.5
@@ -128,8 +128,8 @@ def reference(tmp_path_factory) -> list[tuple[int, float, float]]:
     [
         (2, ()),
         (2, ("parallel.data=2", "memory.keep=attention")),
-        (2, ("memory.states_on=host", "memory.prefetch=2")),
-        (4, ("parallel.head_chunks=2",)),
+        pytest.param(2, ("memory.states_on=host", "memory.prefetch=2"), marks=pytest.mark.slow),
+        pytest.param(4, ("parallel.head_chunks=2",), marks=pytest.mark.slow),
         pytest.param(4, ("memory.loss_tile=64", "memory.mlp_tile=64", "memory.keep=attention"), marks=pytest.mark.slow),
         pytest.param(2, ("engine=deepspeed", "engine.zero_stage=1"), marks=needs_deepspeed),
         pytest.param(2, ("engine=deepspeed", "engine.zero_stage=3", "parallel.data=2"), marks=needs_deepspeed),

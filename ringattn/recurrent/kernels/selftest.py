@@ -19,6 +19,8 @@ from ringattn.recurrent.kernels.contract import Inputs, Kernel, Signature
 from ringattn.recurrent.kernels.verdicts import keep_failure, kept_failure
 
 T = TypeVar("T")
+# Relative errors of a kernel by name, for inputs, lengths of pieces and first states.
+Judge = Callable[[Kernel, Inputs, tuple[int, ...], Tensor], dict[str, float]]
 
 LENGTHS = (150, 1, 64, 70)  # more and fewer tokens than a chunk, one chunk, one token
 # Errors relative to float64 of a right kernel are 5e-3 in bfloat16; a wrong one is off by 1e-1 and more.
@@ -60,9 +62,9 @@ def in_a_thread(test: Callable[[], T]) -> T:
 
 
 def _failure(kernel: Kernel, signature: Signature) -> str | None:
-    for case in _cases(signature):
+    for case, judge in cases(signature):
         try:
-            errors = errors_of(kernel, *drawn(case), gradients=case.value_dim == signature.value_dim)
+            errors = judge(kernel, *drawn(case))
         except Exception as error:  # whatever a kernel or its compiler raises
             return f"failed its self-test: {type(error).__name__}: {str(error)[:200]}"
         wrong = {name: error for name, error in errors.items() if not error <= TOLERANCE[case.dtypes[1] or torch.half]}
@@ -74,13 +76,14 @@ def _failure(kernel: Kernel, signature: Signature) -> str | None:
     return None
 
 
-def _cases(signature: Signature) -> list[Signature]:
-    """The call's own, and for the delta rule the one that finds a piece's map beside its state, forward alone."""
+def cases(signature: Signature) -> list[tuple[Signature, Judge]]:
+    """The call's own, and for the delta rule the one that finds a piece's map beside its state, forward alone:
+    autograd never goes through it."""
     group = signature.heads // signature.key_heads
     keys = min(signature.key_heads, max(1, HEADS // group))
     case = replace(signature, key_heads=keys, heads=keys * min(group, HEADS))
     wider = replace(case, value_dim=case.value_dim + case.key_dim)
-    return [case, wider] if signature.delta else [case]
+    return [(case, errors_both_ways), *([(wider, errors_forward)] if signature.delta else [])]
 
 
 def drawn(case: Signature, lengths: tuple[int, ...] = LENGTHS) -> tuple[Inputs, tuple[int, ...], Tensor]:
@@ -104,17 +107,16 @@ def drawn(case: Signature, lengths: tuple[int, ...] = LENGTHS) -> tuple[Inputs, 
     return Inputs(*rows), lengths, state.to(case.device)  # type: ignore[arg-type]
 
 
-def errors_of(
-    kernel: Kernel, x: Inputs, lengths: tuple[int, ...], state: Tensor, *, gradients: bool = True
-) -> dict[str, float]:
-    """Relative errors against float64: of outputs, last states and all gradients, and of outputs from empty states.
-    Without gradients of outputs and last states alone."""
-    judged = Inputs(*(None if one is None else one.double() for one in x))  # type: ignore[arg-type]
-    if not gradients:
-        with torch.no_grad():
-            right, got = Chunked().run(judged, lengths, state.double()), kernel.run(x, lengths, state)
-        return {name: _relative(a, b) for name, a, b in zip(("out", "last state"), got, right, strict=True)}
-    expected = _both_ways(Chunked(), judged, lengths, state.double())
+def errors_forward(kernel: Kernel, x: Inputs, lengths: tuple[int, ...], state: Tensor) -> dict[str, float]:
+    """Relative errors against float64 of outputs and last states."""
+    with torch.no_grad():
+        right, got = Chunked().run(_wide(x), lengths, state.double()), kernel.run(x, lengths, state)
+    return {name: _relative(a, b) for name, a, b in zip(("out", "last state"), got, right, strict=True)}
+
+
+def errors_both_ways(kernel: Kernel, x: Inputs, lengths: tuple[int, ...], state: Tensor) -> dict[str, float]:
+    """Relative errors against float64: of outputs, last states and all gradients, and of outputs from empty states."""
+    expected = _both_ways(Chunked(), _wide(x), lengths, state.double())
     found = _both_ways(kernel, x, lengths, state)
     errors = {name: _relative(found[name], one) for name, one in expected.items()}
     if x.step is not None:
@@ -123,6 +125,10 @@ def errors_of(
         sums = found["ddecay"].double().sum(0) - expected["ddecay"].sum(0)
         errors["ddecay"] = (sums.norm() / expected["ddecay"].norm()).item()
     return errors
+
+
+def _wide(x: Inputs) -> Inputs:
+    return Inputs(*(None if one is None else one.double() for one in x))  # type: ignore[arg-type]
 
 
 def _both_ways(kernel: Kernel, x: Inputs, lengths: tuple[int, ...], state: Tensor) -> dict[str, Tensor]:

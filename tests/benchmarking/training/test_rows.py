@@ -53,8 +53,7 @@ def documents_alone(case: Case, model: Any) -> Tensor:
     return total / case.num_targets
 
 
-@pytest.mark.parametrize("ranks", [1, 2])
-@pytest.mark.parametrize("documents", ["dense", "packed"])
+@pytest.mark.parametrize(("ranks", "documents"), [(1, "dense"), (2, "packed")])
 def test_rows_have_the_loss_of_the_plain_model(pool: Pools, ranks: int, documents: str) -> None:
     words = f"--seq-len 1k --rows ours,hf --host-layers 1 --dry-attention also --documents {documents}"
     wanted = pool(1).run(plain_loss, words, 1024)[0]

@@ -32,7 +32,7 @@ def model_of(family: str) -> tuple[Any, Any]:
     return getattr(transformers, f"{family}ForCausalLM")(config), config
 
 
-@pytest.mark.parametrize("family", ["Llama", "Qwen3"])
+@pytest.mark.parametrize("family", ["Llama", pytest.param("Qwen3", marks=pytest.mark.slow)])
 def test_live_storages_are_those_of_the_plan(pool: Pools, family: str) -> None:
     (found,) = pool(1).run(compared, model_of, (family,), "float32", list(SETTINGS), [TOKENS])
     wrong = [one for one in found if one[2] != pytest.approx(1.0, abs=0.02)]

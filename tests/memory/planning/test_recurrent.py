@@ -65,7 +65,7 @@ def test_live_storages_are_those_of_the_plan(pool: Pools, family: str) -> None:
     assert not wrong, found
 
 
-@pytest.mark.parametrize("family", ["qwen3_5_text", "bamba"])
+@pytest.mark.parametrize("family", [pytest.param("qwen3_5_text", marks=pytest.mark.slow), "bamba"])
 def test_they_are_with_the_dims_of_real_models(pool: Pools, family: str) -> None:
     """Where dims are as wide as chunks, other tensors are the largest."""
     wide = {"linear_key_head_dim": 128, "linear_value_head_dim": 128}

@@ -28,24 +28,31 @@ MESHES = [
     (2, 2, "ring"),
     (2, 2, "joint"),
 ]
-EXACT = {"out": 1e-12, "lse": 1e-12, "dq": 1e-12, "dk": 1e-12, "dv": 1e-12, "dsinks": 1e-12}
+# With every policy that makes a difference: on one ring position all of them place tokens alike.
+PLACES = [
+    (*mesh, policy) for mesh in MESHES for policy in ("contiguous", "zigzag", "balanced")[: None if mesh[0] > 1 else 1]
+]
 reuse_pool = settings(suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
 
 
-def assert_close(got: dict[str, torch.Tensor], case: Case, tolerance: dict[str, float] | float = 1e-12) -> None:
+def assert_close(results: list[dict[str, torch.Tensor]], case: Case, tolerance: float = 1e-12) -> None:
+    """What every rank found, against one dense computation, which takes longer than most of theirs."""
     expected = dense_attention(case)
     if not case.options.get("return_lse", True):
         del expected["lse"]
-    assert set(expected) <= set(got)
-    for name, reference in expected.items():
-        limit = tolerance[name] if isinstance(tolerance, dict) else tolerance
-        torch.testing.assert_close(
-            got[name].double(), reference, rtol=limit, atol=limit, msg=lambda text, name=name: f"{name}: {text}"
-        )
+    for got in results:
+        assert set(expected) <= set(got)
+        for name, reference in expected.items():
+            torch.testing.assert_close(
+                got[name].double(),
+                reference,
+                rtol=tolerance,
+                atol=tolerance,
+                msg=lambda text, name=name: f"{name}: {text}",
+            )
 
 
-@pytest.mark.parametrize("policy", ["contiguous", "zigzag", "balanced"])
-@pytest.mark.parametrize(("ring", "ulysses", "scheme"), MESHES)
+@pytest.mark.parametrize(("ring", "ulysses", "scheme", "policy"), PLACES)
 @settings(reuse_pool, max_examples=2)
 @given(docs=documents(), heads=st.permutations(HEADS), seed=st.integers(0, 1000))
 def test_every_schedule_layout_and_mask_is_exact(
@@ -54,8 +61,7 @@ def test_every_schedule_layout_and_mask_is_exact(
     cases = [Case(docs, mask, heads[index % 3], seed=seed) for index, mask in enumerate(MASKS)]
     jobs = [(case, ring, ulysses, policy, scheme) for case in cases]
     for case, results in zip(cases, pool(ring * ulysses).run_many(attend, jobs), strict=True):
-        for got in results:
-            assert_close(got, case)
+        assert_close(results, case)
 
 
 def attend_sharing(case: Case, policy: str) -> dict[str, torch.Tensor]:
@@ -68,8 +74,7 @@ def attend_sharing(case: Case, policy: str) -> dict[str, torch.Tensor]:
 def test_pieces_that_share_keys_are_exact(pool: Pools, policy: str) -> None:
     cases = [Case(Documents([37, 140, 1, 0, 61]), mask, HEADS[0]) for mask in MASKS]
     for case, results in zip(cases, pool(4).run_many(attend_sharing, [(case, policy) for case in cases]), strict=True):
-        for got in results:
-            assert_close(got, case)
+        assert_close(results, case)
 
 
 @pytest.mark.parametrize("world", [1, 2, 4])
@@ -93,8 +98,7 @@ def test_random_combinations_are_exact(pool: Pools, world: int, data: st.DataObj
         options=options,
     )
     policy = data.draw(st.sampled_from(["contiguous", "zigzag", "balanced"]))
-    for got in pool(world).run(attend, case, ring, ulysses, policy, scheme):
-        assert_close(got, case)
+    assert_close(pool(world).run(attend, case, ring, ulysses, policy, scheme), case)
 
 
 @pytest.mark.parametrize(("ring", "ulysses", "scheme"), MESHES)
@@ -102,12 +106,10 @@ def test_cpu_flash_in_float32(pool: Pools, ring: int, ulysses: int, scheme: str)
     docs = Documents([150, 1, 64, 0, 333, 40])
     for mask in (Mask(), Mask(window=(40, 0)), Mask(causal=False)):
         case = Case(docs, mask, (6, 2), (32, 32), torch.float32, options={"backend": "cpu"})
-        for got in pool(ring * ulysses).run(attend, case, ring, ulysses, "balanced", scheme):
-            assert_close(got, case, 2e-6)
+        assert_close(pool(ring * ulysses).run(attend, case, ring, ulysses, "balanced", scheme), case, 2e-6)
 
 
-@pytest.mark.parametrize(("ring", "ulysses", "scheme"), MESHES)
-@pytest.mark.parametrize("policy", ["contiguous", "zigzag", "balanced"])
+@pytest.mark.parametrize(("ring", "ulysses", "scheme", "policy"), PLACES)
 def test_unseen_keys_get_exactly_zero_gradient(pool: Pools, ring: int, ulysses: int, scheme: str, policy: str) -> None:
     docs = Documents([40, 9, 70, 25])
     mask = Mask(window=(6, 0))

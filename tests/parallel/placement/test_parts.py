@@ -217,8 +217,7 @@ def test_every_mask_is_exact(
     cases = [Case(docs, mask, heads[index % 3], seed=seed) for index, mask in enumerate(MASKS)]
     jobs = [(case, size, data.draw(parts_of(docs, size))) for case in cases]
     for case, results in zip(cases, pool(size).run_many(attend, jobs), strict=True):
-        for got in results:
-            assert_close(got, case)
+        assert_close(results, case)
 
 
 @pytest.mark.parametrize("size", [2, 4])
@@ -236,8 +235,7 @@ def test_random_combinations_are_exact(pool: Pools, size: int, data: st.DataObje
         seed=data.draw(st.integers(0, 1000)),
         options={"keep_keys": data.draw(st.sampled_from([None, True])), "return_lse": data.draw(st.booleans())},
     )
-    for got in pool(size).run(attend, case, size, data.draw(parts_of(case.docs, size))):
-        assert_close(got, case)
+    assert_close(pool(size).run(attend, case, size, data.draw(parts_of(case.docs, size))), case)
 
 
 def compiled(size: int, sinks: bool) -> tuple[list, int]:

@@ -150,13 +150,13 @@ def test_engines_train_as_a_plain_loop_with_peft(pool: Pools, ring: int, ulysses
     assert_same(pool(ring * ulysses).run(curve, ring, ulysses, SMALL, stage), SMALL)
 
 
-@pytest.mark.parametrize("tied", [False, True])
 @pytest.mark.parametrize(
-    "lora",
+    ("lora", "tied"),
     [
-        Lora(1, 8.0, ("q_proj", "mlp.down_proj")),
-        Lora(4, 2.0, r".*layers\.[01]\..*(k_proj|up_proj)"),
-        Lora(4, 8.0, ("embed_tokens", "v_proj", "lm_head")),
+        (Lora(1, 8.0, ("q_proj", "mlp.down_proj")), False),
+        (Lora(4, 2.0, r".*layers\.[01]\..*(k_proj|up_proj)"), True),
+        (Lora(4, 8.0, ("embed_tokens", "v_proj", "lm_head")), False),
+        (Lora(4, 8.0, ("embed_tokens", "v_proj", "lm_head")), True),
     ],
     ids=str,
 )

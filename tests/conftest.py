@@ -1,6 +1,7 @@
 """Fixtures and hypothesis profiles for all tests."""
 
 import os
+import sys
 from collections.abc import Iterator
 from importlib.util import find_spec
 
@@ -35,6 +36,16 @@ def pool() -> Iterator[Pools]:
     pools = Pools()
     yield pools
     pools.close()
+
+
+@pytest.fixture(autouse=True)
+def _no_group_is_left() -> Iterator[None]:
+    """A test that leaves torch's default process group in this process fails, not whichever makes one after it."""
+    yield
+    distributed = sys.modules.get("torch.distributed")
+    if distributed is not None and distributed.is_available() and distributed.is_initialized():
+        distributed.destroy_process_group()
+        pytest.fail("left torch's default process group: use `pool`, or destroy the group")
 
 
 @pytest.fixture

@@ -2,9 +2,10 @@
 
 Starts the processes it needs on this machine. By default a tiny random model with the structure
 of the configuration, in float32 on CPUs and bfloat16 on GPUs; --real takes sizes and weights of
-the folder. Logits, loss and gradients are compared, windows, chunks, softcap and sinks of every
-layer are left out in turn to see that they count, and no document may see another. Exit code 0
-if everything is right, 1 if something is not, 2 for wrong arguments.
+the folder. Logits, loss and gradients are compared, also those of sequences whose common prefixes
+are computed once; windows, chunks, softcap and sinks of every layer are left out in turn to see
+that they count, and no document may see another. Exit code 0 if everything is right, 1 if
+something is not, 2 for wrong arguments.
 """
 
 import argparse

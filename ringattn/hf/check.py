@@ -26,9 +26,12 @@ from ringattn.hf.handle import Handle
 from ringattn.hf.model import parallelize
 from ringattn.hf.support import check_decoder
 from ringattn.hf.tiny import read_config, tiny_config, tiny_model, with_parameters_in
+from ringattn.hf.tree_conformance import sequences_alone, sequences_for, sequences_together
+from ringattn.memory.settings import MemorySettings
 from ringattn.parallel.mesh.mesh import SequenceMesh, init_mesh
 
 TOLERANCE = 1e-5  # of a tiny model in float32
+PREFIXES = "common prefixes = sequences alone"
 COUNTS = 1e-3  # a feature is in use if leaving it out moves a logit by more
 
 
@@ -109,17 +112,15 @@ def examine(request: Request, mesh: SequenceMesh) -> Iterator[Finding]:
     yield Finding("attention once per layer", True, f"{handle.layers_seen} of {handle.layers}")
     yield from _features(model, mesh, handle, batches[0])
     for truth, form in limits:
-        found = together(model, mesh, form, request.policy)
-        if model.dtype == torch.float32:
-            limit = request.tolerance or (10 * TOLERANCE if request.real else TOLERANCE)
-            yield _compared(form, differences(found, truth), limit)
-        else:
+        found, judge = together(model, mesh, form, request.policy), truth
+        if model.dtype != torch.float32:
             handle.undo()
             judge = alone(copy.deepcopy(model).float(), form)
             handle = parallelize(model, mesh, scheme=request.scheme, backend=request.backend)
-            rounding = differences(truth, judge)
-            limit = request.tolerance or 2 * max(rounding.logits, rounding.loss, rounding.gradients)
-            yield _compared(form, differences(found, judge), limit)
+        limit = _limit(request, model, differences(truth, judge))
+        yield _compared(f"{form.name} = documents alone", differences(found, judge), limit)
+    yield _prefixes(request, model, mesh, handle)
+    handle = parallelize(model, mesh, scheme=request.scheme, backend=request.backend)
     for document in (0, 1, 2):
         seen = leak(model, mesh, batches[3], document, request.policy)
         ok = seen.outside == 0.0 and seen.inside > 0.0
@@ -167,11 +168,42 @@ def _features(model: Any, mesh: SequenceMesh, handle: Handle, form: Form) -> Ite
         )
 
 
-def _compared(form: Form, errors: Errors, limit: float) -> Finding:
-    numbers = f"logits {errors.logits:.1e}, loss {errors.loss:.1e}, gradients {errors.gradients:.1e}"
+def _prefixes(request: Request, model: Any, mesh: SequenceMesh, handle: Handle) -> Finding:
+    """Sequences with common prefixes, each prefix computed once. Collective; undoes the handle."""
+    handle.undo()
+    sequences = sequences_for(model, _longest(model.config.get_text_config()))
+    truth = sequences_alone(model, sequences)
+    judge = truth if model.dtype == torch.float32 else sequences_alone(copy.deepcopy(model).float(), sequences)
+    memory = MemorySettings(loss_tile=16)
+    try:
+        handle = parallelize(model, mesh, memory, scheme=request.scheme, backend=request.backend)
+    except NotImplementedError as refusal:
+        return Finding(PREFIXES, True, f"refused: {refusal}")
+    try:
+        found = sequences_together(model, mesh, sequences, request.policy)
+    except NotImplementedError as refusal:
+        return Finding(PREFIXES, True, f"refused: {refusal}")
+    finally:
+        handle.undo()
+    return _compared(
+        PREFIXES, differences(found, judge), _limit(request, model, differences(truth, judge)), "log-probabilities"
+    )
+
+
+def _limit(request: Request, model: Any, rounding: Errors) -> float:
+    """Of errors, if documents alone in the model's dtype have the errors `rounding`."""
+    if request.tolerance is not None:
+        return request.tolerance
+    if model.dtype == torch.float32:
+        return 10 * TOLERANCE if request.real else TOLERANCE
+    return 2 * max(rounding.logits, rounding.loss, rounding.gradients)
+
+
+def _compared(name: str, errors: Errors, limit: float, what: str = "logits") -> Finding:
+    numbers = f"{what} {errors.logits:.1e}, loss {errors.loss:.1e}, gradients {errors.gradients:.1e}"
     ok = errors.within(limit)
     reason = "" if ok else f" (limit {limit:.1e}, worst gradient {errors.worst})"
-    return Finding(f"{form.name} = documents alone", ok, numbers + reason)
+    return Finding(name, ok, numbers + reason)
 
 
 def _words(features: frozenset[str]) -> str:

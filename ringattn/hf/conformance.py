@@ -120,30 +120,27 @@ class Errors:
 def alone(model: Any, form: Form) -> Outcome:
     """The truth: every document by itself through the model as it is, without padding."""
     model.zero_grad()
-    batch = form.batch(_vocabulary(model), model.device)
+    batch = form.batch(vocabulary_of(model), model.device)
     docs = form.docs
     ids, targets = batch["input_ids"].flatten(), shifted_labels(batch["labels"].flatten(), docs)
     logits, total = [], torch.zeros((), device=model.device)
     for start, length in zip(docs.starts, docs.lengths, strict=True):
         part = slice(start, start + length)
         out = model(input_ids=ids[None, part], use_cache=False).logits[0]
-        total = total + nn.functional.cross_entropy(_wide(out), targets[part], reduction="sum")
+        total = total + nn.functional.cross_entropy(wide(out), targets[part], reduction="sum")
         logits.append(out.detach())
     loss = total / (targets != IGNORE_INDEX).sum()
     loss.backward()
-    return Outcome(torch.cat(logits), loss.detach(), _gradients(model))
+    return Outcome(torch.cat(logits), loss.detach(), gradients_of(model))
 
 
 def together(model: Any, mesh: SequenceMesh, form: Form, policy: str = "auto") -> Outcome:
     """The whole batch at once through a parallelized model, gathered from all ranks. Collective."""
     model.zero_grad()
-    local = _sharded(model, mesh, form.batch(_vocabulary(model), model.device), policy)
+    local = _sharded(model, mesh, form.batch(vocabulary_of(model), model.device), policy)
     output = model(**local)
     output.loss.backward()
-    gradients = _gradients(model)
-    for gradient in gradients.values():
-        dist.all_reduce(gradient)
-        gradient /= dist.get_world_size()
+    gradients = averaged_gradients(model)
     logits = local["cu_seq_lens_q"].unshard(output.logits[0].detach())
     return Outcome(logits[_tokens(form.docs)], output.loss.detach(), gradients)
 
@@ -186,7 +183,7 @@ class Leak:
 
 def leak(model: Any, mesh: SequenceMesh, form: Form, document: int, policy: str = "auto") -> Leak:
     """How much one document sees of the others. Collective; the model is parallelized."""
-    batch = form.batch(_vocabulary(model), model.device)
+    batch = form.batch(vocabulary_of(model), model.device)
     local = _sharded(model, mesh, {name: x for name, x in batch.items() if name != "labels"}, policy)
     layout, docs = local["cu_seq_lens_q"], form.docs
     leaves: list[Tensor] = []
@@ -214,7 +211,7 @@ def leak(model: Any, mesh: SequenceMesh, form: Form, document: int, policy: str 
 
 def feature_changes(model: Any, mesh: SequenceMesh, handle: Handle, form: Form) -> dict[tuple[int, str], float]:
     """For each layer and feature that it asks for: how far the logits move when it is left out. Collective."""
-    batch = form.batch(_vocabulary(model), model.device)
+    batch = form.batch(vocabulary_of(model), model.device)
     local = shard_batch({name: x for name, x in batch.items() if name != "labels"}, None, mesh)
     changes = {}
     with torch.no_grad():
@@ -253,15 +250,24 @@ def expected_features(model: Any) -> dict[int, frozenset[str]]:
     return expected
 
 
-def _wide(logits: Tensor) -> Tensor:
+def wide(logits: Tensor) -> Tensor:
     return logits if logits.dtype == torch.float64 else logits.float()
 
 
-def _vocabulary(model: Any) -> int:
+def vocabulary_of(model: Any) -> int:
     return model.config.get_text_config().vocab_size
 
 
-def _gradients(model: nn.Module) -> dict[str, Tensor]:
+def averaged_gradients(model: nn.Module) -> dict[str, Tensor]:
+    """The mean of all ranks' gradients by name. Collective."""
+    gradients = gradients_of(model)
+    for gradient in gradients.values():
+        dist.all_reduce(gradient)
+        gradient /= dist.get_world_size()
+    return gradients
+
+
+def gradients_of(model: nn.Module) -> dict[str, Tensor]:
     """The gradient of every parameter by name; zero where there is none (an expert without tokens)."""
     return {
         name: torch.zeros_like(p) if p.grad is None else p.grad.clone()

@@ -4,6 +4,7 @@ from typing import Any
 
 from torch import nn
 
+from ringattn.hf.attention import layer_type
 from ringattn.hf.handle import Handle
 from ringattn.hf.memory import noted_triples
 from ringattn.hf.support import RECURRENT, text_model
@@ -31,6 +32,12 @@ def check_trees(handle: Handle, layout: Layout, kwargs: dict[str, Any]) -> None:
                 f"{type(handle.model).__name__} has {told}, which carries something from token to token: on trees each "
                 "branch would have to begin with what its parent ends with. Train it on separate sequences"
             )
+        chunked = kept(handle, "chunked layer", lambda: chunked_layer(handle.model))
+        if chunked is not None:
+            raise NotImplementedError(
+                f"{type(handle.model).__name__} has {chunked}, whose attention is in chunks of positions, and a branch may "
+                "begin inside of one: that is not planned on trees. Train it on separate sequences"
+            )
 
 
 def carrying_layer(model: Any) -> str | None:
@@ -41,6 +48,14 @@ def carrying_layer(model: Any) -> str | None:
             continue
         if isinstance(layer, nn.Conv1d | nn.RNNBase) or RECURRENT.search(kind):
             return f"{kind} at {path}"
+    return None
+
+
+def chunked_layer(model: Any) -> str | None:
+    """A layer of a model whose attention ends at chunks, with its place; None: it has none."""
+    for path, layer in text_model(model).named_modules():
+        if layer_type(layer) == "chunked_attention" and hasattr(layer, "layer_idx"):
+            return f"{type(layer).__name__} at {path}"
     return None
 
 

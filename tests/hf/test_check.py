@@ -28,6 +28,7 @@ def test_an_exact_model_in_processes_of_its_own(tmp_path: Path, capsys: pytest.C
     assert {"supported", "attention once per layer", "sinks in use", "window in use"} <= set(names)
     assert sum(name.endswith("= documents alone") for name in names) == 6
     assert sum(name.startswith("no leak") for name in names) == 3
+    assert "common prefixes = sequences alone" in names
 
 
 def test_wrong_arguments(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -111,7 +112,14 @@ def one_document(batch: Any, rows: int, size: int) -> Any:
     return Documents([rows * size])
 
 
+def one_branch(trees: Any) -> Any:
+    from ringattn import Documents
+
+    return Documents([len(trees.tokens)])
+
+
 SABOTAGE = {
+    "flat trees": ("ringattn.trees.trees.Trees.docs", property(one_branch)),
     "dead window": ("ringattn.hf.attention._mask_of", without_window),
     "leak": ("ringattn.hf.batch.documents_of", one_document),
 }
@@ -124,6 +132,8 @@ def test_every_kind_of_wrongness_shows(pool: Pools) -> None:
     wrong = {f.name for f in pool(1).run(findings_of, request, "leak")[0] if not f.ok}
     assert {"packed = documents alone", "no leak from document 1"} <= wrong
     assert "plain = documents alone" not in wrong
+    wrong = {f.name for f in pool(1).run(findings_of, request, "flat trees")[0] if not f.ok}
+    assert wrong == {"common prefixes = sequences alone"}
 
 
 def test_bfloat16_is_judged_by_its_own_rounding(pool: Pools) -> None:

@@ -121,6 +121,13 @@ def refusals() -> None:
     ):
         model(**batch)
     handle.undo()
+    chunked = tiny_model(tiny_config(read_config("llama4_text")))
+    handle = parallelize(chunked, mesh, MemorySettings(loss_tile=8))
+    with pytest.raises(
+        NotImplementedError, match=r"Llama4ForCausalLM has Llama4TextAttention at .*chunks of positions"
+    ):
+        chunked(**batch)
+    handle.undo()
     with pytest.raises(ValueError, match="trees must be Trees, got list"):
         shard_trees([[1, 2]], mesh)
     with pytest.raises(ValueError, match="trees must hold a token, got 1 sequences of 0 tokens"):

@@ -35,8 +35,8 @@ def check_trees(handle: Handle, layout: Layout, kwargs: dict[str, Any]) -> None:
         chunked = kept(handle, "chunked layer", lambda: chunked_layer(handle.model))
         if chunked is not None:
             raise NotImplementedError(
-                f"{type(handle.model).__name__} has {chunked}, whose attention is in chunks of positions, and a branch may "
-                "begin inside of one: that is not planned on trees. Train it on separate sequences"
+                f"{type(handle.model).__name__} has {chunked}, whose attention is in chunks of positions, and a branch "
+                "may begin inside of one: that is not planned on trees. Train it on separate sequences"
             )
 
 

@@ -6,8 +6,8 @@ key), then tail pieces, then padding: so every kernel call reads and writes one 
 """
 
 from bisect import bisect_right
-from collections.abc import Callable, Sequence
-from functools import partial
+from collections.abc import Callable, Iterator, Sequence
+from functools import cache, partial
 from itertools import accumulate, chain, pairwise
 from operator import attrgetter
 from typing import NamedTuple
@@ -17,19 +17,19 @@ import numpy as np
 from ringattn.documents import Documents
 from ringattn.kept import kept
 from ringattn.kernels.spec import Range
+from ringattn.parallel.geometry.block_table import Floats
 from ringattn.parallel.geometry.ranges import touching
 from ringattn.parallel.placement.arcs import arcs
 from ringattn.parallel.placement.cuts import Cut, Owner, consecutive, nested, nested_by_cost
-from ringattn.parallel.placement.linear_parts import document_costs, linear_parts, runs_costs
+from ringattn.parallel.placement.linear_parts import LinearPart, document_costs, linear_parts, runs_costs
 from ringattn.parallel.placement.load import Load
 
 Positions = tuple[tuple[Range, ...], ...]
 
 TILE = 128  # rows of a kernel tile: cuts are rounded to it
-# Of a position's cost. Where tokens of a document under a window save more, the first and those who see less ahead,
-# those who share it share that too, and a document with segments is cut by what its parts cost where a plain cut is
-# further off. Where it is less, fewer pieces matter more.
-RAMP = 0.015
+# Of what a position costs, by how much a cut in few pieces may be off: of a document under a window, whose first tokens
+# and those who see less ahead cost less than the others, and of one with segments or blocks.
+SLACK = 0.015
 MIN_TILES = 64  # a share of the tokens is at least this many roundings, so small inputs use a finer one
 
 
@@ -97,16 +97,19 @@ def balanced(docs: Documents, load: Load, ring: int, speeds: Sequence[float] | N
     mean = sum(span.cost for span in spans) / max(docs.total, 1)
     rounding = partial(_tiles, mean=mean, coarsest=min(TILE, max(1, docs.total // (ring * MIN_TILES))))
     tiles = rounding(spans)
-    shares = _window_search(spans, list(accumulate(speeds or [1.0] * ring)), tiles)
+    speeds = speeds or [1.0] * ring
+    shares = _window_search(spans, list(accumulate(speeds)), tiles)
+    slack = SLACK * mean * docs.total / sum(speeds) * np.array(speeds)
 
     held: list[Shares] = [[] for _ in range(ring)]
     for span, owners, tile in zip(spans, shares, tiles, strict=True):
         if len(owners) == 1:
             pieces = [(owners[0][0], 0, span.size)]
         elif span.document is not None:
-            pieces = _few_pieces(docs, span, load, owners, tile, RAMP * mean * docs.total / ring)
-            pieces = pieces or _dealt(docs, span, load, owners, rounding)
-        elif load.ramp(span.size) * span.cost > RAMP * mean * docs.total / ring:
+            parts = cache(partial(linear_parts, docs, span.document, load))
+            pieces = _few_pieces(docs, span, load, owners, tile, slack, parts)
+            pieces = pieces or _dealt(span, owners, rounding, parts())
+        elif load.ramp(span.size) * span.cost > min(slack[position] for position, _ in owners):
             if load.looks_ahead:
                 pieces = arcs(span.size, owners, tile, partial(load.pairs_of, size=span.size))
             else:
@@ -123,37 +126,54 @@ def _cut(span: Span, owners: list[Owner], tile: int) -> list[Cut]:
     return nested(span.size, owners, tile) if span.nested else consecutive(owners)
 
 
-def _few_pieces(docs: Documents, span: Span, load: Load, owners: list[Owner], tile: int, slack: float) -> list[Cut]:
-    """A document with segments or blocks in one or two pieces for each owner, if no share then costs `slack` more than
-    its tokens do on the mean; else nothing. Images that follow each other evenly are as good as text."""
+def _few_pieces(
+    docs: Documents,
+    span: Span,
+    load: Load,
+    owners: list[Owner],
+    tile: int,
+    slack: Floats,
+    parts: Callable[[], list[LinearPart]],
+) -> list[Cut]:
+    """A document with segments or blocks in one or two pieces for each owner, the fewest with which no position is over
+    its slack; else nothing. Images that follow each other evenly are as good as text.
+
+    Arguments:
+        slack: of every position, by how much it may cost more than its tokens do on the mean; what it does is taken
+            off, since documents that are cut between the same positions add up.
+        parts: of the document.
+    """
     if span.plain:
         return []
     assert span.document is not None
-    number = span.document
+    for pieces in _simple_cuts(span, load, owners, tile, parts):
+        excess = np.zeros(len(slack))
+        for position, tokens in owners:
+            excess[position] = -tokens * span.density
+        costs = runs_costs(docs, span.document, [(first, last) for _, first, last in pieces], load)
+        np.add.at(excess, [position for position, _, _ in pieces], costs)
+        if (excess <= slack).all():
+            slack -= excess
+            return pieces
+    return []
 
-    def even(pieces: list[Cut]) -> bool:
-        excess = {position: -tokens * span.density for position, tokens in owners}
-        costs = runs_costs(docs, number, [(first, last) for _, first, last in pieces], load)
-        for (position, _, _), cost in zip(pieces, costs.tolist(), strict=True):
-            excess[position] += cost
-        return max(excess.values()) <= slack
 
-    pieces = nested(span.size, owners, tile) if load.nested(span.size) else consecutive(owners)
-    if even(pieces):
-        return pieces
-    parts = linear_parts(docs, number, load)
-    ends, costs = zip(*((part.stop - span.start, part.cost) for part in sorted(parts)), strict=True)
-    sums = [0.0, *accumulate(costs)]
-    pieces = nested_by_cost(span.size, owners, tile, lambda places: np.interp(places, [0, *ends], sums))
-    return pieces if even(pieces) else []
+def _simple_cuts(
+    span: Span, load: Load, owners: list[Owner], tile: int, parts: Callable[[], list[LinearPart]]
+) -> Iterator[list[Cut]]:
+    """Ways to cut a document in few pieces, those with the fewest first."""
+    yield consecutive(owners)
+    if load.nested(span.size):
+        yield nested(span.size, owners, tile)
+    ends = [0, *(part.stop - span.start for part in parts())]
+    sums = [0.0, *accumulate(part.cost for part in parts())]
+    yield nested_by_cost(span.size, owners, tile, lambda places: np.interp(places, ends, sums))
 
 
 def _dealt(
-    docs: Documents, span: Span, load: Load, owners: list[Owner], rounding: Callable[[list[Span]], list[int]]
+    span: Span, owners: list[Owner], rounding: Callable[[list[Span]], list[int]], found: list[LinearPart]
 ) -> list[Cut]:
     """`_cut` of a document whose cost is uneven: the window search once more, over its parts."""
-    assert span.document is not None
-    found = linear_parts(docs, span.document, load)
     parts = [Span(x.start, x.stop - x.start, x.cost, x.cost / (x.stop - x.start), x.sloped) for x in found]
     parts.sort(key=lambda part: (part.density, part.start))
     tiles = rounding(parts)

@@ -109,13 +109,15 @@ def balanced(docs: Documents, load: Load, ring: int, speeds: Sequence[float] | N
             parts = cache(partial(linear_parts, docs, span.document, load))
             pieces = _few_pieces(docs, span, load, owners, tile, slack, parts)
             pieces = pieces or _dealt(span, owners, rounding, parts())
-        elif load.ramp(span.size) * span.cost > min(slack[position] for position, _ in owners):
+        elif (missing := load.ramp(span.size) * span.cost) > min(slack[position] for position, _ in owners):
             if load.looks_ahead:
                 pieces = arcs(span.size, owners, tile, partial(load.pairs_of, size=span.size))
             else:
                 pieces = nested_by_cost(span.size, owners, tile, load.pairs_before)
         else:
             pieces = _cut(span, owners, tile)
+            for position, tokens in owners:
+                slack[position] -= missing * tokens / span.size
         for position, first, last in pieces:
             held[position].append((span, first, last))
     return _ordered(held)
@@ -143,9 +145,9 @@ def _few_pieces(
             off, since documents that are cut between the same positions add up.
         parts: of the document.
     """
-    if span.plain:
-        return []
     assert span.document is not None
+    if span.plain:  # but for layers with chunks, by which runs are not priced
+        return []
     for pieces in _simple_cuts(span, load, owners, tile, parts):
         excess = np.zeros(len(slack))
         for position, tokens in owners:
@@ -198,10 +200,9 @@ def _spans_of(docs: Documents, load: Load) -> list[Span]:
     parts = docs.chunked(load.chunk)
     spans = [Span(start, stop - start, 0.0, 0.0, False) for start, stop in docs.padding]
     costs = load.costs(np.array(parts.lengths, dtype=np.int64)).tolist()
-    uneven = load.bent or docs.segmented
     for number, (start, size, cost) in enumerate(zip(parts.starts, parts.lengths, costs, strict=True)):
         if size:
-            spans.append(Span(start, size, cost, cost / size, load.nested(size), number if uneven else None))
+            spans.append(Span(start, size, cost, cost / size, load.nested(size), number if load.bent else None))
     return _with_segments(docs, load, spans) if docs.segmented else spans
 
 

@@ -118,6 +118,19 @@ def test_what_is_little_for_a_fast_position_is_much_for_a_slow_one() -> None:
     assert max(times) / (sum(position_costs(layout, layers)) / sum(speeds)) <= 1.02
 
 
+@pytest.mark.parametrize("layers", LAYERS, ids=["dense", "window", "both"])
+@pytest.mark.parametrize("ring", [2, 4, 8])
+def test_text_beside_an_image_is_cut_as_it_is_alone(ring: int, layers: list) -> None:
+    """One document with a block, and all others were cut in up to 2.6 times as many pieces."""
+    lengths = [30000, 50000, 9000, 70000, 131072]
+    alone = Layout(Documents(lengths), MeshShape(1, ring), "balanced", layers)
+    beside = Layout(Documents([*lengths, 8], blocks=[(290_075, 290_078)]), MeshShape(1, ring), "balanced", layers)
+    pieces = [sum(map(len, layout.positions)) for layout in (alone, beside)]
+    assert pieces[1] <= pieces[0] + 1
+    found = position_costs(beside, layers)
+    assert max(found) / (sum(found) / ring) <= 1.016
+
+
 def test_completions_of_a_prompt_that_cost_the_same_stay_whole() -> None:
     docs = Documents.from_tree([1, *[8192] * 8], [-1, *[0] * 8])
     layout = Layout(docs, MeshShape(1, 8), "balanced")

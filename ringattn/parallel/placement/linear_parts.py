@@ -52,7 +52,7 @@ def document_costs(docs: Documents, numbers: list[int], load: Load) -> Floats:
 
 
 def runs_costs(docs: Documents, number: int, runs: Sequence[Range], load: Load) -> Floats:
-    """The cost of runs of one document's tokens, counted from its first; it is not cut in chunks."""
+    """The cost of runs of one document's tokens, counted from its first, under masks without chunks."""
     rows: list[Rows] = []
     owner: list[int] = []
     start, branches = docs.starts[number], docs.branches_of(number)

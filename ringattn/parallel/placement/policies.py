@@ -41,7 +41,7 @@ class Span(NamedTuple):
     cost: float
     density: float  # cost per token
     nested: bool  # cut in nested heads and tails; else in consecutive runs
-    document: int | None = None  # that is cut in parts of even cost first, each of which is cut by itself
+    document: int | None = None  # whose cost per token neither grows evenly nor is that of a window
     plain: bool = True  # without segments and blocks
 
 
@@ -99,7 +99,8 @@ def balanced(docs: Documents, load: Load, ring: int, speeds: Sequence[float] | N
     tiles = rounding(spans)
     speeds = speeds or [1.0] * ring
     shares = _window_search(spans, list(accumulate(speeds)), tiles)
-    slack = SLACK * mean * docs.total / sum(speeds) * np.array(speeds)
+    allowed = SLACK * mean * docs.total / sum(speeds) * np.array(speeds)
+    slack = allowed.copy()  # what is left of it: documents that are cut between the same positions add up
 
     held: list[Shares] = [[] for _ in range(ring)]
     for span, owners, tile in zip(spans, shares, tiles, strict=True):
@@ -109,15 +110,18 @@ def balanced(docs: Documents, load: Load, ring: int, speeds: Sequence[float] | N
             parts = cache(partial(linear_parts, docs, span.document, load))
             pieces = _few_pieces(docs, span, load, owners, tile, slack, parts)
             pieces = pieces or _dealt(span, owners, rounding, parts())
-        elif (missing := load.ramp(span.size) * span.cost) > min(slack[position] for position, _ in owners):
-            if load.looks_ahead:
+        else:
+            missing = load.ramp(span.size) * span.cost
+            most = np.zeros(ring)  # that each is off, if the cheaper tokens are another's
+            for position, tokens in owners:
+                most[position] = missing * tokens / span.size
+            if missing <= min(allowed[position] for position, _ in owners) and (most <= slack).all():
+                pieces = _cut(span, owners, tile)
+                slack -= most
+            elif load.looks_ahead:
                 pieces = arcs(span.size, owners, tile, partial(load.pairs_of, size=span.size))
             else:
                 pieces = nested_by_cost(span.size, owners, tile, load.pairs_before)
-        else:
-            pieces = _cut(span, owners, tile)
-            for position, tokens in owners:
-                slack[position] -= missing * tokens / span.size
         for position, first, last in pieces:
             held[position].append((span, first, last))
     return _ordered(held)
@@ -141,8 +145,8 @@ def _few_pieces(
     its slack; else nothing. Images that follow each other evenly are as good as text.
 
     Arguments:
-        slack: of every position, by how much it may cost more than its tokens do on the mean; what it does is taken
-            off, since documents that are cut between the same positions add up.
+        slack: of every position, by how much it may still cost more than its tokens do on the mean; what it does is
+            taken off.
         parts: of the document.
     """
     assert span.document is not None

@@ -125,6 +125,13 @@ def test_the_trainer_weighs_what_the_model_has(
             assert attention[:2] != layers[:2]
 
 
+def test_where_there_is_no_choice_nothing_is_priced() -> None:
+    """On one rank each batch took 2 ms for that, and thousands of documents on ranks of Ulysses 120."""
+    layers = mixing_layers(empty_model(tiny_config(read_config("qwen3_5_text"))))
+    batch = shard_batch({"input_ids": torch.arange(8)[None]}, Documents([8]), init_mesh(), layers=layers)
+    assert batch["cu_seq_lens_q"].reason == ""
+
+
 @pytest.mark.parametrize("given", [{"policy": "zigzag"}, {"mask": Mask()}])
 def test_what_layers_say_already_is_refused(given: dict[str, Any]) -> None:
     layers = mixing_layers(empty_model(tiny_config(read_config("qwen3_5_text"))))

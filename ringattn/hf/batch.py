@@ -20,7 +20,7 @@ from ringattn.hf.vision import deal_images, no_image
 from ringattn.mask import Mask
 from ringattn.parallel.layout import Layout
 from ringattn.parallel.mesh.mesh import SequenceMesh
-from ringattn.recurrent.weighing import MixingLayers, weigh
+from ringattn.recurrent.weighing import MixingLayers, weighed_layout
 
 LABELS = ("labels", "shift_labels")
 # Keywords that are no tokens and go through as they are.
@@ -110,7 +110,7 @@ def _layout(
             f'layers are what policy="auto" weighs, masks with them: with layers expected policy="auto" and mask=None, '
             f"got policy={policy!r} and mask={mask!r}"
         )
-    return weigh(docs, mesh, layers).layout
+    return weighed_layout(docs, mesh, policy, layers)
 
 
 def _images(layout: Layout, batch: Mapping[str, Any], needs: EmbeddingNeeds | None) -> dict[str, Any]:

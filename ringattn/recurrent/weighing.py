@@ -63,13 +63,13 @@ class Weighed:
 def weighed_layout(
     docs: Documents, mesh: MeshShape, policy: str = "auto", layers: MixingLayers | None = None
 ) -> Layout:
-    """The layout of a model's batch: with policy="auto" that of `weigh`, if some of the model's layers carry a state.
+    """The layout of a model's batch: with policy="auto" that of `weigh`, where there is a choice.
 
     Arguments:
-        layers: of the model; None: its layers have no states.
+        layers: of the model; None: attention alone is weighed, as for models without states.
     """
-    free = mesh.ring > 1 or mesh.alternatives  # else there is one layout
-    if policy != "auto" or layers is None or not layers.states or not free:
+    choice = mesh.ring > 1 or mesh.alternatives
+    if policy != "auto" or layers is None or not choice:
         return Layout(docs, mesh, policy)
     return weigh(docs, mesh, layers).layout
 

@@ -125,6 +125,17 @@ def test_the_trainer_weighs_what_the_model_has(
             assert attention[:2] != layers[:2]
 
 
+def reason_on_one_rank() -> str:
+    layers = mixing_layers(empty_model(tiny_config(read_config("qwen3_5_text"))))
+    batch = shard_batch({"input_ids": torch.arange(8)[None]}, Documents([8]), init_mesh(), layers=layers)
+    return batch["cu_seq_lens_q"].reason
+
+
+def test_where_there_is_no_choice_nothing_is_priced(pool: Pools) -> None:
+    """On one rank each batch took 2 ms for that, and thousands of documents on ranks of Ulysses 120."""
+    assert pool(1).run(reason_on_one_rank) == [""]
+
+
 def refusal_of(given: dict[str, Any]) -> str:
     layers = mixing_layers(empty_model(tiny_config(read_config("qwen3_5_text"))))
     try:

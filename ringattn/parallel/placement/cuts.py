@@ -26,20 +26,21 @@ def nested(size: int, owners: list[Owner], tile: int) -> list[Cut]:
 def nested_by_cost(size: int, owners: list[Owner], tile: int, before: Callable[[Ints], Floats]) -> list[Cut]:
     """Nested heads and tails as of `nested`, each head as long as it makes the share cost its part.
 
-    Under a causal window the first tokens cost less than all others, which cost the same: a share that is all tail
-    costs too much, and one that is all head too little.
+    For documents whose cost per token does not grow evenly. Under a causal window, say, the first tokens cost less than
+    all others, which cost the same: a share that is all tail costs too much, and one that is all head too little.
 
     Arguments:
         before: the cost of the tokens before each of some places.
     """
     pieces = []
-    first, last, mean = 0, size, float(before(np.array([size]))[0]) / size
+    mean = float(before(np.array([size]))[0]) / size
+    first, last = 0, size
     order = sorted(owners, key=lambda share: (-share[1], share[0]))
     for position, tokens in order[:-1]:
         heads = np.append(np.arange(0, tokens, tile), tokens)
-        left = before(first + heads) - before(last - tokens + heads)  # but for what does not depend on the head
-        outside = float((before(np.array([last])) - before(np.array([first])))[0])
-        head = int(heads[np.abs(outside + left - tokens * mean).argmin()])
+        inside = before(last - tokens + heads) - before(first + heads)  # of what each head leaves to the others
+        start, end = before(np.array([first, last])).tolist()
+        head = int(heads[np.abs(end - start - inside - tokens * mean).argmin()])
         pieces += [(position, first, first + head), (position, last - (tokens - head), last)]
         first, last = first + head, last - (tokens - head)
     pieces += [(position, first, last) for position, _ in order[-1:]]

@@ -5,6 +5,7 @@ A causal document is one such part. A tree has one for each branch at least, sin
 blocks, windows and masks that are not the same in all layers bend the cost further.
 """
 
+from bisect import bisect_left, bisect_right
 from collections.abc import Sequence
 from dataclasses import replace
 from itertools import pairwise
@@ -51,16 +52,17 @@ def document_costs(docs: Documents, numbers: list[int], load: Load) -> Floats:
 
 
 def runs_costs(docs: Documents, number: int, runs: Sequence[Range], load: Load) -> Floats:
-    """The cost of runs of one document's tokens, counted from its first; it is not cut in chunks."""
+    """The cost of runs of one document's tokens, counted from its first, under masks without chunks."""
     rows: list[Rows] = []
     owner: list[int] = []
-    start = docs.starts[number]
+    start, branches = docs.starts[number], docs.branches_of(number)
+    stops = [branch.stop for branch in branches]  # ascending
     for index, (first, last) in enumerate(runs):
-        for branch in docs.branches_of(number):
+        touched = slice(bisect_right(stops, start + first), bisect_left(stops, start + last) + 1)
+        for branch in branches[touched]:
             begin, end = max(start + first, branch.start), min(start + last, branch.stop)
-            if begin < end:
-                rows.append((branch, branch.first + begin - branch.start, branch.first + end - branch.start))
-                owner.append(index)
+            rows.append((branch, branch.first + begin - branch.start, branch.first + end - branch.start))
+            owner.append(index)
     return np.bincount(np.array(owner, dtype=np.int64), rows_costs(rows, load), len(runs)).astype(np.float64)
 
 

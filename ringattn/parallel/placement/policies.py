@@ -6,8 +6,8 @@ key), then tail pieces, then padding: so every kernel call reads and writes one 
 """
 
 from bisect import bisect_right
-from collections.abc import Callable, Sequence
-from functools import partial
+from collections.abc import Callable, Iterator, Sequence
+from functools import cache, partial
 from itertools import accumulate, chain, pairwise
 from operator import attrgetter
 from typing import NamedTuple
@@ -17,19 +17,19 @@ import numpy as np
 from ringattn.documents import Documents
 from ringattn.kept import kept
 from ringattn.kernels.spec import Range
+from ringattn.parallel.geometry.block_table import Floats
 from ringattn.parallel.geometry.ranges import touching
 from ringattn.parallel.placement.arcs import arcs
 from ringattn.parallel.placement.cuts import Cut, Owner, consecutive, nested, nested_by_cost
-from ringattn.parallel.placement.linear_parts import document_costs, linear_parts, runs_costs
+from ringattn.parallel.placement.linear_parts import LinearPart, document_costs, linear_parts, runs_costs
 from ringattn.parallel.placement.load import Load
 
 Positions = tuple[tuple[Range, ...], ...]
 
 TILE = 128  # rows of a kernel tile: cuts are rounded to it
-# Of a position's cost. Where tokens of a document under a window save more, the first and those who see less ahead,
-# those who share it share that too, and a document with segments is cut by what its parts cost where a plain cut is
-# further off. Where it is less, fewer pieces matter more.
-RAMP = 0.015
+# Of what a position costs, by how much a cut in few pieces may be off: of a document under a window, whose first tokens
+# and those who see less ahead cost less than the others, and of one with segments or blocks.
+SLACK = 0.015
 MIN_TILES = 64  # a share of the tokens is at least this many roundings, so small inputs use a finer one
 
 
@@ -41,7 +41,7 @@ class Span(NamedTuple):
     cost: float
     density: float  # cost per token
     nested: bool  # cut in nested heads and tails; else in consecutive runs
-    document: int | None = None  # that is cut in parts of even cost first, each of which is cut by itself
+    document: int | None = None  # whose cost per token neither grows evenly nor is that of a window
     plain: bool = True  # without segments and blocks
 
 
@@ -97,22 +97,31 @@ def balanced(docs: Documents, load: Load, ring: int, speeds: Sequence[float] | N
     mean = sum(span.cost for span in spans) / max(docs.total, 1)
     rounding = partial(_tiles, mean=mean, coarsest=min(TILE, max(1, docs.total // (ring * MIN_TILES))))
     tiles = rounding(spans)
-    shares = _window_search(spans, list(accumulate(speeds or [1.0] * ring)), tiles)
+    speeds = speeds or [1.0] * ring
+    shares = _window_search(spans, list(accumulate(speeds)), tiles)
+    allowed = SLACK * mean * docs.total / sum(speeds) * np.array(speeds)
+    slack = allowed.copy()  # what is left of it: documents that are cut between the same positions add up
 
     held: list[Shares] = [[] for _ in range(ring)]
     for span, owners, tile in zip(spans, shares, tiles, strict=True):
         if len(owners) == 1:
             pieces = [(owners[0][0], 0, span.size)]
         elif span.document is not None:
-            pieces = _few_pieces(docs, span, load, owners, tile, RAMP * mean * docs.total / ring)
-            pieces = pieces or _dealt(docs, span, load, owners, rounding)
-        elif load.ramp(span.size) * span.cost > RAMP * mean * docs.total / ring:
-            if load.looks_ahead:
+            parts = cache(partial(linear_parts, docs, span.document, load))
+            pieces = _few_pieces(docs, span, load, owners, tile, slack, parts)
+            pieces = pieces or _dealt(span, owners, rounding, parts())
+        else:
+            missing = load.ramp(span.size) * span.cost
+            most = np.zeros(ring)  # that each is off, if the cheaper tokens are another's
+            for position, tokens in owners:
+                most[position] = missing * tokens / span.size
+            if missing <= min(allowed[position] for position, _ in owners) and (most <= slack).all():
+                pieces = _cut(span, owners, tile)
+                slack -= most
+            elif load.looks_ahead:
                 pieces = arcs(span.size, owners, tile, partial(load.pairs_of, size=span.size))
             else:
                 pieces = nested_by_cost(span.size, owners, tile, load.pairs_before)
-        else:
-            pieces = _cut(span, owners, tile)
         for position, first, last in pieces:
             held[position].append((span, first, last))
     return _ordered(held)
@@ -123,37 +132,54 @@ def _cut(span: Span, owners: list[Owner], tile: int) -> list[Cut]:
     return nested(span.size, owners, tile) if span.nested else consecutive(owners)
 
 
-def _few_pieces(docs: Documents, span: Span, load: Load, owners: list[Owner], tile: int, slack: float) -> list[Cut]:
-    """A document with segments or blocks in one or two pieces for each owner, if no share then costs `slack` more than
-    its tokens do on the mean; else nothing. Images that follow each other evenly are as good as text."""
-    if span.plain:
-        return []
+def _few_pieces(
+    docs: Documents,
+    span: Span,
+    load: Load,
+    owners: list[Owner],
+    tile: int,
+    slack: Floats,
+    parts: Callable[[], list[LinearPart]],
+) -> list[Cut]:
+    """A document with segments or blocks in one or two pieces for each owner, the fewest with which no position is over
+    its slack; else nothing. Images that follow each other evenly are as good as text.
+
+    Arguments:
+        slack: of every position, by how much it may still cost more than its tokens do on the mean; what it does is
+            taken off.
+        parts: of the document.
+    """
     assert span.document is not None
-    number = span.document
+    if span.plain:  # but for layers with chunks, by which runs are not priced
+        return []
+    for pieces in _simple_cuts(span, load, owners, tile, parts):
+        excess = np.zeros(len(slack))
+        for position, tokens in owners:
+            excess[position] = -tokens * span.density
+        costs = runs_costs(docs, span.document, [(first, last) for _, first, last in pieces], load)
+        np.add.at(excess, [position for position, _, _ in pieces], costs)
+        if (excess <= slack).all():
+            slack -= excess
+            return pieces
+    return []
 
-    def even(pieces: list[Cut]) -> bool:
-        excess = {position: -tokens * span.density for position, tokens in owners}
-        costs = runs_costs(docs, number, [(first, last) for _, first, last in pieces], load)
-        for (position, _, _), cost in zip(pieces, costs.tolist(), strict=True):
-            excess[position] += cost
-        return max(excess.values()) <= slack
 
-    pieces = nested(span.size, owners, tile) if load.nested(span.size) else consecutive(owners)
-    if even(pieces):
-        return pieces
-    parts = linear_parts(docs, number, load)
-    ends, costs = zip(*((part.stop - span.start, part.cost) for part in sorted(parts)), strict=True)
-    sums = [0.0, *accumulate(costs)]
-    pieces = nested_by_cost(span.size, owners, tile, lambda places: np.interp(places, [0, *ends], sums))
-    return pieces if even(pieces) else []
+def _simple_cuts(
+    span: Span, load: Load, owners: list[Owner], tile: int, parts: Callable[[], list[LinearPart]]
+) -> Iterator[list[Cut]]:
+    """Ways to cut a document in few pieces, those with the fewest first."""
+    yield consecutive(owners)
+    if load.nested(span.size):
+        yield nested(span.size, owners, tile)
+    ends = [0, *(part.stop - span.start for part in parts())]
+    sums = [0.0, *accumulate(part.cost for part in parts())]
+    yield nested_by_cost(span.size, owners, tile, lambda places: np.interp(places, ends, sums))
 
 
 def _dealt(
-    docs: Documents, span: Span, load: Load, owners: list[Owner], rounding: Callable[[list[Span]], list[int]]
+    span: Span, owners: list[Owner], rounding: Callable[[list[Span]], list[int]], found: list[LinearPart]
 ) -> list[Cut]:
     """`_cut` of a document whose cost is uneven: the window search once more, over its parts."""
-    assert span.document is not None
-    found = linear_parts(docs, span.document, load)
     parts = [Span(x.start, x.stop - x.start, x.cost, x.cost / (x.stop - x.start), x.sloped) for x in found]
     parts.sort(key=lambda part: (part.density, part.start))
     tiles = rounding(parts)
@@ -178,10 +204,9 @@ def _spans_of(docs: Documents, load: Load) -> list[Span]:
     parts = docs.chunked(load.chunk)
     spans = [Span(start, stop - start, 0.0, 0.0, False) for start, stop in docs.padding]
     costs = load.costs(np.array(parts.lengths, dtype=np.int64)).tolist()
-    uneven = load.bent or docs.segmented
     for number, (start, size, cost) in enumerate(zip(parts.starts, parts.lengths, costs, strict=True)):
         if size:
-            spans.append(Span(start, size, cost, cost / size, load.nested(size), number if uneven else None))
+            spans.append(Span(start, size, cost, cost / size, load.nested(size), number if load.bent else None))
     return _with_segments(docs, load, spans) if docs.segmented else spans
 
 

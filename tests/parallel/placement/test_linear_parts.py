@@ -9,7 +9,7 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from ringattn import Documents, Layout, Mask, MeshShape
-from ringattn.parallel.placement.linear_parts import document_costs, linear_parts
+from ringattn.parallel.placement.linear_parts import document_costs, linear_parts, runs_costs
 from ringattn.parallel.placement.load import Load
 from tests.parallel.placement.test_policies import assert_every_token_once, costs
 from tests.strategies import segment_masks, segmented_documents
@@ -66,6 +66,12 @@ def long_trees(draw: st.DrawFn, share: int) -> tuple[int, Documents]:
     return ring, Documents.from_tree(lengths, parents, blocks)
 
 
+def position_costs(layout: Layout, layers: list) -> list[int]:
+    per_token = sum(count * pairs_of(layout.docs, mask) for mask, count in layers)
+    before = np.concatenate([[0], np.cumsum(per_token)])
+    return [sum(int(before[b] - before[a]) for a, b in ranges) for ranges in layout.positions]
+
+
 @settings(max_examples=40, deadline=None)
 @given(case=long_trees(8192), layers=st.sampled_from(LAYERS))
 def test_balance_of_segments_at_8192_tokens_a_rank(case: tuple[int, Documents], layers: list) -> None:
@@ -73,9 +79,7 @@ def test_balance_of_segments_at_8192_tokens_a_rank(case: tuple[int, Documents], 
     assume(docs.segmented)
     layout = Layout(docs, MeshShape(1, ring), "balanced", layers)
     assert_every_token_once(layout)
-    per_token = sum(count * pairs_of(docs, mask) for mask, count in layers)
-    before = np.concatenate([[0], np.cumsum(per_token)])
-    found = [sum(int(before[b] - before[a]) for a, b in ranges) for ranges in layout.positions]
+    found = position_costs(layout, layers)
     assert max(found) / (sum(found) / ring) <= 1.05
     assert max(layout.position_sizes) <= 8192 * 1.05
 
@@ -91,10 +95,46 @@ def test_images_that_follow_each_other_evenly_cut_a_document_no_more_than_text_d
     layout = Layout(docs, MeshShape(1, ring), "balanced", layers)
     assert_every_token_once(layout)
     assert max(len(ranges) for ranges in layout.positions) <= 2
-    before = np.concatenate([[0], np.cumsum(sum(count * pairs_of(docs, mask) for mask, count in layers))])
-    found = [sum(int(before[b] - before[a]) for a, b in ranges) for ranges in layout.positions]
+    found = position_costs(layout, layers)
     assert max(found) / (sum(found) / ring) <= 1.015
     assert max(layout.position_sizes) <= 8192 + 128
+
+
+def test_documents_that_are_cut_between_the_same_positions_add_up() -> None:
+    """Each was as even as it had to be by itself, and the position that had parts of several had 2.8 % too much."""
+    layers = [(Mask(), 1), (Mask(window=(1023, 0)), 5)]
+    blocks = [(65536 * number + 20_100, 65536 * number + 26_100) for number in range(5)]
+    layout = Layout(Documents([65536] * 5, blocks=blocks), MeshShape(1, 3), "balanced", layers)
+    found = position_costs(layout, layers)
+    assert max(found) / (sum(found) / 3) <= 1.016
+
+
+def test_what_is_little_for_a_fast_position_is_much_for_a_slow_one() -> None:
+    """Its slack is of its own part: one of a tenth of the speed had 14 % too much."""
+    layers, speeds = [(Mask(window=(1023, 0)), 1)], [1.0, 1.0, 1.0, 0.1]
+    docs = Documents([65536], blocks=[(8292, 12388)])
+    layout = Layout(docs, MeshShape(1, 4), "balanced", layers, speeds=speeds)
+    times = [cost / speed for cost, speed in zip(position_costs(layout, layers), speeds, strict=True)]
+    assert max(times) / (sum(position_costs(layout, layers)) / sum(speeds)) <= 1.02
+
+
+@pytest.mark.parametrize("layers", LAYERS, ids=["dense", "window", "both"])
+@pytest.mark.parametrize("ring", [2, 4, 8])
+def test_text_beside_an_image_is_cut_as_it_is_alone(ring: int, layers: list) -> None:
+    """One document with a block, and all others were cut in up to 2.6 times as many pieces."""
+    lengths = [30000, 50000, 9000, 70000, 131072]
+    alone = Layout(Documents(lengths), MeshShape(1, ring), "balanced", layers)
+    beside = Layout(Documents([*lengths, 8], blocks=[(290_075, 290_078)]), MeshShape(1, ring), "balanced", layers)
+    pieces = [sum(map(len, layout.positions)) for layout in (alone, beside)]
+    assert pieces[1] <= pieces[0] + 1
+    found = position_costs(beside, layers)
+    assert max(found) / (sum(found) / ring) <= 1.016
+
+
+def test_completions_of_a_prompt_that_cost_the_same_stay_whole() -> None:
+    docs = Documents.from_tree([1, *[8192] * 8], [-1, *[0] * 8])
+    layout = Layout(docs, MeshShape(1, 8), "balanced")
+    assert layout.positions == tuple((span,) for span in itertools.pairwise([0, *range(8192, 65536, 8192), 65537]))
 
 
 @settings(max_examples=100)
@@ -115,6 +155,18 @@ def test_costs_of_parts_are_the_pairs_of_their_tokens(docs: Documents, masks: li
             steps = {b - a for a, b in itertools.pairwise(tokens)}
             assert len(steps) <= 1
             assert part.sloped or steps <= {0}
+
+
+@settings(max_examples=100)
+@given(docs=segmented_documents(), masks=st.lists(segment_masks, min_size=1, max_size=2), data=st.data())
+def test_costs_of_runs_are_the_pairs_of_their_tokens(docs: Documents, masks: list[Mask], data: st.DataObject) -> None:
+    load = Load(tuple((mask, float(number + 1)) for number, mask in enumerate(masks)))
+    dense = sum((number + 1) * docs.dense(mask).sum(1) for number, mask in enumerate(masks)).tolist()
+    for number, (start, size) in enumerate(zip(docs.starts, docs.lengths, strict=True)):
+        cuts = sorted(data.draw(st.sets(st.integers(0, size), min_size=2, max_size=6))) if size else []
+        runs = list(itertools.pairwise(cuts))
+        found = runs_costs(docs, number, runs, load).tolist()
+        assert found == [sum(dense[start + first : start + last]) for first, last in runs]
 
 
 @pytest.mark.parametrize("long", [3, 10, 40, 100])

@@ -10,6 +10,7 @@ from typing import Any
 from torch import nn
 
 from ringattn.hf.head import steps_after_head
+from ringattn.hf.heads import check_heads, heads_of, latents_of
 from ringattn.hf.layer_parts import attends, mlp_of, parts_of, recurrent_part, rule_of
 from ringattn.hf.layers import decoder_layers, mlps_of
 from ringattn.hf.recurrent import BOTH, LAYER_TYPES, NEITHER, kind_of
@@ -37,16 +38,17 @@ def model_shape(model: nn.Module, config: Any, name: str = "") -> ModelShape:
     inside = {id(p) for layer in layers for p in layer.parameters()}
     inside |= {id(p) for one in (embedding, head) if one is not None for p in one.parameters()}
     largest = _largest_mlp(layers)
-    attention = _attention(layers)
-    heads = text.num_attention_heads
-    head_dim = getattr(text, "head_dim", None) or text.hidden_size // heads
+    attentions = _attentions(layers)
+    attention = next(iter(attentions), nn.Module())
+    heads = heads_of(text)
+    check_heads(attentions, heads)
     return ModelShape(
         name=name or text.model_type,
         hidden=text.hidden_size,
         inner=_inner(text, largest),
-        query_heads=heads,
-        key_heads=getattr(text, "num_key_value_heads", None) or heads,
-        head_dim=head_dim,
+        query_heads=heads.queries,
+        key_heads=heads.keys,
+        head_dim=heads.dim,
         vocabulary=text.vocab_size,
         layers=tuple(_weights(layer.parameters()) for layer in layers),
         mlp=_weights(largest.parameters()),
@@ -61,8 +63,10 @@ def model_shape(model: nn.Module, config: Any, name: str = "") -> ModelShape:
         mlp_steps=2 if "relu2" in (getattr(text, name, None) for name in ("mlp_hidden_act", "hidden_act")) else 1,
         kinds=() if set(kinds) == {Parts()} else kinds,
         recurrent=next(iter(recurrent), None),
-        gated_attention=_gated_attention(attention, heads * head_dim),
+        gated_attention=_gated_attention(attention, heads.queries * heads.dim),
         tileable=_tileable(model),
+        values=heads.value_dim if heads.value_dim != heads.dim else 0,
+        latents=latents_of(attention),
     )
 
 
@@ -79,10 +83,8 @@ def mixing_layers(model: nn.Module) -> MixingLayers:
     masks = layer_masks(text)
     if not masks:  # then configurations may lack heads
         return MixingLayers(states=states)
-    heads = text.num_attention_heads
-    keys = getattr(text, "num_key_value_heads", None) or heads
-    head_dim = getattr(text, "head_dim", None) or text.hidden_size // heads
-    return MixingLayers(masks, states, (heads, keys), head_dim)
+    heads = heads_of(text)
+    return MixingLayers(masks, states, heads[:2], heads.dim)
 
 
 def weighed_layers(model: nn.Module) -> MixingLayers | None:
@@ -112,10 +114,9 @@ def _largest_mlp(layers: Iterable[nn.Module]) -> nn.Module:
     return max(found, key=lambda mlp: sum(p.numel() for p in mlp.parameters()))
 
 
-def _attention(layers: Iterable[nn.Module]) -> nn.Module:
-    """That of the first layer that has one; without any, nothing."""
-    parts = (part for layer in layers for name, part in layer.named_children() if attends(name, part))
-    return next(parts, nn.Module())
+def _attentions(layers: Iterable[nn.Module]) -> list[nn.Module]:
+    """Of all layers that have one."""
+    return [part for layer in layers for name, part in layer.named_children() if attends(name, part)]
 
 
 def _gated_attention(attention: nn.Module, width: int) -> bool:

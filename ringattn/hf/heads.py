@@ -53,24 +53,35 @@ def _heads(text: Any) -> Heads:
     return Heads(queries, keys, dim, getattr(text, "v_head_dim", None) or dim)
 
 
-def check_heads(attentions: Iterable[nn.Module], heads: Heads) -> None:
-    """Raises NotImplementedError if the weights of a model's attention are not of these heads."""
-    queries, out = heads.queries * heads.dim, heads.queries * heads.value_dim
+def heads_of_weights(attentions: Iterable[nn.Module], heads: Heads) -> Heads:
+    """The heads of a model's attention by its configuration, with the most key heads that any layer has.
+
+    Raises NotImplementedError if the weights are of other heads.
+    """
+    most = heads.keys
     for attention in attentions:
-        wanted = {"k_proj": heads.keys * heads.dim, "v_proj": heads.keys * heads.value_dim}
-        found = {name: getattr(getattr(attention, name, None), "out_features", None) for name in (*wanted, "q_proj")}
-        wrong = [(name, found[name], size) for name, size in wanted.items() if found[name] not in (None, size)]
-        if found["q_proj"] not in (None, queries, 2 * queries):  # twice with a gate
-            wrong.append(("q_proj", found["q_proj"], queries))
-        last = next((one for name in LAST if (one := getattr(attention, name, None)) is not None), None)
-        if getattr(last, "in_features", out) != out:
-            wrong.append(("the product after attention", last.in_features, out))  # type: ignore[union-attr]
-        if wrong:
-            name, size, planned = wrong[0]
-            raise NotImplementedError(
-                f"{type(attention).__name__}: {name} is {size} wide, and the heads of the configuration are {planned}: "
-                "the planner knows attention whose layers have the same heads"
-            )
+        keys = _width(attention, "k_proj", heads.keys * heads.dim) // heads.dim
+        most = max(most, keys)
+        queries, out = heads.queries * heads.dim, heads.queries * heads.value_dim
+        last = next((name for name in LAST if hasattr(attention, name)), "")
+        widths = (
+            ("queries", _width(attention, "q_proj", queries), (queries, 2 * queries)),  # twice with a gate
+            ("keys", _width(attention, "k_proj", keys * heads.dim), (keys * heads.dim,)),
+            ("values", _width(attention, "v_proj", keys * heads.value_dim), (keys * heads.value_dim,)),
+            ("outputs", _width(attention, last, out, "in_features"), (out,)),
+        )
+        for name, size, known in widths:
+            if size not in known:
+                raise NotImplementedError(
+                    f"{type(attention).__name__} has {name} of {size} elements, where {heads.queries} heads of its "
+                    f"configuration make {known[0]}: the planner knows models whose layers have the same heads"
+                )
+    return heads._replace(keys=most)
+
+
+def _width(attention: nn.Module, name: str, default: int, side: str = "out_features") -> int:
+    """Of one of its products; default: where it has none of that name."""
+    return int(getattr(getattr(attention, name, None), side, default))
 
 
 def latents_of(attention: Any) -> Latents | None:

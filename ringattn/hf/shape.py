@@ -10,12 +10,13 @@ from typing import Any
 from torch import nn
 
 from ringattn.hf.head import steps_after_head
-from ringattn.hf.heads import check_heads, heads_of, latents_of
+from ringattn.hf.heads import heads_of, heads_of_weights, latents_of
 from ringattn.hf.layer_parts import attends, mlp_of, parts_of, recurrent_part, rule_of
 from ringattn.hf.layers import decoder_layers, mlps_of
 from ringattn.hf.recurrent import BOTH, LAYER_TYPES, NEITHER, kind_of
 from ringattn.mask import Mask
 from ringattn.memory.planning.shapes import ModelShape, Parts, Weights
+from ringattn.memory.products import narrow
 from ringattn.recurrent.price import RecurrenceShape
 from ringattn.recurrent.weighing import MixingLayers
 
@@ -40,8 +41,7 @@ def model_shape(model: nn.Module, config: Any, name: str = "") -> ModelShape:
     largest = _largest_mlp(layers)
     attentions = _attentions(layers)
     attention = next(iter(attentions), nn.Module())
-    heads = heads_of(text)
-    check_heads(attentions, heads)
+    heads = heads_of_weights(attentions, heads_of(text))
     return ModelShape(
         name=name or text.model_type,
         hidden=text.hidden_size,
@@ -67,6 +67,7 @@ def model_shape(model: nn.Module, config: Any, name: str = "") -> ModelShape:
         tileable=_tileable(model),
         values=heads.value_dim if heads.value_dim != heads.dim else 0,
         latents=latents_of(attention),
+        mlp_narrow=_mlp_narrow(largest),
     )
 
 
@@ -125,6 +126,12 @@ def _gated_attention(attention: nn.Module, width: int) -> bool:
     return getattr(queries, "out_features", width) == 2 * width
 
 
+def _mlp_narrow(mlp: nn.Module) -> int:
+    """The last product of an MLP is needed for nothing."""
+    every = [one for one in mlp.modules() if isinstance(one, nn.Linear)]
+    return sum(one.out_features for one in narrow(mlp) if one is not every[-1])
+
+
 def _gates(name: str) -> bool:
     """Whether a parameter is of one of two products that are multiplied; a router is called gate as well."""
     return any(part in ("w1", "input_linear") or ("gate" in part and part != "gate") for part in name.split("."))
@@ -173,16 +180,22 @@ def _active(layer: nn.Module, text: Any) -> int:
 
 def layer_masks(text: Any) -> tuple[tuple[Mask, int], ...]:
     """Masks of the attention layers, with the number of each; of layers that carry a state there are none."""
+    return tuple(Counter(mask for mask in masks_by_layer(text) if mask is not None).items())
+
+
+def masks_by_layer(text: Any) -> tuple[Mask | None, ...]:
+    """The mask of each layer, None for one without attention."""
     kinds = getattr(text, "layer_types", None) or ["full_attention"] * text.num_hidden_layers
-    kinds = ["full_attention" if kind in BOTH else kind for kind in kinds if kind not in LAYER_TYPES | NEITHER]
+    kinds = ["full_attention" if kind in BOTH else kind for kind in kinds]
     window, chunk = getattr(text, "sliding_window", None), getattr(text, "attention_chunk_size", None)
     known = {
         "full_attention": Mask(),
         "sliding_attention": Mask(window=(window - 1, 0)) if window else Mask(),
         "chunked_attention": Mask(chunk=chunk) if chunk else Mask(),
     }
-    if unknown := sorted(set(kinds) - known.keys()):
+    without = LAYER_TYPES | NEITHER
+    if unknown := sorted(set(kinds) - known.keys() - without):
         raise NotImplementedError(f"{text.model_type} has layers of {', '.join(unknown)}: the planner knows attention")
     if not getattr(text, "layer_types", None) and window and getattr(text, "use_sliding_window", True):
-        return ((known["sliding_attention"], len(kinds)),)
-    return tuple(Counter(known[kind] for kind in kinds).items())
+        return (known["sliding_attention"],) * len(kinds)
+    return tuple(None if kind in without else known[kind] for kind in kinds)

@@ -57,20 +57,22 @@ class Layer:
         kept = [self.stream]
         if self.parts.attention:
             kept += [self._out, self._lse]
-        if self.memory.keep == "selective":  # the products before attention or a recurrence, and the one after it
+        if self.memory.keep == "selective":  # narrow products
             kept += self._products
         return (*kept, self.attention.keys) if self.parts.attention and self.attention.keys else tuple(kept)
 
     @property
     def _products(self) -> list[int]:
-        """Of what mixes tokens. The last product of a layer is needed for nothing."""
+        """The last one of a layer is needed for nothing. In tiles none is kept."""
         kept = [] if self.recurrent is None else [self.recurrent.narrow]
         if self.parts.attention and self.model.latents is not None:
             kept += [self._bytes(self.model.latents.narrow)]
         elif self.parts.attention:
             kept += [self._queries * (1 + self.model.gated_attention), self._keys, self._values]
         after = self.parts.attention + self.parts.recurrence
-        return [*kept, *[self.stream] * after] if self.parts.mlp else kept
+        if not self.parts.mlp:
+            return kept
+        return [*kept, *[self.stream] * after, self._bytes(self.model.mlp_narrow) * (not self._tiled)]
 
     @property
     def saved(self) -> int:
@@ -235,9 +237,18 @@ class Layer:
         latents = self.model.latents
         if latents is None:
             return 0
-        b, plain = self.itemsize, self.fused or self.itemsize == WIDE
-        norm = 2 * b if self.fused else WIDE + 2 * b
-        return self.tokens * (norm * (latents.queries + latents.keys) + plain * b * latents.rotary)
+        width, b = latents.queries + latents.keys, self.itemsize
+        saved = width * (2 * b if self.fused else WIDE + 2 * b)
+        if self._products_are_normed:
+            saved -= width * b
+        elif self.fused or b == WIDE:
+            saved += latents.rotary * b
+        return self.tokens * saved
+
+    @property
+    def _products_are_normed(self) -> bool:
+        """The inputs of norms of heads or latents are products that are kept anyhow, and no copies in float32."""
+        return self.memory.keep == "selective" and (self.fused or self.itemsize == WIDE)
 
     @property
     def _latents_held(self) -> int:
@@ -295,7 +306,7 @@ class Layer:
         """Of the first norm, and of those of heads. A float32 copy of what is float32 is the layer's input itself."""
         normed = self.model.head_norms and self.parts.attention
         heads = self.model.query_width + self.model.key_width if normed else 0
-        own = self.tokens * heads * ((0 if self.fused else WIDE) + self.itemsize)
+        own = self._bytes(heads) * (not self._products_are_normed) + self.tokens * heads * (0 if self.fused else WIDE)
         kept = (self.itemsize == WIDE or self.fused) and self.memory.keep != "all"
         return self._norm_saved - kept * self._norm_copy + own
 

@@ -116,6 +116,7 @@ class ModelShape:
         tileable: every layer has an MLP that can be computed in tiles.
         values: dim of a head's values, where it is another than that of its keys; 0: the same.
         latents: of attention with latent keys.
+        mlp_narrow: outputs of the MLP's products that `keep="selective"` keeps, the last one apart.
     """
 
     name: str
@@ -142,6 +143,7 @@ class ModelShape:
     tileable: bool = True
     values: int = 0
     latents: Latents | None = None
+    mlp_narrow: int = 0
 
     @property
     def parts(self) -> tuple[Parts, ...]:

@@ -35,6 +35,7 @@ SETTINGS: dict[str, MemorySettings] = {
     "loss, MLP": MemorySettings(loss_tile=64, mlp_tile=64),
     "layer": MemorySettings(loss_tile=64, keep="layer"),
     "layer, MLP": MemorySettings(loss_tile=64, mlp_tile=64, keep="layer"),
+    "selective": MemorySettings(loss_tile=64, keep="selective"),
     "attention": MemorySettings(loss_tile=64, keep="attention"),
     "attention, MLP": MemorySettings(loss_tile=64, mlp_tile=64, keep="attention"),
     "layer of every 2": MemorySettings(loss_tile=64, mlp_tile=64, keep="layer", every=2),

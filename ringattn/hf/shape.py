@@ -20,6 +20,8 @@ from ringattn.memory.products import narrow
 from ringattn.recurrent.price import RecurrenceShape
 from ringattn.recurrent.weighing import MixingLayers
 
+# MLPs that multiply with zero what a token's other experts get, and send nothing.
+UNROUTED = ("Llama4TextMoe",)
 HEAD_NORMS = ("q_norm.weight", "k_norm.weight", "q_layernorm.weight", "k_layernorm.weight")
 
 
@@ -45,7 +47,7 @@ def model_shape(model: nn.Module, config: Any, name: str = "") -> ModelShape:
     return ModelShape(
         name=name or text.model_type,
         hidden=text.hidden_size,
-        inner=_inner(text, largest),
+        inner=_inner(text, largest, layers),
         query_heads=heads.queries,
         key_heads=heads.keys,
         head_dim=heads.dim,
@@ -112,6 +114,10 @@ def _largest_mlp(layers: Iterable[nn.Module]) -> nn.Module:
     found = [mlp for layer in layers if (mlp := mlp_of(layer)) is not None]
     if not found:
         raise NotImplementedError("no layer has an MLP: the planner knows no such model")
+    if unrouted := next((name for mlp in found if (name := type(mlp).__name__) in UNROUTED), None):
+        raise NotImplementedError(
+            f"{unrouted} computes all experts of every token: the planner knows those it is sent to"
+        )
     return max(found, key=lambda mlp: sum(p.numel() for p in mlp.parameters()))
 
 
@@ -154,18 +160,32 @@ def _experts(text: Any) -> tuple[int, int]:
     return (seen, every) if seen and every else (0, 0)
 
 
-def _inner(text: Any, mlp: nn.Module) -> int:
-    """Inner rows of a token in one layer's MLP. LFM2 makes its first product narrower than its configuration says."""
+def _inner(text: Any, mlp: nn.Module, layers: Iterable[nn.Module]) -> int:
+    """The most inner rows of a token in one layer's MLP, with shared experts that stand in it or beside it."""
     inner = getattr(text, "intermediate_size", None) or 4 * text.hidden_size
-    inner = getattr(getattr(mlp, "w1", None), "out_features", inner)
     seen, every = _experts(text)
-    if not every or not any("experts" in name for name, _ in mlp.named_modules()):
-        return int(inner)
+    dense = 0 if every and _has_experts(mlp) else _dense_inner(mlp, inner)
+    if not every or not any(map(_has_experts, layers)):
+        return dense
     own = getattr(text, "moe_intermediate_size", None) or inner
     names = ("shared_expert_intermediate_size", "moe_shared_expert_intermediate_size", "shared_intermediate_size")
     shared = next((size for name in names if (size := getattr(text, name, None))), 0)
     shared = shared or own * (getattr(text, "n_shared_experts", 0) or 0)
-    return int(seen * own + shared)
+    return max(dense, int(seen * own + shared))
+
+
+def _has_experts(part: nn.Module) -> bool:
+    return any("experts" in name for name, _ in part.named_modules())
+
+
+def _dense_inner(mlp: nn.Module, inner: int) -> int:
+    """What goes into the last product; configurations have it by several names, and LFM2's is narrower than its own
+    says. Where layers hold both products themselves, `mlp` is the first one."""
+    if isinstance(mlp, nn.Linear):
+        return mlp.out_features
+    products = [one for one in mlp.modules() if isinstance(one, nn.Linear)]
+    last = next((one for one in products[::-1] if one.out_features == products[0].in_features), None)
+    return int(inner) if last is None else last.in_features
 
 
 def _active(layer: nn.Module, text: Any) -> int:

@@ -70,6 +70,8 @@ def model_shape(model: nn.Module, config: Any, name: str = "") -> ModelShape:
         values=heads.value_dim if heads.value_dim != heads.dim else 0,
         latents=latents_of(attention),
         mlp_narrow=_mlp_narrow(largest),
+        joined=any({"gate_up_proj", "input_linear"} & set(name.split(".")) for name, _ in largest.named_parameters()),
+        routed=_experts(text)[0] if any(map(_has_experts, layers)) else 0,
     )
 
 

@@ -140,7 +140,11 @@ class Layer:
     @property
     def _mlp_forward(self) -> int:
         """The activation, the other product, and theirs; in tiles also the output of all and of one."""
-        rows = (2 + self.model.gated + self.model.mlp_steps - 1) * self.itemsize * self._tile * self.model.inner
+        steps = 1 + self.model.gated + self.model.joined + self.model.mlp_steps
+        rows = steps * self.itemsize * self._tile * self.model.inner
+        # Of experts what goes in, what comes out, that by its weight, and back in the order of tokens.
+        kept = self._mlp_saved if self.memory.keep == "all" else 2 * self._copies
+        rows = max(rows + self._copies, kept + 2 * self._copies)
         return rows + self._tiled * (self.stream + self._tile * self.model.hidden * self.itemsize)
 
     # Backward.
@@ -185,9 +189,21 @@ class Layer:
             * self._tile
             * self.model.inner
         )
+        # Of experts first the gradient of their sum, its zeros, and that in their order, beside what was kept.
+        rows = max(rows + self._copies, self._kept_rows * self._tile + 5 * self._copies)
         return rows + self._tiled * (self.stream + self._tile * self.model.hidden * self.itemsize)
 
     # Parts.
+
+    @property
+    def _copies(self) -> int:
+        """A tile's tokens, each as often as experts see it."""
+        return self._tile * self.model.hidden * self.model.routed * self.itemsize
+
+    @property
+    def _kept_rows(self) -> int:
+        """Bytes of a token's inner rows that autograd keeps: both products, the activation and the product of both."""
+        return (4 - self.fused if self.model.gated else 2) * self.itemsize * self.model.inner
 
     @property
     def _tile(self) -> int:
@@ -328,9 +344,8 @@ class Layer:
 
     @property
     def _mlp_saved(self) -> int:
-        """Both products, the activation and the product of both; in tiles nothing but the norm's result."""
-        rows = 4 - self.fused if self.model.gated else 2
-        return 0 if self._tiled or not self.parts.mlp else rows * self.itemsize * self.tokens * self.model.inner
+        """In tiles nothing but the norm's result; of experts what goes in and comes out too."""
+        return 0 if self._tiled or not self.parts.mlp else self._kept_rows * self.tokens + 2 * self._copies
 
 
 def _plus(a: Items, b: Items) -> dict[str, int]:

@@ -117,6 +117,8 @@ class ModelShape:
         values: dim of a head's values, where it is another than that of its keys; 0: the same.
         latents: of attention with latent keys.
         mlp_narrow: outputs of the MLP's products that `keep="selective"` keeps, the last one apart.
+        joined: both products of a gated MLP are one, of which both halves stay as long as either.
+        routed: experts that a token is copied for; 0: its MLP has none.
     """
 
     name: str
@@ -144,6 +146,8 @@ class ModelShape:
     values: int = 0
     latents: Latents | None = None
     mlp_narrow: int = 0
+    joined: bool = False
+    routed: int = 0
 
     @property
     def parts(self) -> tuple[Parts, ...]:

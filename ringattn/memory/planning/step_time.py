@@ -13,6 +13,7 @@ from ringattn.parallel.machine.machine import Machine
 HIDDEN_PASSES, HEAD_PASSES, INNER_PASSES = 38, 9, 5
 FUSED_PASSES = 10, 2, 3  # of the same, where each is one kernel
 NORM, FUSED_NORM, COPY = 16, 2, 2  # of these a single norm, and a copy
+ROUTED_PASSES = 8  # of a token's copy for an expert: in, out by its weight, and in order again
 # Of a part that carries a state: its convolution with SiLU, and norm and gate after it. Counted, never timed.
 CHANNEL_PASSES, GATE_PASSES = 12, 24
 BACKWARD = 2.0  # elementwise work backward, in that of a forward pass
@@ -124,7 +125,7 @@ class _Work:
         )
         halves = sum(parts.mixes + parts.mlp for parts in m.parts) / 2 / self._layers  # each with a norm and a sum
         width = hidden * halves * m.hidden + attending * self._head_elements(heads)
-        width += mlps * inner * m.inner / (1 if m.gated else 2)
+        width += mlps * (inner * m.inner / (1 if m.gated else 2) + ROUTED_PASSES * m.routed * m.hidden)
         if m.recurrent is not None:
             width += recurrent * (CHANNEL_PASSES * m.recurrent.channels + GATE_PASSES * m.recurrent.width)
         return self._tokens * width * self.alive.run.itemsize / self.rates.memory

@@ -185,9 +185,10 @@ def _dense_inner(mlp: nn.Module, inner: int) -> int:
     says. Where layers hold both products themselves, `mlp` is the first one."""
     if isinstance(mlp, nn.Linear):
         return mlp.out_features
-    products = [one for one in mlp.modules() if isinstance(one, nn.Linear)]
+    # Its own alone: adapters have products inside of these.
+    products = [one for one in mlp.children() if hasattr(one, "out_features")]
     last = next((one for one in products[::-1] if one.out_features == products[0].in_features), None)
-    return int(inner) if last is None else last.in_features
+    return int(getattr(last, "in_features", inner))
 
 
 def _active(layer: nn.Module, text: Any) -> int:

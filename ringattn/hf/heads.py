@@ -29,6 +29,8 @@ class Heads(NamedTuple):
 
 def heads_of(text: Any) -> Heads:
     """Of all layers of a text configuration. Raises NotImplementedError if they differ from layer to layer."""
+    if not getattr(text, "is_heterogeneous", False):
+        return _heads(text)
     found = set(heads_by_layer(text))
     if len(found) > 1:
         dims = ", ".join(str(dim) for dim in sorted({heads.dim for heads in found}))

@@ -10,14 +10,18 @@ from typing import Any
 from torch import nn
 
 from ringattn.hf.head import steps_after_head
+from ringattn.hf.heads import heads_of, heads_of_weights, latents_of
 from ringattn.hf.layer_parts import attends, mlp_of, parts_of, recurrent_part, rule_of
 from ringattn.hf.layers import decoder_layers, mlps_of
 from ringattn.hf.recurrent import BOTH, LAYER_TYPES, NEITHER, kind_of
 from ringattn.mask import Mask
 from ringattn.memory.planning.shapes import ModelShape, Parts, Weights
+from ringattn.memory.products import narrow
 from ringattn.recurrent.price import RecurrenceShape
 from ringattn.recurrent.weighing import MixingLayers
 
+# MLPs that multiply with zero what a token's other experts get, and send nothing.
+UNROUTED = ("Llama4TextMoe",)
 HEAD_NORMS = ("q_norm.weight", "k_norm.weight", "q_layernorm.weight", "k_layernorm.weight")
 
 
@@ -37,16 +41,16 @@ def model_shape(model: nn.Module, config: Any, name: str = "") -> ModelShape:
     inside = {id(p) for layer in layers for p in layer.parameters()}
     inside |= {id(p) for one in (embedding, head) if one is not None for p in one.parameters()}
     largest = _largest_mlp(layers)
-    attention = _attention(layers)
-    heads = text.num_attention_heads
-    head_dim = getattr(text, "head_dim", None) or text.hidden_size // heads
+    attentions = _attentions(layers)
+    attention = next(iter(attentions), nn.Module())
+    heads = heads_of_weights(attentions, heads_of(text))
     return ModelShape(
         name=name or text.model_type,
         hidden=text.hidden_size,
-        inner=_inner(text, largest),
-        query_heads=heads,
-        key_heads=getattr(text, "num_key_value_heads", None) or heads,
-        head_dim=head_dim,
+        inner=_inner(text, largest, layers),
+        query_heads=heads.queries,
+        key_heads=heads.keys,
+        head_dim=heads.dim,
         vocabulary=text.vocab_size,
         layers=tuple(_weights(layer.parameters()) for layer in layers),
         mlp=_weights(largest.parameters()),
@@ -61,8 +65,13 @@ def model_shape(model: nn.Module, config: Any, name: str = "") -> ModelShape:
         mlp_steps=2 if "relu2" in (getattr(text, name, None) for name in ("mlp_hidden_act", "hidden_act")) else 1,
         kinds=() if set(kinds) == {Parts()} else kinds,
         recurrent=next(iter(recurrent), None),
-        gated_attention=_gated_attention(attention, heads * head_dim),
+        gated_attention=_gated_attention(attention, heads.queries * heads.dim),
         tileable=_tileable(model),
+        values=heads.value_dim if heads.value_dim != heads.dim else 0,
+        latents=latents_of(attention),
+        mlp_narrow=_mlp_narrow(largest),
+        joined=any({"gate_up_proj", "input_linear"} & set(name.split(".")) for name, _ in largest.named_parameters()),
+        routed=_experts(text)[0] if any(map(_has_experts, layers)) else 0,
     )
 
 
@@ -79,10 +88,8 @@ def mixing_layers(model: nn.Module) -> MixingLayers:
     masks = layer_masks(text)
     if not masks:  # then configurations may lack heads
         return MixingLayers(states=states)
-    heads = text.num_attention_heads
-    keys = getattr(text, "num_key_value_heads", None) or heads
-    head_dim = getattr(text, "head_dim", None) or text.hidden_size // heads
-    return MixingLayers(masks, states, (heads, keys), head_dim)
+    heads = heads_of(text)
+    return MixingLayers(masks, states, heads[:2], heads.dim)
 
 
 def weighed_layers(model: nn.Module) -> MixingLayers | None:
@@ -109,19 +116,28 @@ def _largest_mlp(layers: Iterable[nn.Module]) -> nn.Module:
     found = [mlp for layer in layers if (mlp := mlp_of(layer)) is not None]
     if not found:
         raise NotImplementedError("no layer has an MLP: the planner knows no such model")
+    if unrouted := next((name for mlp in found if (name := type(mlp).__name__) in UNROUTED), None):
+        raise NotImplementedError(
+            f"{unrouted} computes all experts of every token: the planner knows those it is sent to"
+        )
     return max(found, key=lambda mlp: sum(p.numel() for p in mlp.parameters()))
 
 
-def _attention(layers: Iterable[nn.Module]) -> nn.Module:
-    """That of the first layer that has one; without any, nothing."""
-    parts = (part for layer in layers for name, part in layer.named_children() if attends(name, part))
-    return next(parts, nn.Module())
+def _attentions(layers: Iterable[nn.Module]) -> list[nn.Module]:
+    """Of all layers that have one."""
+    return [part for layer in layers for name, part in layer.named_children() if attends(name, part)]
 
 
 def _gated_attention(attention: nn.Module, width: int) -> bool:
     """Whether queries come with a gate for the output, as Qwen3-Next's do."""
     queries = getattr(attention, "q_proj", None)
     return getattr(queries, "out_features", width) == 2 * width
+
+
+def _mlp_narrow(mlp: nn.Module) -> int:
+    """The last product of an MLP is needed for nothing."""
+    every = [one for one in mlp.modules() if isinstance(one, nn.Linear)]
+    return sum(one.out_features for one in narrow(mlp) if one is not every[-1])
 
 
 def _gates(name: str) -> bool:
@@ -146,18 +162,33 @@ def _experts(text: Any) -> tuple[int, int]:
     return (seen, every) if seen and every else (0, 0)
 
 
-def _inner(text: Any, mlp: nn.Module) -> int:
-    """Inner rows of a token in one layer's MLP. LFM2 makes its first product narrower than its configuration says."""
+def _inner(text: Any, mlp: nn.Module, layers: Iterable[nn.Module]) -> int:
+    """The most inner rows of a token in one layer's MLP, with shared experts that stand in it or beside it."""
     inner = getattr(text, "intermediate_size", None) or 4 * text.hidden_size
-    inner = getattr(getattr(mlp, "w1", None), "out_features", inner)
     seen, every = _experts(text)
-    if not every or not any("experts" in name for name, _ in mlp.named_modules()):
-        return int(inner)
+    dense = 0 if every and _has_experts(mlp) else _dense_inner(mlp, inner)
+    if not every or not any(map(_has_experts, layers)):
+        return dense
     own = getattr(text, "moe_intermediate_size", None) or inner
     names = ("shared_expert_intermediate_size", "moe_shared_expert_intermediate_size", "shared_intermediate_size")
     shared = next((size for name in names if (size := getattr(text, name, None))), 0)
     shared = shared or own * (getattr(text, "n_shared_experts", 0) or 0)
-    return int(seen * own + shared)
+    return max(dense, int(seen * own + shared))
+
+
+def _has_experts(part: nn.Module) -> bool:
+    return any("experts" in name for name, _ in part.named_modules())
+
+
+def _dense_inner(mlp: nn.Module, inner: int) -> int:
+    """What goes into the last product; configurations have it by several names, and LFM2's is narrower than its own
+    says. Where layers hold both products themselves, `mlp` is the first one."""
+    if isinstance(mlp, nn.Linear):
+        return mlp.out_features
+    # Its own alone: adapters have products inside of these.
+    products = [one for one in mlp.children() if hasattr(one, "out_features")]
+    last = next((one for one in products[::-1] if one.out_features == products[0].in_features), None)
+    return int(getattr(last, "in_features", inner))
 
 
 def _active(layer: nn.Module, text: Any) -> int:
@@ -172,16 +203,22 @@ def _active(layer: nn.Module, text: Any) -> int:
 
 def layer_masks(text: Any) -> tuple[tuple[Mask, int], ...]:
     """Masks of the attention layers, with the number of each; of layers that carry a state there are none."""
+    return tuple(Counter(mask for mask in masks_by_layer(text) if mask is not None).items())
+
+
+def masks_by_layer(text: Any) -> tuple[Mask | None, ...]:
+    """The mask of each layer, None for one without attention."""
     kinds = getattr(text, "layer_types", None) or ["full_attention"] * text.num_hidden_layers
-    kinds = ["full_attention" if kind in BOTH else kind for kind in kinds if kind not in LAYER_TYPES | NEITHER]
+    kinds = ["full_attention" if kind in BOTH else kind for kind in kinds]
     window, chunk = getattr(text, "sliding_window", None), getattr(text, "attention_chunk_size", None)
     known = {
         "full_attention": Mask(),
         "sliding_attention": Mask(window=(window - 1, 0)) if window else Mask(),
         "chunked_attention": Mask(chunk=chunk) if chunk else Mask(),
     }
-    if unknown := sorted(set(kinds) - known.keys()):
+    without = LAYER_TYPES | NEITHER
+    if unknown := sorted(set(kinds) - known.keys() - without):
         raise NotImplementedError(f"{text.model_type} has layers of {', '.join(unknown)}: the planner knows attention")
     if not getattr(text, "layer_types", None) and window and getattr(text, "use_sliding_window", True):
-        return ((known["sliding_attention"], len(kinds)),)
-    return tuple(Counter(known[kind] for kind in kinds).items())
+        return (known["sliding_attention"],) * len(kinds)
+    return tuple(None if kind in without else known[kind] for kind in kinds)

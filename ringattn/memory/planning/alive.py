@@ -208,7 +208,8 @@ class Alive:
     @cached_property
     def _always(self) -> dict[str, int]:
         """States, inputs, rotary tables, workspaces."""
-        rotary = 2 * self.model.head_dim * self.run.itemsize
+        latents = self.model.latents
+        rotary = 2 * (self.model.head_dim if latents is None else latents.rotary) * self.run.itemsize
         inputs = {INPUTS: self.run.local_tokens * (3 * INDEX + rotary), WORKSPACE: self.libraries}
         root = self.model.rest.count + (self.model.embedding.count if self.model.tied else 0)
         gathered = 0 if self.run.engine == "deepspeed" else root * self.run.itemsize

@@ -57,18 +57,22 @@ class Layer:
         kept = [self.stream]
         if self.parts.attention:
             kept += [self._out, self._lse]
-        if self.memory.keep == "selective":  # the products before attention or a recurrence, and the one after it
+        if self.memory.keep == "selective":  # narrow products
             kept += self._products
         return (*kept, self.attention.keys) if self.parts.attention and self.attention.keys else tuple(kept)
 
     @property
     def _products(self) -> list[int]:
-        """Of what mixes tokens. The last product of a layer is needed for nothing."""
+        """The last one of a layer is needed for nothing. In tiles none is kept."""
         kept = [] if self.recurrent is None else [self.recurrent.narrow]
-        if self.parts.attention:
-            kept += [self._queries * (1 + self.model.gated_attention), self._keys, self._keys]
+        if self.parts.attention and self.model.latents is not None:
+            kept += [self._bytes(self.model.latents.narrow)]
+        elif self.parts.attention:
+            kept += [self._queries * (1 + self.model.gated_attention), self._keys, self._values]
         after = self.parts.attention + self.parts.recurrence
-        return [*kept, *[self.stream] * after] if self.parts.mlp else kept
+        if not self.parts.mlp:
+            return kept
+        return [*kept, *[self.stream] * after, self._bytes(self.model.mlp_narrow) * (not self._tiled)]
 
     @property
     def saved(self) -> int:
@@ -109,6 +113,9 @@ class Layer:
     def _attention_forward(self, before: Items) -> Iterator[tuple[str, Items, bool]]:
         """Moments of attention, beside what is there before it."""
         t, b, m = self.tokens, self.itemsize, self.model
+        if m.latents is not None:
+            yield from self._latent_attention_forward(before)
+            return
         if m.head_norms:
             wide = 2 * (b if self.fused else WIDE)
             alone = {} if self.recurrent is None else before
@@ -121,10 +128,23 @@ class Layer:
         gated = 2 * self._gate  # its values, and their product
         yield "product after attention", _plus(before, {STREAM: self.stream, ATTENTION: held + gated}), False
 
+    def _latent_attention_forward(self, before: Items) -> Iterator[tuple[str, Items, bool]]:
+        """The same where keys are latent: what queries, keys and values are made of stands until attention is over."""
+        grows = self.memory.keep == "all"
+        made = self._joined + (self._latents_saved if grows else self._latents_held)
+        held = made + self._qkv + self._out + self._lse
+        yield "attention", _plus(before, {ATTENTION: held + self.attention.forward}), False
+        held = made + self._out + grows * (self._qkv + self._lse)
+        yield "product after attention", _plus(before, {STREAM: self.stream, ATTENTION: held}), False
+
     @property
     def _mlp_forward(self) -> int:
         """The activation, the other product, and theirs; in tiles also the output of all and of one."""
-        rows = (2 + self.model.gated + self.model.mlp_steps - 1) * self.itemsize * self._tile * self.model.inner
+        steps = 1 + self.model.gated + self.model.joined + self.model.mlp_steps
+        rows = steps * self.itemsize * self._tile * self.model.inner
+        # Of experts what goes in, what comes out, that by its weight, and back in the order of tokens.
+        kept = self._mlp_saved if self.memory.keep == "all" else 2 * self._copies
+        rows = max(rows + self._copies, kept + 2 * self._copies)
         return rows + self._tiled * (self.stream + self._tile * self.model.hidden * self.itemsize)
 
     # Backward.
@@ -144,6 +164,9 @@ class Layer:
             computed = self._attended + self._out + self._gate_saved + self.attention.backward
             beside = {} if self.recurrent is None else {STREAM: self.stream, RECURRENCE: self.recurrent.saved}
             yield "attention", _plus({**first, ATTENTION: computed}, beside), done + (1.0 - done) / 3
+            if m.latents is not None and self.memory.keep != "all":
+                again = self._attended + self._joined + (self.memory.keep == "layer") * self.attention.forward
+                yield "attention computed again", _plus({**first, ATTENTION: again}, beside), 0.0
         if self.recurrent is not None:
             # Beside attention the gradient of their common input waits.
             beside = {STREAM: self.stream, RECURRENCE: self.recurrent.backward}
@@ -166,9 +189,21 @@ class Layer:
             * self._tile
             * self.model.inner
         )
+        # Of experts first the gradient of their sum, its zeros, and that in their order, beside what was kept.
+        rows = max(rows + self._copies, self._kept_rows * self._tile + 5 * self._copies)
         return rows + self._tiled * (self.stream + self._tile * self.model.hidden * self.itemsize)
 
     # Parts.
+
+    @property
+    def _copies(self) -> int:
+        """A tile's tokens, each as often as experts see it."""
+        return self._tile * self.model.hidden * self.model.routed * self.itemsize
+
+    @property
+    def _kept_rows(self) -> int:
+        """Bytes of a token's inner rows that autograd keeps: both products, the activation and the product of both."""
+        return (4 - self.fused if self.model.gated else 2) * self.itemsize * self.model.inner
 
     @property
     def _tile(self) -> int:
@@ -181,19 +216,23 @@ class Layer:
 
     @property
     def _queries(self) -> int:
-        return self.tokens * self.model.query_width * self.itemsize
+        return self._bytes(self.model.query_width)
 
     @property
     def _keys(self) -> int:
-        return self.tokens * self.model.key_width * self.itemsize
+        return self._bytes(self.model.key_width)
+
+    @property
+    def _values(self) -> int:
+        return self._bytes(self.model.value_width)
 
     @property
     def _qkv(self) -> int:
-        return self._queries + 2 * self._keys
+        return self._queries + self._keys + self._values
 
     @property
     def _out(self) -> int:
-        return self._queries
+        return self._bytes(self.model.out_width)
 
     @property
     def _lse(self) -> int:
@@ -203,12 +242,54 @@ class Layer:
     def _attended(self) -> int:
         """What attention's backward pass needs of its forward pass, beside what the layer has kept of it."""
         result = self._out + self._lse + self.attention.keys
-        return self._qkv + (0 if self.memory.keep in ("attention", "selective") else result)
+        kept = self.memory.keep in ("attention", "selective")
+        return self._qkv + self._latents_saved + (0 if kept else result)
+
+    @property
+    def _latents_saved(self) -> int:
+        """What autograd keeps of latents: of each its norm's input, which in float32 is a copy, what is multiplied by
+        the norm's weight, and the result. The part that is turned stands beside the latent of keys, where that is no
+        copy."""
+        latents = self.model.latents
+        if latents is None:
+            return 0
+        width, b = latents.queries + latents.keys, self.itemsize
+        saved = width * (2 * b if self.fused else WIDE + 2 * b)
+        if self._products_are_normed:
+            saved -= width * b
+        elif self.fused or b == WIDE:
+            saved += latents.rotary * b
+        return self.tokens * saved
+
+    @property
+    def _products_are_normed(self) -> bool:
+        """The inputs of norms of heads or latents are products that are kept anyhow, and no copies in float32."""
+        return self.memory.keep == "selective" and (self.fused or self.itemsize == WIDE)
+
+    @property
+    def _latents_held(self) -> int:
+        """The same without autograd: of keys alone, and its norm's result."""
+        latents = self.model.latents
+        return 0 if latents is None else self._bytes(2 * latents.keys + latents.rotary)
+
+    @property
+    def _joined(self) -> int:
+        """What stands beside latents, and beside queries, keys and values as a kernel takes them, until attention is
+        over: the parts of which heads are put together, and heads of which those are copies."""
+        m, latents = self.model, self.model.latents
+        if latents is None:
+            return 0
+        turned = latents.turned * (2 * m.query_width + (m.query_heads + 1) * latents.rotary)
+        return self._bytes(turned + 2 * m.key_width - m.key_heads * latents.rotary + m.value_width)
+
+    def _bytes(self, width: int) -> int:
+        """Of so many elements a token."""
+        return self.tokens * width * self.itemsize
 
     @property
     def _gate(self) -> int:
         """Of attention's output, which comes with the queries."""
-        return self._queries * self.model.gated_attention
+        return self._out * self.model.gated_attention
 
     @property
     def _gate_saved(self) -> int:
@@ -241,7 +322,7 @@ class Layer:
         """Of the first norm, and of those of heads. A float32 copy of what is float32 is the layer's input itself."""
         normed = self.model.head_norms and self.parts.attention
         heads = self.model.query_width + self.model.key_width if normed else 0
-        own = self.tokens * heads * ((0 if self.fused else WIDE) + self.itemsize)
+        own = self._bytes(heads) * (not self._products_are_normed) + self.tokens * heads * (0 if self.fused else WIDE)
         kept = (self.itemsize == WIDE or self.fused) and self.memory.keep != "all"
         return self._norm_saved - kept * self._norm_copy + own
 
@@ -263,9 +344,8 @@ class Layer:
 
     @property
     def _mlp_saved(self) -> int:
-        """Both products, the activation and the product of both; in tiles nothing but the norm's result."""
-        rows = 4 - self.fused if self.model.gated else 2
-        return 0 if self._tiled or not self.parts.mlp else rows * self.itemsize * self.tokens * self.model.inner
+        """In tiles nothing but the norm's result; of experts what goes in and comes out too."""
+        return 0 if self._tiled or not self.parts.mlp else self._kept_rows * self.tokens + 2 * self._copies
 
 
 def _plus(a: Items, b: Items) -> dict[str, int]:

@@ -75,11 +75,31 @@ class RecurrentPart:
 
 
 @dataclass(frozen=True)
+class Latents:
+    """What queries, keys and values are made of where keys are latent, as DeepSeek-V2's, in elements of a token.
+
+    Arguments:
+        queries: of the latent of all queries; 0: they are one product of the layer's input.
+        keys: of that of all keys and values.
+        rotary: of the part of a head that is turned by its position, which the keys of all heads have together.
+        turned: that part is turned indeed, and joined with the rest of the queries; Kimi Linear's is not.
+        narrow: outputs of its products that `keep="selective"` keeps, the one after attention apart.
+    """
+
+    queries: int
+    keys: int
+    rotary: int
+    turned: bool
+    narrow: int
+
+
+@dataclass(frozen=True)
 class ModelShape:
     """A decoder in numbers. `ringattn.hf.shape` reads those of a transformers model.
 
     Arguments:
         hidden: width of the residual stream.
+        head_dim: of queries and keys.
         inner: rows of the MLP that a token has: of all experts that see it.
         gated: the MLP multiplies two products, as SwiGLU does.
         head_norms: queries and keys have norms of their own.
@@ -94,6 +114,11 @@ class ModelShape:
         recurrent: of all layers that have such a part.
         gated_attention: attention's output is multiplied with a gate of its width, which comes with the queries.
         tileable: every layer has an MLP that can be computed in tiles.
+        values: dim of a head's values, where it is another than that of its keys; 0: the same.
+        latents: of attention with latent keys.
+        mlp_narrow: outputs of the MLP's products that `keep="selective"` keeps, the last one apart.
+        joined: both products of a gated MLP are one, of which both halves stay as long as either.
+        routed: experts that a token is copied for; 0: its MLP has none.
     """
 
     name: str
@@ -118,6 +143,11 @@ class ModelShape:
     recurrent: RecurrentPart | None = None
     gated_attention: bool = False
     tileable: bool = True
+    values: int = 0
+    latents: Latents | None = None
+    mlp_narrow: int = 0
+    joined: bool = False
+    routed: int = 0
 
     @property
     def parts(self) -> tuple[Parts, ...]:
@@ -154,17 +184,27 @@ class ModelShape:
 
     @property
     def query_width(self) -> int:
-        """Elements of a token's queries, and of its attention output."""
+        """Elements of a token's queries."""
         return self.query_heads * self.head_dim
 
     @property
     def key_width(self) -> int:
-        """Elements of a token's keys, and of its values."""
+        """Elements of a token's keys."""
         return self.key_heads * self.head_dim
+
+    @property
+    def value_width(self) -> int:
+        """Elements of a token's values."""
+        return self.key_heads * (self.values or self.head_dim)
+
+    @property
+    def out_width(self) -> int:
+        """Elements of a token's attention output."""
+        return self.query_heads * (self.values or self.head_dim)
 
     def attention(self, itemsize: int) -> Shape:
         """Heads and dims as plans know them."""
-        return Shape(self.query_heads, self.key_heads, self.head_dim, self.head_dim, itemsize)
+        return Shape(self.query_heads, self.key_heads, self.head_dim, self.values or self.head_dim, itemsize)
 
     def with_layers(self, count: int) -> "ModelShape":
         """The same model with so many layers, the first ones, or these over again."""

@@ -12,6 +12,8 @@ from ringattn.parallel.machine.machine import Machine
 # two norms (their float32 copies as two elements) and two sums; rotary embeddings; the activation and its product.
 HIDDEN_PASSES, HEAD_PASSES, INNER_PASSES = 38, 9, 5
 FUSED_PASSES = 10, 2, 3  # of the same, where each is one kernel
+NORM, FUSED_NORM, COPY = 16, 2, 2  # of these a single norm, and a copy
+ROUTED_PASSES = 8  # of a token's copy for an expert: in, out by its weight, and in order again
 # Of a part that carries a state: its convolution with SiLU, and norm and gate after it. Counted, never timed.
 CHANNEL_PASSES, GATE_PASSES = 12, 24
 BACKWARD = 2.0  # elementwise work backward, in that of a forward pass
@@ -70,7 +72,7 @@ def step_time(alive: Alive, machine: Machine) -> StepTime:
     tokens = run.tokens * run.data * run.micro_steps
     head = model.vocabulary * model.hidden
     flops = 2.0 * (1 + model.backward) * (model.active * len(model.layers) + head) * tokens
-    flops += 12.0 * model.query_width * pairs * run.data * run.micro_steps
+    flops += 6.0 * (model.query_width + model.out_width) * pairs * run.data * run.micro_steps
     if model.recurrent is not None and model.recurrent.rule is not None:
         flops += 3.0 * model.recurrent.rule.flops * sum(parts.recurrence for parts in model.parts) * tokens
     return StepTime({k: v for k, v in items.items() if v > 0}, tokens, run.ranks, flops, rates.peak)
@@ -122,11 +124,25 @@ class _Work:
             sum(getattr(parts, name) for parts in m.parts) / self._layers for name in ("attention", "recurrence", "mlp")
         )
         halves = sum(parts.mixes + parts.mlp for parts in m.parts) / 2 / self._layers  # each with a norm and a sum
-        width = hidden * halves * m.hidden + attending * heads * (m.query_width + m.key_width)
-        width += mlps * inner * m.inner / (1 if m.gated else 2)
+        width = hidden * halves * m.hidden + attending * self._head_elements(heads)
+        width += mlps * (inner * m.inner / (1 if m.gated else 2) + ROUTED_PASSES * m.routed * m.hidden)
         if m.recurrent is not None:
             width += recurrent * (CHANNEL_PASSES * m.recurrent.channels + GATE_PASSES * m.recurrent.width)
         return self._tokens * width * self.alive.run.itemsize / self.rates.memory
+
+    def _head_elements(self, turning: int) -> float:
+        """The same before one layer's attention: of what is turned, and of latents' norms and of heads that are put
+        together and copied.
+
+        Arguments:
+            turning: passes over what is turned.
+        """
+        m, latents = self.alive.model, self.alive.model.latents
+        if latents is None:
+            return turning * (m.query_width + m.key_width)
+        turned = latents.turned * (turning * (m.query_heads + 1) * latents.rotary + COPY * 2 * m.query_width)
+        norms = FUSED_NORM if self.alive.run.fused else NORM
+        return turned + COPY * (2 * m.key_width + m.value_width) + norms * (latents.queries + latents.keys)
 
     @property
     def elementwise(self) -> float:

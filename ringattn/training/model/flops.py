@@ -12,7 +12,8 @@ from typing import Any
 
 from torch import nn
 
-from ringattn.hf.shape import layer_masks
+from ringattn.hf.heads import heads_by_layer
+from ringattn.hf.shape import masks_by_layer
 from ringattn.mask import Band, Mask
 from ringattn.parallel.machine.peak_flops import peak_flops
 
@@ -25,14 +26,13 @@ class StepFlops:
 
     Arguments:
         parameters: that multiply every token (all but the input embedding, unless it is also the output head).
-        per_pair: forward FLOPs of one layer for one allowed (query, key) pair: 4 × heads × head dim.
-        masks: of each attention layer.
+        pairs: of each attention layer the mask, and forward FLOPs for one allowed (query, key) pair: 2 × heads × (dim
+            of keys + dim of values).
         frozen: of the parameters, those that get no gradient: the backward pass has one product with them, not two.
     """
 
     parameters: int
-    per_pair: int
-    masks: tuple[Mask, ...]
+    pairs: tuple[tuple[Mask, int], ...]
     frozen: int = 0
 
     @classmethod
@@ -44,9 +44,12 @@ class StepFlops:
         if not text.tie_word_embeddings:
             parameters -= text.vocab_size * text.hidden_size
             frozen -= text.vocab_size * text.hidden_size * (not _embeds_trained(model))
-        masks = tuple(mask for mask, count in layer_masks(text) for _ in range(count))
-        head_dim = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
-        return cls(parameters, 4 * text.num_attention_heads * head_dim, masks, frozen)
+        masks = masks_by_layer(text)
+        if all(mask is None for mask in masks):  # then configurations may lack heads
+            return cls(parameters, (), frozen)
+        flops = [2 * heads.queries * (heads.dim + heads.value_dim) for heads in heads_by_layer(text)]
+        pairs = tuple((mask, own) for mask, own in zip(masks, flops, strict=True) if mask is not None)
+        return cls(parameters, pairs, frozen)
 
     def __call__(self, tokens: int, lengths: Sequence[int]) -> float:
         """FLOPs of `tokens` tokens in documents of these lengths; where all weights are trained the backward pass
@@ -60,11 +63,15 @@ class StepFlops:
 
     def attention(self, length: int) -> float:
         """FLOPs of one document's attention, all layers."""
-        return 3.0 * self.per_pair * sum(count * band.area(0, length, length) for band, count in self._bands.items())
+        return 3.0 * sum(flops * band.area(0, length, length) for band, flops in self._bands.items())
 
     @cached_property
     def _bands(self) -> Counter[Band]:
-        return Counter(mask.band for mask in self.masks)
+        """FLOPs for a pair, of all layers that have a band."""
+        found = Counter[Band]()
+        for mask, flops in self.pairs:
+            found[mask.band] += flops
+        return found
 
 
 def _embeds_trained(model: Any) -> bool:

@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from ringattn.hf.heads import heads_of
 from ringattn.memory.host import host_memory
 from ringattn.parallel.layout import Layout
 from ringattn.training.data.mixture import CachedCorpus
@@ -79,13 +80,9 @@ def _record(job: Job, step: int, parameters: int, layout: Layout) -> dict[str, A
 def _heads(text: Any) -> dict[str, int]:
     """Of a model's configuration; nothing for one that has none, or another number in each layer."""
     try:
-        heads = int(text.num_attention_heads)
-        return {
-            "query_heads": heads,
-            "key_heads": int(getattr(text, "num_key_value_heads", None) or heads),
-            "head_dim": int(getattr(text, "head_dim", None) or text.hidden_size // heads),
-        }
-    except (AttributeError, TypeError, ValueError, ZeroDivisionError):
+        heads = heads_of(text)
+        return {"query_heads": int(heads.queries), "key_heads": int(heads.keys), "head_dim": int(heads.dim)}
+    except (AttributeError, NotImplementedError, TypeError, ValueError, ZeroDivisionError):
         return {}
 
 

@@ -35,6 +35,7 @@ SETTINGS: dict[str, MemorySettings] = {
     "loss, MLP": MemorySettings(loss_tile=64, mlp_tile=64),
     "layer": MemorySettings(loss_tile=64, keep="layer"),
     "layer, MLP": MemorySettings(loss_tile=64, mlp_tile=64, keep="layer"),
+    "selective": MemorySettings(loss_tile=64, keep="selective"),
     "attention": MemorySettings(loss_tile=64, keep="attention"),
     "attention, MLP": MemorySettings(loss_tile=64, mlp_tile=64, keep="attention"),
     "layer of every 2": MemorySettings(loss_tile=64, mlp_tile=64, keep="layer", every=2),
@@ -69,7 +70,7 @@ def measured(
 
     loss().backward()  # whatever is made once
     model.zero_grad()
-    with Tracker() as tracker:
+    with Tracker() as tracker, tracker.kernels_as_operators():
         made = loss()
         peaks = {"forward": tracker.peak}
         tracker.begin_peak()

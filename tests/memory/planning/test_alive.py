@@ -39,6 +39,21 @@ def test_live_storages_are_those_of_the_plan(pool: Pools, family: str) -> None:
     assert not wrong, found
 
 
+def mixture(family: str) -> tuple[Any, Any]:
+    from ringattn.hf.tiny import read_config, tiny_config, tiny_model
+
+    config = tiny_config(read_config(family), vocab_size=256)
+    return tiny_model(config).train(), config
+
+
+@pytest.mark.parametrize("family", ["qwen3_moe", "mixtral"])
+def test_experts_hold_copies_of_their_tokens(pool: Pools, family: str) -> None:
+    """Which are wider than their inner rows in the first, and narrower in the second."""
+    (found,) = pool(1).run(compared, mixture, (family,), "float32", ["plain", "layer", "attention"], [TOKENS])
+    wrong = [one for one in found if one[2] != pytest.approx(1.0, abs=0.05)]
+    assert not wrong, found
+
+
 def test_in_bfloat16_norms_are_float32(pool: Pools) -> None:
     """A CPU makes float32 copies for a tiled loss that a GPU does not: what is compared is without them."""
     (found,) = pool(1).run(compared, model_of, ("Llama",), "bfloat16", SOME, [TOKENS])

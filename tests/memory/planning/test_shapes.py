@@ -46,6 +46,19 @@ def test_what_families_have() -> None:
     assert not shape_of("gpt2")[0].gated
 
 
+def test_inner_rows_are_those_of_the_weights() -> None:
+    """OPT's configuration calls them ffn_dim; Granite's shared expert stands beside the others, and is larger here."""
+    assert shape_of("opt")[0].inner == 96
+    assert shape_of("lfm2")[0].inner == shape_of("lfm2")[1].model.layers[0].feed_forward.w1.out_features
+    assert shape_of("granitemoehybrid", num_local_experts=2)[0].inner == 2 * 96 + 1024
+    assert shape_of("granitemoehybrid", num_local_experts=0)[0].inner == 1024
+
+
+def test_experts_that_every_token_goes_through_are_refused() -> None:
+    with pytest.raises(NotImplementedError, match="Llama4TextMoe computes all experts of every token"):
+        shape_of("llama4_text")
+
+
 def test_frozen_parameters_are_not_trained() -> None:
     _, model = shape_of("llama")
     for parameter in model.model.layers[0].parameters():

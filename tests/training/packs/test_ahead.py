@@ -223,7 +223,7 @@ def test_a_corpus_on_disk_is_not_copied(tmp_path: Path) -> None:
 
 def test_streams_of_equal_cost_can_be_sent() -> None:
     corpus = corpus_of([np.zeros(length, np.uint8) for length in range(5, 90)], 256)
-    flops = StepFlops(1000, 8, (Mask(),))
+    flops = StepFlops(1000, ((Mask(), 8),))
     packer = GroupedPacker(corpus, 64, 0, DocumentCost(flops.attention, flops.per_token), delay=2)
     packer.step(4)
     arrived = from_bytes(to_bytes(packer), MeshShape())

@@ -159,7 +159,7 @@ def test_the_operations_of_a_step_are_those_counted_by_hand():
 
 
 def test_windows_count_their_own_area():
-    flops = StepFlops(0, 4, (Mask(), Mask(window=(1, 0))))
+    flops = StepFlops(0, ((Mask(), 4), (Mask(window=(1, 0)), 4)))
     assert flops(4, [4]) == 3 * 4 * (10 + 7)
 
 

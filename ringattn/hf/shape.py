@@ -22,6 +22,8 @@ from ringattn.recurrent.weighing import MixingLayers
 
 # MLPs that multiply with zero what a token's other experts get, and send nothing.
 UNROUTED = ("Llama4TextMoe",)
+# Norms that multiply by their weights before they round; the others round first.
+WIDE_NORMS = ("Gemma", "VaultGemma", "Olmo2", "Olmo3", "OlmoHybrid", "FlexOlmo", "Qwen3Next", "Qwen3_5", "GptOss")
 HEAD_NORMS = ("q_norm.weight", "k_norm.weight", "q_layernorm.weight", "k_layernorm.weight")
 
 
@@ -61,6 +63,8 @@ def model_shape(model: nn.Module, config: Any, name: str = "") -> ModelShape:
         masks=layer_masks(text),
         gated=any(_gates(name) for name, _ in largest.named_parameters()),
         head_norms=any(name.endswith(HEAD_NORMS) for name, _ in attention.named_parameters()),
+        norms_after=all(len(_norms(layer)) == 4 for layer in layers),
+        wide_norms=any(norm.startswith(WIDE_NORMS) for norm in _norms(layers[0])),
         logit_steps=_logit_steps(model, head),
         mlp_steps=2 if "relu2" in (getattr(text, name, None) for name in ("mlp_hidden_act", "hidden_act")) else 1,
         kinds=() if set(kinds) == {Parts()} else kinds,
@@ -126,6 +130,11 @@ def _largest_mlp(layers: Iterable[nn.Module]) -> nn.Module:
 def _attentions(layers: Iterable[nn.Module]) -> list[nn.Module]:
     """Of all layers that have one."""
     return [part for layer in layers for name, part in layer.named_children() if attends(name, part)]
+
+
+def _norms(layer: nn.Module) -> list[str]:
+    """Classes of a layer's own norms."""
+    return [name for part in layer.children() if (name := type(part).__name__).endswith("Norm")]
 
 
 def _gated_attention(attention: nn.Module, width: int) -> bool:

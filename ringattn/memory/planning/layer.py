@@ -77,7 +77,7 @@ class Layer:
     @property
     def saved(self) -> int:
         """What autograd keeps of a layer that is computed with gradients, beside its input where that is kept."""
-        return sum(self._saved_before_mlp.values()) + self._mlp_saved
+        return sum(self._saved_before_mlp.values()) + self._mlp_saved + self.parts.mlp * self._norm_after
 
     # Forward.
 
@@ -105,10 +105,13 @@ class Layer:
             yield "norm before the MLP", _plus(attended, {STREAM: n, NORMS: self._norm_forward}), True
         if not grows:
             yield "MLP", {STREAM: (1 + self.parts.mixes) * n, MLP: self._mlp_forward}, True
+            if self.model.norms_after:
+                yield "norm after the MLP", {STREAM: (1 + self.parts.mixes) * n, NORMS: self._norm_forward}, True
             return
         copies = 0 if self.itemsize == WIDE else n  # in float32 the norm has kept its input
         yield "MLP", _plus(self._saved_before_mlp, {STREAM: copies, MLP: self._mlp_forward}), True
-        yield "sum after the MLP", _plus(self._saved_before_mlp, {STREAM: copies + 2 * n, MLP: self._mlp_saved}), True
+        after = _plus(self._saved_before_mlp, {STREAM: copies + 2 * n, MLP: self._mlp_saved, NORMS: self._norm_after})
+        yield "sum after the MLP", after, True
 
     def _attention_forward(self, before: Items) -> Iterator[tuple[str, Items, bool]]:
         """Moments of attention, beside what is there before it."""
@@ -156,8 +159,12 @@ class Layer:
         if self.parts.mlp:
             done = min(1.0, m.mlp.count / self.weights.count)
             share = 0.0 if self._tiled else done / (3 if m.gated else 2)
+            if m.norms_after:
+                after = {MLP: self._mlp_saved, NORMS: self._norm_after + self.norm_backward}
+                yield "norm after the MLP", _plus(before, after), 0.0
             yield "MLP", _plus(before, {MLP: self._mlp_backward}), share
-            attended = {**self._mixed, NORMS: self._first_norms + self._norm_copy * self.parts.mixes}
+            kept = self._first_norms + (self._norm_copy + self._norm_after) * self.parts.mixes
+            attended = {**self._mixed, NORMS: kept}
             yield "norm before the MLP", _plus(attended, {NORMS: self.norm_backward}), done
         first = {NORMS: self._first_norms}
         if self.parts.attention:
@@ -314,15 +321,27 @@ class Layer:
 
     @property
     def _norm_saved(self) -> int:
-        """That, what is multiplied by the weight (in one kernel it is not kept), and the result."""
-        return self._norm_copy + (1 if self.fused else 2) * self.stream
+        """That, what is multiplied by the weight, and the result."""
+        return self._norm_copy + self._normed + self.stream
+
+    @property
+    def _normed(self) -> int:
+        """What is multiplied by a norm's weight; in one kernel it is not kept."""
+        wide = WIDE if self.model.wide_norms else self.itemsize
+        return 0 if self.fused else self.tokens * self.model.hidden * wide
+
+    @property
+    def _norm_after(self) -> int:
+        """Of a norm behind a part, whose result nothing needs, and whose input is kept for it alone."""
+        return self.model.norms_after * (self._norm_copy + self._normed)
 
     @property
     def _first_norms(self) -> int:
         """Of the first norm, and of those of heads. A float32 copy of what is float32 is the layer's input itself."""
-        normed = self.model.head_norms and self.parts.attention
-        heads = self.model.query_width + self.model.key_width if normed else 0
-        own = self._bytes(heads) * (not self._products_are_normed) + self.tokens * heads * (0 if self.fused else WIDE)
+        asked = self.model.head_norms and self.parts.attention
+        heads = self.model.query_width + self.model.key_width if asked else 0
+        normed = 0 if self.fused else WIDE + (WIDE - self.itemsize) * self.model.wide_norms
+        own = self._bytes(heads) * (not self._products_are_normed) + self.tokens * heads * normed
         kept = (self.itemsize == WIDE or self.fused) and self.memory.keep != "all"
         return self._norm_saved - kept * self._norm_copy + own
 
@@ -340,7 +359,7 @@ class Layer:
     @property
     def _saved_before_mlp(self) -> dict[str, int]:
         both = self.parts.mixes and self.parts.mlp
-        return {NORMS: self._first_norms + both * self._norm_saved, **self._mixed}
+        return {NORMS: self._first_norms + both * (self._norm_saved + self._norm_after), **self._mixed}
 
     @property
     def _mlp_saved(self) -> int:

@@ -103,6 +103,8 @@ class ModelShape:
         inner: rows of the MLP that a token has: of all experts that see it.
         gated: the MLP multiplies two products, as SwiGLU does.
         head_norms: queries and keys have norms of their own.
+        norms_after: what attention and MLP give goes through a norm each before it is added, as in Gemma 2.
+        wide_norms: norms multiply by their weights in float32, as those of Gemma and OLMo 2 do.
         logit_steps: things done to logits, one by one, before the loss.
         mlp_steps: operators of the activation, each of which gives all inner rows.
         layers: parameters of each layer, in order.
@@ -137,6 +139,8 @@ class ModelShape:
     masks: tuple[tuple[Mask, int], ...]
     gated: bool = True
     head_norms: bool = False
+    norms_after: bool = False
+    wide_norms: bool = False
     logit_steps: int = 0
     mlp_steps: int = 1
     kinds: tuple[Parts, ...] = ()

@@ -83,14 +83,16 @@ class Meeting:
         while True:
             self._greet()
             waited = time.monotonic() - began
-            if waited > self._seconds and store.add(ARRIVED, 0) < launch.world_size:
+            # Counted before the look at refusals: whoever refuses says so first, and is counted then.
+            arrived = store.add(ARRIVED, 0)
+            if waited > self._seconds and arrived < launch.world_size:
                 late = f"{self._missing()} did not come within run.start_timeout={self._seconds:g} s"
                 store.compare_set(REFUSED, "", f"{NOBODY}\n{late}")
             if store.check([REFUSED]):
                 who, _, message = store.get(REFUSED).decode().partition("\n")
                 self.leave()
                 raise Missing(message) if who == NOBODY else CannotStart(f"rank {who} cannot start: {message}")
-            if store.add(ARRIVED, 0) >= launch.world_size:
+            if arrived >= launch.world_size:
                 return [word.decode() for word in store.multi_get(self._of_all("mine"))]
             if launch.rank == 0 and time.monotonic() - told > NEWS:
                 told = time.monotonic()

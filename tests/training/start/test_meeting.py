@@ -55,6 +55,45 @@ def test_all_hear_all_and_nothing_of_an_earlier_start_is_left(port):
     assert at_once(port, ["c", "c"]) == [["c", "c"]] * 2
 
 
+class Looked:
+    """A store after whose first look at refusals in vain, once the other rank is there, that one refuses."""
+
+    def __init__(self, store: dist.Store, there: threading.Event, looked: threading.Event, refused: threading.Event):
+        self._store, self._events = store, (there, looked, refused)
+
+    def __getattr__(self, name: str):
+        return getattr(self._store, name)
+
+    def check(self, keys: list[str]) -> bool:
+        there, looked, refused = self._events
+        found = self._store.check(keys)
+        if keys == [meeting.REFUSED] and not found and there.is_set() and not looked.is_set():
+            looked.set()
+            refused.wait(10)
+        return found
+
+
+def test_a_refusal_right_after_a_look_is_heard(port):
+    """The others waited for a word that never came."""
+    there, looked, refused = events = [threading.Event() for _ in range(3)]
+
+    def other() -> None:
+        one = Meeting(Launch("torchrun", 1, 2, 1, 2, "127.0.0.1", port), 20.0)
+        there.set()
+        looked.wait(10)
+        one.store.compare_set(meeting.REFUSED, "", "1\nno data here")
+        one.store.add(meeting.ARRIVED, 1)
+        refused.set()
+
+    thread = threading.Thread(target=other)
+    thread.start()
+    one = Meeting(Launch("torchrun", 0, 2, 0, 2, "127.0.0.1", port), 20.0)
+    one.store = Looked(one.store, *events)
+    with pytest.raises(CannotStart, match="rank 1 cannot start: no data here"):
+        one.everyone("a")
+    thread.join(10)
+
+
 def test_who_does_not_come_is_named_by_all(port):
     first, _, third = at_once(port, ["a", None, "c"], seconds=1.0)
     assert isinstance(first, Missing)

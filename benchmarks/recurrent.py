@@ -2,6 +2,7 @@
 
     torchrun --nproc-per-node 2 benchmarks/recurrent.py --tokens 65536,262144 --rules delta,mamba2
     torchrun --nproc-per-node 2 benchmarks/recurrent.py --device cpu --tokens 512 --heads 4/2 --dim 16 --rules delta
+    torchrun --nproc-per-node 1 benchmarks/recurrent.py --of 2,8      ranks one after another, with nothing sent
 
 Rows, each of forward and backward, the slowest rank's:
 
@@ -11,12 +12,16 @@ Rows, each of forward and backward, the slowest rank's:
   kernel's time / time for packed ones. `transfers` is the time in which this rank stood still until its collectives
   had arrived, after all that it computes meanwhile: what they take beside that is not seen.
 - `fla.ops.cp`: flash-linear-attention's own split of the delta rule, on contiguous shards, where it is installed.
+
+With `--of` one process takes the part of each rank in turn, over a network that moves nothing, so that a single GPU
+shows what a split costs beside its transfers.
 """
 
 import argparse
 import time
 from collections.abc import Callable, Sequence
 from contextlib import closing
+from itertools import product
 from typing import Any, NamedTuple
 
 import torch
@@ -26,7 +31,9 @@ from torch.nn import functional as F
 
 from ringattn import Documents, Layout, init_mesh
 from ringattn.benchmarking.timing import Timer
+from ringattn.parallel.machine.shipped import local_machine
 from ringattn.parallel.mesh.mesh import SequenceMesh
+from ringattn.parallel.mesh.shape import MeshShape
 from ringattn.recurrent.exchange import exchange
 from ringattn.recurrent.kernels.contract import Inputs, Kernel, Signature, maps
 from ringattn.recurrent.kernels.registry import choose_kernel
@@ -34,7 +41,7 @@ from ringattn.recurrent.plan import plan_recurrence
 from ringattn.recurrent.price import prices
 from ringattn.recurrent.recurrence import shape_of
 from ringattn.recurrent.scan import scan
-from ringattn.recurrent.wire import Arriving, Wire, wire_of
+from ringattn.recurrent.wire import Arriving, Here, Wire, wire_of
 
 # Delta rule, decays by key dim, Mamba's steps.
 RULES = {
@@ -93,6 +100,16 @@ class _TimedArriving(NamedTuple):
 
     def wait(self) -> Tensor:
         return self.wire.timed(self.arriving.wait)
+
+
+class Silent:
+    """A network that moves nothing: what would arrive is made up."""
+
+    def start(self, send: Tensor, sends: Sequence[int], receives: Sequence[int]) -> Arriving:
+        return Here(self.exchange(send, sends, receives))
+
+    def exchange(self, send: Tensor, sends: Sequence[int], receives: Sequence[int]) -> Tensor:
+        return 0.01 * torch.randn(sum(receives), *send.shape[1:], dtype=send.dtype, device=send.device)
 
 
 def _now() -> float:
@@ -164,8 +181,7 @@ def measured(docs: Documents, workload: str, shape: Shape, mesh: SequenceMesh, t
     """The kernel's name and the rows of one workload. Collective."""
     device, ranks = torch.device(timer.device), mesh.sequence_size
     layout = Layout(docs, mesh, "balanced")
-    share = docs.total // ranks
-    lengths = (share,) if len(docs.lengths) == 1 else (PACKED,) * (share // PACKED) or (share,)
+    lengths = shares(docs, ranks)
     even, local = inputs(sum(lengths), shape, device), inputs(layout.tokens(), shape, device)
     kernel, wire = choose_kernel(Signature.of(even)), wire_of(mesh)
     plan = plan_recurrence(layout, rounds=prices(layout, shape_of(even))[0].rounds)
@@ -179,7 +195,7 @@ def measured(docs: Documents, workload: str, shape: Shape, mesh: SequenceMesh, t
     }
     for name, route in routes.items():
         steps[name] = both_ways(lambda x, route=route: route(x, wire), local)  # type: ignore[misc]
-    peer = flas(inputs(share, shape, device), docs, mesh)
+    peer = flas(inputs(docs.total // ranks, shape, device), docs, mesh)
     if peer is not None:
         steps["fla.ops.cp"] = peer
     times = dict(zip(steps, timer.milliseconds(list(steps.values())), strict=True))
@@ -193,6 +209,35 @@ def measured(docs: Documents, workload: str, shape: Shape, mesh: SequenceMesh, t
             waited = timed.seconds * 1e3
         rows.append(Row(workload, name, took, None if name in ("kernel", "states") else ceiling / took, waited))
     return kernel.name, rows
+
+
+def one_by_one(docs: Documents, workload: str, shape: Shape, ranks: int, timer: Timer) -> tuple[str, list[Row]]:
+    """The kernel's name, and rows of the kernel and of a scan on `ranks` ranks, of which this process is each in turn:
+    the slowest one's time, and that of the kernel beside it."""
+    mesh = MeshShape(1, ranks, machine=local_machine(timer.device.type))
+    layout = Layout(docs, mesh, "balanced")
+    lengths = shares(docs, ranks)
+    even = inputs(sum(lengths), shape, timer.device)
+    kernel, rounds = choose_kernel(Signature.of(even)), prices(layout, shape_of(even))[0].rounds
+    alone = [both_ways(lambda x: kernel.outputs(x, lengths), even), states_of(kernel, even, lengths)]
+    slowest = [0.0, 0.0, 0.0]
+    for rank in range(ranks):
+        plan, local = plan_recurrence(layout, rank, rounds), inputs(layout.tokens(rank), shape, timer.device)
+        part = both_ways(lambda x, plan=plan: scan(x, plan, kernel, Silent()), local)  # type: ignore[misc]
+        slowest = max(slowest, timer.milliseconds([*alone, part]), key=lambda times: times[-1])
+    took, states, part_took = slowest
+    ceiling = took + (states if len(docs.lengths) == 1 else 0.0)
+    return kernel.name, [
+        Row(workload, "kernel", took, None, None),
+        Row(workload, "states", states, None, None),
+        Row(workload, "scan, nothing sent", part_took, ceiling / part_took, None),
+    ]
+
+
+def shares(docs: Documents, ranks: int) -> tuple[int, ...]:
+    """Lengths of the documents of an even share."""
+    share = docs.total // ranks
+    return (share,) if len(docs.lengths) == 1 else (PACKED,) * (share // PACKED) or (share,)
 
 
 def workloads(tokens: int) -> dict[str, Documents]:
@@ -217,14 +262,21 @@ def table(shape: Shape, kernel: str, ranks: int, rows: Sequence[Row]) -> str:
     return "\n".join(lines)
 
 
-def report(shape: Shape, tokens: Sequence[int], mesh: SequenceMesh, timer: Timer) -> str:
-    """The table of one rule. Collective."""
+def report(shape: Shape, tokens: Sequence[int], mesh: SequenceMesh, timer: Timer, of: int | None = None) -> str:
+    """The table of one rule. Collective.
+
+    Arguments:
+        of: ranks that this one takes the part of in turn, with nothing sent; default the mesh as it is.
+    """
     rows, kernel = [], ""
     for count in tokens:
         for name, docs in workloads(count).items():
-            kernel, found = measured(docs, name, shape, mesh, timer)
+            if of is None:
+                kernel, found = measured(docs, name, shape, mesh, timer)
+            else:
+                kernel, found = one_by_one(docs, name, shape, of, timer)
             rows += found
-    return table(shape, kernel, mesh.sequence_size, rows)
+    return table(shape, kernel, of or mesh.sequence_size, rows)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -233,6 +285,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--rules", default="delta,mamba2", help=f"of {', '.join(RULES)}")
     parser.add_argument("--heads", default="32/16", help="value and key heads")
     parser.add_argument("--dim", type=int, default=128, help="of keys and values")
+    parser.add_argument("--of", default="", help="ranks whose parts run one after another, with nothing sent: 2,8")
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
     args = parser.parse_args(argv)
     rules = args.rules.split(",")
@@ -241,11 +294,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     heads, key_heads = map(int, args.heads.split("/"))
     dtype = torch.bfloat16 if args.device == "cuda" else torch.float32
     with closing(init_mesh(device_type=args.device)) as mesh:
-        timer = Timer(mesh.device)
-        for rule in rules:
-            told = report(
-                Shape(rule, heads, key_heads, args.dim, dtype), list(map(int, args.tokens.split(","))), mesh, timer
-            )
+        timer, tokens = Timer(mesh.device), list(map(int, args.tokens.split(",")))
+        for rule, of in product(rules, [int(one) for one in args.of.split(",") if one] or [None]):
+            told = report(Shape(rule, heads, key_heads, args.dim, dtype), tokens, mesh, timer, of)
             if dist.get_rank() == 0:
                 print(f"{told}\n", flush=True)
 

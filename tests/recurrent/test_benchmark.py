@@ -34,6 +34,19 @@ def test_its_table(pool: Pools) -> None:
         assert float(rows[6][4]) == 0.0, "whole documents need no transfer"
 
 
+def in_turn() -> str:
+    mesh = mesh_of(1, 1)
+    return report(Shape("delta", 4, 2, 8, torch.float32), [128], mesh, Timer(mesh.device, 1, 1, 0), of=4)
+
+
+def test_ranks_in_turn(pool: Pools) -> None:
+    told = pool(1).run(in_turn)[0]
+    assert "float32, 4 ranks\n" in told
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in told.splitlines()[4:]]
+    assert [row[1] for row in rows] == 2 * ["kernel", "states", "scan, nothing sent"]
+    assert all(float(row[2]) > 0 for row in rows)
+
+
 def test_only_standing_still_is_a_transfer(monkeypatch: pytest.MonkeyPatch) -> None:
     """By a clock that goes on by 1 when a transfer is awaited, and by 10 when something is computed."""
     clock = [0.0]

@@ -19,8 +19,8 @@ ROOMS = (
     "parallel.mesh", "parallel.placement", "parallel.schedules", "parallel.pricing", "parallel.choice",
     "parallel.simulation", "parallel.layout", "parallel.planning", "parallel",
     "recurrent.rounds", "recurrent.plan", "recurrent.halo_plan", "recurrent.price", "recurrent.wire",
-    "recurrent.kernels", "recurrent.exchange", "recurrent.walk", "recurrent.scan", "recurrent.convolution",
-    "recurrent.recurrence", "recurrent",
+    "recurrent.piles", "recurrent.kernels", "recurrent.exchange", "recurrent.walk", "recurrent.scan",
+    "recurrent.convolution", "recurrent.recurrence", "recurrent",
     "trees", "preparation", "compiled", "attention", "drawing", "",
     "memory", "memory.planning", "hf", "training", "benchmarking", "preflight", "commands", "cli", "__main__",
 )  # fmt: skip

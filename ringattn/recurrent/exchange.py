@@ -19,6 +19,7 @@ from ringattn.kept import kept
 from ringattn.kernels.spec import Range
 from ringattn.parallel.layout import Layout
 from ringattn.recurrent.kernels.contract import Inputs, Kernel
+from ringattn.recurrent.piles import put_together, taken_apart
 from ringattn.recurrent.wire import Wire
 
 
@@ -59,13 +60,18 @@ def exchange(x: Inputs, layout: Layout, kernel: Kernel, wire: Wire, rank: int | 
     shares = head_shares((x.k.shape[1], x.v.shape[1]), layout, rank)
     order = _stream_order(layout, x.v.device)
     D = x.k.shape[2]
-    q, k = _Deal.apply(torch.cat([x.q, x.k], 2), shares, shares.keys, wire)[order].split([D, D], 2)
-    v = _Deal.apply(x.v, shares, shares.values, wire)[order]
+
+    def dealt(rows: Tensor, columns: tuple[Range, ...]) -> Tensor:
+        """This rank's heads of all tokens of documents, in the order of the stream."""
+        return taken_apart(_Deal.apply(rows, shares, columns, wire), [order])[0]
+
+    q, k = dealt(torch.cat([x.q, x.k], 2), shares.keys).split([D, D], 2)
+    v = dealt(x.v, shares.values)
     rest = [x.decay if x.decay.dim() == 3 else x.decay[..., None]]
     rest += [one[..., None] for one in (x.beta, x.step) if one is not None]
     widest = reduce(torch.promote_types, [one.dtype for one in rest])
-    dealt = _Deal.apply(torch.cat([one.to(widest) for one in rest], 2), shares, shares.values, wire)[order]
-    decay, *others = dealt.split([one.shape[2] for one in rest], 2)
+    gates = dealt(torch.cat([one.to(widest) for one in rest], 2), shares.values)
+    decay, *others = gates.split([one.shape[2] for one in rest], 2)
     found = iter(one[..., 0] for one in others)
     beta, step = (None if one is None else next(found).to(one.dtype) for one in (x.beta, x.step))
     decay = (decay if x.decay.dim() == 3 else decay[..., 0]).to(x.decay.dtype)
@@ -78,9 +84,8 @@ def exchange(x: Inputs, layout: Layout, kernel: Kernel, wire: Wire, rank: int | 
     if lengths and served:
         out = kernel.outputs(heads, lengths)
     else:  # nothing to compute, but all ranks take part in the backward pass
-        out = v + 0 * (q.sum() + k.sum() + dealt.sum()).to(v.dtype)
-    rows = v.new_zeros(layout.docs.total, *out.shape[1:])
-    return _Return.apply(rows.index_put((order,), out), shares, wire)
+        out = v + 0 * (q.sum() + k.sum() + gates.sum()).to(v.dtype)
+    return _Return.apply(put_together([out], [order], layout.docs.total), shares, wire)
 
 
 class _Deal(torch.autograd.Function):

@@ -20,7 +20,7 @@ Legend: t tokens, H value heads, D key dim, V value dim, n cut pieces of this ra
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -28,6 +28,7 @@ from torch.autograd.function import once_differentiable
 
 from ringattn.kept import kept
 from ringattn.recurrent.kernels.contract import Inputs, Kernel, maps, transposed
+from ringattn.recurrent.piles import Rows, put_together
 from ringattn.recurrent.plan import Piece, RecurrencePlan
 from ringattn.recurrent.walk import Shapes, Walk
 from ringattn.recurrent.wire import Wire
@@ -108,23 +109,26 @@ def scan(x: Inputs, plan: RecurrencePlan, kernel: Kernel, wire: Wire) -> Tensor:
 
     So is its backward pass: the loss of every rank must depend on its output.
     """
-    out: list[Tensor] = []
-    job = _Job(plan, kernel, wire)
-    if plan.communicates or plan.cut:
-        cut = x.rows(_rows(plan.cut))
+    takes_part = plan.communicates or bool(plan.cut)
+    if not takes_part and not plan.whole:
+        # A rank that computes nothing has an output all the same, and gradients of 0.
+        nothing = sum((one[:0].sum().to(x.v.dtype) for one in x if one is not None), x.v.new_zeros(()))
+        return torch.zeros_like(x.v) + nothing
+    rows = _rows_of(plan, x.v.device)
+    held = [rows.whole] * bool(plan.whole) + [rows.cut] * takes_part
+    piles = x.taken_apart(held)
+    job, out = _Job(plan, kernel, wire), []
+    if takes_part:
+        cut = piles[-1]
         opened, M = _Opened.apply(job, *cut)
-        out.append(opened)
+        out += [(rows.firsts, opened)]
     if plan.whole:
-        out.insert(0, kernel.outputs(x.rows(_rows(plan.whole)), tuple(piece.size for piece in plan.whole)))
-    if plan.communicates or plan.cut:
+        lengths = tuple(piece.size for piece in plan.whole)
+        out += [(rows.whole, kernel.outputs(piles[0], lengths))]
+    if takes_part:
         later = cut.rows(slice(_tokens(plan.firsts), None))
-        out.append(_Followed.apply(job, M, *(None if one is None else one.detach() for one in later)))
-    if out and _in_order(plan):  # the last one stays, empty or not: its backward pass is collective
-        out = [one for one in out[:-1] if len(one)] + out[-1:]
-        return out[0] if len(out) == 1 else torch.cat(out)
-    # A rank that computes nothing has an output all the same, and gradients of 0.
-    nothing = sum((one[:0].sum().to(x.v.dtype) for one in x if one is not None), x.v.new_zeros(1, *x.v.shape[1:]))
-    return torch.cat([*out, nothing])[_places(plan, x.v.device)]
+        out += [(rows.later, _Followed.apply(job, M, *(None if one is None else one.detach() for one in later)))]
+    return put_together([part for _, part in out], [places for places, _ in out], plan.tokens)
 
 
 class _Opened(torch.autograd.Function):
@@ -234,32 +238,25 @@ def _stack(found: Sequence[Tensor | None], x: Inputs) -> Tensor:
     return torch.stack(states) if states else x.v.new_empty(0, *x.state_shape, dtype=x.wide)
 
 
-def _rows(pieces: Sequence[Piece]) -> Tensor | slice:
+class _RowsOf(NamedTuple):
+    """Local rows of whole documents, and of pieces of cut ones: the first ones, and those after them."""
+
+    whole: Rows
+    cut: Rows
+    firsts: Rows
+    later: Rows
+
+
+def _rows_of(plan: RecurrencePlan, device: torch.device) -> _RowsOf:
+    """Kept with the plan."""
+    parts = (plan.whole, plan.cut, plan.firsts, (*plan.middles, *plan.lasts))
+    return kept(plan, ("rows", device), lambda: _RowsOf(*(_rows(pieces, device) for pieces in parts)))
+
+
+def _rows(pieces: Sequence[Piece], device: torch.device) -> Rows:
     """The rows of pieces, end to end: a slice where they are neighbours."""
     if not pieces:
         return slice(0, 0)
     if all(a.rows[1] == b.row for a, b in pairwise(pieces)):
         return slice(pieces[0].row, pieces[-1].rows[1])
-    return torch.cat([torch.arange(*piece.rows) for piece in pieces])
-
-
-def _in_order(plan: RecurrencePlan) -> bool:
-    """Whether outputs end to end are the local rows as they are: no padding, and pieces in the order of rows."""
-    rows = [piece.row for piece in (*plan.whole, *plan.cut)]
-    return rows == sorted(rows) and _tokens(plan.whole) + _tokens(plan.cut) == plan.tokens
-
-
-def _places(plan: RecurrencePlan, device: torch.device) -> Tensor:
-    """(t,): where every local row's output is, those of whole documents before those of cut ones and a row of zeros."""
-
-    def make() -> Tensor:
-        held = [*plan.whole, *plan.cut]
-        total = sum(piece.size for piece in held)
-        places = torch.full((plan.tokens,), total)
-        at = 0
-        for piece in held:
-            places[slice(*piece.rows)] = torch.arange(at, at + piece.size)
-            at += piece.size
-        return places.to(device)
-
-    return kept(plan, ("places", device), make)
+    return torch.cat([torch.arange(*piece.rows, device="cpu") for piece in pieces]).to(device)

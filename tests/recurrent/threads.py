@@ -12,20 +12,32 @@ from ringattn.recurrent.wire import Arriving, Here
 
 
 class Meeting:
-    """Where the threads of all ranks leave what they send. A rank that fails breaks it for all."""
+    """Where the threads of all ranks leave what they send. A rank that fails breaks it for all.
+
+    One thread runs at a time, until it meets the others: kernels are written for processes of one thread (Triton keeps
+    the arguments of a call in the kernel while it tunes it).
+    """
 
     def __init__(self, ranks: int) -> None:
         self.ranks = ranks
-        self.barrier = threading.Barrier(ranks, timeout=60)
+        self.barrier = threading.Barrier(ranks, timeout=300)
+        self.turn = threading.Lock()
         self.left: list[Any] = [None] * ranks
 
     def swap(self, rank: int, value: Any) -> list[Any]:
         """What every rank left, in the order of ranks."""
         self.left[rank] = value
-        self.barrier.wait()
+        self._meet()
         found = list(self.left)
-        self.barrier.wait()
+        self._meet()
         return found
+
+    def _meet(self) -> None:
+        self.turn.release()
+        try:
+            self.barrier.wait()
+        finally:
+            self.turn.acquire()
 
 
 class ThreadWire:
@@ -48,15 +60,17 @@ class ThreadWire:
 
 
 def on_ranks(ranks: int, function: Callable[[int, ThreadWire], Any]) -> list[Any]:
-    """`function(rank, wire)` on every rank at once; its results in the order of ranks."""
+    """`function(rank, wire)` on every rank, in turns; its results in the order of ranks."""
     meeting = Meeting(ranks)
 
     def work(rank: int) -> Any:
-        try:
-            return function(rank, ThreadWire(meeting, rank))
-        except BaseException:
-            meeting.barrier.abort()
-            raise
+        # A GPU's backward passes would all run in the one thread that torch has for it, and wait there for each other.
+        with torch.autograd.set_multithreading_enabled(False), meeting.turn:
+            try:
+                return function(rank, ThreadWire(meeting, rank))
+            except BaseException:
+                meeting.barrier.abort()
+                raise
 
     with ThreadPoolExecutor(ranks) as pool:
         futures = [pool.submit(work, rank) for rank in range(ranks)]

@@ -14,11 +14,14 @@ With `step`, Mamba's form of it, a token's v and decay are step times what is gi
 form take it as it is, the others the plain one.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
+
+from ringattn.recurrent.piles import Rows, taken_apart
 
 
 class Inputs(NamedTuple):
@@ -59,6 +62,11 @@ class Inputs(NamedTuple):
     def rows(self, index: Tensor | slice) -> "Inputs":
         """Some of the rows."""
         return Inputs(*(None if x is None else x[index] for x in self))  # type: ignore[arg-type]
+
+    def taken_apart(self, piles: Sequence[Rows]) -> "list[Inputs]":
+        """The rows of every pile, none of which is in two of them."""
+        parts = [[None] * len(piles) if one is None else taken_apart(one, piles) for one in self]
+        return [Inputs(*(part[pile] for part in parts)) for pile in range(len(piles))]  # type: ignore[arg-type]
 
     def leaves(self) -> "Inputs":
         """The same numbers at the beginning of a graph."""

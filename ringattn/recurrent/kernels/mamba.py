@@ -7,6 +7,7 @@ states is a call of its own. A rank has few of them.
 
 from collections.abc import Callable
 from functools import cache
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -16,6 +17,7 @@ from ringattn.kernels.probing import why_missing
 from ringattn.recurrent.kernels.contract import Inputs, Signature
 from ringattn.recurrent.kernels.loading import foreign_dtypes, load
 from ringattn.recurrent.kernels.reach import parts_of
+from ringattn.recurrent.piles import put_together
 
 DISTRIBUTION = "mamba-ssm"
 FUNCTION = "mamba_ssm.ops.triton.ssd_combined.mamba_chunk_scan_combined"
@@ -44,15 +46,16 @@ class Mamba:
         return _scan(x, seq_idx=_numbers(lengths, x.v.device)) if lengths else x.v
 
     def run(self, x: Inputs, lengths: tuple[int, ...], state: Tensor | None) -> tuple[Tensor, Tensor]:
-        outs, lasts, row = [x.v[:0]], [x.v.new_zeros(0, *x.state_shape, dtype=x.wide)], 0
-        for number, length in enumerate(lengths):
+        if not lengths:
+            return x.v[:0], x.v.new_zeros(0, *x.state_shape, dtype=x.wide)
+        piles = [slice(end - length, end) for end, length in zip(accumulate(lengths), lengths, strict=True)]
+        outs, lasts = [], []
+        for number, part in enumerate(x.taken_apart(piles)):
             first = None if state is None else state[number : number + 1].mT.contiguous()
-            part = x.rows(slice(row, row + length))
             out, last = _scan(part, first, last=True)
             outs.append(out)
             lasts.append(last.mT.to(x.wide))
-            row += length
-        return torch.cat(outs), torch.cat(lasts)
+        return put_together(outs, piles, len(x.v)), torch.cat(lasts)
 
 
 def _scan(x: Inputs, states: Tensor | None = None, last: bool = False, seq_idx: Tensor | None = None) -> Any:

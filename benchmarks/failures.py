@@ -203,8 +203,9 @@ WAYS = {
 
 
 def saving(folder: Path, ways: Sequence[str], overrides: Sequence[str]) -> Iterator[str]:
-    """Rows: how it is saved, seconds that the training waits for a save, of the steps after one, beside which a GPU may
-    still copy, of a step, and bytes on disk. The last save of a run is waited for in every case and is left out."""
+    """Rows: how it is saved, seconds that the training waits for a save, of the three steps after it, beside which a
+    GPU may still copy and a thread write, of a step, and bytes on disk. The last save of a run is waited for in every
+    case and is left out."""
     for way in ways:
         name, own = WAYS[way]
         output, times = folder / way, folder / f"{way}.txt"
@@ -220,7 +221,10 @@ def saving(folder: Path, ways: Sequence[str], overrides: Sequence[str]) -> Itera
         steps = sorted(seconds.values())
         size = sum(path.stat().st_size for path in (output / "checkpoints").rglob("*") if path.is_file())
         waits = ", ".join(f"{float(waited):.3f}" for _, waited in saves)
-        after = ", ".join(f"{seconds[int(step) + 1]:.3f}" for step, _ in saves)
+        after = "; ".join(
+            ", ".join(f"{seconds[one]:.3f}" for one in range(int(step) + 1, int(step) + 4) if one in seconds)
+            for step, _ in saves
+        )
         yield f"| {name} | {waits} | {after} | {steps[len(steps) // 2]:.3f} | {size / 1e9:.2f} |"
         shutil.rmtree(output)
 

@@ -11,6 +11,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
@@ -78,7 +79,9 @@ def main() -> None:
         model = Path(folder) / "model"
         save_model(model, args.width)
         own = [f"run.steps={args.steps}", *args.overrides]
-        one, two = (train(model, Path(folder) / str(ranks), ranks, args.hosts, own) for ranks in (1, 2))
+        with ThreadPoolExecutor() as both:  # at once: it is not their times that are compared
+            runs = [both.submit(train, model, Path(folder) / str(ranks), ranks, args.hosts, own) for ranks in (1, 2)]
+            one, two = (run.result() for run in runs)
     print("| step | loss, 1 rank | 2 ranks | gradient norm, 1 rank | 2 ranks |\n|---|---|---|---|---|")
     for number, (left, right) in enumerate(zip(one, two, strict=True), 1):
         if number in (1, 2, 3, 5, 10, 20, args.steps):

@@ -19,7 +19,7 @@ shows what a split costs beside its transfers.
 
 import argparse
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
 from itertools import product
 from typing import Any, NamedTuple
@@ -246,37 +246,42 @@ def workloads(tokens: int) -> dict[str, Documents]:
     return {f"one of {tokens}": Documents([tokens]), f"{tokens} in {short}s": Documents([short] * (tokens // short))}
 
 
-def table(shape: Shape, kernel: str, ranks: int, rows: Sequence[Row]) -> str:
-    """Markdown."""
-    lines = [
+def header(shape: Shape, kernel: str, ranks: int) -> list[str]:
+    """Of a table in Markdown."""
+    return [
         f"{shape.rule} by `{kernel}`, {shape.key_heads} key heads and {shape.heads} value heads of {shape.dim}, "
         f"{str(shape.dtype).removeprefix('torch.')}, {ranks} ranks",
         "",
         "| tokens | what | ms | of ceiling | transfers ms |",
         "|---|---|---:|---:|---:|",
     ]
-    for row in rows:
-        ceiling = "" if row.ceiling is None else f"{row.ceiling:.2f}"
-        transfers = "" if row.transfers is None else f"{row.transfers:.2f}"
-        lines.append(f"| {row.workload} | {row.what} | {row.time:.2f} | {ceiling} | {transfers} |")
-    return "\n".join(lines)
 
 
-def report(shape: Shape, tokens: Sequence[int], mesh: SequenceMesh, timer: Timer, of: int | None = None) -> str:
-    """The table of one rule. Collective.
+def line(row: Row) -> str:
+    ceiling = "" if row.ceiling is None else f"{row.ceiling:.2f}"
+    transfers = "" if row.transfers is None else f"{row.transfers:.2f}"
+    return f"| {row.workload} | {row.what} | {row.time:.2f} | {ceiling} | {transfers} |"
+
+
+def report(
+    shape: Shape, tokens: Sequence[int], mesh: SequenceMesh, timer: Timer, of: int | None = None
+) -> Iterator[str]:
+    """The lines of the table of one rule, as they are measured. Collective.
 
     Arguments:
         of: ranks that this one takes the part of in turn, with nothing sent; default the mesh as it is.
     """
-    rows, kernel = [], ""
+    told = False
     for count in tokens:
         for name, docs in workloads(count).items():
             if of is None:
                 kernel, found = measured(docs, name, shape, mesh, timer)
             else:
                 kernel, found = one_by_one(docs, name, shape, of, timer)
-            rows += found
-    return table(shape, kernel, of or mesh.sequence_size, rows)
+            yield from () if told else header(shape, kernel, of or mesh.sequence_size)
+            yield from map(line, found)
+            told = True
+    yield ""
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -296,9 +301,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     with closing(init_mesh(device_type=args.device)) as mesh:
         timer, tokens = Timer(mesh.device), list(map(int, args.tokens.split(",")))
         for rule, of in product(rules, [int(one) for one in args.of.split(",") if one] or [None]):
-            told = report(Shape(rule, heads, key_heads, args.dim, dtype), tokens, mesh, timer, of)
-            if dist.get_rank() == 0:
-                print(f"{told}\n", flush=True)
+            for text in report(Shape(rule, heads, key_heads, args.dim, dtype), tokens, mesh, timer, of):
+                if dist.get_rank() == 0:
+                    print(text, flush=True)
 
 
 if __name__ == "__main__":

@@ -15,7 +15,8 @@ from tests.pool import Pools
 def on_rank() -> list[str]:
     mesh = mesh_of(2, 1)
     timer = Timer(mesh.device, calls=1, repeats=1, warmups=0)
-    return [report(Shape(rule, 4, 2, 8, torch.float32), [128], mesh, timer) for rule in ("delta", "mamba2")]
+    shapes = [Shape(rule, 4, 2, 8, torch.float32) for rule in ("delta", "mamba2")]
+    return ["\n".join(report(shape, [128], mesh, timer)) for shape in shapes]
 
 
 def test_its_table(pool: Pools) -> None:
@@ -36,7 +37,7 @@ def test_its_table(pool: Pools) -> None:
 
 def in_turn() -> str:
     mesh = mesh_of(1, 1)
-    return report(Shape("delta", 4, 2, 8, torch.float32), [128], mesh, Timer(mesh.device, 1, 1, 0), of=4)
+    return "\n".join(report(Shape("delta", 4, 2, 8, torch.float32), [128], mesh, Timer(mesh.device, 1, 1, 0), of=4))
 
 
 def test_ranks_in_turn(pool: Pools) -> None:

@@ -19,6 +19,7 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 
@@ -172,60 +173,95 @@ BILLION = [
     "data.seq_len=32768",
     "data.packs_per_step=1",
     "run.steps=50",
-    "run.save_every=24",  # so far apart that a disk of 1 GB/s has written one before the next
     "run.keep=1",
 ]
-# The recipe, with a clock around what the training waits for at a save: a line for each, its step and the seconds.
+# The recipe, with a clock: for each step, when it began and when it was over.
 TIMED = """
-import runpy, sys, time
-import torch
+import os, runpy, sys, time
 from ringattn.training import loop
-save = loop.Trainer.save
-def timed(self, places=None):
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
+step, save = loop.Trainer._train_step, loop.Trainer.save
+def timed(self, *given, **named):
     began = time.perf_counter()
-    save(self, places)
+    done = step(self, *given, **named)
     with open(out, "a") as file:
-        print(self.step, time.perf_counter() - began, file=file)
-loop.Trainer.save = timed
-out, sys.argv = sys.argv[1], ["recipes/train.py", *sys.argv[2:]]
+        print(self.step, began, time.perf_counter(), file=file)
+    return done
+def saved(self, places=None):
+    if way == "none":
+        os._exit(0)
+    save(self, places)
+loop.Trainer._train_step, loop.Trainer.save = timed, saved
+out, way, sys.argv = sys.argv[1], sys.argv[2], ["recipes/train.py", *sys.argv[3:]]
 runpy.run_path("recipes/train.py", run_name="__main__")
 """
+AFTER = 3  # steps in which a GPU may still copy and a thread write
 WAYS = {
-    "wait": ("the training waits for the disk", ["run.async_save=false"]),
-    "thread": ("a thread writes it", ["run.async_save=true"]),
+    "none": ("nothing is saved", ["run.save_every=0"]),
+    "wait": ("the training waits for the disk", ["run.async_save=false", "run.save_every={every}"]),
+    "thread": ("a thread writes it", ["run.async_save=true", "run.save_every={every}"]),
     "memory": (
         "copies in memory, a thread writes them",
-        ["run.async_save=true", "run.memory_every=24", "run.save_every=0"],
+        ["run.async_save=true", "run.memory_every={every}", "run.save_every=0"],
     ),
 }
 
 
-def saving(folder: Path, ways: Sequence[str], overrides: Sequence[str]) -> Iterator[str]:
-    """Rows: how it is saved, seconds that the training waits for a save, of the three steps after it, beside which a
-    GPU may still copy and a thread write, of a step, and bytes on disk. The last save of a run is waited for in every
-    case and is left out."""
-    for way in ways:
+class Times(NamedTuple):
+    """By step: when it began and when it was over, in seconds."""
+
+    began: dict[int, float]
+    over: dict[int, float]
+
+    def between(self, step: int) -> float:
+        """From a step's end to the next one's start."""
+        return self.began[step + 1] - self.over[step]
+
+    def after(self, step: int) -> float:
+        """From a step's end to that of the last of those after it."""
+        return self.over[min(step + AFTER, max(self.over))] - self.over[step]
+
+
+def read_times(path: Path) -> Times:
+    lines = [line.split() for line in path.read_text().splitlines()]
+    return Times(*({int(line[0]): float(line[at]) for line in lines} for at in (1, 2)))
+
+
+def saving(folder: Path, ways: Sequence[str], every: int, overrides: Sequence[str]) -> Iterator[str]:
+    """Rows: how it is saved; seconds between the step that is saved and the next; seconds by which that and the three
+    steps take longer than the same ones of a run that saves nothing; a step's, the median; the share; GB on disk. The
+    last save of a run is waited for in every case and is left out.
+
+    Arguments:
+        every: so many steps are between two saves.
+    """
+    right: Times | None = None
+    for way in ("none", *ways):
         name, own = WAYS[way]
         output, times = folder / way, folder / f"{way}.txt"
-        words = [sys.executable, "-c", TIMED, str(times), *BILLION, f"run.output={output}", *own, *overrides]
+        words = [sys.executable, "-c", TIMED, str(times), way, *BILLION, *overrides, f"run.output={output}"]
+        words += [one.format(every=every) for one in own]
         done = subprocess.run(
             words, cwd=ROOT, env=variables(0, 1, free_port(), False), capture_output=True, text=True, check=False
         )
         if done.returncode:
-            yield f"| {name} | {done.stderr[-600:]!r} | | | |"
+            yield f"| {name} | {done.stderr[-600:]!r} | | | | |"
             continue
-        saves = [line.split() for line in times.read_text().splitlines()][:-1]
-        seconds = {one["step"]: one["seconds"] for one in read_metrics(output / "metrics.jsonl")}
-        steps = sorted(seconds.values())
+        found = read_times(times)
+        steps = sorted(found.over[step] - found.began[step] for step in found.over)
+        median = steps[len(steps) // 2]
+        if right is None:
+            right = found
+            usual = sorted(found.between(step) for step in list(found.over)[1:-1])
+            yield f"| {name} | {usual[len(usual) // 2]:.3f} | | {median:.3f} | | |"
+            continue
+        saves = [step for step in found.over if step % every == 0 and step != max(found.over)]
+        longer = [found.after(step) - right.after(step) for step in saves]
         size = sum(path.stat().st_size for path in (output / "checkpoints").rglob("*") if path.is_file())
-        waits = ", ".join(f"{float(waited):.3f}" for _, waited in saves)
-        after = "; ".join(
-            ", ".join(f"{seconds[one]:.3f}" for one in range(int(step) + 1, int(step) + 4) if one in seconds)
-            for step, _ in saves
+        yield (
+            f"| {name} | {', '.join(f'{found.between(step):.3f}' for step in saves)} | "
+            f"{', '.join(f'{one:.3f}' for one in longer)} | {median:.3f} | {max(longer) / median:.2f} | "
+            f"{size / 1e9:.2f} |"
         )
-        yield f"| {name} | {waits} | {after} | {steps[len(steps) // 2]:.3f} | {size / 1e9:.2f} |"
         shutil.rmtree(output)
 
 
@@ -236,7 +272,10 @@ def main() -> None:
     parser.add_argument("--folder", type=Path, help="on the disk that is to be written to; default a temporary one")
     parser.add_argument("--kinds", default=",".join(FAULTS), help="of faults; default all: %(default)s")
     parser.add_argument("--at-once", type=int, default=1, help="so many faults side by side")
-    parser.add_argument("--ways", default=",".join(WAYS), help="of saving; default all: %(default)s")
+    parser.add_argument("--ways", default="wait,thread,memory", help="of saving; default all: %(default)s")
+    parser.add_argument(
+        "--every", type=int, default=24, help="steps between saves; a disk should have time to write one"
+    )
     parser.add_argument("overrides", nargs="*")
     args = parser.parse_intermixed_args()  # options between overrides
     kinds, ways = args.kinds.split(","), args.ways.split(",")
@@ -250,9 +289,11 @@ def main() -> None:
             print("|---|---|---|---|---|")
             rows = faults(Path(folder), args.hosts, kinds, args.at_once, args.overrides)
         else:
-            print("| a save | seconds the training waits | steps after one, s | median step, s | GB on disk |")
-            print("|---|---|---|---|---|")
-            rows = saving(Path(folder), ways, args.overrides)
+            print(
+                "| a save | before the next step, s | longer with three steps, s | a step, s | of a step | GB on disk |"
+            )
+            print("|---|---|---|---|---|---|")
+            rows = saving(Path(folder), ways, args.every, args.overrides)
         for row in rows:
             print(row, flush=True)
 

@@ -84,9 +84,14 @@ def test_a_copy_for_the_thread_is_of_its_moment(host_copy: HostCopy) -> None:
     """Page-locked, so that the device fills it beside its kernels: after those that came before, while nobody waits,
     and before those that come after `hold`."""
     device = torch.device("cuda")
-    tensors = {"a": torch.rand(1 << 20, device=device), "b": torch.ones(3, 5, device=device, dtype=torch.bfloat16).T}
+    tensors = {
+        "a": torch.rand(5 << 20, device=device),  # more than is copied at a time
+        "b": torch.ones(3, 5, device=device, dtype=torch.bfloat16).T,
+    }
     host_copy.take_memory(snapshot_of(tensors))
     assert host_copy._locked
+    host_copy.of(snapshot_of(tensors))  # a kernel that is used for the first time is loaded when the device has a rest
+    host_copy.wait()
     for held in (True, False):
         expected = {name: (tensor + 1).cpu() for name, tensor in tensors.items()}
         late(host_copy)

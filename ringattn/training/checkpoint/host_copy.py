@@ -1,6 +1,6 @@
 """A copy of what is saved in host memory, so that the training can go on while it is made and written."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from typing import Any
 
@@ -11,6 +11,9 @@ from ringattn.memory.host import host_memory
 from ringattn.training.checkpoint.snapshot import Snapshot
 
 _ALIGNMENT = 64  # bytes
+# Bytes that are copied at a time. A copy engine has work of other streams as well, attention's transfers between GPUs
+# among it, and takes it between copies: a weight of 500 MB would let that wait for 10 ms.
+_PIECE = 8 << 20
 
 
 class CopyStream:
@@ -25,7 +28,8 @@ class CopyStream:
         self._stream.wait_stream(torch.cuda.current_stream(self._device))
         with torch.cuda.stream(self._stream):
             for target, source in copies:
-                target.copy_(source, non_blocking=True)
+                for to, part in pieces(target, source):
+                    to.copy_(part, non_blocking=True)
             self._over = torch.cuda.Event(blocking=True)  # whoever waits sleeps: a thread that spun would take a core
             self._over.record()
 
@@ -39,6 +43,14 @@ class CopyStream:
         if self._over is not None:
             with torch.cuda.device(self._device):  # a thread is on the first device, and would wake it
                 self._over.synchronize()
+
+
+def pieces(target: Tensor, source: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+    """Both in parts of `_PIECE`, as views; a tensor whose numbers do not follow one another is one part."""
+    if source.nbytes <= _PIECE or not (source.is_contiguous() and target.is_contiguous()):
+        return iter([(target, source)])
+    size = _PIECE // source.element_size()
+    return zip(target.view(-1).split(size), source.view(-1).split(size), strict=True)
 
 
 class HostCopy:

@@ -1,9 +1,55 @@
 """loss.png: the loss curve of a run, raw and smoothed."""
 
 import os
+import sys
+import threading
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
+
+from ringattn.training.report.metrics import read_metrics
+
+
+class LossCurve:
+    """The picture of a run, drawn in a thread: it takes up to a second, in which all ranks would wait for this one.
+
+    Arguments:
+        metrics: the metrics.jsonl that it is drawn from.
+        path: the PNG.
+    """
+
+    def __init__(self, metrics: Path, path: Path, title: str) -> None:
+        self._metrics, self._path, self._title = metrics, path, title
+        self._lock, self._asked = threading.Lock(), False
+        self._thread: threading.Thread | None = None
+
+    def draw(self) -> None:
+        """Soon, of all steps until now at least. A picture that cannot be drawn costs a warning."""
+        with self._lock:
+            self._asked = True
+            if self._thread is None:
+                self._thread = threading.Thread(target=self._draw, name="drawing", daemon=True)
+                self._thread.start()
+
+    def close(self) -> None:
+        """Waits for what was asked for."""
+        thread = self._thread
+        if thread is not None:
+            thread.join()
+
+    def _draw(self) -> None:
+        while self._is_asked():
+            try:
+                plot_loss(read_metrics(self._metrics), self._path, self._title)
+            except Exception as error:  # a run does not end for a picture
+                print(f"warning: {self._path} could not be drawn: {error}", file=sys.stderr, flush=True)
+
+    def _is_asked(self) -> bool:
+        with self._lock:
+            asked, self._asked = self._asked, False
+            if not asked:
+                self._thread = None
+            return asked
 
 
 def smoothed(values: Sequence[float], weight: float = 0.9) -> list[float]:

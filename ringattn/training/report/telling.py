@@ -1,7 +1,6 @@
 """What a run tells: progress, metrics.jsonl, loss.png, trackers. Other ranks than 0 do nothing in any call."""
 
 import importlib.util
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -10,8 +9,8 @@ from omegaconf import OmegaConf
 
 from ringattn.training.checkpoint import Place
 from ringattn.training.config.data_keys import described
-from ringattn.training.report.metrics import MetricsFile, Progress, StepMetrics, read_metrics
-from ringattn.training.report.plot import plot_loss
+from ringattn.training.report.metrics import MetricsFile, Progress, StepMetrics
+from ringattn.training.report.plot import LossCurve
 from ringattn.training.report.trackers import Trackers, wanted
 from ringattn.training.secrets import redacted
 from ringattn.training.start.job import Job
@@ -26,10 +25,12 @@ class Report:
             return
         run = job.cfg.run
         self._output: Path = job.output
-        self._title = f"{job.cfg.model.name} on {job.cfg.data.name}, {job.cfg.data.seq_len:,} tokens a pack"
         self._output.mkdir(parents=True, exist_ok=True)
         print(redacted(_opening(job, step, parameters)), flush=True)
-        self._file = MetricsFile(self._output / "metrics.jsonl", step)
+        metrics = self._output / "metrics.jsonl"
+        self._file = MetricsFile(metrics, step)
+        title = f"{job.cfg.model.name} on {job.cfg.data.name}, {job.cfg.data.seq_len:,} tokens a pack"
+        self._curve = LossCurve(metrics, self._output / "loss.png", title)
         config: Any = redacted(OmegaConf.to_container(job.cfg))
         self._trackers = Trackers(wanted(run.trackers, run.tensorboard), self._output, config, step)
         self._progress = Progress(step, run.steps, run.log_every)
@@ -51,14 +52,10 @@ class Report:
         self._trackers.back_to(step)
 
     def saved(self, places: Sequence[Place]) -> None:
-        """Draws the curve; called after each save, and does so after one on disk."""
+        """Draws the curve, while the training goes on; called after each save, and does so after one on disk."""
         on_disk = any(place.shared for place in places)
-        if not self._enabled or not on_disk or importlib.util.find_spec("matplotlib") is None:
-            return
-        try:
-            plot_loss(read_metrics(self._output / "metrics.jsonl"), self._output / "loss.png", self._title)
-        except OSError as error:  # a run does not end for a picture
-            print(f"warning: loss.png could not be written: {error.strerror}", file=sys.stderr, flush=True)
+        if self._enabled and on_disk and importlib.util.find_spec("matplotlib") is not None:
+            self._curve.draw()
 
     def __enter__(self) -> "Report":
         return self
@@ -67,6 +64,7 @@ class Report:
         if not self._enabled:
             return
         self._progress.close()
+        self._curve.close()
         self._file.close()
         self._trackers.close()
 

@@ -9,6 +9,8 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch.multiprocessing.reductions import StorageWeakRef
 
 from ringattn.memory.host import HostMemory
@@ -280,3 +282,17 @@ def test_a_disk_that_became_read_only(saves, small_disk, capsys):
     subprocess.run(["mount", "-o", "remount,ro", str(small_disk)], check=True)
     saves.save(state(1), {"a": torch.ones(10)}, [place])
     assert f"rank 0: Read-only file system: {small_disk / 'x'}" in capsys.readouterr().err
+
+
+@settings(deadline=None)
+@given(st.sampled_from([torch.float32, torch.bfloat16, torch.int8, torch.float64]), st.integers(0, 40), st.booleans())
+def test_large_tensors_are_copied_in_pieces(dtype, rows, flipped):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(host_copy, "_PIECE", 64)
+        source = torch.arange(rows * 3).to(dtype).view(rows, 3)
+        source = source.mT if flipped else source
+        target = torch.full(source.shape, -1).to(dtype)
+        for to, part in host_copy.pieces(target, source):
+            assert flipped or part.nbytes <= 64
+            to.copy_(part)
+        assert torch.equal(target, source)

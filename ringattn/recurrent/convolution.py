@@ -1,19 +1,25 @@
 """Short causal convolutions over any layout: each channel with its own taps, within documents.
 
-Legend: t local tokens, C channels, w taps, h rows received from others.
+Legend: t local tokens, n of them in documents, C channels, w taps, h rows received from others.
 """
 
-from itertools import chain
+from bisect import bisect_right
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import accumulate, chain, count
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from ringattn.kept import kept
 from ringattn.parallel.layout import Layout
 from ringattn.recurrent.halo_plan import HaloPlan, plan_halo
 from ringattn.recurrent.kernels.taps import TapsSignature, by_channels, choose_taps
-from ringattn.recurrent.plan import check_layout
-from ringattn.recurrent.wire import Wire, rows_of_others, wire_of
+from ringattn.recurrent.piles import Rows, put_together, rows_of, taken_apart
+from ringattn.recurrent.plan import Piece, check_layout
+from ringattn.recurrent.wire import Wire, wire_of
 
 ACTIVATIONS = (None, "silu", "swish")
 
@@ -46,61 +52,148 @@ def convolve(
     x: Tensor, weight: Tensor, bias: Tensor | None, plan: HaloPlan, wire: Wire, activation: str | None = None
 ) -> Tensor:
     """`parallel_convolution` for checked arguments, by a plan."""
-    rows = x.to(weight.dtype)
-    halo = _halo(rows, plan, wire)
-    source, place = _tables(plan, x.device)
-    extended = torch.cat([rows, halo, rows.new_zeros(1, x.shape[1])])[source]
-    taps = weight.shape[1]
-    if len(extended) < taps:  # padding alone, or nothing
-        return _nothing(x, halo, weight, bias)
+    tables = _tables(plan, x.device)
+    (rows,) = taken_apart(x.to(weight.dtype), [tables.held])
+    before = rows[:0], rows[:0]
+    if tables.moves:
+        rows, *before = _Lent.apply(rows, tables, plan, wire)
+    if not len(rows):  # padding alone, or nothing
+        return _nothing(x, rows, *before, weight, bias)
     silu = activation is not None
-    signature = TapsSignature(x.device.type, weight.dtype, x.shape[1], taps, bias is not None, silu)
-    out = by_channels(choose_taps(signature), extended, weight, bias, silu)
-    return torch.cat([out, out.new_zeros(1, x.shape[1])])[place].to(x.dtype)
+    taps = choose_taps(TapsSignature(x.device.type, weight.dtype, x.shape[1], weight.shape[1], bias is not None, silu))
+    out = by_channels(taps, rows, tables.lengths, weight, bias, silu)
+    if tables.openings:
+        # The first rows of pieces that do not open their documents have seen zeros. They are few, and done once more.
+        source = torch.cat([*before, rows.new_zeros(1, x.shape[1])])[tables.source]
+        found = by_channels(taps, source, tables.openings, weight, bias, silu)
+        out = out.index_copy(0, tables.heads, found[tables.places])
+    return put_together([out], [tables.held], plan.tokens).to(x.dtype)
 
 
-def _halo(x: Tensor, plan: HaloPlan, wire: Wire) -> Tensor:
-    """The rows before this rank's pieces, (h, C), of local rows (t, C)."""
-    if not plan.communicates and not any(plan.receives):
-        return x[:0]
-    return rows_of_others(x, _sent(plan, x.device), [len(rows) for rows in plan.sends], plan.receives, wire)
+@dataclass(frozen=True)
+class _Tables:
+    """A plan's rows on a device. Those of documents are held end to end, in the order of pieces; others are padding.
+
+    Arguments:
+        held: their local rows.
+        lengths: of the pieces.
+        heads: (m,) of those held, the first rows of pieces that do not open their documents, fewer than taps of each.
+        openings: lengths of these with the rows before them, a piece's each.
+        source: where each row of them comes from: the rows of others, then the heads, then a row of zeros.
+        places: (m,) where the heads are among them.
+        sent: of those held, what others are sent, by the rank that it goes to.
+        touched, slots: the held rows among `heads` and `sent`, once each, and which of them each one is.
+        moves: whether there are heads, or rows move between ranks.
+    """
+
+    held: Rows
+    lengths: tuple[int, ...]
+    heads: Tensor
+    openings: tuple[int, ...]
+    source: Tensor
+    places: Tensor
+    sent: Tensor
+    touched: Tensor
+    slots: Tensor
+    moves: bool
 
 
-def _nothing(x: Tensor, halo: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+class _Lent(torch.autograd.Function):
+    """Held rows (n, C) -> the same, the rows of others before this rank's pieces (h, C), and heads (m, C). Collective.
+
+    What comes back for single rows is added in float32 or wider to the gradient of all, which is copied once: torch
+    would make as many zeros as there are rows, twice, and add them all.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor, tables: _Tables, plan: HaloPlan, wire: Wire) -> tuple[Tensor, Tensor, Tensor]:
+        ctx.tables, ctx.plan, ctx.wire = tables, plan, wire
+        halo = rows[:0].clone()
+        if _is_sent(plan):
+            halo = wire.exchange(rows[tables.sent], _sends(plan), plan.receives)
+        return rows.view_as(rows), halo, rows[tables.heads]
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None]:
+        whole, halo, heads = grads
+        tables, plan = ctx.tables, ctx.plan
+        returned = ctx.wire.exchange(halo.contiguous(), plan.receives, _sends(plan)) if _is_sent(plan) else heads[:0]
+        wide = torch.promote_types(whole.dtype, torch.float32)
+        few = torch.cat([heads, returned]).to(wide)
+        sums = whole[tables.touched].to(wide).index_add_(0, tables.slots, few)
+        return whole.index_copy(0, tables.touched, sums.to(whole.dtype)), None, None, None
+
+
+def _is_sent(plan: HaloPlan) -> bool:
+    """Whether any row is received, of another rank or of a piece of this one; or elsewhere, which all take part in."""
+    return plan.communicates or any(plan.receives)
+
+
+def _sends(plan: HaloPlan) -> list[int]:
+    return [len(rows) for rows in plan.sends]
+
+
+def _nothing(x: Tensor, *others: Tensor | None) -> Tensor:
     """Zeros like x that depend on everything: parameters have a gradient on every rank, and the backward pass of the
     transfer runs on every rank."""
-    parts = [one[:0].sum().to(x.dtype) for one in (x, halo, weight, bias) if one is not None]
+    parts = [one[:0].sum().to(x.dtype) for one in (x, *others) if one is not None]
     return sum(parts, torch.zeros_like(x))
 
 
-def _sent(plan: HaloPlan, device: torch.device) -> Tensor:
-    return kept(plan, ("sent", device), lambda: torch.tensor([*chain(*plan.sends)], dtype=torch.int64, device=device))
+def _tables(plan: HaloPlan, device: torch.device) -> _Tables:
+    """Kept with the plan."""
+    return kept(plan, ("tables", device), lambda: _make_tables(plan, device))
 
 
-def _tables(plan: HaloPlan, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Where the extended rows come from, and where each local row's output is.
+def _make_tables(plan: HaloPlan, device: torch.device) -> _Tables:
+    received, before = sum(plan.receives), plan.width - 1
+    firsts = [piece.row for piece in plan.pieces]
+    ends = [0, *accumulate(piece.size for piece in plan.pieces)]
 
-    Every piece is extended by the w - 1 rows before it, so that one convolution without padding serves all; what it
-    computes at the seams is not used. Sources are local rows, then received ones, then a row of zeros.
-    """
+    def place_of(row: int) -> int:
+        """Among those held, of a local row."""
+        piece = bisect_right(firsts, row) - 1
+        return ends[piece] + row - firsts[piece]
 
-    def make() -> tuple[Tensor, Tensor]:
-        received, before = sum(plan.receives), plan.width - 1
-        zeros = plan.tokens + received
-        source: list[Tensor] = []
-        place = torch.full((plan.tokens,), -1)
-        at = 0
-        for piece, rows in zip(plan.pieces, plan.before, strict=True):
-            source.append(torch.tensor([plan.tokens + row if row >= 0 else zeros for row in rows], dtype=torch.int64))
-            source.append(torch.arange(*piece.rows))
-            place[slice(*piece.rows)] = torch.arange(at, at + piece.size)
-            at += before + piece.size
-        outputs = max(0, at - before)
-        place[place < 0] = outputs
-        joined = torch.cat(source) if source else torch.empty(0, dtype=torch.int64)
-        return joined.to(device), place.to(device)
+    heads: list[int] = []
+    source: list[int] = []
+    places: list[int] = []
+    openings: list[int] = []
+    zeros = received + sum(min(before, piece.size) for piece, rows in _cut(plan))
+    for piece, rows in _cut(plan):
+        own = min(before, piece.size)
+        places += range(len(source) + before, len(source) + before + own)
+        source += [row if row >= 0 else zeros for row in rows]
+        source += range(received + len(heads), received + len(heads) + own)
+        heads += range(place_of(piece.row), place_of(piece.row) + own)
+        openings.append(before + own)
+    sent = [place_of(row) for row in chain(*plan.sends)]
+    touched = sorted({*heads, *sent})
+    slot_of = dict(zip(touched, count()))
 
-    return kept(plan, ("tables", device), make)
+    def on_device(rows: Sequence[int]) -> Tensor:
+        return torch.tensor(rows, dtype=torch.int64, device=device)
+
+    return _Tables(
+        held=rows_of(plan.pieces, device),
+        lengths=tuple(piece.size for piece in plan.pieces),
+        heads=on_device(heads),
+        openings=tuple(openings),
+        source=on_device(source),
+        places=on_device(places),
+        sent=on_device(sent),
+        touched=on_device(touched),
+        slots=on_device([slot_of[row] for row in (*heads, *sent)]),
+        moves=bool(heads) or _is_sent(plan),
+    )
+
+
+def _cut(plan: HaloPlan) -> Iterator[tuple[Piece, tuple[int, ...]]]:
+    """Pieces that do not open their documents, and the rows before them."""
+    for piece, rows in zip(plan.pieces, plan.before, strict=True):
+        if any(row >= 0 for row in rows):
+            yield piece, rows
 
 
 def _check(x: Tensor, weight: Tensor, bias: Tensor | None, layout: Layout, activation: str | None) -> None:

@@ -6,14 +6,26 @@ no row is in two piles, its gradient is only put into its place here, and not ev
 """
 
 from collections.abc import Sequence
+from itertools import pairwise
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from ringattn.recurrent.plan import Piece
+
 Rows = slice | Tensor
 """Those of a pile: neighbours, or (n,) numbers on the device."""
+
+
+def rows_of(pieces: Sequence[Piece], device: torch.device) -> Rows:
+    """The local rows of pieces, end to end: a slice where they are neighbours."""
+    if not pieces:
+        return slice(0, 0)
+    if all(a.rows[1] == b.row for a, b in pairwise(pieces)):
+        return slice(pieces[0].row, pieces[-1].rows[1])
+    return torch.cat([torch.arange(*piece.rows, device="cpu") for piece in pieces]).to(device)
 
 
 def taken_apart(x: Tensor, piles: Sequence[Rows]) -> tuple[Tensor, ...]:

@@ -19,7 +19,6 @@ Legend: t tokens, H value heads, D key dim, V value dim, n cut pieces of this ra
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import pairwise
 from typing import Any, NamedTuple
 
 import torch
@@ -28,7 +27,7 @@ from torch.autograd.function import once_differentiable
 
 from ringattn.kept import kept
 from ringattn.recurrent.kernels.contract import Inputs, Kernel, maps, transposed
-from ringattn.recurrent.piles import Rows, put_together
+from ringattn.recurrent.piles import Rows, put_together, rows_of
 from ringattn.recurrent.plan import Piece, RecurrencePlan
 from ringattn.recurrent.walk import Shapes, Walk
 from ringattn.recurrent.wire import Wire
@@ -250,13 +249,4 @@ class _RowsOf(NamedTuple):
 def _rows_of(plan: RecurrencePlan, device: torch.device) -> _RowsOf:
     """Kept with the plan."""
     parts = (plan.whole, plan.cut, plan.firsts, (*plan.middles, *plan.lasts))
-    return kept(plan, ("rows", device), lambda: _RowsOf(*(_rows(pieces, device) for pieces in parts)))
-
-
-def _rows(pieces: Sequence[Piece], device: torch.device) -> Rows:
-    """The rows of pieces, end to end: a slice where they are neighbours."""
-    if not pieces:
-        return slice(0, 0)
-    if all(a.rows[1] == b.row for a, b in pairwise(pieces)):
-        return slice(pieces[0].row, pieces[-1].rows[1])
-    return torch.cat([torch.arange(*piece.rows, device="cpu") for piece in pieces]).to(device)
+    return kept(plan, ("rows", device), lambda: _RowsOf(*(rows_of(pieces, device) for pieces in parts)))

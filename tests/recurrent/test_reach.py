@@ -86,7 +86,7 @@ def test_channels_are_all_once(rows: int, channels: int, counted: int) -> None:
 @pytest.mark.parametrize("bias", [True, False])
 def test_a_convolution_in_parts(bias: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     x, weight, shift = torch.randn(9, 24).double(), torch.randn(24, 4).double(), torch.randn(24).double()
-    given = x, weight, shift if bias else None, True
+    given = x, (2, 7), weight, shift if bias else None, True
     monkeypatch.setattr(reach, "COUNTED", 9 * 10)
     assert len(list(channels_of(x))) == 3
     torch.testing.assert_close(by_channels(torchs, *given), torchs(*given), rtol=0, atol=0)

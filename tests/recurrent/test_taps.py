@@ -31,9 +31,13 @@ def install(monkeypatch: pytest.MonkeyPatch, change: Callable[[Tensor], Any] = l
         return_final_states: bool = False, final_states_out: Any = None, activation: Any = None,
     ) -> Tensor:  # fmt: skip
         assert x.stride(1) == 1, "rows do not stand channel by channel"
-        calls.append((x.shape, activation))
-        padded = F.pad(x, (weight.shape[1] - 1, 0))
-        out = F.conv1d(padded, weight[:, None], bias, groups=x.shape[1])
+        calls.append((x.shape, seq_idx, activation))
+        numbers = torch.zeros(x.shape[::2], dtype=torch.int32) if seq_idx is None else seq_idx
+        assert numbers.dtype == torch.int32
+        assert numbers.is_contiguous()
+        outs = [F.conv1d(F.pad(one, (weight.shape[1] - 1, 0)), weight[:, None], bias, groups=x.shape[1])
+                for one in x.split(numbers[0].unique_consecutive(return_counts=True)[1].tolist(), 2)]  # fmt: skip
+        out = torch.cat(outs, 2)
         return change(F.silu(out) if activation == "silu" else out)
 
     module = ModuleType("causal_conv1d")
@@ -50,8 +54,9 @@ def install(monkeypatch: pytest.MonkeyPatch, change: Callable[[Tensor], Any] = l
 def test_both_compute_the_same(width: int, bias: bool, silu: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     install(monkeypatch)
     x, weight, shift = torch.randn(9, 8).double(), torch.randn(8, width).double(), torch.randn(8).double()
-    given = x, weight, shift if bias else None, silu
-    torch.testing.assert_close(fused(*given), torchs(*given), rtol=1e-12, atol=1e-12)
+    for lengths in ((9,), (1, 5, 2, 1)):
+        given = x, lengths, weight, shift if bias else None, silu
+        torch.testing.assert_close(fused(*given), torchs(*given), rtol=1e-12, atol=1e-12)
     for dtype in (torch.float32, torch.bfloat16):
         assert choose_taps(TapsSignature("cpu", dtype, 8, width, bias, silu)) is fused
 
@@ -63,7 +68,9 @@ def test_the_front_door_takes_it(monkeypatch: pytest.MonkeyPatch) -> None:
     choose_taps.cache_clear()
     calls = install(monkeypatch)
     torch.testing.assert_close(parallel_convolution(x, weight, None, layout, activation="silu"), expected)
-    assert calls[-1] == ((1, 8, 30 + 3 * 3), "silu")
+    shape, seq_idx, activation = calls[-1]
+    assert (shape, activation) == ((1, 8, 30), "silu")
+    assert seq_idx[0].tolist() == [0] * 9 + [1] + [2] * 20
 
 
 @pytest.mark.parametrize(

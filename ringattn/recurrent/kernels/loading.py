@@ -2,7 +2,7 @@
 
 import importlib
 from collections.abc import Callable, Iterable
-from functools import cache
+from functools import lru_cache
 from importlib.util import find_spec
 from typing import Any
 
@@ -28,10 +28,21 @@ def load(distribution: str, path: str, needed: Iterable[str]) -> Callable[..., A
     return require(found, name, needed)
 
 
-@cache  # the same object for the same lengths: what packages compute of it, they keep by identity
+# Layouts of which what a kernel is told is kept: a step's layers have few, and a run as many as it has steps.
+LAYOUTS = 64
+
+
+@lru_cache(maxsize=LAYOUTS)  # the same object for the same lengths: what packages compute of it, they keep by identity
 def cumulative(lengths: tuple[int, ...], device: torch.device) -> Tensor:
     """(n + 1,): where each piece begins and the last one ends."""
     return torch.tensor([0, *lengths], device=device).cumsum(0)
+
+
+@lru_cache(maxsize=LAYOUTS)
+def numbers(lengths: tuple[int, ...], device: torch.device) -> Tensor:
+    """(1, t) int32: which piece each row is of."""
+    pieces = torch.arange(len(lengths), dtype=torch.int32, device="cpu")
+    return pieces.repeat_interleave(torch.tensor(lengths, device="cpu"))[None].to(device)
 
 
 def foreign_dtypes(dtypes: Iterable[torch.dtype | None]) -> str | None:

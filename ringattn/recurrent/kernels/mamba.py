@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ringattn.kernels.probing import why_missing
 from ringattn.recurrent.kernels.contract import Inputs, Signature
-from ringattn.recurrent.kernels.loading import foreign_dtypes, load
+from ringattn.recurrent.kernels.loading import foreign_dtypes, load, numbers
 from ringattn.recurrent.kernels.reach import parts_of
 from ringattn.recurrent.piles import put_together
 
@@ -43,7 +43,7 @@ class Mamba:
         return foreign_dtypes(signature.dtypes[:2])
 
     def outputs(self, x: Inputs, lengths: tuple[int, ...]) -> Tensor:
-        return _scan(x, seq_idx=_numbers(lengths, x.v.device)) if lengths else x.v
+        return _scan(x, seq_idx=numbers(lengths, x.v.device)) if lengths else x.v
 
     def run(self, x: Inputs, lengths: tuple[int, ...], state: Tensor | None) -> tuple[Tensor, Tensor]:
         if not lengths:
@@ -77,13 +77,6 @@ def _call(x: Inputs, states: Tensor | None, last: bool, seq_idx: Tensor | None) 
     found = _function()(**{name: one[None] for name, one in rows.items()}, A=x.decay[0], chunk_size=CHUNK, **own)
     out, state = found if last else (found, None)
     return out[0].to(x.v.dtype), state
-
-
-@cache
-def _numbers(lengths: tuple[int, ...], device: torch.device) -> Tensor:
-    """(1, t): which piece each row is of."""
-    numbers = torch.arange(len(lengths), dtype=torch.int32)
-    return numbers.repeat_interleave(torch.tensor(lengths))[None].to(device)
 
 
 @cache  # what raises is not kept, so a repaired installation is found

@@ -79,6 +79,26 @@ def test_any_layout_is_every_document_alone(data: st.DataObject) -> None:
         torch.testing.assert_close(got, expected, rtol=1e-12, atol=1e-12)
 
 
+@settings(max_examples=15, suppress_health_check=[HealthCheck.too_slow])
+@given(data=st.data())
+def test_what_is_not_of_the_document_may_be_anything(data: st.DataObject) -> None:
+    """NaN in padding and in one document: the others have the outputs and gradients that they have alone."""
+    docs = data.draw(documents(longest=20, most=4))
+    ring = data.draw(st.sampled_from([1, 2, 4]))
+    policy = data.draw(st.sampled_from(["zigzag", "balanced"]))
+    layouts = [Layout(docs, MeshShape(1, ring, 1, rank), policy) for rank in range(ring)]
+    x, dout, weight = problem(docs, 4, False)
+    expected = alone(docs, x, dout, weight)
+    bad = data.draw(st.integers(0, max(0, len(docs.lengths) - 1)))
+    given_x, fine = torch.full_like(x, torch.nan), torch.zeros(len(x), dtype=torch.bool)
+    for number, (start, length) in enumerate(zip(docs.starts, docs.lengths, strict=True)):
+        fine[start : start + length] = number != bad
+    given_x[fine] = x[fine]
+    found = on_threads(layouts, given_x, dout, weight)
+    for got, right in zip(found[:2], expected[:2], strict=True):
+        torch.testing.assert_close(got[fine], right[fine], rtol=1e-12, atol=1e-12)
+
+
 def test_pieces_shorter_than_the_convolution() -> None:
     """Ten tokens over eight ranks in pieces of one: six rows come of six pieces."""
     docs = Documents([10, 1, 3])
@@ -86,6 +106,16 @@ def test_pieces_shorter_than_the_convolution() -> None:
     tensors = problem(docs, 7, True)
     for got, expected in zip(on_threads(layouts, *tensors), alone(docs, *tensors), strict=True):
         torch.testing.assert_close(got, expected, rtol=1e-12, atol=1e-12)
+
+
+def test_gradients_of_lent_rows_are_rounded_once() -> None:
+    """In bfloat16: what pieces on other ranks give back is added to a row's own gradient before that is rounded."""
+    docs = Documents([64])
+    layouts = [Layout(docs, MeshShape(1, 8, 1, rank), "zigzag") for rank in range(8)]
+    x, dout, weight = (one.bfloat16() for one in problem(docs, 4, False))
+    expected = alone(docs, *(one.double() for one in (x, dout, weight)))[1]
+    found = on_threads(layouts, x, dout, weight)[1].double()
+    assert (found - expected).norm() / expected.norm() < 4e-3
 
 
 def on_rank(docs: Documents, policy: str, taps: int) -> list[torch.Tensor]:

@@ -1,5 +1,8 @@
 """The chunked kernel against the one that goes token by token, with the affine map of a piece."""
 
+import gc
+import weakref
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -7,6 +10,7 @@ from hypothesis import strategies as st
 
 from ringattn.recurrent.kernels.chunked import CHUNK, Chunked
 from ringattn.recurrent.kernels.contract import Inputs, apply_map, compose, maps, transposed
+from ringattn.recurrent.kernels.loading import LAYOUTS, cumulative, numbers
 from ringattn.recurrent.kernels.tokens import Tokens
 from tests.recurrent.problems import RULES, inputs
 
@@ -66,3 +70,15 @@ def test_states_are_wide() -> None:
     x = Inputs(*(None if one is None else one.bfloat16() for one in inputs("delta", 9)))
     out, last = Chunked().run(x, (9,), None)
     assert (out.dtype, last.dtype) == (torch.bfloat16, torch.float32)
+
+
+@pytest.mark.usefixtures("fresh_caches")
+def test_what_kernels_are_told_of_a_layout_is_not_kept_for_ever() -> None:
+    """A run has as many layouts as steps."""
+    for made in (cumulative, numbers):
+        first = weakref.ref(made((1, 2), torch.device("cpu")))
+        assert made((1, 2), torch.device("cpu")) is first(), "packages keep what they compute of it by identity"
+        for length in range(2 * LAYOUTS):
+            made((length + 1, 7), torch.device("cpu"))
+        gc.collect()
+        assert first() is None

@@ -9,13 +9,17 @@ from typing import Any
 
 import pytest
 import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from torch import Tensor
 from torch.nn import functional as F
 
 from ringattn import Documents, Layout, MeshShape
-from ringattn.recurrent import parallel_convolution
+from ringattn.recurrent import convolution, parallel_convolution
 from ringattn.recurrent.kernels import taps
 from ringattn.recurrent.kernels.taps import TapsSignature, choose_taps, fused, fused_refusal, torchs
+from tests.recurrent.test_convolution import on_threads
+from tests.strategies import documents
 
 pytestmark = pytest.mark.usefixtures("fresh_caches")
 
@@ -71,6 +75,27 @@ def test_the_front_door_takes_it(monkeypatch: pytest.MonkeyPatch) -> None:
     shape, seq_idx, activation = calls[-1]
     assert (shape, activation) == ((1, 8, 30), "silu")
     assert seq_idx[0].tolist() == [0] * 9 + [1] + [2] * 20
+
+
+@settings(max_examples=20, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
+@given(data=st.data())
+def test_over_any_layout_it_is_torchs(data: st.DataObject) -> None:
+    """Outputs and gradients over ranks, padding and pieces in any order."""
+    docs = data.draw(documents(longest=20, most=4))
+    ring, policy = data.draw(st.sampled_from([1, 2, 4])), data.draw(st.sampled_from(["zigzag", "balanced"]))
+    layouts = [Layout(docs, MeshShape(1, ring, 1, rank), policy) for rank in range(ring)]
+    x, dout = torch.randn(2, docs.total, 8).double()
+    tensors = x, dout, torch.randn(8, data.draw(st.integers(2, 4))).double(), torch.randn(8).double()
+    expected = on_threads(layouts, *tensors)
+    with pytest.MonkeyPatch.context() as patch:
+        calls = install(patch)
+        patch.setattr(convolution, "choose_taps", lambda signature: fused)
+        taps._function.cache_clear()
+        found = on_threads(layouts, *tensors)
+    taps._function.cache_clear()
+    assert calls or not any(docs.lengths)
+    for got, right in zip(found, expected, strict=True):
+        torch.testing.assert_close(got, right, rtol=1e-12, atol=1e-12)
 
 
 @pytest.mark.parametrize(

@@ -94,7 +94,8 @@ def attend(
     options["mask"] = _with_blocks(options["mask"], attention_mask, handle, layout)
     if handle.reach is not None:
         options["mask"] = narrowed(options["mask"], handle.reach)
-    q, k, v = (x[0].transpose(0, 1) for x in _one_dtype(module, query, key, value))
+    # Not x[0], whose gradient is copied into zeros for all of x.
+    q, k, v = (x.squeeze(0).transpose(0, 1) for x in _one_dtype(module, query, key, value))
     if isinstance(layout, DecodeStep):
         return layout.attend(module, q, k, v, options)[None], None
     if handle.cache is not None:

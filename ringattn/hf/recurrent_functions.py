@@ -35,7 +35,7 @@ class Batch:
         """(1, t, ...) -> (t, ...)."""
         if x.shape[0] != 1:
             raise ValueError(f"a packed batch has batch size 1, got {x.shape[0]}: lay the rows end to end as documents")
-        return x[0, :0] if self.empty else x[0]
+        return x[0, :0] if self.empty else x.squeeze(0)
 
     def row(self, out: Tensor) -> Tensor:
         """(t, ...) -> (1, t, ...); for a rank without tokens a row of zeros that the backward pass goes through."""

@@ -6,6 +6,7 @@ import torch.distributed as dist
 
 from ringattn import Documents, init_mesh
 from ringattn.hf import parallelize, shard_batch
+from ringattn.hf.tiny import read_config, tiny_config
 from tests.parallel.ranks import mesh_of
 from tests.pool import Pools
 
@@ -175,3 +176,25 @@ def test_autocast_rounds_as_one_rank_does(pool: Pools) -> None:
     plain, rounded = (pool(2).run(autocast_loss, autocast, 2)[0] for autocast in (False, True))
     assert plain != rounded
     torch.testing.assert_close(rounded, pool(1).run(autocast_loss, True, 1)[0], rtol=1e-4, atol=0)
+
+
+def copying_nodes(family: str) -> set[str]:
+    """Gradients that are copied into zeros for a whole batch, in the graph of a loss."""
+    mesh, docs = mesh_of(1, 1), Documents([40, 24])
+    model = transformers.AutoModelForCausalLM.from_config(tiny_config(read_config(family)))
+    parallelize(model, mesh)
+    ids = torch.arange(docs.total)[None] % 32
+    loss = model(**shard_batch({"input_ids": ids, "labels": ids}, docs, mesh)).loss
+    seen, left = set(), [loss.grad_fn]
+    while left:
+        node = left.pop()
+        if node is not None and node not in seen:
+            seen.add(node)
+            left += [one for one, _ in node.next_functions]
+    return {node.name() for node in seen} & {"SelectBackward0", "IndexBackward0"}
+
+
+@pytest.mark.parametrize("family", ["llama", "lfm2"])
+def test_no_gradient_is_copied_into_zeros(pool: Pools, family: str) -> None:
+    """As that of x[0] is, of queries as of all rows of a recurrence."""
+    assert pool(1).run(copying_nodes, family)[0] == set()

@@ -74,7 +74,7 @@ def _call(x: Inputs, lengths: tuple[int, ...], state: Tensor | None, last: bool)
     out, states = function(
         **arguments, scale=1.0, initial_state=state, output_final_state=last, cu_seqlens=cu_seqlens
     )  # fmt: skip
-    return out[0].to(dtype), states
+    return out.squeeze(0).to(dtype), states
 
 
 @cache  # what raises is not kept, so a repaired installation is found

@@ -76,7 +76,7 @@ def _call(x: Inputs, states: Tensor | None, last: bool, seq_idx: Tensor | None) 
         own = {"initial_states": states, "return_final_states": True}
     found = _function()(**{name: one[None] for name, one in rows.items()}, A=x.decay[0], chunk_size=CHUNK, **own)
     out, state = found if last else (found, None)
-    return out[0].to(x.v.dtype), state
+    return out.squeeze(0).to(x.v.dtype), state
 
 
 @cache  # what raises is not kept, so a repaired installation is found

@@ -45,7 +45,7 @@ def torchs(rows: Tensor, lengths: Lengths, weight: Tensor, bias: Tensor | None, 
     before = weight.shape[1] - 1
     places, outputs = _apart(lengths, before, rows.device)
     extended = put_together([rows], [places], len(rows) + before * len(lengths))
-    found = F.conv1d(extended.mT[None], weight[:, None], bias, groups=rows.shape[1])[0].mT
+    found = F.conv1d(extended.mT[None], weight[:, None], bias, groups=rows.shape[1]).squeeze(0).mT
     (out,) = taken_apart(found, [outputs])
     return F.silu(out) if silu else out
 
@@ -55,7 +55,7 @@ def fused(rows: Tensor, lengths: Lengths, weight: Tensor, bias: Tensor | None, s
     own = {} if len(lengths) == 1 else {"seq_idx": numbers(lengths, rows.device)}
     activation = "silu" if silu else None
     out: Tensor = _function()(x=rows.contiguous().mT[None], weight=weight, bias=bias, activation=activation, **own)
-    return out[0].mT
+    return out.squeeze(0).mT
 
 
 @lru_cache(maxsize=LAYOUTS)

@@ -39,6 +39,31 @@ class HeadShares:
     tokens: tuple[int, ...]
     rank: int
 
+    @property
+    def heads(self) -> int:
+        """Value heads of this rank."""
+        first, last = self.values[self.rank]
+        return last - first
+
+    @property
+    def copied(self) -> tuple[int, ...] | None:
+        """For each of this rank's value heads its key head, counted from the rank's first; None where each key head
+        serves as many neighbours as the others, as kernels take them."""
+        (first, last), keys = self.values[self.rank], self.keys[self.rank]
+        each = self.values[-1][1] // self.keys[-1][1]
+        served = [head // each - keys[0] for head in range(first, last)]
+        count = keys[1] - keys[0]
+        even = not served or (
+            len(served) % count == 0 and served == [j * count // len(served) for j in range(len(served))]
+        )
+        return None if even else tuple(served)
+
+    @property
+    def key_heads(self) -> int:
+        """Those that this rank's kernel is given."""
+        first, last = self.keys[self.rank]
+        return last - first if self.copied is None else self.heads
+
 
 def head_shares(heads: tuple[int, int], layout: Layout, rank: int | None = None) -> HeadShares:
     """The shares of (key heads, value heads) of a layout's ranks. Kept with the layout."""
@@ -75,13 +100,11 @@ def exchange(x: Inputs, layout: Layout, kernel: Kernel, wire: Wire, rank: int | 
     found = iter(one[..., 0] for one in others)
     beta, step = (None if one is None else next(found).to(one.dtype) for one in (x.beta, x.step))
     decay = (decay if x.decay.dim() == 3 else decay[..., 0]).to(x.decay.dtype)
-    first, last = shares.values[shares.rank]
-    each = x.v.shape[1] // x.k.shape[1]
-    # A rank's value heads need not begin with the first that its key head serves: each gets its own copy.
-    served = [head // each - shares.keys[shares.rank][0] for head in range(first, last)]
-    heads = Inputs(q[:, served], k[:, served], v, decay, beta, step)
+    if shares.copied is not None:  # a rank's value heads need not begin with the first that its key head serves
+        q, k = q[:, shares.copied], k[:, shares.copied]
+    heads = Inputs(q, k, v, decay, beta, step)
     lengths = tuple(length for length in layout.docs.lengths if length)
-    if lengths and served:
+    if lengths and shares.heads:
         out = kernel.outputs(heads, lengths)
     else:  # nothing to compute, but all ranks take part in the backward pass
         out = v + 0 * (q.sum() + k.sum() + gates.sum()).to(v.dtype)

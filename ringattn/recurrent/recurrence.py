@@ -126,14 +126,13 @@ def _compute(x: Inputs, layout: Layout, wire: Wire, backend: str, route: str) ->
 
 
 def _signature(x: Inputs, layout: Layout, route: str) -> Signature:
-    """What the kernel of this rank is called with: by the exchange, some of the heads, each with a key head."""
+    """What the kernel of this rank is called with: by the exchange, some of the heads."""
     signature = Signature.of(x)
     if route == "scan":
         return signature
     shares = head_shares((x.k.shape[1], x.v.shape[1]), layout)
-    first, last = shares.values[shares.rank]
-    heads = max(1, last - first)  # a rank without heads calls none
-    return replace(signature, key_heads=heads, heads=heads)
+    # A rank without heads calls none.
+    return replace(signature, key_heads=max(1, shares.key_heads), heads=max(1, shares.heads))
 
 
 def _without_autocast(x: Tensor) -> AbstractContextManager[object]:

@@ -11,7 +11,7 @@ from torch.autograd.graph import saved_tensors_hooks
 
 from ringattn import Documents, Layout, MeshShape
 from ringattn.kept import keep, kept_keys
-from ringattn.recurrent.exchange import exchange
+from ringattn.recurrent.exchange import exchange, head_shares
 from ringattn.recurrent.kernels.chunked import Chunked
 from ringattn.recurrent.kernels.contract import Inputs
 from ringattn.recurrent.kernels.tokens import Tokens
@@ -26,7 +26,7 @@ from tests.recurrent.threads import on_ranks
 from tests.strategies import documents
 
 POLICIES = ("contiguous", "zigzag", "balanced")
-HEADS = ((2, 4), (1, 3), (4, 4))
+HEADS = ((2, 4), (1, 3), (4, 4), (3, 6))
 
 
 def layouts_of(docs: Documents, ring: int, ulysses: int, policy: str) -> list[Layout]:
@@ -65,6 +65,19 @@ def assert_same(found: Truth, truth: Truth) -> None:
     for name, got, expected in zip(names, found.grads, truth.grads, strict=False):
         scale = max(1.0, float(expected.abs().max())) if expected.numel() else 1.0
         torch.testing.assert_close(got / scale, expected / scale, rtol=1e-12, atol=1e-12, msg=lambda m, n=name: n + m)
+
+
+@given(st.integers(1, 6), st.integers(1, 6), st.integers(1, 12))
+def test_every_head_is_on_one_rank_with_its_key_head(keys: int, each: int, ranks: int) -> None:
+    layout = Layout(Documents([ranks]), MeshShape(1, ranks))
+    found = []
+    for rank in range(ranks):
+        shares = head_shares((keys, keys * each), layout, rank)
+        held = range(*shares.keys[rank]) if shares.copied is None else [shares.keys[rank][0] + i for i in shares.copied]
+        assert len(held) == shares.key_heads
+        assert shares.heads == 0 or shares.heads % shares.key_heads == 0, "no kernel takes that"
+        found += [held[head * len(held) // shares.heads] for head in range(shares.heads)]
+    assert found == [head // each for head in range(keys * each)]
 
 
 @pytest.mark.parametrize("route", ["scan", "exchange"])

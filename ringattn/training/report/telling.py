@@ -60,12 +60,15 @@ class Report:
     def __enter__(self) -> "Report":
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, kind: object, *_: object) -> None:
         if not self._enabled:
             return
         self._progress.close()
-        self._curve.close()
         self._file.close()
+        if kind is None:
+            self._curve.close()
+        else:  # other ranks are to hear of it before a picture is drawn
+            self._curve.leave()
         self._trackers.close()
 
 

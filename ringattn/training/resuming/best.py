@@ -3,7 +3,7 @@
 from collections.abc import Collection
 from pathlib import Path
 
-from ringattn.training.report.metrics import read_metrics
+from ringattn.training.report.records import read_metrics
 
 METRICS = "metrics.jsonl"
 

@@ -117,6 +117,7 @@ class Trainer:
                 record.took(seconds.seconds)
                 profile.after(self.step)
                 validation = None if done.stopping else self.validation.losses(self.step)
+                self.keeping.validated(self.step, validation)
                 report.step(self._metrics(batch, done, seconds, validation))
                 stragglers.done(self.step, waited, warmup=first)
                 if first:

@@ -1,7 +1,6 @@
 """loss.png: the loss curve of a run, raw and smoothed."""
 
 import os
-import signal
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -9,17 +8,10 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from ringattn.training.report.beside import beside
 from ringattn.training.report.records import read_metrics
 
-PACKAGE = Path(__file__).parents[2]
-LONGEST = 60.0  # seconds that the end of a run waits for a picture
-# The package's own __init__ imports torch: a package of that name without it, so that a picture costs no more than it
-# must. Modules of the folder that the run was started in are not to be found, whatever they are called (-P).
-_DRAW = (
-    "import sys, types; package = types.ModuleType('ringattn'); package.__path__ = [sys.argv.pop(1)]; "
-    "sys.modules['ringattn'] = package; from ringattn.training.report.plot import main; main()"
-)
-_SIGNALS = {signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP}
+LONGEST = 30.0  # seconds that the end of a run waits for a picture, less than looks like a hang
 
 
 class LossCurve:
@@ -73,23 +65,9 @@ class LossCurve:
     def _start(self) -> None:
         self._asked = False
         try:
-            self._process = self._started()
+            self._process = beside("ringattn.training.report.plot", self._metrics, self._path, self._title)
         except OSError as error:  # no room for a process
             self._warn(error)
-
-    def _started(self) -> "subprocess.Popen[bytes]":
-        # Signals are the run's alone: what a thread blocks, the processes block that it starts.
-        before = signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)
-        try:
-            return subprocess.Popen(
-                [sys.executable, "-P", "-c", _DRAW, PACKAGE, self._metrics, self._path, self._title],
-                stdin=subprocess.DEVNULL,
-                stdout=subprocess.DEVNULL,  # it speaks on stderr
-                env=os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path)), "OMP_NUM_THREADS": "1"},
-                start_new_session=True,
-            )
-        finally:
-            signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
     def _warn(self, error: object) -> None:
         print(_warning(self._path, error), file=sys.stderr, flush=True)
@@ -98,7 +76,6 @@ class LossCurve:
 def main() -> None:
     """Of the process. Its arguments are those of `LossCurve`."""
     metrics, path, title = Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3]
-    os.nice(10)  # the steps come first
     try:
         plot_loss(read_metrics(metrics), path, title)
     except Exception as error:  # a run does not end for a picture

@@ -12,13 +12,13 @@ import pytest
 
 pytest.importorskip("matplotlib")
 
-from ringattn.training.report import plot
+from ringattn.training.report import beside, plot
 from ringattn.training.report.plot import LossCurve, plot_loss
 
 PNG = b"\x89PNG"
 # Stands for the process: it notes how many lines it finds, and ends once a file is there.
 SLOW = (
-    "import sys, time, pathlib; _, metrics, path, _ = sys.argv[1:]; path = pathlib.Path(path); "
+    "import sys, time, pathlib; _, _, metrics, path, _ = sys.argv[1:]; path = pathlib.Path(path); "
     "lines = len(pathlib.Path(metrics).read_text().splitlines()); "
     "print(lines, file=(path.parent / 'drawn').open('a')); go = path.parent / 'go'\n"
     "while not go.exists(): time.sleep(0.01)"
@@ -60,7 +60,7 @@ def test_a_step_of_python_goes_on_while_a_picture_of_many_steps_is_drawn(tmp_pat
 
 def test_nobody_waits_for_a_picture_and_the_last_one_has_all_steps(tmp_path, monkeypatch):
     """Two that are asked for while one is drawn are one picture after it."""
-    monkeypatch.setattr(plot, "_DRAW", SLOW)
+    monkeypatch.setattr(beside, "_RUN", SLOW)
     metrics, drawn = tmp_path / "metrics.jsonl", tmp_path / "drawn"
     curve = LossCurve(metrics, tmp_path / "loss.png", "tiny")
     curve.close()  # of nothing
@@ -91,7 +91,7 @@ def test_a_picture_that_cannot_be_drawn_is_a_warning_and_the_next_one_is_drawn(t
 
 
 def test_a_process_that_is_killed_or_never_ends_is_a_warning(tmp_path, monkeypatch, capfd):
-    monkeypatch.setattr(plot, "_DRAW", SLOW)
+    monkeypatch.setattr(beside, "_RUN", SLOW)
     metrics = tmp_path / "metrics.jsonl"
     add(metrics, 1)
     curve = LossCurve(metrics, tmp_path / "loss.png", "tiny")
@@ -112,7 +112,7 @@ def test_a_process_that_is_killed_or_never_ends_is_a_warning(tmp_path, monkeypat
 
 def test_signals_that_stop_a_run_do_not_stop_its_picture(tmp_path, monkeypatch):
     """Schedulers send them to every process of a job."""
-    monkeypatch.setattr(plot, "_DRAW", SLOW)
+    monkeypatch.setattr(beside, "_RUN", SLOW)
     metrics = tmp_path / "metrics.jsonl"
     add(metrics, 1)
     curve = LossCurve(metrics, tmp_path / "loss.png", "tiny")
@@ -129,7 +129,7 @@ def test_signals_that_stop_a_run_do_not_stop_its_picture(tmp_path, monkeypatch):
 
 
 def test_a_run_that_failed_leaves_its_picture_to_be_drawn(tmp_path, monkeypatch):
-    monkeypatch.setattr(plot, "_DRAW", SLOW)
+    monkeypatch.setattr(beside, "_RUN", SLOW)
     metrics, drawn = tmp_path / "metrics.jsonl", tmp_path / "drawn"
     curve = LossCurve(metrics, tmp_path / "loss.png", "tiny")
     add(metrics, 1)

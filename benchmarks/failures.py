@@ -24,7 +24,7 @@ from typing import NamedTuple
 import torch
 
 from ringattn.training.health.incidents import read_ending, read_incidents
-from ringattn.training.report.metrics import read_metrics
+from ringattn.training.report.records import read_metrics
 from tests.training.forked import ROOT
 from tests.training.health.faults import FAULTY
 from tests.training.test_runs import free_port

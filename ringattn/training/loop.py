@@ -24,6 +24,7 @@ from ringattn.training.checks.stragglers import Stragglers
 from ringattn.training.config.optim import schedule_of
 from ringattn.training.engines import Engine
 from ringattn.training.evaluation.validation import Validation
+from ringattn.training.garbage import Garbage
 from ringattn.training.health.rank import Health, StopRequest
 from ringattn.training.loss import Brought, brought, spoiling
 from ringattn.training.making import engine_of, mesh_of, quiet_libraries, seed_libraries
@@ -100,7 +101,7 @@ class Trainer:
         self.spikes = Spikes(cfg.run.spike, losses_before(self.job.output, self.step) if cfg.run.spike else ())
         record = self.health.record
         profile = Profile(self.job.output, cfg.run.profile, dist.get_rank())
-        with self.stop, self._batches() as stream, self._stragglers() as stragglers, profile:
+        with self.stop, Garbage() as garbage, self._batches() as stream, self._stragglers() as stragglers, profile:
             first = True
             owed: list[Place] = []
             while self.step < cfg.run.steps:
@@ -110,17 +111,19 @@ class Trainer:
                 record.at("data")
                 with stragglers.step():
                     batch = next(stream)
-                    self.health.computes(batch.targets, batch.lengths)
+                    self.health.computes(batch.counts.digest)
                     waited = time.perf_counter() - started
                     done = self._train_step(batch)
                 seconds = StepSeconds(time.perf_counter() - started, waited, warmup=first)
                 record.took(seconds.seconds)
                 profile.after(self.step)
                 validation = None if done.stopping else self.validation.losses(self.step)
+                self.keeping.validated(self.step, validation)
                 report.step(self._metrics(batch, done, seconds, validation))
                 stragglers.done(self.step, waited, warmup=first)
                 if first:
                     self.keeping.take_memory(self.engine)
+                    garbage.settle()
                 first, last = False, done.stopping or self.step == cfg.run.steps
                 if self._went_back(batch, done):
                     report.back_to(self.step)

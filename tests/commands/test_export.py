@@ -12,7 +12,7 @@ pytest.importorskip("accelerate")
 
 from ringattn.cli import main
 from ringattn.training.export import folder
-from ringattn.training.resuming.best import best_steps, validation_losses
+from ringattn.training.resuming.best import BestSteps
 from tests.pool import Pools
 from tests.training.export.small_runs import TEMPLATE, save_tokenizer, written
 from tests.training.recipe import save_model
@@ -93,10 +93,9 @@ def test_which_checkpoint(run: Path, tmp_path: Path, capsys: Any) -> None:
 
 
 def test_the_best_steps(run: Path) -> None:
-    assert validation_losses(run) == {1: 9.0, 2: 8.0, 3: 9.5}
-    assert best_steps(run, [1, 2, 3, 4], 2) == [2, 1]
-    assert best_steps(run, [1, 3], 5) == [1, 3]
-    assert best_steps(run, [1, 3], 0) == []
+    assert BestSteps(run, 2)([1, 2, 3, 4]) == [2, 1]
+    assert BestSteps(run, 5)([1, 3]) == [1, 3]
+    assert BestSteps(run, 0)([1, 3]) == []
 
 
 def test_a_damaged_checkpoint_is_passed_over(copied: Path, tmp_path: Path, capsys: Any) -> None:

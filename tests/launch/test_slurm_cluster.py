@@ -9,7 +9,7 @@ import pytest
 
 pytest.importorskip("transformers")
 
-from ringattn.training.report.metrics import read_metrics
+from ringattn.training.report.records import read_metrics
 from tests.launch.cluster import Cluster, unavailable
 from tests.training.forked import ROOT
 from tests.training.test_runs import SMALL, STEPS, assert_same_curve, curve, run

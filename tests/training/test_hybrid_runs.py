@@ -8,7 +8,7 @@ import pytest
 
 pytest.importorskip("transformers")
 
-from ringattn.training.report.metrics import read_metrics
+from ringattn.training.report.records import read_metrics
 from tests.training.forked import ROOT
 from tests.training.test_runs import environment, finish, free_port
 

@@ -15,7 +15,7 @@ import pytest
 pytest.importorskip("transformers")
 
 from ringattn.training.engines.deepspeed import available as deepspeed_available
-from ringattn.training.report.metrics import read_metrics
+from ringattn.training.report.records import read_metrics
 from tests.training.forked import ROOT, all_end, fork_rank
 
 STEPS = 30

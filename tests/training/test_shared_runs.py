@@ -13,7 +13,7 @@ from ringattn.hf.tiny import read_config, tiny_config, tiny_model
 from ringattn.training.engines.deepspeed import available as deepspeed_available
 from ringattn.training.packs.packing import Packer, counted, read_pack
 from ringattn.training.packs.sharing import read_shared
-from ringattn.training.report.metrics import read_metrics
+from ringattn.training.report.records import read_metrics
 from tests.training.chat_tokenizers import chat_tokenizer
 from tests.training.recipe import prepared
 from tests.training.test_runs import curve, run

@@ -3,6 +3,7 @@
 import traceback
 import warnings
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 pytest.importorskip("transformers")
 
 from ringattn.training.loop import Trainer
+from ringattn.training.report.metrics import StepSeconds
 from tests.pool import Pools
 from tests.training.recipe import prepared
 
@@ -88,6 +90,34 @@ def test_a_step_is_read_once(pool: Pools, tmp_path: Path) -> None:
     assert len(ours) == 1, ours
     assert "ringattn/training/loss.py" in ours[0]
     assert not sizes
+
+
+class Untouched:
+    """Stands for plans that nobody may look at."""
+
+    def __getattr__(self, name: str) -> Any:
+        raise AssertionError("a step looked at the plans of all its packs")
+
+    __iter__ = __getitem__ = __len__ = __getattr__
+
+
+def step_without_plans(output: Path) -> list[int]:
+    def watched(trainer: Trainer, batch: Any) -> list[int]:
+        plans: Any = Untouched()
+        hidden = replace(batch, plans=plans)
+        trainer.health.computes(hidden.counts.digest)
+        done = trainer._train_step(hidden, False)
+        told = trainer._metrics(hidden, done, StepSeconds(1.0, 0.0, False), None)
+        return [told.targets, told.tokens, int(told.tokens_per_second or 0)]
+
+    return trained(output, "data.packs_per_step=2", "parallel.backend=cpu")(watched)
+
+
+def test_a_step_does_not_look_at_every_document(pool: Pools, tmp_path: Path) -> None:
+    """There may be thousands, and the device waits meanwhile: they were counted as the batch was made."""
+    targets, tokens, rate = pool(1).run(step_without_plans, tmp_path)[0]
+    assert (tokens, rate) == (512, 256)
+    assert 0 < targets <= 256
 
 
 @pytest.mark.gpu

@@ -39,11 +39,16 @@ class Found:
 
 def found_in(root: Path) -> Iterator[Found]:
     """All checkpoints, newest first, each judged by its marker and by the sizes of its files when it is its turn."""
-    if not root.is_dir():
-        return
-    folders = [(int(match[1]), path) for path in root.iterdir() if (match := _NAME.fullmatch(path.name))]
-    for step, path in sorted(folders, reverse=True):
+    for step, path in _folders(root):
         yield _judged(step, path)
+
+
+def _folders(root: Path) -> list[tuple[int, Path]]:
+    """All that are named like checkpoints, newest first."""
+    if not root.is_dir():
+        return []
+    folders = [(int(match[1]), path) for path in root.iterdir() if (match := _NAME.fullmatch(path.name))]
+    return sorted(folders, reverse=True)
 
 
 def _judged(step: int, folder: Path) -> Found:
@@ -168,6 +173,8 @@ def discard_older(root: Path, keep: int, newest: int, spared: Spared | None = No
 
     A checkpoint is renamed before it is deleted, so that half of one is never taken for a whole one.
     """
+    if sum(step <= newest for step, _ in _folders(root)) <= keep:
+        return  # without a look into each: who keeps all would wait longer with every one
     whole = [found for found in found_in(root) if found.marker is not None and found.step <= newest]
     stay = spared([found.step for found in whole]) if spared is not None else ()
     for found in (one for one in whole[keep:] if one.step not in stay):

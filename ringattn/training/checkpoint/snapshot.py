@@ -35,6 +35,7 @@ class Snapshot:
         return file_size(self.tensors, self.index)
 
 
+@torch.no_grad()
 def snapshot_of(tree: Mapping[str, Any]) -> Snapshot:
     """Takes nested dicts, lists and tuples of tensors and plain values apart. Nothing is copied.
 

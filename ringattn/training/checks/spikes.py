@@ -12,7 +12,7 @@ from ringattn.training.checks.culprit import documents_of
 from ringattn.training.health.incidents import record_incident
 from ringattn.training.packs.batches import Batch
 from ringattn.training.packs.placing import LocalPack
-from ringattn.training.report.metrics import read_metrics
+from ringattn.training.report.records import read_metrics
 
 WINDOW = 32  # steps that the median is taken of
 FEWEST = 8  # below so many nothing is said

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from ringattn.training.export.run_folder import RunFolder
-from ringattn.training.report.metrics import read_metrics
+from ringattn.training.report.records import read_metrics
 from ringattn.training.resuming.best import METRICS
 from ringattn.training.secrets import redacted
 

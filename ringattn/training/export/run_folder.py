@@ -11,7 +11,7 @@ from ringattn.training.checkpoint.saved_state import SavedState
 from ringattn.training.checkpoint.tensors import check_sum
 from ringattn.training.model.architecture import reason_of
 from ringattn.training.model.lora import Lora, lora_of
-from ringattn.training.resuming.best import best_steps
+from ringattn.training.resuming.best import BestSteps
 from ringattn.training.start.output import CONFIG, MODEL, read_config
 
 
@@ -82,7 +82,7 @@ def _checkpoint(path: Path, step: int | None, best: bool) -> tuple[Found, list[s
     if step is not None:
         found = [one for one in found if one.step == step] or _none_of(path, f"of step {step}", found)
     if best:
-        steps = best_steps(path, [one.step for one in found], len(found))
+        steps = BestSteps(path, len(found))([one.step for one in found])
         if not steps:
             raise ValueError(
                 f"{path}: no checkpoint is of a step with a validation loss, so that none is known to be the best"

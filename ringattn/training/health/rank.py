@@ -9,7 +9,7 @@ import signal
 import subprocess
 import sys
 import zlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from functools import partial
@@ -83,9 +83,9 @@ class Health:
     def _left(self, number: int, gradient: torch.Tensor) -> None:
         self.record.layer(number)
 
-    def computes(self, targets: int, lengths: Sequence[int]) -> None:
-        """What a step is about: the same on every rank."""
-        self.record.computes(batch=hash((targets, *lengths)) % 2**64)
+    def computes(self, digest: int) -> None:
+        """What a step is about, below 2^64: the same on every rank."""
+        self.record.computes(batch=digest)
 
     def joined(self) -> None:
         """Once all ranks have met: they agree on a number of this start, by which nodes know what is of it."""

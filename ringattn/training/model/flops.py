@@ -54,7 +54,8 @@ class StepFlops:
     def __call__(self, tokens: int, lengths: Sequence[int]) -> float:
         """FLOPs of `tokens` tokens in documents of these lengths; where all weights are trained the backward pass
         costs twice the forward pass."""
-        return self.per_token * tokens + sum(map(self.attention, lengths))
+        documents = Counter(lengths)  # of a step with thousands of them, many have a length that others have
+        return self.per_token * tokens + sum(count * self.attention(length) for length, count in documents.items())
 
     @property
     def per_token(self) -> float:

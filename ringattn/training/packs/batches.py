@@ -2,7 +2,7 @@
 
 import queue
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Generic, TypeVar
 
@@ -14,6 +14,35 @@ T = TypeVar("T")
 
 
 @dataclass(frozen=True)
+class Counts:
+    """What a step asks about the packs of all replicas, counted where batches are made.
+
+    Counted in the step, a device would wait for milliseconds where there are thousands of documents, and the host would
+    look at all of them again in each micro-step.
+
+    Arguments:
+        targets: target tokens of each pack.
+        tokens: of all packs, without padding.
+        lengths: of all documents.
+        digest: of what the packs hold, the same in every process: 0 to below 2^64.
+    """
+
+    targets: tuple[int, ...]
+    tokens: int
+    lengths: list[int]
+    digest: int
+
+    @classmethod
+    def of(cls, plans: Sequence[PackPlan]) -> "Counts":
+        """Of a global batch."""
+        targets = tuple(plan.targets for plan in plans)
+        # Of integers alone: Python's hash of a text, or before 3.12 of None, is another one in each process.
+        packs = tuple((plan.segments, plan.seq_len, count) for plan, count in zip(plans, targets, strict=True))
+        lengths = [length for plan in plans for length in plan.docs.lengths]
+        return cls(targets, sum(plan.tokens for plan in plans), lengths, hash(packs) % 2**64)
+
+
+@dataclass(frozen=True)
 class Batch(Generic[T]):
     """One optimiser step of one replica, with the integers of the whole global batch.
 
@@ -22,31 +51,33 @@ class Batch(Generic[T]):
         plans: the packs of all replicas, in the packer's order.
         position: of the stream after this batch: a checkpoint written after this step stores it.
         epoch: passes over the corpus after this batch, as in 1.25.
+        counts: of `plans`.
     """
 
     micro: tuple[T, ...]
     plans: tuple[PackPlan, ...]
     position: Saved
     epoch: float
+    counts: Counts
 
     @property
     def targets(self) -> int:
         """Target tokens of the global batch: what the loss is divided by, on every rank alike."""
-        return sum(plan.targets for plan in self.plans)
+        return sum(self.counts.targets)
 
     def targets_of(self, replica: int, replicas: int) -> int:
         """Target tokens of one replica's packs."""
-        return sum(plan.targets for plan in self.plans[replica::replicas])
+        return sum(self.counts.targets[replica::replicas])
 
     @property
     def tokens(self) -> int:
         """Tokens of the global batch, without padding."""
-        return sum(plan.tokens for plan in self.plans)
+        return self.counts.tokens
 
     @property
     def lengths(self) -> list[int]:
         """Lengths of all documents of the global batch."""
-        return [length for plan in self.plans for length in plan.docs.lengths]
+        return self.counts.lengths
 
 
 def batches(
@@ -71,7 +102,7 @@ def batches(
         planned = (replace(plan, shared=share) for plan in packer.step(packs_per_step))
         plans = tuple(counted(plan, packer.corpus) for plan in planned)
         mine = tuple(prepare(read(plan, packer.corpus)) for plan in plans[replica::replicas])
-        yield Batch(mine, plans, packer.position, packer.epoch)
+        yield Batch(mine, plans, packer.position, packer.epoch, Counts.of(plans))
 
 
 class Prefetcher(Generic[T]):

@@ -195,7 +195,7 @@ def incident(record: dict[str, Any]) -> dict[str, str]:
 
 def profiles(run: Path) -> list[dict[str, str]]:
     """What the windows of the profiler said, one for each rank that wrote a trace."""
-    from ringattn.training.report.profile import read_summaries
+    from ringattn.training.report.traces import read_summaries
 
     return [
         {

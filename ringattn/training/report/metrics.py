@@ -1,5 +1,6 @@
 """What a run writes about itself, by rank 0: metrics.jsonl and progress."""
 
+import io
 import json
 import math
 import os
@@ -12,6 +13,7 @@ from typing import Any
 import torch
 
 from ringattn.training.data.meter import clock
+from ringattn.training.report.records import read_metrics
 
 
 @dataclass(frozen=True)
@@ -115,32 +117,12 @@ def peak_memory_gib(device: torch.device) -> float:
     return rss / (2**30 if sys.platform == "darwin" else 2**20)
 
 
-def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """The records of a metrics.jsonl, up to a line that is none, such as one that a killed process left unfinished."""
-    if not path.is_file():
-        return []
-    records = []
-    for line in path.read_text(errors="replace").splitlines():
-        try:
-            record = json.loads(line)
-        except json.JSONDecodeError:
-            break
-        if not isinstance(record, dict) or not isinstance(record.get("step"), int):
-            break
-        records.append(record)
-    return records
-
-
 class MetricsFile:
     """metrics.jsonl, opened to go on after `step`: records of later steps, which will come again, are dropped."""
 
     def __init__(self, path: Path, step: int) -> None:
-        kept = [record for record in read_metrics(path) if record["step"] <= step]
-        partial = path.with_name(path.name + ".partial")
-        partial.write_text("".join(json.dumps(record) + "\n" for record in kept))
-        os.replace(partial, path)
         self._path = path
-        self._file = open(path, "ab", buffering=0)  # noqa: SIM115  open for the whole run, one write per line
+        self._file = self._opened(step)
         self._waiting = b""  # what a full disk did not take
 
     def write(self, metrics: StepMetrics) -> None:
@@ -155,9 +137,21 @@ class MetricsFile:
             if not full:
                 print(f"warning: {self._path} cannot be written now: {error.strerror}", file=sys.stderr, flush=True)
 
+    def back_to(self, step: int) -> None:
+        """Drops the records of later steps."""
+        self._file.close()
+        self._file, self._waiting = self._opened(step), b""
+
     def close(self) -> None:
         """Closes the file."""
         self._file.close()
+
+    def _opened(self, step: int) -> io.FileIO:
+        kept = [record for record in read_metrics(self._path) if record["step"] <= step]
+        partial = self._path.with_name(self._path.name + ".partial")
+        partial.write_text("".join(json.dumps(record) + "\n" for record in kept))
+        os.replace(partial, self._path)
+        return open(self._path, "ab", buffering=0)  # open for the whole run, one write per line
 
 
 class Progress:

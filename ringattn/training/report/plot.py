@@ -1,17 +1,24 @@
 """loss.png: the loss curve of a run, raw and smoothed."""
 
 import os
+import subprocess
 import sys
-import threading
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from ringattn.training.report.metrics import read_metrics
+from ringattn.training.report.beside import beside
+from ringattn.training.report.records import read_metrics
+
+LONGEST = 30.0  # seconds that the end of a run waits for a picture, less than looks like a hang
 
 
 class LossCurve:
-    """The picture of a run, drawn in a thread: it takes up to a second, in which all ranks would wait for this one.
+    """The picture of a run, drawn in a process of its own.
+
+    It takes up to a second, and more after many steps, all of it in Python: a thread would take the interpreter's lock
+    from the step, which then stands still as long as if it drew by itself. One thread may call it.
 
     Arguments:
         metrics: the metrics.jsonl that it is drawn from.
@@ -20,36 +27,63 @@ class LossCurve:
 
     def __init__(self, metrics: Path, path: Path, title: str) -> None:
         self._metrics, self._path, self._title = metrics, path, title
-        self._lock, self._asked = threading.Lock(), False
-        self._thread: threading.Thread | None = None
+        self._process: subprocess.Popen[bytes] | None = None
+        self._asked = False
 
     def draw(self) -> None:
-        """Soon, of all steps until now at least. A picture that cannot be drawn costs a warning."""
-        with self._lock:
-            self._asked = True
-            if self._thread is None:
-                self._thread = threading.Thread(target=self._draw, name="drawing", daemon=True)
-                self._thread.start()
+        """Soon, of all steps that the file has. What is asked for while one is drawn comes with the next one, at the
+        latest at the end. A picture that cannot be drawn costs a warning."""
+        self._asked = True
+        if self._process is None or self._process.poll() is not None:
+            self._next()
 
     def close(self) -> None:
-        """Waits for what was asked for."""
-        thread = self._thread
-        if thread is not None:
-            thread.join()
-
-    def _draw(self) -> None:
-        while self._is_asked():
+        """Waits for what was asked for, but not longer than `LONGEST`."""
+        while self._process is not None:
             try:
-                plot_loss(read_metrics(self._metrics), self._path, self._title)
-            except Exception as error:  # a run does not end for a picture
-                print(f"warning: {self._path} could not be drawn: {error}", file=sys.stderr, flush=True)
+                self._process.wait(LONGEST)
+            except subprocess.TimeoutExpired:
+                self._process.kill()
+                self._process = None
+                self._warn(f"it took more than {LONGEST:.0f} s")
+                return
+            self._next()
 
-    def _is_asked(self) -> bool:
-        with self._lock:
-            asked, self._asked = self._asked, False
-            if not asked:
-                self._thread = None
-            return asked
+    def leave(self) -> None:
+        """At the end of a run that failed: what was asked for is drawn, but nobody waits for it."""
+        if self._asked:
+            self._start()
+
+    def _next(self) -> None:
+        """After a picture, if there was one: the next, if it was asked for."""
+        ended, self._process = self._process, None
+        if ended is not None and ended.returncode:
+            self._warn(f"its process ended with exit code {ended.returncode}")
+        if self._asked:
+            self._start()
+
+    def _start(self) -> None:
+        self._asked = False
+        try:
+            self._process = beside("ringattn.training.report.plot", self._metrics, self._path, self._title)
+        except OSError as error:  # no room for a process
+            self._warn(error)
+
+    def _warn(self, error: object) -> None:
+        print(_warning(self._path, error), file=sys.stderr, flush=True)
+
+
+def main() -> None:
+    """Of the process. Its arguments are those of `LossCurve`."""
+    metrics, path, title = Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3]
+    try:
+        plot_loss(read_metrics(metrics), path, title)
+    except Exception as error:  # a run does not end for a picture
+        print(_warning(path, error), file=sys.stderr, flush=True)
+
+
+def _warning(path: Path, error: object) -> str:
+    return f"warning: {path} could not be drawn: {error}"
 
 
 def smoothed(values: Sequence[float], weight: float = 0.9) -> list[float]:
@@ -71,23 +105,29 @@ def plot_loss(records: Sequence[dict[str, Any]], path: Path, title: str) -> None
     known = [record for record in records if record["loss"] is not None]
     steps = [record["step"] for record in known]
     losses = [record["loss"] for record in known]
+    smooth = smoothed(losses)
     with matplotlib.rc_context({"font.size": 11}):
         figure = Figure(figsize=(8, 4.5), dpi=120, layout="constrained")
         FigureCanvasAgg(figure)
         axes = figure.add_subplot()
         axes.plot(steps, losses, color="#9db8d9", linewidth=1, label="each step")
-        axes.plot(steps, smoothed(losses), color="#1f4e8c", linewidth=2, label="smoothed")
+        axes.plot(steps, smooth, color="#1f4e8c", linewidth=2, label="smoothed")
         axes.set(title=title, xlabel="optimiser step", ylabel="loss (nats per target token)")
         axes.grid(alpha=0.3)
         axes.legend(frameon=False)
         if losses:
             axes.annotate(
-                f"{smoothed(losses)[-1]:.3f}",
-                (steps[-1], smoothed(losses)[-1]),
+                f"{smooth[-1]:.3f}",
+                (steps[-1], smooth[-1]),
                 textcoords="offset points",
                 xytext=(4, 8),
                 ha="right",
             )
-        partial = path.with_name(path.name + ".partial")
-        figure.savefig(partial, format="png")
-    os.replace(partial, path)
+        # Of this process alone: of two that draw at once, each makes a whole picture.
+        partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+        try:
+            figure.savefig(partial, format="png")
+            partial.replace(path)
+        finally:
+            with suppress(OSError):
+                partial.unlink()

@@ -4,21 +4,22 @@ Outside of the window a step costs two comparisons of integers. The share of exp
 trace as well: counted in every step, it would need events around every collective.
 """
 
-import gzip
 import json
+import subprocess
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch.profiler import ProfilerActivity, record_function
 
-FOLDER = "profile"
+from ringattn.training.report.beside import beside
+from ringattn.training.report.traces import FOLDER, trace_of
+
 MOST_STEPS = 10  # of a window: a step of a large model has some 100,000 events
 RANKS = 8  # the first ones write a trace: a machine's worth
-
-Interval = tuple[float, float]
+LONGEST = 30.0  # seconds that the end of a run waits for its trace, less than looks like a hang
 
 
 def check_window(value: Any) -> None:
@@ -49,12 +50,15 @@ class Profile:
         self._recording: Any = None
         self._step: Any = None
         self._steps: list[int] = []
+        self._writing: subprocess.Popen[bytes] | None = None
 
     def __enter__(self) -> "Profile":
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, kind: object, *_: object) -> None:
         self._stop()
+        if kind is None:  # of a run that failed, other ranks are to hear first
+            self.close()
 
     def before(self, step: int) -> None:
         """Before a step, the wait for its batch included; counted from 1."""
@@ -70,13 +74,24 @@ class Profile:
         self._steps.append(step)
 
     def after(self, step: int) -> None:
-        """After a step. The last one of the window writes the trace, which takes seconds."""
+        """After a step. The last one of the window hands the trace to a process that writes it, which takes seconds."""
         if self._step is None:
             return
         self._step.__exit__(None, None, None)
         self._step = None
         if step >= self._last:
             self._stop()
+
+    def close(self) -> None:
+        """Waits until the trace is written, but not longer than `LONGEST`: its process goes on by itself."""
+        if self._writing is None:
+            return
+        try:
+            if self._writing.wait(LONGEST):
+                self._warn(f"its process ended with exit code {self._writing.returncode}")
+        except subprocess.TimeoutExpired:
+            self._warn(f"its process still writes after {LONGEST:.0f} s, and goes on")
+        self._writing = None
 
     def _stop(self) -> None:
         if self._recording is None:
@@ -85,78 +100,15 @@ class Profile:
             self._step.__exit__(None, None, None)
         recording, self._recording, self._step, self._last = self._recording, None, None, -1
         recording.stop()
-        path = self._folder / f"trace-rank{self._rank}.json.gz"
+        path = trace_of(self._folder, self._rank)
+        events = path.with_name(f".partial-{path.stem}")
         try:
             self._folder.mkdir(parents=True, exist_ok=True)
-            partial = path.with_name(f".partial-{path.name}")
-            recording.export_chrome_trace(str(partial))
-            partial.replace(path)
-            events = read_trace(path)
-            facts = {"trace": f"{FOLDER}/{path.name}", "steps": self._steps, "rank": self._rank} | summary(events)
-            (self._folder / f"summary-rank{self._rank}.json").write_text(json.dumps(facts, indent=1) + "\n")
+            recording.export_chrome_trace(str(events))
+            steps = json.dumps(self._steps)
+            self._writing = beside("ringattn.training.report.traces", events, str(self._rank), steps)
         except (OSError, RuntimeError, ValueError) as error:  # a run does not end for a picture of it
-            print(f"warning: no trace of rank {self._rank}: {error}", file=sys.stderr, flush=True)
-            return
-        if self._rank == 0:
-            known = facts["exposed"]
-            exposed = "" if known is None else f"; {known:.1%} of these steps is communication under no kernel"
-            print(f"profile: {path}, opened by ui.perfetto.dev{exposed}", flush=True)
+            self._warn(error)
 
-
-def read_trace(path: Path) -> list[dict[str, Any]]:
-    """The events of a Chrome trace, plain or compressed; times in microseconds."""
-    opened = gzip.open if path.suffix == ".gz" else open
-    with opened(path, "rt", encoding="utf-8", errors="replace") as file:
-        events: list[dict[str, Any]] = json.load(file)["traceEvents"]
-    return events
-
-
-def summary(events: Iterable[dict[str, Any]]) -> dict[str, float | None]:
-    """Of a trace: `seconds` of a step; `communication` and `exposed`, shares of the steps.
-
-    Exposed is communication (NCCL's kernels, copies between GPUs) while no other kernel runs on this GPU. Both are None
-    where the trace has no GPU: on the CPU operators wait for messages in threads that the profiler does not see.
-    """
-    steps: set[Interval] = set()
-    moving, computing = list[Interval](), list[Interval]()
-    for event in events:
-        kind, name = event.get("cat"), str(event.get("name", ""))
-        if event.get("ph") != "X":
-            continue
-        span = (float(event["ts"]), float(event["ts"]) + float(event["dur"]))
-        if kind == "user_annotation" and name.startswith("step "):
-            steps.add(span)
-        elif (kind == "kernel" and "nccl" in name.lower()) or (kind == "gpu_memcpy" and "PtoP" in name):
-            moving.append(span)
-        elif kind == "kernel":
-            computing.append(span)
-    whole = sum(stop - start for start, stop in steps)
-    if not whole:
-        return {"seconds": None, "communication": None, "exposed": None}
-    seconds = whole / len(steps) / 1e6
-    if not moving and not computing:
-        return {"seconds": seconds, "communication": None, "exposed": None}
-    busy, both = covered(computing), covered([*moving, *computing])
-    return {"seconds": seconds, "communication": covered(moving) / whole, "exposed": (both - busy) / whole}
-
-
-def covered(spans: Iterable[Interval]) -> float:
-    """Length of the union of intervals."""
-    total, until = 0.0, float("-inf")
-    for start, stop in sorted(spans):
-        total += max(0.0, stop - max(start, until))
-        until = max(until, stop)
-    return total
-
-
-def read_summaries(output: Path) -> list[dict[str, Any]]:
-    """What the ranks of a run wrote beside their traces, by rank; files that cannot be read are passed over."""
-    found = []
-    for path in (output / FOLDER).glob("summary-rank*.json"):
-        try:
-            known = json.loads(path.read_text())
-        except (OSError, ValueError):
-            continue
-        if isinstance(known, dict):
-            found.append(known)
-    return sorted(found, key=lambda known: str(known.get("rank")).zfill(6))
+    def _warn(self, error: object) -> None:
+        print(f"warning: no trace of rank {self._rank}: {error}", file=sys.stderr, flush=True)

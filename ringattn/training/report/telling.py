@@ -2,6 +2,8 @@
 
 import importlib.util
 from collections.abc import Sequence
+from contextlib import ExitStack, nullcontext, suppress
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -9,15 +11,22 @@ from omegaconf import OmegaConf
 
 from ringattn.training.checkpoint import Place
 from ringattn.training.config.data_keys import described
+from ringattn.training.report.in_order import InOrder
 from ringattn.training.report.metrics import MetricsFile, Progress, StepMetrics
 from ringattn.training.report.plot import LossCurve
 from ringattn.training.report.trackers import Trackers, wanted
 from ringattn.training.secrets import redacted
 from ringattn.training.start.job import Job
 
+LAST_WORDS = 10.0  # seconds in which a run that failed still writes what it knows, before other ranks hear of it
+
 
 class Report:
-    """Opened at the first step of a run, or to go on after `step`. Use it as a context manager."""
+    """Opened at the first step of a run, or to go on after `step`. Use it as a context manager.
+
+    Files and trackers are written by a thread: all ranks would wait for a disk that a save keeps busy, or a network
+    that is slow for a moment. What a killed process had not written yet is missing, steps of milliseconds as a rule.
+    """
 
     def __init__(self, job: Job, step: int, parameters: int, enabled: bool) -> None:
         self._enabled = enabled
@@ -34,39 +43,44 @@ class Report:
         config: Any = redacted(OmegaConf.to_container(job.cfg))
         self._trackers = Trackers(wanted(run.trackers, run.tensorboard), self._output, config, step)
         self._progress = Progress(step, run.steps, run.log_every)
+        self._draws = importlib.util.find_spec("matplotlib") is not None
+        self._aside = InOrder("telling")
 
     def step(self, metrics: StepMetrics) -> None:
         """Records one step."""
         if not self._enabled:
             return
-        self._file.write(metrics)
-        self._trackers.write(metrics)
+        self._aside(partial(self._file.write, metrics))
+        self._aside(partial(self._trackers.write, metrics))
         self._progress.update(metrics)
 
     def back_to(self, step: int) -> None:
         """The run went back: what was recorded of later steps is dropped."""
         if not self._enabled:
             return
-        self._file.close()
-        self._file = MetricsFile(self._output / "metrics.jsonl", step)
-        self._trackers.back_to(step)
+        self._aside(partial(self._file.back_to, step))
+        self._aside(partial(self._trackers.back_to, step))
 
     def saved(self, places: Sequence[Place]) -> None:
         """Draws the curve, while the training goes on; called after each save, and does so after one on disk."""
         on_disk = any(place.shared for place in places)
-        if self._enabled and on_disk and importlib.util.find_spec("matplotlib") is not None:
-            self._curve.draw()
+        if self._enabled and on_disk and self._draws:
+            self._aside(self._curve.draw)  # once the file has all steps
 
     def __enter__(self) -> "Report":
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, kind: object, *_: object) -> None:
         if not self._enabled:
             return
-        self._progress.close()
-        self._curve.close()
-        self._file.close()
-        self._trackers.close()
+        failed = kind is not None
+        with ExitStack() as last:  # backwards
+            last.callback(self._trackers.close)
+            last.callback(self._file.close)
+            last.callback(self._curve.leave if failed else self._curve.close)
+            self._progress.close()
+            with suppress(Exception) if failed else nullcontext():
+                self._aside.close(LAST_WORDS if failed else None)
 
 
 def _opening(job: Job, step: int, parameters: int) -> str:

@@ -2,7 +2,6 @@
 
 from collections.abc import Sequence
 from contextlib import suppress
-from functools import partial
 from pathlib import Path
 
 from ringattn.training.checkpoint import BadCheckpoint, Place, SaveFailed, Saves, TrainState
@@ -18,7 +17,7 @@ from ringattn.training.checkpoint.random_states import random_states, set_random
 from ringattn.training.engines.interface import STATE, Engine
 from ringattn.training.model.lora import lora_of
 from ringattn.training.model.models import empty_model
-from ringattn.training.resuming.best import best_steps
+from ringattn.training.resuming.best import BestSteps
 from ringattn.training.resuming.restoring import Chosen, choose
 from ringattn.training.resuming.resume import check_resume
 from ringattn.training.start.job import Job
@@ -27,7 +26,8 @@ RANDOM = "random"
 
 
 class Keeping:
-    """Saves and restores the state of a run. Making it is collective, and so are all calls but `due` and `hold`."""
+    """Saves and restores the state of a run. Making it is collective, and so are all calls but `due`, `validated` and
+    `hold`."""
 
     def __init__(self, job: Job) -> None:
         self._job, run = job, job.cfg.run
@@ -35,8 +35,9 @@ class Keeping:
         self._rank = self._saves.together.rank
         # On all ranks or none, since an engine's state is collective; machines may differ in their memories.
         self._ahead = any(self._saves.together.gather(run.async_save and job.device.type == "cuda"))
-        best = partial(best_steps, job.output, count=run.keep_best)
-        self._disk = Place(job.output / "checkpoints", run.keep, spared=best)
+        # Rank 0 alone deletes what is on disk, so that no other needs to know.
+        self._best = BestSteps(job.output, 0 if self._rank else run.keep_best)
+        self._disk = Place(job.output / "checkpoints", run.keep, spared=self._best)
         self._copies = copies_folder(Path(run.memory_folder), job.output)
         self._memory = self._place_in_memory() if run.memory_every else None
 
@@ -70,6 +71,10 @@ class Keeping:
         """Saves in places, on disk by itself; see `Saves.save` for what happens if it fails."""
         tree = {STATE: engine.state(), RANDOM: random_states()}
         self._saves.save(state, tree, [self._disk] if places is None else places)
+
+    def validated(self, step: int, losses: dict[str, float] | None) -> None:
+        """What validation sets said after a step, before that is saved: some checkpoints stay for it."""
+        self._best.note(step, losses)
 
     def hold(self) -> None:
         """Before a step changes the engine: a GPU that still copies what was saved ends that first."""
@@ -106,8 +111,11 @@ class Keeping:
             remove_other_copies(self._copies, self._rank, together.count, kept)
             remove_guests(self._copies, chosen.state.step if kept and chosen else -1)
         if chosen is None:
+            if before is None:  # the run begins anew
+                self._best.back_to(0)
             return None
         state = self._checked(chosen)
+        self._best.back_to(state.step)
         saved = chosen.opened(self._rank)
         engine.load(saved)
         with suppress(KeyError):  # fewer ranks wrote it

@@ -82,6 +82,20 @@ def test_death_while_saving_leaves_the_one_before(tmp_path, monkeypatch, moment)
     assert names(root) == ["step-00000010"]
 
 
+def test_who_keeps_all_does_not_look_into_each_at_every_save(tmp_path, monkeypatch):
+    root = tmp_path / "checkpoints"
+    for step in (5, 10, 15):
+        save(root, step, keep=100)
+    looked = []
+    monkeypatch.setattr(folders, "read_marker", lambda folder: looked.append(folder) or marker.read_marker(folder))
+    folders.discard_older(root, 3, 15)
+    assert not looked
+    folders.discard_older(root, 2, 10)  # the later one does not count
+    assert not looked
+    folders.discard_older(root, 2, 15)
+    assert names(root) == ["step-00000010", "step-00000015"]
+
+
 def test_death_while_deleting_the_old_one(tmp_path, monkeypatch):
     root = tmp_path / "checkpoints"
     save(root, 5, keep=1)

@@ -18,7 +18,7 @@ from ringattn.training.engines.optimizers import step_if_finite
 from ringattn.training.health.incidents import read_incidents
 from ringattn.training.loop import Trainer
 from ringattn.training.packs.packing import PackPlan, Segment
-from ringattn.training.report.metrics import read_metrics
+from ringattn.training.report.records import read_metrics
 from tests.training import fault_rows
 from tests.training.recipe import prepared
 

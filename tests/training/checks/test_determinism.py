@@ -17,7 +17,7 @@ from ringattn import Documents
 from ringattn.kernels.registry import backends
 from ringattn.training.checkpoint import complete_checkpoints
 from ringattn.training.checks.determinism import check_backend
-from ringattn.training.report.metrics import read_metrics
+from ringattn.training.report.records import read_metrics
 from tests.dense import Case
 from tests.parallel.ranks import attend
 from tests.training.fault_rows import run_with

@@ -9,7 +9,7 @@ pytest.importorskip("transformers")
 from ringattn.training.checks.recomputing import FirstTime, SilentFault, check_same
 from ringattn.training.engines.deepspeed import available as deepspeed_available
 from ringattn.training.loss import Brought
-from ringattn.training.report.metrics import read_metrics
+from ringattn.training.report.records import read_metrics
 from tests.training import fault_rows
 from tests.training.checks.test_bad_numbers import SMALL
 from tests.training.recipe import prepared

@@ -9,7 +9,7 @@ pytest.importorskip("transformers")
 from ringattn.training.checks.bad_numbers import BadNumbers
 from ringattn.training.checks.spikes import FEWEST, Spikes
 from ringattn.training.health.incidents import read_incidents
-from ringattn.training.report.metrics import read_metrics
+from ringattn.training.report.records import read_metrics
 from tests.training import fault_rows
 
 

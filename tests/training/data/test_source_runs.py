@@ -10,7 +10,7 @@ import pytest
 
 pytest.importorskip("transformers")
 
-from ringattn.training.report.metrics import read_metrics
+from ringattn.training.report.records import read_metrics
 from tests.training.chat_tokenizers import chat_tokenizer
 from tests.training.forked import fork_rank
 from tests.training.test_runs import SMALL, curve, free_port, run, variables_of

@@ -13,7 +13,7 @@ pytest.importorskip("transformers")
 from ringattn.training.data.corpus import Corpus, corpus_of
 from ringattn.training.evaluation.validation import plans
 from ringattn.training.loop import Trainer
-from ringattn.training.report.metrics import read_metrics
+from ringattn.training.report.records import read_metrics
 from tests.pool import Pools
 from tests.training.recipe import prepared, started
 

@@ -16,7 +16,7 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 from ringattn.training.health.incidents import Ending, read_ending, read_incidents
-from ringattn.training.report.metrics import read_metrics
+from ringattn.training.report.records import read_metrics
 from tests.training.forked import ROOT, all_end, fork_rank
 from tests.training.test_runs import environment, free_port, variables_of
 

@@ -15,7 +15,7 @@ from ringattn.training.checkpoint.marker import Marker, write_marker
 from ringattn.training.model.models import build_model
 from ringattn.training.model.pretrained import load_weights
 from ringattn.training.packs.packing import NO_TARGET, Packer, read_pack
-from ringattn.training.report.metrics import read_metrics
+from ringattn.training.report.records import read_metrics
 from ringattn.training.start.output import write_config
 from tests.training.recipe import prepared, save_model, started
 

@@ -100,6 +100,9 @@ def test_replicas_partition_the_stream(lengths, seq_len, replicas, micro_steps):
         assert found[0].targets == sum(pack.targets for batch in found for pack in batch.micro)
         assert found[0].tokens == seq_len * count == sum(found[0].lengths)
         assert len({batch.position for batch in found}) == 1
+        assert len({batch.counts.digest for batch in found}) == 1
+        for replica, batch in enumerate(found):
+            assert batch.targets_of(replica, replicas) == sum(pack.targets for pack in batch.micro)
         for micro, replica in itertools.product(range(micro_steps), range(replicas)):
             plan = next(expected)
             assert torch.equal(found[replica].micro[micro].tokens, read_pack(plan, corpus).tokens)

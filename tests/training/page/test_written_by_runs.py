@@ -8,7 +8,7 @@ pytest.importorskip("transformers")
 
 from ringattn.training.page.folder import RunFolder
 from ringattn.training.page.write import page_text
-from ringattn.training.report.profile import read_trace
+from ringattn.training.report.traces import read_trace
 from tests.training.recipe import started
 
 SMALL = ["model.config.hidden_size=32", "model.config.intermediate_size=48", "model.config.num_attention_heads=4"]

@@ -3,7 +3,6 @@
 import json
 import re
 import sys
-import threading
 from dataclasses import replace
 from typing import Any
 
@@ -11,9 +10,9 @@ import pytest
 
 from ringattn.mask import Mask
 from ringattn.training.model.flops import StepFlops, peak_flops
-from ringattn.training.report import plot
-from ringattn.training.report.metrics import MetricsFile, Progress, StepMetrics, StepSeconds, read_metrics
-from ringattn.training.report.plot import LossCurve, plot_loss, smoothed
+from ringattn.training.report.metrics import MetricsFile, Progress, StepMetrics, StepSeconds
+from ringattn.training.report.plot import plot_loss, smoothed
+from ringattn.training.report.records import read_metrics
 
 
 def metrics(step: int) -> StepMetrics:
@@ -181,44 +180,3 @@ def test_a_loss_curve_is_drawn_even_of_no_step(tmp_path):
     plot_loss([{"step": i, "loss": 5.0 / i} for i in range(1, 30)], path, "tiny on stdlib")
     assert path.read_bytes().startswith(b"\x89PNG")
     plot_loss([], path, "no step yet")
-
-
-def test_nobody_waits_for_a_picture_and_the_last_one_has_all_steps(tmp_path, monkeypatch):
-    """Two that are asked for while one is drawn are one picture after it."""
-    metrics, go, drawn = tmp_path / "metrics.jsonl", threading.Semaphore(0), []
-
-    def slow(records, path, title):
-        drawn.append(len(records))
-        assert go.acquire(timeout=30)
-
-    monkeypatch.setattr(plot, "plot_loss", slow)
-    curve = LossCurve(metrics, tmp_path / "loss.png", "tiny")
-    curve.close()  # of nothing
-    for step in (1, 2, 3):
-        with metrics.open("a") as file:
-            print(json.dumps({"step": step, "loss": 1.0}), file=file)
-        curve.draw()
-        while not drawn:
-            threading.Event().wait(0.01)
-    for _ in range(2):
-        go.release()
-    curve.close()
-    assert drawn == [1, 3]
-    go.release()
-    curve.draw()
-    curve.close()
-    assert drawn == [1, 3, 3]
-
-
-def test_a_picture_that_cannot_be_drawn_is_a_warning_and_the_next_one_is_drawn(tmp_path, monkeypatch, capsys):
-    pytest.importorskip("matplotlib")
-    metrics, path = tmp_path / "metrics.jsonl", tmp_path / "gone" / "loss.png"
-    metrics.write_text(json.dumps({"step": 1, "loss": 1.0}) + "\n")
-    curve = LossCurve(metrics, path, "tiny")
-    curve.draw()
-    curve.close()
-    assert f"warning: {path} could not be drawn" in capsys.readouterr().err
-    path.parent.mkdir()
-    curve.draw()
-    curve.close()
-    assert path.read_bytes().startswith(b"\x89PNG")

@@ -1,11 +1,14 @@
 """Traces of a window of steps: files that Perfetto reads, of these steps alone, and what is counted in them."""
 
 import json
+import time
 
 import pytest
 import torch
 
-from ringattn.training.report.profile import Profile, check_window, covered, read_summaries, read_trace, summary
+from ringattn.training.report import beside
+from ringattn.training.report.profile import Profile, check_window
+from ringattn.training.report.traces import covered, read_summaries, read_trace, summary
 
 
 def steps(profile: Profile, first: int, last: int) -> None:
@@ -15,7 +18,7 @@ def steps(profile: Profile, first: int, last: int) -> None:
         profile.after(step)
 
 
-def test_a_window_is_recorded_and_nothing_else(tmp_path, capsys):
+def test_a_window_is_recorded_and_nothing_else(tmp_path, capfd):
     with Profile(tmp_path, [2, 3], 0) as profile:
         steps(profile, 1, 5)
     events = read_trace(tmp_path / "profile" / "trace-rank0.json.gz")
@@ -26,7 +29,7 @@ def test_a_window_is_recorded_and_nothing_else(tmp_path, capsys):
     assert known["steps"] == [2, 3]
     assert known["seconds"] > 0
     assert known["exposed"] is None
-    assert "ui.perfetto.dev" in capsys.readouterr().out
+    assert "ui.perfetto.dev" in capfd.readouterr().out
     assert sorted(path.name for path in (tmp_path / "profile").iterdir()) == [
         "summary-rank0.json", "trace-rank0.json.gz",
     ]  # fmt: skip
@@ -48,7 +51,29 @@ def test_a_step_that_fails_leaves_the_trace_of_what_was_done(tmp_path):
 
     with pytest.raises(KeyError):
         run()
+    for _ in range(3000):  # nobody waits for it
+        if read_summaries(tmp_path):
+            break
+        time.sleep(0.01)
     assert read_trace(tmp_path / "profile" / "trace-rank0.json.gz")
+
+
+def test_no_step_waits_until_a_trace_is_packed_and_read(tmp_path, monkeypatch, capfd):
+    go = tmp_path / "go"
+    wait = "go = pathlib.Path(sys.argv[3]).parents[1] / 'go'\nwhile not go.exists(): time.sleep(0.01)"
+    monkeypatch.setattr(beside, "_RUN", f"import pathlib, sys, time; {wait}\nsys.exit(3)")
+    with Profile(tmp_path, [1, 2], 0) as profile:
+        steps(profile, 1, 5)  # would never end
+        go.touch()
+    assert "warning: no trace of rank 0: its process ended with exit code 3" in capfd.readouterr().err
+
+
+def test_a_trace_that_cannot_be_written_costs_a_warning(tmp_path, capfd):
+    (tmp_path / "profile" / "trace-rank0.json.gz").mkdir(parents=True)
+    with Profile(tmp_path, [1, 1], 0) as profile:
+        steps(profile, 1, 2)
+    assert "warning: no trace of rank 0" in capfd.readouterr().err
+    assert [one.name for one in (tmp_path / "profile").iterdir()] == ["trace-rank0.json.gz"]
 
 
 def test_a_disk_that_takes_nothing_costs_a_warning(tmp_path, capsys):

@@ -1,10 +1,11 @@
 """A run goes back to a step before, on disk or in memory, and from there along the same curve."""
 
 import json
+import math
 import threading
 from collections.abc import Callable
-from functools import partial
 from pathlib import Path
+from unittest import mock
 
 import pytest
 
@@ -16,7 +17,8 @@ from ringattn.training.checkpoint.host_copy import HostCopy
 from ringattn.training.checkpoint.marker import Marker, write_marker
 from ringattn.training.checkpoint.memory_copies import copies_folder, rank_folder
 from ringattn.training.loop import Trainer
-from ringattn.training.resuming.best import best_steps
+from ringattn.training.report.telling import Report
+from ringattn.training.resuming.best import BestSteps
 from ringattn.training.start.output import write_config
 from tests.pool import Pools
 from tests.training.checkpoint.late import LateStream, differing
@@ -149,7 +151,44 @@ def test_the_best_stay_beside_the_newest(tmp_path: Path) -> None:
         write_marker(root / f"step-{step:08d}", Marker(TrainState(step, 0, {}, "", "fsdp2", 1), {}))
     lines = [{"step": step, "validation": loss and {"a": loss - 0.5, "b": loss + 0.5}} for step, loss in losses.items()]
     (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    discard_older(root, 1, 6, partial(best_steps, tmp_path, count=2))
+    discard_older(root, 1, 6, BestSteps(tmp_path, 2))
     assert [found.step for found in found_in(root)] == [6, 4, 2]
-    discard_older(root, 1, 6, partial(best_steps, tmp_path, count=0))
+    discard_older(root, 1, 6, BestSteps(tmp_path, 0))
     assert [found.step for found in found_in(root)] == [6]
+
+
+def test_what_a_run_wrote_before_is_read_once_and_not_at_each_save(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    lines = [{"step": step, "validation": {"a": float(step)}} for step in (1, 2, 3, 4)]
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    best = BestSteps(tmp_path, 2)
+    path.unlink()
+    assert best([1, 2, 3, 4]) == [1, 2]
+    best.back_to(2)  # 3 and 4 will come again
+    best.note(3, {"a": 0.5, "b": 1.0})
+    best.note(4, None)
+    assert best([2, 3, 4]) == [3, 2]
+
+
+def test_a_loss_that_is_no_number_is_not_the_best(tmp_path: Path) -> None:
+    """NaN is neither less nor more than any: among it a sort may leave the least loss anywhere."""
+    best = BestSteps(tmp_path, 1)
+    for step, loss in enumerate((2.0, math.nan, 1.0, math.inf), 1):
+        best.note(step, {"a": loss})
+    assert best([1, 2, 3, 4]) == [3]
+
+
+def kept_best(output: Path) -> list[int]:
+    """A run whose validation losses are told by step: a second start knows those of the first."""
+    losses = {1: 3.0, 2: 1.0, 3: 2.0, 4: 0.5, 5: 4.0, 6: 5.0}
+    given = (*SHORT, f"run.output={output}", "run.save_every=1", "run.keep=1", "run.keep_best=2", "run.resume=force")
+    for last in (3, 6):
+        trainer = Trainer(prepared(*given, f"run.steps={last}"))
+        told = mock.patch.object(trainer.validation, "losses", lambda step: {"a": losses[step]})
+        with told, Report(trainer.job, trainer.step, 1, True) as report:
+            trainer.run(report)
+    return [found.step for found in found_in(output / "checkpoints")]
+
+
+def test_a_run_keeps_its_best_over_two_starts(pool: Pools, tmp_path: Path) -> None:
+    assert pool(1).run(kept_best, tmp_path)[0] == [6, 4, 2]

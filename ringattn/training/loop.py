@@ -130,6 +130,7 @@ class Trainer:
                     last = done.stopping
                 owed = self._owed(owed, last)
                 if owed and (last or not self.checks.bad_steps.last_was_bad):
+                    report.written()
                     self.save(owed)
                     report.saved(owed)
                     owed = []

@@ -20,6 +20,15 @@ class InOrder:
             raise self._error
         self._calls.put(do)
 
+    def wait(self) -> None:
+        """Until what it was given so far is done. Raises what a call raised."""
+        done = threading.Event()
+        self(done.set)
+        while not done.wait(0.1) and self._error is None:
+            pass
+        if self._error is not None:
+            raise self._error
+
     def close(self, seconds: float | None = None) -> None:
         """Waits until all is done, or for so long. Raises what a call raised."""
         self._calls.put(None)

@@ -24,8 +24,9 @@ LAST_WORDS = 10.0  # seconds in which a run that failed still writes what it kno
 class Report:
     """Opened at the first step of a run, or to go on after `step`. Use it as a context manager.
 
-    Files and trackers are written by a thread: all ranks would wait for a disk that a save keeps busy, or a network
-    that is slow for a moment. What a killed process had not written yet is missing, steps of milliseconds as a rule.
+    Files and trackers are written by threads: all ranks would wait for a disk that a save keeps busy, or a network
+    that is slow for a moment. What a killed process had not written yet is missing, steps of milliseconds as a rule;
+    none of them is a step before the last save (`written`), which would not be done again.
     """
 
     def __init__(self, job: Job, step: int, parameters: int, enabled: bool) -> None:
@@ -44,14 +45,14 @@ class Report:
         self._trackers = Trackers(wanted(run.trackers, run.tensorboard), self._output, config, step)
         self._progress = Progress(step, run.steps, run.log_every)
         self._draws = importlib.util.find_spec("matplotlib") is not None
-        self._aside = InOrder("telling")
+        self._aside, self._far = InOrder("metrics"), InOrder("trackers")
 
     def step(self, metrics: StepMetrics) -> None:
         """Records one step."""
         if not self._enabled:
             return
         self._aside(partial(self._file.write, metrics))
-        self._aside(partial(self._trackers.write, metrics))
+        self._far(partial(self._trackers.write, metrics))
         self._progress.update(metrics)
 
     def back_to(self, step: int) -> None:
@@ -59,7 +60,12 @@ class Report:
         if not self._enabled:
             return
         self._aside(partial(self._file.back_to, step))
-        self._aside(partial(self._trackers.back_to, step))
+        self._far(partial(self._trackers.back_to, step))
+
+    def written(self) -> None:
+        """Before a save: waits until metrics.jsonl has the steps that a restart will not do again."""
+        if self._enabled:
+            self._aside.wait()
 
     def saved(self, places: Sequence[Place]) -> None:
         """Draws the curve, while the training goes on; called after each save, and does so after one on disk."""
@@ -79,8 +85,9 @@ class Report:
             last.callback(self._file.close)
             last.callback(self._curve.leave if failed else self._curve.close)
             self._progress.close()
-            with suppress(Exception) if failed else nullcontext():
-                self._aside.close(LAST_WORDS if failed else None)
+            for thread in (self._aside, self._far):
+                with suppress(Exception) if failed else nullcontext():
+                    thread.close(LAST_WORDS if failed else None)
 
 
 def _opening(job: Job, step: int, parameters: int) -> str:

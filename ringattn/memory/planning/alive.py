@@ -32,8 +32,9 @@ from ringattn.memory.planning.items import (
 )
 from ringattn.memory.planning.layer import WIDE, Layer
 from ringattn.memory.planning.layers import Layers
+from ringattn.memory.planning.parts import Weights
 from ringattn.memory.planning.recurrent import RecurrentUse
-from ringattn.memory.planning.shapes import ModelShape, RunShape, Weights
+from ringattn.memory.planning.shapes import ModelShape, RunShape
 from ringattn.memory.planning.states import States
 from ringattn.memory.settings import MemorySettings, StateSettings
 
@@ -180,7 +181,7 @@ class Alive:
         )
         for name, items, share in layer.backward():
             grads = self.held.single(own.trained * share) + self._tied_gradient
-            grads += layer.tile_grads if name == "MLP" else 0
+            grads += layer.mlp.tile_grads if layer.mlp is not None and name == "MLP" else 0
             yield self._moment(BACKWARD, f"{name}, layer {number}", items, shared, {REDUCING: grads})
         reducing = {REDUCING: self.held.single(own.trained) + self.held.reducing(own) + self._tied_gradient}
         grads_here = {GRADIENTS: self.held.device_gradients(self._all_or(done + own)), STREAM: layer.stream}

@@ -12,8 +12,11 @@ from functools import cached_property
 
 from ringattn.memory.planning.attention import AttentionUse
 from ringattn.memory.planning.items import ATTENTION, MLP, NORMS, RECURRENCE, STREAM, Items
+from ringattn.memory.planning.latents import LatentUse
+from ringattn.memory.planning.mlp import MlpUse
+from ringattn.memory.planning.parts import Parts, Weights
 from ringattn.memory.planning.recurrent import RecurrentUse
-from ringattn.memory.planning.shapes import ModelShape, Parts, Weights
+from ringattn.memory.planning.shapes import ModelShape
 from ringattn.memory.settings import MemorySettings
 
 WIDE = 4  # bytes of float32, in which norms and sums are computed
@@ -40,6 +43,22 @@ class Layer:
     fused: bool = False
     recurrent: RecurrentUse | None = None
 
+    @cached_property
+    def mlp(self) -> MlpUse | None:
+        """Its MLP, if it has one."""
+        part, hidden = self.parts.mlp, self.model.hidden
+        if part is None:
+            return None
+        return MlpUse(part, hidden, self.tokens, self.itemsize, self.memory, self.fused)
+
+    @cached_property
+    def latents(self) -> LatentUse | None:
+        """Of its attention, if its queries and keys are made of such."""
+        part, normed = self.model.latents, self._products_are_normed
+        if part is None or not self.parts.attention:
+            return None
+        return LatentUse(self.model, part, self.tokens, self.itemsize, self.fused, normed)
+
     # What stays.
 
     @property
@@ -65,19 +84,18 @@ class Layer:
     def _products(self) -> list[int]:
         """The last one of a layer is needed for nothing. In tiles none is kept."""
         kept = [] if self.recurrent is None else [self.recurrent.narrow]
-        if self.parts.attention and self.model.latents is not None:
-            kept += [self._bytes(self.model.latents.narrow)]
+        if self.latents is not None:
+            kept += [self.latents.narrow]
         elif self.parts.attention:
             kept += [self._queries * (1 + self.model.gated_attention), self._keys, self._values]
         after = self.parts.attention + self.parts.recurrence
-        if not self.parts.mlp:
-            return kept
-        return [*kept, *[self.stream] * after, self._bytes(self.model.mlp_narrow) * (not self._tiled)]
+        return kept if self.mlp is None else [*kept, *[self.stream] * after, self.mlp.narrow]
 
     @property
     def saved(self) -> int:
         """What autograd keeps of a layer that is computed with gradients, beside its input where that is kept."""
-        return sum(self._saved_before_mlp.values()) + self._mlp_saved + self.parts.mlp * self._norm_after
+        before = sum(self._saved_before_mlp.values())
+        return before if self.mlp is None else before + self.mlp.saved + self._norm_after
 
     # Forward.
 
@@ -97,27 +115,27 @@ class Layer:
             before = _plus(normed, {STREAM: n, RECURRENCE: self.recurrent.saved * grows})
         if self.parts.attention:
             yield from self._attention_forward(before)
-        if not self.parts.mlp:
+        if self.mlp is None:
             return
         if self.parts.mixes:
             attended = {name: size * grows for name, size in self._mixed.items()}
             attended[NORMS] = self._first_norms * grows
             yield "norm before the MLP", _plus(attended, {STREAM: n, NORMS: self._norm_forward}), True
         if not grows:
-            yield "MLP", {STREAM: (1 + self.parts.mixes) * n, MLP: self._mlp_forward}, True
+            yield "MLP", {STREAM: (1 + self.parts.mixes) * n, MLP: self.mlp.forward}, True
             if self.model.norms_after:
                 yield "norm after the MLP", {STREAM: (1 + self.parts.mixes) * n, NORMS: self._norm_forward}, True
             return
         copies = 0 if self.itemsize == WIDE else n  # in float32 the norm has kept its input
-        yield "MLP", _plus(self._saved_before_mlp, {STREAM: copies, MLP: self._mlp_forward}), True
-        after = _plus(self._saved_before_mlp, {STREAM: copies + 2 * n, MLP: self._mlp_saved, NORMS: self._norm_after})
+        yield "MLP", _plus(self._saved_before_mlp, {STREAM: copies, MLP: self.mlp.forward}), True
+        after = _plus(self._saved_before_mlp, {STREAM: copies + 2 * n, MLP: self.mlp.saved, NORMS: self._norm_after})
         yield "sum after the MLP", after, True
 
     def _attention_forward(self, before: Items) -> Iterator[tuple[str, Items, bool]]:
         """Moments of attention, beside what is there before it."""
         t, b, m = self.tokens, self.itemsize, self.model
-        if m.latents is not None:
-            yield from self._latent_attention_forward(before)
+        if self.latents is not None:
+            yield from self._latent_attention_forward(before, self.latents)
             return
         if m.head_norms:
             wide = 2 * (b if self.fused else WIDE)
@@ -131,24 +149,14 @@ class Layer:
         gated = 2 * self._gate  # its values, and their product
         yield "product after attention", _plus(before, {STREAM: self.stream, ATTENTION: held + gated}), False
 
-    def _latent_attention_forward(self, before: Items) -> Iterator[tuple[str, Items, bool]]:
+    def _latent_attention_forward(self, before: Items, latents: LatentUse) -> Iterator[tuple[str, Items, bool]]:
         """The same where keys are latent: what queries, keys and values are made of stands until attention is over."""
         grows = self.memory.keep == "all"
-        made = self._joined + (self._latents_saved if grows else self._latents_held)
+        made = latents.joined + (latents.saved if grows else latents.held)
         held = made + self._qkv + self._out + self._lse
         yield "attention", _plus(before, {ATTENTION: held + self.attention.forward}), False
         held = made + self._out + grows * (self._qkv + self._lse)
         yield "product after attention", _plus(before, {STREAM: self.stream, ATTENTION: held}), False
-
-    @property
-    def _mlp_forward(self) -> int:
-        """The activation, the other product, and theirs; in tiles also the output of all and of one."""
-        steps = 1 + self.model.gated + self.model.joined + self.model.mlp_steps
-        rows = steps * self.itemsize * self._tile * self.model.inner
-        # Of experts what goes in, what comes out, that by its weight, and back in the order of tokens.
-        kept = self._mlp_saved if self.memory.keep == "all" else 2 * self._copies
-        rows = max(rows + self._copies, kept + 2 * self._copies)
-        return rows + self._tiled * (self.stream + self._tile * self.model.hidden * self.itemsize)
 
     # Backward.
 
@@ -156,13 +164,12 @@ class Layer:
         """Moments of the backward pass, beside the layer's input and the gradient of its output; with each the share of
         the layer's weights whose gradients are there."""
         m, before, done = self.model, self._saved_before_mlp, 0.0
-        if self.parts.mlp:
-            done = min(1.0, m.mlp.count / self.weights.count)
-            share = 0.0 if self._tiled else done / (3 if m.gated else 2)
+        if self.mlp is not None:
+            done = min(1.0, self.mlp.part.weights.count / self.weights.count)
             if m.norms_after:
-                after = {MLP: self._mlp_saved, NORMS: self._norm_after + self.norm_backward}
+                after = {MLP: self.mlp.saved, NORMS: self._norm_after + self.norm_backward}
                 yield "norm after the MLP", _plus(before, after), 0.0
-            yield "MLP", _plus(before, {MLP: self._mlp_backward}), share
+            yield "MLP", _plus(before, {MLP: self.mlp.backward}), done * self.mlp.last_share
             kept = self._first_norms + (self._norm_copy + self._norm_after) * self.parts.mixes
             attended = {**self._mixed, NORMS: kept}
             yield "norm before the MLP", _plus(attended, {NORMS: self.norm_backward}), done
@@ -171,8 +178,8 @@ class Layer:
             computed = self._attended + self._out + self._gate_saved + self.attention.backward
             beside = {} if self.recurrent is None else {STREAM: self.stream, RECURRENCE: self.recurrent.saved}
             yield "attention", _plus({**first, ATTENTION: computed}, beside), done + (1.0 - done) / 3
-            if m.latents is not None and self.memory.keep != "all":
-                again = self._attended + self._joined + (self.memory.keep == "layer") * self.attention.forward
+            if self.latents is not None and self.memory.keep != "all":
+                again = self._attended + self.latents.joined + (self.memory.keep == "layer") * self.attention.forward
                 yield "attention computed again", _plus({**first, ATTENTION: again}, beside), 0.0
         if self.recurrent is not None:
             # Beside attention the gradient of their common input waits.
@@ -180,46 +187,7 @@ class Layer:
             there = beside if self.parts.attention else {RECURRENCE: self.recurrent.backward}
             yield "recurrence", {**first, **there}, done + (1.0 - done) / 3
 
-    @property
-    def tile_grads(self) -> int:
-        """Of an MLP in tiles: sums of gradients in float32, and the first gradient of a tile; when the others come, the
-        tile's rows have gone."""
-        products = 3 if self.model.gated else 2
-        return self._tiled * self.parts.mlp * self.model.mlp.trained * (WIDE * products + self.itemsize) // products
-
-    @property
-    def _mlp_backward(self) -> int:
-        """Backward of the product of two: both factors and the input of one, its gradient and theirs."""
-        rows = (
-            (6 - self.fused if self.model.gated else 3 + self.model.mlp_steps)
-            * self.itemsize
-            * self._tile
-            * self.model.inner
-        )
-        # Of experts first the gradient of their sum, its zeros, and that in their order, beside what was kept.
-        rows = max(rows + self._copies, self._kept_rows * self._tile + 5 * self._copies)
-        return rows + self._tiled * (self.stream + self._tile * self.model.hidden * self.itemsize)
-
     # Parts.
-
-    @property
-    def _copies(self) -> int:
-        """A tile's tokens, each as often as experts see it."""
-        return self._tile * self.model.hidden * self.model.routed * self.itemsize
-
-    @property
-    def _kept_rows(self) -> int:
-        """Bytes of a token's inner rows that autograd keeps: both products, the activation and the product of both."""
-        return (4 - self.fused if self.model.gated else 2) * self.itemsize * self.model.inner
-
-    @property
-    def _tile(self) -> int:
-        """Tokens of a tile of the MLP."""
-        return min(self.tokens, self.memory.mlp_tile or self.tokens)
-
-    @property
-    def _tiled(self) -> bool:
-        return self._tile < self.tokens
 
     @property
     def _queries(self) -> int:
@@ -250,44 +218,13 @@ class Layer:
         """What attention's backward pass needs of its forward pass, beside what the layer has kept of it."""
         result = self._out + self._lse + self.attention.keys
         kept = self.memory.keep in ("attention", "selective")
-        return self._qkv + self._latents_saved + (0 if kept else result)
-
-    @property
-    def _latents_saved(self) -> int:
-        """What autograd keeps of latents: of each its norm's input, which in float32 is a copy, what is multiplied by
-        the norm's weight, and the result. The part that is turned stands beside the latent of keys, where that is no
-        copy."""
-        latents = self.model.latents
-        if latents is None:
-            return 0
-        width, b = latents.queries + latents.keys, self.itemsize
-        saved = width * (2 * b if self.fused else WIDE + 2 * b)
-        if self._products_are_normed:
-            saved -= width * b
-        elif self.fused or b == WIDE:
-            saved += latents.rotary * b
-        return self.tokens * saved
+        made_of = 0 if self.latents is None else self.latents.saved
+        return self._qkv + made_of + (0 if kept else result)
 
     @property
     def _products_are_normed(self) -> bool:
         """The inputs of norms of heads or latents are products that are kept anyhow, and no copies in float32."""
         return self.memory.keep == "selective" and (self.fused or self.itemsize == WIDE)
-
-    @property
-    def _latents_held(self) -> int:
-        """The same without autograd: of keys alone, and its norm's result."""
-        latents = self.model.latents
-        return 0 if latents is None else self._bytes(2 * latents.keys + latents.rotary)
-
-    @property
-    def _joined(self) -> int:
-        """What stands beside latents, and beside queries, keys and values as a kernel takes them, until attention is
-        over: the parts of which heads are put together, and heads of which those are copies."""
-        m, latents = self.model, self.model.latents
-        if latents is None:
-            return 0
-        turned = latents.turned * (2 * m.query_width + (m.query_heads + 1) * latents.rotary)
-        return self._bytes(turned + 2 * m.key_width - m.key_heads * latents.rotary + m.value_width)
 
     def _bytes(self, width: int) -> int:
         """Of so many elements a token."""
@@ -358,13 +295,8 @@ class Layer:
 
     @property
     def _saved_before_mlp(self) -> dict[str, int]:
-        both = self.parts.mixes and self.parts.mlp
+        both = self.parts.mixes and self.mlp is not None
         return {NORMS: self._first_norms + both * (self._norm_saved + self._norm_after), **self._mixed}
-
-    @property
-    def _mlp_saved(self) -> int:
-        """In tiles nothing but the norm's result; of experts what goes in and comes out too."""
-        return 0 if self._tiled or not self.parts.mlp else self._kept_rows * self.tokens + 2 * self._copies
 
 
 def _plus(a: Items, b: Items) -> dict[str, int]:

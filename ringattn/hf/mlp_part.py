@@ -1,0 +1,90 @@
+"""The MLP or mixture of experts of one layer, as the planner of memory sees it."""
+
+from collections.abc import Iterable
+from typing import Any
+
+from torch import nn
+
+from ringattn.memory.planning.parts import Mlp, Weights
+from ringattn.memory.products import narrow
+
+# MLPs that multiply with zero what a token's other experts get, and send nothing.
+UNROUTED = ("Llama4TextMoe",)
+
+
+def mlp_part(mlp: nn.Module, layer: nn.Module, text: Any) -> Mlp:
+    """Of a layer that has one.
+
+    Arguments:
+        mlp: of the layer's children the one that looks at one token at a time; others may stand beside it.
+        text: the configuration.
+
+    Raises NotImplementedError for one whose tensors are not counted.
+    """
+    if (name := type(mlp).__name__) in UNROUTED:
+        raise NotImplementedError(f"{name} computes all experts of every token: the planner knows those it is sent to")
+    names = [name for name, _ in mlp.named_parameters()]
+    return Mlp(
+        weights=weights_of(mlp.parameters()),
+        inner=_inner(text, mlp, layer),
+        gated=any(map(_gates, names)),
+        joined=any({"gate_up_proj", "input_linear"} & set(name.split(".")) for name in names),
+        steps=2 if "relu2" in (getattr(text, name, None) for name in ("mlp_hidden_act", "hidden_act")) else 1,
+        narrow=_narrow(mlp),
+        routed=experts_of(text)[0] if _has_experts(layer) else 0,
+    )
+
+
+def weights_of(parameters: Iterable[nn.Parameter]) -> Weights:
+    """How many they are."""
+    every = list(parameters)
+    return Weights(sum(p.numel() for p in every), sum(p.numel() for p in every if p.requires_grad), len(every))
+
+
+def experts_of(text: Any) -> tuple[int, int]:
+    """Experts that a token sees, and all experts of a layer; 0 of 0 without."""
+    seen = getattr(text, "num_experts_per_tok", None) or 0
+    every = next(
+        (n for key in ("num_experts", "num_local_experts", "n_routed_experts") if (n := getattr(text, key, None))), 0
+    )
+    return (seen, every) if seen and every else (0, 0)
+
+
+def _inner(text: Any, mlp: nn.Module, layer: nn.Module) -> int:
+    """Inner rows of a token, with shared experts that stand in the MLP or beside it."""
+    inner = getattr(text, "intermediate_size", None) or 4 * text.hidden_size
+    seen, every = experts_of(text)
+    dense = 0 if every and _has_experts(mlp) else _dense_inner(mlp, inner)
+    if not every or not _has_experts(layer):
+        return dense
+    own = getattr(text, "moe_intermediate_size", None) or inner
+    names = ("shared_expert_intermediate_size", "moe_shared_expert_intermediate_size", "shared_intermediate_size")
+    shared = next((size for name in names if (size := getattr(text, name, None))), 0)
+    shared = shared or own * (getattr(text, "n_shared_experts", 0) or 0)
+    return max(dense, int(seen * own + shared))
+
+
+def _has_experts(part: nn.Module) -> bool:
+    return any("experts" in name for name, _ in part.named_modules())
+
+
+def _dense_inner(mlp: nn.Module, inner: int) -> int:
+    """What goes into the last product; configurations have it by several names, and LFM2's is narrower than its own
+    says. Where layers hold both products themselves, `mlp` is the first one."""
+    if isinstance(mlp, nn.Linear):
+        return mlp.out_features
+    # Its own alone: adapters have products inside of these.
+    products = [one for one in mlp.children() if hasattr(one, "out_features")]
+    last = next((one for one in products[::-1] if one.out_features == products[0].in_features), None)
+    return int(getattr(last, "in_features", inner))
+
+
+def _gates(name: str) -> bool:
+    """Whether a parameter is of one of two products that are multiplied; a router is called gate as well."""
+    return any(part in ("w1", "input_linear") or ("gate" in part and part != "gate") for part in name.split("."))
+
+
+def _narrow(mlp: nn.Module) -> int:
+    """The last product of an MLP is needed for nothing."""
+    every = [one for one in mlp.modules() if isinstance(one, nn.Linear)]
+    return sum(one.out_features for one in narrow(mlp) if one is not every[-1])

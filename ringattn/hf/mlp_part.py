@@ -5,11 +5,14 @@ from typing import Any
 
 from torch import nn
 
+from ringattn.hf.expert_probe import kept_by_gate, router_dtypes
 from ringattn.memory.planning.parts import Mlp, Weights
 from ringattn.memory.products import narrow
 
 # MLPs that multiply with zero what a token's other experts get, and send nothing.
 UNROUTED = ("Llama4TextMoe",)
+# How transformers computes experts: in one grouped product for all, or one expert after another, which holds no more.
+COUNTED = (None, "eager", "grouped_mm")
 
 
 def mlp_part(mlp: nn.Module, layer: nn.Module, text: Any) -> Mlp:
@@ -24,6 +27,13 @@ def mlp_part(mlp: nn.Module, layer: nn.Module, text: Any) -> Mlp:
     if (name := type(mlp).__name__) in UNROUTED:
         raise NotImplementedError(f"{name} computes all experts of every token: the planner knows those it is sent to")
     names = [name for name, _ in mlp.named_parameters()]
+    experts = next((one for one in mlp.modules() if hasattr(one, "has_gate")), None)
+    way = getattr(text, "_experts_implementation", None)
+    if experts is not None and way not in COUNTED:
+        raise NotImplementedError(
+            f"experts_implementation={way!r} is not planned: what the planner counts is grouped_mm"
+        )
+    copies, weights = (False, False) if experts is None else router_dtypes(mlp, experts)
     return Mlp(
         weights=weights_of(mlp.parameters()),
         inner=_inner(text, mlp, layer),
@@ -32,6 +42,10 @@ def mlp_part(mlp: nn.Module, layer: nn.Module, text: Any) -> Mlp:
         steps=2 if "relu2" in (getattr(text, name, None) for name in ("mlp_hidden_act", "hidden_act")) else 1,
         narrow=_narrow(mlp),
         routed=experts_of(text)[0] if _has_experts(layer) else 0,
+        kept=kept_by_gate(experts),
+        biased=getattr(experts, "has_bias", False),
+        wide_router=copies,
+        wide_weights=weights,
     )
 
 

@@ -5,10 +5,12 @@ Counted are the tensors of transformers' MLPs of two or three products, and of i
 
 from dataclasses import dataclass
 
-from ringattn.memory.planning.parts import Mlp
+from ringattn.memory.planning.parts import PLAIN_GATE, Mlp
 from ringattn.memory.settings import MemorySettings
 
-WIDE = 4  # bytes of float32, in which gradients of tiles are added up
+WIDE = 4  # bytes of float32
+INDEX = 8  # bytes of an integer
+PLACES = 5  # of a copy: its expert, that in order, its place, that by tokens, and the place where it came from
 
 
 @dataclass(frozen=True)
@@ -33,7 +35,7 @@ class MlpUse:
     @property
     def saved(self) -> int:
         """What autograd keeps. In tiles nothing but the norm's result; of experts what goes in and comes out too."""
-        return 0 if self._tiled else self._kept_rows * self.tokens + 2 * self._copies
+        return 0 if self._tiled else self._kept * self._rows + 2 * self._copies + self._routers
 
     @property
     def narrow(self) -> int:
@@ -43,18 +45,49 @@ class MlpUse:
     @property
     def forward(self) -> int:
         """The activation, the other product, and theirs; in tiles also the output of all and of one."""
-        steps = 1 + self.part.gated + self.part.joined + self.part.steps
-        rows = steps * self._rows
+        graph = self.memory.keep == "all" and not self._tiled
+        rows = (self._made + self._biases + (self._left_over if graph else 0)) * self._rows
         # Of experts what goes in, what comes out, that by its weight, and back in the order of tokens.
-        kept = self.saved if self.memory.keep == "all" else 2 * self._copies
-        return max(rows + self._copies, kept + 2 * self._copies) + self._outputs
+        kept = self._kept * self._rows * graph + 2 * self._copies
+        given = kept + self._copies * self.part.biased + 2 * self._wide_copies
+        return max(rows + self._copies, given) + (self._routers if graph else self._places) + self._outputs
 
     @property
     def backward(self) -> int:
         """Backward of the product of two: both factors and the input of one, its gradient and theirs."""
-        rows = (6 - self.fused if self.part.gated else 3 + self.part.steps) * self._rows
+        rows = (self._kept + 2 if self.part.gated else 3 + self.part.steps) * self._rows
         # Of experts first the gradient of their sum, its zeros, and that in their order, beside what was kept.
-        return max(rows + self._copies, self._kept_rows * self._tile + 5 * self._copies) + self._outputs
+        first = self._kept * self._rows + 2 * self._copies + 3 * self._wide_copies
+        return max(rows + self._copies, first, self._again) + self._routers + self._outputs
+
+    @property
+    def _again(self) -> int:
+        """Of experts whose rows are computed again: they are there with what nothing keeps, and with the gradient of
+        their sum, which autograd copies for each before it asks for what it kept."""
+        if self.memory.keep == "all" and not self._tiled:
+            return 0
+        rows = max(self._kept, self._made) + self._left_over
+        made = (rows + self._biases) * self._rows + self._copies
+        given = self._kept * self._rows + (2 + self.part.biased) * self._copies + 2 * self._wide_copies
+        return max(made, given) + self._wide_copies
+
+    @property
+    def _made(self) -> int:
+        """Tensors of inner rows when the last of them is made, where nothing is kept. Halves of one product stay as
+        long as either."""
+        if not self.part.gated:
+            return 1 + self.part.steps
+        return self.part.kept - (not self.part.joined)
+
+    @property
+    def _left_over(self) -> int:
+        """Of a gate of its own kind a factor that no gradient needs is there until it is over."""
+        return int(self.part.kept > PLAIN_GATE)
+
+    @property
+    def _biases(self) -> int:
+        """Tensors of inner rows in copies of experts' biases, of two products where they are gated."""
+        return self.part.biased * (1 + self.part.gated)
 
     @property
     def last_share(self) -> float:
@@ -89,9 +122,27 @@ class MlpUse:
         return self._tile * self.hidden * self.part.routed * self.itemsize
 
     @property
-    def _kept_rows(self) -> int:
-        """Of a token's inner rows what autograd keeps: both products, the activation and the product of both."""
-        return (4 - self.fused if self.part.gated else 2) * self.itemsize * self.part.inner
+    def _wide_copies(self) -> int:
+        """The same by their weights."""
+        return self._copies * (WIDE if self.part.wide_weights else self.itemsize) // self.itemsize
+
+    @property
+    def _routers(self) -> int:
+        """What is kept for them: places of copies, and a tile's tokens in float32, where they are not in that."""
+        copied = self.hidden * WIDE * (self.part.wide_router and self.itemsize < WIDE)
+        return self._places + self._tile * copied
+
+    @property
+    def _places(self) -> int:
+        """Which experts a tile's tokens go to, and in which order."""
+        return self._tile * self.part.routed * PLACES * INDEX
+
+    @property
+    def _kept(self) -> int:
+        """Tensors of inner rows that autograd keeps. Experts' gates are no kernels of their own."""
+        if not self.part.gated:
+            return 2
+        return self.part.kept - (self.fused and not self.part.routed)
 
     @property
     def _outputs(self) -> int:

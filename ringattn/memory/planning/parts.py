@@ -4,6 +4,8 @@ from dataclasses import dataclass
 
 from ringattn.recurrent.price import RecurrenceShape
 
+PLAIN_GATE = 4  # tensors of inner rows: two products, the activation of one, and that by the other
+
 
 @dataclass(frozen=True)
 class Weights:
@@ -79,6 +81,11 @@ class Mlp:
         steps: operators of the activation, each of which gives all inner rows.
         narrow: outputs of its products that `keep="selective"` keeps, the last one apart.
         routed: experts that a token is copied for; 0: it has none.
+        kept: tensors of all inner rows that autograd keeps: a gated product's factors and itself, the activation, and
+            what else a gate of its own kind makes of these, such as factors that are clamped.
+        biased: experts have biases, which are copied for each token.
+        wide_router: autograd keeps a router's input in float32.
+        wide_weights: what experts give is multiplied by weights in float32, and is float32 from there on.
     """
 
     weights: Weights
@@ -88,6 +95,10 @@ class Mlp:
     steps: int = 1
     narrow: int = 0
     routed: int = 0
+    kept: int = PLAIN_GATE
+    biased: bool = False
+    wide_router: bool = False
+    wide_weights: bool = False
 
     @property
     def products(self) -> int:

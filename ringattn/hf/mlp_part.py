@@ -44,6 +44,8 @@ def mlp_part(mlp: nn.Module, layer: nn.Module, text: Any) -> Mlp:
         routed=experts_of(text)[0] if _has_experts(layer) else 0,
         kept=kept_by_gate(experts),
         biased=getattr(experts, "has_bias", False),
+        shared=_shared(layer, text) if _has_experts(layer) else 0,
+        shared_gate="shared_expert_gate.weight" in names,
         wide_router=copies,
         wide_weights=weights,
     )
@@ -57,11 +59,17 @@ def weights_of(parameters: Iterable[nn.Parameter]) -> Weights:
 
 def experts_of(text: Any) -> tuple[int, int]:
     """Experts that a token sees, and all experts of a layer; 0 of 0 without."""
-    seen = getattr(text, "num_experts_per_tok", None) or 0
+    seen = _seen(text)
     every = next(
         (n for key in ("num_experts", "num_local_experts", "n_routed_experts") if (n := getattr(text, key, None))), 0
     )
     return (seen, every) if seen and every else (0, 0)
+
+
+def _seen(text: Any) -> int:
+    """HunYuan's may be a list, of one number a layer; the most is taken."""
+    seen = next((n for key in ("num_experts_per_tok", "moe_topk") if (n := getattr(text, key, None))), 0)
+    return max(seen) if isinstance(seen, list) else seen
 
 
 def _inner(text: Any, mlp: nn.Module, layer: nn.Module) -> int:
@@ -72,10 +80,14 @@ def _inner(text: Any, mlp: nn.Module, layer: nn.Module) -> int:
     if not every or not _has_experts(layer):
         return dense
     own = getattr(text, "moe_intermediate_size", None) or inner
-    names = ("shared_expert_intermediate_size", "moe_shared_expert_intermediate_size", "shared_intermediate_size")
-    shared = next((size for name in names if (size := getattr(text, name, None))), 0)
-    shared = shared or own * (getattr(text, "n_shared_experts", 0) or 0)
-    return max(dense, int(seen * own + shared))
+    return max(dense, seen * own + _shared(layer, text))
+
+
+def _shared(layer: nn.Module, text: Any) -> int:
+    """Inner rows of experts that every token goes through. Their widths have many names in configurations."""
+    found = [part for name, part in layer.named_modules() if "shared" in name.rpartition(".")[2]]
+    mlps = [part for part in found if any(hasattr(one, "out_features") for one in part.children())]
+    return sum(_dense_inner(one, getattr(text, "intermediate_size", None) or 4 * text.hidden_size) for one in mlps)
 
 
 def _has_experts(part: nn.Module) -> bool:

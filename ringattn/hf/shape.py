@@ -23,7 +23,7 @@ from ringattn.recurrent.weighing import MixingLayers
 
 # Norms that multiply by their weights before they round; the others round first.
 WIDE_NORMS = ("Gemma", "VaultGemma", "Olmo2", "Olmo3", "OlmoHybrid", "FlexOlmo", "Qwen3Next", "Qwen3_5", "GptOss")
-HEAD_NORMS = ("q_norm.weight", "k_norm.weight", "q_layernorm.weight", "k_layernorm.weight")
+HEAD_NORMS = tuple(f"{one}norm.weight" for one in ("q_", "k_", "q_layer", "k_layer", "query_layer", "key_layer"))
 
 
 def model_shape(model: nn.Module, config: Any, name: str = "") -> ModelShape:

@@ -35,7 +35,9 @@ class MlpUse:
     @property
     def saved(self) -> int:
         """What autograd keeps. In tiles nothing but the norm's result; of experts what goes in and comes out too."""
-        return 0 if self._tiled else self._kept * self._rows + 2 * self._copies + self._routers
+        if self._tiled:
+            return 0
+        return self._kept * self._rows + 2 * self._copies + self._routers + self._shared * self.part.shared_gate
 
     @property
     def narrow(self) -> int:
@@ -46,11 +48,13 @@ class MlpUse:
     def forward(self) -> int:
         """The activation, the other product, and theirs; in tiles also the output of all and of one."""
         graph = self.memory.keep == "all" and not self._tiled
-        rows = (self._made + self._biases + (self._left_over if graph else 0)) * self._rows
+        rows = self._rows if graph else self._rows_at_once
+        rows *= self._made + self._biases + graph * self._left_over
         # Of experts what goes in, what comes out, that by its weight, and back in the order of tokens.
         kept = self._kept * self._rows * graph + 2 * self._copies
         given = kept + self._copies * self.part.biased + 2 * self._wide_copies
-        return max(rows + self._copies, given) + (self._routers if graph else self._places) + self._outputs
+        beside = (self._routers if graph else self._places) + self._shared
+        return max(rows + self._copies, given) + beside + self._outputs
 
     @property
     def backward(self) -> int:
@@ -58,7 +62,8 @@ class MlpUse:
         rows = (self._kept + 2 if self.part.gated else 3 + self.part.steps) * self._rows
         # Of experts first the gradient of their sum, its zeros, and that in their order, beside what was kept.
         first = self._kept * self._rows + 2 * self._copies + 3 * self._wide_copies
-        return max(rows + self._copies, first, self._again) + self._routers + self._outputs
+        gated = 2 * self._shared * self.part.shared_gate  # it, and the gradient of what comes of it
+        return max(rows + self._copies, first, self._again) + self._routers + gated + self._outputs
 
     @property
     def _again(self) -> int:
@@ -117,6 +122,12 @@ class MlpUse:
         return self._tile * self.part.inner * self.itemsize
 
     @property
+    def _rows_at_once(self) -> int:
+        """Of these the most that are there where nothing is kept: those of shared experts go before others come."""
+        inner, shared = self.part.inner, self.part.shared
+        return self._tile * max(inner - shared, shared) * self.itemsize
+
+    @property
     def _copies(self) -> int:
         """A tile's tokens, each as often as experts see it."""
         return self._tile * self.hidden * self.part.routed * self.itemsize
@@ -143,6 +154,11 @@ class MlpUse:
         if not self.part.gated:
             return 2
         return self.part.kept - (self.fused and not self.part.routed)
+
+    @property
+    def _shared(self) -> int:
+        """What experts of all tokens give."""
+        return self._tile * self.hidden * self.itemsize * (self.part.shared > 0)
 
     @property
     def _outputs(self) -> int:

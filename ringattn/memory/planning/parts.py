@@ -84,6 +84,8 @@ class Mlp:
         kept: tensors of all inner rows that autograd keeps: a gated product's factors and itself, the activation, and
             what else a gate of its own kind makes of these, such as factors that are clamped.
         biased: experts have biases, which are copied for each token.
+        shared: of the inner rows those of experts that every token goes through, whose result may wait for the others'.
+        shared_gate: that is multiplied by a gate, for which it is kept.
         wide_router: autograd keeps a router's input in float32.
         wide_weights: what experts give is multiplied by weights in float32, and is float32 from there on.
     """
@@ -97,6 +99,8 @@ class Mlp:
     routed: int = 0
     kept: int = PLAIN_GATE
     biased: bool = False
+    shared: int = 0
+    shared_gate: bool = False
     wide_router: bool = False
     wide_weights: bool = False
 

@@ -61,11 +61,12 @@ def test_clamped_gates_and_biases_of_experts(pool: Pools, dtype: str) -> None:
     assert not wrong, found
 
 
-@pytest.mark.parametrize("family", ["deepseek_v3", "mimo_v2_flash", "mixtral"])
+@pytest.mark.parametrize("family", ["deepseek_v3", "mimo_v2_flash", "mixtral", "qwen2_moe", "hunyuan_v1_moe"])
 def test_weights_of_experts_in_float32(pool: Pools, family: str) -> None:
-    """By which in bfloat16 what experts give becomes float32: 80 to 85 % of what is measured was planned."""
+    """By which in bfloat16 what experts give becomes float32; and shared experts by their own widths: 74 to 96 % of
+    what is measured was planned."""
     (found,) = pool(1).run(compared, tiny, (family, {}), "bfloat16", SOME, [512])
-    wrong = [one for one in found if one[2] != pytest.approx(1.0, abs=0.035)]
+    wrong = [one for one in found if not 0.98 < one[2] < 1.045]
     assert not wrong, found
 
 

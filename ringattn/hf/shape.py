@@ -46,6 +46,7 @@ def model_shape(model: nn.Module, config: Any, name: str = "") -> ModelShape:
     attentions = _attentions(layers)
     attention = next(iter(attentions), nn.Module())
     heads = heads_of_weights(attentions, heads_of(text))
+    without = all(map(_norms_after_alone, layers))
     return ModelShape(
         name=name or text.model_type,
         hidden=text.hidden_size,
@@ -61,7 +62,8 @@ def model_shape(model: nn.Module, config: Any, name: str = "") -> ModelShape:
         rest=weights_of(p for p in model.parameters() if id(p) not in inside),
         masks=layer_masks(text),
         head_norms=any(name.endswith(HEAD_NORMS) for name, _ in attention.named_parameters()),
-        norms_after=all(len(_norms(layer)) == 4 for layer in layers),
+        norms_after=all(len(_norms(layer)) == 4 for layer in layers) or without,
+        norms_before=not without,
         wide_norms=any(norm.startswith(WIDE_NORMS) for norm in _norms(layers[0])),
         logit_steps=_logit_steps(model, head),
         recurrent=next(iter(recurrent), None),
@@ -111,6 +113,11 @@ def _attentions(layers: Iterable[nn.Module]) -> list[nn.Module]:
 def _norms(layer: nn.Module) -> list[str]:
     """Classes of a layer's own norms."""
     return [name for part in layer.children() if (name := type(part).__name__).endswith("Norm")]
+
+
+def _norms_after_alone(layer: nn.Module) -> bool:
+    """Whether what attention and MLP give goes through a norm, and what goes into them through none."""
+    return len(_norms(layer)) == 2 and hasattr(layer, "post_feedforward_layernorm")
 
 
 def _gated_attention(attention: nn.Module, width: int) -> bool:

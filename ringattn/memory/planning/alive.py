@@ -221,7 +221,7 @@ class Alive:
 
     def _input_is_kept(self, number: int) -> bool:
         if self.memory.keep == "all":  # autograd keeps float32 copies, which of float32 are no copies
-            return self.run.itemsize == WIDE
+            return self.run.itemsize == WIDE or not self.model.norms_before
         return number >= self.layers.away and number % self.memory.every == 0
 
     @property

@@ -105,7 +105,8 @@ class Layer:
         n = self.stream
         grows = self.memory.keep == "all"
         yield "norm", {NORMS: self._norm_forward}, not self.parts.mixes
-        normed = {NORMS: (self._first_norms - n) * grows, STREAM: n}
+        result = n * self.model.norms_before
+        normed = {NORMS: (self._first_norms - n) * grows, STREAM: result}
         before = normed
         if self.recurrent is not None:
             there = {RECURRENCE: max(self.recurrent.forward, self.recurrent.saved * grows)}
@@ -142,7 +143,9 @@ class Layer:
             alone = {} if self.recurrent is None else before
             queries = {STREAM: self.stream, ATTENTION: (b + wide) * t * m.query_width + self._gate}
             yield "norm of queries", _plus(alone, queries), False
-        turned = m.query_width + m.key_width if self.fused else 3 * m.query_width
+        # Of queries what is turned, its half and the sum; then of keys the same, beside the queries.
+        by_halves = m.query_width + max(2 * m.query_width, 3 * m.key_width)
+        turned = m.query_width + m.key_width if self.fused else by_halves
         yield "rotary embedding", _plus(before, {ATTENTION: self._qkv + self._gate + b * t * turned}), False
         held = self._qkv + self._out + self._lse + self._gate
         yield "attention", _plus(before, {ATTENTION: held + self.attention.forward}), False
@@ -170,7 +173,8 @@ class Layer:
                 after = {MLP: self.mlp.saved, NORMS: self._norm_after + self.norm_backward}
                 yield "norm after the MLP", _plus(before, after), 0.0
             yield "MLP", _plus(before, {MLP: self.mlp.backward}), done * self.mlp.last_share
-            kept = self._first_norms + (self._norm_copy + self._norm_after) * self.parts.mixes
+            copied = self._norm_copy * m.norms_before
+            kept = self._first_norms + (copied + self._norm_after) * self.parts.mixes
             attended = {**self._mixed, NORMS: kept}
             yield "norm before the MLP", _plus(attended, {NORMS: self.norm_backward}), done
         first = {NORMS: self._first_norms}
@@ -258,8 +262,8 @@ class Layer:
 
     @property
     def _norm_saved(self) -> int:
-        """That, what is multiplied by the weight, and the result."""
-        return self._norm_copy + self._normed + self.stream
+        """That, what is multiplied by the weight, and the result; without a norm what would go into it."""
+        return self.stream if not self.model.norms_before else self._norm_copy + self._normed + self.stream
 
     @property
     def _normed(self) -> int:
@@ -279,6 +283,8 @@ class Layer:
         heads = self.model.query_width + self.model.key_width if asked else 0
         normed = 0 if self.fused else WIDE + (WIDE - self.itemsize) * self.model.wide_norms
         own = self._bytes(heads) * (not self._products_are_normed) + self.tokens * heads * normed
+        if not self.model.norms_before:
+            return own + (self.memory.keep == "all") * self.stream
         kept = (self.itemsize == WIDE or self.fused) and self.memory.keep != "all"
         return self._norm_saved - kept * self._norm_copy + own
 

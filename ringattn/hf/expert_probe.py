@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from ringattn.memory.planning.parts import PLAIN_GATE
+from ringattn.memory.planning.parts import PLAIN, PLAIN_GATE
 
 WIDTH = 64  # elements of a row that a gate is given
 
@@ -25,6 +25,17 @@ def kept_by_gate(experts: Any) -> int:
     with _keeping() as kept:
         out = experts._apply_gate(product)
     storages = {x.untyped_storage()._cdata: x.untyped_storage().nbytes() for x in (product, *kept, out)}
+    return -(-sum(storages.values()) // (WIDTH * product.itemsize))
+
+
+def kept_by_activation(activation: nn.Module | None) -> int:
+    """Tensors of all inner rows that autograd keeps of an MLP without a gate, with what goes into its last product."""
+    if activation is None:
+        return PLAIN
+    product = torch.empty(1, WIDTH, dtype=torch.bfloat16, device="meta", requires_grad=True) * 1
+    with _keeping() as kept:
+        out = activation(product)
+    storages = {x.untyped_storage()._cdata: x.untyped_storage().nbytes() for x in (*kept, out)}
     return -(-sum(storages.values()) // (WIDTH * product.itemsize))
 
 

@@ -5,7 +5,7 @@ from typing import Any
 
 from torch import nn
 
-from ringattn.hf.expert_probe import kept_by_gate, router_dtypes
+from ringattn.hf.expert_probe import kept_by_activation, kept_by_gate, router_dtypes
 from ringattn.memory.planning.parts import Mlp, Weights
 from ringattn.memory.products import narrow
 
@@ -34,15 +34,18 @@ def mlp_part(mlp: nn.Module, layer: nn.Module, text: Any) -> Mlp:
             f"experts_implementation={way!r} is not planned: what the planner counts is grouped_mm"
         )
     copies, weights = (False, False) if experts is None else router_dtypes(mlp, experts)
+    gated = any(map(_gates, names))
+    kept = kept_by_gate(experts) if gated else kept_by_activation(_activation(mlp, layer))
+    steps = 2 if "relu2" in (getattr(text, name, None) for name in ("mlp_hidden_act", "hidden_act")) else 1
     return Mlp(
         weights=weights_of(mlp.parameters()),
         inner=_inner(text, mlp, layer),
-        gated=any(map(_gates, names)),
+        gated=gated,
         joined=any({"gate_up_proj", "input_linear"} & set(name.split(".")) for name in names),
-        steps=2 if "relu2" in (getattr(text, name, None) for name in ("mlp_hidden_act", "hidden_act")) else 1,
+        steps=steps if gated else max(steps, kept - 1),
         narrow=_narrow(mlp),
         routed=experts_of(text)[0] if _has_experts(layer) else 0,
-        kept=kept_by_gate(experts),
+        kept=kept,
         biased=getattr(experts, "has_bias", False),
         shared=_shared(layer, text) if _has_experts(layer) else 0,
         shared_gate="shared_expert_gate.weight" in names,
@@ -88,6 +91,15 @@ def _shared(layer: nn.Module, text: Any) -> int:
     found = [part for name, part in layer.named_modules() if "shared" in name.rpartition(".")[2]]
     mlps = [part for part in found if any(hasattr(one, "out_features") for one in part.children())]
     return sum(_dense_inner(one, getattr(text, "intermediate_size", None) or 4 * text.hidden_size) for one in mlps)
+
+
+def _activation(mlp: nn.Module, layer: nn.Module) -> nn.Module | None:
+    """Of an MLP, or of the layer that holds both products itself."""
+    for owner in (*mlp.modules(), layer):
+        for name in ("act_fn", "act", "activation_fn", "activation"):
+            if isinstance(found := getattr(owner, name, None), nn.Module):
+                return found
+    return None
 
 
 def _has_experts(part: nn.Module) -> bool:

@@ -64,6 +64,7 @@ def model_shape(model: nn.Module, config: Any, name: str = "") -> ModelShape:
         head_norms=any(name.endswith(HEAD_NORMS) for name, _ in attention.named_parameters()),
         norms_after=all(len(_norms(layer)) == 4 for layer in layers) or without,
         norms_before=not without,
+        kernel_norms=any(isinstance(part, nn.LayerNorm) for part in layers[0].children()),
         wide_norms=any(norm.startswith(WIDE_NORMS) for norm in _norms(layers[0])),
         logit_steps=_logit_steps(model, head),
         recurrent=next(iter(recurrent), None),

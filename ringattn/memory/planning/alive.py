@@ -159,7 +159,7 @@ class Alive:
         stream = {STREAM: self.layers.stream}
         reducing = {REDUCING: own + (0 if self.model.tied else self.held.reducing(head))}
         yield self._moment(BACKWARD, "gradients of the head are reduced", kept, reducing, self._final_norm, stream)
-        wide = {NORMS: self.layers[-1].norm_backward}
+        wide = {NORMS: self.layers[-1].norm.backward}
         gathered = self._gathered(NONE, self._next(self.layers.count, -1), True)
         yield self._moment(
             BACKWARD, "final norm", kept, gathered, self._final_norm, wide, {REDUCING: self.held.reducing(head)}
@@ -227,7 +227,7 @@ class Alive:
     @property
     def _final_norm(self) -> dict[str, int]:
         """What the norm before the head keeps: its input in float32, that by its deviation; in one kernel its input."""
-        wide = 0 if self.run.fused else WIDE
+        wide = 0 if self.layers[-1].norm.kernel else WIDE
         return {NORMS: self.run.local_tokens * self.model.hidden * (wide + self.run.itemsize)}
 
     def _gathered(self, group: Weights, ahead: Weights, backward: bool) -> dict[str, int]:

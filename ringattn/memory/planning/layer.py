@@ -14,6 +14,7 @@ from ringattn.memory.planning.attention import AttentionUse
 from ringattn.memory.planning.items import ATTENTION, MLP, NORMS, RECURRENCE, STREAM, Items
 from ringattn.memory.planning.latents import LatentUse
 from ringattn.memory.planning.mlp import MlpUse
+from ringattn.memory.planning.norms import NormUse
 from ringattn.memory.planning.parts import Parts, Weights
 from ringattn.memory.planning.recurrent import RecurrentUse
 from ringattn.memory.planning.shapes import ModelShape
@@ -50,6 +51,12 @@ class Layer:
         if part is None:
             return None
         return MlpUse(part, hidden, self.tokens, self.itemsize, self.memory, self.fused)
+
+    @cached_property
+    def norm(self) -> NormUse:
+        """One of its norms."""
+        kernel = self.fused or self.model.kernel_norms
+        return NormUse(self.model, self.tokens, self.itemsize, kernel)
 
     @cached_property
     def latents(self) -> LatentUse | None:
@@ -95,7 +102,7 @@ class Layer:
     def saved(self) -> int:
         """What autograd keeps of a layer that is computed with gradients, beside its input where that is kept."""
         before = sum(self._saved_before_mlp.values())
-        return before if self.mlp is None else before + self.mlp.saved + self._norm_after
+        return before if self.mlp is None else before + self.mlp.saved + self.norm.after
 
     # Forward.
 
@@ -104,7 +111,7 @@ class Layer:
         With keep="all" that grows from moment to moment, and is part of these."""
         n = self.stream
         grows = self.memory.keep == "all"
-        yield "norm", {NORMS: self._norm_forward}, not self.parts.mixes
+        yield "norm", {NORMS: self.norm.forward}, not self.parts.mixes
         result = n * self.model.norms_before
         normed = {NORMS: (self._first_norms - n) * grows, STREAM: result}
         before = normed
@@ -121,15 +128,15 @@ class Layer:
         if self.parts.mixes:
             attended = {name: size * grows for name, size in self._mixed.items()}
             attended[NORMS] = self._first_norms * grows
-            yield "norm before the MLP", _plus(attended, {STREAM: n, NORMS: self._norm_forward}), True
+            yield "norm before the MLP", _plus(attended, {STREAM: n, NORMS: self.norm.forward}), True
         if not grows:
             yield "MLP", {STREAM: (1 + self.parts.mixes) * n, MLP: self.mlp.forward}, True
             if self.model.norms_after:
-                yield "norm after the MLP", {STREAM: (1 + self.parts.mixes) * n, NORMS: self._norm_forward}, True
+                yield "norm after the MLP", {STREAM: (1 + self.parts.mixes) * n, NORMS: self.norm.forward}, True
             return
         copies = 0 if self.itemsize == WIDE else n  # in float32 the norm has kept its input
         yield "MLP", _plus(self._saved_before_mlp, {STREAM: copies, MLP: self.mlp.forward}), True
-        after = _plus(self._saved_before_mlp, {STREAM: copies + 2 * n, MLP: self.mlp.saved, NORMS: self._norm_after})
+        after = _plus(self._saved_before_mlp, {STREAM: copies + 2 * n, MLP: self.mlp.saved, NORMS: self.norm.after})
         yield "sum after the MLP", after, True
 
     def _attention_forward(self, before: Items) -> Iterator[tuple[str, Items, bool]]:
@@ -170,13 +177,13 @@ class Layer:
         if self.mlp is not None:
             done = min(1.0, self.mlp.part.weights.count / self.weights.count)
             if m.norms_after:
-                after = {MLP: self.mlp.saved, NORMS: self._norm_after + self.norm_backward}
+                after = {MLP: self.mlp.saved, NORMS: self.norm.after + self.norm.backward}
                 yield "norm after the MLP", _plus(before, after), 0.0
             yield "MLP", _plus(before, {MLP: self.mlp.backward}), done * self.mlp.last_share
-            copied = self._norm_copy * m.norms_before
-            kept = self._first_norms + (copied + self._norm_after) * self.parts.mixes
+            copied = self.norm.copy * m.norms_before
+            kept = self._first_norms + (copied + self.norm.after) * self.parts.mixes
             attended = {**self._mixed, NORMS: kept}
-            yield "norm before the MLP", _plus(attended, {NORMS: self.norm_backward}), done
+            yield "norm before the MLP", _plus(attended, {NORMS: self.norm.backward}), done
         first = {NORMS: self._first_norms}
         if self.parts.attention:
             computed = self._attended + self._out + self._gate_saved + self.attention.backward
@@ -246,37 +253,6 @@ class Layer:
         return (2 + (self.itemsize == WIDE)) * self._gate
 
     @property
-    def _norm_forward(self) -> int:
-        """What a norm holds beside its input: two tensors in float32, or its result alone."""
-        return self.stream if self.fused else 2 * WIDE * self.tokens * self.model.hidden
-
-    @property
-    def norm_backward(self) -> int:
-        """Three gradients, a factor and a product in float32; in one kernel two gradients as they are."""
-        return 2 * self.stream if self.fused else 5 * WIDE * self.tokens * self.model.hidden
-
-    @property
-    def _norm_copy(self) -> int:
-        """The input of a norm, which its gradient needs: in float32, unless one kernel reads it as it is."""
-        return self.stream if self.fused else self.tokens * self.model.hidden * WIDE
-
-    @property
-    def _norm_saved(self) -> int:
-        """That, what is multiplied by the weight, and the result; without a norm what would go into it."""
-        return self.stream if not self.model.norms_before else self._norm_copy + self._normed + self.stream
-
-    @property
-    def _normed(self) -> int:
-        """What is multiplied by a norm's weight; in one kernel it is not kept."""
-        wide = WIDE if self.model.wide_norms else self.itemsize
-        return 0 if self.fused else self.tokens * self.model.hidden * wide
-
-    @property
-    def _norm_after(self) -> int:
-        """Of a norm behind a part, whose result nothing needs, and whose input is kept for it alone."""
-        return self.model.norms_after * (self._norm_copy + self._normed)
-
-    @property
     def _first_norms(self) -> int:
         """Of the first norm, and of those of heads. A float32 copy of what is float32 is the layer's input itself."""
         asked = self.model.head_norms and self.parts.attention
@@ -285,8 +261,8 @@ class Layer:
         own = self._bytes(heads) * (not self._products_are_normed) + self.tokens * heads * normed
         if not self.model.norms_before:
             return own + (self.memory.keep == "all") * self.stream
-        kept = (self.itemsize == WIDE or self.fused) and self.memory.keep != "all"
-        return self._norm_saved - kept * self._norm_copy + own
+        kept = (self.itemsize == WIDE or self.norm.kernel) and self.memory.keep != "all"
+        return self.norm.saved - kept * self.norm.copy + own
 
     @property
     def _mixed(self) -> dict[str, int]:
@@ -302,7 +278,7 @@ class Layer:
     @property
     def _saved_before_mlp(self) -> dict[str, int]:
         both = self.parts.mixes and self.mlp is not None
-        return {NORMS: self._first_norms + both * (self._norm_saved + self._norm_after), **self._mixed}
+        return {NORMS: self._first_norms + both * (self.norm.saved + self.norm.after), **self._mixed}
 
 
 def _plus(a: Items, b: Items) -> dict[str, int]:

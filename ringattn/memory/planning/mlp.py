@@ -151,9 +151,7 @@ class MlpUse:
     @property
     def _kept(self) -> int:
         """Tensors of inner rows that autograd keeps. Experts' gates are no kernels of their own."""
-        if not self.part.gated:
-            return 2
-        return self.part.kept - (self.fused and not self.part.routed)
+        return self.part.kept - (self.fused and self.part.gated and not self.part.routed)
 
     @property
     def _shared(self) -> int:

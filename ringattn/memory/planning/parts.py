@@ -4,6 +4,7 @@ from dataclasses import dataclass
 
 from ringattn.recurrent.price import RecurrenceShape
 
+PLAIN = 2  # tensors of inner rows: a product, and its activation
 PLAIN_GATE = 4  # tensors of inner rows: two products, the activation of one, and that by the other
 
 

@@ -27,6 +27,7 @@ class ModelShape:
         head_norms: queries and keys have norms of their own.
         norms_after: what attention and MLP give goes through a norm each before it is added, as in Gemma 2.
         norms_before: so does what goes into them; OLMo 2 has no such norm.
+        kernel_norms: norms are torch's LayerNorm, one kernel each, which keep their inputs as they are.
         wide_norms: norms multiply by their weights in float32, as those of Gemma and OLMo 2 do.
         logit_steps: things done to logits, one by one, before the loss.
         layers: parameters of each layer, in order.
@@ -57,6 +58,7 @@ class ModelShape:
     head_norms: bool = False
     norms_after: bool = False
     norms_before: bool = True
+    kernel_norms: bool = False
     wide_norms: bool = False
     logit_steps: int = 0
     recurrent: RecurrentPart | None = None

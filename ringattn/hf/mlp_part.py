@@ -11,7 +11,8 @@ from ringattn.memory.products import narrow
 
 # MLPs that multiply with zero what a token's other experts get, and send nothing.
 UNROUTED = ("Llama4TextMoe",)
-# How transformers computes experts: in one grouped product for all, or one expert after another, which holds no more.
+# How transformers computes experts: in one grouped product for all, whose tensors are counted, or one after another,
+# which holds about as much if all is kept and less otherwise. Others copy weights for each token, or are kernels.
 COUNTED = (None, "eager", "grouped_mm")
 
 

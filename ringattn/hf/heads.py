@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 from torch import nn
 
 from ringattn.hf.layer_parts import LAST
-from ringattn.memory.planning.shapes import Latents
+from ringattn.memory.planning.parts import Latents
 from ringattn.memory.products import narrow
 
 # What attention with latent keys consists of.

@@ -4,8 +4,9 @@ from typing import Any
 
 from torch import nn
 
+from ringattn.hf.mlp_part import mlp_part
 from ringattn.hf.recurrent import KNOWN, LIGHTNING, kind_of
-from ringattn.memory.planning.shapes import Parts, RecurrentPart
+from ringattn.memory.planning.parts import Parts, RecurrentPart
 from ringattn.memory.products import narrow
 from ringattn.recurrent.price import RecurrenceShape
 
@@ -40,11 +41,13 @@ def mlp_of(layer: nn.Module) -> nn.Module | None:
     return largest if largest is not None and matrices(largest) else None
 
 
-def parts_of(layer: nn.Module) -> Parts:
-    """Raises NotImplementedError for a layer that has no part that is known."""
+def parts_of(layer: nn.Module, text: Any) -> Parts:
+    """By the configuration and the layer. Raises NotImplementedError for one that has no part that is known."""
     attention = any(attends(name, part) for name, part in layer.named_children())
-    parts = Parts(attention, recurrent_of(layer) is not None, mlp_of(layer) is not None)
-    if not parts.mixes and not parts.mlp:
+    mlp = mlp_of(layer)
+    own = None if mlp is None else mlp_part(mlp, layer, text)
+    parts = Parts(attention, recurrent_of(layer) is not None, own)
+    if not parts.mixes and parts.mlp is None:
         raise NotImplementedError(f"{type(layer).__name__} has no attention, state or MLP that the planner knows")
     return parts
 

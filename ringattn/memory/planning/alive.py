@@ -32,8 +32,9 @@ from ringattn.memory.planning.items import (
 )
 from ringattn.memory.planning.layer import WIDE, Layer
 from ringattn.memory.planning.layers import Layers
+from ringattn.memory.planning.parts import Weights
 from ringattn.memory.planning.recurrent import RecurrentUse
-from ringattn.memory.planning.shapes import ModelShape, RunShape, Weights
+from ringattn.memory.planning.shapes import ModelShape, RunShape
 from ringattn.memory.planning.states import States
 from ringattn.memory.settings import MemorySettings, StateSettings
 
@@ -158,7 +159,7 @@ class Alive:
         stream = {STREAM: self.layers.stream}
         reducing = {REDUCING: own + (0 if self.model.tied else self.held.reducing(head))}
         yield self._moment(BACKWARD, "gradients of the head are reduced", kept, reducing, self._final_norm, stream)
-        wide = {NORMS: self.layers[-1].norm_backward}
+        wide = {NORMS: self.layers[-1].norm.backward}
         gathered = self._gathered(NONE, self._next(self.layers.count, -1), True)
         yield self._moment(
             BACKWARD, "final norm", kept, gathered, self._final_norm, wide, {REDUCING: self.held.reducing(head)}
@@ -180,7 +181,7 @@ class Alive:
         )
         for name, items, share in layer.backward():
             grads = self.held.single(own.trained * share) + self._tied_gradient
-            grads += layer.tile_grads if name == "MLP" else 0
+            grads += layer.mlp.tile_grads if layer.mlp is not None and name == "MLP" else 0
             yield self._moment(BACKWARD, f"{name}, layer {number}", items, shared, {REDUCING: grads})
         reducing = {REDUCING: self.held.single(own.trained) + self.held.reducing(own) + self._tied_gradient}
         grads_here = {GRADIENTS: self.held.device_gradients(self._all_or(done + own)), STREAM: layer.stream}
@@ -220,13 +221,13 @@ class Alive:
 
     def _input_is_kept(self, number: int) -> bool:
         if self.memory.keep == "all":  # autograd keeps float32 copies, which of float32 are no copies
-            return self.run.itemsize == WIDE
+            return self.run.itemsize == WIDE or not self.model.norms_before
         return number >= self.layers.away and number % self.memory.every == 0
 
     @property
     def _final_norm(self) -> dict[str, int]:
         """What the norm before the head keeps: its input in float32, that by its deviation; in one kernel its input."""
-        wide = 0 if self.run.fused else WIDE
+        wide = 0 if self.layers[-1].norm.kernel else WIDE
         return {NORMS: self.run.local_tokens * self.model.hidden * (wide + self.run.itemsize)}
 
     def _gathered(self, group: Weights, ahead: Weights, backward: bool) -> dict[str, int]:

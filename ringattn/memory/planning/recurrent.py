@@ -9,7 +9,8 @@ Legend: t local tokens, H value heads, K key heads, D key dim, V value dim, C to
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
-from ringattn.memory.planning.shapes import ModelShape, RecurrentPart, RunShape, layout_of
+from ringattn.memory.planning.parts import RecurrentPart
+from ringattn.memory.planning.shapes import ModelShape, RunShape, layout_of
 from ringattn.parallel.layout import Layout
 from ringattn.parallel.machine.machine import Machine
 from ringattn.recurrent.kernels.chunked import CHUNK, CHUNK_OF_DIAGONALS

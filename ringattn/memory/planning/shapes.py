@@ -6,91 +6,15 @@ from functools import cached_property
 
 from ringattn.documents import Documents
 from ringattn.mask import Mask
+from ringattn.memory.planning.parts import Latents, Mlp, Parts, RecurrentPart, Weights
 from ringattn.parallel.layout import Layout
 from ringattn.parallel.machine.machine import Machine
 from ringattn.parallel.mesh.shape import MeshShape
 from ringattn.parallel.placement.policies import TILE
 from ringattn.parallel.plan.shape import Shape
-from ringattn.recurrent.price import RecurrenceShape
 from ringattn.recurrent.weighing import MixingLayers, weighed_layout
 
 ITEMSIZE = {"float32": 4, "bfloat16": 2}
-
-
-@dataclass(frozen=True)
-class Weights:
-    """How many parameters some modules have, and how many of these are trained."""
-
-    count: int
-    trained: int
-    tensors: int = 1
-
-    def __add__(self, other: "Weights") -> "Weights":
-        return Weights(self.count + other.count, self.trained + other.trained, self.tensors + other.tensors)
-
-
-@dataclass(frozen=True)
-class Parts:
-    """What a layer consists of, with a norm before each: attention and a recurrence beside it have one together."""
-
-    attention: bool = True
-    recurrence: bool = False
-    mlp: bool = True
-
-    @property
-    def mixes(self) -> bool:
-        """Whether the layer looks at more than one token."""
-        return self.attention or self.recurrence
-
-
-@dataclass(frozen=True)
-class RecurrentPart:
-    """The part of a layer that carries a state, in elements of a token.
-
-    Arguments:
-        rule: heads and dims of the recurrence; None for a short convolution and nothing else.
-        channels: of the convolution; 0 without one, in lightning attention.
-        width: what goes into the product after it.
-        projected: all outputs of the products before it.
-        held: what the forward pass holds beside the convolution's result and its own, while the recurrence is computed.
-        narrow: outputs of its products that `keep="selective"` keeps, the one after it apart.
-        normed: a norm comes with the gate after it.
-    """
-
-    rule: RecurrenceShape | None
-    channels: int
-    width: int
-    projected: int
-    held: int
-    narrow: int
-    normed: bool = True
-
-    @property
-    def package(self) -> str | None:
-        """Whose kernel computes the recurrence on GPUs, "fla" or "mamba"; None for Mamba-1, which no package has here,
-        and without a recurrence."""
-        if self.rule is None or (self.rule.diagonal and not self.rule.delta):
-            return None
-        return "fla" if self.rule.delta or not self.channels else "mamba"
-
-
-@dataclass(frozen=True)
-class Latents:
-    """What queries, keys and values are made of where keys are latent, as DeepSeek-V2's, in elements of a token.
-
-    Arguments:
-        queries: of the latent of all queries; 0: they are one product of the layer's input.
-        keys: of that of all keys and values.
-        rotary: of the part of a head that is turned by its position, which the keys of all heads have together.
-        turned: that part is turned indeed, and joined with the rest of the queries; Kimi Linear's is not.
-        narrow: outputs of its products that `keep="selective"` keeps, the one after attention apart.
-    """
-
-    queries: int
-    keys: int
-    rotary: int
-    turned: bool
-    narrow: int
 
 
 @dataclass(frozen=True)
@@ -100,63 +24,53 @@ class ModelShape:
     Arguments:
         hidden: width of the residual stream.
         head_dim: of queries and keys.
-        inner: rows of the MLP that a token has: of all experts that see it.
-        gated: the MLP multiplies two products, as SwiGLU does.
         head_norms: queries and keys have norms of their own.
         norms_after: what attention and MLP give goes through a norm each before it is added, as in Gemma 2.
+        norms_before: so does what goes into them; OLMo 2 has no such norm.
+        kernel_norms: norms are torch's LayerNorm, one kernel each, which keep their inputs as they are.
         wide_norms: norms multiply by their weights in float32, as those of Gemma and OLMo 2 do.
         logit_steps: things done to logits, one by one, before the loss.
-        mlp_steps: operators of the activation, each of which gives all inner rows.
         layers: parameters of each layer, in order.
-        mlp: parameters of one layer's MLP, of all experts.
-        active: parameters of one layer that multiply a token, which are fewer than all with experts.
+        parts: what each layer consists of, in order.
+        active: parameters of one layer that multiply a token, on the mean: fewer than all with experts.
         embedding, head, rest: parameters of these; a head that is the embedding has none.
         masks: of attention, with the number of layers that each has.
-        kinds: what each layer consists of; default: attention and an MLP, all of them.
         recurrent: of all layers that have such a part.
         gated_attention: attention's output is multiplied with a gate of its width, which comes with the queries.
         tileable: every layer has an MLP that can be computed in tiles.
         values: dim of a head's values, where it is another than that of its keys; 0: the same.
         latents: of attention with latent keys.
-        mlp_narrow: outputs of the MLP's products that `keep="selective"` keeps, the last one apart.
-        joined: both products of a gated MLP are one, of which both halves stay as long as either.
-        routed: experts that a token is copied for; 0: its MLP has none.
     """
 
     name: str
     hidden: int
-    inner: int
     query_heads: int
     key_heads: int
     head_dim: int
     vocabulary: int
     layers: tuple[Weights, ...]
-    mlp: Weights
+    parts: tuple[Parts, ...]
     active: int
     embedding: Weights
     head: Weights
     rest: Weights
     masks: tuple[tuple[Mask, int], ...]
-    gated: bool = True
     head_norms: bool = False
     norms_after: bool = False
+    norms_before: bool = True
+    kernel_norms: bool = False
     wide_norms: bool = False
     logit_steps: int = 0
-    mlp_steps: int = 1
-    kinds: tuple[Parts, ...] = ()
     recurrent: RecurrentPart | None = None
     gated_attention: bool = False
     tileable: bool = True
     values: int = 0
     latents: Latents | None = None
-    mlp_narrow: int = 0
-    joined: bool = False
-    routed: int = 0
 
     @property
-    def parts(self) -> tuple[Parts, ...]:
-        """What each layer consists of."""
-        return self.kinds or (Parts(),) * len(self.layers)
+    def mlps(self) -> tuple[Mlp, ...]:
+        """The MLPs of all layers that have one."""
+        return tuple(parts.mlp for parts in self.parts if parts.mlp is not None)
 
     @property
     def mixing(self) -> MixingLayers | None:
@@ -213,15 +127,15 @@ class ModelShape:
     def with_layers(self, count: int) -> "ModelShape":
         """The same model with so many layers, the first ones, or these over again."""
         layers = tuple(self.layers[number % len(self.layers)] for number in range(count))
-        kinds = tuple(self.parts[number % len(self.layers)] for number in range(count)) if self.kinds else ()
-        attending = sum(parts.attention for parts in kinds) if kinds else count
+        parts = tuple(self.parts[number % len(self.layers)] for number in range(count))
+        attending = sum(one.attention for one in parts)
         share = attending / max(1, sum(own for _, own in self.masks))
         masks, left = [], attending
         for number, (mask, own) in enumerate(self.masks):
             taken = left if number == len(self.masks) - 1 else min(left, round(own * share))
             left -= taken
             masks.append((mask, taken))
-        return replace(self, layers=layers, kinds=kinds, masks=tuple((mask, own) for mask, own in masks if own))
+        return replace(self, layers=layers, parts=parts, masks=tuple((mask, own) for mask, own in masks if own))
 
 
 @dataclass(frozen=True)

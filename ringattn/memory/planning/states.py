@@ -8,7 +8,8 @@ import math
 from dataclasses import dataclass
 
 from ringattn.memory.planning.items import GRADIENTS, MOMENTS, STEP, WEIGHTS, Items
-from ringattn.memory.planning.shapes import ITEMSIZE, ModelShape, RunShape, Weights
+from ringattn.memory.planning.parts import Weights
+from ringattn.memory.planning.shapes import ITEMSIZE, ModelShape, RunShape
 from ringattn.memory.settings import StateSettings
 
 WIDE = 4

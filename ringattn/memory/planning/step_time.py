@@ -120,12 +120,12 @@ class _Work:
         """What is not a product in one layer forward, on the mean over layers."""
         m = self.alive.model
         hidden, heads, inner = FUSED_PASSES if self.alive.run.fused else (HIDDEN_PASSES, HEAD_PASSES, INNER_PASSES)
-        attending, recurrent, mlps = (
-            sum(getattr(parts, name) for parts in m.parts) / self._layers for name in ("attention", "recurrence", "mlp")
-        )
-        halves = sum(parts.mixes + parts.mlp for parts in m.parts) / 2 / self._layers  # each with a norm and a sum
+        attending = sum(parts.attention for parts in m.parts) / self._layers
+        recurrent = sum(parts.recurrence for parts in m.parts) / self._layers
+        halves = (sum(parts.mixes for parts in m.parts) + len(m.mlps)) / 2 / self._layers  # each with a norm and a sum
         width = hidden * halves * m.hidden + attending * self._head_elements(heads)
-        width += mlps * (inner * m.inner / (1 if m.gated else 2) + ROUTED_PASSES * m.routed * m.hidden)
+        rows = sum(mlp.inner / (1 if mlp.gated else 2) for mlp in m.mlps)
+        width += (inner * rows + ROUTED_PASSES * m.hidden * sum(mlp.routed for mlp in m.mlps)) / self._layers
         if m.recurrent is not None:
             width += recurrent * (CHANNEL_PASSES * m.recurrent.channels + GATE_PASSES * m.recurrent.width)
         return self._tokens * width * self.alive.run.itemsize / self.rates.memory
@@ -151,14 +151,15 @@ class _Work:
     @property
     def again(self) -> float:
         """What the backward pass computes again: the layer without the product that ends it, and perhaps attention."""
-        memory, model = self.alive.memory, self.alive.model
-        last = self._share(model.mlp.count) / (3 if model.gated else 2)
+        memory, mlps = self.alive.memory, self.alive.model.mlps
+        own = self._share(sum(mlp.weights.count for mlp in mlps))
+        last = self._share(sum(mlp.weights.count / mlp.products for mlp in mlps))
         if memory.keep == "all":
             tiled = memory.mlp_tile is not None and memory.mlp_tile < self._tokens
-            return tiled * self._layers * self._layer_products * (self._share(model.mlp.count) - last)
+            return tiled * self._layers * self._layer_products * (own - last)
         products = 1.0 - last
         if memory.keep == "selective":
-            products = self._share(model.mlp.count) - last
+            products = own - last
         attended = self.alive.attention.forward_seconds if memory.keep == "layer" else 0.0
         recurred = self._recurrent[0]  # which nothing but keep="all" keeps
         chained = (1 - 1 / memory.every) * self._layers * (self._layer_products + self._layer_elements)
@@ -168,9 +169,9 @@ class _Work:
         attended += recurred
         return self._layers * (products * self._layer_products + self._layer_elements) + attended + chained
 
-    def _share(self, parameters: int) -> float:
-        """Of a layer's products, by parameters."""
-        return parameters / max(layer.count for layer in self.alive.model.layers)
+    def _share(self, parameters: float) -> float:
+        """Of all layers' products, by parameters."""
+        return parameters / sum(layer.count for layer in self.alive.model.layers)
 
     @property
     def mlp_tiles(self) -> float:
@@ -179,7 +180,8 @@ class _Work:
         if tile is None or tile >= self._tokens:
             return 0.0
         tiles = -(-self._tokens // tile)
-        return self._layers * tiles * self.alive.model.mlp.trained * (size + 2 * 4) / self.rates.memory
+        trained = sum(mlp.weights.trained for mlp in self.alive.model.mlps)
+        return tiles * trained * (size + 2 * 4) / self.rates.memory
 
     @property
     def head(self) -> float:

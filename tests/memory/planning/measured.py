@@ -84,7 +84,8 @@ def stated(alive: Alive) -> dict[str, int]:
 
     def comparable(moment: Moment) -> int:
         of_mlp = moment.name.startswith("MLP") and moment.phase == "backward"
-        tiles = max(layer.tile_grads for layer in alive.layers.layers) if of_mlp else 0
+        mlp = alive.layers[int(moment.name.split()[-1])].mlp if of_mlp else None
+        tiles = 0 if mlp is None else mlp.tile_grads
         indices = 24 * alive.run.local_tokens  # ids, positions and targets were there before
         return moment.total - sum(moment.items.get(name, 0) for name in ELSEWHERE) + tiles - indices
 

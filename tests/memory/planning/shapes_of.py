@@ -1,7 +1,8 @@
 """Shapes of models in numbers, without transformers."""
 
 from ringattn.mask import Mask
-from ringattn.memory.planning.shapes import ModelShape, Weights
+from ringattn.memory.planning.parts import Mlp, Parts, Weights
+from ringattn.memory.planning.shapes import ModelShape
 
 
 def llama_8b(layers: int = 32) -> ModelShape:
@@ -9,13 +10,12 @@ def llama_8b(layers: int = 32) -> ModelShape:
     return ModelShape(
         name="llama_8b",
         hidden=4096,
-        inner=14336,
         query_heads=32,
         key_heads=8,
         head_dim=128,
         vocabulary=128256,
         layers=(Weights(218112000, 218112000, 9),) * layers,
-        mlp=Weights(176160768, 176160768, 3),
+        parts=(Parts(mlp=Mlp(Weights(176160768, 176160768, 3), 14336)),) * layers,
         active=218103808,
         embedding=Weights(525336576, 525336576),
         head=Weights(525336576, 525336576),

@@ -63,6 +63,22 @@ def test_norms_behind_attention_and_mlp_are_counted(pool: Pools, family: str, dt
     assert not wrong, found
 
 
+def test_as_many_key_heads_as_queries(pool: Pools) -> None:
+    """Then what is turned of the keys is the most of a forward pass: 92 % of what is measured was planned."""
+    (found,) = pool(1).run(compared, mixture, ("llama",), "float32", ["plain", "layer", "attention"], [TOKENS])
+    wrong = [one for one in found if one[2] != pytest.approx(1.0, abs=0.01)]
+    assert not wrong, found
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("family", ["olmo2", "olmo3"])
+def test_norms_behind_attention_and_mlp_alone(pool: Pools, family: str, dtype: str) -> None:
+    """They were planned as if they stood before: 87 to 90 % of what is measured in bfloat16."""
+    (found,) = pool(1).run(compared, mixture, (family,), dtype, ["plain", "layer", "attention"], [TOKENS])
+    wrong = [one for one in found if not 0.975 < one[2] < 1.045 and ("backward" in one or "plain" in one)]
+    assert not wrong, found
+
+
 def test_in_bfloat16_norms_are_float32(pool: Pools) -> None:
     """A CPU makes float32 copies for a tiled loss that a GPU does not: what is compared is without them."""
     (found,) = pool(1).run(compared, model_of, ("Llama",), "bfloat16", SOME, [TOKENS])

@@ -12,7 +12,8 @@ from ringattn.hf.tiny import read_config, tiny_config, tiny_model
 from ringattn.memory.planning.attention import AttentionUse
 from ringattn.memory.planning.choice import Planner
 from ringattn.memory.planning.limits import GIB, Limits
-from ringattn.memory.planning.shapes import Latents, ModelShape, RunShape
+from ringattn.memory.planning.parts import Latents
+from ringattn.memory.planning.shapes import ModelShape, RunShape
 from ringattn.parallel.machine.shipped import SHIPPED
 from ringattn.training.model.models import empty_model
 from tests.memory.planning.measured import compared
@@ -77,5 +78,5 @@ def test_attention_is_timed_by_the_dims_of_heads() -> None:
 
 def test_selective_keeps_the_narrow_products_of_an_mlp() -> None:
     """Of a shared expert those before its last one; of other MLPs here none is narrow."""
-    assert shape_of("deepseek_v3", first_k_dense_replace=0).mlp_narrow == 2 * 32
-    assert shape_of("llama", intermediate_size=224).mlp_narrow == 0
+    assert shape_of("deepseek_v3", first_k_dense_replace=0).mlps[0].narrow == 2 * 32
+    assert shape_of("llama", intermediate_size=224).mlps[0].narrow == 0

@@ -18,8 +18,9 @@ from ringattn.memory.planning.attention import AttentionUse, degrees
 from ringattn.memory.planning.choice import Planner
 from ringattn.memory.planning.items import RECURRENCE
 from ringattn.memory.planning.limits import GIB, Limits
+from ringattn.memory.planning.parts import Parts
 from ringattn.memory.planning.recurrent import RecurrentUse
-from ringattn.memory.planning.shapes import ModelShape, Parts, RunShape, layout_of
+from ringattn.memory.planning.shapes import ModelShape, RunShape, layout_of
 from ringattn.parallel.machine.shipped import SHIPPED
 from ringattn.recurrent import recurrence
 from ringattn.recurrent.weighing import weighed_layout
@@ -119,11 +120,13 @@ def test_every_parameter_is_counted_and_every_layer_has_its_parts(family: str) -
 
 
 def test_what_layers_consist_of() -> None:
-    assert shape_of("falcon_h1")[0].parts[0] == Parts(attention=True, recurrence=True, mlp=True)
-    mamba, mlp, attention, _ = shape_of("nemotron_h")[0].parts
-    assert mamba == Parts(attention=False, recurrence=True, mlp=False)
-    assert mlp == Parts(attention=False, recurrence=False, mlp=True)
-    assert attention == Parts(attention=True, recurrence=False, mlp=False)
+    falcon = shape_of("falcon_h1")[0]
+    assert falcon.parts[0] == Parts(attention=True, recurrence=True, mlp=falcon.mlps[0])
+    nemotron = shape_of("nemotron_h")[0]
+    mamba, mlp, attention, _ = nemotron.parts
+    assert mamba == Parts(attention=False, recurrence=True, mlp=None)
+    assert mlp == Parts(attention=False, recurrence=False, mlp=nemotron.mlps[0])
+    assert attention == Parts(attention=True, recurrence=False, mlp=None)
     qwen, _ = shape_of("qwen3_5_text")
     assert qwen.gated_attention
     assert qwen.head_norms  # which the first layer has not

@@ -29,7 +29,7 @@ def test_every_parameter_is_counted_once(source: str) -> None:
     assert shape.total.trained == shape.total.count
     assert sum(count for _, count in shape.masks) == len(shape.layers)
     assert 0 < shape.active <= shape.largest_layer.count
-    assert 0 < shape.mlp.count < shape.largest_layer.count
+    assert 0 < max(mlp.weights.count for mlp in shape.mlps) < shape.largest_layer.count
 
 
 def test_what_families_have() -> None:
@@ -41,17 +41,17 @@ def test_what_families_have() -> None:
     assert qwen.head_norms
     assert not qwen.tied
     moe, _ = shape_of("qwen3_moe")
-    assert moe.inner == 2 * 32  # two experts of a token
+    assert moe.mlps[0].inner == 2 * 32  # two experts of a token
     assert moe.active < moe.largest_layer.count * 0.9
-    assert not shape_of("gpt2")[0].gated
+    assert not shape_of("gpt2")[0].mlps[0].gated
 
 
 def test_inner_rows_are_those_of_the_weights() -> None:
     """OPT's configuration calls them ffn_dim; Granite's shared expert stands beside the others, and is larger here."""
-    assert shape_of("opt")[0].inner == 96
-    assert shape_of("lfm2")[0].inner == shape_of("lfm2")[1].model.layers[0].feed_forward.w1.out_features
-    assert shape_of("granitemoehybrid", num_local_experts=2)[0].inner == 2 * 96 + 1024
-    assert shape_of("granitemoehybrid", num_local_experts=0)[0].inner == 1024
+    assert shape_of("opt")[0].mlps[0].inner == 96
+    assert shape_of("lfm2")[0].mlps[0].inner == shape_of("lfm2")[1].model.layers[0].feed_forward.w1.out_features
+    assert shape_of("granitemoehybrid", num_local_experts=2)[0].mlps[0].inner == 2 * 96 + 1024
+    assert shape_of("granitemoehybrid", num_local_experts=0)[0].mlps[0].inner == 1024
 
 
 def test_experts_that_every_token_goes_through_are_refused() -> None:

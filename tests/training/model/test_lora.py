@@ -287,7 +287,8 @@ def test_models_are_found_and_counted_through_the_factors():
     assert shape.total.trained == trained
     assert shape.total.count == without.total.count + trained
     assert (shape.head.trained, shape.embedding.trained, shape.rest.trained) == (0, 0, 0)
-    assert (shape.gated, shape.inner, shape.head_norms) == (without.gated, without.inner, without.head_norms)
+    assert (shape.mlps[0].gated, shape.mlps[0].inner) == (without.mlps[0].gated, without.mlps[0].inner)
+    assert shape.head_norms == without.head_norms
     assert shape.active == without.active + trained // 3
     assert (without.backward, shape.backward) == (2.0, 1 + trained / shape.total.count)
     flops = StepFlops.of(model, config)

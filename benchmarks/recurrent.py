@@ -7,11 +7,13 @@
 Rows, each of forward and backward, the slowest rank's:
 
 - `kernel`: the kernel alone on an even share: a document of tokens / ranks, or the packed documents dealt out evenly.
-- `states`: what the scan computes beside it, alone: the maps of the share, and the share's gradient in its first state.
+- `states`: what the scan of one document computes beside it, alone: the maps of the share, and the share's gradient in
+  its first state.
 - `scan`, `exchange`: ringattn over a balanced layout. `of ceiling` is (kernel + states) / time for one document, the
   kernel's time / time for packed ones. `transfers` is the time in which this rank stood still until its collectives
   had arrived, after all that it computes meanwhile: what they take beside that is not seen.
-- `fla.ops.cp`: flash-linear-attention's own split of the delta rule, on contiguous shards, where it is installed.
+- `fla.ops.cp`: flash-linear-attention's own split of the delta rule, on contiguous shards, where it is installed, and
+  the scan once more, in turns with it.
 
 With `--of` one process takes the part of each rank in turn, over a network that moves nothing, so that a single GPU
 shows what a split costs beside its transfers.
@@ -187,11 +189,13 @@ def runs(peer: Callable[[], Any]) -> bool:
     return True
 
 
-def measured(docs: Documents, workload: str, shape: Shape, mesh: SequenceMesh, timer: Timer) -> tuple[str, list[Row]]:
-    """The kernel's name and the rows of one workload. Collective."""
+def measured(
+    docs: Documents, workload: str, shape: Shape, mesh: SequenceMesh, timer: Timer
+) -> Iterator[tuple[str, Row]]:
+    """The kernel's name with the rows of one workload, as they are known. Collective."""
     device, ranks = torch.device(timer.device), mesh.sequence_size
     layout = Layout(docs, mesh, "balanced")
-    lengths = shares(docs, ranks)
+    lengths, alone = shares(docs, ranks), len(docs.lengths) == 1
     even, local = inputs(sum(lengths), shape, device), inputs(layout.tokens(), shape, device)
     kernel, wire = choose_kernel(Signature.of(even)), wire_of(mesh)
     plan = plan_recurrence(layout, rounds=prices(layout, shape_of(even))[0].rounds)
@@ -199,49 +203,50 @@ def measured(docs: Documents, workload: str, shape: Shape, mesh: SequenceMesh, t
         "scan": lambda x, wire: scan(x, plan, kernel, wire),
         "exchange": lambda x, wire: exchange(x, layout, kernel, wire),
     }
-    steps = {
-        "kernel": both_ways(lambda x: kernel.outputs(x, lengths), even),
-        "states": states_of(kernel, even, lengths),
-    }
-    for name, route in routes.items():
-        steps[name] = both_ways(lambda x, route=route: route(x, wire), local)  # type: ignore[misc]
+    steps = {name: both_ways(lambda x, route=route: route(x, wire), local) for name, route in routes.items()}  # type: ignore[misc]
+    steps["kernel"] = both_ways(lambda x: kernel.outputs(x, lengths), even)
+    if alone:  # whole documents are no pieces, and have no states
+        steps["states"] = states_of(kernel, even, lengths)
+
+    def waited(name: str) -> float:
+        timed = TimedWire(wire)
+        both_ways(lambda x: routes[name](x, timed), local)()
+        return timed.seconds * 1e3
+
+    ceiling = 0.0
+    for group in (["kernel", "states"][: 1 + alone] + ["scan"], ["exchange"]):  # what is not alike compiles for minutes
+        for name, took in zip(group, timer.milliseconds([steps[name] for name in group]), strict=True):
+            if name in routes:
+                yield kernel.name, Row(workload, name, took, ceiling / took, waited(name))
+            else:
+                ceiling += took
+                yield kernel.name, Row(workload, name, took, None, None)
     peer = flas(inputs(docs.total // ranks, shape, device), docs, mesh)
     if peer is not None and runs(peer):
-        steps["fla.ops.cp"] = peer
-    times = dict(zip(steps, timer.milliseconds(list(steps.values())), strict=True))
-    ceiling = times["kernel"] + (times["states"] if len(docs.lengths) == 1 else 0.0)
-    rows = []
-    for name, took in times.items():
-        waited = None
-        if name in routes:
-            timed = TimedWire(wire)
-            both_ways(lambda x, name=name, timed=timed: routes[name](x, timed), local)()  # type: ignore[misc]
-            waited = timed.seconds * 1e3
-        rows.append(Row(workload, name, took, None if name in ("kernel", "states") else ceiling / took, waited))
-    return kernel.name, rows
+        ours, theirs = timer.milliseconds([steps["scan"], peer])
+        yield kernel.name, Row(workload, "scan, again", ours, ceiling / ours, None)
+        yield kernel.name, Row(workload, "fla.ops.cp", theirs, ceiling / theirs, None)
 
 
-def one_by_one(docs: Documents, workload: str, shape: Shape, ranks: int, timer: Timer) -> tuple[str, list[Row]]:
-    """The kernel's name, and rows of the kernel and of a scan on `ranks` ranks, of which this process is each in turn:
+def one_by_one(docs: Documents, workload: str, shape: Shape, ranks: int, timer: Timer) -> Iterator[tuple[str, Row]]:
+    """The kernel's name, with rows of the kernel and of a scan on `ranks` ranks, of which this process is each in turn:
     the slowest one's time, and that of the kernel beside it."""
     mesh = MeshShape(1, ranks, machine=local_machine(timer.device.type))
     layout = Layout(docs, mesh, "balanced")
-    lengths = shares(docs, ranks)
+    lengths, alone = shares(docs, ranks), len(docs.lengths) == 1
     even = inputs(sum(lengths), shape, timer.device)
     kernel, rounds = choose_kernel(Signature.of(even)), prices(layout, shape_of(even))[0].rounds
-    alone = [both_ways(lambda x: kernel.outputs(x, lengths), even), states_of(kernel, even, lengths)]
-    slowest = [0.0, 0.0, 0.0]
+    beside = [both_ways(lambda x: kernel.outputs(x, lengths), even)]
+    beside += [states_of(kernel, even, lengths)] if alone else []
+    slowest = [0.0] * (len(beside) + 1)
     for rank in range(ranks):
         plan, local = plan_recurrence(layout, rank, rounds), inputs(layout.tokens(rank), shape, timer.device)
         part = both_ways(lambda x, plan=plan: scan(x, plan, kernel, Silent()), local)  # type: ignore[misc]
-        slowest = max(slowest, timer.milliseconds([*alone, part]), key=lambda times: times[-1])
-    took, states, part_took = slowest
-    ceiling = took + (states if len(docs.lengths) == 1 else 0.0)
-    return kernel.name, [
-        Row(workload, "kernel", took, None, None),
-        Row(workload, "states", states, None, None),
-        Row(workload, "scan, nothing sent", part_took, ceiling / part_took, None),
-    ]
+        slowest = max(slowest, timer.milliseconds([*beside, part]), key=lambda times: times[-1])
+    *known, took = slowest
+    for name, one in zip(("kernel", "states"), known, strict=False):
+        yield kernel.name, Row(workload, name, one, None, None)
+    yield kernel.name, Row(workload, "scan, nothing sent", took, sum(known) / took, None)
 
 
 def shares(docs: Documents, ranks: int) -> tuple[int, ...]:
@@ -284,13 +289,11 @@ def report(
     told = False
     for count in tokens:
         for name, docs in workloads(count).items():
-            if of is None:
-                kernel, found = measured(docs, name, shape, mesh, timer)
-            else:
-                kernel, found = one_by_one(docs, name, shape, of, timer)
-            yield from () if told else header(shape, kernel, of or mesh.sequence_size)
-            yield from map(line, found)
-            told = True
+            found = measured(docs, name, shape, mesh, timer) if of is None else one_by_one(docs, name, shape, of, timer)
+            for kernel, row in found:
+                yield from () if told else header(shape, kernel, of or mesh.sequence_size)
+                yield line(row)
+                told = True
     yield ""
 
 

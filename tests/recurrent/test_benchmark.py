@@ -24,15 +24,15 @@ def test_its_table(pool: Pools) -> None:
     assert delta.startswith("delta by `torch`, 2 key heads and 4 value heads of 8, float32, 2 ranks\n")
     for told in (delta, mamba):
         rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in told.splitlines()[4:]]
-        assert [row[:2] for row in rows] == [
-            [workload, what]
-            for workload in ("one of 128", "128 in 16s")
-            for what in ("kernel", "states", "scan", "exchange")
-        ]
+        expected = {
+            "one of 128": ("kernel", "states", "scan", "exchange"),
+            "128 in 16s": ("kernel", "scan", "exchange"),
+        }
+        assert [row[:2] for row in rows] == [[workload, what] for workload, each in expected.items() for what in each]
         for _, what, took, ceiling, transfers in rows:
             assert float(took) > 0
             assert (ceiling != "") == (transfers != "") == (what in ("scan", "exchange"))
-        assert float(rows[6][4]) == 0.0, "whole documents need no transfer"
+        assert float(rows[5][4]) == 0.0, "whole documents need no transfer"
 
 
 def in_turn() -> str:
@@ -44,7 +44,7 @@ def test_ranks_in_turn(pool: Pools) -> None:
     told = pool(1).run(in_turn)[0]
     assert "float32, 4 ranks\n" in told
     rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in told.splitlines()[4:]]
-    assert [row[1] for row in rows] == 2 * ["kernel", "states", "scan, nothing sent"]
+    assert [row[1] for row in rows] == ["kernel", "states", "scan, nothing sent", "kernel", "scan, nothing sent"]
     assert all(float(row[2]) > 0 for row in rows)
 
 

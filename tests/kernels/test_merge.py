@@ -171,6 +171,7 @@ def test_log_sum_exps_far_apart(kernel: Merge, device: str) -> None:
     assert_same(acc_lse, torch.tensor([[500.0, 500.0, 0.6931472]]), 1e-6)
 
 
+@pytest.mark.slow
 @starts_the_interpreter
 def test_in_the_interpreter() -> None:
     run_interpreted(__file__, 9)

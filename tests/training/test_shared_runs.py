@@ -82,6 +82,7 @@ def test_the_curve_is_that_of_separate_documents(ranks, more, data, separate, tm
     assert_same(curve(tmp_path), separate)
 
 
+@pytest.mark.slow
 def test_it_goes_on_from_a_checkpoint_with_and_without(data, separate, tmp_path):
     run(tmp_path, 1, *overrides(data, "data.share_prefixes=true"))
     first = read_metrics(tmp_path / "metrics.jsonl")

@@ -33,6 +33,7 @@ def tiny(family: str, changes: dict[str, Any]) -> tuple[Any, Any]:
     return tiny_model(config).train(), config
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", MIXED)
 def test_layers_have_their_own_mlps(pool: Pools, family: str) -> None:
     """The widest was taken for all: up to 1.6 times of what is measured."""
@@ -61,6 +62,7 @@ def test_clamped_gates_and_biases_of_experts(pool: Pools, dtype: str) -> None:
     assert not wrong, found
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", ["deepseek_v3", "mimo_v2_flash", "mixtral", "qwen2_moe", "hunyuan_v1_moe"])
 def test_weights_of_experts_in_float32(pool: Pools, family: str) -> None:
     """By which in bfloat16 what experts give becomes float32; and shared experts by their own widths: 74 to 96 % of

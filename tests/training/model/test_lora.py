@@ -303,6 +303,7 @@ RUN = [
 ]  # fmt: skip
 
 
+@pytest.mark.slow
 def test_the_recipe_goes_on_from_its_factors(tmp_path):
     def losses() -> list[float]:
         lines = (tmp_path / "out" / "metrics.jsonl").read_text().splitlines()

@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from ringattn.kept import kept
+from ringattn.kernels.spec import to_device
 from ringattn.parallel.layout import Layout
 from ringattn.recurrent.halo_plan import HaloPlan, plan_halo
 from ringattn.recurrent.kernels.taps import TapsSignature, by_channels, choose_taps
@@ -173,7 +174,7 @@ def _make_tables(plan: HaloPlan, device: torch.device) -> _Tables:
     slot_of = dict(zip(touched, count()))
 
     def on_device(rows: Sequence[int]) -> Tensor:
-        return torch.tensor(rows, dtype=torch.int64, device=device)
+        return to_device(torch.tensor(rows, dtype=torch.int64, device="cpu"), device)
 
     return _Tables(
         held=rows_of(plan.pieces, device),

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from ringattn.kept import kept
-from ringattn.kernels.spec import Range
+from ringattn.kernels.spec import Range, to_device
 from ringattn.parallel.layout import Layout
 from ringattn.recurrent.kernels.contract import Inputs, Kernel
 from ringattn.recurrent.piles import put_together, taken_apart
@@ -167,11 +167,11 @@ def _stream_order(layout: Layout, device: torch.device) -> Tensor:
     def make() -> Tensor:
         ranks = range(layout.mesh.sequence_size)
         starts = accumulate((layout.tokens(rank) for rank in ranks), initial=0)
-        row = torch.empty(layout.docs.total, dtype=torch.int64)
+        row = torch.empty(layout.docs.total, dtype=torch.int64, device="cpu")
         for rank, start in zip(ranks, starts, strict=False):
-            row[layout.indices(rank)] = torch.arange(start, start + layout.tokens(rank))
+            row[layout.indices(rank)] = torch.arange(start, start + layout.tokens(rank), device="cpu")
         docs = layout.docs
         parts = [row[start : start + size] for start, size in zip(docs.starts, docs.lengths, strict=True)]
-        return (torch.cat(parts) if parts else row[:0]).to(device)
+        return to_device(torch.cat(parts) if parts else row[:0], device)
 
     return kept(layout, ("stream order", device), make)

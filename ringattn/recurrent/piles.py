@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from ringattn.kernels.spec import to_device
 from ringattn.recurrent.plan import Piece
 
 Rows = slice | Tensor
@@ -25,7 +26,7 @@ def rows_of(pieces: Sequence[Piece], device: torch.device) -> Rows:
         return slice(0, 0)
     if all(a.rows[1] == b.row for a, b in pairwise(pieces)):
         return slice(pieces[0].row, pieces[-1].rows[1])
-    return torch.cat([torch.arange(*piece.rows, device="cpu") for piece in pieces]).to(device)
+    return to_device(torch.cat([torch.arange(*piece.rows, device="cpu") for piece in pieces]), device)
 
 
 def taken_apart(x: Tensor, piles: Sequence[Rows]) -> tuple[Tensor, ...]:

@@ -20,7 +20,8 @@ class Meeting:
 
     def __init__(self, ranks: int) -> None:
         self.ranks = ranks
-        self.barrier = threading.Barrier(ranks, timeout=300)
+        # On a GPU the others wait while one compiles.
+        self.barrier = threading.Barrier(ranks, timeout=300 if torch.cuda.is_available() else 60)
         self.turn = threading.Lock()
         self.left: list[Any] = [None] * ranks
 

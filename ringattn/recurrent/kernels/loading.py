@@ -4,12 +4,14 @@ import importlib
 from collections.abc import Callable, Iterable
 from functools import lru_cache
 from importlib.util import find_spec
+from itertools import accumulate
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from ringattn.kernels.probing import require
+from ringattn.kernels.spec import to_device
 
 
 def load(distribution: str, path: str, needed: Iterable[str]) -> Callable[..., Any]:
@@ -35,14 +37,14 @@ LAYOUTS = 64
 @lru_cache(maxsize=LAYOUTS)  # the same object for the same lengths: what packages compute of it, they keep by identity
 def cumulative(lengths: tuple[int, ...], device: torch.device) -> Tensor:
     """(n + 1,): where each piece begins and the last one ends."""
-    return torch.tensor([0, *lengths], device=device).cumsum(0)
+    return to_device(torch.tensor([0, *accumulate(lengths)], device="cpu"), device)
 
 
 @lru_cache(maxsize=LAYOUTS)
 def numbers(lengths: tuple[int, ...], device: torch.device) -> Tensor:
     """(1, t) int32: which piece each row is of."""
     pieces = torch.arange(len(lengths), dtype=torch.int32, device="cpu")
-    return pieces.repeat_interleave(torch.tensor(lengths, device="cpu"))[None].to(device)
+    return to_device(pieces.repeat_interleave(torch.tensor(lengths, device="cpu"))[None], device)
 
 
 def foreign_dtypes(dtypes: Iterable[torch.dtype | None]) -> str | None:

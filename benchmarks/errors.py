@@ -11,7 +11,9 @@ computed by FlexAttention with a mask of the documents, on one GPU.
 import argparse
 import platform
 from collections.abc import Iterator
+from contextlib import ExitStack
 from datetime import date
+from itertools import chain
 
 import torch
 import torch.distributed as dist
@@ -114,9 +116,8 @@ def meshes(world: int) -> Iterator[tuple[str, int, int, str]]:
             yield f"ring {ring} × ulysses {ulysses}, {scheme}", ring, ulysses, scheme
 
 
-def run(device: torch.device, tokens: int) -> list[str]:
-    """Rows of the table; collective."""
-    rows = []
+def run(device: torch.device, tokens: int) -> Iterator[str]:
+    """Rows of the table, as they are measured; collective."""
     shapes = {
         (ring, ulysses): init_mesh(ring=ring, ulysses=ulysses) for _, ring, ulysses, _ in meshes(dist.get_world_size())
     }
@@ -127,16 +128,15 @@ def run(device: torch.device, tokens: int) -> list[str]:
         expected = reference(x, docs, mask)
         for backend in backends:
             single = errors(attend(x, Layout(docs, MeshShape()), mask, "auto", backend, True), expected)
-            rows.append(row(name, backend, "one GPU, one call", single, single))
+            yield row(name, backend, "one GPU, one call", single, single)
             for label, ring, ulysses, scheme in meshes(dist.get_world_size()):
                 layout = Layout(docs, shapes[ring, ulysses])
                 for wide in (True, False) if ring > 1 else (True,):
                     got = errors(attend(x, layout, mask, scheme, backend, wide), expected)
-                    rows.append(row(name, backend, label + ("" if wide else ", bf16 reduce"), got, single))
+                    yield row(name, backend, label + ("" if wide else ", bf16 reduce"), got, single)
         if docs.segmented:
             found = errors(flex(x, docs, mask), expected)
-            rows.append(row(name, "FlexAttention, its own mask", "one GPU", found, single))
-    return rows
+            yield row(name, "FlexAttention, its own mask", "one GPU", found, single)
 
 
 def row(name: str, backend: str, label: str, got: list[float], single: list[float]) -> str:
@@ -150,27 +150,27 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=TOKENS, help="of a stream (default: %(default)s)")
     arguments = parser.parse_args()
     path, mesh = arguments.out, init_mesh()
-    table = run(mesh.device, arguments.tokens)
-    if dist.get_rank() == 0:
-        world = dist.get_world_size()
-        device = torch.cuda.get_device_name() if mesh.device.type == "cuda" else "CPU rank"
-        head = [
-            f"# Errors against float64 on {world} × {device}",
-            "",
-            f"{date.today()}, torch {torch.__version__}, Python {platform.python_version()}, bfloat16, "
-            f"{HEADS} query and {KEY_HEADS} key heads of {DIM}.",
-            f"`torchrun --nproc-per-node {world} benchmarks/errors.py`",
-            "",
-            "Unit 1e-3; in brackets the ratio to one kernel call on one GPU.",
-            "",
-            "| workload | backend | mesh and schedule | out | dq | dk | dv |",
-            "|---|---|---|---|---|---|---|",
-        ]
-        text = "\n".join(head + table) + "\n"
-        print(text)
-        if path:
-            with open(path, "w") as file:
-                file.write(text)
+    world = dist.get_world_size()
+    device = torch.cuda.get_device_name() if mesh.device.type == "cuda" else "CPU rank"
+    head = [
+        f"# Errors against float64 on {world} × {device}",
+        "",
+        f"{date.today()}, torch {torch.__version__}, Python {platform.python_version()}, bfloat16, "
+        f"{HEADS} query and {KEY_HEADS} key heads of {DIM}.",
+        f"`torchrun --nproc-per-node {world} benchmarks/errors.py`",
+        "",
+        "Unit 1e-3; in brackets the ratio to one kernel call on one GPU.",
+        "",
+        "| workload | backend | mesh and schedule | out | dq | dk | dv |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    with ExitStack() as stack:
+        file = stack.enter_context(open(path, "w")) if path and dist.get_rank() == 0 else None
+        for line in chain(head, run(mesh.device, arguments.tokens)):
+            if dist.get_rank() == 0:
+                print(line, flush=True)
+            if file is not None:
+                print(line, file=file, flush=True)
     dist.destroy_process_group()
 
 

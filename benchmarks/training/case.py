@@ -46,6 +46,7 @@ class Case:
         steps: those that are timed, beside one before them.
         host_room: GiB of host memory that one rank may keep layers' shares in; None: nobody looks.
         fused: by what ours has its elementwise work fused, "compile", "liger" or "none".
+        head_chunks: chunks of heads that ours computes attention in, one after another.
     """
 
     row: str
@@ -60,6 +61,7 @@ class Case:
     seed: int = 0
     host_room: float | None = None
     fused: str = "none"
+    head_chunks: int = 1
 
     @property
     def mixed(self) -> bool:

@@ -44,6 +44,7 @@ def parser() -> argparse.ArgumentParser:
     what.add_argument(
         "--ulysses", type=int, help="ranks of ours that exchange heads; the others are a ring. Default: 1"
     )
+    what.add_argument("--head-chunks", type=int, default=1, help="of ours, computed one after another")
     what.add_argument("--seed", type=int, default=3)
     memory = made.add_argument_group("memory: fields of ringattn.memory.settings; a peer takes of them what it has")
     memory.add_argument("--loss-tile", type=_count_or_none, default=2048, help="tokens, or none")
@@ -81,10 +82,10 @@ def checked(options: argparse.Namespace) -> argparse.Namespace:
     """The same options. Raises ValueError for those that cannot be."""
     if unknown := [row for row in options.rows.split(",") if row not in ROWS]:
         raise ValueError(f"--rows must be of {', '.join(ROWS)}, got {unknown[0]!r}")
-    for name, least in (("steps", 0), ("gpus", 1), ("layers", 1), ("every", 1)):
+    for name, least in (("steps", 0), ("gpus", 1), ("layers", 1), ("every", 1), ("head_chunks", 1)):
         value = getattr(options, name)
         if value is not None and value < least:
-            raise ValueError(f"--{name} must be at least {least}, got {value}")
+            raise ValueError(f"--{name.replace('_', '-')} must be at least {least}, got {value}")
     if options.longest and not 0 < options.precision < 1:
         raise ValueError(f"--precision must be a share between 0 and 1, got {options.precision}")
     if options.gpus > 1 and not options.longest:
@@ -124,7 +125,7 @@ def case_of(options: argparse.Namespace, row: str, tokens: int, place: Place) ->
     room = free_host_memory() if options.host_room is None else options.host_room
     case = Case(
         row, config, docs, MemorySettings(**memory), states, updates, dtype, steps=options.steps, seed=options.seed,
-        host_room=room / place.ranks, fused=options.fused,
+        host_room=room / place.ranks, fused=options.fused, head_chunks=options.head_chunks,
     )  # fmt: skip
     planned = plan(config, run_of(case, place), {**memory, "host_layers": host}, states, place.device.type)
     return replace(case, memory=planned.memory)

@@ -33,6 +33,7 @@ def run_of(case: Case, place: Place) -> RunShape:
         case.docs.total,
         ring=mesh.ring,
         ulysses=mesh.ulysses,
+        head_chunks=case.head_chunks,
         lengths=tuple(case.docs.lengths),
         compute=str(case.dtype).removeprefix("torch."),
         kernel_sums=place.device.type == "cuda",

@@ -115,7 +115,9 @@ class Ours:
                 model=self.model, rope=True, rms_norm=True, swiglu=True, cross_entropy=False,
                 fused_linear_cross_entropy=False,
             )  # fmt: skip
-        self._handle = parallelize(self.model, place.mesh, memory, backend=tools.kernel.name)
+        self._handle = parallelize(
+            self.model, place.mesh, memory, backend=tools.kernel.name, head_chunks=case.head_chunks
+        )
         self._waits = Waits()
         if memory.host_layers and place.device.type == "cuda":
             self._waits.of(self._handle.memory.offload)
@@ -128,7 +130,8 @@ class Ours:
             raise
         host = f", {memory.host_layers} layers on the host" if memory.host_layers else ""
         every = f" of every {memory.every}" if memory.every > 1 else ""
-        self.features = f"{_tiles(case)}, keep {memory.keep}{every}{host}" + (
+        chunks = f", heads in {case.head_chunks} chunks" if case.head_chunks > 1 else ""
+        self.features = f"{_tiles(case)}, keep {memory.keep}{every}{host}{chunks}" + (
             f", {case.fused}" if case.fused != "none" else ""
         )
 

@@ -1,11 +1,13 @@
 """Rows that an int32 cannot count, made few here: parts of heads and channels are the call itself."""
 
+from typing import Any
+
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ringattn.recurrent.kernels import reach
+from ringattn.recurrent.kernels import mamba, reach
 from ringattn.recurrent.kernels.contract import Inputs
 from ringattn.recurrent.kernels.mamba import Mamba
 from ringattn.recurrent.kernels.reach import channels_of, near, parts_of
@@ -70,6 +72,44 @@ def test_mamba_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
     assert len(list(parts_of(x))) > 1
     for expected, got in zip(*found, strict=True):
         torch.testing.assert_close(got, expected, rtol=1e-11, atol=1e-11)
+
+
+@pytest.mark.usefixtures("fresh_caches")
+@pytest.mark.parametrize("parted", [True, False])
+def test_gradients_that_come_are_within_reach(monkeypatch: pytest.MonkeyPatch, parted: bool) -> None:
+    """Those of parts put beside each other are views of the whole gradient, with its strides; so are those of an
+    output that was a part of something larger."""
+    install(monkeypatch)
+    x = inputs("steps", 90)
+    came: list[torch.Tensor] = []
+
+    def watched(out: torch.Tensor) -> torch.Tensor:
+        out.register_hook(came.append)
+        return out
+
+    def taps(*given: Any) -> torch.Tensor:
+        return watched(torchs(*given))
+
+    plain = mamba._function()
+
+    def scan(**given: Any) -> Any:
+        found = plain(**given)
+        return (watched(found[0]), found[1]) if isinstance(found, tuple) else watched(found)
+
+    monkeypatch.setattr(mamba, "_function", lambda: scan)
+    limit = 90 * x.v.shape[2] * (2 if parted else x.v.shape[1])
+    monkeypatch.setattr(reach, "COUNTED", limit)
+    rows, weight = x.v.flatten(1).requires_grad_(), torch.randn(x.v[0].numel(), 3, dtype=x.v.dtype)
+    for out in (
+        Mamba().outputs(x.leaves(), (3, 70, 17)),
+        Mamba().run(x.leaves(), (3, 70, 17), None)[0],
+        by_channels(taps, rows, (3, 70, 17), weight, None, True),
+    ):
+        wide = torch.randn(*out.shape[:-1], 5 * out.shape[-1], dtype=out.dtype)
+        out.backward(wide[..., : out.shape[-1]])
+    assert len(came) >= (5 if parted else 3)
+    for one in came:
+        assert sum((size - 1) * stride for size, stride in zip(one.shape, one.stride(), strict=True)) < limit
 
 
 @given(st.integers(1, 30), st.integers(1, 40), st.integers(1, 900))

@@ -16,7 +16,7 @@ from torch import Tensor
 from ringattn.kernels.probing import why_missing
 from ringattn.recurrent.kernels.contract import Inputs, Signature
 from ringattn.recurrent.kernels.loading import foreign_dtypes, load, numbers
-from ringattn.recurrent.kernels.reach import parts_of
+from ringattn.recurrent.kernels.reach import gradient_near, parts_of
 from ringattn.recurrent.piles import put_together
 
 DISTRIBUTION = "mamba-ssm"
@@ -76,7 +76,7 @@ def _call(x: Inputs, states: Tensor | None, last: bool, seq_idx: Tensor | None) 
         own = {"initial_states": states, "return_final_states": True}
     found = _function()(**{name: one[None] for name, one in rows.items()}, A=x.decay[0], chunk_size=CHUNK, **own)
     out, state = found if last else (found, None)
-    return out.squeeze(0).to(x.v.dtype), state
+    return gradient_near(out).squeeze(0).to(x.v.dtype), state
 
 
 @cache  # what raises is not kept, so a repaired installation is found

@@ -6,7 +6,9 @@ the same call.
 """
 
 from collections.abc import Iterator
+from typing import Any
 
+import torch
 from torch import Tensor
 
 from ringattn.recurrent.kernels.contract import Inputs
@@ -19,6 +21,25 @@ def near(x: Tensor) -> Tensor:
     """The same rows, copied side by side if an int32 cannot count to the last number otherwise."""
     last = sum((size - 1) * stride for size, stride in zip(x.shape, x.stride(), strict=True))
     return x if last < COUNTED else x.contiguous()
+
+
+def gradient_near(out: Tensor) -> Tensor:
+    """The same output, whose gradient comes to its kernel as `near` has it.
+
+    Gradients of parts that were put beside each other are views of the whole one, with its strides: on an H200
+    causal-conv1d's gradient of 2^32 numbers in parts was wrong from there on, though every part was few.
+    """
+    return _GradientNear.apply(out) if out.requires_grad else out
+
+
+class _GradientNear(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, out: Tensor) -> Tensor:
+        return out.view_as(out)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Tensor:
+        return near(grads[0])
 
 
 def parts_of(x: Inputs) -> Iterator[tuple[slice, Inputs]]:

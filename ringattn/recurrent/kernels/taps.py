@@ -16,7 +16,7 @@ from torch.nn import functional as F
 from ringattn.environment import logger
 from ringattn.kernels.probing import why_missing
 from ringattn.recurrent.kernels.loading import LAYOUTS, foreign_dtypes, load, numbers
-from ringattn.recurrent.kernels.reach import ALIGNED, channels_of
+from ringattn.recurrent.kernels.reach import ALIGNED, channels_of, gradient_near
 from ringattn.recurrent.kernels.selftest import TOLERANCE, in_a_thread
 from ringattn.recurrent.piles import Rows, put_together, taken_apart
 
@@ -79,10 +79,10 @@ def by_channels(taps: Taps, rows: Tensor, lengths: Lengths, weight: Tensor, bias
     """What `taps` computes, in parts of the channels where there are more numbers than a kernel can count."""
     channels = list(channels_of(rows))
     if len(channels) == 1:
-        return taps(rows, lengths, weight, bias, silu)
+        return gradient_near(taps(rows, lengths, weight, bias, silu))
     biases = [None if bias is None else bias[own] for own in channels]
     found = [taps(rows[:, own], lengths, weight[own], one, silu) for own, one in zip(channels, biases, strict=True)]
-    return torch.cat(found, 1)
+    return torch.cat([gradient_near(one) for one in found], 1)
 
 
 def fused_refusal(signature: TapsSignature) -> str | None:

@@ -13,7 +13,7 @@ from ringattn.training.checkpoint.snapshot import Snapshot
 _ALIGNMENT = 64  # bytes
 # Bytes that are copied at a time. A copy engine has work of other streams as well, attention's transfers between GPUs
 # among it, and takes it between copies: a weight of 500 MB would let that wait for 10 ms.
-_PIECE = 8 << 20
+_PIECE = 32 << 20
 
 
 class CopyStream:

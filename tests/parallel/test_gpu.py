@@ -40,6 +40,9 @@ MESHES = [
 FACTORS = {"out": 1.4, "lse": 1.1, "dq": 1.4, "dk": 1.4, "dv": 1.4, "dsinks": 1.5}
 # Of the errors themselves. A sink's gradient is a sum over all rows of numbers of both signs, of which little is left.
 LIMITS = {"out": 3e-3, "lse": 1e-5, "dq": 3.5e-3, "dk": 3.7e-3, "dv": 3.7e-3, "dsinks": 2e-2}
+# FlashAttention 2 rounds the gradients of a key head once for every query head that it serves, before it adds them up:
+# its own call is off by 3.0e-3 where others are by 2.4e-3.
+ROUNDED_OFTEN = LIMITS | {"dk": 4.3e-3, "dv": 4.3e-3}
 
 
 @pytest.mark.parametrize("backend", ["fa4", "torch"])
@@ -67,8 +70,9 @@ def test_bfloat16_against_float64(pool: Pools, ring: int, ulysses: int, scheme: 
 
 
 def assert_small(got: dict[str, float], single: dict[str, float], case: Case) -> None:
+    limits = ROUNDED_OFTEN if case.options.get("backend") == "torch" else LIMITS
     for name, error in got.items():
-        assert error <= LIMITS[name], (str(case.mask), name, got, single)
+        assert error <= limits[name], (str(case.mask), name, got, single)
         assert error <= FACTORS[name] * single[name] + 1e-7, (str(case.mask), name, got, single)
 
 
@@ -129,6 +133,10 @@ def extra_bytes(ring: int, scheme: str, chunks: int) -> tuple[int, int]:
 @pytest.mark.parametrize("chunks", [1, 4])
 @pytest.mark.parametrize("scheme", ["gather", "ring"])
 def test_the_plan_states_the_memory_that_is_measured(pool: Pools, scheme: str, chunks: int) -> None:
+    """Of a kernel that computes in place: torch's copies keys that are far apart, and has results of its own."""
+    refusals = explain(CallSpec("cuda", torch.bfloat16, 128, 128, 8, 8))
+    if refusals["fa4"] and refusals["fa3"]:
+        pytest.skip(f"fa4 {refusals['fa4']}; fa3 {refusals['fa3']}")
     for measured, stated in pool(2, "cuda").run(extra_bytes, 2, scheme, chunks, timeout=300):
         print(f"{scheme}: {measured} bytes beside the result, {stated} by the plan")
         assert stated * 0.95 <= measured <= stated * 1.05 + 2**21  # the lse and the allocator's rounding

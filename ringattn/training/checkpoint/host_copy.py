@@ -1,6 +1,6 @@
 """A copy of what is saved in host memory, so that the training can go on while it is made and written."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import suppress
 from typing import Any
 
@@ -14,6 +14,8 @@ _ALIGNMENT = 64  # bytes
 # Bytes that are copied at a time. A copy engine has work of other streams as well, attention's transfers between GPUs
 # among it, and takes it between copies: a weight of 500 MB would let that wait for 10 ms.
 _PIECE = 32 << 20
+# Copies that are asked for at a time: CUDA lets the host wait where about a thousand are not made yet.
+_MOST = 512
 
 
 class CopyStream:
@@ -27,9 +29,8 @@ class CopyStream:
         """Copies sources to targets (pairs of target and source), after what the device was asked for so far."""
         self._stream.wait_stream(torch.cuda.current_stream(self._device))
         with torch.cuda.stream(self._stream):
-            for target, source in copies:
-                for to, part in pieces(target, source):
-                    to.copy_(part, non_blocking=True)
+            for target, source in pieces(list(copies)):
+                target.copy_(source, non_blocking=True)
             self._over = torch.cuda.Event(blocking=True)  # whoever waits sleeps: a thread that spun would take a core
             self._over.record()
 
@@ -45,12 +46,16 @@ class CopyStream:
                 self._over.synchronize()
 
 
-def pieces(target: Tensor, source: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
-    """Both in parts of `_PIECE`, as views; a tensor whose numbers do not follow one another is one part."""
-    if source.nbytes <= _PIECE or not (source.is_contiguous() and target.is_contiguous()):
-        return iter([(target, source)])
-    size = _PIECE // source.element_size()
-    return zip(target.view(-1).split(size), source.view(-1).split(size), strict=True)
+def pieces(copies: Sequence[tuple[Tensor, Tensor]]) -> Iterator[tuple[Tensor, Tensor]]:
+    """Pairs of target and source in parts of `_PIECE`, or of more where that would be too many parts, as views; a tensor
+    whose numbers do not follow one another is one part."""
+    piece = max(_PIECE, sum(source.nbytes for _, source in copies) // _MOST)
+    for target, source in copies:
+        if source.nbytes <= piece or not (source.is_contiguous() and target.is_contiguous()):
+            yield target, source
+        else:
+            size = piece // source.element_size()
+            yield from zip(target.view(-1).split(size), source.view(-1).split(size), strict=True)
 
 
 class HostCopy:

@@ -284,15 +284,25 @@ def test_a_disk_that_became_read_only(saves, small_disk, capsys):
     assert f"rank 0: Read-only file system: {small_disk / 'x'}" in capsys.readouterr().err
 
 
+DTYPES = [torch.float32, torch.bfloat16, torch.int8, torch.float64]
+
+
 @settings(deadline=None)
-@given(st.sampled_from([torch.float32, torch.bfloat16, torch.int8, torch.float64]), st.integers(0, 40), st.booleans())
-def test_large_tensors_are_copied_in_pieces(dtype, rows, flipped):
+@given(st.lists(st.tuples(st.sampled_from(DTYPES), st.integers(0, 40), st.booleans()), max_size=6), st.integers(1, 9))
+def test_large_tensors_are_copied_in_pieces(drawn, most):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(host_copy, "_PIECE", 64)
-        source = torch.arange(rows * 3).to(dtype).view(rows, 3)
-        source = source.mT if flipped else source
-        target = torch.full(source.shape, -1).to(dtype)
-        for to, part in host_copy.pieces(target, source):
-            assert flipped or part.nbytes <= 64
+        patch.setattr(host_copy, "_MOST", most)
+        pairs = []
+        for dtype, rows, flipped in drawn:
+            source = torch.arange(rows * 3).to(dtype).view(rows, 3)
+            source = source.mT if flipped else source
+            pairs.append((torch.full(source.shape, -1).to(dtype), source))
+        parts = list(host_copy.pieces(pairs))
+        limit = max(64, sum(source.nbytes for _, source in pairs) // most)
+        for to, part in parts:
+            assert part.nbytes <= limit or any(source is part and not part.is_contiguous() for _, source in pairs)
             to.copy_(part)
-        assert torch.equal(target, source)
+        assert len(parts) <= 2 * most + 2 * len(pairs) + 1
+        for target, source in pairs:
+            assert torch.equal(target, source)

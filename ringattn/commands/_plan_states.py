@@ -136,5 +136,5 @@ def render_states(report: dict[str, Any]) -> str:
         rows.append([name, f"{one['seconds'] * 1e3:.2f}{mark}", f"{one['sent_bytes'] / 2**20:.1f}", str(one["rounds"])])
     lines += ["", *table(rows, left=1), "  * chosen"]
     seconds = " and ".join(f"{name} {report['seconds'][name] * 1e3:.2f} ms" for name in PASSES)
-    lines += row("", f"one layer, all ranks together: {seconds}; the kernel's rate is a guess, not calibrated")
+    lines += row("", f"one layer, all ranks together: {seconds}")
     return "\n".join(lines)

@@ -142,8 +142,10 @@ class _Return(torch.autograd.Function):
 def _deal(x: Tensor, shares: HeadShares, columns: tuple[Range, ...], wire: Wire) -> Tensor:
     mine = columns[shares.rank]
     size = x.shape[2:].numel()
-    send = torch.cat([x[:, a:b].reshape(-1) for a, b in columns])
     sends = [len(x) * (b - a) * size for a, b in columns]
+    send = x.new_empty(sum(sends))
+    for part, (a, b) in zip(send.split(sends), columns, strict=True):
+        part.view(len(x), b - a, *x.shape[2:]).copy_(x[:, a:b])
     receives = [tokens * (mine[1] - mine[0]) * size for tokens in shares.tokens]
     return wire.exchange(send, sends, receives).view(sum(shares.tokens), mine[1] - mine[0], *x.shape[2:])
 
@@ -153,11 +155,17 @@ def _give_back(x: Tensor, heads: int, shares: HeadShares, columns: tuple[Range, 
     tokens, size = shares.tokens[shares.rank], x.shape[2:].numel()
     sends = [rows * x.shape[1] * size for rows in shares.tokens]
     receives = [tokens * (b - a) * size for a, b in columns]
-    parts = wire.exchange(x.reshape(-1), sends, receives).split(receives)
+    flat = wire.exchange(x.reshape(-1), sends, receives).split(receives)
+    parts = [part.view(tokens, b - a, *x.shape[2:]) for part, (a, b) in zip(flat, columns, strict=True)]
+    if sum(b - a for a, b in columns) == heads:  # each head is on one rank
+        out = x.new_empty(tokens, heads, *x.shape[2:])
+        for (a, b), part in zip(columns, parts, strict=True):
+            out[:, a:b] = part
+        return out
     wide = torch.promote_types(x.dtype, torch.float32)
     out = x.new_zeros(tokens, heads, *x.shape[2:], dtype=wide)
     for (a, b), part in zip(columns, parts, strict=True):
-        out[:, a:b] += part.view(tokens, b - a, *x.shape[2:])
+        out[:, a:b] += part
     return out.to(x.dtype)
 
 

@@ -32,9 +32,13 @@ from ringattn.recurrent.plan import Piece, chains_of, roles_of
 from ringattn.recurrent.rounds import Place, is_state, taken
 
 ROUTES = ("scan", "exchange")
-# Tokens of a chunk, and what part of an attention kernel's rate the products of a recurrence reach: its matrices are
-# smaller. Not calibrated.
-CHUNK, RATE = 64, 0.3
+# Tokens of a chunk, and what part of an attention kernel's rate the products of a recurrence reach, forward and backward:
+# matrices are small, and most of the time goes to reading and writing. On an H200, 32 heads of 128 in bfloat16 (see
+# benchmarks/results/recurrent-h200.md), 0.074 by flash-linear-attention's gated delta rule and 0.068 by mamba-ssm.
+CHUNK, RATE = 64, 0.07
+# How often what the exchange moves is copied on the device, of q and k, v and outputs on average: side by side for each
+# rank, into rows again, into the order of the stream, and contiguous for the kernel.
+COPIES = 2.5
 
 
 @dataclass(frozen=True)
@@ -112,6 +116,11 @@ def dealt_bytes(layout: Layout, shape: RecurrenceShape) -> tuple[float, float]:
     return rows * shape.row_numbers(ranks) - back, back
 
 
+def copy_seconds(sent: float, ranks: int, machine: Machine) -> float:
+    """Of the exchange's copies on a device that sends so many bytes to others: they read and write its own share too."""
+    return COPIES * 2 * sent * ranks / max(1, ranks - 1) / machine.copy_bandwidth
+
+
 def prices(layout: Layout, shape: RecurrenceShape, machine: Machine | None = None) -> tuple[RoutePrice, RoutePrice]:
     """Of the scan and of the exchange."""
     machine = layout.mesh.planned_for(machine)
@@ -121,7 +130,7 @@ def prices(layout: Layout, shape: RecurrenceShape, machine: Machine | None = Non
     # Where heads do not divide by the ranks, the rank with most of them computes longer.
     uneven = -(-shape.heads // ranks) * ranks / shape.heads - 1
     tokens = max(layout.tokens(rank) for rank in range(ranks))
-    swapped = 8 * transfer_seconds(machine, moved / 8, link, "all_to_all")
+    swapped = 8 * transfer_seconds(machine, moved / 8, link, "all_to_all") + copy_seconds(moved, ranks, machine)
     swapped += kernel_seconds(shape, uneven * tokens * 3, machine)
     return _scanned(layout, shape, machine), RoutePrice("exchange", float(swapped), moved)
 

@@ -1,6 +1,6 @@
 """When each rank computes and waits in a layer that carries a state: all ranks played through, from integers.
 
-As the routes do it (`scan`, `exchange`), and at the rates of `ringattn.recurrent.price`, which are not calibrated.
+As the routes do it (`scan`, `exchange`), and at the rates of `ringattn.recurrent.price`.
 """
 
 from collections.abc import Sequence
@@ -10,7 +10,15 @@ from ringattn.parallel.layout import Layout
 from ringattn.parallel.machine.machine import Machine, transfer_seconds
 from ringattn.parallel.simulation.spans import PASSES, Pass, Span
 from ringattn.recurrent.exchange import head_shares
-from ringattn.recurrent.price import RecurrenceShape, dealt_bytes, kernel_seconds, prices, round_times, scan_work
+from ringattn.recurrent.price import (
+    RecurrenceShape,
+    copy_seconds,
+    dealt_bytes,
+    kernel_seconds,
+    prices,
+    round_times,
+    scan_work,
+)
 
 # Stages of the scan's kernels; the exchange has one.
 WHOLE, OPENED, FOLLOWED = range(3)
@@ -95,6 +103,7 @@ def _exchange(layout: Layout, shape: RecurrenceShape, machine: Machine, backward
 
     def moved(size: float, transfers: int) -> _Step:
         seconds = transfers * float(transfer_seconds(machine, size / transfers, link, "all_to_all"))
+        seconds += copy_seconds(size, ranks, machine)
         return _Step("exchange", 0, [seconds if ranks > 1 else 0.0] * ranks)
 
     there, back = dealt_bytes(layout, shape)

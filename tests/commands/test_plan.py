@@ -254,7 +254,7 @@ def test_a_layer_with_a_state_is_planned_too(capsys):
     assert "argument --recurrent-dim: " in capsys.readouterr().err
 
 
-def test_degrees_are_weighed_with_the_states(capsys):
+def test_degrees_are_weighed_with_the_states(capsys, tmp_path):
     """As a model with such layers is laid out; with another policy as before."""
     argv = ["plan", "--tokens", "262144", "--sequence", "8", "--machine", "H200"]
     argv += ["--heads", "16/4", "--head-dim", "256"]
@@ -265,7 +265,9 @@ def test_degrees_are_weighed_with_the_states(capsys):
     assert "degrees balanced on ring 2 × ulysses 4 of balanced on ring 2 × ulysses 4" in weighed
     assert "1 attention and 3 recurrent layers" in weighed
     assert "ring 2 × ulysses 4, balanced layout" in weighed
-    few = ["--tokens", "262144", "--ring", "8", "--recurrent", "delta"]
+    lengths = tmp_path / "lengths.txt"
+    lengths.write_text(" ".join(map(str, [30_000] * 2 + [5000] * 30)))
+    few = ["--lengths", str(lengths), "--ring", "8", "--recurrent", "delta"]
     for layers, policy in (("1", "balanced"), ("1024", "contiguous")):
         assert report(capsys, *few, "--recurrent-layers", layers)["policy"] == policy
     assert report(capsys, *few, "--recurrent-layers", "1024", "--policy", "zigzag")["policy"] == "zigzag"

@@ -56,7 +56,7 @@ def test_ranks_and_depth_do_not_change_the_choice(lengths: list[int], times: int
 
 
 def test_attention_is_balanced_and_states_are_cut_seldom() -> None:
-    docs, mesh = Documents([262_144]), MeshShape(ring=8, machine=H200)
+    docs, mesh = Documents([5000] * 50), MeshShape(ring=8, machine=H200)
     found = {name: weigh(docs, mesh, layers) for name, layers in LAYERS.items()}
     assert found["attention alone"].layout.resolved_policy == "balanced"
     assert found["states alone"].layout.resolved_policy == "contiguous"

@@ -32,9 +32,10 @@ from ringattn.recurrent.plan import Piece, chains_of, roles_of
 from ringattn.recurrent.rounds import Place, is_state, taken
 
 ROUTES = ("scan", "exchange")
-# Tokens of a chunk, and what part of an attention kernel's rate the products of a recurrence reach, forward and backward:
-# matrices are small, and most of the time goes to reading and writing. On an H200, 32 heads of 128 in bfloat16 (see
-# benchmarks/results/recurrent-h200.md), 0.074 by flash-linear-attention's gated delta rule and 0.068 by mamba-ssm.
+# Tokens of a chunk, and what part of an attention kernel's rate the products of a recurrence reach, forward and
+# backward: matrices are small, and most of the time goes to reading and writing. On an H200, with 32 heads of 128 in
+# bfloat16, 0.074 by flash-linear-attention's gated delta rule and 0.068 by mamba-ssm
+# (benchmarks/results/recurrent-h200.md).
 CHUNK, RATE = 64, 0.07
 # How often what the exchange moves is copied on the device, of q and k, v and outputs on average: side by side for each
 # rank, into rows again, into the order of the stream, and contiguous for the kernel.
@@ -117,7 +118,7 @@ def dealt_bytes(layout: Layout, shape: RecurrenceShape) -> tuple[float, float]:
 
 
 def copy_seconds(sent: float, ranks: int, machine: Machine) -> float:
-    """Of the exchange's copies on a device that sends so many bytes to others: they read and write its own share too."""
+    """Of the exchange's copies on a device that sends so many bytes to others, and its own share too."""
     return COPIES * 2 * sent * ranks / max(1, ranks - 1) / machine.copy_bandwidth
 
 

@@ -47,8 +47,8 @@ class CopyStream:
 
 
 def pieces(copies: Sequence[tuple[Tensor, Tensor]]) -> Iterator[tuple[Tensor, Tensor]]:
-    """Pairs of target and source in parts of `_PIECE`, or of more where that would be too many parts, as views; a tensor
-    whose numbers do not follow one another is one part."""
+    """Pairs of target and source in parts of `_PIECE`, or of more where that would be too many parts, as views; a
+    tensor whose numbers do not follow one another is one part."""
     piece = max(_PIECE, sum(source.nbytes for _, source in copies) // _MOST)
     for target, source in copies:
         if source.nbytes <= piece or not (source.is_contiguous() and target.is_contiguous()):

@@ -2,6 +2,7 @@
 
     torchrun --nproc-per-node 4 benchmarks/errors.py --out benchmarks/results/errors.md
     torchrun --nproc-per-node 2 benchmarks/errors.py --tokens 512    # on any machine, in seconds
+    torchrun --nproc-per-node 2 benchmarks/errors.py --kinds tree,images,clipped --backends fa4
 
 Error = ‖x − reference‖ / ‖reference‖ over the whole stream. bfloat16 inputs, float64 reference from the same inputs.
 Every mesh of the started ranks is run: ring (gather and ring schedules), ulysses, and both. Trees and blocks are also
@@ -10,7 +11,7 @@ computed by FlexAttention with a mask of the documents, on one GPU.
 
 import argparse
 import platform
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from datetime import date
 from itertools import chain
@@ -116,14 +117,18 @@ def meshes(world: int) -> Iterator[tuple[str, int, int, str]]:
             yield f"ring {ring} × ulysses {ulysses}, {scheme}", ring, ulysses, scheme
 
 
-def run(device: torch.device, tokens: int) -> Iterator[str]:
+def run(device: torch.device, tokens: int, kinds: Sequence[str], asked: Sequence[str]) -> Iterator[str]:
     """Rows of the table, as they are measured; collective."""
     shapes = {
         (ring, ulysses): init_mesh(ring=ring, ulysses=ulysses) for _, ring, ulysses, _ in meshes(dist.get_world_size())
     }
     spec = CallSpec(device.type, torch.bfloat16, DIM, DIM, HEADS, KEY_HEADS)
     backends = [backend for backend, reason in explain(spec).items() if reason is None and backend != "reference"]
+    if asked:
+        backends = [backend for backend in backends if backend in asked]
     for name, (docs, mask) in workloads(tokens).items():
+        if kinds and name.split()[0] not in kinds:
+            continue
         x = inputs(docs, device)
         expected = reference(x, docs, mask)
         for backend in backends:
@@ -148,7 +153,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", help="also write the table to this file")
     parser.add_argument("--tokens", type=int, default=TOKENS, help="of a stream (default: %(default)s)")
+    parser.add_argument("--kinds", default="", help="of workloads, by their first word: tree,images; default: all")
+    parser.add_argument("--backends", default="", help="fa4,fa3; default: all that are there")
     arguments = parser.parse_args()
+    kinds, asked = ([one for one in text.split(",") if one] for text in (arguments.kinds, arguments.backends))
     path, mesh = arguments.out, init_mesh()
     world = dist.get_world_size()
     device = torch.cuda.get_device_name() if mesh.device.type == "cuda" else "CPU rank"
@@ -166,7 +174,7 @@ def main() -> None:
     ]
     with ExitStack() as stack:
         file = stack.enter_context(open(path, "w")) if path and dist.get_rank() == 0 else None
-        for line in chain(head, run(mesh.device, arguments.tokens)):
+        for line in chain(head, run(mesh.device, arguments.tokens, kinds, asked)):
             if dist.get_rank() == 0:
                 print(line, flush=True)
             if file is not None:

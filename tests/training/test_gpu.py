@@ -85,7 +85,7 @@ def test_a_copy_for_the_thread_is_of_its_moment(host_copy: HostCopy) -> None:
     and before those that come after `hold`."""
     device = torch.device("cuda")
     tensors = {
-        "a": torch.rand(5 << 20, device=device),  # more than is copied at a time
+        "a": torch.rand(9 << 20, device=device),  # more than is copied at a time
         "b": torch.ones(3, 5, device=device, dtype=torch.bfloat16).T,
     }
     host_copy.take_memory(snapshot_of(tensors))

@@ -20,6 +20,7 @@ from ringattn.kernels.spec import Range, to_device
 from ringattn.parallel.layout import Layout
 from ringattn.recurrent.kernels.contract import Inputs, Kernel
 from ringattn.recurrent.piles import put_together, taken_apart
+from ringattn.recurrent.plan import pieces_of
 from ringattn.recurrent.wire import Wire
 
 
@@ -87,15 +88,19 @@ def exchange(x: Inputs, layout: Layout, kernel: Kernel, wire: Wire, rank: int | 
     D = x.k.shape[2]
 
     def dealt(rows: Tensor, columns: tuple[Range, ...]) -> Tensor:
-        """This rank's heads of all tokens of documents, in the order of the stream."""
-        return taken_apart(_Deal.apply(rows, shares, columns, wire), [order])[0]
+        """This rank's heads of all tokens, rank by rank."""
+        return _Deal.apply(rows, shares, columns, wire)
 
-    q, k = dealt(torch.cat([x.q, x.k], 2), shares.keys).split([D, D], 2)
-    v = dealt(x.v, shares.values)
+    def ordered(rows: Tensor) -> Tensor:
+        """Those of documents in the order of the stream, contiguous as kernels want them."""
+        return taken_apart(rows, [order])[0]
+
+    q, k = map(ordered, dealt(torch.cat([x.q, x.k], 2), shares.keys).split([D, D], 2))
+    v = ordered(dealt(x.v, shares.values))
     rest = [x.decay if x.decay.dim() == 3 else x.decay[..., None]]
     rest += [one[..., None] for one in (x.beta, x.step) if one is not None]
     widest = reduce(torch.promote_types, [one.dtype for one in rest])
-    gates = dealt(torch.cat([one.to(widest) for one in rest], 2), shares.values)
+    gates = ordered(dealt(torch.cat([one.to(widest) for one in rest], 2), shares.values))
     decay, *others = gates.split([one.shape[2] for one in rest], 2)
     found = iter(one[..., 0] for one in others)
     beta, step = (None if one is None else next(found).to(one.dtype) for one in (x.beta, x.step))
@@ -170,16 +175,24 @@ def _give_back(x: Tensor, heads: int, shares: HeadShares, columns: tuple[Range, 
 
 
 def _stream_order(layout: Layout, device: torch.device) -> Tensor:
-    """Rows, among the tokens rank by rank, of the documents' tokens end to end."""
+    """Rows, among the tokens rank by rank, of the documents' tokens end to end: (sum of lengths,).
+
+    A number for every piece goes to the device, and every token's is counted there. Kept with the layout.
+    """
 
     def make() -> Tensor:
         ranks = range(layout.mesh.sequence_size)
         starts = accumulate((layout.tokens(rank) for rank in ranks), initial=0)
-        row = torch.empty(layout.docs.total, dtype=torch.int64, device="cpu")
-        for rank, start in zip(ranks, starts, strict=False):
-            row[layout.indices(rank)] = torch.arange(start, start + layout.tokens(rank), device="cpu")
-        docs = layout.docs
-        parts = [row[start : start + size] for start, size in zip(docs.starts, docs.lengths, strict=True)]
-        return to_device(torch.cat(parts) if parts else row[:0], device)
+        pieces = [
+            (piece.document, piece.first, start + piece.row, piece.size)
+            for start, held in zip(starts, pieces_of(layout), strict=False)
+            for piece in held
+        ]
+        pieces.sort()
+        sizes = [size for *_, size in pieces]
+        total = sum(sizes)
+        shifts = [row - before for (*_, row, _), before in zip(pieces, accumulate(sizes, initial=0), strict=False)]
+        shift, size = (to_device(torch.tensor(one, dtype=torch.int64, device="cpu"), device) for one in (shifts, sizes))
+        return torch.arange(total, device=device) + shift.repeat_interleave(size, output_size=total)
 
     return kept(layout, ("stream order", device), make)

@@ -1,10 +1,12 @@
 """Plans of recurrences: every token in one piece, chains in document order, and transfers that all ranks agree on."""
 
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
 from ringattn import Documents, Layout, MeshShape
+from ringattn.recurrent.exchange import _stream_order
 from ringattn.recurrent.halo_plan import plan_halo
 from ringattn.recurrent.plan import RecurrencePlan, plan_recurrence
 from ringattn.recurrent.price import RecurrenceShape, cheaper, prices, received
@@ -130,3 +132,12 @@ def test_what_is_priced_is_what_is_planned(docs: Documents, mesh: tuple[int, int
             for part in (plan.ahead[number] for plan in plans)
         )
         assert priced == 4 * most
+
+
+@given(docs=documents(), mesh=MESHES, policy=POLICIES)
+def test_the_order_of_the_stream(docs: Documents, mesh: tuple[int, int], policy: str) -> None:
+    layout = Layout(docs, MeshShape(1, *mesh, 0), policy)
+    by_rank = torch.cat([layout.indices(rank) for rank in range(mesh[0] * mesh[1])])
+    spans = zip(docs.starts, docs.lengths, strict=True)
+    expected = [token for start, size in spans for token in range(start, start + size)]
+    assert by_rank[_stream_order(layout, torch.device("cpu"))].tolist() == expected

@@ -37,8 +37,8 @@ ROUTES = ("scan", "exchange")
 # bfloat16, 0.074 by flash-linear-attention's gated delta rule and 0.068 by mamba-ssm
 # (benchmarks/results/recurrent-h200.md).
 CHUNK, RATE = 64, 0.07
-# How often what the exchange moves is copied on the device, of q and k, v and outputs in both passes on average: q beside
-# k, side by side for each rank, into rows again, and into the order of the stream.
+# How often what the exchange moves is copied on the device, of q and k, v and outputs in both passes on average: q
+# beside k, side by side for each rank, into rows again, and into the order of the stream.
 COPIES = 2.3
 
 

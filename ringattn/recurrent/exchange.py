@@ -148,10 +148,8 @@ def _deal(x: Tensor, shares: HeadShares, columns: tuple[Range, ...], wire: Wire)
     mine = columns[shares.rank]
     size = x.shape[2:].numel()
     sends = [len(x) * (b - a) * size for a, b in columns]
-    send = x.new_empty(sum(sends))
-    for part, (a, b) in zip(send.split(sends), columns, strict=True):
-        part.view(len(x), b - a, *x.shape[2:]).copy_(x[:, a:b])
     receives = [tokens * (mine[1] - mine[0]) * size for tokens in shares.tokens]
+    send = _packed(x, columns, sends)
     return wire.exchange(send, sends, receives).view(sum(shares.tokens), mine[1] - mine[0], *x.shape[2:])
 
 
@@ -160,18 +158,35 @@ def _give_back(x: Tensor, heads: int, shares: HeadShares, columns: tuple[Range, 
     tokens, size = shares.tokens[shares.rank], x.shape[2:].numel()
     sends = [rows * x.shape[1] * size for rows in shares.tokens]
     receives = [tokens * (b - a) * size for a, b in columns]
-    flat = wire.exchange(x.reshape(-1), sends, receives).split(receives)
+    received = wire.exchange(x.reshape(-1), sends, receives)
+    if _are_even(columns, heads):
+        by_rank = received.view(len(columns), tokens, heads // len(columns), *x.shape[2:])
+        return by_rank.transpose(0, 1).reshape(tokens, heads, *x.shape[2:])
+    flat = received.split(receives)
     parts = [part.view(tokens, b - a, *x.shape[2:]) for part, (a, b) in zip(flat, columns, strict=True)]
     if sum(b - a for a, b in columns) == heads:  # each head is on one rank
-        out = x.new_empty(tokens, heads, *x.shape[2:])
-        for (a, b), part in zip(columns, parts, strict=True):
-            out[:, a:b] = part
-        return out
+        return torch.cat(parts, 1)
     wide = torch.promote_types(x.dtype, torch.float32)
     out = x.new_zeros(tokens, heads, *x.shape[2:], dtype=wide)
     for (a, b), part in zip(columns, parts, strict=True):
         out[:, a:b] += part
     return out.to(x.dtype)
+
+
+def _packed(x: Tensor, columns: tuple[Range, ...], sizes: list[int]) -> Tensor:
+    """The columns for each rank, one rank after another, copied once."""
+    if _are_even(columns, x.shape[1]):
+        return x.unflatten(1, (len(columns), x.shape[1] // len(columns))).transpose(0, 1).reshape(-1)
+    out = x.new_empty(sum(sizes))
+    for part, (a, b) in zip(out.split(sizes), columns, strict=True):
+        part.view(len(x), b - a, *x.shape[2:]).copy_(x[:, a:b])
+    return out
+
+
+def _are_even(columns: tuple[Range, ...], heads: int) -> bool:
+    """Whether every rank has as many heads as another, and none that another has: then one copy does for all ranks."""
+    each, rest = divmod(heads, len(columns))
+    return not rest and all(pair == (each * rank, each * (rank + 1)) for rank, pair in enumerate(columns))
 
 
 def _stream_order(layout: Layout, device: torch.device) -> Tensor:

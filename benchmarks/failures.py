@@ -4,6 +4,7 @@
     python -m benchmarks.failures faults --hosts        the same, as if each rank were on a machine of its own
                                                         (sockets); on one GPU both ranks have it
     python -m benchmarks.failures saving --folder /data             one rank, a model of 1.2 billion parameters
+    python -m benchmarks.failures saving --folder /data --ranks 2 data.packs_per_step=2   the same with collectives
 
 Without GPUs `faults` runs on gloo and the CPU. Each part prints a table in Markdown.
 """
@@ -183,8 +184,9 @@ step, save = loop.Trainer._train_step, loop.Trainer.save
 def timed(self, *given, **named):
     began = time.perf_counter()
     done = step(self, *given, **named)
-    with open(out, "a") as file:
-        print(self.step, began, time.perf_counter(), file=file)
+    if os.environ["RANK"] == "0":
+        with open(out, "a") as file:
+            print(self.step, began, time.perf_counter(), file=file)
     return done
 def saved(self, places=None):
     if way == "none":
@@ -226,13 +228,14 @@ def read_times(path: Path) -> Times:
     return Times(*({int(line[0]): float(line[at]) for line in lines} for at in (1, 2)))
 
 
-def saving(folder: Path, ways: Sequence[str], every: int, overrides: Sequence[str]) -> Iterator[str]:
+def saving(folder: Path, ways: Sequence[str], every: int, ranks: int, overrides: Sequence[str]) -> Iterator[str]:
     """Rows: how it is saved; seconds between the step that is saved and the next; seconds by which that and the three
     steps take longer than the same ones of a run that saves nothing; a step's, the median; the share; GB on disk. The
     last save of a run is waited for in every case and is left out.
 
     Arguments:
         every: so many steps are between two saves.
+        ranks: that train, each on a GPU of its own.
     """
     right: Times | None = None
     for way in ("none", *ways):
@@ -240,11 +243,16 @@ def saving(folder: Path, ways: Sequence[str], every: int, overrides: Sequence[st
         output, times = folder / way, folder / f"{way}.txt"
         words = [sys.executable, "-c", TIMED, str(times), way, *BILLION, *overrides, f"run.output={output}"]
         words += [one.format(every=every) for one in own]
-        done = subprocess.run(
-            words, cwd=ROOT, env=variables(0, 1, free_port(), False), capture_output=True, text=True, check=False
-        )
-        if done.returncode:
-            yield f"| {name} | {done.stderr[-600:]!r} | | | | |"
+        output.mkdir(parents=True)
+        port, log = free_port(), folder / f"{way}.log"
+        with open(log, "w") as file:
+            started = [
+                subprocess.Popen(words, cwd=ROOT, env=variables(rank, ranks, port, False), stdout=file, stderr=file)
+                for rank in range(ranks)
+            ]
+            codes = [process.wait() for process in started]
+        if any(codes):
+            yield f"| {name} | {log.read_text()[-600:]!r} | | | | |"
             continue
         found = read_times(times)
         steps = sorted(found.over[step] - found.began[step] for step in found.over)
@@ -276,6 +284,7 @@ def main() -> None:
     parser.add_argument(
         "--every", type=int, default=24, help="steps between saves; a disk should have time to write one"
     )
+    parser.add_argument("--ranks", type=int, default=1, help="of saving, each on a GPU of its own")
     parser.add_argument("overrides", nargs="*")
     args = parser.parse_intermixed_args()  # options between overrides
     kinds, ways = args.kinds.split(","), args.ways.split(",")
@@ -293,7 +302,7 @@ def main() -> None:
                 "| a save | before the next step, s | longer with three steps, s | a step, s | of a step | GB on disk |"
             )
             print("|---|---|---|---|---|---|")
-            rows = saving(Path(folder), ways, args.every, args.overrides)
+            rows = saving(Path(folder), ways, args.every, args.ranks, args.overrides)
         for row in rows:
             print(row, flush=True)
 

@@ -40,7 +40,7 @@ class ModelShape:
         tileable: every layer has an MLP that can be computed in tiles.
         values: dim of a head's values, where it is another than that of its keys; 0: the same.
         latents: of attention with latent keys.
-        common_keys: key heads that divide those of every layer, where these have several numbers of them; 0: all do.
+        common_keys: the most key heads that divide those of every layer; 0: `key_heads`, which all layers have.
     """
 
     name: str

@@ -5,8 +5,8 @@ from typing import Any
 
 from benchmarks.training.case import Case, Place
 from ringattn.hf.shape import model_shape
-from ringattn.memory.planning.choice import Planner
 from ringattn.memory.planning.limits import Limits
+from ringattn.memory.planning.planner import Planner
 from ringattn.memory.planning.settled import Settled
 from ringattn.memory.planning.shapes import ModelShape, RunShape
 from ringattn.memory.settings import MemorySettings, StateSettings

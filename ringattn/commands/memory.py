@@ -4,10 +4,11 @@
     ringattn memory --seq-len 128K --gpus 2 --keep attention --loss-tile 2048
     ringattn memory --gpus 8 --longest
 
-Settings that are not given are chosen: of all that fit, the fastest. What changes the numbers that
-a run computes (--weights, --moments, --reduce) is never chosen. Planned from the shapes of the
-model, for packs of one document, which is the dearest; no GPU is needed. Exit code 2 if nothing
-fits, with what would make it fit.
+Settings that are not given are chosen: of all that fit, the fastest. Other degrees of the mesh than
+the fastest, and several chunks of heads, are tried where nothing fits without. What changes the
+numbers that a run computes (--weights, --moments, --reduce) is never chosen. Planned from the
+shapes of the model, for packs of one document, which is the dearest; no GPU is needed. Exit code 2
+if nothing fits, with what would make it fit.
 """
 
 import argparse
@@ -43,9 +44,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--seq-len", type=length, metavar="T", help="tokens of a pack, as 131072, 128K or 1M")
     parser.add_argument("--gpus", type=ranks, default=8, metavar="N", help="all GPUs, default 8")
     parser.add_argument("--data", type=ranks, default=1, metavar="D", help="groups with packs of their own, default 1")
-    parser.add_argument("--ring", type=ranks, metavar="R", help="ranks that pass keys; default: the fastest")
-    parser.add_argument("--ulysses", type=ranks, metavar="U", help="ranks that exchange heads; default: the fastest")
-    parser.add_argument("--head-chunks", type=integer(HEADS), default=1, metavar="N", help="chunks of heads, default 1")
+    parser.add_argument("--ring", type=ranks, metavar="R", help="ranks that pass keys; default: the fastest that fit")
+    parser.add_argument(
+        "--ulysses", type=ranks, metavar="U", help="ranks that exchange heads; default: the fastest that fit"
+    )
+    parser.add_argument(
+        "--head-chunks",
+        type=integer(HEADS),
+        metavar="N",
+        help="as parallel.head_chunks: chunks of heads that attention is computed in; default: one, or the fastest "
+        "that fit",
+    )
     parser.add_argument("--micro-steps", type=integer(TOKENS), default=1, metavar="N", help="packs of a rank in a step")
     parser.add_argument("--engine", choices=("fsdp2", "deepspeed"), default="fsdp2", help="default fsdp2")
     parser.add_argument("--zero-stage", type=integer(3), default=3, metavar="N", help="of deepspeed, default 3")
@@ -118,19 +127,21 @@ def run(args: argparse.Namespace) -> int:
 def examine(args: argparse.Namespace) -> "Choice":
     """The choice that is asked for. Raises ValueError for options that cannot go together, or where nothing fits."""
     from ringattn.memory.planning.choice import longest, plan_run
+    from ringattn.memory.planning.ways import FreeShape
 
     machine = _workload.machine(args)
     model = shape_of_model(args)
     room = limits(args, machine)
     if args.longest == (args.seq_len is not None):
         raise ValueError("expected --seq-len, or --longest to find it")
-    shape, wanted = run_shape(args, model, machine), fixed(args)
+    shape, wanted = run_shape(args, model), fixed(args)
+    free = FreeShape(degrees=args.ring is None and args.ulysses is None, chunks=args.head_chunks is None)
     if args.longest:
-        tokens = longest(model, shape, wanted, room, machine)
+        tokens = longest(model, shape, wanted, room, machine, free)
         if not tokens:
             raise ValueError(f"--longest: not even {shape.tokens} tokens of {model.name} fit {shape.ranks} GPUs")
         shape = replace(shape, tokens=tokens)
-    return plan_run(model, shape, wanted, room, machine)
+    return plan_run(model, shape, wanted, room, machine, free)
 
 
 def fixed(args: argparse.Namespace) -> dict[str, Any]:
@@ -140,9 +151,11 @@ def fixed(args: argparse.Namespace) -> dict[str, Any]:
     return {name: None if value == "none" else value for name, value in found.items() if value not in (None, AUTO)}
 
 
-def run_shape(args: argparse.Namespace, model: "ModelShape", machine: "Machine") -> "RunShape":
-    """Tokens and ranks; degrees that were left open are the fastest."""
-    from ringattn.memory.planning.attention import degrees
+def run_shape(args: argparse.Namespace, model: "ModelShape") -> "RunShape":
+    """Tokens and ranks; of degrees that were left open the product counts.
+
+    Raises ValueError for chunks into which the heads of no rank part.
+    """
     from ringattn.memory.planning.shapes import RunShape
     from ringattn.parallel.mesh.shape import resolve_mesh
 
@@ -150,7 +163,14 @@ def run_shape(args: argparse.Namespace, model: "ModelShape", machine: "Machine")
         mesh = resolve_mesh(args.gpus, args.data, args.ring, args.ulysses)
     except ValueError as error:
         raise ValueError(f"--gpus {args.gpus}: {error}") from None
-    shape = RunShape(
+    open_degrees = args.ring is None and args.ulysses is None
+    least = 1 if open_degrees else mesh.ulysses
+    if (chunks := args.head_chunks or 1) not in (possible := model.head_chunks(least)):
+        told = ", ".join(map(str, possible))
+        raise ValueError(
+            f"--head-chunks {chunks} must divide the key heads of a rank; with ulysses {least} there may be {told}"
+        )
+    return RunShape(
         tokens=args.seq_len or 1024 * mesh.sequence_size,
         ring=mesh.ring,
         ulysses=mesh.ulysses,
@@ -158,15 +178,9 @@ def run_shape(args: argparse.Namespace, model: "ModelShape", machine: "Machine")
         engine=args.engine,
         zero_stage=args.zero_stage,
         micro_steps=args.micro_steps,
-        head_chunks=args.head_chunks,
+        head_chunks=chunks,
         fused=args.compile == "elementwise",
     )
-    if args.ring is None and args.ulysses is None:
-        # The longest pack is not known yet: any long one has the same degrees.
-        tried = replace(shape, tokens=args.seq_len or 131072 * mesh.sequence_size)
-        found = degrees(model, tried, machine)
-        shape = replace(shape, ring=found.ring, ulysses=found.ulysses)
-    return shape
 
 
 def limits(args: argparse.Namespace, machine: "Machine") -> "Limits":
@@ -215,7 +229,7 @@ def report(choice: "Choice") -> dict[str, Any]:
         "machine": {"name": choice.machine.name, **choice.machine.provenance},
         "limits": {"device": choice.limits.device_room, "host": finite(choice.limits.host_room(run.ranks))},
         "settings": choice.settled.values,
-        "fixed": sorted(choice.fixed),
+        "fixed": sorted([*choice.fixed, *([] if choice.free.chunks else ["head_chunks"])]),
         "memory": {
             phase: {"at": moment.name, "total": moment.total, "items": dict(moment.items)}
             for phase, moment in plan.peaks.items()

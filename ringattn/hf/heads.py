@@ -5,6 +5,7 @@ that is turned by positions. What is read is compared with the weights, so that 
 """
 
 import inspect
+import math
 from collections.abc import Iterable
 from typing import Any, NamedTuple
 
@@ -79,6 +80,12 @@ def heads_of_weights(attentions: Iterable[nn.Module], heads: Heads) -> Heads:
                     f"configuration make {known[0]}: the planner knows models whose layers have the same heads"
                 )
     return heads._replace(keys=most)
+
+
+def common_key_heads(attentions: Iterable[nn.Module], heads: Heads) -> int:
+    """The most key heads that divide those of every attention."""
+    widths = (_width(one, "k_proj", heads.keys * heads.dim) for one in attentions)
+    return math.gcd(*(width // heads.dim for width in widths))
 
 
 def _width(attention: nn.Module, name: str, default: int, side: str = "out_features") -> int:

@@ -10,7 +10,7 @@ from typing import Any
 from torch import nn
 
 from ringattn.hf.head import steps_after_head
-from ringattn.hf.heads import heads_of, heads_of_weights, latents_of
+from ringattn.hf.heads import common_key_heads, heads_of, heads_of_weights, latents_of
 from ringattn.hf.layer_parts import attends, parts_of, recurrent_part, rule_of
 from ringattn.hf.layers import decoder_layers, mlps_of
 from ringattn.hf.mlp_part import experts_of, weights_of
@@ -72,6 +72,7 @@ def model_shape(model: nn.Module, config: Any, name: str = "") -> ModelShape:
         tileable=_tileable(model),
         values=heads.value_dim if heads.value_dim != heads.dim else 0,
         latents=latents_of(attention),
+        common_keys=common_key_heads(attentions, heads),
     )
 
 

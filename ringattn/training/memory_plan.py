@@ -16,13 +16,14 @@ from ringattn.hf.head import TiledHead
 from ringattn.hf.layers import mlps_of
 from ringattn.hf.shape import model_shape
 from ringattn.memory.host import host_memory
-from ringattn.memory.planning.choice import Choice, Planner, plan_run
+from ringattn.memory.planning.choice import Choice, choose
 from ringattn.memory.planning.limits import GIB, OUTSIDE, Limits
+from ringattn.memory.planning.planner import Planner
 from ringattn.memory.planning.shapes import ModelShape, RunShape
 from ringattn.memory.planning.text import written
+from ringattn.memory.planning.ways import FreeShape
 from ringattn.memory.settings import MemorySettings, StateSettings
 from ringattn.memory.tiled_loss import TILE
-from ringattn.parallel.machine.machine import Machine
 from ringattn.parallel.machine.shipped import local_machine
 from ringattn.parallel.mesh.shape import MeshShape
 from ringattn.recurrent.kernels.contract import Signature
@@ -53,6 +54,11 @@ class MemoryPlan:
         return self.note if self.choice is None else self.choice.text()
 
     @property
+    def head_chunks(self) -> int | None:
+        """In how many chunks of heads attention is computed, if that was open and has been decided."""
+        return self.choice.plan.run.head_chunks if self.choice is not None and self.choice.free.chunks else None
+
+    @property
     def items(self) -> dict[str, int]:
         """Bytes on the device by item at the fullest moment; empty if they are not known."""
         return {} if self.choice is None else dict(self.choice.plan.peak().items)
@@ -71,7 +77,8 @@ class MemoryPlan:
             return "shorter packs (data.seq_len), or more GPUs: memory's settings are at their least"
         key, value, other = found
         saved = (peak - other.alive.peak().total) / GIB
-        change = f"memory.{key}={written(value)} (saves {saved:.2f} GiB by plan)"
+        group = "parallel" if key == "head_chunks" else "memory"
+        change = f"{group}.{key}={written(value)} (saves {saved:.2f} GiB by plan)"
         return f"{change}, or memory.margin higher with memory=auto"
 
 
@@ -101,8 +108,12 @@ def plan_memory(
     run = replace(run, recurrent=_kernels_of_states(model, run, device))
     limits = limits_of(cfg, launch, device, reserved_host(cfg, empty, launch))
     if free:
-        choice = _choice(model, run, fixed, limits, machine)
-        said = f"memory=auto chose {', '.join(f'{name}={written(choice.settled.values[name])}' for name in free)}; "
+        open_shape = FreeShape(chunks=cfg.parallel.head_chunks is None)
+        choice = _choice(Planner(model, run, limits, machine), fixed, open_shape)
+        chosen = [f"{name}={written(choice.settled.values[name])}" for name in free]
+        if open_shape.chunks and (chunks := choice.plan.run.head_chunks) > 1:
+            chosen.append(f"parallel.head_chunks={chunks}")
+        said = f"memory=auto chose {', '.join(chosen)}; "
     else:
         choice, said = Choice(Planner(model, run, limits, machine).settled(fixed), fixed, limits, machine, ()), ""
     return MemoryPlan(choice.memory, choice.states, choice, said + _told(choice))
@@ -177,16 +188,16 @@ def _kernels_of_states(model: ModelShape, run: RunShape, device: torch.device) -
     return "torch" if kernel.refusal(asked) or kernel.missing(asked) else "fused"
 
 
-def _choice(model: ModelShape, run: RunShape, fixed: dict[str, Any], limits: Limits, machine: Machine) -> Choice:
+def _choice(planner: Planner, fixed: dict[str, Any], free: FreeShape) -> Choice:
     """What fits. DeepSpeed's AdamW for the host, which is compiled to see whether it can be, is a last resort."""
-    if run.engine != "deepspeed" or "states_on" in fixed:
-        return plan_run(model, run, fixed, limits, machine)
+    if planner.run.engine != "deepspeed" or "states_on" in fixed:
+        return choose(planner, fixed, free)
     try:
-        return plan_run(model, run, fixed | {"states_on": "device"}, limits, machine)
+        return choose(planner, fixed | {"states_on": "device"}, free)
     except ValueError:
-        if why_no_cpu_adam("cuda" if run.kernel_sums else "cpu") is not None:
+        if why_no_cpu_adam("cuda" if planner.run.kernel_sums else "cpu") is not None:
             raise
-    return plan_run(model, run, fixed, limits, machine)
+    return choose(planner, fixed, free)
 
 
 def _only_values(cfg: DictConfig, config: Any, empty: nn.Module, free: Collection[str]) -> dict[str, Any]:

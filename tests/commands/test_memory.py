@@ -72,6 +72,22 @@ def test_open_degrees_and_the_longest(capsys: pytest.CaptureFixture[str]) -> Non
     assert "do not fit 4 GPUs" in capsys.readouterr().err
 
 
+def test_open_chunks_are_chosen_where_one_does_not_fit(capsys: pytest.CaptureFixture[str]) -> None:
+    quick = ["--keep", "layer", "--mlp-tile", "4096", "--loss-tile", "1024", "--states-on", "host", "--every", "1"]
+    one = report(capsys, "--longest", "--head-chunks", "1", *quick)
+    assert (one["run"]["head_chunks"], "head_chunks" in one["fixed"]) == (1, True)
+    found = report(capsys, "--longest", *quick)
+    assert found["run"]["tokens"] > one["run"]["tokens"]
+    assert found["run"]["head_chunks"] > 1
+    assert "head_chunks" not in found["fixed"]
+    assert {a["value"] for a in found["alternatives"] if a["key"] == "head_chunks"} < {1, 2, 4, 8}
+    asked = str(found["run"]["tokens"])
+    told = refused(capsys, "--seq-len", asked, "--head-chunks", "1", *quick)
+    assert "it would fit with parallel.head_chunks=" in told
+    assert main([*CALL, "--seq-len", asked, "--head-chunks", "8", *quick]) == 0
+    assert "head_chunks=8*" in capsys.readouterr().out
+
+
 def test_a_folder_of_a_model(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     from transformers import Qwen3Config
 
@@ -101,6 +117,11 @@ def test_a_picture(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
         (["--seq-len", "1M", "--every", "0"], "every must be an integer of at least 1"),
         (["--seq-len", "1M", "--gpus", "3"], "--gpus 3"),
         (["--seq-len", "4M"], "do not fit 2 GPUs"),
+        (["--seq-len", "1M", "--head-chunks", "3"], "--head-chunks 3 must divide the key heads of a rank"),
+        (
+            ["--seq-len", "1M", "--ring", "1", "--ulysses", "2", "--head-chunks", "8"],
+            "with ulysses 2 there may be 1, 2, 4",
+        ),
         (["--seq-len", "1M", "--keep", "all", "--host-layers", "2"], "host_layers=2"),
     ],
 )

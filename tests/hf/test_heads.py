@@ -67,9 +67,10 @@ def test_layers_with_other_heads_are_refused_by_name() -> None:
 
 
 def test_the_most_key_heads_of_any_layer_are_planned() -> None:
-    """MiMo's layers with a window have four, the others two."""
+    """MiMo's layers with a window have four, the others two, into which all part."""
     config = tiny("mimo_v2_flash")
-    assert model_shape(empty_model(config), config).key_heads == 4
+    shape = model_shape(empty_model(config), config)
+    assert (shape.key_heads, shape.head_chunks(1)) == (4, (1, 2))
 
 
 def test_latents_with_other_parts_are_refused() -> None:

@@ -1,16 +1,13 @@
 """What attention holds in a layer, and how long it takes: from the plans and prices of the documents."""
 
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
 
 from ringattn.mask import Mask
-from ringattn.memory.planning.recurrent import RecurrentUse
 from ringattn.memory.planning.shapes import ModelShape, RunShape, layout_of
 from ringattn.parallel.choice.schedule import choose
 from ringattn.parallel.machine.machine import Machine
-from ringattn.parallel.mesh.shape import MeshShape
 from ringattn.parallel.placement.placement import Placement
 from ringattn.parallel.plan.shape import Shape
 from ringattn.parallel.pricing.memory import exchange_bytes
@@ -62,18 +59,6 @@ class AttentionUse:
             backward_seconds=sum(n * one.seconds[1] for n, one in zip(counts, found, strict=True)),
             told=found[0].told,
         )
-
-
-def degrees(model: ModelShape, run: RunShape, machine: Machine) -> RunShape:
-    """A run whose ring × ulysses are those of as many ranks whose attention and recurrences are predicted to be
-    fastest."""
-    size = run.ring * run.ulysses
-    node = machine.gpus_per_node
-    pairs: Sequence[tuple[int, int]] = MeshShape(1, size).parted(node if size > node else None)
-    runs = [replace(run, ring=ring, ulysses=ulysses) for ring, ulysses in pairs if ulysses <= model.query_heads]
-    uses = [(AttentionUse.of(model, one, machine), RecurrentUse.of(model, one, machine)) for one in runs]
-    seconds = [sum(use.forward_seconds + use.backward_seconds for use in pair if use is not None) for pair in uses]
-    return runs[seconds.index(min(seconds))]
 
 
 @dataclass(frozen=True)

@@ -40,6 +40,7 @@ class ModelShape:
         tileable: every layer has an MLP that can be computed in tiles.
         values: dim of a head's values, where it is another than that of its keys; 0: the same.
         latents: of attention with latent keys.
+        common_keys: the most key heads that divide those of every layer; 0: `key_heads`, which all layers have.
     """
 
     name: str
@@ -66,6 +67,7 @@ class ModelShape:
     tileable: bool = True
     values: int = 0
     latents: Latents | None = None
+    common_keys: int = 0
 
     @property
     def mlps(self) -> tuple[Mlp, ...]:
@@ -123,6 +125,14 @@ class ModelShape:
     def attention(self, itemsize: int) -> Shape:
         """Heads and dims as plans know them."""
         return Shape(self.query_heads, self.key_heads, self.head_dim, self.values or self.head_dim, itemsize)
+
+    def head_chunks(self, ulysses: int) -> tuple[int, ...]:
+        """In how many chunks the heads of a rank can be computed, in ascending order, where so many exchange them: into
+        what divides its key heads, if each has as many."""
+        own, rest = divmod(self.common_keys or self.key_heads, ulysses)
+        if rest or not self.masks:
+            return (1,)
+        return tuple(count for count in range(1, own + 1) if own % count == 0)
 
     def with_layers(self, count: int) -> "ModelShape":
         """The same model with so many layers, the first ones, or these over again."""

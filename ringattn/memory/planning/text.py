@@ -1,6 +1,6 @@
 """A choice of settings in words and tables, for people."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 from ringattn.memory.planning.alive import Alive
@@ -14,9 +14,14 @@ HOST = "host"
 
 
 def render(
-    settled: Settled, fixed: Mapping[str, Any], limits: Limits, machine: Machine, alternatives: Sequence[Alternative]
+    settled: Settled, fixed: Collection[str], limits: Limits, machine: Machine, alternatives: Sequence[Alternative]
 ) -> str:
-    """The settings, memory by item at the peak of each phase, the time of a step by item, and the alternatives."""
+    """The settings, with chunks of heads where there are several, memory by item at the peak of each phase, the time of
+    a step by item, and the alternatives.
+
+    Arguments:
+        fixed: which of the settings were asked for.
+    """
     plan = settled.alive
     run, model = plan.run, plan.model
     lines = [
@@ -27,7 +32,7 @@ def render(
         *([] if plan.recurrent is None else [f"layers that carry a state: {plan.recurrent.told}"]),
         "",
         "Settings (* asked for, the others chosen)",
-        *settings(settled.values, fixed),
+        *settings(settled.values | ({"head_chunks": run.head_chunks} if run.head_chunks > 1 else {}), fixed),
         "",
         "GiB of a rank at the peak of each phase",
         *memory_table(plan),
@@ -42,7 +47,7 @@ def render(
     return "\n".join(lines)
 
 
-def settings(values: Mapping[str, Any], fixed: Mapping[str, Any]) -> list[str]:
+def settings(values: Mapping[str, Any], fixed: Collection[str]) -> list[str]:
     """Fields and values, three in a line."""
     cells = [f"{key}={written(value)}{'*' if key in fixed else ''}" for key, value in values.items()]
     width = max(map(len, cells))

@@ -93,6 +93,8 @@ def prepare(cfg: DictConfig, launch: Launch, chosen: Collection[str] | None = No
     resolved.engine.compile = compile_mode(cfg, device.type, empty)
     plan = plan_memory(resolved, config, empty, shape, launch, device)
     resolved.memory.update(values_of(plan))
+    if plan.head_chunks is not None:
+        resolved.parallel.head_chunks = plan.head_chunks
     resolved.run.async_save = settle_saving(resolved, empty, plan.states, launch, device, output)
     corpus = load_corpus(resolved, config, output)
     check_enough(resolved, corpus)

@@ -4,8 +4,9 @@ from typing import Any
 
 import pytest
 
-from ringattn.memory.planning.choice import TIE, Planner, longest, plan_run
+from ringattn.memory.planning.choice import longest, plan_run
 from ringattn.memory.planning.limits import GIB, Limits
+from ringattn.memory.planning.planner import TIE, Planner
 from ringattn.memory.planning.shapes import RunShape
 from ringattn.memory.settings import MemorySettings, StateSettings
 from tests.memory.planning.shapes_of import llama_8b

@@ -10,9 +10,9 @@ pytest.importorskip("transformers")
 from ringattn.hf.shape import model_shape
 from ringattn.hf.tiny import read_config, tiny_config, tiny_model
 from ringattn.memory.planning.attention import AttentionUse
-from ringattn.memory.planning.choice import Planner
 from ringattn.memory.planning.limits import GIB, Limits
 from ringattn.memory.planning.parts import Latents
+from ringattn.memory.planning.planner import Planner
 from ringattn.memory.planning.shapes import ModelShape, RunShape
 from ringattn.parallel.machine.shipped import SHIPPED
 from ringattn.training.model.models import empty_model

@@ -14,13 +14,14 @@ from ringattn import Documents, MeshShape
 from ringattn.hf.shape import model_shape, weighed_layers
 from ringattn.hf.tiny import read_config, tiny_config, tiny_model
 from ringattn.memory.planning import recurrent as planned
-from ringattn.memory.planning.attention import AttentionUse, degrees
-from ringattn.memory.planning.choice import Planner
+from ringattn.memory.planning.attention import AttentionUse
 from ringattn.memory.planning.items import RECURRENCE
 from ringattn.memory.planning.limits import GIB, Limits
 from ringattn.memory.planning.parts import Parts
+from ringattn.memory.planning.planner import Planner
 from ringattn.memory.planning.recurrent import RecurrentUse
 from ringattn.memory.planning.shapes import ModelShape, RunShape, layout_of
+from ringattn.memory.planning.ways import FreeShape, Ways
 from ringattn.parallel.machine.shipped import SHIPPED
 from ringattn.recurrent import recurrence
 from ringattn.recurrent.weighing import weighed_layout
@@ -205,7 +206,8 @@ def test_packages_have_kernels_that_keep_less_but_for_mamba_1(family: str, told:
 def test_degrees_are_chosen_with_recurrences_and_without_attention_too() -> None:
     shape, _ = shape_of("bamba", attn_layer_indices=[])
     assert not shape.masks
-    run = degrees(shape, RunShape(65536, ring=2, ulysses=2), H200)
+    asked = Planner(shape, RunShape(65536, ring=2, ulysses=2), Limits(1000 * GIB), H200)
+    run = Ways(asked, FreeShape(degrees=True)).first.run
     assert run.ring * run.ulysses == 4
     assert AttentionUse.of(shape, run, H200).forward_seconds == 0.0
 

@@ -5,10 +5,11 @@ from typing import Any
 
 import pytest
 
-from ringattn.memory.planning.choice import Planner, Settled
 from ringattn.memory.planning.limits import GIB, Limits
 from ringattn.memory.planning.parts import Weights
+from ringattn.memory.planning.planner import Planner
 from ringattn.memory.planning.rates import Rates
+from ringattn.memory.planning.settled import Settled
 from ringattn.memory.planning.shapes import RunShape
 from ringattn.parallel.machine.shipped import SHIPPED
 from tests.memory.planning.shapes_of import llama_8b

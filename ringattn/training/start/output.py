@@ -74,8 +74,8 @@ def model_values(model_config: Any) -> dict[str, Any]:
 
 
 def config_of(values: Mapping[str, Any]) -> Any:
-    """The transformers configuration that `model_values` describes. Raises what transformers does of values that it does
-    not take."""
+    """The transformers configuration that `model_values` describes. Raises what transformers raises of values that it
+    does not take."""
     from transformers import AutoConfig
 
     return AutoConfig.for_model(**_with_floats(values))

@@ -35,7 +35,7 @@ from ringattn.kernels.registry import choose
 from ringattn.parallel.mesh.mesh import TRANSPORTS
 from ringattn.training.failures import reported
 from ringattn.training.start.launched import Launch, current, export, pick_device
-from ringattn.training.start.refusal import refuse
+from ringattn.training.start.refusal import of_a_list, refuse
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -152,3 +152,7 @@ if __name__ == "__main__":
         reported(main)()
     except (HydraException, OmegaConfBaseException, YAMLError) as error:
         refuse(error)
+    except ValueError as error:
+        if (told := of_a_list(error)) is None:
+            raise
+        refuse(told)

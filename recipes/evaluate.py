@@ -17,7 +17,7 @@ from ringattn.training.evaluation.prepared import prepare
 from ringattn.training.failures import reported
 from ringattn.training.health.start import tell_launcher
 from ringattn.training.start.launched import current
-from ringattn.training.start.refusal import refuse
+from ringattn.training.start.refusal import of_a_list, refuse
 
 
 @hydra.main(config_path="../configs", config_name="evaluate", version_base=None)
@@ -40,3 +40,7 @@ if __name__ == "__main__":
         reported(main)()
     except (HydraException, OmegaConfBaseException, YAMLError) as error:
         refuse(error)
+    except ValueError as error:
+        if (told := of_a_list(error)) is None:
+            raise
+        refuse(told)

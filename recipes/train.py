@@ -20,7 +20,7 @@ from ringattn.training.failures import reported
 from ringattn.training.health.start import hold, refused
 from ringattn.training.start.job import prepare
 from ringattn.training.start.launched import current
-from ringattn.training.start.refusal import refuse
+from ringattn.training.start.refusal import of_a_list, refuse
 
 
 @hydra.main(config_path="../configs", config_name="train", version_base=None)
@@ -58,3 +58,7 @@ if __name__ == "__main__":
         reported(main)()
     except (HydraException, OmegaConfBaseException, YAMLError) as error:
         refuse(error)
+    except ValueError as error:
+        if (told := of_a_list(error)) is None:
+            raise
+        refuse(told)

@@ -58,12 +58,13 @@ def run(args: argparse.Namespace) -> int:
     from yaml import YAMLError
 
     from ringattn.training.secrets import redacted
-    from ringattn.training.start.refusal import message_of
+    from ringattn.training.start.refusal import message_of, of_a_list
 
     try:
         _show(args, *_composed(args, overrides))
     except (ValueError, HydraException, OmegaConfBaseException, YAMLError) as error:
-        print(f"error: {redacted(message_of(error))}", file=sys.stderr)
+        told = of_a_list(error) if isinstance(error, ValueError) else None
+        print(f"error: {redacted(message_of(told or error))}", file=sys.stderr)
         return 2
     return 0
 

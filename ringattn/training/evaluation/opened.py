@@ -19,7 +19,7 @@ from ringattn.training.evaluation.weights import load_trained
 from ringattn.training.model.architecture import changed_config, configured
 from ringattn.training.model.lora import Lora, lora_of
 from ringattn.training.model.models import build_model, empty_model
-from ringattn.training.start.output import read_config
+from ringattn.training.start.output import config_of, read_config
 
 
 @dataclass(frozen=True)
@@ -83,7 +83,7 @@ def _run_of(settings: Settings, folder: Path, changes: Mapping[str, Any]) -> Sou
     found = newest_checkpoint(folder / "checkpoints")
     if found is None:
         raise ValueError(f"model.run={str(folder)!r} holds no complete checkpoint")
-    config, _ = changed_config(_transformers_config(model), changes)
+    config, _ = changed_config(config_of(model), changes)
     config.use_cache = False
     lora = lora_of(OmegaConf.create(cfg["model"]))
     path, allow = cfg["model"]["path"], tuple(cfg["model"]["allow_mismatch"] or ())
@@ -101,13 +101,6 @@ def _run_of(settings: Settings, folder: Path, changes: Mapping[str, Any]) -> Sou
         found[1].step,
         _tokenizer(settings, own, own),
     )
-
-
-def _transformers_config(values: Mapping[str, Any]) -> Any:
-    """A configuration from what `model.json` holds."""
-    from transformers import AutoConfig
-
-    return AutoConfig.for_model(**values)
 
 
 def _tokenizer(settings: Settings, own: str, otherwise: str) -> str:

@@ -8,6 +8,7 @@ import numpy as np
 import torch
 from omegaconf import DictConfig
 
+from ringattn.hf.tree_checks import carrying_layer
 from ringattn.training.data.corpus import Corpus, text_corpus
 from ringattn.training.data.files import matching_files
 from ringattn.training.data.texts import texts_of
@@ -17,6 +18,7 @@ from ringattn.training.evaluation.haystack import Haystack, encoder, made_up_sen
 from ringattn.training.evaluation.opened import Source, source_of
 from ringattn.training.evaluation.settings import OF_LENGTHS, OF_TEXTS, Settings, settings_of
 from ringattn.training.evaluation.tasks import RULER, Example, TaskMaker
+from ringattn.training.model.models import empty_model
 from ringattn.training.start.launched import Launch, pick_device
 
 
@@ -54,6 +56,7 @@ def prepare(cfg: DictConfig, launch: Launch) -> Evaluation:
         raise ValueError(
             f"tokenizer={source.tokenizer} has {tokenizer.vocab_size} tokens, more than the {known} of {source.name}"
         )
+    _check_states(settings, source)
     examples = make_examples(settings, tokenizer)
     texts = _texts(settings, tokenizer) if any(task in OF_TEXTS for task in settings["tasks"]) else None
     _check_positions(settings, source, texts)
@@ -126,6 +129,22 @@ def _texts(settings: Settings, tokenizer: Tokenizer) -> Corpus:
     if corpus.longest < 2:
         raise ValueError("texts.files have no document of two tokens or more, so nothing to predict")
     return corpus
+
+
+def _check_states(settings: Settings, source: Source) -> None:
+    """Raises ValueError if a task asks of layers that carry a state what only attention has."""
+    asked = {"tasks=[window]": "window" in settings["tasks"]}
+    asked["generate=true"] = settings["generate"] and any(task in OF_LENGTHS for task in settings["tasks"])
+    if not any(asked.values()):
+        return
+    if (layer := carrying_layer(empty_model(source.config))) is None:
+        return
+    reasons = {
+        "tasks=[window]": "whose state has no limited reach: it remembers the whole document",
+        "generate=true": "whose state is not kept after a forward pass; use generate=false",
+    }
+    key = next(name for name, wanted in asked.items() if wanted)
+    raise ValueError(f"{key}: {source.name} has {layer}, {reasons[key]}")
 
 
 def _check_positions(settings: Settings, source: Source, texts: Corpus | None) -> None:

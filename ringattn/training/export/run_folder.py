@@ -1,6 +1,5 @@
 """A run as it lies in its folder: configuration, model, and the checkpoint that is exported."""
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,7 +11,7 @@ from ringattn.training.checkpoint.tensors import check_sum
 from ringattn.training.model.architecture import reason_of
 from ringattn.training.model.lora import Lora, lora_of
 from ringattn.training.resuming.best import BestSteps
-from ringattn.training.start.output import CONFIG, MODEL, read_config
+from ringattn.training.start.output import CONFIG, MODEL, config_of, read_config
 
 
 @dataclass(frozen=True)
@@ -67,10 +66,8 @@ def open_run(path: Path, step: int | None = None, best: bool = False) -> RunFold
 
 
 def _model_config(path: Path, values: dict[str, Any]) -> Any:
-    from transformers import AutoConfig
-
     try:
-        return AutoConfig.for_model(**json.loads(json.dumps(values)))
+        return config_of(values)
     except Exception as error:  # of another version of transformers, of any type
         raise ValueError(f"{path / MODEL} is no configuration of this transformers: {reason_of(error)}") from None
 

@@ -27,6 +27,7 @@ class Ending:
         step: optimiser steps that a checkpoint on disk holds.
         rank: that ended the run; None where all of them did.
         time: UTC, ISO 8601.
+        copy: steps that a newer copy in memory holds, which only a start on the same machines finds; 0 without one.
     """
 
     state: str
@@ -35,6 +36,7 @@ class Ending:
     step: int
     rank: int | None = None
     time: str = ""
+    copy: int = 0
 
 
 def record_incident(output: Path, kind: str, message: str, rank: int | None = None, **facts: Any) -> Path | None:

@@ -198,8 +198,10 @@ def summary(ending: Ending) -> str:
     """One line."""
     if ending.state == "done":
         return f"done: {ending.why}"
-    following = "the same command goes on from step {}" if ending.step else "the same command starts again"
-    after = following.format(ending.step) if ending.restart else "something has to be changed before it can go on"
+    following = f"the same command goes on from step {ending.step}" if ending.step else "the same command starts again"
+    if ending.copy > ending.step:
+        following = f"the same command goes on from the copy in memory of step {ending.copy}"
+    after = following if ending.restart else "something has to be changed before it can go on"
     return f"{ending.state}: {ending.why}; {after}"
 
 

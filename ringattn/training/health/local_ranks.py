@@ -31,6 +31,7 @@ class Watch:
         hang_after: seconds, or None for those that measured steps allow.
         restarts: how often the agent will start the ranks again.
         lock: a file descriptor that holds the run's lock while it is open, or -1.
+        copies: folder of the state's copies in memory on this machine, or "" for a run that keeps none.
     """
 
     folder: str
@@ -43,6 +44,7 @@ class Watch:
     hang_after: float | None
     restarts: int
     lock: int
+    copies: str = ""
 
     @property
     def ranks(self) -> range:

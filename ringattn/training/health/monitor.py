@@ -11,6 +11,7 @@ import socket
 import sys
 import time
 from contextlib import suppress
+from pathlib import Path
 from typing import Any
 
 from ringattn.training.health import causes, places, processes
@@ -215,14 +216,14 @@ class Monitor(LocalRanks):
         ending = read_ending(self.output)
         if ending is None:
             rank = verdict.ranks[0] if verdict.ranks else None
-            ending = Ending("failed", verdict.restart, verdict.cause, step, rank)
+            ending = Ending("failed", verdict.restart, verdict.cause, step, rank, copy=self._copy(step))
             if first:
                 write_ending(self.output, ending)
         standings, stacks = self._everywhere()
         lines = causes.table(standings, stacks, verdict.ranks)
         # What a rank that raised has to say stands on the screen already.
         if verdict.kind != "rank-failed":
-            tell("\n  ".join([verdict.cause, *lines, self._next(ending.restart, step)]))
+            tell("\n  ".join([verdict.cause, *lines, self._next(ending.restart, step, self._copy(step))]))
         if first and verdict.kind != "rank-failed":
             self._write_incident(verdict, standings, stacks)
         self.end_ranks(0 if verdict.kind in ("rank-stopped", "hang", "launcher-gone") else LAST_WORDS)
@@ -236,8 +237,15 @@ class Monitor(LocalRanks):
         path = places.verdict_file(self.output, self.attempt)
         return places.write_json(path, said, first=True) or not path.exists()
 
-    def _next(self, restart: bool, step: int) -> str:
+    def _copy(self, step: int) -> int:
+        """Steps of a copy in memory of this machine's ranks that is newer than a checkpoint, or 0."""
+        copy = places.newest_copy(Path(self.watch.copies) if self.watch.copies else None, self.watch.ranks)
+        return copy if copy > step else 0
+
+    def _next(self, restart: bool, step: int, copy: int) -> str:
         where = f"from the checkpoint of step {step}" if step else "from the start"
+        if copy:
+            where = f"from the copy in memory of step {copy}"
         if not restart:
             return "next: the run ends, and the same command would come to the same end"
         agent, began = self.watch.agent

@@ -117,6 +117,25 @@ def newest_step(output: Path) -> int:
     return max(found)
 
 
+def newest_copy(copies: Path | None, ranks: range) -> int:
+    """Steps in the newest copy in memory that each of a machine's ranks has, 0 without one.
+
+    Arguments:
+        copies: the run's folder of copies on this machine; None for a run that keeps none.
+    """
+    if copies is None:
+        return 0
+    steps = {0}
+    for number, rank in enumerate(ranks):
+        with suppress(OSError):
+            names = [_CHECKPOINT.fullmatch(path.name) for path in (copies / f"rank-{rank:05d}").iterdir()]
+            own = {int(match[1]) for match in names if match}
+            steps = steps & own if number else own
+            continue
+        return 0  # a rank without any
+    return max(steps, default=0)
+
+
 def write_json(path: Path, value: Any, first: bool = False) -> bool:
     """Writes a file that is complete or absent.
 

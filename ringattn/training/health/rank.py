@@ -23,6 +23,7 @@ from torch import nn
 
 from ringattn.first_failure import PeerFailed, said
 from ringattn.hf.layers import decoder_layers
+from ringattn.training.checkpoint.memory_copies import copies_folder
 from ringattn.training.failures import FailedTogether
 from ringattn.training.health import places, processes
 from ringattn.training.health.endings import RECURS, ending_of, kind_of
@@ -174,7 +175,8 @@ def _write_failure(job: Job, error: BaseException) -> None:
         step = places.newest_step(job.output)
         restart = getattr(error, "restart", not isinstance(error, RECURS))
         why = f"rank {job.launch.rank} failed: {said(error)}"
-        write_ending(job.output, Ending("failed", restart, why, step, job.launch.rank))
+        copy = places.newest_copy(_copies(job), job.launch.ranks_here)
+        write_ending(job.output, Ending("failed", restart, why, step, job.launch.rank, copy=copy if copy > step else 0))
         record_incident(job.output, kind_of(error), why, job.launch.rank, restart=restart)
 
 
@@ -242,6 +244,7 @@ def _start_monitor(job: Job, agent: tuple[int, int], lock: Lock) -> None:
         hang_after=None if hang_after == "auto" else float(hang_after),
         restarts=most - used,
         lock=lock.descriptor,
+        copies=str(_copies(job) or ""),
     )
     subprocess.Popen(
         [sys.executable, "-I", "-S", "-c", _MONITOR, str(PACKAGE), json.dumps(asdict(watch))],
@@ -250,6 +253,12 @@ def _start_monitor(job: Job, agent: tuple[int, int], lock: Lock) -> None:
         start_new_session=True,
         pass_fds=[lock.descriptor] if lock.descriptor >= 0 else [],
     )
+
+
+def _copies(job: Job) -> Path | None:
+    """Where this machine keeps copies of the run's state between saves; None if it keeps none."""
+    run = job.cfg.run
+    return copies_folder(Path(run.memory_folder), job.output) if run.memory_every else None
 
 
 def _hash(text: str) -> int:

@@ -3,6 +3,7 @@
 import json
 import sys
 from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from datetime import UTC, datetime
 from pathlib import Path
 from statistics import median
@@ -24,14 +25,20 @@ MOST_ROWS = 60  # of a table, the newest
 def write_page(run: Path, out: Path | None = None) -> Path:
     """Writes the page about the run in folder `run`, by default as `report.html` there. Returns the file.
 
-    Raises ValueError if `run` is not the folder of a run, and OSError where nothing can be written.
+    Raises ValueError if `run` is not the folder of a run, and OSError, which names the file, where nothing can be
+    written; then nothing is left behind.
     """
     text = page_text(RunFolder(run))
     path = run / NAME if out is None else out
-    path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{path.name}.partial")
-    partial.write_text(text, encoding="utf-8")
-    partial.replace(path)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        partial.write_text(text, encoding="utf-8")
+        partial.replace(path)
+    except OSError as error:  # of a full disk Python does not say which file it was
+        with suppress(OSError):
+            partial.unlink()
+        raise OSError(error.errno, error.strerror, str(path)) from None
     return path
 
 

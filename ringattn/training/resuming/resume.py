@@ -17,7 +17,7 @@ from ringattn.training.packs.ordering import AnyCorpus, Position
 from ringattn.training.packs.packers import check_state
 from ringattn.training.secrets import redacted
 from ringattn.training.start.launched import Launch
-from ringattn.training.start.output import model_values, read_config
+from ringattn.training.start.output import config_of, model_values, read_config
 
 
 def check_resume(
@@ -105,10 +105,8 @@ def _model_differences(saved: dict[str, Any] | None, model_config: Any) -> list[
 
 
 def _check_shapes(saved: dict[str, Any], lora: Lora | None, model: nn.Module) -> None:
-    from transformers import AutoConfig
-
     try:
-        before = empty_model(AutoConfig.for_model(**saved), lora)
+        before = empty_model(config_of(saved), lora)
     except Exception:  # by another version of transformers: the engine will say whether its files fit
         return
     check_same_shapes(before, model)

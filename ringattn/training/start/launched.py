@@ -30,6 +30,12 @@ class Launch:
     master_addr: str
     master_port: int
 
+    @property
+    def ranks_here(self) -> range:
+        """Of this machine."""
+        first = self.rank - self.local_rank
+        return range(first, first + self.ranks_per_node)
+
 
 def detect(environ: Mapping[str, str]) -> Launch:
     """Reads the environment: torchrun's variables first (it may itself run under SLURM), then those of an srun step.

@@ -4,6 +4,7 @@ import errno
 import json
 import os
 import tempfile
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from ringattn.training.health.lock import is_free
 from ringattn.training.secrets import redacted
 
 CONFIG, MODEL = "config.yaml", "model.json"
+_FLOAT = "__float__"
 # Not of the model, but of how it is stored and by what.
 _OF_STORING = ("architectures", "dtype", "torch_dtype", "transformers_version")
 
@@ -69,6 +71,23 @@ def model_values(model_config: Any) -> dict[str, Any]:
     """What a transformers configuration says about the model, as JSON has it."""
     values = json.loads(model_config.to_json_string(use_diff=False))
     return {key: value for key, value in values.items() if key not in _OF_STORING and not key.startswith("_")}
+
+
+def config_of(values: Mapping[str, Any]) -> Any:
+    """The transformers configuration that `model_values` describes. Raises what transformers raises of values that it
+    does not take."""
+    from transformers import AutoConfig
+
+    return AutoConfig.for_model(**_with_floats(values))
+
+
+def _with_floats(value: Any) -> Any:
+    """A copy with the floats that JSON has not, such as infinity, for what transformers writes in their place."""
+    if isinstance(value, Mapping):
+        return (
+            float(value[_FLOAT]) if set(value) == {_FLOAT} else {key: _with_floats(one) for key, one in value.items()}
+        )
+    return [_with_floats(one) for one in value] if isinstance(value, list) else value
 
 
 def read_config(output: Path) -> tuple[dict[str, Any] | None, dict[str, Any] | None]:

@@ -44,6 +44,20 @@ def refuse(error: Exception, code: int = 2) -> NoReturn:
     sys.exit(code)
 
 
+def of_a_list(error: ValueError) -> ValueError | None:
+    """What to say of a ValueError that OmegaConf raised of an override such as `optim.betas.x=1`, which asks a list for
+    a key; None of any other."""
+    trace, key = error.__traceback__, None
+    while trace is not None:
+        module = str(trace.tb_frame.f_globals.get("__name__", ""))
+        key = trace.tb_frame.f_locals.get("key") if module == "omegaconf.omegaconf" else None
+        trace = trace.tb_next
+    if not isinstance(key, str) or "." not in key:
+        return None
+    named = key.rpartition(".")[0]
+    return ValueError(f"{key}: {named} is a list, and has no keys; give all of it, as in '{named}=[...]'")
+
+
 def message_of(error: Exception) -> str:
     """What a person is told of an error of a configuration, with the key that may have been meant."""
     # Hydra's advice to add a key with "+" is right below model.config only; elsewhere it leads to the next refusal.

@@ -12,6 +12,7 @@ from hydra import compose, initialize_config_dir
 
 pytest.importorskip("transformers")
 
+from ringattn.hf.tiny import read_config, tiny_config, tiny_model
 from ringattn.training.evaluation.measures import position_edges
 from ringattn.training.evaluation.pictures import draw_by_length, draw_heat_map, draw_positions, tokens_of
 from ringattn.training.evaluation.prepared import Evaluation, cells, prepare
@@ -170,6 +171,20 @@ def test_refusals(tmp_path: Path, overrides: tuple[str, ...], words: str) -> Non
     with pytest.raises(ValueError, match=words):
         prepared(f"output={tmp_path}/out", f"texts.cache={tmp_path}/cache", *filled)
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("family", "more"), [("qwen3_5_text", {}), ("lfm2", {"layer_types": ["conv", "full_attention", "conv", "conv"]})]
+)
+def test_what_layers_that_carry_a_state_cannot_be_asked(tmp_path: Path, family: str, more: dict[str, Any]) -> None:
+    tiny_model(tiny_config(read_config(family), **more, vocab_size=300)).save_pretrained(tmp_path)
+    given = (f"model.path={tmp_path}", f"texts.files=[{write_texts(tmp_path)}]", "lengths=[400]", "samples=1")
+    named = r".* has \w+ at model\.layers\.\d.*, whose state "
+    with pytest.raises(ValueError, match=r"tasks=\[window\]:" + named):
+        prepared(*given, "tasks=[position,window]")
+    with pytest.raises(ValueError, match="generate=true:" + named):
+        prepared(*given, "tasks=[needle]", "generate=true")
+    prepared(*given, "tasks=[position]", "generate=true")
 
 
 def test_a_longer_length_can_be_asked_for(tmp_path: Path) -> None:

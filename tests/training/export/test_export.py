@@ -1,6 +1,7 @@
 """What is exported computes what was trained: loaded by transformers alone, from any number of ranks."""
 
 import json
+import math
 import shutil
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ pytest.importorskip("accelerate")
 
 from safetensors.torch import load_file
 
+from ringattn.hf.tiny import read_config, tiny_config, tiny_model
 from ringattn.training.checkpoint.saved_state import SavedState
 from ringattn.training.engines.deepspeed import available as deepspeed_available
 from ringattn.training.export import ExportOptions, export
@@ -47,6 +49,16 @@ def assert_close(found: torch.Tensor, expected: torch.Tensor) -> None:
 def base(tmp_path: Path) -> Path:
     save_model(tmp_path / "base", vocab_size=300)
     return tmp_path / "base"
+
+
+def test_a_hybrid_whose_configuration_holds_an_infinity(pool: Pools, tmp_path: Path) -> None:
+    layers = ["linear_attention", "full_attention"]
+    config = tiny_config(read_config("granitemoehybrid"), layer_types=layers, num_hidden_layers=2, vocab_size=300)
+    assert config.time_step_limit[1] == math.inf
+    tiny_model(config).save_pretrained(tmp_path / "hybrid")
+    (expected,) = written(pool, 2, tmp_path / "run", f"model.path={tmp_path / 'hybrid'}")
+    export(tmp_path / "run", tmp_path / "out", FLOAT)
+    assert_close(loaded(tmp_path / "out"), expected)
 
 
 @pytest.mark.parametrize(

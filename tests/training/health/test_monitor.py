@@ -7,11 +7,13 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from ringattn.training.health import local_ranks, monitor, places, processes
 from ringattn.training.health.incidents import read_ending, read_incidents
+from ringattn.training.health.launcher import summary
 from ringattn.training.health.local_ranks import Watch
 from ringattn.training.health.monitor import Monitor
 from ringattn.training.health.record import Record
@@ -76,6 +78,39 @@ def test_a_rank_that_is_gone_is_named_and_the_others_are_ended(
     assert [one["kind"] for one in read_incidents(tmp_path / "out")] == ["rank-gone"]
     assert "rank 1 (process" in capfd.readouterr().err
     assert not (tmp_path / "memory").exists()
+
+
+def test_a_copy_in_memory_that_is_newer_is_where_a_run_goes_on(
+    ranks: list[Rank], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(monitor, "LAST_WORDS", 0.1)
+    checkpoint = tmp_path / "out" / "checkpoints" / "step-00000004"
+    checkpoint.mkdir(parents=True)
+    (checkpoint / "complete.json").touch()
+    for rank, steps in enumerate([(5, 10), (10, 15)]):  # the copy of step 15 was not done on rank 0
+        for step in steps:
+            (tmp_path / "copies" / f"rank-{rank:05d}" / f"step-{step:08d}").mkdir(parents=True)
+    watch = watching(tmp_path, copies=str(tmp_path / "copies"))
+    assert watch.look()
+    ranks[1].end()
+    watch.run()
+    ending = read_ending(tmp_path / "out")
+    assert ending is not None
+    assert (ending.step, ending.copy) == (4, 10)
+    assert "the same command goes on from the copy in memory of step 10" in capfd.readouterr().err
+    assert summary(ending).endswith("the same command goes on from the copy in memory of step 10")
+
+
+@pytest.mark.parametrize(
+    ("steps", "found"), [([], 0), ([(3,)], 0), ([(), (3,)], 0), ([(3,), (4,)], 0), ([(3, 4), (4, 3)], 4)]
+)
+def test_a_copy_counts_that_every_rank_of_the_machine_has(tmp_path: Path, steps: list[Any], found: int) -> None:
+    for rank, own in enumerate(steps):
+        (tmp_path / f"rank-{rank:05d}" / "step-00000009.partial").mkdir(parents=True)
+        for step in own:
+            (tmp_path / f"rank-{rank:05d}" / f"step-{step:08d}").mkdir()
+    assert places.newest_copy(tmp_path, range(2)) == found
+    assert places.newest_copy(None, range(2)) == 0
 
 
 def test_a_rank_that_is_done_is_no_loss(ranks: list[Rank], tmp_path: Path) -> None:

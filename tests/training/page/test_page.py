@@ -1,6 +1,8 @@
 """The page of a run: whole, half, without numbers, with broken lines; without secrets; and as Chromium shows it."""
 
+import errno
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -171,6 +173,22 @@ def test_the_command_refuses_what_is_no_run(tmp_path, capsys):
     assert main(["report", str(run), "-o", str(tmp_path / "new" / "page.html")]) == 0
     assert (tmp_path / "new" / "page.html").read_text().endswith("</html>")
     assert not (run / "report.html").exists()
+
+
+def test_a_full_disk_is_told_with_the_file_and_leaves_nothing(tmp_path, monkeypatch):
+    run = tmp_path / "run"
+    run.mkdir()
+    (run / "config.yaml").write_text("{}")
+    own = Path.write_text
+
+    def full(path, text, **more):
+        own(path, text[:100], **more)
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))  # as write does, without a name
+
+    monkeypatch.setattr(Path, "write_text", full)
+    with pytest.raises(OSError, match=r"No space left on device: .*report\.html"):
+        write_page(run)
+    assert [path.name for path in run.iterdir()] == ["config.yaml"]
 
 
 def test_what_a_run_records_at_its_start(tmp_path):

@@ -50,6 +50,7 @@ def test_export_gives_what_init_process_group_reads():
     assert environ["RANK"] == "9"
     assert environ["WORLD_SIZE"] == "16"
     assert detect(environ).rank == 9
+    assert detect(environ).ranks_here == range(8, 16)
 
 
 def test_variables_that_are_missing_or_differ_are_named():

@@ -1,12 +1,14 @@
 """How recipes refuse: one message, which says what may have been meant."""
 
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 from hydra import compose, initialize_config_dir
 from hydra.errors import ConfigCompositionException
 
-from ringattn.training.start.refusal import message_of
+from ringattn.training.start.refusal import message_of, of_a_list
 
 CONFIGS = Path(__file__).parents[3] / "configs"
 
@@ -52,3 +54,27 @@ def test_a_key_of_another_option_is_named_with_it(overrides, key, options):
     assert message_of(caught.value).splitlines()[1:] == [
         f"{key} is a key of {options}; here another {group}= is chosen"
     ]
+
+
+@pytest.mark.parametrize("override", ["optim.betas.x=1", "run.trackers.first=wandb"])
+def test_a_key_in_a_list_is_named(override):
+    with initialize_config_dir(str(CONFIGS), version_base=None), pytest.raises(ValueError, match="invalid") as caught:
+        compose("train", overrides=[override])
+    told = of_a_list(caught.value)
+    named = override.partition("=")[0].rpartition(".")[0]
+    assert told is not None
+    assert f"{named} is a list" in str(told)
+
+
+def test_another_error_of_a_value_is_left_alone():
+    with pytest.raises(ValueError, match="invalid literal") as caught:
+        int("x")
+    assert of_a_list(caught.value) is None
+
+
+def test_a_recipe_refuses_a_key_in_a_list_without_a_traceback():
+    command = [sys.executable, "recipes/train.py", "optim.betas.x=1"]
+    done = subprocess.run(command, cwd=CONFIGS.parent, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 2
+    assert "error: optim.betas.x: optim.betas is a list" in done.stderr
+    assert "Traceback" not in done.stderr

@@ -120,8 +120,7 @@ def test_a_step_does_not_look_at_every_document(pool: Pools, tmp_path: Path) -> 
     assert 0 < targets <= 256
 
 
-@pytest.mark.gpu
-def test_on_a_gpu_too(tmp_path: Path) -> None:
+def waits_of_a_step(output: Path) -> list[str]:
     def watched(trainer: Trainer, batch: Any) -> list[str]:
         torch.cuda.synchronize()
         with warnings.catch_warnings(record=True) as caught:
@@ -133,16 +132,17 @@ def test_on_a_gpu_too(tmp_path: Path) -> None:
                 torch.cuda.set_sync_debug_mode("default")
         return [f"{one.filename}:{one.lineno}" for one in caught if "synchronizing CUDA operation" in str(one.message)]
 
-    places = trained(tmp_path, "data.packs_per_step=2", "data.ahead=process")(watched)
+    return trained(output, "data.packs_per_step=2", "data.ahead=process")(watched)
+
+
+@pytest.mark.gpu
+def test_on_a_gpu_too(pool: Pools, tmp_path: Path) -> None:
+    places = pool(1, "cuda").run(waits_of_a_step, tmp_path, timeout=300)[0]
     ours = [name for name in places if not any(other in name for other in NOT_OURS)]
     assert len(ours) == 1, places
 
 
-@pytest.mark.gpu
-@pytest.mark.parametrize("place", ["process", "thread"])
-def test_batches_are_on_the_gpu_and_right(tmp_path: Path, place: str) -> None:
-    """What arrived on a stream of its own is what the host has, and the attention's plan came along."""
-
+def batches_on_a_gpu(output: Path, place: str) -> None:
     def watched(trainer: Trainer, batch: Any) -> None:
         maker = trainer._batches()._maker
         expected = maker.batches()  # they begin where the step before ended
@@ -155,5 +155,12 @@ def test_batches_are_on_the_gpu_and_right(tmp_path: Path, place: str) -> None:
     def later(trainer: Trainer, batch: Any) -> None:
         trainer._train_step(batch, False)
 
-    trained(tmp_path / "same", f"data.ahead={place}", "data.packs_per_step=2")(watched)
-    trained(tmp_path / "later", f"data.ahead={place}", "data.packs_per_step=2")(later)
+    trained(output / "same", f"data.ahead={place}", "data.packs_per_step=2")(watched)
+    trained(output / "later", f"data.ahead={place}", "data.packs_per_step=2")(later)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("place", ["process", "thread"])
+def test_batches_are_on_the_gpu_and_right(pool: Pools, tmp_path: Path, place: str) -> None:
+    """What arrived on a stream of its own is what the host has, and the attention's plan came along."""
+    pool(1, "cuda").run(batches_on_a_gpu, tmp_path, place, timeout=300)

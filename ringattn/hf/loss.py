@@ -98,29 +98,35 @@ class GlobalLoss:
     """A model's loss function, as the mean over the targets of all ranks: of every part and every replica.
 
     `num_items_in_batch` counts the targets of this replica's whole stream (or of all the streams of an accumulated
-    step); replicas are added up here. `result` is what was returned since `expect`, to see that the model's loss is it.
+    step); replicas are added up here. `result` is what was computed since `expect`. What is returned is a copy of it:
+    models add to a loss in place, and it is to be seen whether one did.
     """
 
     def __init__(self, local: Callable[..., Tensor], mesh: SequenceMesh) -> None:
         self.local, self.mesh = local, mesh
-        self.result: Tensor | None = None
+        self.expect()
 
     def expect(self) -> None:
         """A forward pass begins."""
-        self.result = None
+        self.result: Tensor | None = None
+        self._returned: Tensor | None = None
 
     def is_whole(self, loss: Tensor | None) -> bool:
         """Whether a model's loss is what was computed here, nothing added and nothing left out; then forgets it."""
-        result, self.result = self.result, None
-        if loss is result or loss is None or result is None:
+        result, returned = self.result, self._returned
+        self.expect()
+        if loss is None or result is None:
             return loss is result
+        if loss is returned and not loss.is_inference():  # whose versions are not counted
+            return loss._version == 0
         return bool((loss.detach() == result.detach()).all())  # a wrapper's cast, say
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "GlobalLoss":
         return GlobalLoss(copy.deepcopy(self.local, memo), self.mesh)
 
     def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__ | {"mesh": None, "result": None}  # neither process groups nor graphs can be pickled
+        # Neither process groups nor graphs can be pickled.
+        return self.__dict__ | {"mesh": None, "result": None, "_returned": None}
 
     def count(self, kwargs: dict[str, Any]) -> Tensor:
         """Targets of all replicas, or the sum of their weights, as a scalar of the batch's device; 1 in the place of 0.
@@ -145,7 +151,8 @@ class GlobalLoss:
         else:
             local = self.local(*args, **kwargs | {"num_items_in_batch": self.count(kwargs)})
         self.result = _SumOverRanks.apply(local)
-        return self.result
+        self._returned = self.result.clone()
+        return self._returned
 
 
 class _SumOverRanks(torch.autograd.Function):

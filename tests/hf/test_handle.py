@@ -98,6 +98,15 @@ class PenaltyForCausalLM(transformers.LlamaForCausalLM):
         return output if return_dict else output.to_tuple()
 
 
+class PenaltyInPlaceForCausalLM(transformers.LlamaForCausalLM):
+    """Adds it to the very tensor that it was given, as mixtures of experts do with the loss of their routers."""
+
+    def forward(self, *args: Any, return_dict: bool = True, **kwargs: Any) -> Any:
+        output = super().forward(*args, **kwargs)
+        output.loss += 0.1 * output.logits.float().square().mean()
+        return output if return_dict else output.to_tuple()
+
+
 def own_loss(kind: type, return_dict: bool) -> None:
     model = kind(tiny_config(read_config("llama")))
     parallelize(model, mesh_of(1, 1))
@@ -106,7 +115,7 @@ def own_loss(kind: type, return_dict: bool) -> None:
 
 
 @pytest.mark.parametrize("return_dict", [True, False])
-@pytest.mark.parametrize("kind", [OwnLossForCausalLM, PenaltyForCausalLM])
+@pytest.mark.parametrize("kind", [OwnLossForCausalLM, PenaltyForCausalLM, PenaltyInPlaceForCausalLM])
 def test_a_loss_that_does_not_come_here_is_refused(pool: Pools, kind: type, return_dict: bool) -> None:
     with pytest.raises(NotImplementedError, match=f"{kind.__name__} computes its loss itself, or adds something"):
         pool(1).run(own_loss, kind, return_dict)

@@ -24,7 +24,7 @@ from ringattn.recurrent.weighing import MixingLayers, weighed_layout
 
 LABELS = ("labels", "shift_labels")
 # Keywords that are no tokens and go through as they are.
-THROUGH = ("use_cache", "return_dict", "output_hidden_states", "logits_to_keep")
+THROUGH = ("use_cache", "return_dict", "output_hidden_states", "output_router_logits", "logits_to_keep")
 
 
 def shard_batch(

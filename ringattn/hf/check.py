@@ -133,6 +133,8 @@ def built(request: Request) -> Any:
     """The model of a request, on the CPU."""
     config = read_config(request.model)
     check_decoder(config, whole=request.real)
+    if hasattr(config.get_text_config(), "output_router_logits"):
+        config.get_text_config().output_router_logits = False  # of documents alone its loss is another one
     dtype = getattr(torch, request.dtype)
     if not request.real:
         return with_parameters_in(tiny_model(tiny_config(config)), dtype)

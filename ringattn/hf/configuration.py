@@ -13,11 +13,12 @@ REFUSED = {
     "decoder_layerdrop": "layers are dropped by a draw that must be equal on all ranks, which draw apart; set it to 0",
     "layerdrop": "layers are dropped by a draw that must be equal on all ranks, which draw apart; set it to 0",
     "output_attentions": "flash attention never forms that matrix",
-    "output_router_logits": "the auxiliary loss of a router is a product of means over all tokens, of which a rank "
-    "sees a part; set it to False",
     "ple_layer_ids": "embeddings of n-grams need the tokens before a rank's first",
     "use_alibi": "an additive bias on the scores is not supported",
 }
+
+# Why routers whose loss counts cannot be computed in tiles of tokens.
+IN_TILES = "and in tiles a router's logits are gone when its loss is made; leave mlp_tile out, or set that key to False"
 
 
 def check_configuration(model: Any) -> None:
@@ -27,3 +28,9 @@ def check_configuration(model: Any) -> None:
         for key, reason in REFUSED.items():
             if value := getattr(config, key, None):
                 raise NotImplementedError(f"{type(model).__name__} has {key}={value!r}: {reason}")
+
+
+def asks_router_loss(model: Any) -> bool:
+    """Whether a model's configuration asks it to add the loss of its routers (`ringattn.hf.router_loss`)."""
+    configs = (model.config, model.config.get_text_config())
+    return any(getattr(config, "output_router_logits", False) for config in configs)

@@ -15,6 +15,7 @@ from ringattn.hf.images import EmbeddingNeeds
 from ringattn.hf.local_draws import LocalDraws
 from ringattn.hf.memory import ModelMemory
 from ringattn.hf.recurrent import RecurrentLayers, take_back
+from ringattn.hf.router_loss import RouterLoss
 from ringattn.hf.support import LengthLimit
 from ringattn.hf.vision import ImageDeal
 from ringattn.parallel.mesh.mesh import SequenceMesh
@@ -45,6 +46,7 @@ class Handle:
         cache: for evaluation only: keeps the keys of the next forward pass.
         images, images_placed: of a forward pass that is running, who computes which images, and how often they were
             exchanged.
+        routers: the loss of a model's routers, where it has one.
     """
 
     model: Any = field(repr=False)
@@ -66,6 +68,7 @@ class Handle:
     cache: KeyCache | None = field(default=None, repr=False)
     images: ImageDeal | None = field(default=None, repr=False)
     images_placed: int = 0
+    routers: RouterLoss = field(default_factory=RouterLoss)
     _implementation: str = ""
     _loss: Callable[..., Any] | None = field(default=None, repr=False)
     _called: list[nn.Module] = field(default_factory=list, repr=False)

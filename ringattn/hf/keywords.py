@@ -15,8 +15,6 @@ REFUSED = {
     "output_attentions": "flash attention never forms the attention matrix",
     "past_key_values": f"KV caches are for generation, and so are the prefixes of PEFT's tuners: {GENERATION}",
     "encoder_hidden_states": "cross attention is not supported",
-    "output_router_logits": "the auxiliary loss of a router is a product of means over all tokens, of which a rank "
-    "sees a part",
 }
 
 

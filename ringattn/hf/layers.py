@@ -4,6 +4,8 @@ from typing import Any
 
 from torch import nn
 
+from ringattn.hf.configuration import IN_TILES, asks_router_loss
+
 # What families call the part of a layer that looks at one token at a time.
 MLPS = ("mlp", "feed_forward", "ffn", "block_sparse_moe", "moe")
 
@@ -31,3 +33,11 @@ def mlps_of(model: nn.Module) -> list[nn.Module]:
             )
         found.append(mlp)
     return found
+
+
+def tileable_mlps(model: nn.Module) -> list[nn.Module]:
+    """Those of every layer, if they can be computed in tiles of tokens. Raises NotImplementedError naming what speaks
+    against it."""
+    if asks_router_loss(model):
+        raise NotImplementedError(f"mlp_tile: {type(model).__name__} has output_router_logits=True, {IN_TILES}")
+    return mlps_of(model)

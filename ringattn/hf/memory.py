@@ -8,7 +8,7 @@ from torch import nn
 
 from ringattn.hf.empty import Placeholder, layout_of
 from ringattn.hf.head import LossAsLogits, TiledHead
-from ringattn.hf.layers import decoder_layers, mlps_of
+from ringattn.hf.layers import decoder_layers, tileable_mlps
 from ringattn.hf.loss import GlobalLoss
 from ringattn.kept import keep, kept_already
 from ringattn.memory.layers import keep_layers
@@ -68,7 +68,7 @@ class ModelMemory:
             self.head = TiledHead(model, settings.loss_tile)
             self._undo.append(self.head.undo)
         if settings.mlp_tile is not None:
-            for mlp in mlps_of(model):
+            for mlp in tileable_mlps(model):
                 self.mlps.append(TiledModule(mlp, settings.mlp_tile))
                 self._undo.append(self.mlps[-1].undo)
         if settings.keep == "all":

@@ -21,10 +21,12 @@ from ringattn.hf.loss import GlobalLoss, check_is_share, check_is_usual
 from ringattn.hf.masks import note_mask
 from ringattn.hf.memory import ModelMemory, without_logits
 from ringattn.hf.recurrent import put_in_place, recurrent_layers
+from ringattn.hf.router_loss import check_router_loss, gives_router_loss, wanted
 from ringattn.hf.same_batch import check_same_batch
 from ringattn.hf.support import check_model, length_limits, text_model
 from ringattn.hf.tree_checks import check_trees
 from ringattn.memory.settings import MemorySettings
+from ringattn.parallel.layout import Layout
 from ringattn.parallel.mesh.mesh import SequenceMesh
 
 
@@ -176,6 +178,8 @@ def _before_forward(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -
     _check_attention(handle)
     layout = check_keywords(handle, args, kwargs)
     check_trees(handle, layout, kwargs)
+    if wanted(model, kwargs):
+        check_router_loss(model, bool(handle.memory and handle.memory.mlps), layout.docs)
     expect_images(handle, layout, kwargs)
     if changed:
         same_parameters(model, handle.mesh)
@@ -203,7 +207,9 @@ def _after_forward(model: Any, args: Any, kwargs: dict[str, Any], output: Any) -
     layout = layout_of(kwargs["cu_seq_lens_q"])
     check_images_placed(handle)
     handle.verify(0 if isinstance(layout, DecodeStep) else compiled_calls(layout))
-    if kwargs.get("labels") is not None and not model.loss_function.is_whole(_loss_of(output)):
+    if isinstance(layout, Layout) and gives_router_loss(model, kwargs, output):
+        handle.routers.replace(model, handle.mesh, kwargs, output)
+    elif kwargs.get("labels") is not None and not model.loss_function.is_whole(_loss_of(output)):
         raise NotImplementedError(
             f"{type(model).__name__} computes its loss itself, or adds something to it, on a rank's tokens alone: "
             "leave labels out of its keywords and compute the loss from logits and shift_labels"

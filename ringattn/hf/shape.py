@@ -12,7 +12,7 @@ from torch import nn
 from ringattn.hf.head import steps_after_head
 from ringattn.hf.heads import common_key_heads, heads_of, heads_of_weights, latents_of
 from ringattn.hf.layer_parts import attends, parts_of, recurrent_part, rule_of
-from ringattn.hf.layers import decoder_layers, mlps_of
+from ringattn.hf.layers import decoder_layers, tileable_mlps
 from ringattn.hf.mlp_part import experts_of, weights_of
 from ringattn.hf.recurrent import BOTH, LAYER_TYPES, NEITHER, kind_of
 from ringattn.mask import Mask
@@ -130,7 +130,7 @@ def _gated_attention(attention: nn.Module, width: int) -> bool:
 
 def _tileable(model: nn.Module) -> bool:
     try:
-        mlps_of(model)
+        tileable_mlps(model)
     except NotImplementedError:
         return False
     return True

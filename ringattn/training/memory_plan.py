@@ -13,7 +13,7 @@ from omegaconf import DictConfig
 from torch import nn
 
 from ringattn.hf.head import TiledHead
-from ringattn.hf.layers import mlps_of
+from ringattn.hf.layers import tileable_mlps
 from ringattn.hf.shape import model_shape
 from ringattn.memory.host import host_memory
 from ringattn.memory.planning.choice import Choice, choose
@@ -211,7 +211,7 @@ def _only_values(cfg: DictConfig, config: Any, empty: nn.Module, free: Collectio
             raise ValueError(f"memory.{name} must be at most the {layers} layers of the model, got {cfg.memory[name]}")
     tries: dict[str, Callable[[], object]] = {
         "loss_tile": lambda: TiledHead(empty).undo(),
-        "mlp_tile": lambda: mlps_of(empty),
+        "mlp_tile": lambda: tileable_mlps(empty),
     }
     for name, possible in tries.items():
         tile = cfg.memory[name]

@@ -16,7 +16,7 @@ import torch
 
 from ringattn.hf import configuration
 from ringattn.hf.adapters import REFUSED, RULES, TOKEN_MASKS
-from tests.hf.configuration_keys import INERT_KEYS, TOKEN_KEYS
+from tests.hf.configuration_keys import INERT_KEYS, ROUTER_KEYS, TOKEN_KEYS
 from tests.hf.tuners import CASES, NEEDS, measured
 from tests.pool import Pools
 
@@ -82,8 +82,8 @@ def refusal_rows() -> Iterator[str]:
         yield f"| `{option}` | {verdict} | {'; '.join(filter(None, (reason, words)))} |"
     for key, reason in sorted(configuration.REFUSED.items()):
         yield f"| `{key}` | refused | {reason} |"
-    for key, reason in sorted((TOKEN_KEYS | INERT_KEYS).items()):
-        yield f"| `{key}` | {'tested' if key in TOKEN_KEYS else 'inert'} | {reason} |"
+    for key, reason in sorted((TOKEN_KEYS | ROUTER_KEYS | INERT_KEYS).items()):
+        yield f"| `{key}` | {'inert' if key in INERT_KEYS else 'tested'} | {reason} |"
 
 
 PAGE = """# Adapters, configuration keys and random draws: what is exact, and what is refused

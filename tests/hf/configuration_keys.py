@@ -14,7 +14,6 @@ _ATTENTION = "in training refused by the attention layer that asks for it"
 _CLASSIFIER = "of heads that pool over a sequence, which are refused"
 _WHOLE = "of model types that are refused as a whole"
 _NO_HEADS = "transformers builds no heads that predict later tokens"
-_COEFFICIENT = "counts only with output_router_logits, which is refused"
 TOKEN_KEYS = {
     "dropout": _DRAWN,
     "embd_pdrop": _DRAWN,
@@ -27,6 +26,11 @@ TOKEN_KEYS = {
     "residual_dropout": _DRAWN,
     "router_jitter_noise": _DRAWN,
 }
+ROUTER_KEYS = {
+    "aux_loss_coef": "what that loss is multiplied with",
+    "output_router_logits": "the loss of routers, over all tokens of a stream",
+    "router_aux_loss_coef": "what that loss is multiplied with",
+}
 INERT_KEYS = {
     "activation_sparsity_pattern": "a quantile of one token's features",
     "altup_coef_clip": "of weights",
@@ -35,7 +39,6 @@ INERT_KEYS = {
     "attention_probs_dropout_prob": _ATTENTION,
     "attn_pdrop": _ATTENTION,
     "attn_temperature_tuning": "exact up to the length that is checked for every batch",
-    "aux_loss_coef": _COEFFICIENT,
     "classifier_dropout": _CLASSIFIER,
     "classifier_dropout_prob": _CLASSIFIER,
     "floor_scale": "exact up to the length that is checked for every batch",
@@ -43,7 +46,6 @@ INERT_KEYS = {
     "mtp_mlp_layer_types": _NO_HEADS,
     "num_logits_to_keep": "for generation",
     "num_nextn_predict_layers": _NO_HEADS,
-    "router_aux_loss_coef": _COEFFICIENT,
     "summary_first_dropout": _CLASSIFIER,
     "summary_last_dropout": _CLASSIFIER,
 }

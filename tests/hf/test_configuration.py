@@ -12,7 +12,7 @@ pytest.importorskip("transformers")
 from ringattn.hf import check_model, parallelize, shard_batch
 from ringattn.hf.configuration import REFUSED
 from ringattn.hf.tiny import read_config, tiny_config, tiny_model
-from tests.hf.configuration_keys import INERT_KEYS, OF_REFUSED_TYPES, SUSPICIOUS, TOKEN_KEYS
+from tests.hf.configuration_keys import INERT_KEYS, OF_REFUSED_TYPES, ROUTER_KEYS, SUSPICIOUS, TOKEN_KEYS
 from tests.parallel.ranks import mesh_of
 from tests.pool import Pools
 
@@ -31,7 +31,7 @@ def keys_of(kind: str) -> set[str]:
 def test_every_suspicious_key_is_known() -> None:
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-    known = {*REFUSED, *TOKEN_KEYS, *INERT_KEYS, *OF_REFUSED_TYPES}
+    known = {*REFUSED, *TOKEN_KEYS, *ROUTER_KEYS, *INERT_KEYS, *OF_REFUSED_TYPES}
     found = {key for kind in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES for key in keys_of(kind) if re.search(SUSPICIOUS, key)}
     assert found <= known, found - known
 
@@ -45,7 +45,6 @@ VALUES: dict[str, tuple[str, Any]] = {
     "decoder_layerdrop": ("llama", 0.1),
     "layerdrop": ("opt", 0.1),
     "output_attentions": ("llama", True),
-    "output_router_logits": ("mixtral", True),
     "ple_layer_ids": ("llama", [1]),
     "use_alibi": ("llama", True),
 }

@@ -48,7 +48,6 @@ CALLS: dict[str, tuple[Callable[[Any], Any], type[Exception], str]] = {
     ),
     "generate": (lambda model: model.generate(IDS, max_new_tokens=2), ValueError, r"handle.undo\(\)"),
     "attentions": (called(output_attentions=True), NotImplementedError, "output_attentions"),
-    "router logits": (called(output_router_logits=True), NotImplementedError, "auxiliary loss of a router"),
     "keyword": (called(sofcap=1.0), TypeError, "sofcap"),
     "bias": (called(position_bias=torch.zeros(1)), NotImplementedError, "position_bias: an additive bias"),
     "batch": (called(input_ids=IDS.repeat(2, 1)), ValueError, "a batch size of 1, got"),
@@ -98,12 +97,6 @@ MODELS: dict[str, tuple[Callable[[], Any], dict[str, Any], type[Exception], str]
         {},
         NotImplementedError,
         "GPT2DoubleHeadsModel has a head",
-    ),
-    "router loss": (
-        lambda: fresh("mixtral", output_router_logits=True),
-        {},
-        NotImplementedError,
-        "output_router_logits=True",
     ),
     "tensor parallel": (lambda: marked(_tp_size=2), {}, NotImplementedError, "tensor parallel over 2 ranks"),
     "several devices": (

@@ -92,13 +92,13 @@ def test_a_model_of_another_mesh(pool: Pools, tmp_path: Path) -> None:
 def became_unfit(folder: str) -> str:
     """Whoever changes the configuration after __init__."""
     trainer = trainer_of(mesh(1, 1), folder, STEPS, model=small_model(family="mixtral"), train_dataset=Rows(6))
-    trainer.model.config.output_router_logits = True
+    trainer.model.config.chunk_size_feed_forward = 8
     return failure(trainer.train)
 
 
 def test_a_model_that_became_unfit(pool: Pools, tmp_path: Path) -> None:
     told = pool(1).run(became_unfit, str(tmp_path))[0]
-    assert told.startswith("NotImplementedError: MixtralForCausalLM has output_router_logits=True")
+    assert told.startswith("NotImplementedError: MixtralForCausalLM has chunk_size_feed_forward=8")
 
 
 def best(folder: str, ring: int, only_model: bool) -> tuple[dict[str, Any], str, float]:

@@ -142,11 +142,37 @@ def made(folder: str, family: str, changes: dict[str, Any]) -> str:
     )
 
 
+def routed(folder: str, ring: int, coefficient: float | None, stock: bool = False) -> list[float]:
+    from trl import SFTConfig, SFTTrainer
+
+    from ringattn.hf.trainer import OnMesh
+
+    class Mine(OnMesh, SFTTrainer):
+        pass
+
+    quiet = QUIET | {"max_steps": 3, "num_train_epochs": -1, "per_device_train_batch_size": 2, "learning_rate": 0.01}
+    config = SFTConfig(
+        output_dir=folder, bf16=False, gradient_checkpointing=False, router_aux_loss_coef=coefficient, **quiet
+    )
+    on_mesh: dict[str, Any] = {} if stock else {"mesh": mesh(1, ring)}
+    trainer = (SFTTrainer if stock else Mine)(
+        small_model(family="mixtral"), config, train_dataset=rows("text", 8, 0), processing_class=tokenizer(), **on_mesh
+    )
+    trainer.train()
+    return [loss for _, loss in history(trainer)["loss"]]
+
+
 def test_routers(pool: Pools, tmp_path: Path) -> None:
-    """SFTConfig adds a router's loss by default."""
-    told = pool(1).run(made, str(tmp_path), "mixtral", {})[0]
-    assert told.startswith("NotImplementedError: router_aux_loss_coef=0.001 is not supported: the auxiliary loss")
-    assert pool(1).run(made, str(tmp_path), "mixtral", {"router_aux_loss_coef": 0.0}) == ["none"]
+    """SFTConfig adds a router's loss by default, with the model's own coefficient (0.001)."""
+    found: dict[float | None, list[float]] = {}
+    for coefficient in (None, 0.0, 0.5):
+        expected = pool(1).run(routed, str(tmp_path), 1, coefficient, True)[0]
+        for ring in (1, 2):
+            for losses in pool(ring).run(routed, str(tmp_path), ring, coefficient):
+                assert losses == pytest.approx(expected, rel=2e-5), (coefficient, ring)
+        found[coefficient] = expected
+    assert found[0.5][0] > found[0.0][0] + 0.5 > found[None][0]
+    assert found[None][0] > found[0.0][0]
 
 
 def test_other_losses(pool: Pools, tmp_path: Path) -> None:

@@ -18,7 +18,7 @@ __all__ = ["ACCELERATOR", "ARGUMENTS", "METHODS", "SFT", "TRAINING", "Option", "
 
 def check_arguments(arguments: Any) -> None:
     """Raises NotImplementedError for an option of TrainingArguments or SFTConfig that is refused, or not known yet."""
-    check_values(arguments, TRAINING | {name: x for name, x in SFT.items() if name != "router_aux_loss_coef"})
+    check_values(arguments, TRAINING | SFT)
     check_values(getattr(arguments, "accelerator_config", None), ACCELERATOR, "accelerator_config.")
     defaults = {field.name: field for field in fields(arguments)}
     for name in unknown_fields(arguments, TRAINING | SFT):
@@ -33,5 +33,3 @@ def check_arguments(arguments: Any) -> None:
 def check_trainer(trainer: Mapping[str, Any]) -> None:
     """Raises NotImplementedError for an argument or attribute of a Trainer that is refused."""
     check_values(trainer, ARGUMENTS)
-    if trainer.get("aux_loss_enabled"):  # what TRL makes of the option and of the model's own coefficient
-        check_values(trainer, {"router_aux_loss_coef": SFT["router_aux_loss_coef"]})

@@ -41,10 +41,7 @@ SFT: dict[str, Option] = {
     "activation_offloading": Option(f"{TESTS}::test_activation_offloading", note="needs CUDA"),
     "router_aux_loss_coef": Option(
         f"{TESTS}::test_routers",
-        refusal=Refusal(
-            "other than 0.0 for a model with routers, also where the model's own is taken by default",
-            "the auxiliary loss of a router is a product of means over all tokens, of which a rank sees a part; set it "
-            "to 0.0",
-        ),
+        note="over all tokens of a replica's micro-batch; micro-batches and replicas count by their targets, with TRL "
+        "all alike",
     ),
 }

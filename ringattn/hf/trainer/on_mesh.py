@@ -90,7 +90,12 @@ class OnMesh(_Base):
         check_arguments(self.args)
         check_counts(self.args, Trainer)
         check_trainer(vars(self))
-        check_model(unwrapped(self.model))
+        inner = unwrapped(self.model)
+        check_model(inner)
+        # TRL keeps the coefficient of its option to itself, as it makes the loss; here the model makes it.
+        own = vars(self)
+        if own.get("aux_loss_enabled") and hasattr(inner, "router_aux_loss_coef"):
+            inner.router_aux_loss_coef = own["router_aux_loss_coef"]
 
     @property
     def model(self) -> Any:

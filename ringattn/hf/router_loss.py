@@ -136,7 +136,7 @@ def experts_taken(logits: Sequence[Tensor], aux: Tensor) -> int:
         counts += (ranked + experts * torch.arange(experts, device=device)).flatten().bincount(minlength=experts**2)
         probabilities += each.sum(0)
     rows = torch.tensor(float(sum(map(len, logits))))
-    by_number = balance(counts.view(experts, experts).cumsum(0).cpu(), probabilities.cpu(), rows)
+    by_number = balance(counts.cpu().view(experts, experts).cumsum(0), probabilities.cpu(), rows)
     apart = (by_number / aux.detach().float().cpu() - 1).abs()
     best = int(apart.argmin())
     return best + 1 if apart[best] <= (1e-4 if logits[0].dtype.itemsize >= 4 else 2e-2) else 0

@@ -91,6 +91,7 @@ class RouterLoss:
         Raises NotImplementedError on all ranks of a sequence if on any of them the model's term is not the one known.
         """
         logits = [layer.flatten(0, -2) for layer in output.router_logits]
+        _check_gradients(model, logits)
         if not self.taken:
             found = experts_taken(logits, output.aux_loss)
             _demand(found > 0, mesh, f"{type(model).__name__} has another loss of its routers than the one known")
@@ -113,6 +114,18 @@ class RouterLoss:
         part = _SumOverReplicas.apply(aux * _share(kwargs, mesh, loss), mesh)
         output["loss"] = loss.result + coefficient * part
         loss.expect()
+
+
+def _check_gradients(model: Any, logits: Sequence[Tensor]) -> None:
+    """Raises NotImplementedError if the loss of routers would have no gradient though the model is trained."""
+    if not torch.is_grad_enabled() or any(layer.requires_grad for layer in logits):
+        return
+    if model.training and any(parameter.requires_grad for parameter in model.parameters()):
+        raise NotImplementedError(
+            f"{type(model).__name__} has {_FLAG}=True, and no gradient reaches its routers' logits, as under reentrant "
+            'checkpointing: set {"use_reentrant": False} in gradient_checkpointing_enable (the default there), or the '
+            "key to False if all that comes before the routers is frozen"
+        )
 
 
 def balance(counts: Tensor, probabilities: Tensor, rows: Tensor) -> Tensor:

@@ -247,6 +247,9 @@ def refused(kind: str) -> None:
         config
     )
     parallelize(model, mesh, MemorySettings(mlp_tile=4) if "tiles" in kind else None)
+    if kind == "reentrant":
+        model.train()
+        model.gradient_checkpointing_enable({"use_reentrant": True})
     ids = torch.arange(2, 10)[None]
     if kind == "trees":
         docs = Documents.from_tree([4, 2, 2], [-1, 0, 0])
@@ -264,6 +267,7 @@ def refused(kind: str) -> None:
         ("tiles later", "in tiles a router's logits are gone"),
         ("trees", "share what they begin with"),
         ("tuple", "return_dict=False"),
+        ("reentrant", "no gradient reaches its routers' logits"),
     ],
 )
 def test_what_is_not_known_is_refused(pool: Pools, kind: str, words: str) -> None:

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ringattn.hf.vision import PIXELS, ImageDeal, VisionTower, dealt_images
+from ringattn.hf.vision import DEEP, PIXELS, ImageDeal, VisionTower, dealt_images
 from ringattn.recurrent.wire import Wire, rows_of_others, wire_of
 
 
@@ -66,20 +66,48 @@ def get_image_features(self: Any, *args: Any, **kwargs: Any) -> Any:
     kwargs = {name: value for name, value in kwargs.items() if name in taken or name == "return_dict"}
     found = plain(self, *args, **kwargs)
     handle.images_placed += 1
-    features = getattr(found, "pooler_output", found)  # older ones return the features themselves
-    listed = not isinstance(features, Tensor)
-    rows = torch.cat([*features]) if listed else features.reshape(-1, features.shape[-1])
+    levels = [getattr(found, "pooler_output", found), *_deep_features(handle, found)]  # older ones return features
+    every = [_rows(level) for level in levels]
+    rows = torch.cat(every, -1)  # so that all levels travel together
     if deal.tokens is not None and len(rows) != deal.tokens:
         raise ValueError(
             f"{PIXELS}: images {deal.computed} have {deal.tokens} tokens in input_ids, and {len(rows)} features of "
             f"{type(self).__name__}"
         )
     local = placed_features(rows, deal, wire_of(handle.mesh, "features of images"))
-    placed = type(features)([local]) if listed else local.reshape(*(1,) * (features.dim() - 2), *local.shape)
-    if features is found:
-        return placed
-    found.pooler_output = placed
+    widths = [level.shape[-1] for level in every]
+    first, *deep = (_like(level, part) for level, part in zip(levels, local.split(widths, -1), strict=True))
+    if levels[0] is found:
+        return first
+    found.pooler_output = first
+    if deep:
+        found.deepstack_features = deep
     return found
+
+
+def _deep_features(handle: Any, found: Any) -> list[Any]:
+    """Features for several layers of the decoder, where it takes them (DeepStack, arXiv 2406.04334)."""
+    if not DEEP.issubset(handle.needs.several):
+        return []
+    deep = getattr(found, "deepstack_features", None)
+    if not deep:
+        raise NotImplementedError(
+            f"the decoder of {type(handle.model).__name__} takes {', '.join(sorted(DEEP))}, and its get_image_features "
+            "gives no deepstack_features"
+        )
+    return [*deep]
+
+
+def _rows(features: Any) -> Tensor:
+    """(R, hidden), from features of all images or of each."""
+    return features.reshape(-1, features.shape[-1]) if isinstance(features, Tensor) else torch.cat([*features])
+
+
+def _like(features: Any, local: Tensor) -> Any:
+    """In the form in which a model has its features: those of this rank's tokens, as if they were of one image."""
+    if isinstance(features, Tensor):
+        return local.reshape(*(1,) * (features.dim() - 2), *local.shape)
+    return type(features)([local])
 
 
 def placed_features(rows: Tensor, deal: ImageDeal, wire: Wire) -> Tensor:

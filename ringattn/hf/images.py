@@ -11,7 +11,7 @@ from typing import Any
 
 from ringattn.hf.blocks import BlockRule, block_rule, check_blocks, uses_blocks
 from ringattn.hf.support import text_model
-from ringattn.hf.vision import PIXELS, VisionTower, dealt_images, vision_tower
+from ringattn.hf.vision import DEEP, PIXELS, VisionTower, dealt_images, vision_tower
 from ringattn.parallel.layout import Layout
 from ringattn.parallel.mesh.mesh import SequenceMesh
 
@@ -97,8 +97,9 @@ def check_embeddings(needs: EmbeddingNeeds, mesh: SequenceMesh, layout: Layout, 
             f"{given} without {needs.marks}: tokens of an image see each other in both directions in this model, "
             f"and embeddings do not tell whether there are any. Give input_ids for text, or {needs.marks} too"
         )
-    # Of tokens by their ids, the inputs of each layer are made where they are held.
-    several = [name for name in needs.several if given == "inputs_embeds" or name != "per_layer_inputs"]
+    # Of tokens by their ids, the inputs of each layer are made where they are held; features of images travel there.
+    made = {"per_layer_inputs", *DEEP} if given == PIXELS else set()
+    several = [name for name in needs.several if name not in made]
     if several:
         raise NotImplementedError(
             f"{given} are not all that this model's decoder takes of an image: features enter by "

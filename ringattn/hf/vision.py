@@ -22,6 +22,8 @@ from ringattn.parallel.layout import Layout
 
 PIXELS = "pixel_values"
 STAND_IN = "stand_in_image"  # of a batch without images: keys and values of one that counts nowhere
+# What a decoder takes of features that enter in several layers: the model makes it of what `get_image_features` gives.
+DEEP = frozenset({"deepstack_visual_embeds", "visual_pos_masks"})
 _KEY = "images of the batch"
 # Arguments of `get_image_features` that are options and not tensors of images.
 _OPTIONS = {"vision_feature_layer", "vision_feature_select_strategy", "return_dict", "kwargs"}

@@ -18,7 +18,7 @@ from ringattn import Documents, Layout, MeshShape
 from ringattn.hf import parallelize, shard_batch
 from ringattn.hf.vision import ImageDeal
 from tests.hf.test_blocks import averaged, gemma3, paligemma
-from tests.hf.test_images import llava, qwen3_vl, wide
+from tests.hf.test_images import llava, wide
 from tests.parallel.ranks import mesh_of
 from tests.pool import Pools
 
@@ -35,6 +35,17 @@ def qwen2_5_vl() -> Any:
     vision |= {"fullatt_block_indexes": [1], "window_size": 56}
     config = transformers.Qwen2_5_VLConfig(text_config=text, vision_config=vision, image_token_id=IMAGE)
     return wide(transformers.Qwen2_5_VLForConditionalGeneration(config))
+
+
+def deep_qwen3_vl() -> Any:
+    """Its features enter before three layers of four: embeddings, and what two layers of the tower give."""
+    text = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 4, "num_attention_heads": 4}
+    text |= {"num_key_value_heads": 2, "vocab_size": 120, "max_position_embeddings": 512, "head_dim": 16}
+    text |= {"rope_parameters": {"rope_type": "default", "mrope_section": [2, 3, 3], "rope_theta": 1e4}}
+    vision = {"depth": 3, "hidden_size": 32, "out_hidden_size": 64, "num_heads": 2, "intermediate_size": 32}
+    vision |= {"patch_size": 14, "deepstack_visual_indexes": [0, 1], "num_position_embeddings": 64}
+    config = transformers.Qwen3VLConfig(text_config=text, vision_config=vision, image_token_id=IMAGE)
+    return wide(transformers.Qwen3VLForConditionalGeneration(config))
 
 
 def fixed(marks: str, size: int, tokens: int) -> Callable[[list[int]], dict[str, Tensor]]:
@@ -88,6 +99,7 @@ MODELS: dict[str, tuple[Callable[[], Any], Callable[[list[int]], dict[str, Tenso
     "paligemma": (lambda: paligemma("gemma"), prefixes, [0, 70, 110]),
     "llava": (lambda: with_token(llava()), fixed("", 16, 16), [3, 19, 120]),
     "qwen2_5_vl": (qwen2_5_vl, gridded, [2, 6, 80, 120, 130]),
+    "qwen3_vl": (deep_qwen3_vl, gridded, [2, 6, 80, 120, 130]),
 }
 
 
@@ -266,7 +278,7 @@ def test_every_image_is_computed_once_and_reaches_its_tokens(
 def refused(name: str) -> None:
     """On two ranks, before anything is sent."""
     model_name, change, _, _ = REFUSALS[name]
-    make, make_batch, places = MODELS.get(model_name, (qwen3_vl, gridded, [2, 6, 80]))
+    make, make_batch, places = MODELS[model_name]
     model, mesh = make(), mesh_of(2, 1)
     batch = change(make_batch(places))
     handle = parallelize(model, mesh)
@@ -292,7 +304,6 @@ def with_ids(batch: dict[str, Any], places: slice, value: int) -> dict[str, Any]
 
 Change = Callable[[dict[str, Any]], dict[str, Any]]
 REFUSALS: dict[str, tuple[str, Change, type[Exception], str]] = {
-    "deep features": ("qwen3_vl", lambda batch: batch, NotImplementedError, "features enter by deepstack"),
     "no needs": ("gemma3", lambda batch: batch | {"no needs": True}, NotImplementedError, "needs=handle.needs"),
     "no types": ("gemma3", without("token_type_ids"), NotImplementedError, "pixel_values without token_type_ids"),
     "no axes": ("qwen2_5_vl", without("position_ids"), ValueError, r"position_ids must be \(axes, B, S\) beside pixel"),

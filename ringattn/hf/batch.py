@@ -93,7 +93,7 @@ def _with_needs(
 ) -> tuple[Mapping[str, Any], Documents]:
     """With the blocks that a model makes of its marks, and the positions of its images."""
     docs = with_blocks(docs, batch, needs.marks, needs.rule)
-    return (batch if needs.tower is None else with_axes(batch, docs, needs.tower.axes)), docs
+    return (with_axes(batch, docs, needs.towers[0].axes) if needs.towers else batch), docs
 
 
 def _layout(
@@ -116,7 +116,7 @@ def _layout(
 def _images(layout: Layout, batch: Mapping[str, Any], needs: EmbeddingNeeds | None) -> dict[str, Any]:
     """This rank's images, and what goes with them."""
     ids = batch.get("input_ids")
-    return deal_images(layout, batch, None if ids is None else ids.reshape(-1), None if needs is None else needs.tower)
+    return deal_images(layout, batch, None if ids is None else ids.reshape(-1), () if needs is None else needs.towers)
 
 
 def _inputs(layout: Layout, batch: Mapping[str, Any], rows: int, size: int) -> dict[str, Any]:

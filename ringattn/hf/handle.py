@@ -44,8 +44,8 @@ class Handle:
         verified: a forward pass ran in which every attention layer called exactly once.
         reach: for evaluation only: no query sees more than so many tokens back, itself counted, in any layer.
         cache: for evaluation only: keeps the keys of the next forward pass.
-        images, images_placed: of a forward pass that is running, who computes which images, and how often they were
-            exchanged.
+        images, images_placed: of a forward pass that is running, who computes which images and videos, and how often
+            they were exchanged, by medium.
         routers: the loss of a model's routers, where it has one.
     """
 
@@ -66,8 +66,8 @@ class Handle:
     verified: bool = False
     reach: int | None = None
     cache: KeyCache | None = field(default=None, repr=False)
-    images: ImageDeal | None = field(default=None, repr=False)
-    images_placed: int = 0
+    images: dict[str, ImageDeal] = field(default_factory=dict, repr=False)
+    images_placed: dict[str, int] = field(default_factory=dict, repr=False)
     routers: RouterLoss = field(default_factory=RouterLoss)
     _implementation: str = ""
     _loss: Callable[..., Any] | None = field(default=None, repr=False)

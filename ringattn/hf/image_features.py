@@ -2,7 +2,8 @@
 
 The model asks its `get_image_features` for the features of the images that it was given, and gets those of the tokens
 that it was given. An exchange stands in between, whose gradient is the exchange back. Every rank runs the tower, also
-one whose images are none, on an image that counts nowhere: engines gather weights there.
+one whose images are none, on an image that counts nowhere: engines gather weights there. Videos go the same way, by
+`get_video_features`.
 
 Legend: m tokens of images of this rank; R of its own images; hidden of the decoder.
 """
@@ -15,66 +16,92 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ringattn.hf.vision import DEEP, PIXELS, ImageDeal, VisionTower, dealt_images
+from ringattn.hf.vision import DEEP, IMAGES, MEDIA, VIDEOS, ImageDeal, Medium, VisionTower, dealt_images
 from ringattn.recurrent.wire import Wire, rows_of_others, wire_of
 
 
-def put_exchange(handle: Any, tower: VisionTower) -> None:
-    """Make the model's `get_image_features` exchange them; `take_exchange` undoes it."""
-    owner = handle.model.get_submodule(tower.path)
-    owner._ringattn = handle
-    owner.get_image_features = MethodType(get_image_features, owner)
+def put_exchange(handle: Any, towers: tuple[VisionTower, ...]) -> None:
+    """Make the model's methods that compute features exchange them; `take_exchange` undoes it."""
+    for tower in towers:
+        owner = handle.model.get_submodule(tower.path)
+        owner._ringattn = handle
+        setattr(owner, tower.medium.method, MethodType(_METHODS[tower.medium.method], owner))
 
 
 def take_exchange(model: Any) -> None:
     for part in model.modules():
-        part.__dict__.pop("get_image_features", None)
+        for medium in MEDIA:
+            part.__dict__.pop(medium.method, None)
 
 
 def expect_images(handle: Any, layout: Any, kwargs: Mapping[str, Any]) -> None:
     """Before a forward pass: raises an error where images are not those of the batch. No communication."""
-    deal, pixels = dealt_images(layout), kwargs.get(PIXELS)
-    if pixels is not None and deal is None:
-        raise NotImplementedError(
-            f"{PIXELS} must come from shard_batch, with needs=handle.needs: a rank computes features of some images, "
-            "and holds the tokens of others"
-        )
-    if pixels is None and deal is not None:
-        raise ValueError(f"{PIXELS} of the batch are missing, which shard_batch dealt out")
-    handle.images, handle.images_placed = deal, 0
+    deals = dealt_images(layout)
+    for medium in MEDIA:
+        given, dealt = kwargs.get(medium.pixels) is not None, medium.name in deals
+        if given and not dealt:
+            raise NotImplementedError(
+                f"{medium.pixels} must come from shard_batch, with needs=handle.needs: a rank computes features of "
+                f"some {medium.name}, and holds the tokens of others"
+            )
+        if dealt and not given:
+            raise ValueError(f"{medium.pixels} of the batch are missing, which shard_batch dealt out")
+    handle.images, handle.images_placed = deals, dict.fromkeys(deals, 0)
 
 
 def check_images_placed(handle: Any) -> None:
     """After a forward pass: raises NotImplementedError for a model that took its images in another way."""
-    deal, handle.images = handle.images, None
-    if deal is not None and handle.images_placed != 1:
-        raise NotImplementedError(
-            f"{type(handle.model).__name__} called get_image_features {handle.images_placed} times in a forward pass, "
-            "and not once: its images cannot be dealt out to ranks. Compute inputs_embeds of the global batch, and "
-            "give those"
-        )
+    placed, handle.images, handle.images_placed = handle.images_placed, {}, {}
+    for medium in MEDIA:
+        if placed.get(medium.name, 1) != 1:
+            raise NotImplementedError(
+                f"{type(handle.model).__name__} called {medium.method} {placed[medium.name]} times in a forward pass, "
+                f"and not once: its {medium.name} cannot be dealt out to ranks. Compute inputs_embeds of the global "
+                "batch, and give those"
+            )
 
 
 def get_image_features(self: Any, *args: Any, **kwargs: Any) -> Any:
-    """In place of the module's own, and of the same form: in a forward pass the features of the tokens of this rank."""
-    plain, handle = type(self).get_image_features, self._ringattn
-    deal: ImageDeal | None = handle.images
+    """In place of the module's own, and of the same form: in a forward pass the features of the tokens of this rank.
+
+    It bears this name because a pickled method is found by its name.
+    """
+    return _exchanged(self, IMAGES, args, kwargs)
+
+
+def get_video_features(self: Any, *args: Any, **kwargs: Any) -> Any:
+    """The same of videos."""
+    return _exchanged(self, VIDEOS, args, kwargs)
+
+
+_METHODS = {
+    medium.method: function for medium, function in zip(MEDIA, (get_image_features, get_video_features), strict=True)
+}
+
+
+def _exchanged(self: Any, medium: Medium, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    plain, handle = getattr(type(self), medium.method), self._ringattn
+    deal: ImageDeal | None = handle.images.get(medium.name)
     if deal is None:  # called by itself
         return plain(self, *args, **kwargs)
     taken = inspect.signature(plain).parameters
     # Of other keywords the layout is one, which is none of the tower's.
     kwargs = {name: value for name, value in kwargs.items() if name in taken or name == "return_dict"}
-    found = plain(self, *args, **kwargs)
-    handle.images_placed += 1
+    deals, handle.images = handle.images, {}  # one method may ask the other
+    try:
+        found = plain(self, *args, **kwargs)
+    finally:
+        handle.images = deals
+    handle.images_placed[medium.name] += 1
     levels = [getattr(found, "pooler_output", found), *_deep_features(handle, found)]  # older ones return features
     every = [_rows(level) for level in levels]
     rows = torch.cat(every, -1)  # so that all levels travel together
     if deal.tokens is not None and len(rows) != deal.tokens:
         raise ValueError(
-            f"{PIXELS}: images {deal.computed} have {deal.tokens} tokens in input_ids, and {len(rows)} features of "
-            f"{type(self).__name__}"
+            f"{medium.pixels}: {medium.name} {deal.computed} have {deal.tokens} tokens in input_ids, and {len(rows)} "
+            f"features of {type(self).__name__}"
         )
-    local = placed_features(rows, deal, wire_of(handle.mesh, "features of images"))
+    local = placed_features(rows, deal, wire_of(handle.mesh, f"features of {medium.name}"))
     widths = [level.shape[-1] for level in every]
     first, *deep = (_like(level, part) for level, part in zip(levels, local.split(widths, -1), strict=True))
     if levels[0] is found:
@@ -92,8 +119,8 @@ def _deep_features(handle: Any, found: Any) -> list[Any]:
     deep = getattr(found, "deepstack_features", None)
     if not deep:
         raise NotImplementedError(
-            f"the decoder of {type(handle.model).__name__} takes {', '.join(sorted(DEEP))}, and its get_image_features "
-            "gives no deepstack_features"
+            f"the decoder of {type(handle.model).__name__} takes {', '.join(sorted(DEEP))}, and features of its images "
+            "come without deepstack_features"
         )
     return [*deep]
 

@@ -11,7 +11,7 @@ from typing import Any
 
 from ringattn.hf.blocks import BlockRule, block_rule, check_blocks, uses_blocks
 from ringattn.hf.support import text_model
-from ringattn.hf.vision import DEEP, PIXELS, VisionTower, dealt_images, vision_tower
+from ringattn.hf.vision import DEEP, MEDIA, VisionTower, dealt_images, vision_towers
 from ringattn.parallel.layout import Layout
 from ringattn.parallel.mesh.mesh import SequenceMesh
 
@@ -48,14 +48,14 @@ class EmbeddingNeeds:
         several: keywords by which features enter the decoder beside its embeddings.
         axes: positions of image tokens count on several axes (M-RoPE).
         rule: how the marks make blocks of tokens that see each other, if that is known.
-        tower: how it takes images themselves, if it does.
+        towers: how it takes images and videos themselves, if it does.
     """
 
     marks: str = ""
     several: tuple[str, ...] = ()
     axes: bool = False
     rule: BlockRule | None = None
-    tower: VisionTower | None = None
+    towers: tuple[VisionTower, ...] = ()
 
 
 def embedding_needs(model: Any) -> EmbeddingNeeds:
@@ -76,7 +76,7 @@ def embedding_needs(model: Any) -> EmbeddingNeeds:
         tuple(sorted(several)),
         any(hasattr(part, "get_rope_index") for part in around),
         block_rule(model.config) if blocks else None,
-        vision_tower(model, around),
+        vision_towers(model, around),
     )
 
 
@@ -88,9 +88,10 @@ def check_embeddings(needs: EmbeddingNeeds, mesh: SequenceMesh, layout: Layout, 
     marks = kwargs.get(needs.marks) if needs.marks else None
     if needs.marks:
         check_blocks(layout, mesh, needs.marks, needs.rule, marks)
-    given = next((name for name in ("inputs_embeds", PIXELS) if kwargs.get(name) is not None), None)
-    deal = dealt_images(layout)
-    if given is None or (given == PIXELS and deal is not None and deal.tokens is None):
+    pixels = [medium.pixels for medium in MEDIA]
+    given = next((name for name in ("inputs_embeds", *pixels) if kwargs.get(name) is not None), None)
+    deals = dealt_images(layout).values()
+    if given is None or (given in pixels and deals and all(deal.tokens is None for deal in deals)):
         return
     if needs.marks and marks is None:
         raise NotImplementedError(
@@ -98,7 +99,7 @@ def check_embeddings(needs: EmbeddingNeeds, mesh: SequenceMesh, layout: Layout, 
             f"and embeddings do not tell whether there are any. Give input_ids for text, or {needs.marks} too"
         )
     # Of tokens by their ids, the inputs of each layer are made where they are held; features of images travel there.
-    made = {"per_layer_inputs", *DEEP} if given == PIXELS else set()
+    made = {"per_layer_inputs", *DEEP} if given in pixels else set()
     several = [name for name in needs.several if name not in made]
     if several:
         raise NotImplementedError(

@@ -103,8 +103,7 @@ def _put_in_place(handle: Handle, memory: MemorySettings | None) -> None:
         hooks.append(inner.register_forward_pre_hook(put_in, with_kwargs=True))
         hooks.append(inner.register_forward_hook(take_out, with_kwargs=True))
     hooks.extend(put_in_place(model, text_model(model), handle.states))
-    if handle.needs.tower is not None:
-        put_exchange(handle, handle.needs.tower)
+    put_exchange(handle, handle.needs.towers)
     hooks.append(model.register_forward_pre_hook(_tell_head, with_kwargs=True))
 
 

@@ -19,12 +19,14 @@ def check_trees(handle: Handle, layout: Layout, kwargs: dict[str, Any]) -> None:
     tiled = handle.memory is not None and handle.memory.head is not None
     if kwargs.get("labels") is not None and noted_triples(layout) is not None and not tiled:
         raise needs_tiles(handle.model)
-    tower, tokens = handle.needs.tower, kept_already(layout, TOKENS)
-    if tower is not None and tokens is not None and bool((tokens == tower.token).any()):
-        raise NotImplementedError(
-            f"trees have tokens of images ({tower.token}), whose features {type(handle.model).__name__} would need: "
-            "images are not dealt out along trees. Train them as separate sequences, with shard_batch"
-        )
+    tokens = kept_already(layout, TOKENS)
+    for tower in handle.needs.towers:
+        if tokens is not None and bool((tokens == tower.token).any()):
+            raise NotImplementedError(
+                f"trees have tokens of {tower.medium.name} ({tower.token}), whose features "
+                f"{type(handle.model).__name__} would need: {tower.medium.name} are not dealt out along trees. Train "
+                "them as separate sequences, with shard_batch"
+            )
     if layout.docs.segments:
         told = kept(handle, "carrying layer", lambda: carrying_layer(handle.model))
         if told is not None:

@@ -12,14 +12,14 @@ pytest.importorskip("accelerate", reason="transformers.Trainer needs accelerate 
 
 from tests.hf.test_blocks import gemma3
 from tests.hf.test_trainer_runs import taken_for_a_gpu
-from tests.hf.test_vision import IMAGE, qwen2_5_vl
+from tests.hf.test_vision import IMAGE, VIDEO, qwen2_5_vl
 from tests.hf.trainer_runs import Row, arguments, history, mesh, same_history, trainer_of
 from tests.pool import Pools
 
 # Images of each row: of eight rows half have none, and two have several.
 IMAGES = [0, 1, 3, 0, 0, 2, 0, 1]
 GRIDS = torch.tensor([[1, 4, 4], [1, 4, 8]])  # of 4 and 8 tokens
-IMAGES_OF = ("pixel_values", "image_grid_thw")
+IMAGES_OF = ("pixel_values", "image_grid_thw", "pixel_values_videos", "video_grid_thw")
 COMMON = {"input_ids": 0, "labels": -100, "attention_mask": 0}
 
 
@@ -46,7 +46,20 @@ class Qwen:
         return (patches // 4).tolist(), {"pixel_values": pixels, "image_grid_thw": grid}
 
 
-FAMILIES: dict[str, Any] = {"gemma3": Gemma, "qwen2_5_vl": Qwen}
+class QwenVideos(Qwen):
+    """Its videos of 8 tokens, in two frames: of a row with several the first is an image, the others are videos."""
+
+    @staticmethod
+    def images(count: int, generator: torch.Generator) -> tuple[list[int], dict[str, Tensor]]:
+        first = min(count, 1) if count > 1 else 0
+        sizes, values = Qwen.images(first, generator)
+        videos = count - first
+        pixels = torch.randn(videos * 32, 3 * 2 * 14 * 14, generator=generator)
+        grid = torch.tensor([[2, 4, 4]]).repeat(videos, 1)
+        return sizes + [8] * videos, (values if first else {}) | {"pixel_values_videos": pixels, "video_grid_thw": grid}
+
+
+FAMILIES: dict[str, Any] = {"gemma3": Gemma, "qwen2_5_vl": Qwen, "qwen2_5_vl videos": QwenVideos}
 
 
 def make_rows(family: str, images: list[int] = IMAGES) -> list[Row]:
@@ -56,10 +69,17 @@ def make_rows(family: str, images: list[int] = IMAGES) -> list[Row]:
     for count in images:
         ids = torch.randint(3, 97, (int(torch.randint(5, 9, (1,), generator=generator)),), generator=generator).tolist()
         sizes, values = kind.images(count, generator)
-        for size in sizes:
-            ids += [IMAGE] * size + torch.randint(3, 97, (3,), generator=generator).tolist()
-        row = {"input_ids": ids, "labels": [-100 if token == IMAGE else token for token in ids], "source": "a book"}
-        rows.append(row | {kind.marks: [int(token == IMAGE) for token in ids]} | (values if count else {}))
+        for place, size in enumerate(sizes):
+            video = kind is QwenVideos and (place > 0 or count == 1)
+            ids += [VIDEO if video else IMAGE] * size + torch.randint(3, 97, (3,), generator=generator).tolist()
+        row = {
+            "input_ids": ids,
+            "labels": [-100 if token in (IMAGE, VIDEO) else token for token in ids],
+            "source": "a book",
+        }
+        rows.append(
+            row | {kind.marks: [{IMAGE: 1, VIDEO: 2}.get(token, 0) for token in ids]} | (values if count else {})
+        )
     return rows
 
 
@@ -169,7 +189,7 @@ def without(*names: str) -> Callable[[list[Row]], dict[str, Any]]:
 
 REFUSALS: dict[str, tuple[str, Callable[[list[Row]], dict[str, Any]], type[Exception], str]] = {
     "no pixels": ("gemma3", without_images, ValueError, "input_ids have .* tokens of images .* no pixel_values: its"),
-    "grids alone": ("qwen2_5_vl", without("pixel_values"), NotImplementedError, "image_grid_thw: only pixel_values"),
+    "grids alone": ("qwen2_5_vl", without("pixel_values"), ValueError, "image_grid_thw: the batch has no pixel_values"),
     "no types": ("qwen2_5_vl", without("mm_token_type_ids"), ValueError, "its processor's mm_token_type_ids"),
     "other types": (
         "qwen2_5_vl",

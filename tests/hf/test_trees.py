@@ -207,7 +207,7 @@ def test_odd_trees_are_their_sequences_alone(pool, ring, family):
 def with_image_tokens() -> None:
     mesh = mesh_of(2)
     parallelize(model := gemma3(), mesh, MemorySettings(loss_tile=8))
-    token = model._ringattn.needs.tower.token
+    token = model._ringattn.needs.towers[0].token
     model(**shard_trees(Trees([[1, 2, 3], [1, 2, 4]]), mesh))
     model(**shard_trees(Trees([[1, 2, token, 3], [1, 2, 4]]), mesh))
 

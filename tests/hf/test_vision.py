@@ -16,6 +16,7 @@ from torch.distributed.fsdp import fully_shard
 
 from ringattn import Documents, Layout, MeshShape
 from ringattn.hf import parallelize, shard_batch
+from ringattn.hf.axes import with_axes
 from ringattn.hf.vision import ImageDeal
 from tests.hf.test_blocks import averaged, gemma3, paligemma
 from tests.hf.test_images import llava, wide
@@ -33,7 +34,9 @@ def qwen2_5_vl() -> Any:
     text |= {"rope_parameters": {"rope_type": "default", "mrope_section": [2, 3, 3], "rope_theta": 1e4}}
     vision = {"depth": 2, "hidden_size": 32, "out_hidden_size": 64, "num_heads": 2, "intermediate_size": 32}
     vision |= {"fullatt_block_indexes": [1], "window_size": 56}
-    config = transformers.Qwen2_5_VLConfig(text_config=text, vision_config=vision, image_token_id=IMAGE)
+    config = transformers.Qwen2_5_VLConfig(
+        text_config=text, vision_config=vision, image_token_id=IMAGE, video_token_id=VIDEO
+    )
     return wide(transformers.Qwen2_5_VLForConditionalGeneration(config))
 
 
@@ -44,7 +47,9 @@ def deep_qwen3_vl() -> Any:
     text |= {"rope_parameters": {"rope_type": "default", "mrope_section": [2, 3, 3], "rope_theta": 1e4}}
     vision = {"depth": 3, "hidden_size": 32, "out_hidden_size": 64, "num_heads": 2, "intermediate_size": 32}
     vision |= {"patch_size": 14, "deepstack_visual_indexes": [0, 1], "num_position_embeddings": 64}
-    config = transformers.Qwen3VLConfig(text_config=text, vision_config=vision, image_token_id=IMAGE)
+    config = transformers.Qwen3VLConfig(
+        text_config=text, vision_config=vision, image_token_id=IMAGE, video_token_id=VIDEO
+    )
     return wide(transformers.Qwen3VLForConditionalGeneration(config))
 
 
@@ -84,6 +89,19 @@ def gridded(places: list[int]) -> dict[str, Tensor]:
     return batch | {"pixel_values": pixels, "image_grid_thw": grid, "position_ids": positions}
 
 
+VIDEO = 101
+
+
+def with_videos(places: list[int]) -> dict[str, Tensor]:
+    """Images at these places, and videos of 16, 8 and 16 tokens in the first and the last document."""
+    batch, grid = gridded(places), torch.tensor([[2, 4, 8], [1, 4, 8], [4, 4, 4]])
+    for start, stop in ((20, 36), (50, 58), (140, 148), (149, 157)):  # the last in two parts
+        batch["input_ids"][0, start:stop] = VIDEO
+    generator = torch.Generator().manual_seed(4)
+    pixels = torch.randn(int(grid.prod(-1).sum()), 3 * 2 * 14 * 14, generator=generator)
+    return batch | {"pixel_values_videos": pixels, "video_grid_thw": grid}
+
+
 DOCS = Documents([70, 40, 50])
 
 
@@ -100,6 +118,8 @@ MODELS: dict[str, tuple[Callable[[], Any], Callable[[list[int]], dict[str, Tenso
     "llava": (lambda: with_token(llava()), fixed("", 16, 16), [3, 19, 120]),
     "qwen2_5_vl": (qwen2_5_vl, gridded, [2, 6, 80, 120, 130]),
     "qwen3_vl": (deep_qwen3_vl, gridded, [2, 6, 80, 120, 130]),
+    "qwen2_5_vl videos": (qwen2_5_vl, with_videos, [2, 6, 80, 120, 130]),
+    "qwen3_vl videos": (deep_qwen3_vl, with_videos, [2, 6, 80, 120, 130]),
 }
 
 
@@ -110,7 +130,7 @@ def with_token(model: Any) -> Any:
 
 def alone(model: Any, batch: dict[str, Tensor]) -> dict[str, Tensor]:
     """The mean loss over all targets and its gradients, each document by itself with its own images."""
-    losses, image, rows = [], 0, 0
+    losses, image, rows, video, video_rows = [], 0, 0, 0, 0
     for start, size in zip(DOCS.starts, DOCS.lengths, strict=True):
         part = {name: x[..., start : start + size] for name, x in batch.items() if x.shape[-1] == DOCS.total}
         labels = part.pop("labels")
@@ -124,7 +144,14 @@ def alone(model: Any, batch: dict[str, Tensor]) -> dict[str, Tensor]:
         else:
             images = {"pixel_values": batch["pixel_values"][image : image + count]}
         image += count
-        logits = model(**part, **(images if count else {}), use_cache=False).logits[0]
+        given = images if count else {}
+        if count := sum(start <= place < start + size for place in (20, 50, 140) if "video_grid_thw" in batch):
+            grid = batch["video_grid_thw"][video : video + count]
+            patches = int(grid.prod(-1).sum())
+            videos = batch["pixel_values_videos"][video_rows : video_rows + patches]
+            given = given | {"pixel_values_videos": videos, "video_grid_thw": grid}
+            video, video_rows = video + count, video_rows + patches
+        logits = model(**part, **given, use_cache=False).logits[0]
         losses.append(nn.functional.cross_entropy(logits[:-1], labels[0, 1:], reduction="sum"))
     assert image == len(batch.get("image_grid_thw", batch["pixel_values"]))
     loss = sum(losses) / (DOCS.total - len(DOCS))
@@ -275,6 +302,30 @@ def test_every_image_is_computed_once_and_reaches_its_tokens(
         assert torch.equal(where[placed], index[torch.isin(index, where)])
 
 
+def test_positions_of_videos_are_those_of_each_document() -> None:
+    """Frames of a video are runs of their own here, so that runs do not tell how many videos there are."""
+    rule = deep_qwen3_vl().model.get_rope_index
+    images, videos = torch.tensor([[1, 4, 4], [1, 4, 8]]), torch.tensor([[2, 4, 8], [1, 4, 8], [4, 4, 4]])
+    types = torch.zeros(1, DOCS.total, dtype=torch.int64)
+    for kind, start, size in ((1, 2, 4), (2, 20, 8), (2, 30, 8), (2, 50, 8), (1, 80, 8)):
+        types[0, start : start + size] = kind
+    for start in (115, 120, 125, 130):
+        types[0, start : start + 4] = 2
+    batch = {"input_ids": torch.arange(DOCS.total)[None], "mm_token_type_ids": types}
+    grids = {"image_grid_thw": images, "video_grid_thw": videos}
+    found = with_axes(batch | grids, DOCS, rule)["position_ids"]
+    for (start, stop), image, video in (
+        ((0, 70), images[:1], videos[:2]),
+        ((70, 110), images[1:], None),
+        ((110, 160), None, videos[2:]),
+    ):
+        part = {name: x[:, start:stop] for name, x in batch.items()}
+        right, _ = rule(**part, image_grid_thw=image, video_grid_thw=video)
+        assert torch.equal(found[:, :, start:stop], right)
+    with pytest.raises(ValueError, match="a video must be in one document"):
+        with_axes(batch | grids, Documents([25, 85, 50]), rule)
+
+
 def refused(name: str) -> None:
     """On two ranks, before anything is sent."""
     model_name, change, _, _ = REFUSALS[name]
@@ -328,11 +379,29 @@ REFUSALS: dict[str, tuple[str, Change, type[Exception], str]] = {
         ValueError,
         "images in padding",
     ),
-    "videos": (
+    "sounds": (
+        "qwen2_5_vl",
+        lambda batch: batch | {"input_features": torch.zeros(4, 4)},
+        NotImplementedError,
+        "input_features: not taken by this model, whose get_image_features takes pixel_values, image_grid_thw; get_vid",
+    ),
+    "no grid": (
         "qwen2_5_vl",
         lambda batch: batch | {"pixel_values_videos": torch.zeros(4, 4)},
-        NotImplementedError,
-        "pixel_values_videos: this model's get_image_features takes",
+        ValueError,
+        "pixel_values_videos of this model need video_grid_thw",
+    ),
+    "no video tokens": (
+        "qwen2_5_vl",
+        lambda batch: batch | {"pixel_values_videos": torch.zeros(4, 4), "video_grid_thw": torch.tensor([[1, 2, 2]])},
+        ValueError,
+        "pixel_values_videos are 1 videos, and input_ids have no tokens",
+    ),
+    "a grid alone": (
+        "qwen2_5_vl",
+        lambda batch: batch | {"video_grid_thw": torch.tensor([[1, 2, 2]])},
+        ValueError,
+        "video_grid_thw: the batch has no pixel_values_videos",
     ),
 }
 

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ringattn.hf.loss import IGNORE_INDEX
 from ringattn.hf.trainer.randomness import set_aside
-from ringattn.hf.vision import PIXELS, STAND_IN, smallest_image
+from ringattn.hf.vision import MEDIA, STAND_IN, Medium, smallest_image
 from ringattn.parallel.mesh.mesh import SequenceMesh
 
 Batch = Mapping[str, Any]
@@ -58,7 +58,12 @@ def agree(batches: Sequence[Batch], mesh: SequenceMesh, error: Exception | None 
     Collective over all ranks; see `in_step` for what it raises.
     """
     content = fingerprint(batches) if mesh.sequence_size > 1 else 0
-    mine = [len(batches), content, int(error is not None), int(any(_has_images(batch) for batch in batches))]
+    mine = [
+        len(batches),
+        content,
+        int(error is not None),
+        int(any(medium.given(batch) for medium in MEDIA for batch in batches)),
+    ]
     table = torch.full((mesh.data, 2 * len(mine)), LOWEST, device="cpu")
     table[mesh.data_rank] = torch.tensor([sign * number for number in mine for sign in (1, -1)], device="cpu")
     table = table.to(mesh.device)
@@ -156,30 +161,36 @@ def _from_replica(source: int, batches: Sequence[Batch], mesh: SequenceMesh) -> 
     return box[0]
 
 
-def _has_images(batch: Batch) -> bool:
-    return batch.get(PIXELS) is not None and len(batch[PIXELS]) > 0
-
-
 def _with_images(batches: list[Batch], mesh: SequenceMesh) -> list[Batch]:
-    """The batches, with an image of another replica in those that have none while others have. Collective."""
-    table = torch.zeros(mesh.data, len(batches), dtype=torch.int64, device="cpu")
-    table[mesh.data_rank] = torch.tensor([_has_images(batch) for batch in batches], device="cpu")
+    """The batches, with an image or video of another replica in those that have none while others have. Collective."""
+    table = torch.zeros(mesh.data, len(batches), len(MEDIA), dtype=torch.int64, device="cpu")
+    table[mesh.data_rank] = torch.tensor([[medium.given(batch) for medium in MEDIA] for batch in batches], device="cpu")
     table = table.to(mesh.device)
     dist.all_reduce(table, dist.ReduceOp.MAX)
     out = []
-    for batch, replicas in zip(batches, table.T.tolist(), strict=True):
-        if 0 < sum(replicas) < mesh.data:
-            source = replicas.index(1)
-            box: list[Any] = [None]
-            if mesh.data_rank == source:
-                box[0] = {name: x.cpu() for name, x in smallest_image(batch).items()}
-            group = mesh.device_mesh.get_group("data")
-            dist.broadcast_object_list(box, group=group, group_src=source, device=mesh.device)
-            if not replicas[mesh.data_rank]:
-                filled = {**batch, STAND_IN: box[0]}
-                batch = Idle(filled) if isinstance(batch, Idle) else filled
+    for batch, having in zip(batches, table.permute(1, 2, 0).tolist(), strict=True):
+        for medium, replicas in zip(MEDIA, having, strict=True):
+            if 0 < sum(replicas) < mesh.data:
+                batch = _with_stand_in(batch, medium, replicas, mesh)
         out.append(batch)
     return out
+
+
+def _with_stand_in(batch: Batch, medium: Medium, replicas: list[int], mesh: SequenceMesh) -> Batch:
+    """The batch, with the smallest of the first replica that has any if this one has none. Collective over replicas.
+
+    Arguments:
+        replicas: 1 for those that have any.
+    """
+    source, box = replicas.index(1), list[Any]([None])
+    if mesh.data_rank == source:
+        box[0] = {name: x.cpu() for name, x in smallest_image(batch, medium).items()}
+    group = mesh.device_mesh.get_group("data")
+    dist.broadcast_object_list(box, group=group, group_src=source, device=mesh.device)
+    if replicas[mesh.data_rank]:
+        return batch
+    filled = {**batch, STAND_IN: {**batch.get(STAND_IN, {}), **box[0]}}
+    return Idle(filled) if isinstance(batch, Idle) else filled
 
 
 def _raise_first(error: Exception | None) -> None:

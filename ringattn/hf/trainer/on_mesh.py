@@ -203,8 +203,8 @@ class OnMesh(_Base):
         if self.model is None:  # model_init makes it before each training
             return None
         inner = unwrapped(self.model)
-        tower = inner._ringattn.needs.tower
-        return None if tower is None else inner.get_submodule(tower.path)
+        towers = inner._ringattn.needs.towers
+        return inner.get_submodule(towers[0].path) if towers else None
 
     def _get_grad_norm(self, model: Any, grad_norm: Any = None) -> Any:
         """The norm of a step's gradient. At the first one it is compared: whoever wraps the model has to average."""

@@ -8,7 +8,7 @@ import torch.distributed as dist
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from ringattn.hf.vision import PIXELS, STAND_IN
+from ringattn.hf.vision import MEDIA, STAND_IN
 from ringattn.parallel.mesh.mesh import SequenceMesh
 
 # Methods that OnMesh replaces without calling those of the class below it.
@@ -111,7 +111,7 @@ def check_unused(model: Any, batch: Mapping[str, Any], tower: nn.Module, text: n
         tower, text: the module that computes features of images, and the decoder, which may be inside of it.
     """
     waits = isinstance(model, DistributedDataParallel) and model.training and not model.find_unused_parameters
-    if not waits or batch.get(STAND_IN) is not None or (batch.get(PIXELS) is not None and len(batch[PIXELS])):
+    if not waits or batch.get(STAND_IN) is not None or any(medium.given(batch) for medium in MEDIA):
         return
     decoder = set(text.parameters())
     if any(x.requires_grad for x in tower.parameters() if x not in decoder):

@@ -36,7 +36,7 @@ from ringattn.benchmarking.timing import Timer
 from ringattn.parallel.machine.shipped import local_machine
 from ringattn.parallel.mesh.mesh import SequenceMesh
 from ringattn.parallel.mesh.shape import MeshShape
-from ringattn.recurrent.exchange import exchange
+from ringattn.recurrent.exchange import exchange, plan_exchange
 from ringattn.recurrent.kernels.contract import Inputs, Kernel, Signature, maps
 from ringattn.recurrent.kernels.registry import choose_kernel
 from ringattn.recurrent.plan import plan_recurrence
@@ -199,9 +199,10 @@ def measured(
     even, local = inputs(sum(lengths), shape, device), inputs(layout.tokens(), shape, device)
     kernel, wire = choose_kernel(Signature.of(even)), wire_of(mesh)
     plan = plan_recurrence(layout, rounds=prices(layout, shape_of(even))[0].rounds)
+    dealt = plan_exchange(layout, (shape.key_heads, shape.heads))
     routes: dict[str, Callable[[Inputs, Wire], Tensor]] = {
         "scan": lambda x, wire: scan(x, plan, kernel, wire),
-        "exchange": lambda x, wire: exchange(x, layout, kernel, wire),
+        "exchange": lambda x, wire: exchange(x, dealt, kernel, wire),
     }
     steps = {name: both_ways(lambda x, route=route: route(x, wire), local) for name, route in routes.items()}  # type: ignore[misc]
     steps["kernel"] = both_ways(lambda x: kernel.outputs(x, lengths), even)

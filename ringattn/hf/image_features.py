@@ -17,7 +17,9 @@ import torch
 from torch import Tensor
 
 from ringattn.hf.vision import DEEP, IMAGES, MEDIA, VIDEOS, ImageDeal, Medium, VisionTower, dealt_images
-from ringattn.recurrent.wire import Wire, rows_of_others, wire_of
+from ringattn.kernels.spec import to_device
+from ringattn.recurrent.piles import taken_apart
+from ringattn.recurrent.wire import Wire, exchanged, wire_of
 
 
 def put_exchange(handle: Any, towers: tuple[VisionTower, ...]) -> None:
@@ -138,6 +140,8 @@ def _like(features: Any, local: Tensor) -> Any:
 
 
 def placed_features(rows: Tensor, deal: ImageDeal, wire: Wire) -> Tensor:
-    """The features of this rank's tokens, (m, hidden), from those of its images (R, hidden). Collective."""
-    send, place = (index.to(rows.device) for index in (deal.send, deal.place))
-    return rows_of_others(rows, send, deal.sends, deal.receives, wire).index_select(0, place)
+    """The features of this rank's tokens, (m, hidden), from those of its images (R, hidden). Collective, and so is its
+    backward pass, in which every gradient is put into its place: a feature is of one token."""
+    send, place = (to_device(index, rows.device) for index in (deal.send, deal.place))
+    (sent,) = taken_apart(rows, [send])
+    return taken_apart(exchanged(sent, deal.sends, deal.receives, wire), [place])[0]

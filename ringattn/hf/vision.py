@@ -101,7 +101,8 @@ class ImageDeal:
     Arguments:
         computed: the images that this rank computes, ascending: its own, or one that counts nowhere.
         tokens: of all of these; None where none of them counts.
-        send: (sum of sends,) which of its features go out, by the rank that they go to; `sends` says how many to each.
+        send: (sum of sends,) which of its features go out, by the rank that they go to, none of them twice; `sends`
+            says how many to each.
         receives: how many come from each rank.
         place: (m,) of each image token of this rank, in its order, which of the received rows is its own.
     """

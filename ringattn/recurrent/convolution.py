@@ -53,7 +53,7 @@ def convolve(
     x: Tensor, weight: Tensor, bias: Tensor | None, plan: HaloPlan, wire: Wire, activation: str | None = None
 ) -> Tensor:
     """`parallel_convolution` for checked arguments, by a plan."""
-    tables = _tables(plan, x.device)
+    tables = tables_of(plan, x.device)
     (rows,) = taken_apart(x.to(weight.dtype), [tables.held])
     before = rows[:0], rows[:0]
     if tables.moves:
@@ -142,8 +142,8 @@ def _nothing(x: Tensor, *others: Tensor | None) -> Tensor:
     return sum(parts, torch.zeros_like(x))
 
 
-def _tables(plan: HaloPlan, device: torch.device) -> _Tables:
-    """Kept with the plan."""
+def tables_of(plan: HaloPlan, device: torch.device) -> _Tables:
+    """Those of a plan. Kept with it."""
     return kept(plan, ("tables", device), lambda: _make_tables(plan, device))
 
 

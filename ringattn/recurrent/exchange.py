@@ -67,24 +67,55 @@ class HeadShares:
 
 
 def head_shares(heads: tuple[int, int], layout: Layout, rank: int | None = None) -> HeadShares:
-    """The shares of (key heads, value heads) of a layout's ranks. Kept with the layout."""
+    """The shares of (key heads, value heads) of a layout's ranks."""
     K, H = heads
     rank = layout.mesh.sequence_rank if rank is None else rank
     ranks = layout.mesh.sequence_size
 
-    def make() -> HeadShares:
-        values = tuple((one * H // ranks, (one + 1) * H // ranks) for one in range(ranks))
-        each = H // K
-        keys = tuple((a // each, -(-b // each)) if a < b else (0, 0) for a, b in values)
-        return HeadShares(values, keys, tuple(layout.tokens(one) for one in range(ranks)), rank)
-
-    return kept(layout, ("heads", heads, rank), make)
+    values = tuple((one * H // ranks, (one + 1) * H // ranks) for one in range(ranks))
+    each = H // K
+    keys = tuple((a // each, -(-b // each)) if a < b else (0, 0) for a, b in values)
+    return HeadShares(values, keys, tuple(layout.tokens(one) for one in range(ranks)), rank)
 
 
-def exchange(x: Inputs, layout: Layout, kernel: Kernel, wire: Wire, rank: int | None = None) -> Tensor:
+@dataclass(frozen=True)
+class ExchangePlan:
+    """What one rank does in an exchange.
+
+    Arguments:
+        shares: the heads that it is given, and those that others are.
+        lengths: of documents, none of them empty.
+        tokens: of the stream, padding included.
+        pieces: (row, size) of every piece of a document, in the order of the stream: its first row among the tokens
+            rank by rank, and how many there are.
+    """
+
+    shares: HeadShares
+    lengths: tuple[int, ...]
+    tokens: int
+    pieces: tuple[Range, ...]
+
+
+def plan_exchange(layout: Layout, heads: tuple[int, int], rank: int | None = None) -> ExchangePlan:
+    """The plan of a sequence rank (default: the layout's own) for (key heads, value heads)."""
+    ranks = range(layout.mesh.sequence_size)
+    starts = accumulate((layout.tokens(one) for one in ranks), initial=0)
+    pieces = sorted(
+        (piece.document, piece.first, start + piece.row, piece.size)
+        for start, held in zip(starts, pieces_of(layout), strict=False)
+        for piece in held
+    )
+    return ExchangePlan(
+        shares=head_shares(heads, layout, rank),
+        lengths=tuple(length for length in layout.docs.lengths if length),
+        tokens=layout.docs.total,
+        pieces=tuple((row, size) for *_, row, size in pieces),
+    )
+
+
+def exchange(x: Inputs, plan: ExchangePlan, kernel: Kernel, wire: Wire) -> Tensor:
     """The outputs of a rank's rows, (t, H, V); rows of padding have 0. Collective, and so is its backward pass."""
-    shares = head_shares((x.k.shape[1], x.v.shape[1]), layout, rank)
-    order = _stream_order(layout, x.v.device)
+    shares, order = plan.shares, stream_order(plan, x.v.device)
     D = x.k.shape[2]
 
     def dealt(rows: Tensor, columns: tuple[Range, ...]) -> Tensor:
@@ -108,12 +139,11 @@ def exchange(x: Inputs, layout: Layout, kernel: Kernel, wire: Wire, rank: int | 
     if shares.copied is not None:  # a rank's value heads need not begin with the first that its key head serves
         q, k = q[:, shares.copied], k[:, shares.copied]
     heads = Inputs(q, k, v, decay, beta, step)
-    lengths = tuple(length for length in layout.docs.lengths if length)
-    if lengths and shares.heads:
-        out = kernel.outputs(heads, lengths)
+    if plan.lengths and shares.heads:
+        out = kernel.outputs(heads, plan.lengths)
     else:  # nothing to compute, but all ranks take part in the backward pass
         out = v + 0 * (q.sum() + k.sum() + gates.sum()).to(v.dtype)
-    return _Return.apply(put_together([out], [order], layout.docs.total), shares, wire)
+    return _Return.apply(put_together([out], [order], plan.tokens), shares, wire)
 
 
 class _Deal(torch.autograd.Function):
@@ -189,25 +219,17 @@ def _are_even(columns: tuple[Range, ...], heads: int) -> bool:
     return not rest and all(pair == (each * rank, each * (rank + 1)) for rank, pair in enumerate(columns))
 
 
-def _stream_order(layout: Layout, device: torch.device) -> Tensor:
+def stream_order(plan: ExchangePlan, device: torch.device) -> Tensor:
     """Rows, among the tokens rank by rank, of the documents' tokens end to end: (sum of lengths,).
 
-    A number for every piece goes to the device, and every token's is counted there. Kept with the layout.
+    A number for every piece goes to the device, and every token's is counted there. Kept with the plan.
     """
 
     def make() -> Tensor:
-        ranks = range(layout.mesh.sequence_size)
-        starts = accumulate((layout.tokens(rank) for rank in ranks), initial=0)
-        pieces = [
-            (piece.document, piece.first, start + piece.row, piece.size)
-            for start, held in zip(starts, pieces_of(layout), strict=False)
-            for piece in held
-        ]
-        pieces.sort()
-        sizes = [size for *_, size in pieces]
+        sizes = [size for _, size in plan.pieces]
         total = sum(sizes)
-        shifts = [row - before for (*_, row, _), before in zip(pieces, accumulate(sizes, initial=0), strict=False)]
+        shifts = [row - before for (row, _), before in zip(plan.pieces, accumulate(sizes, initial=0), strict=False)]
         shift, size = (to_device(torch.tensor(one, dtype=torch.int64, device="cpu"), device) for one in (shifts, sizes))
         return torch.arange(total, device=device) + shift.repeat_interleave(size, output_size=total)
 
-    return kept(layout, ("stream order", device), make)
+    return kept(plan, ("stream order", device), make)

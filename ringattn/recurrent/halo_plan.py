@@ -5,10 +5,18 @@ Where pieces are shorter than that, they lie in several pieces, on several ranks
 """
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from ringattn.kept import kept
 from ringattn.parallel.layout import Layout
 from ringattn.recurrent.plan import Piece, by_document, pieces_of
+
+
+class HaloKey(NamedTuple):
+    """By what a rank's plan is kept with its layout."""
+
+    width: int
+    rank: int
 
 
 @dataclass(frozen=True)
@@ -47,7 +55,7 @@ def plan_halo(layout: Layout, width: int, rank: int | None = None) -> HaloPlan:
     if not isinstance(width, int) or width < 1:
         raise ValueError(f"width must be an integer >= 1, got {width!r}")
     rank = layout.mesh.sequence_rank if rank is None else rank
-    return kept(layout, ("halo", width, rank), lambda: _plans(layout, width)[rank])
+    return kept(layout, HaloKey(width, rank), lambda: _plans(layout, width)[rank])
 
 
 def _plans(layout: Layout, width: int) -> tuple[HaloPlan, ...]:

@@ -5,6 +5,7 @@ Shapes: t tokens of this rank, K key heads, H value heads (a multiple of K), D k
 
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -12,10 +13,10 @@ from torch import Tensor, nn
 from ringattn.kept import kept
 from ringattn.parallel.layout import Layout
 from ringattn.parallel.mesh.mesh import SequenceMesh
-from ringattn.recurrent.exchange import exchange, head_shares
+from ringattn.recurrent.exchange import ExchangePlan, exchange, plan_exchange
 from ringattn.recurrent.kernels.contract import Inputs, Signature
 from ringattn.recurrent.kernels.registry import choose_kernel
-from ringattn.recurrent.plan import check_layout, plan_recurrence
+from ringattn.recurrent.plan import RecurrencePlan, check_layout, plan_recurrence
 from ringattn.recurrent.price import ROUTES, RecurrenceShape, cheaper, prices
 from ringattn.recurrent.scan import scan
 from ringattn.recurrent.wire import Wire, wire_of
@@ -109,30 +110,43 @@ def shape_of(x: Inputs) -> RecurrenceShape:
     return RecurrenceShape(x.k.shape[1], H, D, V, x.beta is not None, x.decay.dim() == 3, x.v.element_size())
 
 
-def _compute(x: Inputs, layout: Layout, wire: Wire, backend: str, route: str) -> Tensor:
-    rounds = 1
+class RecurrenceKey(NamedTuple):
+    """By what the plan of a recurrence is kept with its layout."""
+
+    shape: RecurrenceShape
+    route: str  # that was asked for
+
+
+def plan_by_route(layout: Layout, key: RecurrenceKey) -> RecurrencePlan | ExchangePlan:
+    """This rank's plan by the route that was asked for or, with "auto", by the cheaper one. Kept with the layout."""
+    return kept(layout, key, lambda: _plan(layout, *key))
+
+
+def _plan(layout: Layout, shape: RecurrenceShape, route: str) -> RecurrencePlan | ExchangePlan:
     if layout.mesh.sequence_size == 1:
-        route = "scan"  # no document is cut
-    else:
-        shape = shape_of(x)
-        priced = kept(layout, ("prices", shape), lambda: prices(layout, shape))
-        rounds = priced[0].rounds
-        route = cheaper(priced) if route == "auto" else route
+        return plan_recurrence(layout)  # no document is cut
+    priced = prices(layout, shape)
+    if (cheaper(priced) if route == "auto" else route) == "exchange":
+        return plan_exchange(layout, (shape.key_heads, shape.heads))
+    return plan_recurrence(layout, rounds=priced[0].rounds)
+
+
+def _compute(x: Inputs, layout: Layout, wire: Wire, backend: str, route: str) -> Tensor:
+    plan = plan_by_route(layout, RecurrenceKey(shape_of(x), route))
     with _without_autocast(x.v):
-        kernel = choose_kernel(_signature(x, layout, route), backend)
-        if route == "exchange":
-            return exchange(x, layout, kernel, wire)
-        return scan(x, plan_recurrence(layout, rounds=rounds), kernel, wire)
+        kernel = choose_kernel(_signature(x, plan), backend)
+        if isinstance(plan, ExchangePlan):
+            return exchange(x, plan, kernel, wire)
+        return scan(x, plan, kernel, wire)
 
 
-def _signature(x: Inputs, layout: Layout, route: str) -> Signature:
+def _signature(x: Inputs, plan: RecurrencePlan | ExchangePlan) -> Signature:
     """What the kernel of this rank is called with: by the exchange, some of the heads."""
     signature = Signature.of(x)
-    if route == "scan":
+    if isinstance(plan, RecurrencePlan):
         return signature
-    shares = head_shares((x.k.shape[1], x.v.shape[1]), layout)
     # A rank without heads calls none.
-    return replace(signature, key_heads=max(1, shares.key_heads), heads=max(1, shares.heads))
+    return replace(signature, key_heads=max(1, plan.shares.key_heads), heads=max(1, plan.shares.heads))
 
 
 def _without_autocast(x: Tensor) -> AbstractContextManager[object]:

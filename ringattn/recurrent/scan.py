@@ -113,7 +113,7 @@ def scan(x: Inputs, plan: RecurrencePlan, kernel: Kernel, wire: Wire) -> Tensor:
         # A rank that computes nothing has an output all the same, and gradients of 0.
         nothing = sum((one[:0].sum().to(x.v.dtype) for one in x if one is not None), x.v.new_zeros(()))
         return torch.zeros_like(x.v) + nothing
-    rows = _rows_of(plan, x.v.device)
+    rows = local_rows(plan, x.v.device)
     held = [rows.whole] * bool(plan.whole) + [rows.cut] * takes_part
     piles = x.taken_apart(held)
     job, out = _Job(plan, kernel, wire), []
@@ -237,7 +237,7 @@ def _stack(found: Sequence[Tensor | None], x: Inputs) -> Tensor:
     return torch.stack(states) if states else x.v.new_empty(0, *x.state_shape, dtype=x.wide)
 
 
-class _RowsOf(NamedTuple):
+class LocalRows(NamedTuple):
     """Local rows of whole documents, and of pieces of cut ones: the first ones, and those after them."""
 
     whole: Rows
@@ -246,7 +246,7 @@ class _RowsOf(NamedTuple):
     later: Rows
 
 
-def _rows_of(plan: RecurrencePlan, device: torch.device) -> _RowsOf:
-    """Kept with the plan."""
+def local_rows(plan: RecurrencePlan, device: torch.device) -> LocalRows:
+    """Those of a plan. Kept with it."""
     parts = (plan.whole, plan.cut, plan.firsts, (*plan.middles, *plan.lasts))
-    return kept(plan, ("rows", device), lambda: _RowsOf(*(rows_of(pieces, device) for pieces in parts)))
+    return kept(plan, ("rows", device), lambda: LocalRows(*(rows_of(pieces, device) for pieces in parts)))

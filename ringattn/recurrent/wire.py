@@ -105,28 +105,22 @@ def wire_of(mesh: MeshShape, rows: str = "rows of a recurrence") -> Wire:
     return GroupWire(mesh.sequence_group, rows)
 
 
-def rows_of_others(x: Tensor, sent: Tensor, sends: Sequence[int], receives: Sequence[int], wire: Wire) -> Tensor:
-    """What all ranks send this one, (sum of receives, ...), of their rows (t, ...). Gradients return, and those of one
-    row are added, in float32 or wider. Collective in both directions.
-
-    Arguments:
-        sent: (sum of sends,) numbers of this rank's rows, by the rank that they go to; a row may go to several.
-    """
-    return _RowsOfOthers.apply(x, sent, sends, receives, wire)
+def exchanged(x: Tensor, sends: Sequence[int], receives: Sequence[int], wire: Wire) -> Tensor:
+    """`Wire.exchange` of rows, (sum of sends, ...) -> (sum of receives, ...), whose gradients go back. Collective in
+    both directions."""
+    found: Tensor = _Exchanged.apply(x, sends, receives, wire)
+    return found
 
 
-class _RowsOfOthers(torch.autograd.Function):
+class _Exchanged(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, sent: Tensor, sends: Sequence[int], receives: Sequence[int], wire: Wire) -> Tensor:
-        ctx.rest, ctx.rows = (sent, sends, receives, wire), len(x)
-        return wire.exchange(x[sent], sends, receives)
+    def forward(ctx: Any, x: Tensor, sends: Sequence[int], receives: Sequence[int], wire: Wire) -> Tensor:
+        ctx.rest = sends, receives, wire
+        received = wire.exchange(x, sends, receives)
+        return received.view_as(received)  # a function may not return what it was given
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None, None]:
-        (grad,), (sent, sends, receives, wire) = grads, ctx.rest
-        returned = wire.exchange(grad, receives, sends)
-        wide = torch.promote_types(grad.dtype, torch.float32)
-        out = grad.new_zeros(ctx.rows, *grad.shape[1:], dtype=wide)
-        out.index_add_(0, sent, returned.to(wide))
-        return out.to(grad.dtype), None, None, None, None
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None]:
+        sends, receives, wire = ctx.rest
+        return wire.exchange(grads[0], receives, sends), None, None, None

@@ -3,21 +3,17 @@
 import copy
 import io
 from collections.abc import Callable
-from itertools import accumulate
 from typing import Any
 from unittest import mock
 
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.distributed.fsdp import fully_shard
 
-from ringattn import Documents, Layout, MeshShape
+from ringattn import Documents
 from ringattn.hf import parallelize, shard_batch
 from ringattn.hf.axes import with_axes
-from ringattn.hf.vision import ImageDeal
 from tests.hf.test_blocks import averaged, gemma3, paligemma
 from tests.hf.test_images import llava, wide
 from tests.parallel.ranks import mesh_of
@@ -262,44 +258,6 @@ def copied() -> None:
 
 def test_copies_have_towers_of_their_own(pool: Pools) -> None:
     pool(1).run(copied)
-
-
-@st.composite
-def dealt(draw: st.DrawFn) -> tuple[Documents, tuple[int, int], list[int], Tensor]:
-    """Documents, a mesh, tokens of each image, and their places."""
-    docs = Documents(draw(st.lists(st.integers(0, 60), min_size=1, max_size=4).filter(any)))
-    tokens = draw(st.lists(st.integers(1, 9), min_size=1, max_size=7).filter(lambda found: sum(found) <= docs.total))
-    places = draw(st.permutations(range(docs.total)))[: sum(tokens)]
-    mesh = draw(st.sampled_from([(1, 1), (2, 1), (2, 2), (4, 1), (1, 4)]))
-    return docs, mesh, tokens, torch.tensor(sorted(places))
-
-
-@settings(max_examples=60, deadline=None)
-@given(case=dealt(), policy=st.sampled_from(["contiguous", "balanced"]))
-def test_every_image_is_computed_once_and_reaches_its_tokens(
-    case: tuple[Documents, tuple[int, int], list[int], Tensor], policy: str
-) -> None:
-    docs, (ring, ulysses), tokens, where = case
-    ranks, weights = ring * ulysses, [1 + size for size in tokens]
-    layouts = [Layout(docs, MeshShape(1, ring, ulysses, rank), policy) for rank in range(ranks)]
-    deals = [ImageDeal.of(layout, where, tokens, weights) for layout in layouts]
-    ends = [0, *accumulate(tokens)]
-    outgoing, loads, owned = [], [], []
-    for deal in deals:
-        # The features of a token are its number.
-        features = torch.cat([torch.arange(ends[image], ends[image + 1]) for image in deal.computed])
-        assert len(features) == deal.tokens
-        outgoing.append(features[deal.send].split(deal.sends))
-        if len(deal.send):
-            owned += deal.computed
-            loads.append(sum(weights[image] for image in deal.computed))
-    assert sorted(owned) == list(range(len(tokens)))
-    assert not loads or max(loads) - (min(loads) if len(loads) == ranks else 0) <= max(weights)
-    for rank, (layout, deal) in enumerate(zip(layouts, deals, strict=True)):
-        assert deal.receives == tuple(len(parts[rank]) for parts in outgoing)
-        placed = torch.cat([parts[rank] for parts in outgoing])[deal.place]
-        index = layout.indices()
-        assert torch.equal(where[placed], index[torch.isin(index, where)])
 
 
 def test_positions_of_videos_are_those_of_each_document() -> None:

@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ringattn import Documents, Layout, MeshShape
-from ringattn.recurrent.exchange import _stream_order
+from ringattn.recurrent.exchange import plan_exchange, stream_order
 from ringattn.recurrent.halo_plan import plan_halo
 from ringattn.recurrent.plan import RecurrencePlan, plan_recurrence
 from ringattn.recurrent.price import RecurrenceShape, cheaper, prices, received
@@ -140,4 +140,4 @@ def test_the_order_of_the_stream(docs: Documents, mesh: tuple[int, int], policy:
     by_rank = torch.cat([layout.indices(rank) for rank in range(mesh[0] * mesh[1])])
     spans = zip(docs.starts, docs.lengths, strict=True)
     expected = [token for start, size in spans for token in range(start, start + size)]
-    assert by_rank[_stream_order(layout, torch.device("cpu"))].tolist() == expected
+    assert by_rank[stream_order(plan_exchange(layout, (1, 1)), torch.device("cpu"))].tolist() == expected

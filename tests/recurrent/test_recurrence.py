@@ -2,6 +2,7 @@
 
 from types import SimpleNamespace
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -10,14 +11,15 @@ from hypothesis import strategies as st
 from torch.autograd.graph import saved_tensors_hooks
 
 from ringattn import Documents, Layout, MeshShape
-from ringattn.kept import keep, kept_keys
-from ringattn.recurrent.exchange import exchange, head_shares
+from ringattn.kept import kept_keys
+from ringattn.recurrent import recurrence
+from ringattn.recurrent.exchange import exchange, head_shares, plan_exchange
 from ringattn.recurrent.kernels.chunked import Chunked
 from ringattn.recurrent.kernels.contract import Inputs
 from ringattn.recurrent.kernels.tokens import Tokens
 from ringattn.recurrent.plan import plan_recurrence
 from ringattn.recurrent.price import RoutePrice
-from ringattn.recurrent.recurrence import parallel_recurrence, shape_of
+from ringattn.recurrent.recurrence import parallel_recurrence
 from ringattn.recurrent.scan import scan
 from tests.parallel.ranks import mesh_of
 from tests.pool import Pools
@@ -40,7 +42,8 @@ def spread(x: Inputs, layouts: list[Layout], dout: torch.Tensor, route: str, ker
         layout = layouts[rank]
         leaves = Inputs(*(None if one is None else layout.shard(one).clone().requires_grad_() for one in x))
         if route == "exchange":
-            out = exchange(leaves, layout, kernel, wire)
+            plan = plan_exchange(layout, (x.k.shape[1], x.v.shape[1]))
+            out = exchange(leaves, plan, kernel, wire)
         else:
             out = scan(leaves, plan_recurrence(layout, rounds=rounds), kernel, wire)
         out.backward(layout.shard(dout))
@@ -230,8 +233,9 @@ def in_rounds(docs: Documents, rule: str, rounds: int) -> list[torch.Tensor]:
     layout = Layout(docs, mesh_of(4, 1), "zigzag")
     x = inputs(rule, docs.total)
     leaves = Inputs(*(None if one is None else layout.shard(one).clone().requires_grad_() for one in x))
-    keep(layout, ("prices", shape_of(leaves)), (RoutePrice("scan", 1.0, 1.0, rounds), RoutePrice("exchange", 2.0, 1.0)))
-    out = parallel_recurrence(leaves.q, leaves.k, leaves.v, layout, decay=leaves.decay, beta=leaves.beta)
+    priced = RoutePrice("scan", 1.0, 1.0, rounds), RoutePrice("exchange", 2.0, 1.0)
+    with mock.patch.object(recurrence, "prices", return_value=priced):
+        out = parallel_recurrence(leaves.q, leaves.k, leaves.v, layout, decay=leaves.decay, beta=leaves.beta)
     assert ("recurrence", layout.mesh.sequence_rank, rounds) in kept_keys(layout), "another number of rounds was taken"
     dout = torch.randn(x.v.shape, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
     out.backward(layout.shard(dout))

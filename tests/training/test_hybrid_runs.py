@@ -8,13 +8,18 @@ import pytest
 
 pytest.importorskip("transformers")
 
+from ringattn.training.loop import Trainer
 from ringattn.training.report.records import read_metrics
+from tests.pool import Pools
 from tests.training.forked import ROOT
+from tests.training.packs.test_ahead import plans_made_here
+from tests.training.recipe import prepared
 from tests.training.test_runs import environment, finish, free_port
 
 STEPS = 8
 RUN = ["data.seq_len=384", "data.packs_per_step=2", f"run.steps={STEPS}", "run.dtype=float32", "run.log_every=1"]
 RUN += ["optim.lr=1e-3", "optim.schedule=constant", "optim.warmup_ratio=0", "run.save_every=4"]
+PLACES = ("thread", "process")
 SIZES = {"1": (1, 1), "2": (2, 1), "4": (2, 2)}
 
 
@@ -34,6 +39,30 @@ def train(model: Path, output: Path, mesh: tuple[int, int], *overrides: str) -> 
     text = finish(subprocess.Popen(command, cwd=ROOT, env=environment(), text=True, start_new_session=True, **pipes))
     assert "planned: " in text
     return [(row["loss"], row["grad_norm"]) for row in read_metrics(output / "metrics.jsonl") if "loss" in row]
+
+
+def steps_of(model: Path, output: Path, place: str) -> list[tuple[float, int]]:
+    """The loss of every step, and how many plans its layers had to make."""
+    found = []
+    trainer = Trainer(prepared(f"model.path={model}", f"run.output={output}", f"data.ahead={place}", *RUN))
+    with trainer._batches() as stream:
+        for _ in range(5):
+            batch = next(stream)
+            with plans_made_here() as made:
+                done = trainer._train_step(batch)
+            found.append((done.loss, len(made)))
+    return found
+
+
+def test_layers_of_a_step_find_their_plans(pool: Pools, tmp_path: Path) -> None:
+    """Of attention, of the delta rule and of its convolution, once the model ran; and the losses are the same."""
+    save_hybrid(tmp_path / "model")
+    steps = {place: pool(1).run(steps_of, tmp_path / "model", tmp_path / place, place)[0] for place in PLACES}
+    assert [loss for loss, _ in steps["process"]] == [loss for loss, _ in steps["thread"]]
+    kinds, packs = 3, 2
+    assert [made for _, made in steps["thread"]] == [kinds * packs] * 5
+    assert steps["process"][0][1] == kinds * packs
+    assert steps["process"][-1][1] == 0
 
 
 @pytest.mark.nightly

@@ -7,8 +7,9 @@ blocks, windows and masks that are not the same in all layers bend the cost furt
 
 from bisect import bisect_left, bisect_right
 from collections.abc import Sequence
-from dataclasses import replace
-from itertools import pairwise
+from dataclasses import dataclass, replace
+from functools import cached_property
+from itertools import accumulate, pairwise
 from typing import NamedTuple
 
 import numpy as np
@@ -16,7 +17,7 @@ import numpy as np
 from ringattn.documents import Documents
 from ringattn.kernels.spec import Range
 from ringattn.mask import Mask
-from ringattn.parallel.geometry.block_table import Floats
+from ringattn.parallel.geometry.block_table import Floats, Ints
 from ringattn.parallel.geometry.views import bends_of, slope_of, table_of
 from ringattn.parallel.placement.load import Load
 from ringattn.segments import Branch, PathRun
@@ -82,6 +83,29 @@ def linear_parts(docs: Documents, number: int, load: Load) -> list[LinearPart]:
         )
         for (branch, first, last), cost in zip(rows, costs, strict=True)
     ]
+
+
+@dataclass(frozen=True)
+class UnevenDocument:
+    """What the tokens of one document cost, counted from its first; parts are made when they are first asked for."""
+
+    docs: Documents
+    number: int
+    load: Load
+
+    @cached_property
+    def parts(self) -> list[LinearPart]:
+        return linear_parts(self.docs, self.number, self.load)
+
+    def costs(self, runs: Sequence[Range]) -> Floats:
+        """Of runs of tokens, under masks without chunks."""
+        return runs_costs(self.docs, self.number, runs, self.load)
+
+    def before(self, places: Ints) -> Floats:
+        """Of the tokens before each of some places, as if within a part they all cost the same."""
+        start = self.docs.starts[self.number]
+        ends = [0, *(part.stop - start for part in self.parts)]
+        return np.interp(places, ends, [0.0, *accumulate(part.cost for part in self.parts)])
 
 
 def _bends(branch: Branch, mask: Mask) -> set[int]:

@@ -7,7 +7,7 @@ key), then tail pieces, then padding: so every kernel call reads and writes one 
 
 from bisect import bisect_right
 from collections.abc import Callable, Iterator, Sequence
-from functools import cache, partial
+from functools import partial
 from itertools import accumulate, chain, pairwise
 from operator import attrgetter
 from typing import NamedTuple
@@ -21,8 +21,9 @@ from ringattn.parallel.geometry.block_table import Floats
 from ringattn.parallel.geometry.ranges import touching
 from ringattn.parallel.placement.arcs import arcs
 from ringattn.parallel.placement.cuts import Cut, Owner, consecutive, nested, nested_by_cost
-from ringattn.parallel.placement.linear_parts import LinearPart, document_costs, linear_parts, runs_costs
+from ringattn.parallel.placement.linear_parts import UnevenDocument, document_costs
 from ringattn.parallel.placement.load import Load
+from ringattn.parallel.placement.window_search import Span, rounded_rows, window_search
 
 Positions = tuple[tuple[Range, ...], ...]
 
@@ -31,19 +32,6 @@ TILE = 128  # rows of a kernel tile: cuts are rounded to it
 # and those who see less ahead cost less than the others, and of one with segments or blocks.
 SLACK = 0.015
 MIN_TILES = 64  # a share of the tokens is at least this many roundings, so small inputs use a finer one
-
-
-class Span(NamedTuple):
-    """A run of tokens whose cost is balanced as one: a document as attention sees it, or padding (no cost)."""
-
-    start: int
-    size: int
-    cost: float
-    density: float  # cost per token
-    nested: bool  # cut in nested heads and tails; else in consecutive runs
-    document: int | None = None  # whose cost per token neither grows evenly nor is that of a window
-    plain: bool = True  # without segments and blocks
-
 
 Shares = list[tuple[Span, int, int]]  # pieces of one position: tokens `[first, last)` of a span
 
@@ -95,99 +83,110 @@ def balanced(docs: Documents, load: Load, ring: int, speeds: Sequence[float] | N
     """
     spans = sorted(_spans(docs, load), key=lambda span: (span.density, span.start))
     mean = sum(span.cost for span in spans) / max(docs.total, 1)
-    rounding = partial(_tiles, mean=mean, coarsest=min(TILE, max(1, docs.total // (ring * MIN_TILES))))
+    rounding = partial(rounded_rows, mean=mean, coarsest=min(TILE, max(1, docs.total // (ring * MIN_TILES))))
     tiles = rounding(spans)
     speeds = speeds or [1.0] * ring
-    shares = _window_search(spans, list(accumulate(speeds)), tiles)
-    allowed = SLACK * mean * docs.total / sum(speeds) * np.array(speeds)
-    slack = allowed.copy()  # what is left of it: documents that are cut between the same positions add up
+    shares = window_search(spans, list(accumulate(speeds)), tiles)
+    slack = Slack(SLACK * mean * docs.total / sum(speeds) * np.array(speeds))
 
     held: list[Shares] = [[] for _ in range(ring)]
     for span, owners, tile in zip(spans, shares, tiles, strict=True):
+        shared = Shared(span, owners, tile)
         if len(owners) == 1:
             pieces = [(owners[0][0], 0, span.size)]
-        elif span.document is not None:
-            parts = cache(partial(linear_parts, docs, span.document, load))
-            pieces = _few_pieces(docs, span, load, owners, tile, slack, parts)
-            pieces = pieces or _dealt(span, owners, rounding, parts())
+        elif span.document is None:
+            pieces = _windowed(shared, load, slack)
         else:
-            missing = load.ramp(span.size) * span.cost
-            most = np.zeros(ring)  # that each is off, if the cheaper tokens are another's
-            for position, tokens in owners:
-                most[position] = missing * tokens / span.size
-            if missing <= min(allowed[position] for position, _ in owners) and (most <= slack).all():
-                pieces = _cut(span, owners, tile)
-                slack -= most
-            elif load.looks_ahead:
-                pieces = arcs(span.size, owners, tile, partial(load.pairs_of, size=span.size))
-            else:
-                pieces = nested_by_cost(span.size, owners, tile, load.pairs_before)
+            document = UnevenDocument(docs, span.document, load)
+            pieces = _few_pieces(shared, document, slack) or _dealt(shared, document, rounding)
         for position, first, last in pieces:
             held[position].append((span, first, last))
     return _ordered(held)
 
 
-def _cut(span: Span, owners: list[Owner], tile: int) -> list[Cut]:
-    """A span of even cost among its owners."""
-    return nested(span.size, owners, tile) if span.nested else consecutive(owners)
+class Shared(NamedTuple):
+    """A span of which several positions have tokens, and the rows that its cuts are rounded to."""
+
+    span: Span
+    owners: list[Owner]
+    tile: int
+
+    def cut(self) -> list[Cut]:
+        """As of even cost."""
+        nest = self.span.nested
+        return nested(self.span.size, self.owners, self.tile) if nest else consecutive(self.owners)
 
 
-def _few_pieces(
-    docs: Documents,
-    span: Span,
-    load: Load,
-    owners: list[Owner],
-    tile: int,
-    slack: Floats,
-    parts: Callable[[], list[LinearPart]],
-) -> list[Cut]:
-    """A document with segments or blocks in one or two pieces for each owner, the fewest with which no position is over
-    its slack; else nothing. Images that follow each other evenly are as good as text.
+class Slack:
+    """By how much positions may still cost more than their tokens do on the mean. Documents that are cut between the
+    same positions add up: what one takes, the next one has not.
 
     Arguments:
-        slack: of every position, by how much it may still cost more than its tokens do on the mean; what it does is
-            taken off.
-        parts: of the document.
+        allowed: of every position, all documents together.
     """
-    assert span.document is not None
-    if span.plain:  # but for layers with chunks, by which runs are not priced
+
+    def __init__(self, allowed: Floats) -> None:
+        self.allowed, self.left = allowed, allowed.copy()
+
+    def admits(self, excess: Floats) -> bool:
+        """Whether every position has that much left; it is then taken."""
+        fits = bool((excess <= self.left).all())
+        if fits:
+            self.left -= excess
+        return fits
+
+
+def _windowed(shared: Shared, load: Load, slack: Slack) -> list[Cut]:
+    """A document whose tokens cost the same, or evenly more, but for the first and last ones under a window."""
+    span, owners, tile = shared
+    missing = load.ramp(span.size) * span.cost
+    most = np.zeros(len(slack.left))  # that each is off, if the cheaper tokens are another's
+    for position, tokens in owners:
+        most[position] = missing * tokens / span.size
+    if missing <= min(slack.allowed[position] for position, _ in owners) and slack.admits(most):
+        return shared.cut()
+    if load.looks_ahead:
+        return arcs(span.size, owners, tile, partial(load.pairs_of, size=span.size))
+    return nested_by_cost(span.size, owners, tile, load.pairs_before)
+
+
+def _few_pieces(shared: Shared, document: UnevenDocument, slack: Slack) -> list[Cut]:
+    """A document with segments or blocks in one or two pieces for each owner, the fewest with which no position is over
+    its slack; else nothing. Images that follow each other evenly are as good as text.
+    """
+    if shared.span.plain:  # but for layers with chunks, by which runs are not priced
         return []
-    for pieces in _simple_cuts(span, load, owners, tile, parts):
-        excess = np.zeros(len(slack))
-        for position, tokens in owners:
-            excess[position] = -tokens * span.density
-        costs = runs_costs(docs, span.document, [(first, last) for _, first, last in pieces], load)
+    for pieces in _simple_cuts(shared, document):
+        excess = np.zeros(len(slack.left))
+        for position, tokens in shared.owners:
+            excess[position] = -tokens * shared.span.density
+        costs = document.costs([(first, last) for _, first, last in pieces])
         np.add.at(excess, [position for position, _, _ in pieces], costs)
-        if (excess <= slack).all():
-            slack -= excess
+        if slack.admits(excess):
             return pieces
     return []
 
 
-def _simple_cuts(
-    span: Span, load: Load, owners: list[Owner], tile: int, parts: Callable[[], list[LinearPart]]
-) -> Iterator[list[Cut]]:
+def _simple_cuts(shared: Shared, document: UnevenDocument) -> Iterator[list[Cut]]:
     """Ways to cut a document in few pieces, those with the fewest first."""
+    span, owners, tile = shared
     yield consecutive(owners)
-    if load.nested(span.size):
+    if document.load.nested(span.size):
         yield nested(span.size, owners, tile)
-    ends = [0, *(part.stop - span.start for part in parts())]
-    sums = [0.0, *accumulate(part.cost for part in parts())]
-    yield nested_by_cost(span.size, owners, tile, lambda places: np.interp(places, ends, sums))
+    yield nested_by_cost(span.size, owners, tile, document.before)
 
 
-def _dealt(
-    span: Span, owners: list[Owner], rounding: Callable[[list[Span]], list[int]], found: list[LinearPart]
-) -> list[Cut]:
-    """`_cut` of a document whose cost is uneven: the window search once more, over its parts."""
-    parts = [Span(x.start, x.stop - x.start, x.cost, x.cost / (x.stop - x.start), x.sloped) for x in found]
+def _dealt(shared: Shared, document: UnevenDocument, rounding: Callable[[list[Span]], list[int]]) -> list[Cut]:
+    """`Shared.cut` of a document whose cost is uneven: the window search once more, over its parts."""
+    owners = shared.owners
+    parts = [Span(x.start, x.stop - x.start, x.cost, x.cost / (x.stop - x.start), x.sloped) for x in document.parts]
     parts.sort(key=lambda part: (part.density, part.start))
     tiles = rounding(parts)
-    shares = _window_search(parts, list(accumulate(float(tokens) for _, tokens in owners)), tiles)
+    shares = window_search(parts, list(accumulate(float(tokens) for _, tokens in owners)), tiles)
     pieces = []
-    for part, own, tile in zip(parts, shares, tiles, strict=True):
-        shift = part.start - span.start
-        for index, first, last in _cut(part, own, tile):
+    for part in map(Shared, parts, shares, tiles):
+        shift = part.span.start - shared.span.start
+        for index, first, last in part.cut():
             pieces.append((owners[index][0], shift + first, shift + last))
     return pieces
 
@@ -220,87 +219,6 @@ def _with_segments(docs: Documents, load: Load, spans: list[Span]) -> list[Span]
         for size in (docs.lengths[number],)
     }
     return [own.get(span.start, span) for span in spans]
-
-
-def _tiles(spans: list[Span], mean: float, coarsest: int) -> list[int]:
-    """Rows that cuts of each span are rounded to, a power of two.
-
-    Arguments:
-        mean: cost of a token of the stream.
-        coarsest: of spans that cost no more.
-    """
-    density = np.array([span.density or mean or 1.0 for span in spans])
-    rows = np.maximum(1.0, coarsest * np.minimum(1.0, mean / density))
-    return (1 << (np.frexp(rows)[1] - 1)).tolist()
-
-
-def _window_search(spans: list[Span], bounds: list[float], tiles: list[int]) -> list[list[tuple[int, int]]]:
-    """Tokens of every span given to every position: per span, sorted by density, a list of `(position, tokens)`.
-
-    Arguments:
-        bounds: what all positions up to each shall have, of the last of them.
-    """
-    left = np.array([span.size for span in spans], dtype=np.int64)
-    density = np.array([span.density for span in spans])
-    tokens, cost = int(left.sum()), float((left * density).sum())
-    shares: list[list[tuple[int, int]]] = [[] for _ in spans]
-    given, given_cost = 0, 0.0
-    for position, bound in enumerate(bounds):
-        # What all positions so far shall have, less what they got: a rounding is made up for by the next position.
-        want = int(bound * tokens // bounds[-1]) - given
-        goal = bound * cost / bounds[-1] - given_cost
-        taken = left if position == len(bounds) - 1 else _window(left, density, want, goal, tiles)
-        owned = np.flatnonzero(taken)
-        for index, share in zip(owned.tolist(), taken[owned].tolist(), strict=True):
-            shares[index].append((position, share))
-        left = left - taken
-        given += int(taken.sum())
-        given_cost += float((taken * density).sum())
-    return shares
-
-
-def _window(left: np.ndarray, density: np.ndarray, want: int, goal: float, tiles: list[int]) -> np.ndarray:
-    """Tokens that a window of `want` tokens and cost `goal` takes from every span; `left` are those not given away."""
-    if want <= 0:
-        return np.zeros_like(left)
-    ends = np.cumsum(left)
-    begins = ends - left
-    costs = np.concatenate([[0.0], np.cumsum(left * density)])
-
-    def cost_before(token: int) -> float:
-        # `item`: this is called 40 times a position, and numbers of Python are faster than those of numpy.
-        index = int(ends.searchsorted(token))
-        return costs.item(index) + (token - begins.item(index)) * density.item(index) if token else 0.0
-
-    low, high = 0, int(ends[-1]) - want
-    while low < high:
-        middle = (low + high) // 2
-        if cost_before(middle + want) - cost_before(middle) < goal:
-            low = middle + 1
-        else:
-            high = middle
-    return _rounded_window(left, ends, low, want, tiles)
-
-
-def _rounded_window(left: np.ndarray, ends: np.ndarray, start: int, want: int, tiles: list[int]) -> np.ndarray:
-    """The window `[start, start + want)` with what it takes from a cut span rounded to tiles.
-
-    The end of the expensive rows is rounded first, and the other end makes up for the tokens.
-    """
-    first = int(np.searchsorted(ends, start, side="right"))
-    last = int(np.searchsorted(ends, start + want, side="left"))
-    taken = np.zeros_like(left)
-    if first < last:
-        taken[last] = _rounded(start + want - int(ends[last - 1]), int(left[last]), tiles[last])
-        taken[first + 1 : last] = left[first + 1 : last]
-        want -= int(taken.sum())
-    taken[first] = _rounded(max(want, 0), int(left[first]), tiles[first])
-    return taken
-
-
-def _rounded(tokens: int, available: int, tile: int) -> int:
-    """`tokens` to the nearest number of tiles, or all there is."""
-    return min((tokens + tile // 2) // tile * tile, available) if tokens < available else available
 
 
 def _ordered(held: list[Shares]) -> Positions:

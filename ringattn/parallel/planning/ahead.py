@@ -7,7 +7,7 @@ copied: what is read is on the mesh of the reader.
 
 import io
 import pickle
-from collections.abc import Iterable
+from collections.abc import Hashable, Iterable
 from typing import Any, NamedTuple
 
 from ringattn.kept import keep, kept_keys
@@ -43,8 +43,12 @@ def plan_ahead(layout: Layout, attentions: Iterable[Attention]) -> Plans:
     return tuple((key, plan_parts(layout, key.shape, key.options)) for key in _keys(layout))
 
 
-def install(layout: Layout, plans: Plans) -> None:
-    """Keep plans with the layout that they were made for, or with one that was made from the same arguments."""
+def install(layout: Layout, plans: Iterable[tuple[Hashable, Any]]) -> None:
+    """Keep plans with the layout that they were made for, or with one that was made from the same arguments.
+
+    Arguments:
+        plans: of attention, or of whatever keeps its plans with layouts, each with the key that it is kept by.
+    """
     for key, plan in plans:
         keep(layout, key, plan)
 

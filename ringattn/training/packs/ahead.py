@@ -6,9 +6,8 @@ from dataclasses import replace
 import torch
 
 from ringattn.kernels.spec import to_device
-from ringattn.parallel.execution.tables import make_tables
 from ringattn.parallel.mesh.mesh import SequenceMesh
-from ringattn.parallel.planning.ahead import attentions_of
+from ringattn.recurrent.ahead import make_tables, mixers_of
 from ringattn.training.packs.batches import Batch, Prefetcher
 from ringattn.training.packs.making_process import MakingProcess
 from ringattn.training.packs.placing import BatchMaker, LocalPack
@@ -24,9 +23,9 @@ class BatchesAhead:
 
     Arguments:
         maker: of this rank, on `mesh`.
-        place: "process": batches are made in a process of their own, with the plans of their attentions, but for the
-            first ones: which attentions the model has is known from the steps that were done. "thread": in a thread of
-            this process, without plans; a thread that plans takes the interpreter's lock from the step, which then
+        place: "process": batches are made in a process of their own, with the plans of their layers, but for the
+            first ones: how the model's layers mix tokens is known from the steps that were done. "thread": in a thread
+            of this process, without plans; a thread that plans takes the interpreter's lock from the step, which then
             takes longer than if it planned by itself (by 1 ms, two cores, packs of 128 tokens). "auto": a process where
             there is a GPU; on the CPU it would take a core from the step, and seconds to start.
     """
@@ -51,8 +50,8 @@ class BatchesAhead:
 
     def __next__(self) -> Batch[LocalPack]:
         if self._process and self._last is not None:
-            found = (one for local in self._last.micro for one in attentions_of(local.layout))
-            self._maker.attentions = tuple(dict.fromkeys((*self._maker.attentions, *found)))
+            found = (one for local in self._last.micro for one in mixers_of(local.layout))
+            self._maker.mixers = tuple(dict.fromkeys((*self._maker.mixers, *found)))
         batch = next(self._stream)
         for local in batch.micro:
             local.arrive()
@@ -76,6 +75,5 @@ class _Carrier:
     def _carried(self, local: LocalPack, stream: torch.cuda.Stream) -> LocalPack:
         ids, positions = (to_device(x, self._device) for x in (local.ids, local.positions))
         targets = local.targets if isinstance(local.targets, Targets) else to_device(local.targets, self._device)
-        for _, plans in local.plans:
-            make_tables(plans, self._device)
+        make_tables(local.plans, self._device)
         return replace(local, ids=ids, targets=targets, positions=positions, there=stream.record_event())

@@ -1,7 +1,7 @@
 """A process that makes batches: Python that plans in a thread takes the interpreter's lock from the launches.
 
-It has no ranks and no device. A request is the kinds of attention to plan for, an answer a batch or what went wrong.
-Signals are its parent's alone, and it ends when its pipe does, however the parent ended.
+It has no ranks and no device. A request is the mixers to plan for, an answer a batch or what went wrong. Signals
+are its parent's alone, and it ends when its pipe does, however the parent ended.
 """
 
 import os
@@ -44,13 +44,13 @@ class MakingProcess:
             theirs.close()
 
     def batches(self) -> Iterator[Batch[LocalPack]]:
-        """The maker's batches, each asked for with the attentions that the maker has by then.
+        """The maker's batches, each asked for with the mixers that the maker has by then.
 
         Raises what was raised in the process, and RuntimeError if that ended.
         """
         self._send((self._mesh.shape, to_bytes(self._maker)))
         while True:
-            self._send(self._maker.attentions)
+            self._send(self._maker.mixers)
             batch, error = from_bytes(self._receive(), self._mesh)
             if error is not None:
                 raise error
@@ -91,7 +91,7 @@ def serve(number: int) -> None:
         maker: BatchMaker = from_bytes(data, mesh)
         batches = maker.batches()
         while True:
-            maker.attentions = pipe.recv()
+            maker.mixers = pipe.recv()
             try:
                 answer = to_bytes((next(batches), None))
             except Exception as error:

@@ -1,4 +1,4 @@
-"""A pack on this rank: which of its tokens it holds, and the plans of the attention over them. Made ahead of the step,
+"""A pack on this rank: which of its tokens it holds, and the plans of the layers over them. Made ahead of the step,
 from integers and tokens alone, so that any process can do it."""
 
 from collections.abc import Iterator
@@ -8,7 +8,8 @@ import torch
 
 from ringattn.parallel.layout import Layout
 from ringattn.parallel.mesh.shape import MeshShape
-from ringattn.parallel.planning.ahead import Attention, Plans, install, plan_ahead
+from ringattn.parallel.planning.ahead import install
+from ringattn.recurrent.ahead import Mixer, MixerPlans, plan_mixers
 from ringattn.recurrent.weighing import MixingLayers, weighed_layout
 from ringattn.training.packs.batches import Batch, batches
 from ringattn.training.packs.packers import AnyPacker
@@ -25,7 +26,7 @@ class LocalPack:
         ids, positions: (t,) int64; positions count in the document.
         targets: (t,) int64, already shifted; of a pack with common prefixes triples of the t tokens, on the host.
         layout: who holds which token.
-        plans: of the model's attentions on it, as far as these were known.
+        plans: of the model's attentions and layers with states on it, as far as these were known.
         count: how many of the t targets there are.
         there: once this CUDA event has happened, the tensors and the plans' tables are on the device; None: they are.
     """
@@ -34,7 +35,7 @@ class LocalPack:
     targets: torch.Tensor | Targets
     positions: torch.Tensor
     layout: Layout
-    plans: Plans = ()
+    plans: MixerPlans = ()
     count: int = 0
     there: torch.cuda.Event | None = None
 
@@ -49,7 +50,7 @@ class LocalPack:
         return self.targets if isinstance(self.targets, Targets) else self.count
 
     def arrive(self) -> None:
-        """Before the pack is used: its plans are found by the attention, and the current stream waits for it."""
+        """Before the pack is used: its plans are found by the layers, and the current stream waits for it."""
         install(self.layout, self.plans)
         if self.there is not None:
             torch.cuda.current_stream(self.ids.device).wait_event(self.there)
@@ -65,7 +66,7 @@ class BatchMaker:
         mesh: the ranks of the sequence, of which this one is `mesh.sequence_rank`.
         policy, layers: see `weighed_layout`.
         share: common prefixes of a pack's documents are computed once.
-        attentions: for which plans are made, from the next pack on; they are known once a model ran.
+        mixers: for which plans are made, from the next pack on; they are known once a model ran.
     """
 
     packer: AnyPacker
@@ -76,14 +77,14 @@ class BatchMaker:
     policy: str
     layers: MixingLayers | None
     share: bool = False
-    attentions: tuple[Attention, ...] = ()
+    mixers: tuple[Mixer, ...] = ()
 
     def batches(self) -> Iterator[Batch[LocalPack]]:
         """Endless batches."""
         return batches(self.packer, self.packs_per_step, self.replica, self.replicas, self._place, self.share)
 
     def _place(self, pack: AnyPack) -> LocalPack:
-        return placed(pack, self.mesh, self.policy, self.layers, self.attentions)
+        return placed(pack, self.mesh, self.policy, self.layers, self.mixers)
 
 
 def placed(
@@ -91,7 +92,7 @@ def placed(
     mesh: MeshShape,
     policy: str,
     layers: MixingLayers | None,
-    attentions: tuple[Attention, ...] = (),
+    mixers: tuple[Mixer, ...] = (),
 ) -> LocalPack:
     """This rank's part of a pack."""
     layout = weighed_layout(pack.docs, mesh, policy, layers)
@@ -102,6 +103,6 @@ def placed(
         targets=targets,
         positions=layout.position_ids(torch.device("cpu")),
         layout=layout,
-        plans=plan_ahead(layout, attentions),
+        plans=plan_mixers(layout, mixers),
         count=len(targets) if isinstance(targets, Targets) else int((targets != NO_TARGET).sum()),
     )

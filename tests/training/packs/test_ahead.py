@@ -8,8 +8,9 @@ import textwrap
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
+from typing import Any
 from unittest import mock
 
 import numpy as np
@@ -20,6 +21,7 @@ from ringattn import Layout, Mask, MeshShape, parallel_attention
 from ringattn.parallel.mesh.mesh import SequenceMesh
 from ringattn.parallel.planning import planner
 from ringattn.parallel.planning.ahead import from_bytes, to_bytes
+from ringattn.recurrent import halo_plan, parallel_convolution, parallel_recurrence, recurrence
 from ringattn.training.data.corpus import Corpus, corpus_of
 from ringattn.training.model.flops import StepFlops
 from ringattn.training.packs.ahead import BatchesAhead
@@ -55,9 +57,12 @@ def maker_on(mesh: SequenceMesh, packer: type[Packer] = Packer) -> BatchMaker:
     return BatchMaker(packer(corpus, 300, seed=3), 2, 0, 1, mesh, "auto", None)
 
 
-def attention_on(layout: Layout) -> torch.Tensor:
+def layers_on(layout: Layout) -> torch.Tensor:
+    """One of attention, one that carries a state and its convolution."""
     x = torch.ones(layout.tokens(), 2, 8, requires_grad=True)
     out = parallel_attention(x, x, x, layout, mask=Mask(window=(50, 0)))
+    out = parallel_convolution(out.flatten(1), torch.ones(16, 4), None, layout).view_as(x)
+    out = parallel_recurrence(x, x, out, layout, decay=-x[..., 0])
     out.sum().backward()
     return out.detach()
 
@@ -66,29 +71,34 @@ def attention_on(layout: Layout) -> torch.Tensor:
 def plans_made_here() -> Iterator[list[object]]:
     """The layouts that are planned in this thread, others may plan as well."""
     made: list[object] = []
-    plans, thread = planner._plans, threading.get_ident()
+    thread = threading.get_ident()
 
-    def noted(layout: Layout, *args: object) -> object:
-        if threading.get_ident() == thread:
-            made.append(layout)
-        return plans(layout, *args)
+    def noting(plan: Any) -> Any:
+        def noted(layout: Layout, *args: object) -> object:
+            if threading.get_ident() == thread:
+                made.append(layout)
+            return plan(layout, *args)
 
-    with mock.patch.object(planner, "_plans", noted):
+        return noted
+
+    with ExitStack() as stack:
+        for place, name in ((planner, "_plans"), (recurrence, "_plan"), (halo_plan, "_make")):
+            stack.enter_context(mock.patch.object(place, name, noting(getattr(place, name))))
         yield made
 
 
 def batches_of(place: str) -> list[tuple[object, ...]]:
-    """What five steps were given, whether attention found plans of that step, and what it computed."""
+    """What five steps were given, how many plans its layers had to make, and what it computed."""
     mesh, seen = mesh_of(1, 1), []
     with BatchesAhead(maker_on(mesh), mesh, CPU, 1, place) as stream:
         for _ in range(5):
             batch = next(stream)
             with plans_made_here() as made:
-                outs = [attention_on(local.layout) for local in batch.micro]
+                outs = [layers_on(local.layout) for local in batch.micro]
             tensors = [x.tolist() for one in batch.micro for x in (one.ids, one.targets, one.positions)]
             counts = [local.count for local in batch.micro]
             assert counts == [int((local.targets >= 0).sum()) for local in batch.micro]
-            seen.append((tensors, [out.tolist() for out in outs], batch.position, batch.epoch, bool(made)))
+            seen.append((tensors, [out.tolist() for out in outs], batch.position, batch.epoch, len(made)))
     return seen
 
 
@@ -98,8 +108,24 @@ def test_a_process_makes_what_a_thread_makes(pool: Pools) -> None:
     assert [step[:-1] for step in steps["auto"]] == [step[:-1] for step in steps["thread"]]
     for place in steps:
         planned = [step[-1] for step in steps[place]]
-        assert planned[0], "nobody knows the model before its first step"
-        assert planned[-1] == (place != "process"), "a process plans, a thread leaves that to the loop"
+        assert planned[0] == 3 * 2, "nobody knows the model before its first step of two packs"
+        assert planned[-1] == (0 if place == "process" else 3 * 2), "a process plans, a thread leaves that to the loop"
+
+
+def mixers_after_steps() -> list[int]:
+    """How many of them are asked for at each step."""
+    mesh, found = mesh_of(1, 1), []
+    maker = maker_on(mesh)
+    with BatchesAhead(maker, mesh, CPU, 1, "process") as stream:
+        for _ in range(4):
+            for local in next(stream).micro:
+                layers_on(local.layout)
+            found.append(len(maker.mixers))
+    return found
+
+
+def test_what_is_asked_for_does_not_grow_with_the_steps(pool: Pools) -> None:
+    assert pool(1).run(mixers_after_steps)[0] == [0, 3, 3, 3]
 
 
 @contextmanager

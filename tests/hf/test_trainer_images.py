@@ -12,8 +12,8 @@ pytest.importorskip("accelerate", reason="transformers.Trainer needs accelerate 
 
 from tests.hf.test_blocks import gemma3
 from tests.hf.test_trainer_runs import taken_for_a_gpu
-from tests.hf.test_vision import IMAGE, VIDEO, qwen2_5_vl
 from tests.hf.trainer_runs import Row, arguments, history, mesh, same_history, trainer_of
+from tests.hf.vision_models import IMAGE, VIDEO, qwen2_5_vl
 from tests.pool import Pools
 
 # Images of each row: of eight rows half have none, and two have several.

@@ -65,6 +65,18 @@ def test_layers_of_a_step_find_their_plans(pool: Pools, tmp_path: Path) -> None:
     assert steps["process"][-1][1] == 0
 
 
+@pytest.mark.gpu
+def test_plans_and_tables_that_came_to_a_gpu(pool: Pools, tmp_path: Path) -> None:
+    """They were copied on a stream of their own: what the layers read of them is what they make by themselves."""
+    save_hybrid(tmp_path / "model")
+    workers = pool(1, "cuda")
+    one, other = (
+        workers.run(steps_of, tmp_path / "model", tmp_path / place, place, timeout=300)[0] for place in PLACES
+    )
+    assert other[-1][1] == 0
+    assert [loss for loss, _ in other] == pytest.approx([loss for loss, _ in one], rel=1e-5)
+
+
 @pytest.mark.nightly
 def test_one_curve_for_every_size(tmp_path: Path) -> None:
     model = tmp_path / "model"

@@ -13,8 +13,8 @@ PACKAGE = Path(__file__).parents[1] / "ringattn"
 ROOMS = (
     "first_failure", "numbered", "graph_break", "tracing", "whereabouts", "kept", "environment", "shipped", "integers",
     "segments", "mask", "boundaries", "documents", "names", "workloads", "settings",
-    "kernels.call", "kernels.spec", "kernels.probing", "kernels.movement", "kernels.merge_triton", "kernels.merge",
-    "kernels.backends", "kernels.selftest", "kernels.registry", "kernels.tuning", "kernels.support", "kernels",
+    "kernels.call", "kernels.spec", "kernels.probing", "kernels.apart", "kernels.movement", "kernels.merge_triton",
+    "kernels.merge", "kernels.backends", "kernels.selftest", "kernels.registry", "kernels.tuning", "kernels.support", "kernels",
     "parallel.geometry", "parallel.plan", "parallel.transport", "parallel.execution", "parallel.machine",
     "parallel.mesh", "parallel.placement", "parallel.schedules", "parallel.pricing", "parallel.choice",
     "parallel.simulation", "parallel.layout", "parallel.planning", "parallel",

@@ -13,6 +13,7 @@ from typing import NamedTuple, TypeVar
 import torch
 from torch import Tensor
 
+from ringattn.kernels.apart import in_a_thread
 from ringattn.kernels.backends.reference import Reference
 from ringattn.kernels.spec import Backend, Block, Call, CallSpec, Dropout, Grads, Options, SavedCall, Sum
 
@@ -74,12 +75,16 @@ def adds(backend: Backend, spec: CallSpec) -> bool:
 def _kept_result(
     results: dict[tuple[str, Signature], T], test: Callable[[Backend, Signature], T], backend: Backend, spec: CallSpec
 ) -> T:
-    """What a test found, run once: whatever the caller's random state, autocast and gradients are, they stay."""
+    """What a test found, run once: whatever the caller's random state is, it stays."""
     signature = _signature_of(spec)
     key = backend.name, signature
+
+    def without_gradients() -> T:
+        with torch.random.fork_rng(devices=[]), torch.no_grad():
+            return test(backend, signature)
+
     if key not in results:
-        with torch.random.fork_rng(devices=[]), torch.no_grad(), torch.autocast(spec.device, enabled=False):
-            results[key] = test(backend, signature)
+        results[key] = in_a_thread(without_gradients)
     return results[key]
 
 

@@ -7,8 +7,10 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts, noop_context_fn
 
 from ringattn.kernels import registry, selftest
+from ringattn.kernels.backends.flex import FlexAttention
 from ringattn.kernels.spec import Call, Options
 from tests.kernels.fake_backends import SPEC, Entry, Fake, plug
 
@@ -106,3 +108,21 @@ def test_selftest_leaves_the_random_state() -> None:
         warnings.simplefilter("error")
         selftest.failure(Fake(), SPEC)
     assert torch.equal(torch.rand(1), expected)
+
+
+def test_the_self_test_is_not_seen_by_a_layer_that_is_computed_again() -> None:
+    """It runs in the first forward pass of a layer, where checkpointing counts the tensors that autograd saves."""
+    runs: list[str | None] = []
+
+    def layer(x: Tensor) -> Tensor:
+        runs.append(selftest.failure(FlexAttention(eager=True), SPEC))
+        return x.sin().cos()
+
+    x = torch.ones(3, requires_grad=True)
+    for context in (noop_context_fn, lambda: create_selective_checkpoint_contexts([torch.ops.aten.mm.default])):
+        selftest.forget()
+        runs.clear()
+        out = checkpoint(layer, x, use_reentrant=False, context_fn=context)
+        assert runs == [None]
+        out.sum().backward()
+        assert runs == [None, None]

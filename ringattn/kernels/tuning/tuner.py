@@ -17,6 +17,7 @@ import torch
 import torch.distributed as dist
 
 from ringattn.environment import AUTOTUNE, logger
+from ringattn.kernels.apart import in_a_thread
 from ringattn.kernels.tuning.store import SCHEMA, Store
 
 BUDGET_MS = 200.0  # for the timed runs of one candidate
@@ -166,7 +167,9 @@ class Tuner:
         """Why a candidate is out, or its time."""
         try:
             reason = problem.check(choice)
-            return reason, 0.0 if reason else self.timer(lambda: problem.run(choice), problem.device)
+            if reason:
+                return reason, 0.0
+            return None, in_a_thread(lambda: self.timer(lambda: problem.run(choice), problem.device))
         except Exception as error:  # whatever a kernel or its compiler raises
             return f"{type(error).__name__}: {str(error)[:200]}", 0.0
 

@@ -5,20 +5,17 @@ What is installed may be wrong in silence, or lack a feature: a gradient through
 """
 
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import nullcontext
 from dataclasses import replace
-from typing import TypeVar
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from ringattn.kernels.apart import in_a_thread
 from ringattn.recurrent.kernels.chunked import Chunked
 from ringattn.recurrent.kernels.contract import Inputs, Kernel, Signature
 from ringattn.recurrent.kernels.verdicts import keep_failure, kept_failure
 
-T = TypeVar("T")
 # Relative errors of a kernel by name, for inputs, lengths of pieces and first states.
 Judge = Callable[[Kernel, Inputs, tuple[int, ...], Tensor], dict[str, float]]
 
@@ -46,19 +43,6 @@ def failure(kernel: Kernel, signature: Signature) -> str | None:
 def forget() -> None:
     """Test every signature anew, after a kernel was installed or repaired."""
     _results.clear()
-
-
-def in_a_thread(test: Callable[[], T]) -> T:
-    """What a test finds, whatever autograd's hooks and modes, autocast and random state are here: checkpointing counts
-    the tensors that a forward pass saves, and a self-test runs in the first one alone."""
-    device = torch.cuda.current_device() if torch.cuda.is_available() and torch.cuda.is_initialized() else None
-
-    def alone() -> T:
-        with nullcontext() if device is None else torch.cuda.device(device):
-            return test()
-
-    with ThreadPoolExecutor(1) as thread:
-        return thread.submit(alone).result()
 
 
 def _failure(kernel: Kernel, signature: Signature) -> str | None:

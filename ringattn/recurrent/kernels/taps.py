@@ -14,10 +14,11 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ringattn.environment import logger
+from ringattn.kernels.apart import in_a_thread
 from ringattn.kernels.probing import why_missing
 from ringattn.recurrent.kernels.loading import LAYOUTS, foreign_dtypes, load, numbers
 from ringattn.recurrent.kernels.reach import ALIGNED, channels_of, gradient_near
-from ringattn.recurrent.kernels.selftest import TOLERANCE, in_a_thread
+from ringattn.recurrent.kernels.selftest import TOLERANCE
 from ringattn.recurrent.piles import Rows, put_together, taken_apart
 
 Lengths = tuple[int, ...]  # of pieces, none of them empty

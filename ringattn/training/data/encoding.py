@@ -99,7 +99,7 @@ class _PlainIds:
         self._field, self._mask_field = field, mask_field
 
     def __call__(self, record: Mapping[str, Any]) -> Encoded:
-        ids = _integers(content_of(record, self._field), self._field, _LARGEST)
+        ids = _integers(content_of(record, self._field), self._field, _LARGEST, numbers_alone=True)
         if self._mask_field is None:
             return ids, None
         mask = _integers(content_of(record, self._mask_field), self._mask_field, 1)
@@ -108,7 +108,11 @@ class _PlainIds:
         return ids, mask.astype(bool)
 
 
-def _integers(value: Any, field: str, largest: int) -> Ids:
+def _integers(value: Any, field: str, largest: int, numbers_alone: bool = False) -> Ids:
+    """The integers of a list, 0 to `largest`; `numbers_alone` refuses true and false, which Python counts as 1 and 0.
+
+    Raises ValueError that names the field.
+    """
     if not isinstance(value, Sequence | np.ndarray) or isinstance(value, str):
         raise ValueError(f"{field!r} must be a list of integers, it is {type(value).__name__}")
     try:
@@ -117,6 +121,9 @@ def _integers(value: Any, field: str, largest: int) -> Ids:
         raise ValueError(f"{field!r} must be a list of integers, it holds {str(value)[:60]}") from None
     if found.ndim != 1 or found.dtype.kind not in "iub":
         raise ValueError(f"{field!r} must be a list of integers, it holds {str(value)[:60]}")
+    if numbers_alone and (found.dtype.kind == "b" or bool in set(map(type, value))):
+        at = next(number for number, one in enumerate(value) if isinstance(one, bool | np.bool_))
+        raise ValueError(f"{field!r} must be a list of integers, it has {str(value[at]).lower()} at {at:,}")
     if len(found) and (int(found.min()) < 0 or int(found.max()) > largest):
         raise ValueError(f"{field!r} must hold integers from 0 to {largest:,}, got {found.min()} to {found.max():,}")
     return found.astype(np.int64)

@@ -19,6 +19,7 @@ from ringattn.training.data.shards import Shard, shards_of
 from ringattn.training.data.source_store import FORMAT, STOP, SourceStore, digest_of, open_source, write_source
 from ringattn.training.data.sources import Source, sources_of
 from ringattn.training.data.streaming import SHARDS, StreamedCorpus, StreamedPart
+from ringattn.training.data.targets import check_targets
 from ringattn.training.data.tokenizer import BYTES, load_tokenizer, saved_tokenizer
 from ringattn.training.data.workers import default_processes
 
@@ -57,7 +58,7 @@ class Loader:
             where = f"data.sources[{number}]"
             store, corpus = self.opened(source, where)
             corpora.append(corpus)
-            notes += _passed_over(source, store)
+            notes += _passed_over(source, store) + _checked(corpus, source, where)
         sizes = [one.total * (source.epochs or 1) for one, source in zip(corpora, sources, strict=True)]
         weights = weights_of([source.weight for source in sources], sizes)
         triples = zip(sources, corpora, weights, strict=True)
@@ -79,7 +80,7 @@ class Loader:
         except ValueError as error:
             raise ValueError(f"{where}: {str(error).removeprefix('data.files: ')}") from None
         if not len(store.tokens):
-            raise ValueError(f"{where}: {source.path or source.hub!r} holds no document at all")
+            raise ValueError(f"{where}: {source.path or source.hub!r} holds {_nothing(store)}")
         self.check(store.vocab_size)
         try:
             whole = Corpus(store.tokens, store.offsets, store.vocab_size, fingerprint, store.mask, store.digests)
@@ -201,9 +202,7 @@ def load_validation(loader: Loader) -> dict[str, Corpus]:
     for number, source in enumerate(sources):
         store, found[source.name] = loader.opened(source, where.format(number))
         loader.notes += _passed_over(source, store)
-    for name, corpus in found.items():
-        if corpus.longest < 2:
-            raise ValueError(f"data.validation: {name} has no document of two tokens or more, so nothing to predict")
+        loader.notes += _checked(found[source.name], source, where.format(number))
     return found
 
 
@@ -228,6 +227,22 @@ def _passed_over(source: Source, store: SourceStore) -> list[str]:
     if not store.skipped:
         return []
     return [f"warning: {source.name}: {store.skipped:,} records were passed over, the first: {store.messages[0]}"]
+
+
+def _nothing(store: SourceStore) -> str:
+    """What a source without a token holds."""
+    documents = f"{len(store.digests):,} documents without a token" if len(store.digests) else "no document at all"
+    if not store.skipped:
+        return documents
+    rest = f" beside {documents}" if len(store.digests) else ""
+    return f"nothing that can be used{rest}: {store.skipped:,} records were passed over, the first: {store.messages[0]}"
+
+
+def _checked(corpus: Corpus, source: Source, where: str) -> list[str]:
+    try:
+        return check_targets(corpus, source)
+    except ValueError as error:
+        raise ValueError(f"{where}: {error}") from None
 
 
 def _hash(facts: Any) -> str:

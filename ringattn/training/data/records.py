@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
+from ringattn.training.data.json_lines import parsed
 from ringattn.training.data.kinds import HEAD, POINTER, check_head, check_kind, check_records, is_jsonl
 
 PACKED = (".gz", ".bz2", ".xz", ".zst", ".lz4")
@@ -175,7 +176,7 @@ def _lines(path: Path, start: int) -> Iterator[Record]:
 
 def _line(number: int, where: str, line: bytes, size: int) -> Record:
     try:
-        value = json.loads(line.decode("utf-8"))  # of bytes it would guess the encoding, and take halves of characters
+        value = parsed(line)
         if b"\\u" in line:  # JSON can write halves of surrogate pairs, which are no characters
             json.dumps(value, ensure_ascii=False).encode("utf-8")
     except UnicodeDecodeError as error:

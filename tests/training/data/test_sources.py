@@ -324,9 +324,11 @@ def test_bad_files_stop_or_are_counted(name, data, words, tmp_path):
 def test_nothing_but_bad_records_is_refused(tmp_path):
     (tmp_path / "a.jsonl").write_text("{\n{\n")
     source = {"path": str(tmp_path / "a.jsonl")}
-    with pytest.raises(ValueError, match="holds no document at all"):
+    with pytest.raises(
+        ValueError, match=r"holds nothing that can be used: 2 records were passed over, the first: line"
+    ):
         opened(tmp_path, source, on_error="skip")
-    with pytest.raises(ValueError, match=r"'a\.jsonl' holds no document"):
+    with pytest.raises(ValueError, match=r"'a\.jsonl' holds no document: records were passed over, the first: line 1"):
         loader(tmp_path, on_error="skip").stream(sources_of([source])).cursor(0, 0, (0,)).peek()
 
 

@@ -113,13 +113,14 @@ class Loader:
             return Encoding("ids", source.field, source.mask_field), 0
         vocab_size = self._known()[1]
         self.check(vocab_size)
-        template, loss_on = None, self.data.get("loss_on") or "assistant"
+        template, special, loss_on = None, "", self.data.get("loss_on") or "assistant"
         if source.kind == "chat" and self.tokenizer != BYTES:
             model = saved_tokenizer(self.tokenizer)
             own = model.chat_template
             given = template_of(model, self.data.get("chat_template"))
             template = given or (own.get("default") if isinstance(own, dict) else own)
-        encoding = Encoding(source.kind, source.field, None, self.tokenizer, self.add_eos, loss_on, template)
+            special = json.dumps(model.special_tokens_map, sort_keys=True, default=str)
+        encoding = Encoding(source.kind, source.field, None, self.tokenizer, self.add_eos, loss_on, template, special)
         try:
             encoding.build()  # refused here, and not in the middle
         except ValueError as error:

@@ -16,7 +16,7 @@ from ringattn.hf.images import EmbeddingNeeds
 from ringattn.hf.loss import IGNORE_INDEX, shifted_labels
 from ringattn.hf.metadata import METADATA, check_metadata, documents_of
 from ringattn.hf.same_batch import note_batch
-from ringattn.hf.token_ids import Noted, in_rows, note_ids
+from ringattn.hf.token_ids import Noted, check_items, in_rows, note_ids
 from ringattn.hf.vision import deal_images, no_image
 from ringattn.mask import Mask
 from ringattn.parallel.layout import Layout
@@ -128,7 +128,10 @@ def _inputs(layout: Layout, batch: Mapping[str, Any], rows: int, size: int) -> d
     for name, value in batch.items():
         if name in METADATA or name in LABELS or value is None:
             continue
-        if name in THROUGH or name == "num_items_in_batch":
+        if name == "num_items_in_batch":
+            check_items(name, value)
+            local[name] = value
+        elif name in THROUGH:
             local[name] = value
         elif name == "position_ids":
             local[name] = _shard_positions(layout, value, rows, size)

@@ -105,6 +105,20 @@ def check_batch(batch: Mapping[str, Any], vocabulary: Vocabulary) -> None:
         vocabulary.check(noted)
 
 
+def check_items(name: str, value: Any) -> None:
+    """Raises ValueError for what a loss cannot be divided by. 0 is what a batch without targets has; a number on a
+    device is not looked at, which would wait for it."""
+    wanted = f"{name} must be a finite number >= 0, the targets that the loss is divided by, got"
+    if isinstance(value, Tensor):
+        if value.numel() != 1 or value.dtype == torch.bool or value.is_complex():
+            raise ValueError(f"{wanted} {value.dtype} of shape {tuple(value.shape)}")
+        if value.device.type != "cpu":
+            return
+        value = value.item()
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < float("inf"):
+        raise ValueError(f"{wanted} {value!r}")
+
+
 def in_rows(name: str, size: int, dims: int, shift: int = 0) -> Place:
     """Places in a batch (B, S), or (S,) with one dimension.
 

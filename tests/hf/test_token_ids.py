@@ -10,7 +10,7 @@ from ringattn.hf import parallelize, shard_batch, shard_trees
 from ringattn.hf.tiny import read_config, tiny_config, tiny_model
 from ringattn.hf.token_ids import Noted, Vocabulary, check_noted, in_rows
 from ringattn.memory.settings import MemorySettings
-from ringattn.trees import Trees
+from ringattn.trees import Targets, Trees
 from tests.hf.families import FAMILIES
 from tests.parallel.ranks import mesh_of
 from tests.pool import Pools
@@ -103,3 +103,38 @@ def test_one_row_is_named_by_its_column() -> None:
     noted = Noted(torch.tensor([1, -3, 8]), "input_ids", in_rows("input_ids", 3, 1))
     with pytest.raises(ValueError, match=r"got 8 at input_ids\[2\] \(2 such of 3\)"):
         Vocabulary(6, 6).check(noted)
+
+
+@pytest.mark.parametrize("value", [-1, float("nan"), float("inf"), "3", True, torch.tensor(-2.0), torch.tensor([3, 3])])
+def test_what_a_loss_cannot_be_divided_by_is_refused(value: object) -> None:
+    batch = {"input_ids": torch.ones(1, 4, dtype=torch.int64), "labels": torch.ones(1, 4, dtype=torch.int64)}
+    with pytest.raises(ValueError, match="num_items_in_batch must be a finite number >= 0"):
+        shard_batch(batch | {"num_items_in_batch": value}, None, MeshShape())
+    for good in (0, 3, 2.5, torch.tensor(3), torch.tensor([3])):
+        assert shard_batch(batch | {"num_items_in_batch": good}, None, MeshShape())["num_items_in_batch"] is good
+
+
+@pytest.mark.parametrize("value", [torch.tensor([0.0, 2.7, 4.0]), [0, 2.7, 4], [0, True, 4], [0, "2", 4]])
+def test_cumulative_lengths_are_integers(value: object) -> None:
+    with pytest.raises(ValueError, match="cu_seq_lens_q must be"):
+        shard_batch({"input_ids": torch.ones(1, 4, dtype=torch.int64), "cu_seq_lens_q": value}, None, MeshShape())
+
+
+@pytest.mark.parametrize("value", [[["a", "b"]], [[0], [0, 1]]])
+def test_segment_ids_that_are_no_numbers_are_named(value: object) -> None:
+    with pytest.raises(ValueError, match="segment_ids must be integers of shape"):
+        shard_batch({"input_ids": torch.ones(1, 2, dtype=torch.int64), "segment_ids": value}, None, MeshShape())
+
+
+def test_numbers_that_only_look_like_integers_are_refused() -> None:
+    for lengths in ([1, 3.0], [1, True], "12", [1, None], torch.tensor([1.0, 3.0])):
+        with pytest.raises(ValueError, match="lengths must be"):
+            Documents(lengths)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="total must be an integer"):
+        Documents([1], total=True)
+    with pytest.raises(ValueError, match="labels must be integers"):
+        Targets([0, 1], [1, True], [1, 1], 3)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match=r"tokens must be a number of rows >= 0, got 3\.0"):
+        Targets([0, 1], [1, 2], [1, 1], 3.0)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match=r"sequences\[0\] must be token ids in one row, got \[1, True, 3\]"):
+        Trees([[1, True, 3]])

@@ -81,6 +81,8 @@ class Loader:
             raise ValueError(f"{where}: {str(error).removeprefix('data.files: ')}") from None
         if not len(store.tokens):
             raise ValueError(f"{where}: {source.path or source.hub!r} holds {_nothing(store)}")
+        if source.kind == "ids" and store.vocab_size > self.vocab_size:
+            raise ValueError(f"{where}: {_beyond(store, self.vocab_size)}")
         self.check(store.vocab_size)
         try:
             whole = Corpus(store.tokens, store.offsets, store.vocab_size, fingerprint, store.mask, store.digests)
@@ -237,6 +239,17 @@ def _nothing(store: SourceStore) -> str:
         return documents
     rest = f" beside {documents}" if len(store.digests) else ""
     return f"nothing that can be used{rest}: {store.skipped:,} records were passed over, the first: {store.messages[0]}"
+
+
+def _beyond(store: SourceStore, known: int) -> str:
+    """What is said of ids that a model with so many tokens does not know."""
+    largest = store.vocab_size - 1
+    at = next(iter(np.flatnonzero(store.tokens == largest)))
+    document = int(np.searchsorted(store.offsets, at, side="right")) - 1
+    return (
+        f"model.config.vocab_size={known} is less than the {store.vocab_size} tokens of its ids: {largest} stands at "
+        f"{int(at - store.offsets[document]):,} of document {document + 1:,}; are they of the model's tokenizer?"
+    )
 
 
 def _checked(corpus: Corpus, source: Source, where: str) -> list[str]:

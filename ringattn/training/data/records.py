@@ -198,6 +198,9 @@ def _parquet(path: Path, start: int) -> Iterator[Record]:
         if not (head := _head(path)).startswith(b"PAR1"):
             check_head(path, head)
         with parquet.ParquetFile(path) as file:
+            names = file.schema_arrow.names
+            if twice := sorted({name for name in names if names.count(name) > 1}):
+                raise ValueError(f"the table has the column {twice[0]!r} twice")
             count = file.metadata.num_rows
             share = _size(path) / max(count, 1)
             for group in range(file.num_row_groups):

@@ -75,7 +75,7 @@ class Documents:
             if begin < last:
                 raise ValueError(f"starts[{index}] = {begin} lies before the end {last} of what comes before it")
             last = begin + size
-        if total is not None and (not isinstance(total, int) or total < last):
+        if total is not None and (not isinstance(total, int) or isinstance(total, bool) or total < last):
             raise ValueError(f"total must be an integer >= {last}, the end of the last document, got {total!r}")
         object.__setattr__(self, "lengths", sizes)
         object.__setattr__(self, "starts", begins)

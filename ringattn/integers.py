@@ -2,6 +2,8 @@
 
 from collections.abc import Sequence
 from itertools import pairwise
+from math import isfinite
+from operator import index
 from typing import Any
 
 import torch
@@ -10,17 +12,18 @@ IntegerLike = Sequence[int] | torch.Tensor
 
 
 def integers(values: Any, name: str) -> tuple[int, ...]:
-    """A sequence or one-dimensional tensor. Raises ValueError naming the argument."""
+    """A sequence or one-dimensional tensor; 3.0 is none of them. Raises ValueError naming the argument."""
     if isinstance(values, torch.Tensor):
         if values.dim() != 1 or values.is_floating_point() or values.is_complex() or values.dtype == torch.bool:
             raise ValueError(f"{name} must be one-dimensional integers, got {tuple(values.shape)} of {values.dtype}")
         return tuple(values.tolist())
     try:
-        out = tuple(int(value) for value in values)
-        exact = all(a == b for a, b in zip(out, values, strict=True))
-    except (TypeError, ValueError, OverflowError):
-        raise ValueError(f"{name} must be a sequence of integers, got {values!r}") from None
-    if not exact or any(isinstance(value, bool) for value in values):
+        out = tuple(index(value) for value in values)
+    except (TypeError, ValueError, RuntimeError):
+        if isinstance(values, list | tuple) and all(isinstance(one, int | float) and isfinite(one) for one in values):
+            raise ValueError(f"{name} must be integers, got {shown(values)}") from None
+        raise ValueError(f"{name} must be a sequence of integers, got {_short(values)}") from None
+    if any(isinstance(value, bool) or getattr(value, "dtype", None) == torch.bool for value in values):
         raise ValueError(f"{name} must be integers, got {shown(values)}")
     return out
 
@@ -58,3 +61,8 @@ def shown(values: Sequence[int]) -> str:
     """The first of some integers, for an error."""
     first = ", ".join(str(value) for value in list(values)[:6])
     return f"[{first}{', ...' if len(values) > 6 else ''}]"
+
+
+def _short(values: Any) -> str:
+    text = repr(values)
+    return text if len(text) <= 80 else f"{text[:77]}..."

@@ -16,6 +16,7 @@ from ringattn.hf.images import EmbeddingNeeds
 from ringattn.hf.loss import IGNORE_INDEX, shifted_labels
 from ringattn.hf.metadata import METADATA, check_metadata, documents_of
 from ringattn.hf.same_batch import note_batch
+from ringattn.hf.token_ids import Noted, check_items, in_rows, note_ids
 from ringattn.hf.vision import deal_images, no_image
 from ringattn.mask import Mask
 from ringattn.parallel.layout import Layout
@@ -75,11 +76,13 @@ def shard_batch(
         note_rule(layout, needs.rule)
     if batch.get("input_ids") is not None:
         note_batch(layout, batch["input_ids"])
+        note_ids(layout, Noted(batch["input_ids"], "input_ids", in_rows("input_ids", size, batch["input_ids"].dim())))
     local = _images(layout, batch, needs)
     left = {name: x for name, x in batch.items() if not (name in local or no_image(name, x))}
     local |= _inputs(layout, left, rows, size)
     targets = _targets(batch, docs, rows, size)
     if targets is not None:
+        note_ids(layout, _noted_targets(batch, targets, size))
         # Models compute a loss where there are labels, from shift_labels where there are these.
         labels = targets if batch.get("labels") is None else _labels("labels", batch, rows, size)
         local["labels"] = layout.shard(labels)[None]
@@ -125,7 +128,10 @@ def _inputs(layout: Layout, batch: Mapping[str, Any], rows: int, size: int) -> d
     for name, value in batch.items():
         if name in METADATA or name in LABELS or value is None:
             continue
-        if name in THROUGH or name == "num_items_in_batch":
+        if name == "num_items_in_batch":
+            check_items(name, value)
+            local[name] = value
+        elif name in THROUGH:
             local[name] = value
         elif name == "position_ids":
             local[name] = _shard_positions(layout, value, rows, size)
@@ -166,6 +172,12 @@ def _targets(batch: Mapping[str, Any], docs: Documents, rows: int, size: int) ->
         )
         raise ValueError(f"shift_labels must be {IGNORE_INDEX} in padding, got a target in tokens {start} to {stop}")
     return targets
+
+
+def _noted_targets(batch: Mapping[str, Any], targets: Tensor, size: int) -> Noted:
+    """The targets (T,), which are found a token further on where they were shifted here."""
+    name, shift = ("labels", 1) if batch.get("shift_labels") is None else ("shift_labels", 0)
+    return Noted(targets, name, in_rows(name, size, batch[name].dim(), shift), targets=True)
 
 
 def _labels(name: str, batch: Mapping[str, Any], rows: int, size: int) -> Tensor:

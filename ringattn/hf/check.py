@@ -14,6 +14,7 @@ import torch.distributed as dist
 from ringattn.hf.conformance import (
     Errors,
     Form,
+    Outcome,
     alone,
     differences,
     expected_features,
@@ -117,7 +118,7 @@ def examine(request: Request, mesh: SequenceMesh) -> Iterator[Finding]:
             handle.undo()
             judge = alone(copy.deepcopy(model).float(), form)
             handle = parallelize(model, mesh, scheme=request.scheme, backend=request.backend)
-        limit = _limit(request, model, differences(truth, judge))
+        limit = _limit(request, model, truth, judge)
         yield _compared(f"{form.name} = documents alone", differences(found, judge), limit)
     yield _prefixes(request, model, mesh, handle)
     handle = parallelize(model, mesh, scheme=request.scheme, backend=request.backend)
@@ -187,17 +188,16 @@ def _prefixes(request: Request, model: Any, mesh: SequenceMesh, handle: Handle) 
         return Finding(PREFIXES, True, f"refused: {refusal}")
     finally:
         handle.undo()
-    return _compared(
-        PREFIXES, differences(found, judge), _limit(request, model, differences(truth, judge)), "log-probabilities"
-    )
+    return _compared(PREFIXES, differences(found, judge), _limit(request, model, truth, judge), "log-probabilities")
 
 
-def _limit(request: Request, model: Any, rounding: Errors) -> float:
-    """Of errors, if documents alone in the model's dtype have the errors `rounding`."""
+def _limit(request: Request, model: Any, truth: Outcome, judge: Outcome) -> float:
+    """Of errors: where nothing else says, what rounding makes of documents alone, in the model's dtype and float32."""
     if request.tolerance is not None:
         return request.tolerance
     if model.dtype == torch.float32:
         return 10 * TOLERANCE if request.real else TOLERANCE
+    rounding = differences(truth, judge)
     return 2 * max(rounding.logits, rounding.loss, rounding.gradients)
 
 

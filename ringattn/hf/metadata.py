@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from ringattn.documents import Documents
+from ringattn.integers import integers
 
 SEGMENTS = ("segment_ids", "seq_idx")
 CUMULATIVE = ("cu_seq_lens_q", "cu_seq_lens_k")
@@ -104,13 +105,11 @@ def _guessed(batch: Mapping[str, Any], rows: int, size: int) -> dict[str, Docume
 
 
 def _cumulative(name: str, values: Any, total: int) -> Documents:
-    if isinstance(values, Tensor) and values.dim() != 1:
-        raise ValueError(f"{name} must be one-dimensional, got {tuple(values.shape)}")
-    numbers = [int(value) for value in values]
+    numbers = integers(values, name)
     if not numbers or numbers[0] != 0 or numbers[-1] != total:
         raise ValueError(
-            f"{name} must start with 0 and end with the {total} tokens of the global batch, got {numbers[:1]} to "
-            f"{numbers[-1:]}: it counts the whole stream, not a rank's part, and padding at the end as documents"
+            f"{name} must start with 0 and end with the {total} tokens of the global batch, got {list(numbers[:1])} to "
+            f"{list(numbers[-1:])}: it counts the whole stream, not a rank's part, and padding at the end as documents"
         )
     return Documents.from_cu_seqlens(numbers)
 
@@ -131,14 +130,17 @@ def _mask(mask: Any, rows: int, size: int) -> Tensor:
 
 
 def _rows(name: str, values: Any, rows: int, size: int) -> Tensor:
-    x = torch.as_tensor(values, device="cpu")
+    try:
+        x = torch.as_tensor(values, device="cpu")
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise ValueError(f"{name} must be integers of shape ({rows}, {size}): {error}") from None
     if tuple(x.shape) not in ((rows, size), (1, size), (size,)) or x.numel() not in (rows * size, size):
         raise ValueError(f"{name} must have shape ({rows}, {size}), got {tuple(x.shape)}")
     if x.numel() != rows * size:
         if name != "position_ids":
             raise ValueError(f"{name} must have shape ({rows}, {size}), got {tuple(x.shape)}")
         x = x.reshape(1, size).expand(rows, size)
-    if x.is_floating_point():
+    if x.is_floating_point() or x.is_complex():
         raise ValueError(f"{name} must be integers, got {x.dtype}")
     return x.reshape(rows, size)
 

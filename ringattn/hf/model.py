@@ -24,6 +24,7 @@ from ringattn.hf.recurrent import put_in_place, recurrent_layers
 from ringattn.hf.router_loss import check_router_loss, gives_router_loss, wanted
 from ringattn.hf.same_batch import check_same_batch
 from ringattn.hf.support import check_model, length_limits, text_model
+from ringattn.hf.token_ids import Vocabulary, check_noted
 from ringattn.hf.tree_checks import check_trees
 from ringattn.memory.settings import MemorySettings
 from ringattn.parallel.layout import Layout
@@ -190,6 +191,8 @@ def _before_forward(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -
     if not handle.verified:
         handle._called.clear()
         check_same_batch(layout, handle.mesh)
+    # After the comparison: of the same batch all ranks say the same.
+    check_noted(layout, Vocabulary.of(model, handle.needs), on_device=not handle.verified)
     reset_compiled_calls(layout)
 
 

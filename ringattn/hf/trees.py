@@ -14,6 +14,7 @@ from ringattn.hf.handle import Handle
 from ringattn.hf.memory import note_targets, noted_triples
 from ringattn.hf.model import unwrapped
 from ringattn.hf.same_batch import note_batch
+from ringattn.hf.token_ids import Noted, note_ids
 from ringattn.hf.tree_checks import TOKENS, needs_tiles
 from ringattn.kept import keep
 from ringattn.mask import Mask
@@ -52,6 +53,7 @@ def shard_trees(
     items = _items(trees, items)
     layout = Layout(trees.docs, mesh, policy, mask=mask)
     note_batch(layout, trees.tokens)
+    note_ids(layout, Noted(trees.tokens, "the sequences of trees", lambda row: _place(trees, row)))
     keep(layout, TOKENS, trees.tokens)
     local = trees.targets.shard(layout)
     note_targets(layout, local)
@@ -94,6 +96,14 @@ def sequence_logprobs(model: Any, batch: Mapping[str, Any], trees: Trees) -> tup
         handle.memory.wants_logprobs = False
     local = next(one for one in output if isinstance(one, Tensor)) if isinstance(output, tuple) else output.logits
     return trees.by_sequence(local, layout)
+
+
+def _place(trees: Trees, row: int) -> str:
+    """A sequence that goes through a row of the stream, and its token there."""
+    for number in range(len(trees)):
+        if len(at := (trees.rows(number) == row).nonzero()):
+            return f"sequences[{number}][{int(at[0])}]"
+    return f"token {row} of the stream"
 
 
 def _items(trees: Trees, items: float | None) -> float:

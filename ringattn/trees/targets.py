@@ -45,6 +45,8 @@ class Targets:
         if len(set(sizes.values())) > 1 or self.rows.dim() != 1:
             told = ", ".join(f"{name} {size}" for name, size in sizes.items())
             raise ValueError(f"rows, labels and weights must have one entry for each target, (m,), got {told}")
+        if not isinstance(self.tokens, int) or isinstance(self.tokens, bool) or self.tokens < 0:
+            raise ValueError(f"tokens must be a number of rows >= 0, got {self.tokens!r}")
         if not len(self):
             return
         if self.rows.min() < 0 or self.rows.max() >= self.tokens:
@@ -149,6 +151,8 @@ def _integers(name: str, values: Any) -> Tensor:
         raise ValueError(f"{name} must be integers, got {values!r} ({error})") from None
     if out.numel() and (out.is_floating_point() or out.is_complex() or out.dtype == torch.bool):
         raise ValueError(f"{name} must be integers, got {out.dtype}")
+    if isinstance(values, list | tuple) and bool in set(map(type, values)):  # which Python counts as 0 and 1
+        raise ValueError(f"{name} must be integers, got {str(list(values))[:60]}")
     return out.to(torch.int64)
 
 

@@ -131,7 +131,8 @@ def tokens_of(values: Any, name: str) -> Tokens:
         array = np.asarray(None)
     if array.ndim == 1 and array.size == 0:
         return np.zeros(0, np.int64)  # an empty list becomes an array of floats
-    if array.ndim != 1 or array.dtype.kind not in "iu":
+    mixed = isinstance(values, Sequence) and bool in set(map(type, values))  # which Python counts as 0 and 1
+    if array.ndim != 1 or array.dtype.kind not in "iu" or mixed:
         raise ValueError(f"{name} must be token ids in one row, got {_shown(values)}")
     if array.min() < 0 or array.max() > np.iinfo(np.int64).max:
         raise ValueError(f"{name} must be token ids >= 0, got {int(array.min() if array.min() < 0 else array.max())}")

@@ -6,7 +6,7 @@ gathered, and its gradients averaged, where all replicas run it.
 """
 
 import hashlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -20,6 +20,7 @@ from ringattn.hf.vision import MEDIA, STAND_IN, Medium, smallest_image
 from ringattn.parallel.mesh.mesh import SequenceMesh
 
 Batch = Mapping[str, Any]
+Check = Callable[[Batch], None]
 CONTROL = ("should_training_stop", "should_epoch_stop", "should_save", "should_evaluate", "should_log")
 LOWEST = torch.iinfo(torch.int64).min
 
@@ -28,16 +29,19 @@ class Idle(dict[str, Any]):
     """A batch without targets: its replica takes part in what others compute, and adds nothing."""
 
 
-def in_step(batches: Iterator[Batch], wanted: int, mesh: SequenceMesh, fill: bool = False) -> list[Batch]:
+def in_step(batches: Iterator[Batch], wanted: int, mesh: SequenceMesh, check: Check, fill: bool = False) -> list[Batch]:
     """The next `wanted` batches, as many on every replica. Collective over all ranks.
 
     Replicas take as many as the one that has most, or `wanted` where any has one and `fill` asks for it; idle batches
     stand for those that a replica has not. An empty list, on every rank, says that no replica has a batch left.
 
+    Arguments:
+        check: raises ValueError for a batch that the model cannot take.
+
     Raises ValueError on every rank if the ranks of a sequence do not hold the same batches, and, on every rank, what a
     rank met when it read its batches (RuntimeError with rank and message on the others).
     """
-    found, error = _read(batches, wanted)
+    found, error = _read(batches, wanted, check)
     counts, images = agree(found, mesh, error)
     longest = max(counts)
     if longest == 0:
@@ -103,6 +107,25 @@ def check_averaged(norm: float, mesh: SequenceMesh) -> None:
         )
 
 
+def check_any_target(batches: Sequence[Batch], targets: Tensor, mesh: SequenceMesh) -> None:
+    """Raises ValueError on every rank if a step has no target: labels that are ignored everywhere teach nothing.
+
+    Collective over all ranks.
+
+    Arguments:
+        targets: how many the batches of this replica have.
+    """
+    total = targets.detach().to(mesh.device, copy=True)
+    dist.all_reduce(total)
+    if int(total) == 0:
+        rows = sum(len(batch["labels"]) for batch in batches if batch.get("labels") is not None)
+        raise ValueError(
+            f"the first step has nothing to learn: labels are {IGNORE_INDEX} for every token that another one of its "
+            f"document precedes, in all {rows} rows of this rank and on every other. What makes the labels (an "
+            "assistant mask, a template for responses, a limit of the length) matched none of them"
+        )
+
+
 def fingerprint(batches: Sequence[Batch]) -> int:
     """62 bits of everything in the batches: names, types, shapes, values."""
     digest = hashlib.blake2b(digest_size=8)
@@ -136,7 +159,7 @@ def _feed(digest: Any, value: Any) -> None:
         digest.update(type(value).__name__.encode())
 
 
-def _read(batches: Iterator[Batch], wanted: int) -> tuple[list[Batch], Exception | None]:
+def _read(batches: Iterator[Batch], wanted: int, check: Check) -> tuple[list[Batch], Exception | None]:
     found: list[Batch] = []
     with set_aside():
         try:
@@ -144,6 +167,7 @@ def _read(batches: Iterator[Batch], wanted: int) -> tuple[list[Batch], Exception
                 batch = next(batches)
                 if not isinstance(batch, Mapping):
                     raise ValueError(f"data_collator must return a dictionary of tensors, got {type(batch).__name__}")
+                check(batch)
                 found.append(batch)
         except StopIteration:
             pass

@@ -8,7 +8,7 @@ import torch.distributed as dist
 from torch.utils.data import DataLoader
 from transformers.trainer_utils import has_length
 
-from ringattn.hf.trainer.agreement import Batch, in_step
+from ringattn.hf.trainer.agreement import Batch, Check, in_step
 from ringattn.parallel.mesh.mesh import SequenceMesh
 
 
@@ -17,18 +17,19 @@ class Lockstep:
 
     Arguments:
         seed: of the order of rows, which all ranks must share.
+        check: raises ValueError for a batch that the model cannot take.
 
     Raises ValueError on every rank if ranks have other seeds, ranks of a sequence other numbers of batches, or
     replicas other numbers of batches of one data set.
     """
 
-    def __init__(self, loader: DataLoader, mesh: SequenceMesh, seed: int) -> None:
-        self.loader, self.mesh = loader, mesh
+    def __init__(self, loader: DataLoader, mesh: SequenceMesh, seed: int, check: Check) -> None:
+        self.loader, self.mesh, self.check = loader, mesh, check
         self.lengths = _agreed_lengths(loader, mesh, seed)
 
     def __iter__(self) -> Iterator[Batch]:
         batches = iter(self.loader)
-        while found := in_step(batches, 1, self.mesh):
+        while found := in_step(batches, 1, self.mesh, self.check):
             yield found[0]
 
     def __len__(self) -> int:

@@ -1,7 +1,7 @@
 """`OnMesh`: what a Trainer class does differently on a sequence mesh."""
 
 import inspect
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -18,7 +18,8 @@ from ringattn.hf.model import parallelize, unwrapped
 from ringattn.hf.options import check_arguments, check_trainer
 from ringattn.hf.shape import weighed_layers
 from ringattn.hf.support import check_model, text_model
-from ringattn.hf.trainer.agreement import Idle, agree_on_control, check_averaged, in_step
+from ringattn.hf.token_ids import Vocabulary, check_batch
+from ringattn.hf.trainer.agreement import Idle, agree_on_control, check_any_target, check_averaged, in_step
 from ringattn.hf.trainer.dealing import ReplicaRows, deal, with_loaders_kept
 from ringattn.hf.trainer.evaluation import Tally
 from ringattn.hf.trainer.failures import told_to_torchrun
@@ -74,6 +75,7 @@ class OnMesh(_Base):
         self.sequence_mesh, self.policy, self.memory = mesh, policy, memory
         self._failures, self._tally = FirstFailure(), Tally(mesh)
         self._spent: Any = None  # an iterator of which no replica has a batch left
+        self._any_target = False  # the first step had one
         self._averaged = False  # gradients were seen to be equal on all ranks
         super().__init__(*args, **kwargs)
         check_place(self.args, self.accelerator, mesh)
@@ -158,7 +160,12 @@ class OnMesh(_Base):
         return super().set_initial_training_values(args, self._lockstep(dataloader), *more)
 
     def _lockstep(self, loader: Any) -> Any:
-        return Lockstep(loader, self.sequence_mesh, self._data_seed)
+        return Lockstep(loader, self.sequence_mesh, self._data_seed, self._check_batch)
+
+    def _check_batch(self, batch: Mapping[str, Any]) -> None:
+        """Raises ValueError for ids that the model has no row for, while the batch is on the host."""
+        inner = unwrapped(self.model)
+        check_batch(batch, Vocabulary.of(inner, inner._ringattn.needs))
 
     def get_batch_samples(self, epoch_iterator: Iterator[Any], num_batches: int, device: Any) -> tuple[list[Any], Any]:
         """The micro-batches of a step, as many on every replica. Collective over all ranks, once a step."""
@@ -166,10 +173,14 @@ class OnMesh(_Base):
             return [], None
         # A step that a length promises must come to its end, where the stock Trainer applies its gradient.
         sized = has_length(self.callback_handler.train_dataloader)
-        batches = in_step(epoch_iterator, num_batches, self.sequence_mesh, fill=sized)
+        batches = in_step(epoch_iterator, num_batches, self.sequence_mesh, self._check_batch, fill=sized)
         if not batches:
             self._spent = epoch_iterator
-        return list(batches), self._get_num_items_in_batch(list(batches), device)
+        targets = self._get_num_items_in_batch(list(batches), device)
+        if batches and not self._any_target:
+            check_any_target(batches, targets, self.sequence_mesh)
+            self._any_target = True
+        return list(batches), targets
 
     def _get_num_items_in_batch(self, batch_samples: list[Any], device: torch.device) -> Tensor:
         """Targets of this replica in all micro-batches of a step; the loss adds up the replicas."""

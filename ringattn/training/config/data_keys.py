@@ -63,7 +63,11 @@ def settled(data: dict[str, Any], values: DictConfig) -> dict[str, Any]:
 
 
 def check_enough(cfg: DictConfig, corpus: AnyCorpus) -> None:
-    """Raises ValueError if the sources are used up before the run is done."""
+    """Raises ValueError if there is nothing to predict, or if the sources are used up before the run is done."""
+    if isinstance(corpus, Corpus) and corpus.longest < 2:
+        raise ValueError(
+            f"data.files: none of the {len(corpus):,} documents has two tokens or more, so there is nothing to predict"
+        )
     if not isinstance(corpus, MixedCorpus):
         return
     data, available = cfg.data, corpus.available()

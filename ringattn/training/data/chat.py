@@ -16,10 +16,11 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from ringattn.training.data.chat_heard import PROBE, Turns, check_heard
+
 LOSS_ON = ("assistant", "all")
 OF_TRL = "trl"
 _ROLES = {"human": "user", "gpt": "assistant", "bing": "assistant", "chatgpt": "assistant"}
-_PROBE = "QzXvJkWp"  # text that no template changes
 _UNLEARNED = ("weight", "train", "training", "loss")
 """Keys by which other programs leave a turn out of the loss: OpenAI's fine-tuning, axolotl, ms-swift."""
 _MARKED = re.compile(r"\{%-?\s*generation\s*-?%\}")
@@ -30,7 +31,6 @@ _DAY = [
     *(("A", "Friday"), ("a", "Fri"), ("j", "208"), ("H", "00"), ("M", "00"), ("S", "00")),
 ]
 
-Turns = list[dict[str, Any]]
 Spans = list[tuple[int, int]]
 
 
@@ -66,11 +66,14 @@ class ChatEncoder:
         """
         turns, tools = turns_of(value), _tools(tools)
         text = self._render(turns, tools)
-        _check_heard(turns, text)
+        check_heard(turns, tools, text, self._render)
         if self.loss_on == "all":
             return np.asarray(self.tokenizer(text, add_special_tokens=False)["input_ids"], np.int64), None
         if not any(turn["role"] == "assistant" for turn in turns):
-            raise ValueError("the conversation has no turn of the assistant, and so nothing to learn")
+            roles = ", ".join(dict.fromkeys(turn["role"] for turn in turns))
+            raise ValueError(
+                f"the conversation has no turn of the assistant, and so nothing to learn; its roles are {roles}"
+            )
         _check_weights(turns)
         ids, mask = self._marked(turns, tools) if self.marked else self._found(text, turns, tools)
         if not mask.any():
@@ -109,9 +112,10 @@ class ChatEncoder:
             return start, len(with_turn)
         # The template renders a turn otherwise once others follow, as Qwen 3 does with thoughts: then its end is where
         # the text that closes a turn stands behind the last words of the content.
-        changed = [*turns[:number], turns[number] | {"content": _PROBE}]
-        _, found, close = self._render(changed, tools).rpartition(_PROBE)
-        content = str(turns[number].get("content") or "").rstrip()
+        changed = [*turns[:number], turns[number] | {"content": PROBE}]
+        _, found, close = self._render(changed, tools).rpartition(PROBE)
+        # Of an answer without its thoughts, which may be what is left out.
+        content = turns[number]["content"].rpartition("</think>")[2].rstrip()
         close = close if content else close.lstrip()  # a call of a tool stands on a line of its own behind words alone
         at = text.find(close, start) if found and close else -1
         while at >= 0:
@@ -126,17 +130,17 @@ class ChatEncoder:
             prompt = self._render(turns[:number], tools, prompt=True)
             plain = self._render(turns[:number], tools)
             return len(prompt) if prompt != plain and with_turn.startswith(prompt) else None
-        asked = [{"role": "user", "content": _PROBE}]
+        asked = [{"role": "user", "content": PROBE}]
         prompt = self._render(asked, tools, prompt=True).removeprefix(self._render(asked, tools))
         at = with_turn.find(prompt)
         return at + len(prompt) if prompt and at >= 0 else None
 
     def _needs_parts(self) -> bool:
         """Whether the template takes a text as a list of parts alone, as those of models that see pictures do."""
-        asked = [{"role": "user", "content": _PROBE}]
+        asked = [{"role": "user", "content": PROBE}]
         for self.in_parts in (False, True):
             with suppress(ValueError):
-                if _PROBE in self._render(asked, None):
+                if PROBE in self._render(asked, None):
                     return self.in_parts
         return False
 
@@ -222,20 +226,6 @@ def _check_weights(turns: Turns) -> None:
                 )
 
 
-def _check_heard(turns: Turns, text: str) -> None:
-    """Raises ValueError for a turn that the template passed over, as some do with roles that they do not know."""
-    for number, turn in enumerate(turns, 1):
-        content = turn["content"].strip()
-        if turn["role"] == "assistant" or content in text:
-            continue
-        # Results of tools are written as JSON by some.
-        if not any(json.dumps(content, ensure_ascii=ascii)[1:-1] in text for ascii in (False, True)):
-            raise ValueError(
-                f"turn {number}, of role {turn['role']!r}, is not in the rendered conversation: the chat template "
-                "leaves it out; give it a role that the template knows, or another template by data.chat_template"
-            )
-
-
 def template_of(tokenizer: Any, given: str | None) -> str | None:
     """The text of `data.chat_template`: null for the tokenizer's own, a file, or `trl` for TRL's training variant.
 
@@ -264,7 +254,7 @@ def _check_syntax(tokenizer: Any, template: str) -> None:
     from jinja2 import TemplateSyntaxError
 
     try:
-        tokenizer.apply_chat_template([{"role": "user", "content": _PROBE}], chat_template=template, tokenize=False)
+        tokenizer.apply_chat_template([{"role": "user", "content": PROBE}], chat_template=template, tokenize=False)
     except TemplateSyntaxError as error:
         raise ValueError(
             f"the chat template is broken, line {error.lineno}: {error.message}; data.chat_template names another"

@@ -29,6 +29,7 @@ class Encoding:
         add_eos: end every text with the tokenizer's end of a sequence.
         loss_on: of conversations, `assistant` or `all`.
         template: text of a chat template in the place of the tokenizer's own.
+        special: of conversations, the tokenizer's special tokens by name, which templates write.
     """
 
     kind: str
@@ -38,6 +39,7 @@ class Encoding:
     add_eos: bool = True
     loss_on: str = "assistant"
     template: str | None = None
+    special: str = ""
 
     def build(self) -> Encode:
         """The function from a record to (n,) ids and (n,) what is learned, None for everything.
@@ -59,6 +61,8 @@ class Encoding:
             of_tokenizer: fingerprint of the tokenizer: its folder does not count.
         """
         facts = asdict(self) | {"tokenizer": of_tokenizer}
+        if self.kind != "chat":
+            del facts["special"]
         if self.kind == "ids":
             facts = {key: facts[key] for key in ("kind", "field", "mask_field")}
         return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
@@ -91,7 +95,22 @@ class _Chat:
     def __call__(self, record: Mapping[str, Any]) -> Encoded:
         other = "conversations" if self._field == "messages" and record.get("messages") is None else self._field
         field = other if record.get(other) is not None else self._field
-        return self._encoder(content_of(record, field), record.get("tools"))
+        turns = content_of(record, field)
+        _check_beside(record, field, turns)
+        return self._encoder(turns, record.get("tools"))
+
+
+def _check_beside(record: Mapping[str, Any], field: str, turns: Any) -> None:
+    """Raises ValueError for what other programs put into the text from beside the turns."""
+    system, first = record.get("system"), turns[0] if isinstance(turns, list) and turns else None
+    said = isinstance(first, Mapping) and "system" in (first.get("role"), first.get("from"))
+    if isinstance(system, str) and system.strip() and not said:
+        raise ValueError(f"the record has 'system' beside {field!r}: make it the first turn, of the role system")
+    if record.get("chat_template_kwargs"):
+        raise ValueError(
+            f"the record has 'chat_template_kwargs' beside {field!r}, and all conversations are rendered alike: set "
+            "what they say in the template, data.chat_template, and leave the key out"
+        )
 
 
 class _PlainIds:
@@ -99,7 +118,7 @@ class _PlainIds:
         self._field, self._mask_field = field, mask_field
 
     def __call__(self, record: Mapping[str, Any]) -> Encoded:
-        ids = _integers(content_of(record, self._field), self._field, _LARGEST)
+        ids = _integers(content_of(record, self._field), self._field, _LARGEST, numbers_alone=True)
         if self._mask_field is None:
             return ids, None
         mask = _integers(content_of(record, self._mask_field), self._mask_field, 1)
@@ -108,7 +127,11 @@ class _PlainIds:
         return ids, mask.astype(bool)
 
 
-def _integers(value: Any, field: str, largest: int) -> Ids:
+def _integers(value: Any, field: str, largest: int, numbers_alone: bool = False) -> Ids:
+    """The integers of a list, 0 to `largest`; `numbers_alone` refuses true and false, which Python counts as 1 and 0.
+
+    Raises ValueError that names the field.
+    """
     if not isinstance(value, Sequence | np.ndarray) or isinstance(value, str):
         raise ValueError(f"{field!r} must be a list of integers, it is {type(value).__name__}")
     try:
@@ -117,6 +140,9 @@ def _integers(value: Any, field: str, largest: int) -> Ids:
         raise ValueError(f"{field!r} must be a list of integers, it holds {str(value)[:60]}") from None
     if found.ndim != 1 or found.dtype.kind not in "iub":
         raise ValueError(f"{field!r} must be a list of integers, it holds {str(value)[:60]}")
+    if numbers_alone and (found.dtype.kind == "b" or bool in set(map(type, value))):
+        at = next(number for number, one in enumerate(value) if isinstance(one, bool | np.bool_))
+        raise ValueError(f"{field!r} must be a list of integers, it has {str(value[at]).lower()} at {at:,}")
     if len(found) and (int(found.min()) < 0 or int(found.max()) > largest):
         raise ValueError(f"{field!r} must hold integers from 0 to {largest:,}, got {found.min()} to {found.max():,}")
     return found.astype(np.int64)

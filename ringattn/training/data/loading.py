@@ -19,6 +19,7 @@ from ringattn.training.data.shards import Shard, shards_of
 from ringattn.training.data.source_store import FORMAT, STOP, SourceStore, digest_of, open_source, write_source
 from ringattn.training.data.sources import Source, sources_of
 from ringattn.training.data.streaming import SHARDS, StreamedCorpus, StreamedPart
+from ringattn.training.data.targets import check_targets
 from ringattn.training.data.tokenizer import BYTES, load_tokenizer, saved_tokenizer
 from ringattn.training.data.workers import default_processes
 
@@ -57,7 +58,7 @@ class Loader:
             where = f"data.sources[{number}]"
             store, corpus = self.opened(source, where)
             corpora.append(corpus)
-            notes += _passed_over(source, store)
+            notes += _passed_over(source, store) + _checked(corpus, source, where)
         sizes = [one.total * (source.epochs or 1) for one, source in zip(corpora, sources, strict=True)]
         weights = weights_of([source.weight for source in sources], sizes)
         triples = zip(sources, corpora, weights, strict=True)
@@ -79,7 +80,9 @@ class Loader:
         except ValueError as error:
             raise ValueError(f"{where}: {str(error).removeprefix('data.files: ')}") from None
         if not len(store.tokens):
-            raise ValueError(f"{where}: {source.path or source.hub!r} holds no document at all")
+            raise ValueError(f"{where}: {source.path or source.hub!r} holds {_nothing(store)}")
+        if source.kind == "ids" and store.vocab_size > self.vocab_size:
+            raise ValueError(f"{where}: {_beyond(store, self.vocab_size)}")
         self.check(store.vocab_size)
         try:
             whole = Corpus(store.tokens, store.offsets, store.vocab_size, fingerprint, store.mask, store.digests)
@@ -112,13 +115,14 @@ class Loader:
             return Encoding("ids", source.field, source.mask_field), 0
         vocab_size = self._known()[1]
         self.check(vocab_size)
-        template, loss_on = None, self.data.get("loss_on") or "assistant"
+        template, special, loss_on = None, "", self.data.get("loss_on") or "assistant"
         if source.kind == "chat" and self.tokenizer != BYTES:
             model = saved_tokenizer(self.tokenizer)
             own = model.chat_template
             given = template_of(model, self.data.get("chat_template"))
             template = given or (own.get("default") if isinstance(own, dict) else own)
-        encoding = Encoding(source.kind, source.field, None, self.tokenizer, self.add_eos, loss_on, template)
+            special = json.dumps(model.special_tokens_map, sort_keys=True, default=str)
+        encoding = Encoding(source.kind, source.field, None, self.tokenizer, self.add_eos, loss_on, template, special)
         try:
             encoding.build()  # refused here, and not in the middle
         except ValueError as error:
@@ -201,9 +205,7 @@ def load_validation(loader: Loader) -> dict[str, Corpus]:
     for number, source in enumerate(sources):
         store, found[source.name] = loader.opened(source, where.format(number))
         loader.notes += _passed_over(source, store)
-    for name, corpus in found.items():
-        if corpus.longest < 2:
-            raise ValueError(f"data.validation: {name} has no document of two tokens or more, so nothing to predict")
+        loader.notes += _checked(found[source.name], source, where.format(number))
     return found
 
 
@@ -228,6 +230,33 @@ def _passed_over(source: Source, store: SourceStore) -> list[str]:
     if not store.skipped:
         return []
     return [f"warning: {source.name}: {store.skipped:,} records were passed over, the first: {store.messages[0]}"]
+
+
+def _nothing(store: SourceStore) -> str:
+    """What a source without a token holds."""
+    documents = f"{len(store.digests):,} documents without a token" if len(store.digests) else "no document at all"
+    if not store.skipped:
+        return documents
+    rest = f" beside {documents}" if len(store.digests) else ""
+    return f"nothing that can be used{rest}: {store.skipped:,} records were passed over, the first: {store.messages[0]}"
+
+
+def _beyond(store: SourceStore, known: int) -> str:
+    """What is said of ids that a model with so many tokens does not know."""
+    largest = store.vocab_size - 1
+    at = next(iter(np.flatnonzero(store.tokens == largest)))
+    document = int(np.searchsorted(store.offsets, at, side="right")) - 1
+    return (
+        f"model.config.vocab_size={known} is less than the {store.vocab_size} tokens of its ids: {largest} stands at "
+        f"{int(at - store.offsets[document]):,} of document {document + 1:,}; are they of the model's tokenizer?"
+    )
+
+
+def _checked(corpus: Corpus, source: Source, where: str) -> list[str]:
+    try:
+        return check_targets(corpus, source)
+    except ValueError as error:
+        raise ValueError(f"{where}: {error}") from None
 
 
 def _hash(facts: Any) -> str:

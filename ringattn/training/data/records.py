@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
+from ringattn.training.data.json_lines import parsed
 from ringattn.training.data.kinds import HEAD, POINTER, check_head, check_kind, check_records, is_jsonl
 
 PACKED = (".gz", ".bz2", ".xz", ".zst", ".lz4")
@@ -175,7 +176,7 @@ def _lines(path: Path, start: int) -> Iterator[Record]:
 
 def _line(number: int, where: str, line: bytes, size: int) -> Record:
     try:
-        value = json.loads(line.decode("utf-8"))  # of bytes it would guess the encoding, and take halves of characters
+        value = parsed(line)
         if b"\\u" in line:  # JSON can write halves of surrogate pairs, which are no characters
             json.dumps(value, ensure_ascii=False).encode("utf-8")
     except UnicodeDecodeError as error:
@@ -197,6 +198,9 @@ def _parquet(path: Path, start: int) -> Iterator[Record]:
         if not (head := _head(path)).startswith(b"PAR1"):
             check_head(path, head)
         with parquet.ParquetFile(path) as file:
+            names = file.schema_arrow.names
+            if twice := sorted({name for name in names if names.count(name) > 1}):
+                raise ValueError(f"the table has the column {twice[0]!r} twice")
             count = file.metadata.num_rows
             share = _size(path) / max(count, 1)
             for group in range(file.num_row_groups):

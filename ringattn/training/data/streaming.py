@@ -67,6 +67,7 @@ class StreamedCorpus:
     _kept: "OrderedDict[int, tuple[Any, Any]]" = field(default_factory=OrderedDict, repr=False)
     _bytes: int = 0
     _encoders: dict[int, Encode] = field(default_factory=dict, repr=False)
+    _first_errors: dict[int, str] = field(default_factory=dict, repr=False)  # by source
 
     def __getstate__(self) -> dict[str, Any]:
         return self.__dict__ | {"_kept": OrderedDict(), "_bytes": 0, "_encoders": {}}
@@ -101,6 +102,7 @@ class StreamedCorpus:
         if found.error:
             if self.on_error == STOP:
                 raise ValueError(f"{found.error} (data.on_error=skip passes over such records and counts them)")
+            self._first_errors.setdefault(source, found.error)
             self._pass_over(found.error)
         if found.encoded is None:
             return None
@@ -109,6 +111,19 @@ class StreamedCorpus:
             raise ValueError(f"{record.where}: id {int(ids.max()):,} is not below the model's {self.vocab_size:,}")
         self._keep(number_of(source, shard, record.number), ids.astype(np.uint32), mask)
         return len(ids)
+
+    def nothing_in(self, source: int) -> str:
+        """What is said of a source in which a whole pass found no document."""
+        limit = self.parts[source].max_tokens
+        capped = f" of at most max_tokens={limit:,}" if limit else ""
+        first = self._first_errors.get(source)
+        passed = f": records were passed over, the first: {first}" if first else ""
+        return f"data.sources: {self.parts[source].name!r} holds no document{capped}{passed}"
+
+    def has_target(self, document: int) -> bool:
+        """Whether a token behind the first one of a document is learned."""
+        ids, mask = self._document(document)
+        return len(ids) > 1 and (mask is None or bool(mask[1:].any()))
 
     def _document(self, document: int) -> tuple[Any, Any]:
         if document not in self._kept:
@@ -152,6 +167,7 @@ class StreamedSource:
         self._records: Iterator[Record] | None = None
         self._found: tuple[int, int] | None = None  # number and tokens of the next document
         self._any = self._epoch > 0 or self._tokens > 0
+        self._learned = self._any or self._shard + self._record > 0  # what came before the place is believed to be
 
     def __getstate__(self) -> dict[str, Any]:
         return self.__dict__ | {"_records": None, "_found": None}
@@ -204,11 +220,16 @@ class StreamedSource:
             self._next_pass()
             return
         self._found = number_of(self.source, shard, record.number), tokens
+        self._learned = self._learned or self.corpus.has_target(self._found[0])
 
     def _next_pass(self) -> None:
         if not self._any:
-            capped = f" of at most max_tokens={self.part.max_tokens:,}" if self.part.max_tokens else ""
-            raise ValueError(f"data.sources: {self.part.name!r} holds no document{capped}")
+            raise ValueError(self.corpus.nothing_in(self.source))
+        if not self._learned:
+            raise ValueError(
+                f"data.sources: none of the documents of {self.part.name!r} has a target: nothing behind their first "
+                "token is learned"
+            )
         self._epoch, self._shard, self._record, self._tokens, self._records = self._epoch + 1, 0, 0, 0, None
         self._any = False
 

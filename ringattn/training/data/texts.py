@@ -1,10 +1,10 @@
 """The texts in files, one document each: a whole file, or a line of a JSONL file."""
 
-import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from ringattn.training.data.json_lines import parsed
 from ringattn.training.data.kinds import HEAD, check_records, is_jsonl
 
 _MARK = b"\xef\xbb\xbf"  # the byte order mark that some editors put before UTF-8
@@ -49,7 +49,7 @@ def _records(path: Path, text_field: str) -> Iterator[tuple[str, int]]:
 def _text(path: Path, number: int, line: bytes, text_field: str) -> str:
     where = f"line {number} of {path}"
     try:
-        record = json.loads(line)
+        record = parsed(line)
     except (ValueError, RecursionError) as error:
         raise ValueError(f"data.files: {where} is not JSON: {error}") from None
     text = record.get(text_field) if isinstance(record, dict) else None

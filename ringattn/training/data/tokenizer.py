@@ -120,6 +120,10 @@ def saved_tokenizer(folder: str) -> Any:
     try:
         model = AutoTokenizer.from_pretrained(Path(folder).expanduser(), local_files_only=True, trust_remote_code=False)
     except Exception as error:  # of transformers, tokenizers (in Rust), sentencepiece: of any type
+        if not has_tokenizer(folder):
+            raise ValueError(
+                f"data.tokenizer={folder!r} cannot be read: it holds none of {', '.join(_FILES)}"
+            ) from None
         reason = str(error).strip().partition("\n")[0][:300]
         raise ValueError(f"data.tokenizer={folder!r} cannot be read: {type(error).__name__}: {reason}") from None
     model.model_max_length = 1 << 62  # documents may be longer than the model that the tokenizer was made for

@@ -1,5 +1,6 @@
 """Loss masks of conversations: those of TRL, token by token, and a refusal where turns cannot be found."""
 
+import json
 from datetime import datetime
 
 import numpy as np
@@ -8,7 +9,12 @@ import pytest
 pytest.importorskip("transformers")
 pytest.importorskip("trl")
 
+from omegaconf import OmegaConf
+
 from ringattn.training.data.chat import ChatEncoder, template_of, turns_of
+from ringattn.training.data.encoding import Encoding
+from ringattn.training.data.loading import Loader
+from ringattn.training.data.sources import sources_of
 from tests.training.chat_tokenizers import PREFIX_OF_THINKING, SPECIAL, TALK, chat_tokenizer, trl_template
 
 NAMES = sorted(SPECIAL)
@@ -181,6 +187,75 @@ def test_a_turn_that_a_template_leaves_out_is_no_silent_loss(loss_on):
     tool = {"role": "tool", "content": '{"is": "5"}'}
     ids, _ = encode([{"role": "system", "content": "  Be kind. "}, TALK[0], CALL, tool, TALK[1]])
     assert "Be kind." in encode.tokenizer.decode(ids)
+
+
+TOOL = {"type": "function", "function": {"name": "add", "parameters": {"type": "object", "properties": {}}}}
+AS_TEXT = {"name": "add", "arguments": '{"a": 2}'}
+LEFT_OUT: dict[str, tuple[str, list, list | None, str]] = {
+    "calls": ("llama3", [TALK[0], CALL, TALK[0], TALK[1]], None, "turn 2 calls 'add', not in the rendered"),
+    "tools": ("gemma", TALK, [TOOL], "has tools, not in its rendered text"),
+    "thoughts": ("llama3", [TALK[0], TALK[1] | {"reasoning_content": "Hm."}], None, "turn 2, .* has reasoning_content"),
+    "words beside a call": ("llama3_1", [TALK[0], CALL | {"content": "I add."}], [TOOL], "turn 2, of role 'assistant'"),
+    "arguments": (
+        "qwen2_5",
+        [TALK[0], {"role": "assistant", "tool_calls": [{"type": "function", "function": AS_TEXT}]}],
+        [TOOL],
+        "turn 2 calls 'add' with arguments as text, and the chat template writes them in quotes",
+    ),
+}
+
+
+@pytest.mark.parametrize("loss_on", ["assistant", "all"])
+@pytest.mark.parametrize("what", LEFT_OUT)
+def test_what_a_template_leaves_out_of_a_turn_is_refused(what, loss_on):
+    """Without calls an assistant would learn to answer nothing, and without tools to call what it never saw."""
+    template, talk, tools, words = LEFT_OUT[what]
+    encode = ChatEncoder(chat_tokenizer("qwen3", trl_template(template)), None, loss_on)
+    with pytest.raises(ValueError, match=words):
+        encode(talk, tools)
+
+
+@pytest.mark.parametrize(
+    "said", ["5.", "It is 5, since 2 and 3 are 5, and 5 is what there is, as was to be shown here."]
+)
+def test_thoughts_that_are_left_out_later_are_no_fault(said):
+    """Qwen 3's template shows them in the last answer, however short that is."""
+    thoughtful = {"role": "assistant", "content": f"<think>\nHm.\n</think>\n\n{said}"}
+    encode = ChatEncoder(chat_tokenizer("qwen3"), None, "assistant")
+    ids, mask = encode([TALK[0], thoughtful, TALK[2], TALK[3] | {"reasoning_content": "So."}])
+    assert learned(encode.tokenizer, ids, mask) == [
+        f"{said}<|im_end|>\n",
+        "<think>\nSo.\n</think>\n\nIt is 9, and 9 is odd.<|im_end|>\n",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("key", "value"), [("system", "Be kind."), ("chat_template_kwargs", {"enable_thinking": False})]
+)
+def test_keys_that_other_programs_take_in_are_not_left_out(key, value, tmp_path):
+    chat_tokenizer("qwen3").save_pretrained(tmp_path)
+    encode = Encoding("chat", "messages", tokenizer=str(tmp_path)).build()
+    with pytest.raises(ValueError, match=f"the record has {key!r} beside 'messages'"):
+        encode({"messages": TALK, key: value})
+    for nothing in (None, "", {}):
+        encode({"messages": TALK, key: nothing})
+    if key == "system":
+        encode({"messages": [{"role": "system", "content": value}, *TALK], key: value})
+
+
+def test_a_conversation_is_known_by_the_special_tokens_of_its_tokenizer(tmp_path):
+    """Templates write them by their names: the same tokens in another role are another text."""
+    found = []
+    for name, first in (("a", "<|endoftext|>"), ("b", "<|im_start|>")):
+        tokenizer = chat_tokenizer("qwen3", "{{ bos_token }}" + trl_template("qwen3"))
+        tokenizer.bos_token = first
+        tokenizer.save_pretrained(tmp_path / name)
+        source = {"path": str(tmp_path / "a.jsonl"), "kind": "chat"}
+        (tmp_path / "a.jsonl").write_text(json.dumps({"messages": TALK}) + "\n")
+        data = {"cache": str(tmp_path / "cache"), "processes": 1, "tokenizer": str(tmp_path / name)}
+        corpus = Loader(OmegaConf.create(data), (), lambda tokens: None).mixture(sources_of([source]))
+        found.append(tokenizer.decode(corpus.read(0, 0, 1)))
+    assert found == ["<|endoftext|>", "<|im_start|>"]
 
 
 @pytest.mark.parametrize(

@@ -124,3 +124,11 @@ def test_null_is_not_called_absent(tmp_path):
     path.write_text(json.dumps({"text": None, "id": 1}) + "\n")
     with pytest.raises(ValueError, match="'text' is null"):
         list(texts_of(path, "text"))
+
+
+def test_a_column_that_stands_twice_is_refused(tmp_path):
+    """As a row Python would have the last of the two."""
+    table = pyarrow.Table.from_arrays([pyarrow.array(["a"]), pyarrow.array(["b"])], names=["text", "text"])
+    pyarrow.parquet.write_table(table, tmp_path / "a.parquet")
+    assert told(tmp_path / "a.parquet") == [f"{tmp_path / 'a.parquet'}: the table has the column 'text' twice"]
+    assert held(tmp_path / "a.parquet") == []

@@ -324,9 +324,11 @@ def test_bad_files_stop_or_are_counted(name, data, words, tmp_path):
 def test_nothing_but_bad_records_is_refused(tmp_path):
     (tmp_path / "a.jsonl").write_text("{\n{\n")
     source = {"path": str(tmp_path / "a.jsonl")}
-    with pytest.raises(ValueError, match="holds no document at all"):
+    with pytest.raises(
+        ValueError, match=r"holds nothing that can be used: 2 records were passed over, the first: line"
+    ):
         opened(tmp_path, source, on_error="skip")
-    with pytest.raises(ValueError, match=r"'a\.jsonl' holds no document"):
+    with pytest.raises(ValueError, match=r"'a\.jsonl' holds no document: records were passed over, the first: line 1"):
         loader(tmp_path, on_error="skip").stream(sources_of([source])).cursor(0, 0, (0,)).peek()
 
 
@@ -409,7 +411,10 @@ def test_one_line_names_the_key(sources, more, words, tmp_path):
 
 def test_ids_beyond_the_embedding_are_refused(tmp_path):
     (tmp_path / "a.jsonl").write_text('{"input_ids": [5, 300]}\n')
-    with pytest.raises(ValueError, match=r"vocab_size=256 is less than the 301 tokens"):
+    words = (
+        r"data\.sources\[0\]: .*vocab_size=256 is less than the 301 tokens of its ids: 300 stands at 1 of document 1;"
+    )
+    with pytest.raises(ValueError, match=words):
         prepared(*listed(tmp_path, f"[{{path: {tmp_path / 'a.jsonl'}, kind: ids}}]"))
     job = prepared(*listed(tmp_path, f"[{{path: {tmp_path / 'a.jsonl'}, kind: ids}}]", "data.streaming=true"))
     with pytest.raises(ValueError, match=r"line 1 of .*: id 300 is not below the model's 256"):

@@ -98,7 +98,9 @@ def test_files_that_are_not_there_are_refused_by_their_key(tmp_path: Path) -> No
     with pytest.raises(ValueError, match=r"data\.validation\[0\].path: '/nowhere/\*' matches no file"):
         prepared("data.validation=[/nowhere/*]", f"run.output={tmp_path}/run")
     (tmp_path / "one").write_text("x")
-    with pytest.raises(ValueError, match="no document of two tokens"):
+    with pytest.raises(
+        ValueError, match=r"data\.validation\[0\]: none of the 1 documents of 'one' has a target: .* two tokens"
+    ):
         prepared(f"data.validation=[{tmp_path}/one]", f"run.output={tmp_path}/run")
 
 

@@ -10,14 +10,16 @@ from typing import Any
 from torch import nn
 
 from ringattn.hf.head import steps_after_head
+from ringattn.hf.head_probe import head_bytes
 from ringattn.hf.heads import common_key_heads, heads_of, heads_of_weights, latents_of
-from ringattn.hf.layer_parts import attends, parts_of, recurrent_part, rule_of
+from ringattn.hf.layer_parts import LAST, attends, matrices, parts_of, recurrent_part, rule_of
 from ringattn.hf.layers import decoder_layers, mlps_of
 from ringattn.hf.mlp_part import experts_of, weights_of
 from ringattn.hf.recurrent import BOTH, LAYER_TYPES, NEITHER, kind_of
 from ringattn.mask import Mask
 from ringattn.memory.planning.parts import Weights
 from ringattn.memory.planning.shapes import ModelShape
+from ringattn.memory.products import narrow
 from ringattn.recurrent.price import RecurrenceShape
 from ringattn.recurrent.weighing import MixingLayers
 
@@ -73,6 +75,8 @@ def model_shape(model: nn.Module, config: Any, name: str = "") -> ModelShape:
         values=heads.value_dim if heads.value_dim != heads.dim else 0,
         latents=latents_of(attention),
         common_keys=common_key_heads(attentions, heads),
+        made=head_bytes(model, attentions) if attentions and latents_of(attention) is None else None,
+        head_products=_narrow_products(attention),
     )
 
 
@@ -126,6 +130,13 @@ def _gated_attention(attention: nn.Module, width: int) -> bool:
     """Whether queries come with a gate for the output, as Qwen3-Next's do."""
     queries = getattr(attention, "q_proj", None)
     return getattr(queries, "out_features", width) == 2 * width
+
+
+def _narrow_products(attention: nn.Module) -> int:
+    """Outputs of its products that `keep="selective"` keeps, the one after attention apart: adapters of it too."""
+    own = {name: narrow(part) for name, part in attention.named_children() if matrices(part)}
+    last = next((name for name in LAST if name in own), next(reversed(own), ""))
+    return sum(one.out_features for name, products in own.items() if name != last for one in products)
 
 
 def _tileable(model: nn.Module) -> bool:

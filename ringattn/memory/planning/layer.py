@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from functools import cached_property
 
 from ringattn.memory.planning.attention import AttentionUse
+from ringattn.memory.planning.head_use import HeadUse
 from ringattn.memory.planning.items import ATTENTION, MLP, NORMS, RECURRENCE, STREAM, Items
 from ringattn.memory.planning.latents import LatentUse
 from ringattn.memory.planning.mlp import MlpUse
@@ -58,6 +59,11 @@ class Layer:
         kernel = self.fused or self.model.kernel_norms
         return NormUse(self.model, self.tokens, self.itemsize, kernel)
 
+    @property
+    def heads(self) -> HeadUse:
+        """Of its attention, where these are not made of latents."""
+        return HeadUse(self.model, self.tokens, self.itemsize, self.memory, self.fused)
+
     @cached_property
     def latents(self) -> LatentUse | None:
         """Of its attention, if its queries and keys are made of such."""
@@ -94,7 +100,7 @@ class Layer:
         if self.latents is not None:
             kept += [self.latents.narrow]
         elif self.parts.attention:
-            kept += [self._queries * (1 + self.model.gated_attention), self._keys, self._values]
+            kept += [self.heads.narrow]
         after = self.parts.attention + self.parts.recurrence
         return kept if self.mlp is None else [*kept, *[self.stream] * after, self.mlp.narrow]
 
@@ -141,23 +147,18 @@ class Layer:
 
     def _attention_forward(self, before: Items) -> Iterator[tuple[str, Items, bool]]:
         """Moments of attention, beside what is there before it."""
-        t, b, m = self.tokens, self.itemsize, self.model
         if self.latents is not None:
             yield from self._latent_attention_forward(before, self.latents)
             return
-        if m.head_norms:
-            wide = 2 * (b if self.fused else WIDE)
+        if normed := self.heads.normed:
             alone = {} if self.recurrent is None else before
-            queries = {STREAM: self.stream, ATTENTION: (b + wide) * t * m.query_width + self._gate}
-            yield "norm of queries", _plus(alone, queries), False
-        # Of queries what is turned, its half and the sum; then of keys the same, beside the queries.
-        by_halves = m.query_width + max(2 * m.query_width, 3 * m.key_width)
-        turned = m.query_width + m.key_width if self.fused else by_halves
-        yield "rotary embedding", _plus(before, {ATTENTION: self._qkv + self._gate + b * t * turned}), False
-        held = self._qkv + self._out + self._lse + self._gate
-        yield "attention", _plus(before, {ATTENTION: held + self.attention.forward}), False
-        gated = 2 * self._gate  # its values, and their product
-        yield "product after attention", _plus(before, {STREAM: self.stream, ATTENTION: held + gated}), False
+            yield "norm of queries", _plus(alone, {STREAM: self.stream, ATTENTION: normed}), False
+        yield "rotary embedding", _plus(before, {ATTENTION: self.heads.turned}), False
+        result = self._out + self._lse
+        there = self.heads.attended + result + self.attention.forward
+        yield "attention", _plus(before, {ATTENTION: there}), False
+        left = {STREAM: self.stream, ATTENTION: self.heads.left + result}
+        yield "product after attention", _plus(before, left), False
 
     def _latent_attention_forward(self, before: Items, latents: LatentUse) -> Iterator[tuple[str, Items, bool]]:
         """The same where keys are latent: what queries, keys and values are made of stands until attention is over."""
@@ -189,6 +190,8 @@ class Layer:
             computed = self._attended + self._out + self._gate_saved + self.attention.backward
             beside = {} if self.recurrent is None else {STREAM: self.stream, RECURRENCE: self.recurrent.saved}
             yield "attention", _plus({**first, ATTENTION: computed}, beside), done + (1.0 - done) / 3
+            if self.latents is None and (way := self.heads.backward):
+                yield "queries and keys", _plus({**first, ATTENTION: way}, beside), done + (1.0 - done) / 3
             if self.latents is not None and self.memory.keep != "all":
                 again = self._attended + self.latents.joined + (self.memory.keep == "layer") * self.attention.forward
                 yield "attention computed again", _plus({**first, ATTENTION: again}, beside), 0.0
@@ -255,10 +258,7 @@ class Layer:
     @property
     def _first_norms(self) -> int:
         """Of the first norm, and of those of heads. A float32 copy of what is float32 is the layer's input itself."""
-        asked = self.model.head_norms and self.parts.attention
-        heads = self.model.query_width + self.model.key_width if asked else 0
-        normed = 0 if self.fused else WIDE + (WIDE - self.itemsize) * self.model.wide_norms
-        own = self._bytes(heads) * (not self._products_are_normed) + self.tokens * heads * normed
+        own = self.heads.saved if self.parts.attention and self.latents is None else 0
         if not self.model.norms_before:
             return own + (self.memory.keep == "all") * self.stream
         kept = (self.itemsize == WIDE or self.norm.kernel) and self.memory.keep != "all"

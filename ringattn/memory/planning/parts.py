@@ -1,6 +1,8 @@
 """What the layers of a model consist of, in numbers: the parts that the planner of memory knows."""
 
+from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from ringattn.recurrent.price import RecurrenceShape
 
@@ -49,6 +51,31 @@ class RecurrentPart:
         if self.rule is None or (self.rule.diagonal and not self.rule.delta):
             return None
         return "fla" if self.rule.delta or not self.channels else "mamba"
+
+
+class HeadBytes(NamedTuple):
+    """What attention holds between the layer's input and its kernel, in bytes of a token, elementwise work by itself.
+
+    Arguments:
+        forward: the most until the kernel is called, where nothing is kept.
+        beside: what is there then beside queries, keys and values as the kernel takes them.
+        after: what is there when it is over, beside its result; copies that were made for it have gone.
+        kept: beside these, by autograd.
+        products: of that what matrix products gave.
+        backward: the most on the way back, of what was kept and of gradients.
+    """
+
+    forward: float
+    beside: float
+    after: float
+    kept: float = 0.0
+    products: float = 0.0
+    backward: float = 0.0
+
+    @classmethod
+    def most(cls, found: Iterable["HeadBytes"]) -> "HeadBytes":
+        """Of several each number's largest."""
+        return cls(*map(max, zip(*found, strict=True)))
 
 
 @dataclass(frozen=True)

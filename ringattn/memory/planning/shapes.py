@@ -6,7 +6,7 @@ from functools import cached_property
 
 from ringattn.documents import Documents
 from ringattn.mask import Mask
-from ringattn.memory.planning.parts import Latents, Mlp, Parts, RecurrentPart, Weights
+from ringattn.memory.planning.parts import HeadBytes, Latents, Mlp, Parts, RecurrentPart, Weights
 from ringattn.parallel.layout import Layout
 from ringattn.parallel.machine.machine import Machine
 from ringattn.parallel.mesh.shape import MeshShape
@@ -41,6 +41,8 @@ class ModelShape:
         values: dim of a head's values, where it is another than that of its keys; 0: the same.
         latents: of attention with latent keys.
         common_keys: the most key heads that divide those of every layer; 0: `key_heads`, which all layers have.
+        made: what queries, keys and values are made of, in float32 and in bfloat16; None: of one product each.
+        head_products: elements of a token that `keep="selective"` keeps of attention's products; None: those.
     """
 
     name: str
@@ -68,6 +70,8 @@ class ModelShape:
     values: int = 0
     latents: Latents | None = None
     common_keys: int = 0
+    made: tuple[HeadBytes, HeadBytes] | None = None
+    head_products: int | None = None
 
     @property
     def mlps(self) -> tuple[Mlp, ...]:

@@ -43,7 +43,7 @@ class HeadUse:
         if self._found is not None:
             return self._of_token(self._found.kept - selective * self._found.products)
         heads = self.model.head_norms * (self.model.query_width + self.model.key_width)
-        normed = 0 if self.fused else WIDE + (WIDE - self.itemsize) * self.model.wide_norms
+        normed = 0 if self.fused else WIDE + (WIDE - self.itemsize) * self.model.norms.wide
         anyhow = selective and (self.fused or self.itemsize == WIDE)
         return self._bytes(heads) * (not anyhow) + self.tokens * heads * normed
 

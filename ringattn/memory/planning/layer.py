@@ -56,7 +56,7 @@ class Layer:
     @cached_property
     def norm(self) -> NormUse:
         """One of its norms."""
-        kernel = self.fused or self.model.kernel_norms
+        kernel = self.fused or self.model.norms.kernel
         return NormUse(self.model, self.tokens, self.itemsize, kernel)
 
     @property
@@ -131,7 +131,7 @@ class Layer:
             yield from self._attention_forward(before)
         if self.mlp is None:
             return
-        if self.parts.mixes:
+        if self.parts.mixes and not self.parts.together:
             attended = {name: size * grows for name, size in self._mixed.items()}
             attended[NORMS] = self._first_norms * grows
             yield "norm before the MLP", _plus(attended, {STREAM: n, NORMS: self.norm.forward}), True
@@ -139,10 +139,16 @@ class Layer:
             yield "MLP", {STREAM: (1 + self.parts.mixes) * n, MLP: self.mlp.forward}, True
             if self.model.norms_after:
                 yield "norm after the MLP", {STREAM: (1 + self.parts.mixes) * n, NORMS: self.norm.forward}, True
+            if self.parts.together:  # the norm's result, those of both, and two sums
+                yield "sum after the MLP", {STREAM: 5 * n}, True
             return
-        copies = 0 if self.itemsize == WIDE else n  # in float32 the norm has kept its input
+        # What the norm has kept of it is its input itself. Beside attention its result waits for the sum.
+        copies = n if self.parts.together or not self.norm.keeps_input else 0
         yield "MLP", _plus(self._saved_before_mlp, {STREAM: copies, MLP: self.mlp.forward}), True
-        after = _plus(self._saved_before_mlp, {STREAM: copies + 2 * n, MLP: self.mlp.saved, NORMS: self.norm.after})
+        after = _plus(
+            self._saved_before_mlp,
+            {STREAM: copies + (2 + self.parts.together) * n, MLP: self.mlp.saved, NORMS: self.norm.after},
+        )
         yield "sum after the MLP", after, True
 
     def _attention_forward(self, before: Items) -> Iterator[tuple[str, Items, bool]]:
@@ -181,14 +187,18 @@ class Layer:
                 after = {MLP: self.mlp.saved, NORMS: self.norm.after + self.norm.backward}
                 yield "norm after the MLP", _plus(before, after), 0.0
             yield "MLP", _plus(before, {MLP: self.mlp.backward}), done * self.mlp.last_share
-            copied = self.norm.copy * m.norms_before
-            kept = self._first_norms + (copied + self.norm.after) * self.parts.mixes
-            attended = {**self._mixed, NORMS: kept}
-            yield "norm before the MLP", _plus(attended, {NORMS: self.norm.backward}), done
+            if not self.parts.together:
+                copied = self.norm.copy * m.norms_before
+                kept = self._first_norms + (copied + self.norm.after) * self.parts.mixes
+                attended = {**self._mixed, NORMS: kept}
+                yield "norm before the MLP", _plus(attended, {NORMS: self.norm.backward}), done
         first = {NORMS: self._first_norms}
         if self.parts.attention:
             computed = self._attended + self._out + self._gate_saved + self.attention.backward
-            beside = {} if self.recurrent is None else {STREAM: self.stream, RECURRENCE: self.recurrent.saved}
+            # The gradient that the MLP gave to their common input waits.
+            beside = {STREAM: self.stream} if self.parts.together else {}
+            if self.recurrent is not None:
+                beside = {STREAM: self.stream, RECURRENCE: self.recurrent.saved}
             yield "attention", _plus({**first, ATTENTION: computed}, beside), done + (1.0 - done) / 3
             if self.latents is None and (way := self.heads.backward):
                 yield "queries and keys", _plus({**first, ATTENTION: way}, beside), done + (1.0 - done) / 3
@@ -261,7 +271,7 @@ class Layer:
         own = self.heads.saved if self.parts.attention and self.latents is None else 0
         if not self.model.norms_before:
             return own + (self.memory.keep == "all") * self.stream
-        kept = (self.itemsize == WIDE or self.norm.kernel) and self.memory.keep != "all"
+        kept = self.norm.keeps_input and self.memory.keep != "all"
         return self.norm.saved - kept * self.norm.copy + own
 
     @property
@@ -277,7 +287,7 @@ class Layer:
 
     @property
     def _saved_before_mlp(self) -> dict[str, int]:
-        both = self.parts.mixes and self.mlp is not None
+        both = self.parts.mixes and self.mlp is not None and not self.parts.together
         return {NORMS: self._first_norms + both * (self.norm.saved + self.norm.after), **self._mixed}
 
 

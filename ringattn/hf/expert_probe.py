@@ -3,14 +3,13 @@
 Families write gates and routers of their own: clamped factors, sums in float32, weights of experts in either dtype.
 """
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
+from ringattn.hf.held_storages import HeldStorages, kept_tensors, state_in
 from ringattn.memory.planning.parts import PLAIN, PLAIN_GATE
 
 WIDTH = 64  # elements of a row that a gate is given
@@ -22,7 +21,7 @@ def kept_by_gate(experts: Any) -> int:
     if not getattr(experts, "has_gate", False):
         return PLAIN_GATE
     product = torch.empty(1, 2 * WIDTH, dtype=torch.bfloat16, device="meta", requires_grad=True) * 1
-    with _keeping() as kept:
+    with kept_tensors() as kept:
         out = experts._apply_gate(product)
     storages = {x.untyped_storage()._cdata: x.untyped_storage().nbytes() for x in (product, *kept, out)}
     return -(-sum(storages.values()) // (WIDTH * product.itemsize))
@@ -33,17 +32,30 @@ def kept_by_activation(activation: nn.Module | None) -> int:
     if activation is None:
         return PLAIN
     product = torch.empty(1, WIDTH, dtype=torch.bfloat16, device="meta", requires_grad=True) * 1
-    with _keeping() as kept:
+    with kept_tensors() as kept:
         out = activation(product)
     storages = {x.untyped_storage()._cdata: x.untyped_storage().nbytes() for x in (*kept, out)}
     return -(-sum(storages.values()) // (WIDTH * product.itemsize))
+
+
+def held_by_gradients(activation: nn.Module | None) -> int:
+    """The most tensors of all inner rows, kept ones among them, while an MLP without a gate goes backward: that of
+    the last product is one, that of the activation comes of its operators."""
+    if activation is None:
+        return PLAIN + 1
+    leaf = torch.empty(1, WIDTH, dtype=torch.bfloat16, device="meta", requires_grad=True)
+    with HeldStorages() as held:
+        given = (activation(leaf * 1) * 1).sum()
+        held.begin_most()
+        torch.autograd.grad(given, leaf)
+    return max(kept_by_activation(activation) + 1, held.most // (WIDTH * leaf.itemsize))
 
 
 def router_dtypes(mlp: nn.Module, experts: nn.Module) -> tuple[bool, bool]:
     """Whether the router keeps its input in float32, and whether the weights of experts that it gives are float32.
     Where it does not run on the meta device, both are taken to be."""
     given: list[Tensor] = []
-    state = {name: _narrow(x) for name, x in (*mlp.named_parameters(), *mlp.named_buffers())}
+    state = state_in(mlp, torch.bfloat16)
     width = next(p.shape[-1] for p in mlp.parameters() if p.dim() == 2)
     tokens = torch.empty(1, 2, width, dtype=torch.bfloat16, device="meta")
 
@@ -53,7 +65,7 @@ def router_dtypes(mlp: nn.Module, experts: nn.Module) -> tuple[bool, bool]:
 
     hook = experts.register_forward_pre_hook(look, with_kwargs=True)
     try:
-        with _keeping() as kept:
+        with kept_tensors() as kept:
             functional_call(mlp, state, tokens)
     except _CalledError:
         copies = any(x.dtype == torch.float32 and x.numel() == tokens.numel() for x in kept)
@@ -67,23 +79,3 @@ def router_dtypes(mlp: nn.Module, experts: nn.Module) -> tuple[bool, bool]:
 
 class _CalledError(Exception):
     """The experts are called: the router is over."""
-
-
-@contextmanager
-def _keeping() -> Iterator[list[Tensor]]:
-    """The tensors that autograd keeps inside of it."""
-    kept: list[Tensor] = []
-
-    def note(x: Tensor) -> Tensor:
-        kept.append(x)
-        return x
-
-    with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(note, lambda x: x):
-        yield kept
-
-
-def _narrow(x: Tensor) -> Tensor:
-    """One like it in bfloat16, without memory."""
-    if not x.is_floating_point():
-        return torch.empty_like(x, device="meta")
-    return torch.empty_like(x, device="meta", dtype=torch.bfloat16, requires_grad=True)

@@ -41,12 +41,19 @@ def mlp_of(layer: nn.Module) -> nn.Module | None:
     return largest if largest is not None and matrices(largest) else None
 
 
+def norms_of(layer: nn.Module) -> list[nn.Module]:
+    """A layer's own, without those inside of its parts."""
+    return [part for part in layer.children() if type(part).__name__.endswith("Norm")]
+
+
 def parts_of(layer: nn.Module, text: Any) -> Parts:
     """By the configuration and the layer. Raises NotImplementedError for one that has no part that is known."""
     attention = any(attends(name, part) for name, part in layer.named_children())
     mlp = mlp_of(layer)
     own = None if mlp is None else mlp_part(mlp, layer, text)
-    parts = Parts(attention, recurrent_of(layer) is not None, own)
+    recurrence = recurrent_of(layer) is not None
+    together = attention and not recurrence and own is not None and len(norms_of(layer)) == 1
+    parts = Parts(attention, recurrence, own, together)
     if not parts.mixes and parts.mlp is None:
         raise NotImplementedError(f"{type(layer).__name__} has no attention, state or MLP that the planner knows")
     return parts

@@ -5,8 +5,8 @@ from typing import Any
 
 from torch import nn
 
-from ringattn.hf.expert_probe import kept_by_activation, kept_by_gate, router_dtypes
-from ringattn.memory.planning.parts import Mlp, Weights
+from ringattn.hf.expert_probe import held_by_gradients, kept_by_activation, kept_by_gate, router_dtypes
+from ringattn.memory.planning.parts import PLAIN, Mlp, Weights
 from ringattn.memory.products import narrow
 
 # MLPs that multiply with zero what a token's other experts get, and send nothing.
@@ -47,6 +47,7 @@ def mlp_part(mlp: nn.Module, layer: nn.Module, text: Any) -> Mlp:
         narrow=_narrow(mlp),
         routed=experts_of(text)[0] if _has_experts(layer) else 0,
         kept=kept,
+        back=PLAIN + 1 if gated else held_by_gradients(_activation(mlp, layer)),
         biased=getattr(experts, "has_bias", False),
         shared=_shared(layer, text) if _has_experts(layer) else 0,
         shared_gate="shared_expert_gate.weight" in names,

@@ -7,22 +7,25 @@ from collections import Counter
 from collections.abc import Iterable
 from typing import Any
 
+import torch
 from torch import nn
 
 from ringattn.hf.head import steps_after_head
+from ringattn.hf.head_probe import head_bytes
 from ringattn.hf.heads import common_key_heads, heads_of, heads_of_weights, latents_of
-from ringattn.hf.layer_parts import attends, parts_of, recurrent_part, rule_of
+from ringattn.hf.held_storages import kept_tensors
+from ringattn.hf.layer_parts import LAST, attends, matrices, norms_of, parts_of, recurrent_part, rule_of
 from ringattn.hf.layers import decoder_layers, tileable_mlps
 from ringattn.hf.mlp_part import experts_of, weights_of
+from ringattn.hf.norm_probe import norm_kind
 from ringattn.hf.recurrent import BOTH, LAYER_TYPES, NEITHER, kind_of
 from ringattn.mask import Mask
 from ringattn.memory.planning.parts import Weights
 from ringattn.memory.planning.shapes import ModelShape
+from ringattn.memory.products import narrow
 from ringattn.recurrent.price import RecurrenceShape
 from ringattn.recurrent.weighing import MixingLayers
 
-# Norms that multiply by their weights before they round; the others round first.
-WIDE_NORMS = ("Gemma", "VaultGemma", "Olmo2", "Olmo3", "OlmoHybrid", "FlexOlmo", "Qwen3Next", "Qwen3_5", "GptOss")
 HEAD_NORMS = tuple(f"{one}norm.weight" for one in ("q_", "k_", "q_layer", "k_layer", "query_layer", "key_layer"))
 
 
@@ -46,6 +49,7 @@ def model_shape(model: nn.Module, config: Any, name: str = "") -> ModelShape:
     attentions = _attentions(layers)
     attention = next(iter(attentions), nn.Module())
     heads = heads_of_weights(attentions, heads_of(text))
+    steps = _logit_steps(model, head)
     without = all(map(_norms_after_alone, layers))
     return ModelShape(
         name=name or text.model_type,
@@ -62,17 +66,19 @@ def model_shape(model: nn.Module, config: Any, name: str = "") -> ModelShape:
         rest=weights_of(p for p in model.parameters() if id(p) not in inside),
         masks=layer_masks(text),
         head_norms=any(name.endswith(HEAD_NORMS) for name, _ in attention.named_parameters()),
-        norms_after=all(len(_norms(layer)) == 4 for layer in layers) or without,
+        norms_after=all(len(norms_of(layer)) == 4 for layer in layers) or without,
         norms_before=not without,
-        kernel_norms=any(isinstance(part, nn.LayerNorm) for part in layers[0].children()),
-        wide_norms=any(norm.startswith(WIDE_NORMS) for norm in _norms(layers[0])),
-        logit_steps=_logit_steps(model, head),
+        norms=norm_kind(next(iter(norms_of(layers[0])), None), text.hidden_size),
+        logit_steps=len(steps),
+        logits_kept=_kept_by(steps),
         recurrent=next(iter(recurrent), None),
         gated_attention=_gated_attention(attention, heads.queries * heads.dim),
         tileable=_tileable(model),
         values=heads.value_dim if heads.value_dim != heads.dim else 0,
         latents=latents_of(attention),
         common_keys=common_key_heads(attentions, heads),
+        made=head_bytes(model, attentions) if attentions and latents_of(attention) is None else None,
+        head_products=_narrow_products(attention),
     )
 
 
@@ -99,12 +105,21 @@ def weighed_layers(model: nn.Module) -> MixingLayers | None:
     return mixing_layers(model) if states else None
 
 
-def _logit_steps(model: nn.Module, head: Any) -> int:
-    """Things that a model does to its logits; 0 where that cannot be seen, and no loss is tiled."""
+def _logit_steps(model: nn.Module, head: Any) -> tuple[Any, ...]:
+    """Things that a model does to its logits; none where that cannot be seen, and no loss is tiled."""
     try:
-        return len(steps_after_head(model, head)) if isinstance(head, nn.Linear) else 0
+        return steps_after_head(model, head) if isinstance(head, nn.Linear) else ()
     except NotImplementedError:
-        return 0
+        return ()
+
+
+def _kept_by(steps: tuple[Any, ...]) -> int:
+    """Copies of logits that autograd keeps for these."""
+    logits = torch.empty(64, 64, device="meta", requires_grad=True) * 1
+    with kept_tensors() as kept:
+        for step in steps:
+            logits = step.on(logits)
+    return len({x.untyped_storage()._cdata for x in kept if x.numel() == logits.numel()})
 
 
 def _attentions(layers: Iterable[nn.Module]) -> list[nn.Module]:
@@ -112,20 +127,22 @@ def _attentions(layers: Iterable[nn.Module]) -> list[nn.Module]:
     return [part for layer in layers for name, part in layer.named_children() if attends(name, part)]
 
 
-def _norms(layer: nn.Module) -> list[str]:
-    """Classes of a layer's own norms."""
-    return [name for part in layer.children() if (name := type(part).__name__).endswith("Norm")]
-
-
 def _norms_after_alone(layer: nn.Module) -> bool:
     """Whether what attention and MLP give goes through a norm, and what goes into them through none."""
-    return len(_norms(layer)) == 2 and hasattr(layer, "post_feedforward_layernorm")
+    return len(norms_of(layer)) == 2 and hasattr(layer, "post_feedforward_layernorm")
 
 
 def _gated_attention(attention: nn.Module, width: int) -> bool:
     """Whether queries come with a gate for the output, as Qwen3-Next's do."""
     queries = getattr(attention, "q_proj", None)
     return getattr(queries, "out_features", width) == 2 * width
+
+
+def _narrow_products(attention: nn.Module) -> int:
+    """Outputs of its products that `keep="selective"` keeps, the one after attention apart: adapters of it too."""
+    own = {name: narrow(part) for name, part in attention.named_children() if matrices(part)}
+    last = next((name for name in LAST if name in own), next(reversed(own), ""))
+    return sum(one.out_features for name, products in own.items() if name != last for one in products)
 
 
 def _tileable(model: nn.Module) -> bool:

@@ -30,7 +30,7 @@ from ringattn.memory.planning.items import (
     largest,
     together,
 )
-from ringattn.memory.planning.layer import WIDE, Layer
+from ringattn.memory.planning.layer import Layer
 from ringattn.memory.planning.layers import Layers
 from ringattn.memory.planning.parts import Weights
 from ringattn.memory.planning.recurrent import RecurrentUse
@@ -220,15 +220,14 @@ class Alive:
         return {KEPT: self.layers.kept(first)}
 
     def _input_is_kept(self, number: int) -> bool:
-        if self.memory.keep == "all":  # autograd keeps float32 copies, which of float32 are no copies
-            return self.run.itemsize == WIDE or not self.model.norms_before
+        if self.memory.keep == "all":  # autograd may keep copies
+            return self.layers[number].norm.keeps_input or not self.model.norms_before
         return number >= self.layers.away and number % self.memory.every == 0
 
     @property
     def _final_norm(self) -> dict[str, int]:
         """What the norm before the head keeps: its input in float32, that by its deviation; in one kernel its input."""
-        wide = 0 if self.layers[-1].norm.kernel else WIDE
-        return {NORMS: self.run.local_tokens * self.model.hidden * (wide + self.run.itemsize)}
+        return {NORMS: self.layers[-1].norm.kept}
 
     def _gathered(self, group: Weights, ahead: Weights, backward: bool) -> dict[str, int]:
         whole = 0

@@ -55,9 +55,8 @@ class Head:
         """Moments beside the head's input and weights."""
         steps = self.model.logit_steps
         if self.tile is None:
-            own = self._narrow or self._logit_bytes
-            copies = (2 + steps) * self._logit_bytes if self._narrow else (1 + steps) * self._logit_bytes
-            yield "logits and loss", {HEAD: own + copies}
+            own = (self._narrow or self._logit_bytes) * (1 + self.model.logits_kept)
+            yield "logits and loss", {HEAD: own + (1 + (self._narrow > 0)) * self._logit_bytes}
             return
         # Logits, their softmax, and that in the dtype of products; with a softcap what stands between them too.
         copies = (2 + (steps and 1 + steps)) * self._logit_bytes + self._narrow
@@ -65,10 +64,10 @@ class Head:
 
     def backward(self) -> Iterator[tuple[str, Items]]:
         """Moments beside the gradient of the head's weights, where it is made here."""
-        steps = self.model.logit_steps
         if self.tile is None:
             # The softmax, its gradient and that of the logits.
-            yield "logits and loss", {HEAD: (3 + (steps > 0)) * self._logit_bytes + self.stream}
+            kept = self.model.logits_kept * (self._narrow or self._logit_bytes)
+            yield "logits and loss", {HEAD: 3 * self._logit_bytes + kept + self.stream}
             return
         yield "gradients of the head", {HEAD: self.left}
 

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from functools import cached_property
 
 from ringattn.memory.planning.attention import AttentionUse
+from ringattn.memory.planning.head_use import HeadUse
 from ringattn.memory.planning.items import ATTENTION, MLP, NORMS, RECURRENCE, STREAM, Items
 from ringattn.memory.planning.latents import LatentUse
 from ringattn.memory.planning.mlp import MlpUse
@@ -55,8 +56,13 @@ class Layer:
     @cached_property
     def norm(self) -> NormUse:
         """One of its norms."""
-        kernel = self.fused or self.model.kernel_norms
+        kernel = self.fused or self.model.norms.kernel
         return NormUse(self.model, self.tokens, self.itemsize, kernel)
+
+    @property
+    def heads(self) -> HeadUse:
+        """Of its attention, where these are not made of latents."""
+        return HeadUse(self.model, self.tokens, self.itemsize, self.memory, self.fused)
 
     @cached_property
     def latents(self) -> LatentUse | None:
@@ -94,7 +100,7 @@ class Layer:
         if self.latents is not None:
             kept += [self.latents.narrow]
         elif self.parts.attention:
-            kept += [self._queries * (1 + self.model.gated_attention), self._keys, self._values]
+            kept += [self.heads.narrow]
         after = self.parts.attention + self.parts.recurrence
         return kept if self.mlp is None else [*kept, *[self.stream] * after, self.mlp.narrow]
 
@@ -125,7 +131,7 @@ class Layer:
             yield from self._attention_forward(before)
         if self.mlp is None:
             return
-        if self.parts.mixes:
+        if self.parts.mixes and not self.parts.together:
             attended = {name: size * grows for name, size in self._mixed.items()}
             attended[NORMS] = self._first_norms * grows
             yield "norm before the MLP", _plus(attended, {STREAM: n, NORMS: self.norm.forward}), True
@@ -133,31 +139,32 @@ class Layer:
             yield "MLP", {STREAM: (1 + self.parts.mixes) * n, MLP: self.mlp.forward}, True
             if self.model.norms_after:
                 yield "norm after the MLP", {STREAM: (1 + self.parts.mixes) * n, NORMS: self.norm.forward}, True
+            if self.parts.together:  # the norm's result, those of both, and two sums
+                yield "sum after the MLP", {STREAM: 5 * n}, True
             return
-        copies = 0 if self.itemsize == WIDE else n  # in float32 the norm has kept its input
+        # What the norm has kept of it is its input itself. Beside attention its result waits for the sum.
+        copies = n if self.parts.together or not self.norm.keeps_input else 0
         yield "MLP", _plus(self._saved_before_mlp, {STREAM: copies, MLP: self.mlp.forward}), True
-        after = _plus(self._saved_before_mlp, {STREAM: copies + 2 * n, MLP: self.mlp.saved, NORMS: self.norm.after})
+        after = _plus(
+            self._saved_before_mlp,
+            {STREAM: copies + (2 + self.parts.together) * n, MLP: self.mlp.saved, NORMS: self.norm.after},
+        )
         yield "sum after the MLP", after, True
 
     def _attention_forward(self, before: Items) -> Iterator[tuple[str, Items, bool]]:
         """Moments of attention, beside what is there before it."""
-        t, b, m = self.tokens, self.itemsize, self.model
         if self.latents is not None:
             yield from self._latent_attention_forward(before, self.latents)
             return
-        if m.head_norms:
-            wide = 2 * (b if self.fused else WIDE)
+        if normed := self.heads.normed:
             alone = {} if self.recurrent is None else before
-            queries = {STREAM: self.stream, ATTENTION: (b + wide) * t * m.query_width + self._gate}
-            yield "norm of queries", _plus(alone, queries), False
-        # Of queries what is turned, its half and the sum; then of keys the same, beside the queries.
-        by_halves = m.query_width + max(2 * m.query_width, 3 * m.key_width)
-        turned = m.query_width + m.key_width if self.fused else by_halves
-        yield "rotary embedding", _plus(before, {ATTENTION: self._qkv + self._gate + b * t * turned}), False
-        held = self._qkv + self._out + self._lse + self._gate
-        yield "attention", _plus(before, {ATTENTION: held + self.attention.forward}), False
-        gated = 2 * self._gate  # its values, and their product
-        yield "product after attention", _plus(before, {STREAM: self.stream, ATTENTION: held + gated}), False
+            yield "norm of queries", _plus(alone, {STREAM: self.stream, ATTENTION: normed}), False
+        yield "rotary embedding", _plus(before, {ATTENTION: self.heads.turned}), False
+        result = self._out + self._lse
+        there = self.heads.attended + result + self.attention.forward
+        yield "attention", _plus(before, {ATTENTION: there}), False
+        left = {STREAM: self.stream, ATTENTION: self.heads.left + result}
+        yield "product after attention", _plus(before, left), False
 
     def _latent_attention_forward(self, before: Items, latents: LatentUse) -> Iterator[tuple[str, Items, bool]]:
         """The same where keys are latent: what queries, keys and values are made of stands until attention is over."""
@@ -180,15 +187,21 @@ class Layer:
                 after = {MLP: self.mlp.saved, NORMS: self.norm.after + self.norm.backward}
                 yield "norm after the MLP", _plus(before, after), 0.0
             yield "MLP", _plus(before, {MLP: self.mlp.backward}), done * self.mlp.last_share
-            copied = self.norm.copy * m.norms_before
-            kept = self._first_norms + (copied + self.norm.after) * self.parts.mixes
-            attended = {**self._mixed, NORMS: kept}
-            yield "norm before the MLP", _plus(attended, {NORMS: self.norm.backward}), done
+            if not self.parts.together:
+                copied = self.norm.copy * m.norms_before
+                kept = self._first_norms + (copied + self.norm.after) * self.parts.mixes
+                attended = {**self._mixed, NORMS: kept}
+                yield "norm before the MLP", _plus(attended, {NORMS: self.norm.backward}), done
         first = {NORMS: self._first_norms}
         if self.parts.attention:
             computed = self._attended + self._out + self._gate_saved + self.attention.backward
-            beside = {} if self.recurrent is None else {STREAM: self.stream, RECURRENCE: self.recurrent.saved}
+            # The gradient that the MLP gave to their common input waits.
+            beside = {STREAM: self.stream} if self.parts.together else {}
+            if self.recurrent is not None:
+                beside = {STREAM: self.stream, RECURRENCE: self.recurrent.saved}
             yield "attention", _plus({**first, ATTENTION: computed}, beside), done + (1.0 - done) / 3
+            if self.latents is None and (way := self.heads.backward):
+                yield "queries and keys", _plus({**first, ATTENTION: way}, beside), done + (1.0 - done) / 3
             if self.latents is not None and self.memory.keep != "all":
                 again = self._attended + self.latents.joined + (self.memory.keep == "layer") * self.attention.forward
                 yield "attention computed again", _plus({**first, ATTENTION: again}, beside), 0.0
@@ -255,13 +268,10 @@ class Layer:
     @property
     def _first_norms(self) -> int:
         """Of the first norm, and of those of heads. A float32 copy of what is float32 is the layer's input itself."""
-        asked = self.model.head_norms and self.parts.attention
-        heads = self.model.query_width + self.model.key_width if asked else 0
-        normed = 0 if self.fused else WIDE + (WIDE - self.itemsize) * self.model.wide_norms
-        own = self._bytes(heads) * (not self._products_are_normed) + self.tokens * heads * normed
+        own = self.heads.saved if self.parts.attention and self.latents is None else 0
         if not self.model.norms_before:
             return own + (self.memory.keep == "all") * self.stream
-        kept = (self.itemsize == WIDE or self.norm.kernel) and self.memory.keep != "all"
+        kept = self.norm.keeps_input and self.memory.keep != "all"
         return self.norm.saved - kept * self.norm.copy + own
 
     @property
@@ -277,7 +287,7 @@ class Layer:
 
     @property
     def _saved_before_mlp(self) -> dict[str, int]:
-        both = self.parts.mixes and self.mlp is not None
+        both = self.parts.mixes and self.mlp is not None and not self.parts.together
         return {NORMS: self._first_norms + both * (self.norm.saved + self.norm.after), **self._mixed}
 
 

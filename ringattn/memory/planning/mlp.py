@@ -59,7 +59,7 @@ class MlpUse:
     @property
     def backward(self) -> int:
         """Backward of the product of two: both factors and the input of one, its gradient and theirs."""
-        rows = (self._kept + 2 if self.part.gated else 3 + self.part.steps) * self._rows
+        rows = (self._kept + 2 if self.part.gated else self.part.back) * self._rows
         # Of experts first the gradient of their sum, its zeros, and that in their order, beside what was kept.
         first = self._kept * self._rows + 2 * self._copies + 3 * self._wide_copies
         gated = 2 * self._shared * self.part.shared_gate  # it, and the gradient of what comes of it

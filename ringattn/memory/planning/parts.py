@@ -1,6 +1,8 @@
 """What the layers of a model consist of, in numbers: the parts that the planner of memory knows."""
 
+from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from ringattn.recurrent.price import RecurrenceShape
 
@@ -52,6 +54,50 @@ class RecurrentPart:
 
 
 @dataclass(frozen=True)
+class NormKind:
+    """How norms of hidden states are computed; as they stand, as Llama's.
+
+    Arguments:
+        kernel: one kernel each, as torch's LayerNorm, which keeps its input as it is.
+        wide: they multiply by their weights in float32, as those of Gemma and OLMo 2 do.
+        centred: they subtract a mean by operators of their own, as Cohere's do, and keep what is left twice in the
+            place of their input.
+    """
+
+    kernel: bool = False
+    wide: bool = False
+    centred: bool = False
+
+
+PLAIN_NORM = NormKind()
+
+
+class HeadBytes(NamedTuple):
+    """What attention holds between the layer's input and its kernel, in bytes of a token, elementwise work by itself.
+
+    Arguments:
+        forward: the most until the kernel is called, where nothing is kept.
+        beside: what is there then beside queries, keys and values as the kernel takes them.
+        after: what is there when it is over, beside its result; copies that were made for it have gone.
+        kept: beside these, by autograd.
+        products: of that what matrix products gave.
+        backward: the most on the way back, of what was kept and of gradients.
+    """
+
+    forward: float
+    beside: float
+    after: float
+    kept: float = 0.0
+    products: float = 0.0
+    backward: float = 0.0
+
+    @classmethod
+    def most(cls, found: Iterable["HeadBytes"]) -> "HeadBytes":
+        """Of several each number's largest."""
+        return cls(*map(max, zip(*found, strict=True)))
+
+
+@dataclass(frozen=True)
 class Latents:
     """What queries, keys and values are made of where keys are latent, as DeepSeek-V2's, in elements of a token.
 
@@ -84,6 +130,7 @@ class Mlp:
         routed: experts that a token is copied for; 0: it has none.
         kept: tensors of all inner rows that autograd keeps: a gated product's factors and itself, the activation, and
             what else a gate of its own kind makes of these, such as factors that are clamped.
+        back: the most of these, and of their gradients, on the way back of an MLP without a gate.
         biased: experts have biases, which are copied for each token.
         shared: of the inner rows those of experts that every token goes through, whose result may wait for the others'.
         shared_gate: that is multiplied by a gate, for which it is kept.
@@ -99,6 +146,7 @@ class Mlp:
     narrow: int = 0
     routed: int = 0
     kept: int = PLAIN_GATE
+    back: int = PLAIN + 1
     biased: bool = False
     shared: int = 0
     shared_gate: bool = False
@@ -113,11 +161,16 @@ class Mlp:
 
 @dataclass(frozen=True)
 class Parts:
-    """What a layer consists of, with a norm before each: attention and a recurrence beside it have one together."""
+    """What a layer consists of, with a norm before each: attention and a recurrence beside it have one together.
+
+    Arguments:
+        together: attention and MLP have one norm, and their results are added at once, as in Cohere and Phi.
+    """
 
     attention: bool = True
     recurrence: bool = False
     mlp: Mlp | None = None
+    together: bool = False
 
     @property
     def mixes(self) -> bool:

@@ -6,7 +6,7 @@ from functools import cached_property
 
 from ringattn.documents import Documents
 from ringattn.mask import Mask
-from ringattn.memory.planning.parts import Latents, Mlp, Parts, RecurrentPart, Weights
+from ringattn.memory.planning.parts import PLAIN_NORM, HeadBytes, Latents, Mlp, NormKind, Parts, RecurrentPart, Weights
 from ringattn.parallel.layout import Layout
 from ringattn.parallel.machine.machine import Machine
 from ringattn.parallel.mesh.shape import MeshShape
@@ -27,9 +27,9 @@ class ModelShape:
         head_norms: queries and keys have norms of their own.
         norms_after: what attention and MLP give goes through a norm each before it is added, as in Gemma 2.
         norms_before: so does what goes into them; OLMo 2 has no such norm.
-        kernel_norms: norms are torch's LayerNorm, one kernel each, which keep their inputs as they are.
-        wide_norms: norms multiply by their weights in float32, as those of Gemma and OLMo 2 do.
+        norms: of hidden states.
         logit_steps: things done to logits, one by one, before the loss.
+        logits_kept: copies of logits that autograd keeps for these; a factor needs none, a softcap one.
         layers: parameters of each layer, in order.
         parts: what each layer consists of, in order.
         active: parameters of one layer that multiply a token, on the mean: fewer than all with experts.
@@ -41,6 +41,8 @@ class ModelShape:
         values: dim of a head's values, where it is another than that of its keys; 0: the same.
         latents: of attention with latent keys.
         common_keys: the most key heads that divide those of every layer; 0: `key_heads`, which all layers have.
+        made: what queries, keys and values are made of, in float32 and in bfloat16; None: of one product each.
+        head_products: elements of a token that `keep="selective"` keeps of attention's products; None: those.
     """
 
     name: str
@@ -59,15 +61,17 @@ class ModelShape:
     head_norms: bool = False
     norms_after: bool = False
     norms_before: bool = True
-    kernel_norms: bool = False
-    wide_norms: bool = False
+    norms: NormKind = PLAIN_NORM
     logit_steps: int = 0
+    logits_kept: int = 0
     recurrent: RecurrentPart | None = None
     gated_attention: bool = False
     tileable: bool = True
     values: int = 0
     latents: Latents | None = None
     common_keys: int = 0
+    made: tuple[HeadBytes, HeadBytes] | None = None
+    head_products: int | None = None
 
     @property
     def mlps(self) -> tuple[Mlp, ...]:

@@ -62,10 +62,11 @@ def measured(
     positions = layout.position_ids(torch.device("cpu"))[None]
 
     def loss() -> Tensor:
-        hidden = model.model(input_ids=ids, position_ids=positions, use_cache=False, **given).last_hidden_state
+        asked = {"input_ids": ids, "position_ids": positions, "use_cache": False, **given}
         if memory.loss_tile:
+            hidden = model.model(**asked).last_hidden_state
             return tiled_loss(hidden[0], model.lm_head.weight, ids[0], tile=memory.loss_tile)
-        logits = model.lm_head(hidden)  # as the loop has it
+        logits = model(**asked).logits  # with what the model does to them
         return token_loss_sum(logits[0], ids[0])
 
     loss().backward()  # whatever is made once
@@ -86,6 +87,9 @@ def stated(alive: Alive) -> dict[str, int]:
         of_mlp = moment.name.startswith("MLP") and moment.phase == "backward"
         mlp = alive.layers[int(moment.name.split()[-1])].mlp if of_mlp else None
         tiles = 0 if mlp is None else mlp.tile_grads
+        # That of a head which is the embedding is a gradient here as soon as it is there.
+        waits = moment.phase == "backward" and "logits" not in moment.name and moment.name != "embedding"
+        tiles += alive.head_gradient if alive.model.tied and waits else 0
         indices = 24 * alive.run.local_tokens  # ids, positions and targets were there before
         return moment.total - sum(moment.items.get(name, 0) for name in ELSEWHERE) + tiles - indices
 

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from ringattn.hf.configuration import asks_router_loss
 from ringattn.hf.head import steps_after_head
 from ringattn.hf.head_probe import head_bytes
 from ringattn.hf.heads import common_key_heads, heads_of, heads_of_weights, latents_of
@@ -20,7 +21,7 @@ from ringattn.hf.mlp_part import experts_of, weights_of
 from ringattn.hf.norm_probe import norm_kind
 from ringattn.hf.recurrent import BOTH, LAYER_TYPES, NEITHER, kind_of
 from ringattn.mask import Mask
-from ringattn.memory.planning.parts import Weights
+from ringattn.memory.planning.parts import Parts, Weights
 from ringattn.memory.planning.shapes import ModelShape
 from ringattn.memory.products import narrow
 from ringattn.recurrent.price import RecurrenceShape
@@ -79,6 +80,7 @@ def model_shape(model: nn.Module, config: Any, name: str = "") -> ModelShape:
         common_keys=common_key_heads(attentions, heads),
         made=head_bytes(model, attentions) if attentions and latents_of(attention) is None else None,
         head_products=_narrow_products(attention),
+        router_logits=_router_logits(model, parts, text),
     )
 
 
@@ -151,6 +153,12 @@ def _tileable(model: nn.Module) -> bool:
     except NotImplementedError:
         return False
     return True
+
+
+def _router_logits(model: nn.Module, parts: tuple[Parts, ...], text: Any) -> int:
+    """Of all layers with experts, for one token, where a model adds the loss of its routers."""
+    mixtures = sum(part.mlp is not None and part.mlp.routed > 0 for part in parts)
+    return mixtures * experts_of(text)[1] if asks_router_loss(model) else 0
 
 
 def _active(layer: nn.Module, text: Any) -> int:

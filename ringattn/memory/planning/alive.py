@@ -16,12 +16,14 @@ from ringattn.memory.planning.items import (
     FORWARD,
     GATHERED,
     GRADIENTS,
+    HEAD,
     INPUTS,
     KEPT,
     MOVING,
     NORMS,
     PHASES,
     REDUCING,
+    ROUTERS,
     STREAM,
     UPDATE,
     WORKSPACE,
@@ -124,6 +126,10 @@ class Alive:
         moving = {MOVING: self.layers.leaving(self.layers.count, True), STREAM: self.layers.stream}
         for name, items in self.head.forward():
             yield self._moment(FORWARD, name, items, there, self._final_norm, moving)
+        # What transformers makes of them for a rank's own loss of its routers, which goes for that of all ranks.
+        if self.model.router_logits:
+            made = {HEAD: self.head.left, ROUTERS: self._router_logits}
+            yield self._moment(FORWARD, "loss of routers", made, there, self._final_norm, moving)
 
     def _held(self, number: int, attended: bool) -> dict[str, int]:
         """What layers have kept while one is computed forward, and beside it the layer's input and that of the first,
@@ -204,7 +210,13 @@ class Alive:
     # Parts.
 
     def _moment(self, phase: str, name: str, *parts: Items) -> Moment:
-        return Moment(phase, name, together(self._always, *parts))
+        routers = {ROUTERS: 0 if phase == UPDATE else self._router_logits}
+        return Moment(phase, name, together(self._always, routers, *parts))
+
+    @property
+    def _router_logits(self) -> int:
+        """Where their loss counts: they stay from a layer's forward pass until its backward pass, as gradients then."""
+        return self.run.local_tokens * self.model.router_logits * self.run.itemsize
 
     @cached_property
     def _always(self) -> dict[str, int]:

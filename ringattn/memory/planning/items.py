@@ -17,14 +17,15 @@ NORMS = "norms"
 ATTENTION = "attention"
 RECURRENCE = "recurrence"
 MLP = "MLP"
+ROUTERS = "logits of routers"
 HEAD = "logits and loss"
 MOVING = "to and from the host"
 STEP = "optimizer's step"
 INPUTS = "inputs and rotary tables"
 WORKSPACE = "workspaces of libraries"
 ITEMS = (
-    WEIGHTS, MOMENTS, GRADIENTS, GATHERED, REDUCING, KEPT, STREAM, NORMS, ATTENTION, RECURRENCE, MLP, HEAD, MOVING,
-    STEP, INPUTS, WORKSPACE,
+    WEIGHTS, MOMENTS, GRADIENTS, GATHERED, REDUCING, KEPT, STREAM, NORMS, ATTENTION, RECURRENCE, MLP, ROUTERS,
+    HEAD, MOVING, STEP, INPUTS, WORKSPACE,
 )  # fmt: skip
 FORWARD, BACKWARD, UPDATE = "forward", "backward", "step"
 PHASES = (FORWARD, BACKWARD, UPDATE)

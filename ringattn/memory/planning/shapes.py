@@ -40,6 +40,7 @@ class ModelShape:
         tileable: every layer has an MLP that can be computed in tiles.
         values: dim of a head's values, where it is another than that of its keys; 0: the same.
         latents: of attention with latent keys.
+        router_logits: of all layers' routers, for one token, where their loss counts.
         common_keys: the most key heads that divide those of every layer; 0: `key_heads`, which all layers have.
         made: what queries, keys and values are made of, in float32 and in bfloat16; None: of one product each.
         head_products: elements of a token that `keep="selective"` keeps of attention's products; None: those.
@@ -72,6 +73,7 @@ class ModelShape:
     common_keys: int = 0
     made: tuple[HeadBytes, HeadBytes] | None = None
     head_products: int | None = None
+    router_logits: int = 0
 
     @property
     def mlps(self) -> tuple[Mlp, ...]:

@@ -66,8 +66,9 @@ def measured(
         if memory.loss_tile:
             hidden = model.model(**asked).last_hidden_state
             return tiled_loss(hidden[0], model.lm_head.weight, ids[0], tile=memory.loss_tile)
-        logits = model(**asked).logits  # with what the model does to them
-        return token_loss_sum(logits[0], ids[0])
+        out = model(**asked)  # with what the model does to its logits
+        loss = token_loss_sum(out.logits[0], ids[0])
+        return loss if (routers := getattr(out, "aux_loss", None)) is None else loss + routers
 
     loss().backward()  # whatever is made once
     model.zero_grad()

@@ -126,3 +126,16 @@ def test_norms_that_are_one_kernel(pool: Pools, dtype: str) -> None:
     (found,) = pool(1).run(compared, tiny, ("starcoder2", {}), dtype, SOME, [512])
     wrong = [one for one in found if one[2] != pytest.approx(1.0, abs=0.02) and ("backward" in one or "plain" in one)]
     assert not wrong, found
+
+
+def with_router_loss(family: str) -> tuple[Any, Any]:
+    """So many experts that their logits show."""
+    config = tiny_config(read_config(family), vocab_size=256, num_experts=64, output_router_logits=True)
+    return tiny_model(config).train(), config
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_routers_whose_loss_counts(pool: Pools, dtype: str) -> None:
+    (found,) = pool(1).run(compared, with_router_loss, ("qwen3_moe",), dtype, ["plain"], [512])
+    wrong = [one for one in found if one[2] != pytest.approx(1.0, abs=0.05)]
+    assert not wrong, found

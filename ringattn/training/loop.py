@@ -42,6 +42,7 @@ from ringattn.training.report.metrics import StepMetrics, StepSeconds, peak_memo
 from ringattn.training.report.profile import Profile
 from ringattn.training.report.telling import Report
 from ringattn.training.resuming.keeping import Keeping
+from ringattn.training.resuming.resume import SEED
 from ringattn.training.start.agreement import meet
 from ringattn.training.start.job import Job
 from ringattn.training.start.output import write_config
@@ -182,7 +183,7 @@ class Trainer:
         state = TrainState(
             self.step,
             self.tokens,
-            self.position,
+            self.position | {SEED: self.cfg.run.seed},
             self.job.corpus.fingerprint,
             self.cfg.engine.name,
             self.world_size,

@@ -19,6 +19,10 @@ from ringattn.training.secrets import redacted
 from ringattn.training.start.launched import Launch
 from ringattn.training.start.output import config_of, model_values, read_config
 
+SEED = "seed"
+"""In the position of a checkpoint: of the order that it is a place in. The folder's configuration may be of a later
+start, which was forced to go on with another seed and ended before it saved anything."""
+
 
 def check_resume(
     cfg: DictConfig,
@@ -44,7 +48,8 @@ def check_resume(
     elif saved_model is not None:
         _check_shapes(saved_model, lora_of((saved or now)["model"]), model)
     check_same_base(saved or now, now)
-    seed = (saved or now).get("run", {}).get("seed")
+    # Checkpoints of earlier versions do not hold it.
+    seed = state.position.get(SEED, (saved or now).get("run", {}).get("seed"))
     if state.corpus != corpus.fingerprint or seed != cfg.run.seed:
         epoch = int(state.position["epoch"]) + 1
         why = "documents" if state.corpus != corpus.fingerprint else "run.seed"

@@ -14,6 +14,7 @@ pytest.importorskip("transformers")
 from ringattn.training.data.meter import Meter
 from ringattn.training.start import job as job_module
 from ringattn.training.start.launched import Launch, pick_device
+from ringattn.training.start.output import write_config
 from tests.training.data.test_corpus import save_words
 from tests.training.model.test_saved_models import with_checkpoint
 from tests.training.recipe import prepared, save_model, started
@@ -194,6 +195,16 @@ def test_forced_on_to_another_order_the_stream_begins_an_epoch(tmp_path):
     job = prepared(f"run.output={tmp_path}", "run.seed=1", "run.resume=force")
     assert job.resume[1].position == {"epoch": 1, "index": 0, "offset": 0}
     assert prepared(f"run.output={tmp_path}", "run.resume=force").resume[1].position["index"] == 3
+
+
+def test_a_forced_start_that_saved_nothing_does_not_make_its_seed_the_checkpoints(tmp_path):
+    """Its configuration stands in the folder, beside a checkpoint whose place is one in the order before."""
+    with_checkpoint(tmp_path, seed=0)
+    forced = (f"run.output={tmp_path}", "run.seed=1", "run.resume=force")
+    job = prepared(*forced)
+    write_config(job.cfg, tmp_path, job.model_config)
+    assert prepared(*forced).resume[1].position == {"epoch": 1, "index": 0, "offset": 0}
+    assert prepared(*forced[:2]).resume[1].position == {"epoch": 1, "index": 0, "offset": 0}
 
 
 def test_forced_on_to_other_documents_a_curriculum_goes_on_at_its_step(tmp_path):

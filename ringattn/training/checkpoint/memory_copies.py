@@ -12,9 +12,11 @@ import shutil
 import stat
 from collections.abc import Collection
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 
 from ringattn.training.checkpoint.folders import Found, found_in, in_units
+from ringattn.training.checkpoint.marker import BadCheckpoint, read_marker, write_marker
 from ringattn.training.checkpoint.saved_state import SavedState, part_name
 
 RUN = "run.json"
@@ -45,14 +47,14 @@ def make_rank_folder(copies: Path, rank: int) -> Path:
     return own
 
 
-def held_parts(copies: Path, run: str) -> dict[tuple[int, int], dict[int, Found]]:
-    """What a machine holds of a run: by step and number of the ranks that wrote it, the part of each rank. A rank's own
-    comes before what is kept for another machine."""
+def held_parts(copies: Path, runs: Collection[str]) -> dict[tuple[int, int], dict[int, Found]]:
+    """What a machine holds of some runs: by step and number of the ranks that wrote it, the part of each rank. A rank's
+    own comes before what is kept for another machine."""
     held: dict[tuple[int, int], dict[int, Found]] = {}
     for root in [*sorted(copies.glob("rank-*")), *sorted((copies / GUESTS).glob("rank-*"))]:
         number = root.name.removeprefix("rank-")
         for one in found_in(root) if number.isdigit() else ():
-            if one.marker is not None and one.marker.run == run:
+            if one.marker is not None and one.marker.run in runs:
                 held.setdefault((one.step, one.marker.state.world_size), {}).setdefault(int(number), one)
     return held
 
@@ -80,6 +82,15 @@ def remove_other_copies(copies: Path, rank: int, count: int, kept: Collection[Pa
                     shutil.rmtree(copy, ignore_errors=True)
             if int(number) >= count:
                 folder.rmdir()
+
+
+def adopt(folders: Collection[Path], run: str) -> None:
+    """Marks copies that a run goes on from as its own, if they were another's: of the same with other values."""
+    for folder in folders:
+        with suppress(OSError, BadCheckpoint):  # it is read all the same, and the next copy comes
+            marker = read_marker(folder)
+            if marker.run != run:
+                write_marker(folder, replace(marker, run=run))
 
 
 def saved_copies(copies: Path, step: int, rank: int, count: int) -> SavedState:

@@ -132,7 +132,7 @@ def remove_guests(copies: Path, step: int | None = None) -> None:
 
 
 def _holding(place: Place, together: Together) -> Holding:
-    held = held_parts(place.root.parent, place.run)
+    held = held_parts(place.root.parent, place.runs)
     machine = {
         (owner, step): one.folder
         for (step, count), parts in held.items()

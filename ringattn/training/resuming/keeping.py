@@ -7,7 +7,9 @@ from pathlib import Path
 from ringattn.training.checkpoint import BadCheckpoint, Place, SaveFailed, Saves, TrainState
 from ringattn.training.checkpoint.folders import found_in
 from ringattn.training.checkpoint.memory_copies import (
+    adopt,
     copies_folder,
+    known_run,
     make_rank_folder,
     rank_folder,
     remove_copies,
@@ -20,7 +22,7 @@ from ringattn.training.engines.interface import STATE, Engine
 from ringattn.training.model.lora import lora_of
 from ringattn.training.model.models import empty_model
 from ringattn.training.resuming.best import BestSteps
-from ringattn.training.resuming.passed_over import tell_passed_over
+from ringattn.training.resuming.passed_over import runs_of, tell_passed_over
 from ringattn.training.resuming.restoring import Chosen, choose
 from ringattn.training.resuming.resume import check_resume
 from ringattn.training.start.job import Job
@@ -52,11 +54,10 @@ class Keeping:
             return make_rank_folder(self._copies, self._rank), run_of(checkpoints) if self._rank == 0 else ""
 
         places = self._saves.together(made)
+        run, before = runs_of(places[0][1], self._job)
         launch, told = self._job.launch, self._job.cfg.run.memory_neighbours
         distance = launch.ranks_per_node if told and launch.world_size > launch.ranks_per_node else 0
-        return Place(
-            places[self._rank][0], 1, shared=False, kind="copy in memory", run=places[0][1], neighbour=distance
-        )
+        return Place(places[self._rank][0], 1, False, "copy in memory", run, before, neighbour=distance)
 
     def due(self, step: int, last: bool) -> list[Place]:
         """Where a step that was done is to be saved."""
@@ -108,8 +109,9 @@ class Keeping:
         self._saves.finish()
         if self._memory is None:
             # An earlier start may have kept some. Newer ones were told of, and the next start may go on from them.
-            own = rank_folder(self._copies, self._rank)
-            if any(one.step > self._saved for one in found_in(own)):
+            runs = runs_of(known_run(self._disk.root), self._job)
+            own = found_in(rank_folder(self._copies, self._rank))
+            if any(one.step > self._saved and one.marker and one.marker.run in runs for one in own):
                 return
         remove_guests(self._copies)
         remove_copies(self._copies, self._rank, self._saves.together.count)
@@ -143,6 +145,8 @@ class Keeping:
         self._best.back_to(state.step)
         saved = chosen.opened(self._rank)
         engine.load(saved)
+        if not chosen.place.shared:
+            adopt(chosen.folders, chosen.place.run)
         with suppress(KeyError):  # fewer ranks wrote it
             set_random_states(saved.own(RANDOM))
         return state

@@ -6,13 +6,15 @@ from typing import Any, NamedTuple
 
 from omegaconf import OmegaConf
 
-from ringattn.training.checkpoint.memory_copies import RUN, copies_folder, held_parts, known_run
+from ringattn.training.checkpoint.memory_copies import copies_folder, held_parts, known_run
 from ringattn.training.checkpoint.together import Together
-from ringattn.training.config.curve import curve_differences
+from ringattn.training.config.curve import curve_digest
 from ringattn.training.secrets import redacted
 from ringattn.training.start.job import Job
 from ringattn.training.start.output import read_config
 
+ADVICE = "to go on from them stop this run and start it with"
+OTHER = "they are of the configuration before"
 Held = Mapping[tuple[str, int, int], Sequence[int]]
 
 
@@ -29,29 +31,41 @@ class Newer(NamedTuple):
     folder: str
 
 
+def runs_of(run: str, job: Job) -> tuple[str, str]:
+    """What copies of a run are marked with: by this start, and by the one before it, whose configuration is still in
+    the folder; "" where it is not. A copy of neither is of another curve: the run's folder may have been brought back
+    from a backup, or a start was forced to go on with other values.
+
+    Arguments:
+        run: what tells it from other runs in the folder.
+    """
+    before = _config(job.output)
+    now: dict[str, Any] = redacted(OmegaConf.to_container(job.cfg))  # as it is saved
+    return f"{run}-{curve_digest(now)}", f"{run}-{curve_digest(before)}" if before else ""
+
+
 def tell_passed_over(job: Job, step: int, together: Together) -> None:
     """Warns of copies in memory, of this run, that are newer than the step a start goes on from. Collective.
 
     A start without run.memory_every does not look for them, one with another run.memory_folder looks elsewhere, and
     DeepSpeed's are read by as many ranks alone. They stay while the start does not write there, so that it may be
-    stopped and started with them; but one that was forced to go on with another curve is not their run any more.
+    stopped and started with them.
     """
-    checkpoints, saved = job.output / "checkpoints", _config(job.output)
-    before, now = saved.get("run", {}), job.cfg.run
+    before, now = _config(job.output).get("run", {}), job.cfg.run
+    run = known_run(job.output / "checkpoints")
     folders = {str(folder) for folder in (before.get("memory_folder"), now.memory_folder) if folder}
-    newer = newest_whole(together.gather(_held(folders, job.output, known_run(checkpoints))), step)
-    if newer is None or together.rank != 0:
-        return
-    message = (
-        f"warning: copies in memory of step {newer.step} in {newer.folder} are passed over, and this run goes on from "
-        f"{f'step {step}' if step else 'the start'}"
-    )
-    if now.resume == "force" and saved and curve_differences(saved, redacted(OmegaConf.to_container(job.cfg))):
-        (checkpoints / RUN).unlink(missing_ok=True)  # or a later start would take them for its own
-        print(f"{message}: they are of the configuration before", flush=True)
-        return
-    keys = _keys(newer, before, now, together.count)
-    print(f"{message}; to go on from them stop this run and start it with {keys}", flush=True)
+    for number, one in enumerate(dict.fromkeys(runs_of(run, job) if run else ())):
+        newer = newest_whole(together.gather(_held(folders, job.output, one)), step)
+        if newer is not None:
+            # The configuration of the start before is about to be replaced.
+            advice = f": {OTHER}" if number else f"; {ADVICE} {_keys(newer, before, now, together.count)}"
+            if together.rank == 0:
+                print(
+                    f"warning: copies in memory of step {newer.step} in {newer.folder} are passed over, and this run "
+                    f"goes on from {f'step {step}' if step else 'the start'}{advice}",
+                    flush=True,
+                )
+            return
 
 
 def newest_whole(held: Sequence[Held], step: int) -> Newer | None:
@@ -79,8 +93,8 @@ def _config(output: Path) -> dict[str, Any]:
 
 def _held(folders: set[str], output: Path, run: str) -> Held:
     held = {}
-    for folder in folders if run else ():
-        for (step, count), parts in held_parts(copies_folder(Path(folder), output), run).items():
+    for folder in folders:
+        for (step, count), parts in held_parts(copies_folder(Path(folder), output), (run,)).items():
             held[folder, step, count] = sorted(parts)
     return held
 

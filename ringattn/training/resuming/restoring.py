@@ -106,7 +106,7 @@ def _copies(memory: Place | None, together: Together) -> list[tuple[Found, ...]]
     verify."""
     if memory is None:
         return []
-    held = held_parts(memory.root.parent, memory.run)
+    held = held_parts(memory.root.parent, memory.runs)
     mine = {which: parts for which in held if (parts := _usable(which[1], held[which], memory, together))}
     everywhere = set.intersection(*map(set, together.gather(sorted(mine))))
     return [mine[which] for which in sorted(everywhere, reverse=True)]

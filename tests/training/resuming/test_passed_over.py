@@ -1,6 +1,7 @@
 """Copies in memory that a start does not go on from are told of, and what would take them does."""
 
 import io
+import shutil
 from contextlib import redirect_stdout
 from pathlib import Path
 
@@ -64,17 +65,45 @@ def test_newer_copies_are_told_of_with_the_keys_that_take_them(pool: Pools, tmp_
     assert step == 7
 
 
-def other_curve(output: Path) -> tuple[str, int]:
-    here = f"run.memory_folder={output / 'memory'}"
+def other_curve(output: Path) -> tuple[str, int, list[int]]:
+    here, other = f"run.memory_folder={output / 'memory'}", ("optim.lr=0.01", "run.resume=force")
     copied(output, output / "memory")
-    _, said = started(output, here, "optim.lr=0.01", "run.resume=force")
-    return said, started(output, here, "optim.lr=0.01", "run.memory_every=4")[0].step
+    shutil.copytree(output / "memory", output / "kept")
+    _, said = started(output, here, *other)
+    passed = started(output, here, "run.memory_every=4", *other)[0].step
+    # The same from the start, with copies: killed twice before it saves anything.
+    shutil.rmtree(output / "memory")
+    (output / "kept").rename(output / "memory")
+    started(output, here, "run.resume=force")
+    steps = [started(output, here, "run.memory_every=4", *other)[0].step for _ in range(2)]
+    return said, passed, steps
 
 
 def test_copies_of_the_curve_before_are_nobodys_once_another_was_forced(pool: Pools, tmp_path: Path) -> None:
-    ((said, step),) = pool(1).run(other_curve, tmp_path)
+    ((said, passed, steps),) = pool(1).run(other_curve, tmp_path)
     assert said.endswith("this run goes on from step 2: they are of the configuration before\n")
+    assert passed == 2
+    assert steps == [4, 4], "a start that is forced takes the copy, and the next one too"
+
+
+def brought_back(output: Path) -> tuple[int, str]:
+    """A backup of the folder comes back after a start was forced to go on with another rate and left a copy."""
+    given = (f"run.memory_folder={output / 'memory'}", "run.memory_every=2")
+    (output / "memory").mkdir(parents=True)
+    train(started(output, *given)[0], 2)
+    Trainer(prepared(*SHORT, f"run.output={output}", "data.packs_per_step=1", *given)).save()
+    backup = output.with_name("backup")
+    shutil.copytree(output, backup, ignore=shutil.ignore_patterns("memory"))
+    train(started(output, *given, "optim.lr=0.01", "run.resume=force")[0], 4)
+    shutil.copytree(backup, output, dirs_exist_ok=True)
+    trainer, said = started(output, *given)
+    return trainer.step, said
+
+
+def test_copies_of_another_curve_do_not_come_back_with_a_backup(pool: Pools, tmp_path: Path) -> None:
+    ((step, said),) = pool(1).run(brought_back, tmp_path / "run")
     assert step == 2
+    assert "copy in memory" not in said
 
 
 def ended_without(output: Path, last: int) -> bool:
@@ -102,7 +131,7 @@ def on_by_other_ranks(output: Path, ranks: int) -> tuple[str, list[tuple[float, 
     return said, found, sorted(str(path.relative_to(copies)) for path in copies.glob("*/*"))
 
 
-@pytest.mark.parametrize(("before", "after"), [(2, 1), (1, 2)])
+@pytest.mark.parametrize(("before", "after"), [(2, 1), pytest.param(1, 2, marks=pytest.mark.slow)])
 def test_another_number_of_ranks_goes_on_from_copies(pool: Pools, tmp_path: Path, before: int, after: int) -> None:
     whole = pool(1).run(undisturbed, tmp_path / "whole")[0]
     pool(before).run(copied, tmp_path / "run", tmp_path / "run" / "memory", before)

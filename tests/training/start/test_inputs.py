@@ -12,6 +12,7 @@ from omegaconf import OmegaConf
 pytest.importorskip("transformers")
 
 from ringattn.training.data.meter import Meter
+from ringattn.training.packs.packers import make_packer
 from ringattn.training.start import job as job_module
 from ringattn.training.start.launched import Launch, pick_device
 from ringattn.training.start.output import write_config
@@ -213,6 +214,22 @@ def test_forced_on_to_other_documents_a_curriculum_goes_on_at_its_step(tmp_path)
     with_checkpoint(tmp_path / "out", *own, texts(tmp_path / "data", 30, 20, 10, 9), step=5)
     job = prepared(*own, texts(tmp_path / "data", 9), "run.resume=force")
     assert job.resume[1].position == {"epoch": 1, "index": 0, "offset": 0, "step": 5}
+
+
+def test_forced_on_to_a_curriculum_its_lengths_are_those_of_the_step(tmp_path):
+    """A run that had none is not at the curriculum's first step."""
+    with_checkpoint(tmp_path, "data.seq_len=16")
+    given = (f"run.output={tmp_path}", "data.seq_len=16", "data.curriculum=[[0, 8], [3, 16]]", "run.resume=force")
+    job = prepared(*given)
+    assert job.resume[1].position["step"] == 5
+    assert make_packer(job.cfg.data, job.corpus, 0, job.resume[1].position, lambda: None).seq_len == 16
+    assert prepared(*given, "run.seed=1").resume[1].position["step"] == 5
+
+
+def test_another_optimiser_is_refused_before_training_whatever_is_forced(tmp_path):
+    with_checkpoint(tmp_path)
+    with pytest.raises(ValueError, match=r'optim\.name was "adamw" and is now "muon": .* ringattn export .*OUT'):
+        prepared(f"run.output={tmp_path}", "optim=muon", "run.resume=force")
 
 
 def test_documents_that_wait_are_refused_before_training(tmp_path):

@@ -21,7 +21,8 @@ from ringattn.training.checkpoint.random_states import random_states, set_random
 from ringattn.training.engines.interface import STATE, Engine
 from ringattn.training.model.lora import lora_of
 from ringattn.training.model.models import empty_model
-from ringattn.training.resuming.best import BestSteps
+from ringattn.training.report.records import read_metrics
+from ringattn.training.resuming.best import METRICS, BestSteps
 from ringattn.training.resuming.passed_over import runs_of, tell_passed_over
 from ringattn.training.resuming.restoring import Chosen, choose
 from ringattn.training.resuming.resume import check_resume
@@ -94,6 +95,12 @@ class Keeping:
     def validated(self, step: int, losses: dict[str, float] | None) -> None:
         """What validation sets said after a step, before that is saved: some checkpoints stay for it."""
         self._best.note(step, losses)
+
+    def unvalidated(self, step: int) -> bool:
+        """Whether a step was recorded without a look at validation sets, as where a signal left no time for it."""
+        records = read_metrics(self._job.output / METRICS) if self._rank == 0 else []
+        last = records[-1] if records else {}
+        return self._saves.together.gather(last.get("step") == step and last.get("validation") is None)[0]
 
     def hold(self) -> None:
         """Before a step changes the engine: a GPU that still copies what was saved ends that first."""

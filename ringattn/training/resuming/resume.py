@@ -9,6 +9,7 @@ from omegaconf import DictConfig, OmegaConf
 from torch import nn
 
 from ringattn.training.checkpoint import TrainState
+from ringattn.training.config.checks import flat
 from ringattn.training.config.curve import BEFORE, curve_differences
 from ringattn.training.model.fitness import check_same_shapes
 from ringattn.training.model.lora import Lora, check_same_base, lora_of
@@ -115,13 +116,17 @@ def _model_differences(saved: dict[str, Any] | None, model_config: Any) -> list[
 
 
 def _check_moments(saved: dict[str, Any], now: dict[str, Any], output: Path) -> None:
-    """Raises ValueError for another optimiser: what a checkpoint holds beside the weights is of its own."""
-    before, after = (cfg.get("optim", {}).get("name", BEFORE["optim.name"]) for cfg in (saved, now))
-    if before != after:
+    """Raises ValueError for another optimiser, or DeepSpeed's at another stage: what a checkpoint holds beside the
+    weights is of its own."""
+    old, new = (BEFORE | flat(cfg) for cfg in (saved, now))
+    # At stage 3 DeepSpeed's files have other names than at 1 and 2, which have the same.
+    stages = {old.get("engine.zero_stage"), new.get("engine.zero_stage")}
+    key = "engine.zero_stage" if 3 in stages and len(stages) == 2 else "optim.name"
+    if old.get(key) != new.get(key):
         raise ValueError(
-            f"optim.name was {json.dumps(before)} and is now {json.dumps(after)}: the moments in the checkpoint are of "
-            "the other one, and it cannot go on as this one, not even with run.resume=force. Its weights alone can: "
-            f"ringattn export {output} OUT, then model.path=OUT"
+            f"{key} was {json.dumps(old.get(key))} and is now {json.dumps(new.get(key))}: the moments in the "
+            "checkpoint are of the other one, and it cannot go on as this one, not even with run.resume=force. Its "
+            f"weights alone can: ringattn export {output} OUT, then model.path=OUT"
         )
 
 

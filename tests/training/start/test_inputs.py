@@ -3,6 +3,7 @@
 import json
 import os
 import tempfile
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,7 @@ from omegaconf import OmegaConf
 
 pytest.importorskip("transformers")
 
+from ringattn.training.checkpoint.marker import read_marker, write_marker
 from ringattn.training.data.meter import Meter
 from ringattn.training.packs.packers import make_packer
 from ringattn.training.start import job as job_module
@@ -230,6 +232,18 @@ def test_another_optimiser_is_refused_before_training_whatever_is_forced(tmp_pat
     with_checkpoint(tmp_path)
     with pytest.raises(ValueError, match=r'optim\.name was "adamw" and is now "muon": .* ringattn export .*OUT'):
         prepared(f"run.output={tmp_path}", "optim=muon", "run.resume=force")
+
+
+def test_another_stage_of_deepspeed_is_refused_before_training_whatever_is_forced(tmp_path):
+    pytest.importorskip("deepspeed")
+    given = (f"run.output={tmp_path}", "engine=deepspeed")
+    with_checkpoint(tmp_path, *given)
+    folder = tmp_path / "checkpoints" / "step-00000005"
+    marker = read_marker(folder)
+    write_marker(folder, replace(marker, state=replace(marker.state, engine="deepspeed")))
+    assert prepared(*given, "engine.zero_stage=1", "run.resume=force").resume is not None
+    with pytest.raises(ValueError, match=r"engine\.zero_stage was 2 and is now 3: .* ringattn export .*OUT"):
+        prepared(*given, "engine.zero_stage=3", "run.resume=force")
 
 
 def test_documents_that_wait_are_refused_before_training(tmp_path):

@@ -42,6 +42,7 @@ from ringattn.training.report.metrics import StepMetrics, StepSeconds, peak_memo
 from ringattn.training.report.profile import Profile
 from ringattn.training.report.telling import Report
 from ringattn.training.resuming.keeping import Keeping
+from ringattn.training.resuming.resume import SEED
 from ringattn.training.start.agreement import meet
 from ringattn.training.start.job import Job
 from ringattn.training.start.output import write_config
@@ -104,6 +105,7 @@ class Trainer:
         with self.stop, Garbage() as garbage, self._batches() as stream, self._stragglers() as stragglers, profile:
             first = True
             owed: list[Place] = []
+            self._look_again(report)
             while self.step < cfg.run.steps:
                 profile.before(self.step + 1)
                 started = time.perf_counter()
@@ -138,6 +140,14 @@ class Trainer:
                     self.keeping.finish()
                     break
         return bool(self.step == cfg.run.steps)
+
+    def _look_again(self, report: Report) -> None:
+        """At validation sets after the step that the run goes on from, if a signal left no time for it."""
+        if self.step and self.validation.due(self.step) and self.keeping.unvalidated(self.step):
+            losses = self.validation.losses(self.step)
+            assert losses is not None
+            self.keeping.validated(self.step, losses)
+            report.validated(self.step, losses)
 
     def _owed(self, owed: Sequence[Place], last: bool) -> list[Place]:
         """Where the state is to be saved now, or after the next step whose numbers are good."""
@@ -182,7 +192,7 @@ class Trainer:
         state = TrainState(
             self.step,
             self.tokens,
-            self.position,
+            self.position | {SEED: self.cfg.run.seed},
             self.job.corpus.fingerprint,
             self.cfg.engine.name,
             self.world_size,

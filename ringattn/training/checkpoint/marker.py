@@ -68,13 +68,16 @@ class Marker:
 
 
 def write_marker(folder: Path, marker: Marker) -> None:
-    """Writes the marker into a folder whose other files are written. It reaches the disk before this returns."""
+    """Writes the marker into a folder whose other files are written, in the place of another if there is one. It
+    reaches the disk before this returns."""
     body = asdict(marker.state) | {"format": FORMAT, "run": marker.run}
     body["files"] = {name: [one.size, one.crc32] for name, one in sorted(marker.files.items())}
-    with open(folder / MARKER, "w") as file:
+    partial = folder / f"{MARKER}.{os.getpid()}.partial"
+    with open(partial, "w") as file:
         json.dump(body | {"checksum": _checksum(body)}, file)
         file.flush()
         os.fsync(file.fileno())
+    partial.replace(folder / MARKER)
 
 
 def read_marker(folder: Path) -> Marker:

@@ -10,12 +10,17 @@ import os
 import secrets
 import shutil
 import stat
+from collections.abc import Collection
+from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 
-from ringattn.training.checkpoint.folders import in_units
+from ringattn.training.checkpoint.folders import Found, found_in, in_units
+from ringattn.training.checkpoint.marker import BadCheckpoint, read_marker, write_marker
 from ringattn.training.checkpoint.saved_state import SavedState, part_name
 
 RUN = "run.json"
+GUESTS = "guests"  # copies that a machine keeps for the one before it; see `neighbours.py`
 COPIES = 2  # the newest, and the next one while it is written
 
 
@@ -42,8 +47,22 @@ def make_rank_folder(copies: Path, rank: int) -> Path:
     return own
 
 
-def remove_copies(copies: Path, rank: int) -> None:
-    """Deletes a rank's copies; the last rank of a machine takes the folder along."""
+def held_parts(copies: Path, runs: Collection[str]) -> dict[tuple[int, int], dict[int, Found]]:
+    """What a machine holds of some runs: by step and number of the ranks that wrote it, the part of each rank. A rank's
+    own comes before what is kept for another machine."""
+    held: dict[tuple[int, int], dict[int, Found]] = {}
+    for root in [*sorted(copies.glob("rank-*")), *sorted((copies / GUESTS).glob("rank-*"))]:
+        number = root.name.removeprefix("rank-")
+        for one in found_in(root) if number.isdigit() else ():
+            if one.marker is not None and one.marker.run in runs:
+                held.setdefault((one.step, one.marker.state.world_size), {}).setdefault(int(number), one)
+    return held
+
+
+def remove_copies(copies: Path, rank: int, count: int) -> None:
+    """Deletes a rank's copies, and those of ranks that a run does not have; the last rank of a machine takes the folder
+    along."""
+    remove_other_copies(copies, rank, count, ())
     shutil.rmtree(rank_folder(copies, rank), ignore_errors=True)
     try:
         copies.rmdir()
@@ -51,21 +70,38 @@ def remove_copies(copies: Path, rank: int) -> None:
         return
 
 
-def remove_other_copies(copies: Path, rank: int, count: int, kept: Path | None) -> None:
-    """Deletes what a run does not go on from: a rank's other copies, and folders of ranks that it does not have."""
-    own = rank_folder(copies, rank)
-    for folder in [*own.iterdir()]:
-        if folder != kept:
-            shutil.rmtree(folder, ignore_errors=True)
+def remove_other_copies(copies: Path, rank: int, count: int, kept: Collection[Path]) -> None:
+    """Deletes what a run does not go on from: a rank's other copies, and those of ranks that it does not have."""
     for folder in copies.glob("rank-*"):
-        if folder.name.removeprefix("rank-").isdigit() and int(folder.name.removeprefix("rank-")) >= count:
-            shutil.rmtree(folder, ignore_errors=True)
+        number = folder.name.removeprefix("rank-")
+        if not number.isdigit() or rank != int(number) < count:
+            continue
+        with suppress(OSError):  # other ranks of the machine do the same
+            for copy in folder.iterdir():
+                if copy not in kept:
+                    shutil.rmtree(copy, ignore_errors=True)
+            if int(number) >= count:
+                folder.rmdir()
+
+
+def adopt(folders: Collection[Path], run: str) -> None:
+    """Marks copies that a run goes on from as its own, if they were another's: of the same with other values."""
+    for folder in folders:
+        with suppress(OSError, BadCheckpoint):  # it is read all the same, and the next copy comes
+            marker = read_marker(folder)
+            if marker.run != run:
+                write_marker(folder, replace(marker, run=run))
 
 
 def saved_copies(copies: Path, step: int, rank: int, count: int) -> SavedState:
-    """The copy of a step: the rank's own part, and those of the ranks of the same machine."""
-    parts = {one: rank_folder(copies, one) / f"step-{step:08d}" / part_name(one) for one in range(count)}
-    return SavedState({one: path for one, path in parts.items() if path.is_file()}, rank)
+    """The copy of a step, for a rank: of the parts of `count` ranks those that the machine holds."""
+    parts: dict[int, Path] = {}
+    for one in range(count):
+        for home in (copies, copies / GUESTS):
+            path = rank_folder(home, one) / f"step-{step:08d}" / part_name(one)
+            if one not in parts and path.is_file():
+                parts[one] = path
+    return SavedState(parts, rank)
 
 
 def run_of(checkpoints: Path) -> str:
@@ -74,18 +110,23 @@ def run_of(checkpoints: Path) -> str:
     Written by one rank. Copies of an earlier run, whose folder was deleted since, have another. Raises OSError.
     """
     path = checkpoints / RUN
-    try:
-        found = json.loads(path.read_text())["run"]
-        if isinstance(found, str) and found:
-            return found
-    except (FileNotFoundError, ValueError, TypeError, KeyError):
-        pass
+    if found := known_run(checkpoints):
+        return found
     made = secrets.token_hex(8)
     checkpoints.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f"{RUN}.partial")
     partial.write_text(json.dumps({"run": made}))
     partial.replace(path)
     return made
+
+
+def known_run(checkpoints: Path) -> str:
+    """What `run_of` wrote before; "" where it did not. Raises OSError for a file that cannot be read."""
+    try:
+        found = json.loads((checkpoints / RUN).read_text())["run"]
+    except (FileNotFoundError, ValueError, TypeError, KeyError):
+        return ""
+    return found if isinstance(found, str) else ""
 
 
 def is_memory(folder: Path) -> bool:

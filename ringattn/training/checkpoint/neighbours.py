@@ -15,13 +15,12 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ringattn.training.checkpoint.folders import begin, complete, found_in, is_whole, partial_of
+from ringattn.training.checkpoint.folders import begin, complete, is_whole, partial_of
 from ringattn.training.checkpoint.marker import MARKER, read_marker
-from ringattn.training.checkpoint.memory_copies import rank_folder
+from ringattn.training.checkpoint.memory_copies import GUESTS, held_parts, rank_folder
 from ringattn.training.checkpoint.together import SaveFailed, Together
 from ringattn.training.checkpoint.writing import Place
 
-GUESTS = "guests"
 CHUNK = 1 << 26  # bytes of one message
 Files = list[tuple[str, int]]  # names and bytes
 
@@ -133,14 +132,13 @@ def remove_guests(copies: Path, step: int | None = None) -> None:
 
 
 def _holding(place: Place, together: Together) -> Holding:
-    copies = place.root.parent
-    machine: dict[tuple[int, int], Path] = {}
-    for root in sorted([*copies.glob("rank-*"), *(copies / GUESTS).glob("rank-*")]):
-        number = root.name.removeprefix("rank-")
-        for one in found_in(root) if number.isdigit() else ():
-            marker = one.marker
-            if marker and marker.run == place.run and marker.state.world_size == together.count:
-                machine.setdefault((int(number), one.step), one.folder)
+    held = held_parts(place.root.parent, place.runs)
+    machine = {
+        (owner, step): one.folder
+        for (step, count), parts in held.items()
+        if count == together.count
+        for owner, one in parts.items()
+    }
     home = {step for (owner, step), folder in machine.items() if folder.parent == place.root and owner == together.rank}
     return Holding(home, machine)
 

@@ -23,7 +23,8 @@ class Place:
         shared: all ranks write into one folder, which rank 0 completes; otherwise `root` is this rank's alone, and each
             completes a folder of its own.
         kind: what one of them is called.
-        run: the run that they are of, where that matters.
+        run: the run that they are of, where that matters, and its curve.
+        before: another one whose copies are looked at too: with the curve of the start before.
         neighbour: the rank of this number on the next machine keeps them too, so many ranks further; 0 for nobody.
     """
 
@@ -32,8 +33,14 @@ class Place:
     shared: bool = True
     kind: str = "checkpoint"
     run: str = ""
+    before: str = ""
     spared: Spared | None = None
     neighbour: int = 0
+
+    @property
+    def runs(self) -> tuple[str, ...]:
+        """Of whom copies are looked at."""
+        return (self.run, self.before) if self.before else (self.run,)
 
     def folder(self, step: int) -> Path:
         """Of a step's checkpoint."""

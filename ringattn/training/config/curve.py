@@ -1,5 +1,7 @@
 """Which keys of a configuration shape the loss curve: those that two starts in one folder must agree on."""
 
+import hashlib
+import json
 from collections.abc import Mapping
 from typing import Any
 
@@ -31,6 +33,13 @@ def curve_differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[tu
     missing = "(absent)"
     keys = sorted(key for key in before.keys() | after.keys() if before.get(key) != after.get(key))
     return [(key, before.get(key, missing), after.get(key, missing)) for key in keys if _shapes_curve(key)]
+
+
+def curve_digest(values: Mapping[str, Any]) -> str:
+    """A short hash of the keys of a resolved configuration that shape the loss curve: the same for two between which
+    `curve_differences` finds none."""
+    shaping = {key: value for key, value in (BEFORE | flat(values)).items() if value is not None and _shapes_curve(key)}
+    return hashlib.sha256(json.dumps(shaping, sort_keys=True, default=str).encode()).hexdigest()[:12]
 
 
 def _shapes_curve(key: str) -> bool:

@@ -38,13 +38,16 @@ class Validation:
         self.sets, self.seq_len, self.every, self.steps = sets, seq_len, every, steps
         self._scorer = Scorer(model, mesh, policy) if sets else None
 
+    def due(self, step: int) -> bool:
+        """Whether it is their turn after so many steps."""
+        return bool(self.sets) and (step == self.steps or (self.every > 0 and step % self.every == 0))
+
     def losses(self, step: int) -> dict[str, float] | None:
         """Mean loss of each set after `step` steps, the same on every rank; None if it is not their turn. Collective.
 
         Random states and the mode of the model are as they were afterwards.
         """
-        due = step == self.steps or (self.every > 0 and step % self.every == 0)
-        if self._scorer is None or not due:
+        if self._scorer is None or not self.due(step):
             return None
         try:
             return {name: mean_loss(self._scorer, corpus, self.seq_len) for name, corpus in self.sets.items()}

@@ -142,12 +142,19 @@ class MetricsFile:
         self._file.close()
         self._file, self._waiting = self._opened(step), b""
 
+    def validated(self, step: int, losses: dict[str, float]) -> None:
+        """Adds what validation sets say of the newest step, which was recorded without."""
+        self._file.close()
+        self._file = self._opened(step, {"validation": losses})
+
     def close(self) -> None:
         """Closes the file."""
         self._file.close()
 
-    def _opened(self, step: int) -> io.FileIO:
+    def _opened(self, step: int, facts: dict[str, Any] | None = None) -> io.FileIO:
+        """The file with the records up to a step, of which more facts are known now."""
         kept = [record for record in read_metrics(self._path) if record["step"] <= step]
+        kept = [record | facts if facts and record["step"] == step else record for record in kept]
         partial = self._path.with_name(self._path.name + ".partial")
         partial.write_text("".join(json.dumps(record) + "\n" for record in kept))
         os.replace(partial, self._path)

@@ -55,6 +55,12 @@ class Report:
         self._far(partial(self._trackers.write, metrics))
         self._progress.update(metrics)
 
+    def validated(self, step: int, losses: dict[str, float]) -> None:
+        """Adds to metrics.jsonl what validation sets say of the step that the run goes on from; trackers, which have
+        that step, are not told."""
+        if self._enabled:
+            self._aside(partial(self._file.validated, step, losses))
+
     def back_to(self, step: int) -> None:
         """The run went back: what was recorded of later steps is dropped."""
         if not self._enabled:

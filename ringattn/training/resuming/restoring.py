@@ -5,12 +5,13 @@ rank takes the same one.
 """
 
 import sys
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from ringattn.training.checkpoint.folders import Found, found_in, none_good, remove_partial, set_aside
 from ringattn.training.checkpoint.marker import BadCheckpoint, OldCheckpoint, TrainState
-from ringattn.training.checkpoint.memory_copies import saved_copies
+from ringattn.training.checkpoint.memory_copies import held_parts, saved_copies
 from ringattn.training.checkpoint.saved_state import SavedState
 from ringattn.training.checkpoint.tensors import check_sum
 from ringattn.training.checkpoint.together import Together
@@ -23,13 +24,18 @@ class Chosen:
     """A checkpoint whose files hold what was written.
 
     Arguments:
-        folder: of the checkpoint, on this rank.
+        folders: of the checkpoint, on this rank: one, or of a copy that another number of ranks wrote one for each.
         place: where it was found.
     """
 
-    folder: Path
+    folders: tuple[Path, ...]
     state: TrainState
     place: Place
+
+    @property
+    def folder(self) -> Path:
+        """The first, to be named."""
+        return self.folders[0]
 
     def opened(self, rank: int) -> SavedState:
         """Its tensors, for a rank."""
@@ -56,16 +62,17 @@ def choose(
     found = _seen_by_all(disk.root, together)
     copies = _copies(memory, together)
     bad: list[Found] = []
-    candidates = [(one.step, disk, one) for one in found] + [(one.step, memory, one) for one in copies]
+    candidates = [(disk, (one,)) for one in found] + [(memory, parts) for parts in copies]
     # Of the same step, the copy in memory comes first.
-    for step, place, one in sorted(candidates, key=lambda each: (-each[0], each[1] is disk)):
+    for place, parts in sorted(candidates, key=lambda each: (-each[1][0].step, each[0] is disk)):
+        one, step = parts[0], parts[0].step
         assert place is not None
         if before is not None and step > before:
             bad.append(Found(one.folder, step, None, f"{one.folder} is of a step after {before}, which is taken back"))
             continue
         if one.old:
             raise OldCheckpoint(one.reason)
-        reason = one.reason or _verified(one, place, together)
+        reason = one.reason or _verified(parts, place, together)
         if reason:
             bad.append(Found(one.folder, step, None, reason))
             continue
@@ -73,7 +80,7 @@ def choose(
         if together.rank == 0:
             remove_partial(disk.root)
         assert one.marker is not None
-        return Chosen(one.folder, one.marker.state, place)
+        return Chosen(tuple(part.folder for part in parts), one.marker.state, place)
     if found:
         raise none_good(disk.root, [one.reason for one in bad if one.folder.parent == disk.root])
     _put_aside(output, bad, disk, together)
@@ -94,27 +101,40 @@ def _seen_by_all(root: Path, together: Together) -> list[Found]:
     return told[0][1]
 
 
-def _copies(memory: Place | None, together: Together) -> list[Found]:
-    """Copies in memory that all ranks have, newest first; they are of this run and of as many ranks."""
+def _copies(memory: Place | None, together: Together) -> list[tuple[Found, ...]]:
+    """Copies in memory of this run that every rank can go on from, newest first: of each the parts that this one is to
+    verify."""
     if memory is None:
         return []
-    mine = {
-        one.step: one
-        for one in found_in(memory.root)
-        if one.marker and one.marker.run == memory.run and one.marker.state.world_size == together.count
-    }
+    held = held_parts(memory.root.parent, memory.runs)
+    mine = {which: parts for which in held if (parts := _usable(which[1], held[which], memory, together))}
     everywhere = set.intersection(*map(set, together.gather(sorted(mine))))
-    return [mine[step] for step in sorted(everywhere, reverse=True)]
+    return [mine[which] for which in sorted(everywhere, reverse=True)]
 
 
-def _verified(one: Found, place: Place, together: Together) -> str:
+def _usable(count: int, parts: Mapping[int, Found], memory: Place, together: Together) -> tuple[Found, ...]:
+    """The parts of a copy from which a rank goes on, () if it cannot.
+
+    Of as many ranks that is its own part. Of another number it is all of them, as its rows may be in any: its machine
+    must hold them all. DeepSpeed's are read by as many ranks alone.
+    """
+    if count == together.count:
+        own = parts.get(together.rank)
+        return (own,) if own is not None and own.folder.parent == memory.root else ()
+    engines = {one.marker.state.engine for one in parts.values() if one.marker is not None}
+    if "deepspeed" in engines or any(rank not in parts for rank in range(count)):
+        return ()
+    return tuple(parts[rank] for rank in range(count))
+
+
+def _verified(parts: Sequence[Found], place: Place, together: Together) -> str:
     """Why the files of a checkpoint do not hold what was written, or "". Of one on disk, ranks share the files."""
-    assert one.marker is not None
-    names = sorted(one.marker.files)
+    files = [(one.folder / name, one.marker.files[name]) for one in parts if one.marker for name in one.marker.files]
+    files.sort(key=lambda each: each[0])
     reason = ""
     try:
-        for name in names[together.rank :: together.count] if place.shared else names:
-            check_sum(one.folder / name, one.marker.files[name])
+        for path, expected in files[together.rank :: together.count] if place.shared else files:
+            check_sum(path, expected)
     except BadCheckpoint as error:
         reason = str(error)
     return next((why for why in together.gather(reason) if why), "")

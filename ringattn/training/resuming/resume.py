@@ -9,15 +9,20 @@ from omegaconf import DictConfig, OmegaConf
 from torch import nn
 
 from ringattn.training.checkpoint import TrainState
-from ringattn.training.config.curve import curve_differences
+from ringattn.training.config.checks import flat
+from ringattn.training.config.curve import BEFORE, curve_differences
 from ringattn.training.model.fitness import check_same_shapes
 from ringattn.training.model.lora import Lora, check_same_base, lora_of
 from ringattn.training.model.models import empty_model
 from ringattn.training.packs.ordering import AnyCorpus, Position
-from ringattn.training.packs.packers import check_state
+from ringattn.training.packs.packers import check_state, lengths_of
 from ringattn.training.secrets import redacted
 from ringattn.training.start.launched import Launch
 from ringattn.training.start.output import config_of, model_values, read_config
+
+SEED = "seed"
+"""In the position of a checkpoint: of the order that it is a place in. The folder's configuration may be of a later
+start, which was forced to go on with another seed and ended before it saved anything."""
 
 
 def check_resume(
@@ -41,18 +46,24 @@ def check_resume(
     now: dict[str, Any] = redacted(OmegaConf.to_container(cfg))  # as it is saved
     if cfg.run.resume != "force":
         _check_same(cfg, output, state, corpus, saved or now, now, _model_differences(saved_model, model_config))
-    elif saved_model is not None:
-        _check_shapes(saved_model, lora_of((saved or now)["model"]), model)
+    else:
+        _check_moments(saved or now, now, output)
+        if saved_model is not None:
+            _check_shapes(saved_model, lora_of((saved or now)["model"]), model)
     check_same_base(saved or now, now)
-    seed = (saved or now).get("run", {}).get("seed")
+    # Checkpoints of earlier versions do not hold it.
+    position = dict(state.position)
+    if lengths_of(cfg.data) is not None:
+        position.setdefault("step", state.step)  # of a run that had no curriculum yet: its lengths are those of now
+    seed = position.get(SEED, (saved or now).get("run", {}).get("seed"))
     if state.corpus != corpus.fingerprint or seed != cfg.run.seed:
-        epoch = int(state.position["epoch"]) + 1
+        epoch = int(position["epoch"]) + 1
         why = "documents" if state.corpus != corpus.fingerprint else "run.seed"
         note = f"other {why} than in the checkpoint: the data goes on at the beginning of epoch {epoch + 1}"
-        drawn = {key: state.position[key] for key in ("step",) if key in state.position}  # lengths by step go on
+        drawn = {key: position[key] for key in ("step",) if key in position}  # lengths by step go on
         return replace(state, position=Position(epoch).state_dict() | drawn), [note]
-    check_state(cfg.data, state.position)
-    return state, []
+    check_state(cfg.data, position)
+    return replace(state, position=position), []
 
 
 def _check_readable(cfg: DictConfig, output: Path, state: TrainState, launch: Launch) -> None:
@@ -102,6 +113,21 @@ def _model_differences(saved: dict[str, Any] | None, model_config: Any) -> list[
     now = redacted(model_values(model_config))
     both = sorted(saved.keys() & now.keys())
     return [(f"model.config.{key}", saved[key], now[key]) for key in both if saved[key] != now[key]]
+
+
+def _check_moments(saved: dict[str, Any], now: dict[str, Any], output: Path) -> None:
+    """Raises ValueError for another optimiser, or DeepSpeed's at another stage: what a checkpoint holds beside the
+    weights is of its own."""
+    old, new = (BEFORE | flat(cfg) for cfg in (saved, now))
+    # At stage 3 DeepSpeed's files have other names than at 1 and 2, which have the same.
+    stages = {old.get("engine.zero_stage"), new.get("engine.zero_stage")}
+    key = "engine.zero_stage" if 3 in stages and len(stages) == 2 else "optim.name"
+    if old.get(key) != new.get(key):
+        raise ValueError(
+            f"{key} was {json.dumps(old.get(key))} and is now {json.dumps(new.get(key))}: the moments in the "
+            "checkpoint are of the other one, and it cannot go on as this one, not even with run.resume=force. Its "
+            f"weights alone can: ringattn export {output} OUT, then model.path=OUT"
+        )
 
 
 def _check_shapes(saved: dict[str, Any], lora: Lora | None, model: nn.Module) -> None:

@@ -3,6 +3,8 @@
 import json
 import os
 import pickle
+import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -83,7 +85,44 @@ def test_copies_that_not_all_have_do_not_count(pool: Pools, tmp_path: Path) -> N
     (memory / "rank-00001" / "step-00000009").rename(memory / "rank-00001" / "step-00000009.partial")
     assert pool(2).run(chosen, tmp_path) == [(6, "copy in memory", rank) for rank in range(2)]
     assert pool(2).run(chosen, tmp_path, "another run") == [(4, "checkpoint", rank) for rank in range(2)]
-    assert pool(1).run(chosen, tmp_path)[0][1] == "checkpoint"  # as many ranks as wrote them
+
+
+def whole(output: Path, count: int) -> tuple[int, str, list[Any]] | None:
+    """Step, kind, and what another number of ranks saved, of what is taken."""
+    together = Together()
+    try:
+        found = choose(output, *places(output), together)
+        if found is None:
+            return None
+        opened = found.opened(dist.get_rank())
+        first = [float(opened._part(rank).rows("x", 0, 1)) for rank in range(count)]
+        return found.state.step, found.place.kind, first
+    finally:
+        together.close()
+
+
+@pytest.mark.parametrize(("before", "after"), [(2, 1), (1, 2), (3, 2)])
+def test_copies_of_another_number_of_ranks_are_taken(pool: Pools, tmp_path: Path, before: int, after: int) -> None:
+    """A machine that holds all parts serves any number of ranks, as a disk does."""
+    pool(before).run(saved, tmp_path, [4], [6, 9])
+    assert pool(after).run(whole, tmp_path, before) == [(9, "copy in memory", [9.0] * before)] * after
+    flip(tmp_path / "memory" / f"rank-{before - 1:05d}" / "step-00000009" / f"rank-{before - 1:05d}.safetensors")
+    assert pool(after).run(whole, tmp_path, before) == [(6, "copy in memory", [6.0] * before)] * after
+    shutil.rmtree(tmp_path / "memory" / f"rank-{before - 1:05d}")
+    assert pool(after).run(whole, tmp_path, before) == [(4, "checkpoint", [4.0] * before)] * after
+
+
+def saved_by_deepspeed(output: Path) -> None:
+    together = Together()
+    for place, step in zip(places(output), (4, 6), strict=True):
+        write_checkpoint(place, replace(state(step), engine="deepspeed"), snapshot_of(tree(step)), together)
+    together.close()
+
+
+def test_copies_of_deepspeed_are_taken_by_as_many_ranks(pool: Pools, tmp_path: Path) -> None:
+    pool(2).run(saved_by_deepspeed, tmp_path)
+    assert pool(1).run(chosen, tmp_path) == [(4, "checkpoint", 0)]
+    assert pool(2).run(chosen, tmp_path) == [(6, "copy in memory", rank) for rank in range(2)]
 
 
 def test_a_damaged_copy_is_left_for_the_one_before(pool: Pools, tmp_path: Path) -> None:

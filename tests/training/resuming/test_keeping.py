@@ -5,6 +5,7 @@ import math
 import threading
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 from unittest import mock
 
 import pytest
@@ -192,3 +193,27 @@ def kept_best(output: Path) -> list[int]:
 
 def test_a_run_keeps_its_best_over_two_starts(pool: Pools, tmp_path: Path) -> None:
     assert pool(1).run(kept_best, tmp_path)[0] == [6, 4, 2]
+
+
+def validated(output: Path, stop_after: int | None) -> list[dict[str, float] | None]:
+    """What validation sets say by step, of a run that a signal stops after a step, and that is started again."""
+    held_out = output.parent / "held-out.txt"
+    held_out.write_text("a few words\n" * 20)
+    given = (*SHORT, f"run.output={output}", "run.save_every=0", "run.evaluate_every=2")
+    for last in dict.fromkeys((stop_after, None)):
+        trainer = Trainer(prepared(*given, f"data.validation={{v: {held_out}}}"))
+        step = trainer._train_step
+
+        def stops(batch: Any, last: int | None = last, step: Any = step, trainer: Trainer = trainer) -> Any:
+            return step(batch, trainer.step + 1 == last)
+
+        told = mock.patch.object(trainer, "_train_step", stops)
+        with told, Report(trainer.job, trainer.step, 1, True) as report:
+            trainer.run(report)
+    return [json.loads(line)["validation"] for line in (output / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_validation_that_a_signal_left_out_is_done_at_the_next_start(pool: Pools, tmp_path: Path) -> None:
+    (losses,) = pool(1).run(validated, tmp_path / "stopped", 4)
+    assert [step for step, one in enumerate(losses, 1) if one] == [2, 4, 6, 8, 9]
+    assert [losses] == pool(1).run(validated, tmp_path / "whole", None)

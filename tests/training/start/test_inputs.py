@@ -3,6 +3,7 @@
 import json
 import os
 import tempfile
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -11,9 +12,12 @@ from omegaconf import OmegaConf
 
 pytest.importorskip("transformers")
 
+from ringattn.training.checkpoint.marker import read_marker, write_marker
 from ringattn.training.data.meter import Meter
+from ringattn.training.packs.packers import make_packer
 from ringattn.training.start import job as job_module
 from ringattn.training.start.launched import Launch, pick_device
+from ringattn.training.start.output import write_config
 from tests.training.data.test_corpus import save_words
 from tests.training.model.test_saved_models import with_checkpoint
 from tests.training.recipe import prepared, save_model, started
@@ -196,12 +200,50 @@ def test_forced_on_to_another_order_the_stream_begins_an_epoch(tmp_path):
     assert prepared(f"run.output={tmp_path}", "run.resume=force").resume[1].position["index"] == 3
 
 
+def test_a_forced_start_that_saved_nothing_does_not_make_its_seed_the_checkpoints(tmp_path):
+    """Its configuration stands in the folder, beside a checkpoint whose place is one in the order before."""
+    with_checkpoint(tmp_path, seed=0)
+    forced = (f"run.output={tmp_path}", "run.seed=1", "run.resume=force")
+    job = prepared(*forced)
+    write_config(job.cfg, tmp_path, job.model_config)
+    assert prepared(*forced).resume[1].position == {"epoch": 1, "index": 0, "offset": 0}
+    assert prepared(*forced[:2]).resume[1].position == {"epoch": 1, "index": 0, "offset": 0}
+
+
 def test_forced_on_to_other_documents_a_curriculum_goes_on_at_its_step(tmp_path):
     own = (f"run.output={tmp_path / 'out'}", f"data.cache={tmp_path / 'cache'}", "data=text")
     own += ("data.curriculum=[[0, 8], [3, 16]]",)
     with_checkpoint(tmp_path / "out", *own, texts(tmp_path / "data", 30, 20, 10, 9), step=5)
     job = prepared(*own, texts(tmp_path / "data", 9), "run.resume=force")
     assert job.resume[1].position == {"epoch": 1, "index": 0, "offset": 0, "step": 5}
+
+
+def test_forced_on_to_a_curriculum_its_lengths_are_those_of_the_step(tmp_path):
+    """A run that had none is not at the curriculum's first step."""
+    with_checkpoint(tmp_path, "data.seq_len=16")
+    given = (f"run.output={tmp_path}", "data.seq_len=16", "data.curriculum=[[0, 8], [3, 16]]", "run.resume=force")
+    job = prepared(*given)
+    assert job.resume[1].position["step"] == 5
+    assert make_packer(job.cfg.data, job.corpus, 0, job.resume[1].position, lambda: None).seq_len == 16
+    assert prepared(*given, "run.seed=1").resume[1].position["step"] == 5
+
+
+def test_another_optimiser_is_refused_before_training_whatever_is_forced(tmp_path):
+    with_checkpoint(tmp_path)
+    with pytest.raises(ValueError, match=r'optim\.name was "adamw" and is now "muon": .* ringattn export .*OUT'):
+        prepared(f"run.output={tmp_path}", "optim=muon", "run.resume=force")
+
+
+def test_another_stage_of_deepspeed_is_refused_before_training_whatever_is_forced(tmp_path):
+    pytest.importorskip("deepspeed")
+    given = (f"run.output={tmp_path}", "engine=deepspeed")
+    with_checkpoint(tmp_path, *given)
+    folder = tmp_path / "checkpoints" / "step-00000005"
+    marker = read_marker(folder)
+    write_marker(folder, replace(marker, state=replace(marker.state, engine="deepspeed")))
+    assert prepared(*given, "engine.zero_stage=1", "run.resume=force").resume is not None
+    with pytest.raises(ValueError, match=r"engine\.zero_stage was 2 and is now 3: .* ringattn export .*OUT"):
+        prepared(*given, "engine.zero_stage=3", "run.resume=force")
 
 
 def test_documents_that_wait_are_refused_before_training(tmp_path):

@@ -212,12 +212,8 @@ class Trainer:
         docs = self._packer().step(self.cfg.data.packs_per_step)[0].docs
         return weighed_layout(docs, self.mesh, self.cfg.parallel.policy, self._layers)
 
-    def _train_step(self, batch: Batch[LocalPack], stop: bool = False) -> Brought:
-        """One optimiser step. The host waits for the device once, at its end, and again where something is wrong.
-
-        Arguments:
-            stop: after it, whether a signal asks for that meanwhile or not.
-        """
+    def _train_step(self, batch: Batch[LocalPack]) -> Brought:
+        """One optimiser step. The host waits for the device once, at its end, and again where something is wrong."""
         before = self.checks.before(self.step, self.schedule(self.step), batch)
         loss = torch.zeros((), device=self.job.device)
         with self.memory.step(self.step + 1) as told:
@@ -231,7 +227,7 @@ class Trainer:
             at("optimizer step")
             self.keeping.hold()
             norm = self.engine.step(self.schedule(self.step))
-            done = brought(loss, norm, stop or self.stop.requested, before.digest)
+            done = brought(loss, norm, self.stop.requested, before.digest)
         self.checks.after(before, done, batch)
         self.step += 1
         self.tokens += batch.tokens

@@ -14,6 +14,7 @@ from ringattn.hf.model import unwrapped
 from ringattn.hf.shape import weighed_layers
 from ringattn.memory.out_of_memory import CudaMemory, MemoryWatch
 from ringattn.parallel.layout import Layout
+from ringattn.parallel.machine.peak_flops import peak_flops
 from ringattn.recurrent.weighing import weighed_layout
 from ringattn.training.checkpoint import Place, TrainState
 from ringattn.training.checks.bad_numbers import check_weights, finite
@@ -28,7 +29,7 @@ from ringattn.training.garbage import Garbage
 from ringattn.training.health.rank import Health, StopRequest
 from ringattn.training.loss import Brought, brought, spoiling
 from ringattn.training.making import engine_of, mesh_of, quiet_libraries, seed_libraries
-from ringattn.training.model.flops import StepFlops, peak_flops
+from ringattn.training.model.flops import StepFlops
 from ringattn.training.model.lora import lora_of
 from ringattn.training.model.models import empty_model
 from ringattn.training.packs.ahead import BatchesAhead

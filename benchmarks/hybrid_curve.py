@@ -16,7 +16,8 @@ from pathlib import Path
 
 import torch
 
-from benchmarks.failures import ROOT, curve, variables
+from benchmarks.failures import curve, variables
+from tests.training.forked import ROOT
 from tests.training.test_runs import free_port
 
 HEADS = {

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from itertools import pairwise
 from typing import NamedTuple
 
-from ringattn.integers import IntegerLike, integers, one_row, rows_of, runs_of, shown
+from ringattn.integers import IntegerLike, integers, rows_of, runs_of, shown
 from ringattn.segments import Range
 
 
@@ -30,7 +30,10 @@ def lengths_of_cu_seqlens(cu_seqlens: IntegerLike) -> list[int]:
 
 
 def lengths_of_position_ids(position_ids: IntegerLike, first: int) -> list[int]:
-    positions = one_row(position_ids, "position_ids")
+    rows = rows_of(position_ids, "position_ids")
+    if len(rows) != 1:
+        raise ValueError(f"position_ids must describe one packed stream, shape (T,) or (1, T), got {len(rows)} rows")
+    positions = rows[0]
     if positions and positions[0] != first:
         raise ValueError(
             f"position_ids must start with first = {first}, got {shown(positions)}; give first={positions[0]} if "

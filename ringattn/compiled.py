@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ringattn.kernels.spec import accumulation_dtype
 from ringattn.numbered import by_number
-from ringattn.parallel.execution.accumulator import part
+from ringattn.parallel.execution.accumulator import view_rows
 from ringattn.parallel.execution.executor import backward_parts, forward_parts, joined_lse
 from ringattn.parallel.execution.job import Job, Saved
 from ringattn.parallel.layout import Layout
@@ -136,7 +136,7 @@ def _attend_backward(
     jobs, kept = _jobs(*inputs), []
     for job in jobs:
         if job.plan.exchange is None:
-            own = [part(x, job.rows).contiguous() for x in (q, k, v, out)]
+            own = [view_rows(x, job.rows).contiguous() for x in (q, k, v, out)]
             kept.append([Saved(own[0], own[1], own[2], own[3], lse[:, slice(*job.rows)])])
             continue
         found = _unpacked(job, saved, saved_lse, q.shape[2], v.shape[2])

@@ -201,14 +201,14 @@ def _colour_scale(figure: Any, axes: Any, colours: list[Colour], label: str) -> 
     figure.colorbar(scale, ax=axes, label=label, shrink=0.6, pad=0.02)
 
 
-def shown_ranks(done: Pass, most: int = LANES) -> list[int]:
+def shown_ranks(done: Pass) -> list[int]:
     """All ranks, or of many an even selection with the first and the last to be done among them."""
     ranks = range(done.ranks)
-    if done.ranks <= most:
+    if done.ranks <= LANES:
         return list(ranks)
     ends = done.ends
     chosen = {min(ranks, key=lambda rank: ends[rank]), max(ranks, key=lambda rank: ends[rank])}
-    even = [index * (done.ranks - 1) // (most - 3) for index in range(most - 2)]
+    even = [index * (done.ranks - 1) // (LANES - 3) for index in range(LANES - 2)]
     return sorted(chosen | set(even))
 
 

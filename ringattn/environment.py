@@ -103,8 +103,3 @@ def logger() -> logging.Logger:
         made.addHandler(handler)
         made.setLevel(level.upper())
     return made
-
-
-def markdown() -> str:
-    """The list of docs/environment.md."""
-    return "\n".join(f"- `{name}`: {variable.meaning}" for name, variable in VARIABLES.items())

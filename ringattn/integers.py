@@ -43,14 +43,6 @@ def rows_of(values: Any, name: str) -> list[list[int]]:
     return torch.atleast_2d(tensor.to(torch.int64)).tolist()
 
 
-def one_row(values: Any, name: str) -> list[int]:
-    """Those of a (T,) or (1, T) tensor or list."""
-    rows = rows_of(values, name)
-    if len(rows) != 1:
-        raise ValueError(f"{name} must describe one packed stream, shape (T,) or (1, T), got {len(rows)} rows")
-    return rows[0]
-
-
 def runs_of(row: Sequence[int]) -> list[tuple[int, int]]:
     """Ranges of equal neighbours."""
     bounds = [0] + [i for i in range(1, len(row)) if row[i] != row[i - 1]] + [len(row)]

@@ -95,7 +95,7 @@ def _settle(
                 options=Options(scale, spec.softcap, spec.deterministic),
                 dropout=(spec.dropout_p, 0) if spec.dropout_p else None,
                 backend=chosen,
-                adds=(plan.backward or plan).adds_grads and adds(chosen, spec),
+                adds=plan.for_pass(backward=True).adds_grads and adds(chosen, spec),
                 ring=ring,
                 ulysses=ulysses,
                 device=q.device,

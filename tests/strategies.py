@@ -38,10 +38,10 @@ masks = st.builds(
 
 
 @st.composite
-def segmented_documents(draw: st.DrawFn, longest: int = 12, most: int = 10) -> Documents:
+def segmented_documents(draw: st.DrawFn, longest: int = 12) -> Documents:
     """Trees of depth up to 5 in any order of their segments, plain documents, blocks in both, padding at the end."""
     lengths, parents, depths, root = [], [], [], 0
-    for number in range(draw(st.integers(0, most))):
+    for number in range(draw(st.integers(0, 10))):
         above = [earlier for earlier in range(root, number) if depths[earlier] < 5]
         parent = draw(st.sampled_from([-1, *above, *above]))
         root = number if parent < 0 else root

@@ -19,7 +19,8 @@ from benchmarks.training.case import Case, Place
 from benchmarks.training.kernel import Counts
 from benchmarks.training.planned import plan_of
 from benchmarks.training.rows import Ours, Plain, Row, Tools
-from ringattn.training.model.flops import StepFlops, peak_flops
+from ringattn.parallel.machine.peak_flops import peak_flops
+from ringattn.training.model.flops import StepFlops
 from ringattn.training.model.models import empty_model
 
 ROWS: dict[str, Callable[[Case, Place, Tools], Row]] = {

@@ -7,7 +7,7 @@ from typing import Any
 from ringattn.commands._call import TOKENS, head_dim, heads, window
 from ringattn.commands._call import tokens as token_count
 from ringattn.commands._files import file, reason
-from ringattn.parallel.layout import POLICIES
+from ringattn.parallel.placement.placement import POLICIES
 
 DOCUMENTS = 1 << 18  # planned within a minute
 COPY, GRAPH = "+copy", "+graph"  # after the name of a machine, in this order

@@ -23,8 +23,6 @@ from ringattn.memory.tiled_logprobs import tiled_logprobs
 from ringattn.memory.tiled_loss import TILE, tiled_loss
 from ringattn.trees import Targets
 
-__all__ = ["LossAsLogits", "NotedLogits", "Step", "TiledHead", "steps_after_head"]
-
 
 class TiledHead:
     """The head of a model, which from now on makes the loss of announced targets in tiles; `undo` gives it back.

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from ringattn.documents import Documents
-from ringattn.hf.head import LossAsLogits
+from ringattn.hf.disguised import LossAsLogits
 from ringattn.parallel.mesh.mesh import SequenceMesh
 
 IGNORE_INDEX = -100

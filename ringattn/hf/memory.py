@@ -6,8 +6,9 @@ from typing import Any
 import torch
 from torch import nn
 
+from ringattn.hf.disguised import LossAsLogits
 from ringattn.hf.empty import Placeholder, layout_of
-from ringattn.hf.head import LossAsLogits, TiledHead
+from ringattn.hf.head import TiledHead
 from ringattn.hf.layers import decoder_layers, tileable_mlps
 from ringattn.hf.loss import GlobalLoss
 from ringattn.kept import keep, kept_already

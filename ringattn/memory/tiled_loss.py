@@ -17,15 +17,13 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from ringattn.kernels.call import to_device
-from ringattn.memory.head_tiles import Gradients, Head, Transform, wide_product
+from ringattn.memory.head_tiles import Gradients, Head, Transform
 from ringattn.memory.picks import IGNORE_INDEX, Picks, Triples, one_each
 from ringattn.trees.targets import Targets
 
 # Tokens: 1 GiB of logits at 128,256 words. On an H200 it takes 3.7 % longer than all logits at once with Llama-8B's
 # head, 4096 tokens 0.9 % and 1024 tokens 12 %, as each tile reads and writes the whole gradient of the head.
 TILE = 2048
-
-__all__ = ["IGNORE_INDEX", "TILE", "check_head", "tiled_loss", "under_autocast", "wide_product"]
 
 
 def tiled_loss(

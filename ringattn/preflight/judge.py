@@ -207,7 +207,7 @@ def _names(reports: dict[int, Any]) -> list[str]:
     return [rank["device"] or "unknown" for report in reports.values() for rank in report["ranks"]]
 
 
-def _few(values: dict[int, Any], most: int = 4) -> Sequence[tuple[int, Any]]:
-    """One node for each value."""
+def _few(values: dict[int, Any]) -> Sequence[tuple[int, Any]]:
+    """One node for each value, and four at most."""
     first = {value: node for node, value in reversed(values.items())}
-    return sorted((node, value) for value, node in first.items())[:most]
+    return sorted((node, value) for value, node in first.items())[:4]

@@ -14,6 +14,7 @@ from ringattn.hf.model import unwrapped
 from ringattn.hf.shape import weighed_layers
 from ringattn.memory.out_of_memory import CudaMemory, MemoryWatch
 from ringattn.parallel.layout import Layout
+from ringattn.parallel.machine.peak_flops import peak_flops
 from ringattn.recurrent.weighing import weighed_layout
 from ringattn.training.checkpoint import Place, TrainState
 from ringattn.training.checks.bad_numbers import check_weights, finite
@@ -28,7 +29,7 @@ from ringattn.training.garbage import Garbage
 from ringattn.training.health.rank import Health, StopRequest
 from ringattn.training.loss import Brought, brought, spoiling
 from ringattn.training.making import engine_of, mesh_of, quiet_libraries, seed_libraries
-from ringattn.training.model.flops import StepFlops, peak_flops
+from ringattn.training.model.flops import StepFlops
 from ringattn.training.model.lora import lora_of
 from ringattn.training.model.models import empty_model
 from ringattn.training.packs.ahead import BatchesAhead
@@ -222,12 +223,8 @@ class Trainer:
         docs = self._packer().step(self.cfg.data.packs_per_step)[0].docs
         return weighed_layout(docs, self.mesh, self.cfg.parallel.policy, self._layers)
 
-    def _train_step(self, batch: Batch[LocalPack], stop: bool = False) -> Brought:
-        """One optimiser step. The host waits for the device once, at its end, and again where something is wrong.
-
-        Arguments:
-            stop: after it, whether a signal asks for that meanwhile or not.
-        """
+    def _train_step(self, batch: Batch[LocalPack]) -> Brought:
+        """One optimiser step. The host waits for the device once, at its end, and again where something is wrong."""
         before = self.checks.before(self.step, self.schedule(self.step), batch)
         loss = torch.zeros((), device=self.job.device)
         with self.memory.step(self.step + 1) as told:
@@ -241,7 +238,7 @@ class Trainer:
             at("optimizer step")
             self.keeping.hold()
             norm = self.engine.step(self.schedule(self.step))
-            done = brought(loss, norm, stop or self.stop.requested, before.digest)
+            done = brought(loss, norm, self.stop.requested, before.digest)
         self.checks.after(before, done, batch)
         self.step += 1
         self.tokens += batch.tokens

@@ -12,7 +12,6 @@ SUSPICIOUS = (
 _DRAWN = "drawn for each token, apart on every rank"
 _ATTENTION = "in training refused by the attention layer that asks for it"
 _CLASSIFIER = "of heads that pool over a sequence, which are refused"
-_WHOLE = "of model types that are refused as a whole"
 _NO_HEADS = "transformers builds no heads that predict later tokens"
 TOKEN_KEYS = {
     "dropout": _DRAWN,

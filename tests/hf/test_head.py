@@ -10,7 +10,8 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from ringattn.hf.head import LossAsLogits, Step, TiledHead
+from ringattn.hf.disguised import LossAsLogits, Step
+from ringattn.hf.head import TiledHead
 from tests.pool import Pools
 
 SMALL = {

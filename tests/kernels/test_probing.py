@@ -28,10 +28,10 @@ def site(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fresh_caches: None) ->
     return tmp_path
 
 
-def install(site: Path, distribution: str, version: str = "2.8.3") -> None:
-    folder = site / f"{distribution.replace('-', '_')}-{version}.dist-info"
+def install(site: Path, distribution: str) -> None:
+    folder = site / f"{distribution.replace('-', '_')}-2.8.3.dist-info"
     folder.mkdir()
-    (folder / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {distribution}\nVersion: {version}\n")
+    (folder / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {distribution}\nVersion: 2.8.3\n")
 
 
 def importable(monkeypatch: pytest.MonkeyPatch, name: str, **content: Any) -> None:

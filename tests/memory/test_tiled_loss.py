@@ -8,7 +8,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from ringattn.memory.tiled_loss import IGNORE_INDEX, tiled_loss
+from ringattn.memory.picks import IGNORE_INDEX
+from ringattn.memory.tiled_loss import tiled_loss
 
 HIDDEN, WORDS = 12, 29
 

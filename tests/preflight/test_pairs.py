@@ -2,7 +2,8 @@
 
 import pytest
 
-from ringattn.preflight.pairs import Place, opponents
+from ringattn.parallel.mesh.tournament import opponents
+from ringattn.preflight.pairs import Place
 
 
 @pytest.mark.parametrize("counts", [(1,), (2,), (5,), (1, 1), (2, 2), (2, 2, 2), (4, 4, 4, 4, 4), (2, 3, 1)], ids=str)

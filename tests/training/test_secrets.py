@@ -7,7 +7,7 @@ pytest.importorskip("transformers")
 from ringattn.training.checkpoint import TrainState
 from ringattn.training.health.incidents import record_incident
 from ringattn.training.model.models import empty_model
-from ringattn.training.packs.packing import Position
+from ringattn.training.packs.ordering import Position
 from ringattn.training.resuming.resume import check_resume
 from ringattn.training.secrets import HIDDEN, is_secret, redacted
 from ringattn.training.start.output import check_output, read_config, write_config

@@ -9,8 +9,6 @@ pytest.importorskip("trl")
 
 from tests.training.sft_curve import STEPS, TEMPLATES, apart, batches_of, by_recipe, by_trl, write_chats
 
-SELDOM = {"qwen3": "slow"}
-
 
 @pytest.mark.slow
 @pytest.mark.parametrize(

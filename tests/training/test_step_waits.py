@@ -66,7 +66,7 @@ def trained(output: Path, *overrides: str) -> Callable[[Callable[[Trainer, Any],
     def with_second_step(function: Callable[[Trainer, Any], Any]) -> Any:
         trainer = Trainer(prepared(f"run.output={output}", "run.steps=4", "data.seq_len=128", *overrides))
         with trainer._batches() as stream:
-            trainer._train_step(next(stream), False)
+            trainer._train_step(next(stream))
             return function(trainer, next(stream))
 
     return with_second_step
@@ -75,7 +75,7 @@ def trained(output: Path, *overrides: str) -> Callable[[Callable[[Trainer, Any],
 def reads_of_a_step(output: Path) -> tuple[list[str], list[str]]:
     def watched(trainer: Trainer, batch: Any) -> tuple[list[str], list[str]]:
         with Sizes() as sizes, Reads() as reads:
-            trainer._train_step(batch, False)
+            trainer._train_step(batch)
         return reads.places, sizes.places
 
     return trained(output, "data.packs_per_step=2", "parallel.backend=cpu")(watched)
@@ -106,7 +106,7 @@ def step_without_plans(output: Path) -> list[int]:
         plans: Any = Untouched()
         hidden = replace(batch, plans=plans)
         trainer.health.computes(hidden.counts.digest)
-        done = trainer._train_step(hidden, False)
+        done = trainer._train_step(hidden)
         told = trainer._metrics(hidden, done, StepSeconds(1.0, 0.0, False), None)
         return [told.targets, told.tokens, int(told.tokens_per_second or 0)]
 
@@ -127,7 +127,7 @@ def waits_of_a_step(output: Path) -> list[str]:
             warnings.simplefilter("always")
             torch.cuda.set_sync_debug_mode("warn")
             try:
-                trainer._train_step(batch, False)
+                trainer._train_step(batch)
             finally:
                 torch.cuda.set_sync_debug_mode("default")
         return [f"{one.filename}:{one.lineno}" for one in caught if "synchronizing CUDA operation" in str(one.message)]
@@ -153,7 +153,7 @@ def batches_on_a_gpu(output: Path, place: str) -> None:
                 assert torch.equal(getattr(local, name).cpu(), getattr(right, name))
 
     def later(trainer: Trainer, batch: Any) -> None:
-        trainer._train_step(batch, False)
+        trainer._train_step(batch)
 
     trained(output / "same", f"data.ahead={place}", "data.packs_per_step=2")(watched)
     trained(output / "later", f"data.ahead={place}", "data.packs_per_step=2")(later)

@@ -1,11 +1,8 @@
 """`transformers.TrainingArguments` on a sequence mesh."""
 
 from ringattn.hf.options.option import Option, Refusal
+from ringattn.hf.options.trainer import DATA, FIGURES, MODEL, RUNS
 
-DATA = "test_trainer_data.py"
-FIGURES = "test_trainer_figures.py"
-RUNS = "test_trainer_runs.py"
-MODEL = "test_trainer_model.py"
 IMAGES = "test_trainer_images.py"
 
 # Options that are the same on any mesh, by the reason why.

@@ -27,8 +27,8 @@ from ringattn.hf.trainer.lockstep import Lockstep
 from ringattn.hf.trainer.refusals import check_class, check_counts, check_place, check_unused
 from ringattn.hf.trainer.tokens import count_tokens
 from ringattn.memory.settings import MemorySettings
-from ringattn.parallel.layout import POLICIES
 from ringattn.parallel.mesh.mesh import SequenceMesh
+from ringattn.parallel.placement.placement import POLICIES
 
 if TYPE_CHECKING:
     _Base = Trainer

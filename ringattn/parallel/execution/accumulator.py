@@ -9,7 +9,7 @@ from ringattn.kernels.spec import Range, Sum, accumulation_dtype
 from ringattn.parallel.geometry.ranges import overlap
 
 
-def part(x: Tensor, rows: Range) -> Tensor:
+def view_rows(x: Tensor, rows: Range) -> Tensor:
     """A range of the rows of x: x itself where it is all, since a view costs the host as much as a launch."""
     return x if rows == (0, x.shape[0]) else x[rows[0] : rows[1]]
 
@@ -50,7 +50,7 @@ class Accumulator:
     def wide_rows(self, start: int, stop: int) -> Tensor:
         """The sums of rows `[start, stop)`, all of them shared."""
         assert self.wide is not None
-        return part(self.wide, (start - self.shared[0], stop - self.shared[0]))
+        return view_rows(self.wide, (start - self.shared[0], stop - self.shared[0]))
 
     def sum(self, span: Range) -> Sum | None:
         """Where a kernel that adds leaves its part of the rows `span`, or None if none of them is shared."""

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ringattn.kernels.merge import sinks_grad
-from ringattn.parallel.execution.accumulator import Accumulator, part
+from ringattn.parallel.execution.accumulator import Accumulator, view_rows
 from ringattn.parallel.execution.head_exchange import Columns, HeadExchange, Returning
 from ringattn.parallel.execution.job import Job, Saved, Steps
 from ringattn.parallel.execution.stages import backward_stages
@@ -30,7 +30,7 @@ class LocalGrads:
 
     def rows_of(self, job: Job) -> list[Tensor]:
         """Those of the tokens of one part."""
-        return [part(x, job.rows) for x in self.tensors]
+        return [view_rows(x, job.rows) for x in self.tensors]
 
 
 def backward_pass(

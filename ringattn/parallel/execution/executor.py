@@ -14,7 +14,7 @@ from torch.autograd.function import once_differentiable
 
 from ringattn.kernels.merge import apply_sinks_
 from ringattn.kernels.spec import Range
-from ringattn.parallel.execution.accumulator import part
+from ringattn.parallel.execution.accumulator import view_rows
 from ringattn.parallel.execution.backward_pass import LocalGrads, backward_pass
 from ringattn.parallel.execution.head_exchange import Columns, HeadExchange
 from ringattn.parallel.execution.job import Job, Saved, Steps, T
@@ -118,7 +118,7 @@ def forward_parts(
     with without_autocast(q):
         passes = []
         for job in jobs:
-            own_q, own_k, own_v, own_out = (part(x, job.rows) for x in (q, k, v, out))
+            own_q, own_k, own_v, own_out = (view_rows(x, job.rows) for x in (q, k, v, out))
             kept = keep and job.plan.keep_keys
             passes.append(forward_pass(job, own_q, own_k, own_v, sinks, own_out, kept, attended))
         done = take_turns(passes)
@@ -141,7 +141,7 @@ def backward_parts(
     grads = LocalGrads(dout, shapes)
     with without_autocast(dout):
         passes = [
-            backward_pass(job, part(dout, job.rows), own, sinks, keys, grads)
+            backward_pass(job, view_rows(dout, job.rows), own, sinks, keys, grads)
             for job, own, keys in zip(jobs, saved, kept, strict=True)
         ]
         dsinks = [one for one in take_turns(passes) if one is not None]

@@ -14,7 +14,7 @@ from torch import Tensor
 from ringattn.kept import kept
 from ringattn.kernels.merge import merge_
 from ringattn.kernels.spec import Call, Dropout, Grads, Options, Range, SavedCall, accumulation_dtype, to_device
-from ringattn.parallel.execution.accumulator import Accumulator, part
+from ringattn.parallel.execution.accumulator import Accumulator, view_rows
 from ringattn.parallel.execution.job import Job, Saved, Steps
 from ringattn.parallel.execution.key_transfers import KeyCast, KeyReduce
 from ringattn.parallel.plan.plan import AttentionPlan, Stage
@@ -29,26 +29,26 @@ def forward_stages(
     """
     local, *later = job.plan.stages
     lses: list[Tensor] = []
-    kept: list[Tensor] = []
+    kept_keys: list[Tensor] = []
     arriving = _Arriving(job, k, v)
     for chunk in job.chunks:
         own_q = chunk.of_chunk(q)
-        results = _Results(job.plan, own_q, chunk.of_chunk(out))
+        results = _OutAndLse(job.plan, own_q, chunk.of_chunk(out))
         _run_calls(chunk, local, own_q, chunk.of_chunk(k), chunk.of_chunk(v), results)
         for stage in later:
             yield
             keys, values = arriving.wait()
             _run_calls(chunk, stage, own_q, keys, values, results)
             if keep:
-                kept += [keys, values]
+                kept_keys += [keys, values]
             del keys, values
         results.out.finish()
         lses.append(results.finished_lse())
         del results  # and its sums
-    return lses[0] if len(lses) == 1 else torch.cat(lses), kept
+    return lses[0] if len(lses) == 1 else torch.cat(lses), kept_keys
 
 
-class _Results:
+class _OutAndLse:
     """Out and lse of all rows while calls bring their rows."""
 
     def __init__(self, plan: AttentionPlan, q: Tensor, out: Tensor) -> None:
@@ -109,21 +109,21 @@ def _posted_casts(job: Job, k: Tensor, v: Tensor) -> Iterator[KeyCast]:
             yield KeyCast.post(stage, job.ring, own_k, own_v)
 
 
-def _run_calls(job: Job, stage: Stage, q: Tensor, k: Tensor, v: Tensor, results: _Results) -> None:
+def _run_calls(job: Job, stage: Stage, q: Tensor, k: Tensor, v: Tensor, results: _OutAndLse) -> None:
     """Run a stage's calls. Every call writes its rows of `out` in place."""
     if not q.shape[1]:  # this rank has no head
         return
     for call in stage.calls:
-        tensors = part(q, call.q), part(k, call.k), part(v, call.k)
-        lse = job.backend.forward(*tensors, call, _options(job, stage, call), part(results.out.rows, call.q))
+        tensors = view_rows(q, call.q), view_rows(k, call.k), view_rows(v, call.k)
+        lse = job.backend.forward(*tensors, call, _options(job, stage, call), view_rows(results.out.rows, call.q))
         results.collect(call.q, lse)
 
 
 def backward_stages(
-    job: Job, dout: Tensor, saved: Saved, kept: list[Tensor], rows: list[Tensor]
+    job: Job, dout: Tensor, saved: Saved, kept_keys: list[Tensor], rows: list[Tensor]
 ) -> Steps[list[Accumulator]]:
     """Gradients of q, k, v of this rank's rows, into `rows`; those of several chunks are finished."""
-    arriving = _Kept(kept) if kept else _Arriving(job, saved.k, saved.v)
+    arriving = _Kept(kept_keys) if kept_keys else _Arriving(job, saved.k, saved.v)
     if len(job.chunks) == 1:
         return (yield from _backward_chunk(job, dout, saved, arriving, rows))
     for chunk in job.chunks:
@@ -193,16 +193,16 @@ def _run_backward_calls(
     for call in stage.calls:
         lse_rows = lse if call.q == (0, lse.shape[1]) else lse[:, slice(*call.q)]
         saved = SavedCall(
-            part(q, call.q), part(k, call.k), part(v, call.k), part(out, call.q), lse_rows, call,
+            view_rows(q, call.q), view_rows(k, call.k), view_rows(v, call.k), view_rows(out, call.q), lse_rows, call,
             _options(job, stage, call),
         )  # fmt: skip
-        dout_rows = part(dout, call.q)
+        dout_rows = view_rows(dout, call.q)
         if job.adds:
             sums = dq.sum(call.q), dk.sum(call.k), dv.sum(call.k)
-            target = Grads(part(dq.rows, call.q), part(dk.rows, call.k), part(dv.rows, call.k), sums)
+            target = Grads(view_rows(dq.rows, call.q), view_rows(dk.rows, call.k), view_rows(dv.rows, call.k), sums)
             job.backend.backward(dout_rows, saved, target)
             continue
-        target = Grads(part(dq.rows, call.q), _key_rows(dk, call), _key_rows(dv, call))
+        target = Grads(view_rows(dq.rows, call.q), _key_rows(dk, call), _key_rows(dv, call))
         job.backend.backward(dout_rows, saved, target)
         dq.collect(call.q)
         for grad, written in ((dk, target.dk), (dv, target.dv)):
@@ -233,7 +233,7 @@ def _row_indices(of: AttentionPlan | Stage, device: torch.device) -> Tensor:
 
 def _key_rows(grad: Accumulator, call: Call) -> Tensor:
     """Where a kernel writes the gradient of a call's keys: in place, unless it would also write rows between them."""
-    rows = part(grad.rows, call.k)
+    rows = view_rows(grad.rows, call.k)
     return rows if call.dense_keys else torch.empty_like(rows)
 
 

@@ -27,7 +27,7 @@ def buffer_bytes(plan: AttentionPlan, shape: Shape) -> int:
     Arguments:
         shape: the model's, before any exchange.
     """
-    own, last = plan.own(shape), plan.backward or plan
+    own, last = plan.own(shape), plan.for_pass(backward=True)
     forward = StageRows.of(plan).forward_bytes(own, plan.keep_keys)
     backward = StageRows.of(last).backward_bytes(own, plan.keep_keys, plan.wide_reduce)
     exchanged = 0
@@ -43,7 +43,7 @@ def largest_messages(plan: AttentionPlan, shape: Shape) -> dict[str, int]:
     """Bytes of the largest message that any rank sends its peers on each axis, all peers together, in either pass."""
     own = plan.own(shape)
     keys = StageRows.of(plan).message_bytes(own, False, plan.keep_keys, plan.wide_reduce)
-    grads = StageRows.of(plan.backward or plan).message_bytes(own, True, plan.keep_keys, plan.wide_reduce)
+    grads = StageRows.of(plan.for_pass(backward=True)).message_bytes(own, True, plan.keep_keys, plan.wide_reduce)
     heads = 0
     if plan.exchange is not None:
         heads = exchange_message_bytes(plan.exchange, shape, plan.exchange.position_rows, plan.wide_reduce)

@@ -32,7 +32,7 @@ def rank_cost(machine: Machine, plan: AttentionPlan, shape: Shape) -> PlanCost:
 
 
 def _pass_cost(machine: Machine, plan: AttentionPlan, shape: Shape, backward: bool) -> DirectionCost:
-    walked = plan.backward if backward and plan.backward is not None else plan
+    walked = plan.for_pass(backward)
     work = StageWork.of(walked, machine, walked.own(shape), backward)
     exchanged = exchange_times(machine, plan.exchange, plan.ring_rank, shape, backward, plan.wide_reduce)
     return pass_times(machine, work, exchanged, plan.head_chunks, walked.keep_keys, walked.wide_reduce).slowest

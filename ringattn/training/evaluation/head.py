@@ -14,9 +14,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ringattn.hf.head import Step, steps_after_head
+from ringattn.hf.disguised import Step
+from ringattn.hf.head import steps_after_head
 from ringattn.hf.model import unwrapped
-from ringattn.memory.tiled_loss import wide_product
+from ringattn.memory.head_tiles import wide_product
 
 Look = Callable[[Tensor, Callable[[Tensor], Tensor]], None]
 """Called with hidden states (t, E) and a function from some of them, (n, E), to float32 logits (n, V)."""

@@ -11,6 +11,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from ringattn.training.health.places import read_json
 from ringattn.training.secrets import redacted
 
 INCIDENTS, EXIT = "incidents", "exit.json"
@@ -59,7 +60,7 @@ def read_incidents(output: Path) -> list[dict[str, Any]]:
     """All incidents of a run, oldest first; files that cannot be read are passed over."""
     records = []
     for path in sorted((output / INCIDENTS).glob("*.json")):
-        record = _read(path)
+        record = read_json(path)
         if record is not None:
             records.append(record)
     return records
@@ -73,19 +74,11 @@ def write_ending(output: Path, ending: Ending) -> bool:
 
 def read_ending(output: Path) -> Ending | None:
     """How the newest run in a folder ended; None if that is not known."""
-    record = _read(output / EXIT)
+    record = read_json(output / EXIT)
     try:
         return None if record is None else Ending(**record)
     except TypeError:
         return None
-
-
-def _read(path: Path) -> dict[str, Any] | None:
-    try:
-        record = json.loads(path.read_text())
-    except (OSError, ValueError):
-        return None
-    return record if isinstance(record, dict) else None
 
 
 def _written(path: Path, record: dict[str, Any]) -> bool:

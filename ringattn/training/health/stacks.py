@@ -54,14 +54,14 @@ def read_stacks(text: str) -> Stack:
     return Stack(False, "", _own_place(main), crashed[1] if crashed else "")
 
 
-def from_outside(pid: int, seconds: float = 10) -> str:
+def from_outside(pid: int) -> str:
     """The stacks of a process that cannot write them itself, by py-spy where it is installed; else ""."""
     program = shutil.which("py-spy")
     if program is None:
         return ""
     try:
         done = subprocess.run(
-            [program, "dump", "--pid", str(pid), "--nonblocking"], capture_output=True, text=True, timeout=seconds
+            [program, "dump", "--pid", str(pid), "--nonblocking"], capture_output=True, text=True, timeout=10
         )
     except (OSError, subprocess.TimeoutExpired):
         return ""

@@ -15,9 +15,6 @@ from torch import nn
 from ringattn.hf.heads import heads_by_layer
 from ringattn.hf.shape import masks_by_layer
 from ringattn.mask import Band, Mask
-from ringattn.parallel.machine.peak_flops import peak_flops
-
-__all__ = ["StepFlops", "peak_flops"]
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ringattn.training.data.corpus import Corpus
-from ringattn.training.data.mixture import CachedCorpus, MixedCorpus
+from ringattn.training.data.mixture import MixedCorpus
 from ringattn.training.data.streaming import StreamedCorpus, StreamedSource
 
 AnyCorpus = Corpus | MixedCorpus | StreamedCorpus
@@ -258,6 +258,3 @@ def order_of(corpus: AnyCorpus, seed: int, place: Place | None) -> Order:
             orders.append(corpus.cursor(number, seed, states[number]))
     total = corpus.total if isinstance(corpus, MixedCorpus) else None
     return Mixed(orders, [part.weight for part in corpus.parts], total, drawn)
-
-
-__all__ = ["AnyCorpus", "CachedCorpus", "MixedPosition", "Next", "Order", "Place", "Position", "order_of", "place_of"]

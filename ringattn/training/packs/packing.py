@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from ringattn.documents import Documents
-from ringattn.training.packs.ordering import AnyCorpus, Next, Place, Position, order_of
+from ringattn.training.packs.ordering import AnyCorpus, Next, Place, order_of
 
 NO_TARGET = -100
 
@@ -192,6 +192,3 @@ def used_up() -> ValueError:
     return ValueError(
         "data.sources: all sources are used up; raise or leave out `epochs` of one, or use fewer run.steps"
     )
-
-
-__all__ = ["NO_TARGET", "Pack", "PackPlan", "Packer", "Position", "Segment", "counted", "read_pack", "used_up"]

@@ -19,7 +19,7 @@ from ringattn.parallel.schedules import demand
 from tests.kernels.backends import fakes
 from tests.kernels.backends.test_conformance import SLACK, TOLERANCE, both_ways
 from tests.kernels.backends.test_packages import Operators, check, fake_fa2, fake_torch_flash, record
-from tests.parallel.planning.test_planner import plans_of
+from tests.parallel.planning.brute_force import plans_of
 
 __all__ = ["fake_fa2", "fake_torch_flash", "record"]  # fixtures
 pytestmark = pytest.mark.usefixtures("fresh_caches")

@@ -10,13 +10,11 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from ringattn.kernels.spec import CallSpec
 from ringattn.kernels.tuning.store import SCHEMA, Store
 from ringattn.kernels.tuning.tuner import Choice, Key, Problem, Tuner, bucket, digest, timed_ms
 from tests.pool import Pools
 
 FAST, SLOW, WRONG = {"tile": 1}, {"tile": 2}, {"tile": 3}
-SPEC = CallSpec("cpu", torch.float32, 16, 16, 4, 2)
 
 
 def check(choice: Choice) -> str | None:

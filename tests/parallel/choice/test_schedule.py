@@ -105,7 +105,7 @@ def test_the_choice_has_the_least_predicted_time(lengths: list[int]) -> None:
     plan = plan_attention(layout, SHAPE)
     prices = [pricer(layout, Mask()).price(option) for option in candidates(8, "auto", None)]
     planned = {option: option.plan(pricer(layout, Mask()).demand, 5) for option in candidates(8, "auto", None)}
-    for number, chosen in enumerate((plan, plan.backward or plan)):
+    for number, chosen in enumerate(plan.passes):
         fitting = [price[number] for price in prices]
         best = min(price.seconds for price in fitting)
         taken = next(price for price in fitting if planned[price.schedule].stages == chosen.stages)
@@ -153,7 +153,7 @@ def test_a_limit_makes_more_stages_and_too_small_a_one_is_refused() -> None:
 def test_without_a_limit_buffers_stay_in_proportion() -> None:
     layout = Layout(Documents([64 * 2048]), MeshShape(1, 64), "balanced")
     plan = plan_attention(layout, SHAPE)
-    for walked in (plan, plan.backward or plan):
+    for walked in plan.passes:
         rows = [stage.rows for stage in walked.stages[1:]]
         assert max(a + b for a, b in zip(rows, [*rows[1:], 0], strict=True)) <= PAIR_SHARE * layout.tokens()
 

@@ -14,9 +14,9 @@ from tests.small_tensors import DOCS, tensors
 MESHES = {1: (1, 1, "auto"), 2: (1, 2, "ulysses"), 4: (2, 2, "hybrid")}
 
 
-def assert_exact(got: dict[str, Tensor], case: Case, tolerance: float = 1e-12) -> None:
+def assert_exact(got: dict[str, Tensor], case: Case) -> None:
     for name, reference in dense_attention(case).items():
-        torch.testing.assert_close(got[name].double(), reference, rtol=tolerance, atol=tolerance)
+        torch.testing.assert_close(got[name].double(), reference, rtol=1e-12, atol=1e-12)
 
 
 @pytest.mark.parametrize(("ring", "ulysses", "scheme"), [(4, 1, "gather"), (4, 1, "ring"), (2, 2, "hybrid")])

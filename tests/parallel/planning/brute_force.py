@@ -25,7 +25,7 @@ def plans_of(
         layout = Layout(docs, MeshShape(1, ring, 1, rank), policy, mask)
         options = AttentionOptions(mask, scheme=scheme, stages=stages)
         plan = plan_attention(layout, SHAPE, options, SLOW if scheme == "auto" else None)
-        out.append((layout, plan.backward or plan if backward else plan))
+        out.append((layout, plan.for_pass(backward)))
     return out
 
 

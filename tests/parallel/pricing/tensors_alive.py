@@ -117,8 +117,8 @@ def most_alive(plan: AttentionPlan, shape: Shape) -> tuple[int, int]:
     with (
         mock.patch.object(rows, "take_rows", forgets),
         mock.patch.object(rows, "add_rows", forgets),
-        mock.patch.object(stages._Results, "collect", forgets),
-        mock.patch.object(stages._Results, "finished_lse", no_lse),
+        mock.patch.object(stages._OutAndLse, "collect", forgets),
+        mock.patch.object(stages._OutAndLse, "finished_lse", no_lse),
     ):
         with one.alive() as forward:
             walk = stages.forward_stages(one.job, one.q, one.k, one.v, one.out, plan.keep_keys)

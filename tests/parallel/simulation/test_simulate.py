@@ -180,7 +180,7 @@ def test_what_no_schedule_can_beat(lengths, mesh, scheme, mask, backward, gpus_p
             times = sorted((s.begin, s.end) for s in done.spans if s.rank == rank and s.kind in kinds)
             assert all(one[1] <= other[0] + 1e-9 for one, other in pairwise(times))
         assert done.ends[rank] >= done.busy("compute")[rank] - 1e-9
-    walked = [plan.backward if backward and plan.backward else plan for plan in plans]
+    walked = [plan.for_pass(backward) for plan in plans]
     for port in port_seconds(machine, walked, backward).values():
         assert done.seconds >= port - 1e-6
     if gpus_per_node == 1 or len(plans) <= gpus_per_node:  # else a message may leave through another GPU's port

@@ -187,9 +187,9 @@ def test_a_capture_without_its_barrier_is_noticed(size: int) -> None:
         run([odd, Captured(odd), Replay(0), Replay(0), odd], everyone)
 
 
-def route_of(sent: int, ranks: int = 2) -> Route:
-    """Of a rank that sends so many numbers to each, while others may send more."""
-    return Route((sent,) * ranks, (sent,) * ranks, (0,) * ranks, 16 * ranks)
+def route_of(sent: int) -> Route:
+    """Of one of two ranks that sends so many numbers to each, while others may send more."""
+    return Route((sent,) * 2, (sent,) * 2, (0, 0), 32)
 
 
 @pytest.mark.parametrize("sent", [0, 16])

@@ -71,15 +71,15 @@ def left_out(output: Path, *overrides: str) -> tuple[bool, bool, list[bool], str
         lambda module, given, result: result * float("nan") if spoil else result
     )
     with trainer._batches() as stream:
-        trainer._train_step(next(stream), False)
+        trainer._train_step(next(stream))
         before, random = state_of(trainer), torch.get_rng_state()
         spoil.append(True)
-        done = trainer._train_step(next(stream), False)
+        done = trainer._train_step(next(stream))
         same = all(map(torch.equal, state_of(trainer), before))
         after = torch.get_rng_state()
         spoil.clear()
         torch.set_rng_state(random)
-        good = trainer._train_step(next(stream), False)
+        good = trainer._train_step(next(stream))
         moved = not torch.equal(state_of(trainer)[0], before[0])
         assert math.isfinite(good.loss)
         assert trainer.step == 3
@@ -124,7 +124,7 @@ def infinite_loss(output: Path) -> bool:
     trainer._forward = lambda *given: right(*given) + float("inf")  # type: ignore[method-assign]
     with trainer._batches() as stream:
         before = state_of(trainer)
-        trainer._train_step(next(stream), False)
+        trainer._train_step(next(stream))
         return all(map(torch.equal, state_of(trainer), before))
 
 
@@ -139,7 +139,7 @@ def weights(output: Path) -> bool:
     trainer = Trainer(prepared(f"run.output={output}", *SMALL))
     next(iter(trainer.engine.model.parameters()))._local_tensor[ord("e"), 0] = float("nan")
     with trainer._batches() as stream:
-        trainer._train_step(next(stream), False)
+        trainer._train_step(next(stream))
     with pytest.raises(BadNumbers, match="weights are not finite after step 1"):
         trainer.save()
     return (output / "checkpoints").exists()

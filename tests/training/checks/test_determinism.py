@@ -121,6 +121,6 @@ def five_steps(output: Path) -> list[tuple[float, float]]:
             prepared(f"run.output={output}", "run.deterministic=true", "data.seq_len=4096", "run.steps=5")
         )
         with trainer._batches() as stream:
-            return [trainer._train_step(next(stream), False)[:2] for _ in range(5)]
+            return [trainer._train_step(next(stream))[:2] for _ in range(5)]
     finally:
         torch.use_deterministic_algorithms(False)

@@ -43,7 +43,7 @@ def losses(output, *overrides: str) -> list[tuple[float, float]]:
 
     trainer = Trainer(prepared(f"run.output={output}", *SMALL, *overrides, ranks=2))
     with trainer._batches() as stream:
-        return [trainer._train_step(next(stream), False)[:2] for _ in range(4)]
+        return [trainer._train_step(next(stream))[:2] for _ in range(4)]
 
 
 @pytest.mark.parametrize(

@@ -168,10 +168,10 @@ def test_the_default_model_fits_its_data():
     assert not job.done
 
 
-def checkpoint_in(output: Path, job, step: int = 5) -> None:
-    folder = output / "checkpoints" / f"step-{step:08d}"
+def checkpoint_in(output: Path, job) -> None:
+    folder = output / "checkpoints" / "step-00000005"
     folder.mkdir(parents=True)
-    state = TrainState(step, 1, {"epoch": 0, "index": 0, "offset": 0}, job.corpus.fingerprint, "fsdp2", 2)
+    state = TrainState(5, 1, {"epoch": 0, "index": 0, "offset": 0}, job.corpus.fingerprint, "fsdp2", 2)
     write_marker(folder, Marker(state, {}))
     write_config(job.cfg, output)
 

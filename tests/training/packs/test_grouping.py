@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 from ringattn.training.data.corpus import Corpus
 from ringattn.training.packs.batches import batches
 from ringattn.training.packs.grouping import DocumentCost, GroupedPacker, GroupedPosition, fill
-from ringattn.training.packs.packing import Packer, PackPlan, Position, Segment, read_pack
+from ringattn.training.packs.ordering import Position
+from ringattn.training.packs.packing import Packer, PackPlan, Segment, read_pack
 from ringattn.workloads import HISTOGRAMS
 from tests.training.packs.test_packing import LENGTHS, counted_corpus
 

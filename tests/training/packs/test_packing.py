@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 
 from ringattn.training.data.corpus import Corpus, corpus_of
 from ringattn.training.packs.batches import Prefetcher, batches
-from ringattn.training.packs.packing import NO_TARGET, Packer, Position, read_pack
+from ringattn.training.packs.ordering import Position
+from ringattn.training.packs.packing import NO_TARGET, Packer, read_pack
 
 LENGTHS = st.lists(st.integers(0, 30), min_size=1, max_size=12).filter(any)
 

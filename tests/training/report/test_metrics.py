@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 
 from ringattn.mask import Mask
-from ringattn.training.model.flops import StepFlops, peak_flops
+from ringattn.parallel.machine.peak_flops import peak_flops
+from ringattn.training.model.flops import StepFlops
 from ringattn.training.report.metrics import MetricsFile, Progress, StepMetrics, StepSeconds
 from ringattn.training.report.plot import plot_loss, smoothed
 from ringattn.training.report.records import read_metrics

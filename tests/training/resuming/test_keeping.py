@@ -34,7 +34,7 @@ def train(trainer: Trainer, last: int) -> list[tuple[float, float]]:
     found = []
     with trainer._batches() as stream:
         while trainer.step < last:
-            done = trainer._train_step(next(stream), False)
+            done = trainer._train_step(next(stream))
             found.append((done.loss, done.norm))
             trainer.save(trainer.keeping.due(trainer.step, False))
     return found

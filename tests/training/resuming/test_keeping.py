@@ -205,7 +205,8 @@ def validated(output: Path, stop_after: int | None) -> list[dict[str, float] | N
         step = trainer._train_step
 
         def stops(batch: Any, last: int | None = last, step: Any = step, trainer: Trainer = trainer) -> Any:
-            return step(batch, trainer.step + 1 == last)
+            trainer.stop.requested = trainer.step + 1 == last
+            return step(batch)
 
         told = mock.patch.object(trainer, "_train_step", stops)
         with told, Report(trainer.job, trainer.step, 1, True) as report:

@@ -1,7 +1,8 @@
 """`OnMesh`: what a Trainer class does differently on a sequence mesh."""
 
 import inspect
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -160,12 +161,16 @@ class OnMesh(_Base):
         return super().set_initial_training_values(args, self._lockstep(dataloader), *more)
 
     def _lockstep(self, loader: Any) -> Any:
-        return Lockstep(loader, self.sequence_mesh, self._data_seed, self._check_batch)
+        return Lockstep(loader, self.sequence_mesh, self._data_seed, self._check_of_batches())
 
-    def _check_batch(self, batch: Mapping[str, Any]) -> None:
-        """Raises ValueError for ids that the model has no row for, while the batch is on the host."""
+    def _check_of_batches(self) -> Callable[[Mapping[str, Any]], None]:
+        """What raises ValueError for ids that the model has no row for, while a batch is on the host.
+
+        It does not hold the Trainer, which would live on in a circle with its loaders, and its DeepSpeed configuration
+        with it, by which transformers makes the next model in parts.
+        """
         inner = unwrapped(self.model)
-        check_batch(batch, Vocabulary.of(inner, inner._ringattn.needs))
+        return partial(check_batch, vocabulary=Vocabulary.of(inner, inner._ringattn.needs))
 
     def get_batch_samples(self, epoch_iterator: Iterator[Any], num_batches: int, device: Any) -> tuple[list[Any], Any]:
         """The micro-batches of a step, as many on every replica. Collective over all ranks, once a step."""
@@ -173,7 +178,7 @@ class OnMesh(_Base):
             return [], None
         # A step that a length promises must come to its end, where the stock Trainer applies its gradient.
         sized = has_length(self.callback_handler.train_dataloader)
-        batches = in_step(epoch_iterator, num_batches, self.sequence_mesh, self._check_batch, fill=sized)
+        batches = in_step(epoch_iterator, num_batches, self.sequence_mesh, self._check_of_batches(), fill=sized)
         if not batches:
             self._spent = epoch_iterator
         targets = self._get_num_items_in_batch(list(batches), device)

@@ -170,7 +170,9 @@ def deal_images(
     Raises ValueError or NotImplementedError naming a key, the same on every rank.
     """
     given = [name for name, x in batch.items() if is_of_media(name) and not no_image(name, x)]
-    if given and not towers:
+    if not towers:
+        if not any(medium.given(batch) for medium in MEDIA):
+            return {}
         raise NotImplementedError(
             f"{', '.join(given)} of a batch need needs=handle.needs, of a model with an image_token_id and "
             "get_image_features: else compute inputs_embeds of the global batch, images included, and give those"
@@ -187,7 +189,7 @@ def deal_images(
 def _deal(layout: Layout, batch: Mapping[str, Any], ids: Tensor | None, tower: VisionTower) -> dict[str, Tensor]:
     """The same of one medium."""
     medium = tower.medium
-    given = {name: batch[name] for name in tower.keywords if not no_image(name, batch.get(name))}
+    given = {name: batch[name] for name in tower.keywords if name in batch and not no_image(name, batch[name])}
     if not medium.given(batch):
         if given:
             raise ValueError(f"{', '.join(given)}: the batch has no {medium.pixels}")

@@ -115,10 +115,11 @@ def check_any_target(batches: Sequence[Batch], targets: Tensor, mesh: SequenceMe
     Arguments:
         targets: how many the batches of this replica have.
     """
-    total = targets.detach().to(mesh.device, copy=True)
+    rows = sum(len(batch["labels"]) for batch in batches if batch.get("labels") is not None)
+    total = torch.stack([targets.detach().to(mesh.device, torch.int64), torch.tensor(rows, device=mesh.device)])
     dist.all_reduce(total)
-    if int(total) == 0:
-        rows = sum(len(batch["labels"]) for batch in batches if batch.get("labels") is not None)
+    found, labelled = total.tolist()
+    if found == 0 and labelled:  # a batch without labels is refused by who needs them
         raise ValueError(
             f"the first step has nothing to learn: labels are {IGNORE_INDEX} for every token that another one of its "
             f"document precedes, in all {rows} rows of this rank and on every other. What makes the labels (an "

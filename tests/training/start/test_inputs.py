@@ -154,7 +154,8 @@ def texts(folder: Path, *lengths: int) -> str:
     for path in folder.iterdir():
         path.unlink()
     for number, length in enumerate(lengths):
-        (folder / f"{number}.txt").write_text("x" * length)
+        words = "x" * (length // 2), "x" * (length - 1 - length // 2)
+        (folder / f"{number}.txt").write_text(" ".join(words))
     return f"data.files=[{folder}]"
 
 
@@ -264,7 +265,7 @@ def test_the_tokenizer_is_the_models_own_unless_another_is_named(tmp_path):
     save_words(tmp_path / "model", "?", "x")
     job = prepared(*own, path)
     assert job.cfg.data.tokenizer == str(tmp_path / "model")
-    assert job.corpus.total == 1
+    assert job.corpus.total == 2
     job = prepared(*own, path, "data.tokenizer=bytes")
     assert job.corpus.total == 30
     assert any("warning" in note and "tokenizer of its own" in note for note in job.notes)

@@ -189,6 +189,7 @@ class StreamedSource:
             if self.part.epochs is not None and self._epoch >= self.part.epochs:
                 return None
             if self._shard == len(self.part.shards):
+                self._check_learned()
                 self._next_pass()
             else:
                 self._advance()
@@ -222,14 +223,17 @@ class StreamedSource:
         self._found = number_of(self.source, shard, record.number), tokens
         self._learned = self._learned or self.corpus.has_target(self._found[0])
 
-    def _next_pass(self) -> None:
-        if not self._any:
-            raise ValueError(self.corpus.nothing_in(self.source))
-        if not self._learned:
+    def _check_learned(self) -> None:
+        """At the end of a pass that met every document: one that max_tokens ended met some of them."""
+        if self._any and not self._learned:
             raise ValueError(
                 f"data.sources: none of the documents of {self.part.name!r} has a target: nothing behind their first "
                 "token is learned"
             )
+
+    def _next_pass(self) -> None:
+        if not self._any:
+            raise ValueError(self.corpus.nothing_in(self.source))
         self._epoch, self._shard, self._record, self._tokens, self._records = self._epoch + 1, 0, 0, 0, None
         self._any = False
 
